@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run the tests: ./run_tests.sh [PYTEST ARGUMENTS]
+# Sets up .venv on first use.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+"${PYTHON:-python3}" bootstrap.py test report
+exec .venv/bin/python -m pytest "$@"

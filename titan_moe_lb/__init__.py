@@ -1,0 +1,1 @@
+"""MoE load balancing for torchtitan pre-training."""

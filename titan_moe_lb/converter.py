@@ -1,0 +1,78 @@
+"""Load balancing for any torchtitan MoE model: swap its routers, bind them to the job."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+
+from torchtitan.config.override import derive
+from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
+from torchtitan.protocols.model import BaseModel, ModelConfigConverter
+
+from titan_moe_lb import validation
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.losses.base import AuxLoss
+from titan_moe_lb.router import LoadBalancedRouter
+
+
+class LoadBalanceConverter(ModelConfigConverter):
+    """Give every MoE layer of a model config a :class:`LoadBalancedRouter`.
+
+    The converted config also checks the job and binds the losses to it in
+    ``update_from_config``, which torchtitan calls before it builds the model.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        aux_losses: list[AuxLoss.Config] = field(default_factory=list)
+        """Losses of every router, each with its own copy."""
+
+        load_balance_coeff: float | None = 1e-3
+        """Speed of the aux-loss-free expert bias (arXiv 2408.15664); None turns it off."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def convert(self, model_config: BaseModel.Config) -> BaseModel.Config:
+        """Convert in place where possible; returns the new root.
+
+        Raises:
+            JobError: the model has no MoE layer, or two losses are of one kind.
+        """
+        layers = list(model_config.traverse(MoE.Config))
+        if not layers:
+            raise JobError(
+                f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
+                "aux loss: leave out [model] aux_losses or choose a MoE flavor"
+            )
+        for fqn, moe, _parent, _attribute in layers:
+            assert isinstance(moe, MoE.Config)
+            if type(moe.router) is not TokenChoiceTopKRouter.Config:
+                raise JobError(
+                    f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
+                    "TokenChoiceTopKRouter can be replaced"
+                )
+            moe.load_balance_coeff = self.config.load_balance_coeff
+            moe.router = derive(
+                moe.router,
+                LoadBalancedRouter.Config,
+                aux_losses=copy.deepcopy(self.config.aux_losses),
+            )
+        return derive(model_config, _bound_to_job(type(model_config)))
+
+
+@functools.cache
+def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Config]:
+    """A subclass of a model's Config that binds its routers in ``update_from_config``."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(model_config_cls):
+        def update_from_config(self, *, config, **kwargs) -> None:
+            validation.validate(config)
+            model_config_cls.update_from_config(self, config=config, **kwargs)
+            for _fqn, router, _parent, _attribute in self.traverse(LoadBalancedRouter.Config):
+                router.update_from_config(config=config)
+
+    Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
+    return Config

@@ -1,0 +1,46 @@
+"""The host backend: what torchtitan 0.3.0 needs to run where there is no accelerator.
+
+``use_host()`` comes before the first torchtitan import of the process,
+``adapt(config)`` after the job's config is complete. On a machine with an
+accelerator neither is called, and nothing in this package is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
+
+_DENSE_ATTENTION = "titan_moe_lb.cpu.attention.dense_mask_attention"
+
+
+def needed() -> bool:
+    """True where no accelerator is present."""
+    return not torch.accelerator.is_available()
+
+
+def use_host() -> None:
+    """Prepare this process. Must run before any other torchtitan import."""
+    from titan_moe_lb.cpu.device import use_host_device
+
+    use_host_device()
+
+    from titan_moe_lb.cpu.all_to_all import use_gloo_all_to_all
+    from titan_moe_lb.cpu.attention import use_uncompiled_block_mask
+
+    use_gloo_all_to_all()
+    use_uncompiled_block_mask()
+
+
+def adapt(config: Trainer.Config) -> None:
+    """Adapt one job, in place: dense attention, sum reduction, no CUDA graphs."""
+    from titan_moe_lb.cpu.fsdp import with_sum_reduction
+
+    config.training.disable_cuda_graphs = True
+    if _DENSE_ATTENTION not in config.override.imports:
+        config.override.imports.append(_DENSE_ATTENTION)
+    assert config.model_spec is not None
+    config.model_spec.parallelize_fn = with_sum_reduction(config.model_spec.parallelize_fn)

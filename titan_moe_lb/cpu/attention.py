@@ -1,0 +1,161 @@
+"""FlexAttention on the host: the same mask, evaluated densely.
+
+Upstream facts: FlexAttention has no CPU backward, and torchtitan compiles both
+the kernel and the construction of its block mask, which costs seconds on a CPU
+before the first step. Here a block mask skips nothing (``unsparse_block_mask``)
+and is evaluated to a boolean matrix that
+``scaled_dot_product_attention`` takes.
+
+Shape suffixes: B = batch, L = query length, N = heads, H = head dimension,
+S = key length (differs from L under context parallelism).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import spmd_types as spmd
+import torch
+import torch.nn.functional as F
+from spmd_types.runtime import get_local_type, get_partition_spec
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torchtitan.config.override import derive, override
+from torchtitan.distributed.utils import get_spmd_backend
+from torchtitan.models.common import attention as upstream
+from torchtitan.models.common.attention import FlexAttention
+
+
+def unsparse_block_mask(
+    mask_mod: Callable[..., torch.Tensor],
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    device: str | torch.device = "cpu",
+    BLOCK_SIZE: int | tuple[int, int] = 128,
+    **ignored: object,
+) -> BlockMask:
+    """A block mask that names every block, so that none of it is evaluated yet.
+
+    Takes the arguments of ``torch.nn.attention.flex_attention.create_block_mask``.
+    """
+    query_block, key_block = (
+        BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
+    )
+    query_blocks = -(-Q_LEN // query_block)
+    key_blocks = -(-KV_LEN // key_block)
+    shape = (B or 1, H or 1, query_blocks)
+    key_indices = torch.arange(key_blocks, dtype=torch.int32, device=device)
+    return BlockMask.from_kv_blocks(
+        torch.full(shape, key_blocks, dtype=torch.int32, device=device),
+        key_indices.expand(*shape, key_blocks).contiguous(),
+        BLOCK_SIZE=(query_block, key_block),
+        mask_mod=mask_mod,
+        seq_lengths=(Q_LEN, KV_LEN),
+    )
+
+
+def use_uncompiled_block_mask() -> None:
+    """Monkeypatch: replace torchtitan's compiled ``create_block_mask``.
+
+    Upstream fact: ``create_attention_mask`` always calls the module's
+    ``_compiled_create_block_mask``; there is no setting that turns the
+    compilation off. Only this package's dense attention reads the result.
+    """
+    upstream._compiled_create_block_mask = unsparse_block_mask
+
+
+class DenseMaskAttention(FlexAttention):
+    """FlexAttention's interface over ``scaled_dot_product_attention``."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FlexAttention.Config):
+        pass
+
+    # The parameter names are part of the contract: torchtitan's local_map looks
+    # the shardings up by them.
+    def forward(
+        self,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+        *,
+        attention_masks: BlockMask,
+        score_mod: Callable | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        out_transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        if score_mod is not None:
+            raise NotImplementedError("score_mod is not supported by the host attention")
+        q_BNLH, k_BNSH, v_BNSH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
+        # The dense mask's integer arithmetic has no SPMD rule, so the region is
+        # typed at its boundary, as torchtitan does around its own flex kernel.
+        with spmd.no_typecheck():
+            mask_BNLS = _dense_mask(attention_masks, q_BNLH, k_BNSH)
+            if out_transform is None:
+                out_BNLH = F.scaled_dot_product_attention(
+                    q_BNLH, k_BNSH, v_BNSH, attn_mask=mask_BNLS, scale=scale, enable_gqa=enable_gqa
+                )
+                logsumexp_BNL = None
+            else:
+                out_BNLH, logsumexp_BNL = _softmax_attention(
+                    q_BNLH, k_BNSH, v_BNSH, mask_BNLS, scale
+                )
+            out_BLNH = out_BNLH.transpose(1, 2)
+        typed = get_spmd_backend() == "spmd_types" and spmd.is_type_checking()
+        if typed:
+            spmd.assert_type(out_BLNH, get_local_type(q_BLNH), get_partition_spec(q_BLNH))
+        if out_transform is None:
+            return out_BLNH
+        assert logsumexp_BNL is not None
+        with spmd.no_typecheck():
+            logsumexp_BLN = logsumexp_BNL.transpose(1, 2)
+        if typed:
+            spec = get_partition_spec(q_BLNH)
+            spmd.assert_type(
+                logsumexp_BLN,
+                get_local_type(q_BLNH),
+                None if spec is None else spmd.PartitionSpec(*spec[:-1]),
+            )
+        return out_transform(out_BLNH, logsumexp_BLN)
+
+
+def _dense_mask(
+    block_mask: BlockMask, q_BNLH: torch.Tensor, k_BNSH: torch.Tensor
+) -> torch.Tensor:
+    batch = block_mask.kv_num_blocks.shape[0]
+    return create_mask(
+        block_mask.mask_mod,
+        batch if batch > 1 else q_BNLH.shape[0],
+        1,
+        q_BNLH.shape[-2],
+        k_BNSH.shape[-2],
+        device=q_BNLH.device,
+    )
+
+
+def _softmax_attention(
+    q_BNLH: torch.Tensor,
+    k_BNSH: torch.Tensor,
+    v_BNSH: torch.Tensor,
+    mask_BNLS: torch.Tensor,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that also returns the logsumexp of the masked scores, float32."""
+    groups = q_BNLH.shape[1] // k_BNSH.shape[1]
+    k_BNSH = k_BNSH.repeat_interleave(groups, dim=1)
+    v_BNSH = v_BNSH.repeat_interleave(groups, dim=1)
+    scale = q_BNLH.shape[-1] ** -0.5 if scale is None else scale
+    scores_BNLS = (q_BNLH.float() @ k_BNSH.float().transpose(-1, -2)) * scale
+    scores_BNLS = scores_BNLS.masked_fill(~mask_BNLS, float("-inf"))
+    logsumexp_BNL = torch.logsumexp(scores_BNLS, dim=-1)
+    weights_BNLS = torch.softmax(scores_BNLS, dim=-1)
+    return (weights_BNLS @ v_BNSH.float()).to(q_BNLH.dtype), logsumexp_BNL
+
+
+@override(target=FlexAttention.Config, description="dense mask instead of a flex kernel")
+def dense_mask_attention(config: FlexAttention.Config) -> DenseMaskAttention.Config:
+    return derive(config, DenseMaskAttention.Config)

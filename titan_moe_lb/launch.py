@@ -1,0 +1,122 @@
+"""Check a job, then start its processes: what ``run_train.sh`` calls.
+
+Environment, as in torchtitan's own script: ``NGPU`` processes on this node,
+``MODULE`` and ``CONFIG`` as defaults of the flags, ``LOG_RANK`` the local ranks to
+show (default: the rank that sees the loss), ``COMM_MODE`` for a dry run in one
+process; ``NNODES``, ``NODE_RANK`` and ``RDZV_ENDPOINT`` for several nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import torch
+from torch.distributed import run as torchrun
+
+from titan_moe_lb import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+from titan_moe_lb import job_config, layout, train
+from titan_moe_lb.errors import JobError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
+    try:
+        draft = job_config.draft(arguments)
+        nodes = _positive("NNODES", 1)
+        here = _processes_on_this_node(draft.table, nodes)
+        os.environ["WORLD_SIZE"] = str(here * nodes)
+        job = draft.resolve()
+    except JobError as error:
+        train.exit_with(error)
+    if draft.command.print_config:
+        print(job_config.render(job), end="")
+    elif job.config.comm.mode in ("fake_backend", "local_tensor"):
+        _run_here(job, world_size=here * nodes)
+    elif here * nodes == 1:
+        _run_here(job, world_size=1)
+    else:
+        _run_processes(job, arguments, here, nodes)
+
+
+def _with_environment(arguments: list[str]) -> list[str]:
+    """The flags, with MODULE, CONFIG and COMM_MODE standing in for flags not given."""
+    named = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    added = []
+    if "--job-config" not in named:
+        for variable, flag in (("MODULE", "--module"), ("CONFIG", "--config")):
+            if flag not in named and os.environ.get(variable):
+                added += [flag, os.environ[variable]]
+    mode = os.environ.get("COMM_MODE")
+    dry_run = [f"--comm.mode={mode}", "--training.steps=1"] if mode else []
+    return [*added, *arguments, *dry_run]
+
+
+def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
+    """NGPU; else what the job wants; else the number of GPUs; else 1."""
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if os.environ.get("NGPU"):
+        return _positive("NGPU", 1)
+    if table.ranks is None:
+        return devices or 1
+    if table.ranks % nodes:
+        raise JobError(f"[job] ranks {table.ranks} do not divide over NNODES={nodes}")
+    here = table.ranks // nodes
+    if here > max(devices, os.cpu_count() or 1, 8):
+        raise JobError(
+            f"the job wants {table.ranks} ranks and this node would start {here}: set NNODES and "
+            f"NGPU for the cluster, or COMM_MODE=fake_backend NGPU={table.ranks} to build one "
+            "rank of it here"
+        )
+    return here
+
+
+def _positive(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise JobError(f"{variable}={text} must be a whole number of at least 1")
+    return int(text)
+
+
+def _run_here(job: job_config.Job, world_size: int) -> None:
+    """Train in this process: a single rank needs no launcher."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    os.environ.setdefault("LOG_RANK", "0")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    train.run(job)
+
+
+def _run_processes(job: job_config.Job, arguments: list[str], here: int, nodes: int) -> None:
+    """Start torchrun in this process, which has torch loaded already."""
+    dims = layout.resolve(job.config.parallelism)
+    shown = layout.metrics_rank(dims, job.config.parallelism.pipeline_parallel_schedule)
+    # torchtitan warns when LOG_RANK does not show the loss.
+    os.environ.setdefault("LOG_RANK", str(shown))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    local = ",".join(str(int(rank) % here) for rank in os.environ["LOG_RANK"].split(","))
+    rendezvous = os.environ.get("RDZV_ENDPOINT", "localhost:0")
+    command = [
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={here}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={rendezvous}",
+        f"--local-ranks-filter={local}",
+        "--role=rank",
+        "--tee=3",
+    ]
+    if os.environ.get("NODE_RANK"):
+        command.append(f"--node-rank={os.environ['NODE_RANK']}")
+    del os.environ["WORLD_SIZE"]
+    torchrun.main([*command, "-m", "titan_moe_lb.train", *arguments])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""What is minimised beside the language-model loss.
+
+``functional`` is the mathematics (torch alone), ``injection`` the way the
+gradient takes, and each loss has a file of its own.
+"""
+
+from titan_moe_lb.losses import functional
+from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
+from titan_moe_lb.losses.sequence_wise import SequenceWiseAuxLoss
+
+__all__ = ["AuxLoss", "LoadBalanceLoss", "SequenceWiseAuxLoss", "functional"]

@@ -1,0 +1,177 @@
+"""The mathematics of the router losses, on plain tensors. Imports torch alone.
+
+Shape suffixes: B = sequences, L = tokens of a sequence, E = experts, K = top_k,
+T = tokens that one loss averages over.
+
+Notation of the formulas: s(t,i) is the score of token t for expert i after the
+score function, p(t,i) = s(t,i) / sum_j s(t,j) its share of the token, and
+
+    f_i = E / (K T) * #{t : i in TopK(t)}      (not differentiated)
+    P_i = 1 / T * sum_t p(t,i)
+    L   = sum_i f_i P_i                        (1.0 at perfect balance)
+
+All functions take scores of any floating dtype and compute in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Tokens of each sequence that selected each expert.
+
+    Args:
+        topk_expert_ids_BLK: integer expert ids ``(B, L, K)``, distinct within a token.
+        num_experts: E.
+
+    Returns:
+        ``(B, E)``, float32 (exact up to 2**24 tokens a sequence).
+    """
+    ids_BN = topk_expert_ids_BLK.flatten(1)
+    counts_BE = torch.zeros(
+        ids_BN.shape[0], num_experts, dtype=torch.float32, device=ids_BN.device
+    )
+    return counts_BE.scatter_add_(
+        1, ids_BN, torch.ones((), dtype=torch.float32, device=ids_BN.device).expand_as(ids_BN)
+    )
+
+
+def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tensor:
+    """f of the module docstring: the load of each expert in units of the balanced load.
+
+    Args:
+        counts: tokens per expert ``(..., E)``.
+        top_k: K.
+        num_tokens: T, the tokens that were counted (each counts for K experts).
+
+    Returns:
+        ``(..., E)``, mean 1 over the experts.
+    """
+    return counts * (counts.shape[-1] / (top_k * num_tokens))
+
+
+def probability_sums(scores_BLE: torch.Tensor) -> torch.Tensor:
+    """sum_t p(t,i) of each sequence.
+
+    Args:
+        scores_BLE: positive scores ``(B, L, E)``.
+
+    Returns:
+        ``(B, E)``; divide by the tokens of a sequence for P.
+    """
+    scores_BLE = _at_least_float32(scores_BLE)
+    # A matrix product with 1/S as its left side sums and normalises in one pass
+    # over the scores, without a second tensor of their size.
+    inverse_BL = scores_BLE.sum(dim=-1).reciprocal()
+    return (inverse_BL.unsqueeze(1) @ scores_BLE).squeeze(1)
+
+
+def sequence_wise_load_balance(
+    scores_BLE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor
+) -> torch.Tensor:
+    """The sequence-wise balance loss of DeepSeek-V3, averaged over the sequences.
+
+    Source: arXiv 2412.19437, Eqs. 17 to 20 (without the factor alpha): T is one
+    sequence. Eq. 18 counts the top-K of the unbiased scores; pass those ids for
+    the paper's form, or the ids that were dispatched for the selected experts.
+
+    Args:
+        scores_BLE: scores after the score function ``(B, L, E)``.
+        topk_expert_ids_BLK: counted expert ids ``(B, L, K)``, int64.
+
+    Returns:
+        Scalar, differentiable in the scores.
+    """
+    length, num_experts = scores_BLE.shape[1:]
+    counts_BE = count_tokens_per_expert(topk_expert_ids_BLK, num_experts)
+    load_BE = expert_load(counts_BE, topk_expert_ids_BLK.shape[-1], length)
+    return (load_BE * probability_sums(scores_BLE)).sum(dim=-1).mean() / length
+
+
+def batch_wise_load_balance(
+    scores_BLE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor
+) -> torch.Tensor:
+    """The load-balancing loss of Switch Transformer over all tokens passed in.
+
+    Source: arXiv 2101.03961, Eqs. 4 to 6, generalised to K experts a token (the
+    "micro-batch LBL" of arXiv 2501.11873): T = B * L.
+
+    Args and returns: as :func:`sequence_wise_load_balance`.
+    """
+    counts_BE = count_tokens_per_expert(topk_expert_ids_BLK, scores_BLE.shape[-1])
+    num_routed_tokens = topk_expert_ids_BLK.numel()
+    return load_balance_from_counts(scores_BLE, counts_BE.sum(dim=0), num_routed_tokens)
+
+
+def load_balance_from_counts(
+    scores_BLE: torch.Tensor, counts_E: torch.Tensor, num_routed_tokens: int | torch.Tensor
+) -> torch.Tensor:
+    """The balance loss with counts that were taken elsewhere.
+
+    Source: arXiv 2501.11873, Eq. 3: f from the tokens of the global batch, P from
+    the tokens at hand.
+
+    Args:
+        scores_BLE: scores after the score function ``(B, L, E)``.
+        counts_E: tokens per expert ``(E,)`` of whatever batch was counted.
+        num_routed_tokens: K times the tokens that were counted.
+
+    Returns:
+        Scalar, differentiable in the scores.
+    """
+    num_experts = scores_BLE.shape[-1]
+    load_E = counts_E * (num_experts / num_routed_tokens)
+    probability_E = probability_sums(scores_BLE).sum(dim=0) / scores_BLE[..., 0].numel()
+    return (load_E * probability_E).sum()
+
+
+def router_z_loss(logits_BLE: torch.Tensor) -> torch.Tensor:
+    """mean_t logsumexp_i(logits(t,i))**2.
+
+    Source: ST-MoE, arXiv 2202.08906, Eq. 5.
+
+    Args:
+        logits_BLE: gate outputs before the score function ``(B, L, E)``.
+
+    Returns:
+        Scalar, differentiable in the logits.
+    """
+    return torch.logsumexp(_at_least_float32(logits_BLE), dim=-1).square().mean()
+
+
+def load_balance_score_grad(
+    scores_BLE: torch.Tensor, coefficients_BE: torch.Tensor, *, sums_to_one: bool
+) -> torch.Tensor:
+    """Gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)`` in the scores.
+
+    Every load-balancing loss has this form, because f is not differentiated: the
+    coefficients are c f / T for an upstream weight c. With S(t) = sum_j s(t,j),
+
+        d/ds(t,j) = (coefficients_j - sum_i coefficients_i p(t,i)) / S(t)
+
+    and for scores that sum to one (softmax) p = s, so that the gradient is
+    ``coefficients_j`` itself: the same vector for every token of a sequence. Both
+    forms give the same gradient in the logits of a softmax.
+
+    Args:
+        scores_BLE: ``(B, L, E)``.
+        coefficients_BE: ``(B, E)``, or ``(1, E)`` where all sequences share them.
+        sums_to_one: the scores of a token sum to one by construction.
+
+    Returns:
+        ``(B, L, E)`` in the dtype of the scores. An expanded view where
+        ``sums_to_one``: do not write to it.
+    """
+    coefficients_B1E = coefficients_BE.unsqueeze(1)
+    if sums_to_one:
+        return coefficients_B1E.to(scores_BLE.dtype).expand_as(scores_BLE)
+    wide_BLE = _at_least_float32(scores_BLE)
+    inverse_BL1 = wide_BLE.sum(dim=-1, keepdim=True).reciprocal()
+    coefficients_BE1 = coefficients_B1E.transpose(1, 2).expand(scores_BLE.shape[0], -1, -1)
+    mean_BL1 = (wide_BLE @ coefficients_BE1) * inverse_BL1
+    return ((coefficients_B1E - mean_BL1) * inverse_BL1).to(scores_BLE.dtype)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,64 @@
+"""A ``ModelSpec`` that balances its experts, and the arguments that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchtitan.models.utils import validate_converter_order
+from torchtitan.protocols.model import ModelConfigConverter
+from torchtitan.protocols.model_spec import ModelSpec
+
+from titan_moe_lb.converter import LoadBalanceConverter
+from titan_moe_lb.telemetry.step_hook import register_load_balancing
+
+
+@dataclass
+class BalancedModelSpec(ModelSpec):
+    """Adds what a job config needs to build the same model with other arguments."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the registry entry, every default filled in."""
+
+
+def balanced(
+    spec: ModelSpec,
+    converter: LoadBalanceConverter.Config,
+    *,
+    before: list[ModelConfigConverter.Config] | None = None,
+) -> BalancedModelSpec:
+    """Give a torchtitan model the losses and the step hook of this package.
+
+    Args:
+        spec: any torchtitan ``ModelSpec`` of a MoE model; its config is consumed.
+        converter: losses and bias update.
+        before: converters of the user's own (quantization, LoRA), applied first.
+    """
+    model = spec.model
+    validate_converter_order(before or [])
+    for config in [*(before or []), converter]:
+        model = config.build().convert(model)
+    fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
+    return BalancedModelSpec(
+        **{**fields, "model": model, "post_optimizer_build_fn": register_load_balancing}
+    )
+
+
+def registry_entry(entry: Callable[..., ModelSpec]) -> Callable[..., BalancedModelSpec]:
+    """Decorator of a ``model_registry`` function: keeps its arguments on the spec."""
+    signature = inspect.signature(entry)
+
+    @functools.wraps(entry)
+    def with_arguments(*args, **kwargs) -> BalancedModelSpec:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        spec = entry(*bound.args, **bound.kwargs)
+        assert isinstance(spec, BalancedModelSpec)
+        spec.arguments = dict(bound.arguments)
+        return spec
+
+    return with_arguments

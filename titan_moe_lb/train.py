@@ -1,0 +1,51 @@
+"""One process of a job: ``python -m titan_moe_lb.train``, under torchrun or alone.
+
+``titan_moe_lb.launch`` starts it with the right number of processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from titan_moe_lb import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+from torchtitan import train as torchtitan_train
+
+from titan_moe_lb import job_config
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.zero_bubble import let_backward_run_twice
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Resolve the job and hand it to torchtitan's own ``main``."""
+    try:
+        job = job_config.load(sys.argv[1:] if arguments is None else arguments)
+    except JobError as error:
+        exit_with(error)
+    run(job)
+
+
+def run(job: job_config.Job) -> None:
+    """Train a resolved job in this process."""
+    if cpu.needed():
+        cpu.adapt(job.config)
+    let_backward_run_twice(job.config)
+    # torchtitan's main reads a config function by module path and name from the
+    # command line. The job is resolved, so it is the function's whole result.
+    job_config.set_resolved(job)
+    sys.argv[1:] = ["--module", job_config.__name__, "--config", "resolved_config"]
+    torchtitan_train.main()
+
+
+def exit_with(error: JobError) -> NoReturn:
+    """Print the one line of a user's mistake and leave with status 2."""
+    print(f"titan_moe_lb: error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

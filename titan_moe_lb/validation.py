@@ -1,0 +1,172 @@
+"""Every rejection of a job, at config time, one function per rule.
+
+Each rule takes a ``Trainer.Config`` and raises ``JobError`` with one line that
+names the setting and what to use instead. The launcher runs them before it
+starts a process, and the model config once more when torchtitan binds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.models.common.moe import MoE
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb import layout
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.router import LoadBalancedRouter
+
+ZERO_BUBBLE_SCHEDULES = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
+"""Schedules that run the backward of a stage in two passes."""
+
+_AT_LEAST_ONE = (
+    "training.local_batch_size",
+    "training.seq_len",
+    "training.steps",
+    "parallelism.pipeline_parallel_microbatch_size",
+    "metrics.log_freq",
+    "checkpoint.interval",
+)
+
+
+def sizes_are_positive(config: Trainer.Config) -> None:
+    for path in _AT_LEAST_ONE:
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if value < 1:
+            raise JobError(f"{path} is {value}; it must be at least 1")
+    total = config.training.global_batch_size
+    if total != -1 and total < 1:
+        raise JobError(
+            f"training.global_batch_size is {total}; it must be at least 1, or -1 for "
+            "local_batch_size x the data-parallel degree"
+        )
+    if not config.training.max_norm > 0:
+        raise JobError(f"training.max_norm is {config.training.max_norm}; it must be above 0")
+
+
+def learning_rates_are_finite(config: Trainer.Config) -> None:
+    for index, group in enumerate(config.optimizer.param_groups):
+        rate = group.optimizer_kwargs.get("lr")
+        if rate is not None and not (math.isfinite(rate) and rate >= 0):
+            raise JobError(
+                f"optimizer.param_groups[{index}].optimizer_kwargs.lr is {rate}; "
+                "it must be a finite number of at least 0"
+            )
+
+
+def layout_fits_processes(config: Trainer.Config) -> None:
+    layout.resolve(config.parallelism)
+
+
+def local_batch_divides_into_microbatches(config: Trainer.Config) -> None:
+    local = config.training.local_batch_size
+    micro = config.parallelism.pipeline_parallel_microbatch_size
+    if config.parallelism.pipeline_parallel_degree > 1 and local % micro:
+        raise JobError(
+            f"training.local_batch_size {local} is not divisible by "
+            f"parallelism.pipeline_parallel_microbatch_size {micro}"
+        )
+
+
+def global_batch_divides_over_ranks(config: Trainer.Config) -> None:
+    total = config.training.global_batch_size
+    if total < 0:
+        return
+    dims = layout.resolve(config.parallelism)
+    per_pass = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    if total % per_pass:
+        raise JobError(
+            f"training.global_batch_size {total} is not a multiple of training.local_batch_size "
+            f"x data-parallel degree = {config.training.local_batch_size} x "
+            f"{dims.dp_replicate * dims.dp_shard}"
+        )
+
+
+def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
+    schedule = config.parallelism.pipeline_parallel_schedule
+    if (
+        config.parallelism.pipeline_parallel_degree > 1
+        and schedule in ZERO_BUBBLE_SCHEDULES
+        and isinstance(config.activation_checkpoint, SelectiveAC.Config)
+    ):
+        raise JobError(
+            f"the {schedule} schedule runs each backward in two passes, which selective "
+            'activation checkpointing does not survive: set [activation_checkpoint] type = "full" '
+            'or type = "none"'
+        )
+
+
+def experts_divide_over_ranks(config: Trainer.Config) -> None:
+    degree = config.parallelism.expert_parallel_degree
+    for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
+        if moe.num_experts % degree:
+            raise JobError(
+                f"parallelism.expert_parallel_degree {degree} does not divide the "
+                f"{moe.num_experts} experts of {fqn}"
+            )
+
+
+def expert_groups_fit_router(config: Trainer.Config) -> None:
+    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
+        if not 1 <= router.top_k <= router.num_experts:
+            raise JobError(f"{fqn}.top_k {router.top_k} is outside [1, {router.num_experts}]")
+        groups, limited = router.num_expert_groups, router.num_limited_groups
+        if groups is None:
+            continue
+        if router.num_experts % groups or router.num_experts // groups < 2:
+            raise JobError(
+                f"{fqn}.num_expert_groups {groups} must divide the {router.num_experts} experts "
+                "into groups of at least 2"
+            )
+        if limited is None or not 1 <= limited <= groups:
+            raise JobError(f"{fqn}.num_limited_groups {limited} is outside [1, {groups}]")
+        reachable = limited * (router.num_experts // groups)
+        if router.top_k > reachable:
+            raise JobError(
+                f"{fqn}.top_k {router.top_k} exceeds the {reachable} experts of "
+                f"{limited} of {groups} groups"
+            )
+
+
+def one_loss_of_each_kind(config: Trainer.Config) -> None:
+    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
+        kinds = [type(loss) for loss in router.aux_losses]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise JobError(
+                    f"{fqn} has two losses of type {kind.__qualname__.removesuffix('.Config')}: "
+                    "their weights would add up; keep one"
+                )
+
+
+def bias_update_speed_is_positive(config: Trainer.Config) -> None:
+    for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
+        speed = moe.load_balance_coeff
+        if speed is not None and not (math.isfinite(speed) and speed > 0):
+            raise JobError(
+                f"{fqn}.load_balance_coeff is {speed}; it must be a finite number above 0, "
+                "or none to turn the expert bias off"
+            )
+
+
+RULES: tuple[Callable[[Trainer.Config], None], ...] = (
+    sizes_are_positive,
+    learning_rates_are_finite,
+    layout_fits_processes,
+    local_batch_divides_into_microbatches,
+    global_batch_divides_over_ranks,
+    zero_bubble_needs_whole_recompute,
+    experts_divide_over_ranks,
+    expert_groups_fit_router,
+    one_loss_of_each_kind,
+    bias_update_speed_is_positive,
+)
+
+
+def validate(config: Trainer.Config) -> None:
+    """Run every rule. Raises ``JobError`` at the first that does not hold."""
+    for rule in RULES:
+        rule(config)
