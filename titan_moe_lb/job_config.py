@@ -75,12 +75,11 @@ class Draft:
     tables: dict[str, Any]
     source: str
 
-    def resolve(self) -> Job:
-        """Build the config, merge, validate. ``WORLD_SIZE`` says in how many processes.
+    def build(self) -> Trainer.Config:
+        """The config of registry, TOML and ``--model.*``, without torchtitan's own flags.
 
         Raises:
             JobError: the first thing that is wrong, in one line.
-            SystemExit: from tyro, for an unknown flag or ``--help``.
         """
         registry = module_lookup.config_registry(self.table.module)
         config = module_lookup.config_function(registry, self.table.config)()
@@ -95,9 +94,18 @@ class Draft:
                 config, registry, model, f"{self.source}: [model]", self.command.model
             )
         _merge_sections(config, tables, self.source)
+        return config
+
+    def resolve(self) -> Job:
+        """Apply the command line and validate. ``WORLD_SIZE`` says in how many processes.
+
+        Raises:
+            JobError: the first thing that is wrong, in one line.
+            SystemExit: from tyro, for an unknown flag or ``--help``.
+        """
         try:
             # replace() runs the checks that torchtitan makes when a config is constructed.
-            manager = _ResolvedConfigManager(dataclasses.replace(config))
+            manager = _ResolvedConfigManager(dataclasses.replace(self.build()))
             config = manager.parse_args(self.command.rest)
         except JobError:
             raise

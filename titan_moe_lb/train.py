@@ -15,9 +15,8 @@ if cpu.needed():
 
 from torchtitan import train as torchtitan_train
 
-from titan_moe_lb import job_config
+from titan_moe_lb import job_config, zero_bubble
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.zero_bubble import let_backward_run_twice
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,7 +32,7 @@ def run(job: job_config.Job) -> None:
     """Train a resolved job in this process."""
     if cpu.needed():
         cpu.adapt(job.config)
-    let_backward_run_twice(job.config)
+    zero_bubble.adapt(job.config)
     # torchtitan's main reads a config function by module path and name from the
     # command line. The job is resolved, so it is the function's whole result.
     job_config.set_resolved(job)

@@ -1,22 +1,49 @@
-"""Compiled blocks under a zero-bubble pipeline schedule."""
+"""What torchtitan 0.3.0 needs to train right under a zero-bubble pipeline schedule.
+
+These schedules run the backward of a stage in two passes: inputs, then weights.
+"""
 
 from __future__ import annotations
 
 import torch._functorch.config
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.validation import ZERO_BUBBLE_SCHEDULES
 
 
-def let_backward_run_twice(config: Trainer.Config) -> None:
-    """Keep the saved activations of compiled blocks where their backward runs twice.
-
-    Upstream fact: these schedules run the backward of a stage in two passes
-    (inputs, then weights). A compiled block is one autograd node, so both passes
-    enter it, and functorch's donated buffers free the activations after the first.
-    """
+def adapt(config: Trainer.Config) -> None:
+    """Adapt one job, in place, if its schedule is a zero-bubble one."""
     if (
-        config.parallelism.pipeline_parallel_degree > 1
-        and config.parallelism.pipeline_parallel_schedule in ZERO_BUBBLE_SCHEDULES
+        config.parallelism.pipeline_parallel_degree == 1
+        or config.parallelism.pipeline_parallel_schedule not in ZERO_BUBBLE_SCHEDULES
     ):
-        torch._functorch.config.donated_buffer = False
+        return
+    _let_compiled_backward_run_twice()
+    _compute_loss_whole(config)
+
+
+def _let_compiled_backward_run_twice() -> None:
+    """Keep the saved activations of compiled blocks.
+
+    Upstream fact: a compiled block is one autograd node, so both passes enter it,
+    and functorch's donated buffers free the activations after the first.
+    """
+    torch._functorch.config.donated_buffer = False
+
+
+def _compute_loss_whole(config: Trainer.Config) -> None:
+    """Replace a chunked loss by the loss that it wraps.
+
+    Upstream fact: ``ChunkedLossWrapper`` reshards the FSDP group of the final norm and
+    the head at the end of the loss. The pass for the weights then looks for the
+    sharded parameter in a graph that holds the unsharded one, finds nothing, and the
+    final norm silently gets no gradient.
+    """
+    if isinstance(config.loss, ChunkedLossWrapper.Config):
+        config.loss = config.loss.loss_fn
+        logger.info(
+            "The loss is computed whole, not in chunks: a zero-bubble schedule would leave "
+            "the final norm without a gradient"
+        )

@@ -85,8 +85,9 @@ def sequence_wise_load_balance(
     """
     length, num_experts = scores_BLE.shape[1:]
     counts_BE = count_tokens_per_expert(topk_expert_ids_BLK, num_experts)
-    load_BE = expert_load(counts_BE, topk_expert_ids_BLK.shape[-1], length)
-    return (load_BE * probability_sums(scores_BLE)).sum(dim=-1).mean() / length
+    sums_BE = probability_sums(scores_BLE)
+    load_BE = expert_load(counts_BE.to(sums_BE.dtype), topk_expert_ids_BLK.shape[-1], length)
+    return (load_BE * sums_BE).sum(dim=-1).mean() / length
 
 
 def batch_wise_load_balance(
@@ -121,9 +122,9 @@ def load_balance_from_counts(
         Scalar, differentiable in the scores.
     """
     num_experts = scores_BLE.shape[-1]
-    load_E = counts_E * (num_experts / num_routed_tokens)
-    probability_E = probability_sums(scores_BLE).sum(dim=0) / scores_BLE[..., 0].numel()
-    return (load_E * probability_E).sum()
+    sums_E = probability_sums(scores_BLE).sum(dim=0)
+    load_E = counts_E.to(sums_E.dtype) * (num_experts / num_routed_tokens)
+    return (load_E * sums_E).sum() / scores_BLE[..., 0].numel()
 
 
 def router_z_loss(logits_BLE: torch.Tensor) -> torch.Tensor:
@@ -163,10 +164,10 @@ def load_balance_score_grad(
         ``(B, L, E)`` in the dtype of the scores. An expanded view where
         ``sums_to_one``: do not write to it.
     """
-    coefficients_B1E = coefficients_BE.unsqueeze(1)
+    wide_BLE = _at_least_float32(scores_BLE)
+    coefficients_B1E = coefficients_BE.to(wide_BLE.dtype).unsqueeze(1)
     if sums_to_one:
         return coefficients_B1E.to(scores_BLE.dtype).expand_as(scores_BLE)
-    wide_BLE = _at_least_float32(scores_BLE)
     inverse_BL1 = wide_BLE.sum(dim=-1, keepdim=True).reciprocal()
     coefficients_BE1 = coefficients_B1E.transpose(1, 2).expand(scores_BLE.shape[0], -1, -1)
     mean_BL1 = (wide_BLE @ coefficients_BE1) * inverse_BL1

@@ -1,0 +1,64 @@
+"""Compare one layout with a single process and print one JSON line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from titan_moe_lb import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+from tests.parity.compare import Parity
+from tests.parity.layout import parse
+from tests.rank_pool import RankPool
+
+
+@dataclass
+class Arguments:
+    layout: str = ""
+    """Keys: pp, schedule, dp_shard, dp_replicate, tp, cp, ep, microbatch, accumulate, ac
+    (none, full, selective), compile, spmd_backend, spmd_typechecking."""
+
+    loss: str = "sequence_wise"
+    """Type of the aux loss; several with commas."""
+
+    weight: float = 0.1
+    """Weight of each loss."""
+
+    module: str = "deepseek_v3"
+    config: str = "deepseek_v3_tiny"
+    tolerance: float = 1e-5
+    with_main_loss: bool = False
+    """Compare the gradient of the language-model loss and the aux losses together."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    try:
+        layout = parse(arguments.layout)
+    except (ValueError, KeyError) as error:
+        sys.exit(f"tests.parity: error: {error}")
+    losses = [{"type": kind, "weight": arguments.weight} for kind in arguments.loss.split(",")]
+    with (
+        RankPool(max(layout.num_ranks, 1)) as pool,
+        Parity(
+            pool,
+            {"aux_losses": losses},
+            module=arguments.module,
+            config=arguments.config,
+            with_main_loss=arguments.with_main_loss,
+        ) as parity,
+    ):
+        comparison = parity.compare(layout)
+    print(json.dumps(dataclasses.asdict(comparison)))
+    sys.exit(comparison.max_relative_error > arguments.tolerance)
+
+
+if __name__ == "__main__":
+    main()

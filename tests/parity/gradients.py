@@ -1,0 +1,158 @@
+"""The gradient of one fixed global batch, computed under a layout. Runs on every rank."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.trainer import Trainer
+
+from tests.parity.layout import Layout
+from titan_moe_lb import cpu, job_config, zero_bubble
+from titan_moe_lb.telemetry.reduction import reduce_step, routers_of
+
+GLOBAL_BATCH_SIZE = 8
+SEQUENCE_LENGTH = 256
+# A gate of ordinary size leaves many tokens with two experts almost tied, and the
+# rounding of a layout would decide between them.
+GATE_SCALE = 40.0
+
+
+def make_config(module: str, config: str, model: dict[str, Any]) -> Trainer.Config:
+    """A registry config in float32, for the fixed batch."""
+    flags = [f"--model.{key}={_toml(value)}" for key, value in model.items()]
+    draft = job_config.draft(["--module", module, "--config", config, *flags])
+    trainer_config = draft.build()
+    trainer_config.training.seq_len = SEQUENCE_LENGTH
+    trainer_config.training.mixed_precision_param = "float32"
+    trainer_config.debug.seed = 0
+    trainer_config.debug.enable_structured_logging = False
+    trainer_config.override.imports.append("tests.parity.float32_experts.float32_experts")
+    return trainer_config
+
+
+def save_seed(folder: str, module: str, config: str, model: dict[str, Any]) -> None:
+    """Write the initial weights that every layout starts from. One rank."""
+    trainer_config = make_config(module, config, model)
+    Layout().apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
+    trainer_config.dump_folder = folder
+    trainer_config.checkpoint.enable = True
+    trainer_config.checkpoint.create_seed_checkpoint = True
+    trainer = _build(trainer_config)
+    with torch.no_grad():
+        for part in trainer.model_parts:
+            for name, parameter in part.named_parameters():
+                if "router.gate.weight" in name:
+                    parameter.mul_(GATE_SCALE)
+    trainer.checkpointer.save(curr_step=0, last_step=True)
+    trainer.close()
+
+
+def layout_gradients(
+    seed_folder: str,
+    out_folder: str,
+    layout: Layout,
+    *,
+    module: str,
+    config: str,
+    model: dict[str, Any],
+    with_main_loss: bool,
+) -> dict[str, Any]:
+    """Save this rank's parameter gradients to ``out_folder`` and return what was recorded."""
+    trainer_config = make_config(module, config, model)
+    layout.apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
+    trainer_config.dump_folder = out_folder
+    trainer_config.checkpoint.enable = True
+    trainer_config.checkpoint.load_only = True
+    trainer_config.checkpoint.initial_load_path = os.path.join(seed_folder, "checkpoint", "step-0")
+    trainer = _build(trainer_config)
+    trainer.checkpointer.load()
+    run_batch(trainer, layout, with_main_loss=with_main_loss)
+    gradients = {}
+    for part in trainer.model_parts:
+        for name, parameter in part.named_parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradients[canonical(name)] = full
+    torch.save(gradients, os.path.join(out_folder, f"rank{os.environ['RANK']}.pt"))
+    routers = routers_of(trainer.model_parts)
+    # The hook that closes the step's records runs when the optimizer steps.
+    trainer.optimizers.step()
+    load = reduce_step(routers, trainer.parallel_dims)
+    trainer.close()
+    return {
+        "losses": load.losses,
+        "max_violation": load.mean_max_violation,
+        "num_layers": load.num_layers,
+    }
+
+
+def run_batch(trainer: Trainer, layout: Layout, *, with_main_loss: bool) -> None:
+    """Forward and backward of this rank's part of the fixed batch, as ``train_step`` does."""
+    tokens, labels, positions = _global_batch()
+    valid = labels.numel()
+    if not with_main_loss:
+        labels = torch.full_like(labels, IGNORE_INDEX)
+        valid = 1
+    dp_rank = dist.get_rank(trainer.parallel_dims.get_mesh("batch").get_group()) if layout.dp > 1 else 0
+    local = GLOBAL_BATCH_SIZE // layout.dp
+    mine = slice(dp_rank * local, (dp_rank + 1) * local)
+    size = layout.microbatch if layout.pp > 1 else local // layout.accumulate
+    batches = [
+        ({"input": x, "positions": p}, y)
+        for x, p, y in zip(
+            tokens[mine].split(size), positions[mine].split(size), labels[mine].split(size), strict=True
+        )
+    ]
+    trainer.optimizers.zero_grad()
+    per_pass = len(batches) // layout.accumulate
+    for start in range(0, len(batches), per_pass):
+        inputs, targets = zip(*batches[start : start + per_pass], strict=True)
+        trainer.forward_backward_step(
+            input_dict=list(inputs) if layout.pp > 1 else inputs[0],
+            labels=list(targets) if layout.pp > 1 else targets[0],
+            global_valid_tokens=torch.tensor(valid),
+        )
+
+
+def canonical(name: str) -> str:
+    """Parameter name without the wrappers of checkpointing and compilation."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shape = (GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
+    # Few distinct tokens, unevenly: loads differ between sequences and experts.
+    tokens = torch.randint(0, 2048, shape, generator=generator) // torch.randint(
+        1, 40, shape, generator=generator
+    )
+    labels = tokens.roll(-1, dims=1)
+    # Two documents in each sequence.
+    positions = torch.arange(SEQUENCE_LENGTH).remainder(SEQUENCE_LENGTH // 2 + 8).expand(shape)
+    return tokens, labels, positions.contiguous()
+
+
+def _build(config: Trainer.Config) -> Trainer:
+    if cpu.needed():
+        cpu.adapt(config)
+    torch._functorch.config.donated_buffer = True
+    zero_bubble.adapt(config)
+    return config.build()
+
+
+def _toml(value: Any) -> str:
+    """A Python value as an inline TOML value."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)

@@ -1,0 +1,83 @@
+"""A parallel layout in words: ``pp=2,schedule=1F1B,dp_shard=2,microbatch=1,ac=full``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from torchtitan.config import ParallelismConfig
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.trainer import Trainer
+
+CHECKPOINTING = {"none": None, "full": FullAC.Config, "selective": SelectiveAC.Config}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one global batch is cut and computed. Degrees of 1 are off."""
+
+    pp: int = 1
+    schedule: str = "1F1B"
+    dp_shard: int = 1
+    dp_replicate: int = 1
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    microbatch: int = 1
+    accumulate: int = 1
+    ac: str = "none"
+    compile: bool = False
+    spmd_backend: str = "spmd_types"
+    spmd_typechecking: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        return self.pp * self.dp_shard * self.dp_replicate * self.tp * self.cp
+
+    @property
+    def dp(self) -> int:
+        return self.dp_shard * self.dp_replicate
+
+    def apply(self, config: Trainer.Config, *, global_batch_size: int) -> None:
+        """Cut ``global_batch_size`` sequences this way, in place."""
+        config.training.global_batch_size = global_batch_size
+        config.training.local_batch_size = global_batch_size // (self.dp * self.accumulate)
+        config.parallelism = ParallelismConfig(
+            data_parallel_replicate_degree=self.dp_replicate,
+            data_parallel_shard_degree=self.dp_shard,
+            tensor_parallel_degree=self.tp,
+            context_parallel_degree=self.cp,
+            pipeline_parallel_degree=self.pp,
+            pipeline_parallel_schedule=self.schedule,
+            pipeline_parallel_microbatch_size=self.microbatch,
+            expert_parallel_degree=self.ep,
+            spmd_backend=self.spmd_backend,
+        )
+        checkpointing = CHECKPOINTING[self.ac]
+        config.activation_checkpoint = checkpointing() if checkpointing else None
+        config.compile.enable = self.compile
+        config.compile.components = ["model"]
+        config.debug.spmd_typechecking = self.spmd_typechecking
+
+
+def parse(text: str) -> Layout:
+    """Read a layout. Raises ``ValueError`` naming the key that does not fit."""
+    fields = {field.name: field for field in dataclasses.fields(Layout)}
+    values = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = item.partition("=")
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"layout has no key {key!r}; did you mean {nearest!r}?")
+        default = fields[key].default
+        if isinstance(default, bool):
+            values[key] = {"true": True, "false": False, "": True}[value.lower()]
+        elif isinstance(default, int):
+            values[key] = int(value)
+        else:
+            values[key] = value
+    layout = Layout(**values)
+    if layout.ac not in CHECKPOINTING:
+        raise ValueError(f"layout ac={layout.ac!r}; valid: {', '.join(CHECKPOINTING)}")
+    return layout

@@ -1,0 +1,128 @@
+"""Processes that stay up and run one function after another as the ranks of a job.
+
+Importing torch and torchtitan takes longer than most checks, so the processes are
+started once. Each call makes a fresh process group (gloo on CPU) of as many ranks
+as it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+TIMEOUT_SECONDS = 300
+
+
+class RankPool:
+    """``pool.run(n, function, ...)`` runs ``function(...)`` on n ranks."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def run(self, num_ranks: int, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
+        """Results by rank. Raises ``RuntimeError`` with a rank's traceback if one fails."""
+        assert num_ranks <= self._size
+        if not self._workers:
+            self._start()
+        port = _free_port()
+        path = (function.__module__, function.__qualname__)
+        busy = {}
+        for rank, (_process, connection) in enumerate(self._workers[:num_ranks]):
+            connection.send((rank, num_ranks, port, path, args, kwargs))
+            busy[connection] = rank
+        results: list[Any] = [None] * num_ranks
+        while busy:
+            ready = wait(list(busy), timeout=TIMEOUT_SECONDS)
+            if not ready:
+                self._stop()
+                raise RuntimeError(f"{path[1]}: ranks {sorted(busy.values())} do not answer")
+            for connection in ready:
+                rank = busy.pop(connection)
+                try:
+                    error, results[rank] = connection.recv()
+                except EOFError:
+                    error = "the process died"
+                if error:
+                    # The other ranks may wait for this one in a collective.
+                    self._stop()
+                    raise RuntimeError(f"rank {rank} of {path[1]}:\n{error}")
+        return results
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self._size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def _stop(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+
+def _serve(connection: Connection) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from titan_moe_lb import cpu
+
+    if cpu.needed():
+        cpu.use_host()
+    import logging
+    import warnings
+
+    import spmd_types._mesh_axis
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    while True:
+        try:
+            rank, num_ranks, port, (module, name), args, kwargs = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(num_ranks),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
+        try:
+            function = getattr(importlib.import_module(module), name)
+            answer = (None, function(*args, **kwargs))
+        except BaseException:
+            answer = (traceback.format_exc(), None)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            # Both keep what they knew of the process groups that are gone.
+            spmd_types._mesh_axis._reset()
+            _clear_sharding_prop_cache()
+            torch._dynamo.reset()
+        connection.send(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,117 @@
+"""The loss mathematics against autograd on the formulas written out, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_moe_lb.losses import functional
+from titan_moe_lb.losses.injection import gather_scores
+
+RELATIVE = 1e-10
+
+
+@st.composite
+def routings(draw):
+    """Logits ``(B, L, E)`` float64, expert bias ``(E,)`` and K."""
+    experts = draw(st.integers(2, 12))
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 9)), experts)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits_BLE = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    bias_E = torch.randn(experts, generator=generator, dtype=torch.float64)
+    return logits_BLE, bias_E, draw(st.integers(1, experts))
+
+
+def textbook(scores_LE: torch.Tensor, topk_LK: torch.Tensor) -> torch.Tensor:
+    """arXiv 2412.19437, Eqs. 17 to 20, for one sequence, token by token."""
+    length, num_experts = scores_LE.shape
+    top_k = topk_LK.shape[1]
+    loss = scores_LE.new_zeros(())
+    for i in range(num_experts):
+        f_i = num_experts / (top_k * length) * sum(i in topk_LK[t].tolist() for t in range(length))
+        p_i = sum(scores_LE[t, i] / scores_LE[t].sum() for t in range(length)) / length
+        loss = loss + f_i * p_i
+    return loss
+
+
+def scores_of(logits: torch.Tensor, score_func: str) -> torch.Tensor:
+    return logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+
+
+@pytest.mark.parametrize("count_from", ["selected", "scores"])
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@settings(max_examples=40, deadline=None)
+@given(routing=routings())
+def test_closed_form_gradient_is_autograd_on_the_formula(score_func, count_from, routing):
+    logits_BLE, bias_E, top_k = routing
+    num_sequences, length, num_experts = logits_BLE.shape
+
+    expected_logits = logits_BLE.clone().requires_grad_()
+    scores = scores_of(expected_logits, score_func)
+    selected = (scores + bias_E).topk(top_k).indices
+    counted = selected if count_from == "selected" else scores.topk(top_k).indices
+    loss = sum(textbook(s, ids) for s, ids in zip(scores, counted, strict=True)) / num_sequences
+    main = scores.gather(-1, selected).square().sum()
+    (main + 0.3 * loss).backward()
+
+    logits = logits_BLE.clone().requires_grad_()
+    ours = scores_of(logits, score_func)
+    counts = functional.count_tokens_per_expert(counted, num_experts).double()
+    load = functional.expert_load(counts, top_k, length)
+    coefficients = 0.3 * load / (length * num_sequences)
+    gathered = gather_scores(ours, selected, coefficients, sums_to_one=score_func == "softmax")
+    assert torch.equal(gathered, ours.gather(-1, selected))
+    gathered.square().sum().backward()
+
+    torch.testing.assert_close(
+        logits.grad, expected_logits.grad, rtol=RELATIVE, atol=RELATIVE * expected_logits.grad.abs().max()
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(routing=routings())
+def test_values_are_the_formulas(routing):
+    logits, _bias, top_k = routing
+    scores = logits.sigmoid()
+    ids = scores.topk(top_k).indices
+    per_sequence = torch.stack([textbook(s, i) for s, i in zip(scores, ids, strict=True)])
+    torch.testing.assert_close(
+        functional.sequence_wise_load_balance(scores, ids), per_sequence.mean(), rtol=1e-12, atol=0
+    )
+    whole = textbook(scores.flatten(0, 1), ids.flatten(0, 1))
+    torch.testing.assert_close(
+        functional.batch_wise_load_balance(scores, ids), whole, rtol=1e-12, atol=0
+    )
+    expected = sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits.flatten(0, 1))
+    torch.testing.assert_close(
+        functional.router_z_loss(logits), expected / logits[..., 0].numel(), rtol=1e-12, atol=0
+    )
+
+
+def test_perfect_balance_is_one():
+    scores = torch.full((2, 8, 4), 0.25)
+    ids = (torch.arange(16).reshape(2, 8, 1) + torch.arange(2)) % 4
+    assert functional.sequence_wise_load_balance(scores, ids).item() == pytest.approx(1.0)
+    assert functional.batch_wise_load_balance(scores, ids).item() == pytest.approx(1.0)
+
+
+def test_functional_imports_torch_alone():
+    """The mathematics has to run where torchtitan is not installed."""
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(functional.__file__).read_text())
+    imported = {
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported == {"__future__", "torch"}

@@ -1,0 +1,147 @@
+"""The router and its recorder in one process, against torchtitan's own router."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torchtitan.config.override import derive
+from torchtitan.models.common.config_utils import make_router_config
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
+
+from model_registry.deepseek_v3 import model_registry
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.losses import SequenceWiseAuxLoss, functional
+from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.telemetry.imbalance import max_violation
+from titan_moe_lb.telemetry.recorder import finish_step
+
+DIM, EXPERTS, TOP_K, BATCH, LENGTH = 32, 8, 2, 3, 20
+GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
+
+
+def router(losses=(), score_func="sigmoid", cls=LoadBalancedRouter, **options):
+    config = make_router_config(
+        dim=DIM, num_experts=EXPERTS, gate_param_init={}, top_k=TOP_K, score_func=score_func, **options
+    )
+    if cls is LoadBalancedRouter:
+        config = derive(config, cls.Config, aux_losses=list(losses))
+    built = config.build()
+    torch.nn.init.normal_(built.gate.weight, generator=torch.Generator().manual_seed(3))
+    return built
+
+
+def sequence_wise(count_from="selected", weight=0.5, global_batch_size=BATCH):
+    return SequenceWiseAuxLoss.Config(
+        weight=weight,
+        count_from=count_from,
+        local_batch_size=BATCH,
+        global_batch_size=global_batch_size,
+    )
+
+
+def inputs(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH, LENGTH, DIM, generator=generator).to(dtype).requires_grad_()
+    return x, 0.2 * torch.randn(EXPERTS, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("options", [{}, GROUPS, {"route_norm": True, "route_scale": 2.5}])
+def test_without_losses_every_bit_is_upstreams(score_func, options):
+    results = []
+    for cls in (TokenChoiceTopKRouter, LoadBalancedRouter):
+        built = router(score_func=score_func, cls=cls, **options)
+        x, bias = inputs()
+        scores, ids, full = built(x, bias)
+        (scores.square().sum() + full.sum()).backward()
+        results.append((scores, ids, full, x.grad, built.gate.weight.grad))
+    for upstream, ours in zip(*results, strict=True):
+        assert torch.equal(upstream, ours)
+
+
+@pytest.mark.parametrize("count_from", ["selected", "scores"])
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("options", [{}, GROUPS, {"route_norm": True, "route_scale": 2.5}])
+def test_gradient_is_that_of_main_plus_weighted_loss(score_func, count_from, options):
+    built = router([sequence_wise(count_from)], score_func=score_func, **options).double()
+    x, bias = inputs(torch.float64)
+    built(x, bias)[0].square().sum().backward()
+
+    reference = router(score_func=score_func, cls=TokenChoiceTopKRouter, **options).double()
+    y, _ = inputs(torch.float64)
+    topk_scores, ids, full = reference(y, bias)
+    counted = ids if count_from == "selected" else full.topk(TOP_K).indices
+    loss = functional.sequence_wise_load_balance(full, counted)
+    (topk_scores.square().sum() + 0.5 * loss).backward()
+
+    # The coefficients are float32.
+    for ours, expected in ((built.gate.weight.grad, reference.gate.weight.grad), (x.grad, y.grad)):
+        assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert built.recorder.losses_A[0].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_compiled_without_graph_breaks():
+    built = router([sequence_wise("scores")], route_norm=True, **GROUPS)
+    eager = copy.deepcopy(built)
+    x, bias = inputs()
+    explanation = torch._dynamo.explain(built)(x, bias)
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+    torch._dynamo.reset()
+    for recorder in (built.recorder, eager.recorder):
+        finish_step([recorder])
+    y, _ = inputs()
+    torch.compile(built, fullgraph=True)(x, bias)[0].sum().backward()
+    eager(y, bias)[0].sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-7)
+    assert torch.equal(built.recorder.counts_E, eager.recorder.counts_E)
+
+
+def test_block_with_losses_compiles_fullgraph():
+    """A whole transformer block, as torchtitan compiles it."""
+    from torchtitan.distributed import ParallelDims  # noqa: F401  (import order of torchtitan)
+
+    spec = model_registry("tiny")
+    moe_config = spec.model.layers[-1].moe
+    for loss in moe_config.router.aux_losses:
+        loss.local_batch_size = loss.global_batch_size = 2
+    moe = moe_config.build()
+    with torch.no_grad():
+        moe.init_states(buffer_device=torch.device("cpu"))
+    torch._dynamo.config.capture_scalar_outputs = True
+    x = torch.randn(2, 16, 64, requires_grad=True)
+    torch.compile(moe, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    assert moe.router.recorder.counts_E.sum() == 2 * 16 * 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_forward_is_recorded_once(recompute):
+    built = router([sequence_wise()])
+    x, bias = inputs()
+    for _ in range(2):
+        out = (
+            checkpoint(built, x, bias, use_reentrant=False)[0] if recompute else built(x, bias)[0]
+        )
+        out.sum().backward()
+    assert built.recorder.counts_E.sum() == 2 * BATCH * LENGTH * TOP_K
+    value = built.recorder.losses_A.clone()
+    finish_step([built.recorder])
+    assert built.recorder.counts_E.sum() == 0
+    assert torch.equal(built.recorder.step_losses_A, value)
+    with torch.no_grad():
+        built.eval()(x, bias)
+    assert built.recorder.counts_E.sum() == 0
+
+
+def test_building_before_binding_says_what_is_missing():
+    with pytest.raises(JobError, match=r"update_from_config"):
+        router([SequenceWiseAuxLoss.Config(weight=1.0)])
+
+
+def test_max_violation():
+    assert max_violation(torch.tensor([4, 4, 4, 4])).item() == 0
+    assert max_violation(torch.tensor([16, 0, 0, 0])).item() == 3
+    assert max_violation(torch.tensor([[6, 2], [0, 0]])).tolist() == [0.5, 0.0]

@@ -1,0 +1,61 @@
+"""Train a job file on the ranks of a pool and bring back what was logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from titan_moe_lb import cpu, job_config, zero_bubble
+
+
+def train(arguments: list[str], *, seed_folder: str | None = None) -> list[dict[str, float]]:
+    """Resolve a job as the entry point does and train it; one dict for each logged step.
+
+    Args:
+        arguments: command line of the job.
+        seed_folder: start from the seed checkpoint in this folder.
+    """
+    if seed_folder is not None:
+        arguments = [
+            *arguments,
+            "--checkpoint.enable",
+            "--checkpoint.load_only",
+            f"--checkpoint.initial_load_path={seed_folder}/checkpoint/step-0",
+        ]
+    job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
+    if cpu.needed():
+        cpu.adapt(job.config)
+    torch._functorch.config.donated_buffer = True
+    zero_bubble.adapt(job.config)
+    trainer = job.config.build()
+    logged: list[dict[str, float]] = []
+    trainer.metrics_processor.logger = _Capture(logged)
+    trainer.train()
+    trainer.close()
+    return logged
+
+
+def save_seed(arguments: list[str], folder: str) -> None:
+    """Write the initial weights of a job to ``folder``. One rank."""
+    flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--debug.seed=0"]
+    job = job_config.load([*arguments, *flags, f"--dump_folder={folder}"])
+    if cpu.needed():
+        cpu.adapt(job.config)
+    trainer = job.config.build()
+    trainer.checkpointer.save(curr_step=0, last_step=True)
+    trainer.close()
+
+
+class _Capture:
+    """A metrics sink; see ``torchtitan.components.metrics.BaseLogger``."""
+
+    def __init__(self, logged: list[dict[str, float]]) -> None:
+        self._logged = logged
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        assert step == len(self._logged) + 1
+        self._logged.append(dict(metrics))
+
+    def close(self) -> None:
+        pass
