@@ -89,6 +89,8 @@ def _serve(connection: Connection) -> None:
 
     import spmd_types._mesh_axis
     import torch
+    import torch._functorch.config
+    import torch.compiler.config
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
@@ -119,6 +121,9 @@ def _serve(connection: Connection) -> None:
             spmd_types._mesh_axis._reset()
             _clear_sharding_prop_cache()
             torch._dynamo.reset()
+            # What zero_bubble.adapt sets for the whole process.
+            torch._functorch.config.donated_buffer = True
+            torch.compiler.config.cache_key_tag = ""
         connection.send(answer)
 
 

@@ -26,7 +26,6 @@ def train(arguments: list[str], *, seed_folder: str | None = None) -> list[dict[
     job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
     if cpu.needed():
         cpu.adapt(job.config)
-    torch._functorch.config.donated_buffer = True
     zero_bubble.adapt(job.config)
     trainer = job.config.build()
     logged: list[dict[str, float]] = []

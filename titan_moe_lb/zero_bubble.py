@@ -6,6 +6,7 @@ These schedules run the backward of a stage in two passes: inputs, then weights.
 from __future__ import annotations
 
 import torch._functorch.config
+import torch.compiler.config
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -28,9 +29,12 @@ def _let_compiled_backward_run_twice() -> None:
     """Keep the saved activations of compiled blocks.
 
     Upstream fact: a compiled block is one autograd node, so both passes enter it,
-    and functorch's donated buffers free the activations after the first.
+    and functorch's donated buffers let the first overwrite them. The compile caches
+    do not tell the two settings apart: without a tag of its own, this job would load
+    a backward that another schedule compiled, and train on NaN.
     """
     torch._functorch.config.donated_buffer = False
+    torch.compiler.config.cache_key_tag += "+kept_buffers"
 
 
 def _compute_loss_whole(config: Trainer.Config) -> None:

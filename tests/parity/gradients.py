@@ -142,7 +142,6 @@ def _global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def _build(config: Trainer.Config) -> Trainer:
     if cpu.needed():
         cpu.adapt(config)
-    torch._functorch.config.donated_buffer = True
     zero_bubble.adapt(config)
     return config.build()
 
