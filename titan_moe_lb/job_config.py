@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,22 @@ from typing import Any
 import tomli
 import tomli_w
 from torchtitan.config import ConfigManager
+from torchtitan.config.override import derive
+from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import module_lookup, toml_tables, validation
+from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.model_spec import BalancedModelSpec
+from titan_moe_lb.losses import AuxLoss
+from titan_moe_lb.model_spec import BalancedModelSpec, balanced
+from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 from titan_moe_lb.toml_tables import nearest
 
 DEFAULT_MODULE = "deepseek_v3"
 
 # Arguments of a registry entry that [job] or Python decides.
-_NOT_IN_MODEL_TABLE = ("flavor", "converters")
+_NOT_IN_MODEL_TABLE = ("flavor", "converters", "spec")
 
 
 @dataclass(kw_only=True)
@@ -156,7 +162,7 @@ def render(job: Job) -> str:
     spec = job.config.model_spec
     if isinstance(spec, BalancedModelSpec):
         registry = module_lookup.config_registry(job.table.module)
-        hints = typing.get_type_hints(module_lookup.entry_point(registry), include_extras=True)
+        hints = typing.get_type_hints(_registry_entry(registry), include_extras=True)
         sections["model"] = {
             name: toml_tables.dump_value(hints[name], value)
             for name, value in spec.arguments.items()
@@ -242,15 +248,14 @@ def _rebuild_model(
     config: Trainer.Config, registry, table: Any, where: str, overrides: dict[str, Any]
 ) -> None:
     """Build the model again with the arguments of [model] and ``--model.*``."""
-    entry = module_lookup.entry_point(registry)
     spec = config.model_spec
-    if entry is None or not isinstance(spec, BalancedModelSpec):
-        raise JobError(f"{where}: {registry.__name__} has no registry entry that takes arguments")
+    assert spec is not None
+    entry = _registry_entry(registry)
+    arguments = dict(spec.arguments) if isinstance(spec, BalancedModelSpec) else {}
     hints = typing.get_type_hints(entry, include_extras=True)
     valid = [
         name for name in inspect.signature(entry).parameters if name not in _NOT_IN_MODEL_TABLE
     ]
-    arguments = dict(spec.arguments)
     for place, values in ((where, table), ("--model", overrides)):
         if not isinstance(values, dict):
             raise JobError(f"{place} must be a table")
@@ -260,10 +265,37 @@ def _rebuild_model(
             if name not in valid:
                 raise JobError(f"{place} has no key {name!r}; {nearest(name, valid)}")
             arguments[name] = toml_tables.construct(hints[name], value, f"{place} {name}")
+    if entry is _balance_foreign_model:
+        config.model_spec = dataclasses.replace(
+            _balance_foreign_model(spec, **arguments), arguments=arguments
+        )
+        config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)
+        return
     config.model_spec = entry(**arguments)
     loss_config = getattr(registry, "loss_config", None)
     if loss_config is not None:
         config.loss = loss_config(config.model_spec)
+
+
+def _registry_entry(registry) -> Callable[..., BalancedModelSpec]:
+    """The function whose arguments [model] sets."""
+    entry = module_lookup.entry_point(registry)
+    if entry is not None and "aux_losses" in inspect.signature(entry).parameters:
+        return entry
+    return _balance_foreign_model
+
+
+def _balance_foreign_model(
+    spec: ModelSpec,
+    *,
+    aux_losses: list[AuxLoss.Config] | None = None,
+    load_balance_coeff: float | None = 1e-3,
+) -> BalancedModelSpec:
+    """What [model] can set for a model that has no room in ``model_registry``."""
+    converter = LoadBalanceConverter.Config(
+        aux_losses=aux_losses or [], load_balance_coeff=load_balance_coeff
+    )
+    return balanced(spec, converter)
 
 
 class _ResolvedConfigManager(ConfigManager):

@@ -104,7 +104,11 @@ def _value(current: Any, hint: Any, value: Any, where: str) -> Any:
     if element is not None:
         return _list_of_configs(current or [], element, value, where)
     if isinstance(current, dict) and isinstance(value, dict):
-        return {**current, **value}
+        # TOML has lists alone; AdamW's betas are a tuple.
+        return current | {
+            key: tuple(item) if isinstance(current.get(key), tuple) else item
+            for key, item in value.items()
+        }
     return _checked(plain, value, where)
 
 

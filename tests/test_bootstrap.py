@@ -1,0 +1,95 @@
+"""Making ``.venv``, with a stand-in for pip: the real installation takes minutes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Records what it is asked to install and takes as long as the test says.
+PIP = """
+import sys, time, pathlib
+root = pathlib.Path({root!r})
+with open(root / "pip.log", "a") as log:
+    log.write(" ".join(sys.argv[1:]) + chr(10))
+time.sleep(float((root / "seconds").read_text()))
+sys.exit(int((root / "status").read_text()))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "bootstrap.py", tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (tmp_path / "seconds").write_text("0")
+    (tmp_path / "status").write_text("0")
+    fake = tmp_path / "fake" / "pip"
+    fake.mkdir(parents=True)
+    (fake / "__main__.py").write_text(PIP.format(root=str(tmp_path)))
+    (fake / "__init__.py").touch()
+    # PYTHONPATH comes before site-packages, so that "python -m pip" finds the stand-in.
+    monkeypatch.setenv("PYTHONPATH", str(fake.parent))
+    return tmp_path
+
+
+def start(checkout, *extras):
+    return subprocess.Popen(
+        [sys.executable, "bootstrap.py", *extras], cwd=checkout, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(checkout, *extras):
+    process = start(checkout, *extras)
+    return process.communicate(timeout=60)[1], process.returncode
+
+
+def installs(checkout):
+    log = checkout / "pip.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line.split()[-1] for line in lines if line.startswith("install")]
+
+
+def test_installs_once_and_again_when_pyproject_changes(checkout):
+    said, status = run(checkout)
+    assert status == 0 and "creating .venv" in said and "ready after" in said
+    assert run(checkout) == ("", 0)
+    assert installs(checkout) == ["."]
+    assert run(checkout, "test")[1] == 0
+    assert installs(checkout) == [".", ".[test]"]
+    (checkout / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert run(checkout)[1] == 0
+    assert installs(checkout) == [".", ".[test]", ".[test]"], "the extras are kept"
+
+
+def test_interrupted_installation_is_started_over(checkout):
+    (checkout / "status").write_text("1")
+    said, status = run(checkout)
+    assert status == 1 and "bootstrap: error: the installation did not finish" in said
+    assert "Traceback" not in said
+    leftover = checkout / ".venv" / "half-installed"
+    leftover.touch()
+    (checkout / "status").write_text("0")
+    assert run(checkout)[1] == 0
+    assert not leftover.exists()
+    assert json.loads((checkout / ".venv" / "installed.json").read_text())["extras"] == []
+
+
+def test_second_run_waits_for_the_first(checkout):
+    (checkout / "seconds").write_text("4")
+    first = start(checkout)
+    deadline = time.monotonic() + 30
+    while not installs(checkout) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = start(checkout)
+    said = second.communicate(timeout=60)[1]
+    assert second.returncode == 0
+    assert f"process {first.pid} is setting up .venv; waiting" in said
+    assert first.wait(timeout=60) == 0
+    assert installs(checkout) == ["."], "the second run installs nothing"

@@ -1,0 +1,156 @@
+"""Job files and command lines: what they resolve to, and what they say when they are wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tomli
+
+from titan_moe_lb import job_config
+from titan_moe_lb.errors import JobError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.toml"))
+JOB = '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n'
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+def job_file(tmp_path, text: str) -> list[str]:
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    return ["--job-config", str(path)]
+
+
+def test_command_line_beats_toml_beats_registry(tmp_path):
+    arguments = job_file(tmp_path, JOB + "[training]\nsteps = 7\nlocal_batch_size = 4\n")
+    config = job_config.load([*arguments, "--training.steps", "9"]).config
+    assert config.training.steps == 9  # command line
+    assert config.training.local_batch_size == 4  # TOML
+    assert config.training.seq_len == 128  # registry
+
+
+def test_model_table_and_flags_reach_the_routers(tmp_path):
+    text = JOB + '[model]\nload_balance_coeff = "none"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 0.5\n'
+    arguments = job_file(tmp_path, text)
+    spec = job_config.load(arguments).config.model_spec
+    moe = spec.model.layers[-1].moe
+    assert moe.load_balance_coeff is None
+    assert [loss.weight for loss in moe.router.aux_losses] == [0.5]
+    spec = job_config.load([*arguments, "--model.aux_losses", "[]"]).config.model_spec
+    assert spec.model.layers[-1].moe.router.aux_losses == []
+
+
+def test_mtp_takes_the_loss_that_fits(tmp_path):
+    config = job_config.load(job_file(tmp_path, JOB + "[model]\nnum_mtp_layers = 1\n")).config
+    assert type(config.loss).__qualname__ == "MTPLoss.Config"
+
+
+def test_a_model_without_a_room_can_be_balanced(tmp_path):
+    text = '[job]\nmodule = "torchtitan.models.deepseek_v3"\nconfig = "deepseek_v3_debugmodel"\n'
+    text += '[model]\naux_losses = [{type = "sequence_wise", weight = 1e-3}]\n'
+    text += "[training]\ndisable_cuda_graphs = true\n"
+    job = job_config.load(job_file(tmp_path, text))
+    assert job.config.model_spec.model.layers[-1].moe.router.aux_losses[0].weight == 1e-3
+    assert tomli.loads(job_config.render(job))["model"]["aux_losses"][0]["weight"] == 1e-3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_printed_config_resolves_to_the_same_job(path, tmp_path, monkeypatch):
+    ranks = tomli.loads(path.read_text())["job"]["ranks"]
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    first = job_config.load(["--job-config", str(path)])
+    printed = job_config.render(first)
+    second = job_config.load(job_file(tmp_path, printed))
+    assert second.config.to_dict() == first.config.to_dict()
+    assert job_config.render(second) == printed
+
+
+WRONG_FILES = {
+    "unknown section": (JOB + "[trainign]\nsteps = 1\n", "no section [trainign]; did you mean 'training'?"),
+    "unknown key": (JOB + "[training]\nstpes = 1\n", "[training] has no key 'stpes'; did you mean 'steps'?"),
+    "unknown job key": ('[job]\nmodul = "x"\n', "[job] has no key 'modul'; did you mean 'module'?"),
+    "wrong type": (JOB + '[training]\nsteps = "ten"\n', "[training] steps is 'ten'; it must be an integer"),
+    "bool for int": (JOB + "[training]\nsteps = true\n", "[training] steps is true; it must be an integer"),
+    "float for int": (JOB + "[training]\nsteps = 1.5\n", "[training] steps is 1.5; it must be an integer"),
+    "section is no table": (JOB.replace("[job]", "training = 3\n[job]"), "training is 3; it must be a table"),
+    "outside the choice": (
+        JOB + '[training]\nmixed_precision_param = "bfloat32"\n',
+        "must be one of 'bfloat16', 'float32'; did you mean",
+    ),
+    "out of range": (JOB + "[training]\nlocal_batch_size = 0\n", "training.local_batch_size is 0; it must be at least 1"),
+    "negative steps": (JOB + "[training]\nsteps = -3\n", "training.steps is -3"),
+    "bad TOML": ("[job\n", "not valid TOML"),
+    "unknown module": ('[job]\nmodule = "deepseek_v4"\n', "did you mean 'deepseek_v3'?"),
+    "unknown config": (JOB.replace("_tiny", "_tinny"), "did you mean 'deepseek_v3_tiny'?"),
+    "unknown flavor": ('[job]\nmodule = "deepseek_v3"\nflavor = "67B"\n', "no config for flavor '67B'"),
+    "unknown loss": (JOB + '[model]\naux_losses = [{type = "sequence_wize", weight = 1.0}]\n', "did you mean 'sequence_wise'?"),
+    "loss without type": (JOB + "[model]\naux_losses = [{weight = 1.0}]\n", "aux_losses[0] needs a type; valid:"),
+    "loss without weight": (JOB + '[model]\naux_losses = ["sequence_wise"]\n', "aux_losses[0] needs 'weight'"),
+    "negative weight": (JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = -1.0\n', "aux loss weight is -1.0"),
+    "NaN weight": (JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = nan\n', "aux loss weight is nan"),
+    "filled by the job": (
+        JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = 1.0\nglobal_batch_size = 3\n',
+        "has no key 'global_batch_size'",
+    ),
+    "two of one kind": (
+        JOB + '[model]\naux_losses = [{type = "sequence_wise", weight = 1.0}, {type = "sequence_wise", weight = 2.0}]\n',
+        "two losses of type SequenceWiseAuxLoss",
+    ),
+    "no MoE layer": (
+        '[job]\nmodule = "llama3"\nconfig = "llama3_debugmodel"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 1.0\n',
+        "has no MoE layer",
+    ),
+    "bias speed": (JOB + "[model]\nload_balance_coeff = -1.0\n", "load_balance_coeff is -1.0"),
+    "unknown checkpointing": (JOB + '[activation_checkpoint]\ntype = "ful"\n', "did you mean 'full'?"),
+    "ZBV + selective": (
+        JOB
+        + '[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_schedule = "ZBVZeroBubble"\n'
+        + '[activation_checkpoint]\ntype = "selective"\n',
+        "selective activation checkpointing does not survive",
+    ),
+    "microbatches": (
+        JOB + "[training]\nlocal_batch_size = 6\n[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_microbatch_size = 4\n",
+        "local_batch_size",
+    ),
+    "processes": (JOB + "[parallelism]\ndata_parallel_replicate_degree = 3\n", "NGPU=3"),
+    "experts": (
+        JOB + "[parallelism]\ndata_parallel_shard_degree = 3\nexpert_parallel_degree = 3\n",
+        "expert_parallel_degree 3 does not divide the 8 experts",
+    ),
+    "global batch": (JOB + "[training]\nglobal_batch_size = 12\n", "global_batch_size 12 is not a multiple"),
+    "learning rate": (
+        JOB + "[[optimizer.param_groups]]\noptimizer_kwargs = {lr = -1.0}\n",
+        "lr is -1.0; it must be a finite number",
+    ),
+}
+PROCESSES = {"ZBV + selective": "2", "microbatches": "2", "experts": "3"}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_file_is_one_line(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", PROCESSES.get(case, "1"))
+    text, expected = WRONG_FILES[case]
+    with pytest.raises(JobError) as error:
+        job_config.load(job_file(tmp_path, text))
+    message = str(error.value)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_missing_file_and_missing_value():
+    with pytest.raises(JobError, match=re.escape("--job-config nope.toml: there is no such file")):
+        job_config.load(["--job-config", "nope.toml"])
+    with pytest.raises(JobError, match="--module needs a value"):
+        job_config.load(["--module"])
+
+
+def test_unknown_flag_leaves_with_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        job_config.load(["--config", "deepseek_v3_tiny", "--training.stepps", "3"])
+    assert stop.value.code == 2
+    assert "--training.steps" in capsys.readouterr().err
