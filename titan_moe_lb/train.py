@@ -48,3 +48,5 @@ def exit_with(error: JobError) -> NoReturn:
 
 if __name__ == "__main__":
     main()
+    if cpu.needed():
+        cpu.leave()

@@ -7,8 +7,10 @@ accelerator neither is called, and nothing in this package is imported.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -48,3 +50,15 @@ def adapt(config: Trainer.Config) -> None:
         config.override.imports.append(_DENSE_ATTENTION)
     assert config.model_spec is not None
     config.model_spec.parallelize_fn = with_sum_reduction(config.model_spec.parallelize_fn)
+
+
+def leave() -> NoReturn:
+    """End a process whose job has succeeded and whose files are closed.
+
+    Seen on gloo with torch 2.15: about one process in twenty aborts while the
+    interpreter shuts down ("terminate called without an active exception", no Python
+    frame), and torchrun then reports a finished job as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
