@@ -1,11 +1,13 @@
 """The router: torchtitan's top-k router with losses and a recorder on it.
 
 Shape suffixes as in torchtitan's ``models/common/moe.py``: B = batch, L = local
-tokens of a sequence, D = model dimension, E = experts, K = top_k; A = losses.
+tokens of a sequence, D = model dimension, E = experts, K = top_k; A = losses,
+S = sources that the losses count from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import spmd_types as spmd
@@ -19,7 +21,8 @@ from torchtitan.protocols.module import ModuleList
 from titan_moe_lb import layout
 from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
 from titan_moe_lb.losses.functional import count_tokens_per_expert, probability_sums
-from titan_moe_lb.losses.injection import gather_scores
+from titan_moe_lb.losses.injection import gather_scores, scores_with_z_loss
+from titan_moe_lb.losses.z_loss import RouterZLoss
 from titan_moe_lb.telemetry.recorder import LoadRecorder
 
 
@@ -57,24 +60,30 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             plain = config.parallelism.spmd_backend == "spmd_types"
             self.token_replicas = dims.tp if plain and dims.ep == 1 else 1
             for loss in self.aux_losses:
-                loss.update_from_config(config=config)
+                loss.update_from_config(config=config, num_experts=self.num_experts)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.aux_losses = ModuleList(loss.build() for loss in config.aux_losses)
+        counting = [loss.count_from for loss in self.aux_losses if isinstance(loss, LoadBalanceLoss)]
+        self.count_sources = ["selected", *(["scores"] if "scores" in counting else [])]
         self.recorder = LoadRecorder.Config(
-            num_experts=config.num_experts, num_losses=len(config.aux_losses)
+            num_experts=config.num_experts,
+            num_sources=len(self.count_sources),
+            num_losses=len(config.aux_losses),
         ).build()
         self.sequence_axes = config.sequence_axes
         self.sequence_shards = config.sequence_shards
         self.token_replicas = config.token_replicas
-        self._sequence_groups: list = []
+        self._sequence_groups: list | None = None if config.sequence_axes else []
 
     def wire_meshes(self, parallel_dims) -> None:
-        """Take the process groups over which a sequence is split. Once, before training."""
+        """Take the process groups of the job. Once, before training."""
         self._sequence_groups = [
             parallel_dims.get_mesh(axis).get_group() for axis in self.sequence_axes
         ]
+        for loss in self.aux_losses:
+            loss.wire_meshes(parallel_dims)
 
     def forward(
         self, x_BLD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
@@ -88,22 +97,37 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             Routing scores ``(B, L, K)``, expert ids ``(B, L, K)`` int64, and the full
             scores ``(B, L, E)``.
         """
-        scores_BLE = self._scores(x_BLD)
+        # float32 keeps the gate's rounding out of the balance of the experts.
+        with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
+            logits_BLE = self.gate(x_BLD)
+        values: dict[AuxLoss, torch.Tensor] = {}
+        scores_BLE = self._score(logits_BLE, values)
         topk_expert_ids_BLK = self._select(scores_BLE, expert_bias_E)
-        topk_scores_BLK = self._gather(scores_BLE, topk_expert_ids_BLK, expert_bias_E)
+        topk_scores_BLK = self._gather(scores_BLE, topk_expert_ids_BLK, expert_bias_E, values)
         if self.route_norm:
             topk_scores_BLK = topk_scores_BLK / (
                 topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20
             )
         return topk_scores_BLK * self.route_scale, topk_expert_ids_BLK, scores_BLE
 
-    def _scores(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        # float32 keeps the gate's rounding out of the balance of the experts.
-        with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
-            logits_BLE = self.gate(x_BLD)
-        if self.score_func == "softmax":
-            return F.softmax(logits_BLE, dim=-1)
-        return torch.sigmoid(logits_BLE)
+    def _score(
+        self, logits_BLE: torch.Tensor, values: dict[AuxLoss, torch.Tensor]
+    ) -> torch.Tensor:
+        """The score function; attaches the z-loss and notes its raw value."""
+        softmax = self.score_func == "softmax"
+        z_loss = next((loss for loss in self.aux_losses if isinstance(loss, RouterZLoss)), None)
+        if z_loss is None or not self.training:
+            return F.softmax(logits_BLE, dim=-1) if softmax else torch.sigmoid(logits_BLE)
+        sequence_length = _local(logits_BLE).shape[1] * self.sequence_shards
+        coefficient = z_loss.coefficient(sequence_length)
+        with spmd.no_typecheck(), torch.no_grad():
+            logsumexp_BL = torch.logsumexp(_local(logits_BLE).float(), dim=-1)
+            values[z_loss] = coefficient * logsumexp_BL.square().sum()
+        weighted = coefficient * z_loss.weight / self.token_replicas
+        return _on_local(
+            lambda logits: scores_with_z_loss(logits, logsumexp_BL, weighted, softmax=softmax),
+            logits_BLE,
+        )
 
     def _select(
         self, scores_BLE: torch.Tensor, expert_bias_E: torch.Tensor | None
@@ -120,71 +144,85 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         scores_BLE: torch.Tensor,
         topk_expert_ids_BLK: torch.Tensor,
         expert_bias_E: torch.Tensor | None,
+        values: dict[AuxLoss, torch.Tensor],
     ) -> torch.Tensor:
-        """The selected scores, with the gradient of the losses; records the counts."""
+        """The selected scores; attaches the load-balancing losses and records the step."""
         if not self.training:
             return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)
         # Counts and coefficients are per rank until they are summed here, so the
         # region works on local tensors and is typed at its boundary.
         with spmd.no_typecheck(), torch.no_grad():
-            local_scores_BLE = _local(scores_BLE)
             local_ids_BLK = _local(topk_expert_ids_BLK)
-            counts_BE = count_tokens_per_expert(local_ids_BLK, self.num_experts)
-            coefficients_BE, losses_A = self._losses(
-                local_scores_BLE, counts_BE, biased=expert_bias_E is not None
+            counts_SBE = self._counts(
+                _local(scores_BLE), local_ids_BLK, biased=expert_bias_E is not None
             )
-            self.recorder.record(counts_BE.sum(dim=0), losses_A)
+            coefficients_BE = self._coefficients(_local(scores_BLE), counts_SBE, values)
+            losses_A = (
+                torch.stack([values[loss] for loss in self.aux_losses]) if values else None
+            )
+            self.recorder.record(counts_SBE.sum(dim=1), losses_A)
         if coefficients_BE is None:
             return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)
-        sums_to_one = self.score_func == "softmax"
         if not isinstance(scores_BLE, DTensor):
-            return gather_scores(
-                scores_BLE, topk_expert_ids_BLK, coefficients_BE, sums_to_one=sums_to_one
-            )
-        gathered_BLK = gather_scores(
-            scores_BLE.to_local(), local_ids_BLK, coefficients_BE, sums_to_one=sums_to_one
+            # Not the ids of the no_typecheck region: these carry their SPMD type.
+            local_ids_BLK = topk_expert_ids_BLK
+        return _on_local(
+            lambda scores: gather_scores(
+                scores, local_ids_BLK, coefficients_BE, sums_to_one=self.score_func == "softmax"
+            ),
+            scores_BLE,
         )
-        return DTensor.from_local(
-            gathered_BLK, scores_BLE.device_mesh, scores_BLE.placements, run_check=False
+
+    def _counts(
+        self, scores_BLE: torch.Tensor, selected_BLK: torch.Tensor, *, biased: bool
+    ) -> torch.Tensor:
+        """Local tokens per source, sequence and expert ``(S, B, E)``."""
+        counts = [count_tokens_per_expert(selected_BLK, self.num_experts)]
+        if "scores" in self.count_sources:
+            if biased or self.num_expert_groups is not None:
+                unbiased_BLK = torch.topk(scores_BLE, k=self.top_k, dim=-1, sorted=False).indices
+                counts.append(count_tokens_per_expert(unbiased_BLK, self.num_experts))
+            else:
+                counts.append(counts[0])
+        return torch.stack(counts)
+
+    def _coefficients(
+        self,
+        scores_BLE: torch.Tensor,
+        counts_SBE: torch.Tensor,
+        values: dict[AuxLoss, torch.Tensor],
+    ) -> torch.Tensor | None:
+        """Weighted gradient of the losses in the probability sums; notes the raw values."""
+        losses = [loss for loss in self.aux_losses if isinstance(loss, LoadBalanceLoss)]
+        if not losses:
+            return None
+        assert self._sequence_groups is not None, (
+            "the router's meshes are not wired: use titan_moe_lb.model_spec.balanced for the "
+            "ModelSpec, or call wire_meshes(parallel_dims)"
         )
-
-    def _losses(
-        self, scores_BLE: torch.Tensor, selected_counts_BE: torch.Tensor, *, biased: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Weighted coefficients of the probability sums, and the raw values ``(A,)``."""
-        if not self.aux_losses:
-            return None, None
-        counts_by_source = {"selected": selected_counts_BE}
-        if any(loss.count_from == "scores" for loss in self.aux_losses):
-            differs = biased or self.num_expert_groups is not None
-            counts_by_source["scores"] = (
-                self._unbiased_counts(scores_BLE) if differs else selected_counts_BE
-            )
-        counts_by_source = {
-            source: self._sum_over_sequence(counts) for source, counts in counts_by_source.items()
-        }
-        sums_BE = probability_sums(scores_BLE)
-        sequence_length = scores_BLE.shape[1] * self.sequence_shards
-        total, values = None, []
-        for loss in self.aux_losses:
-            assert isinstance(loss, LoadBalanceLoss)
-            coefficients = loss.coefficients(
-                counts_by_source[loss.count_from], self.top_k, sequence_length
-            )
-            values.append((coefficients * sums_BE).sum())
-            weighted = coefficients * (loss.weight / self.token_replicas)
-            total = weighted if total is None else total + weighted
-        return total, torch.stack(values)
-
-    def _unbiased_counts(self, scores_BLE: torch.Tensor) -> torch.Tensor:
-        ids_BLK = torch.topk(scores_BLE, k=self.top_k, dim=-1, sorted=False).indices
-        return count_tokens_per_expert(ids_BLK, self.num_experts)
-
-    def _sum_over_sequence(self, counts_BE: torch.Tensor) -> torch.Tensor:
         for group in self._sequence_groups:
-            counts_BE = funcol.all_reduce(counts_BE, "sum", group)
-        return counts_BE
+            counts_SBE = funcol.all_reduce(counts_SBE, "sum", group)
+        sums_BE = probability_sums(scores_BLE, sums_to_one=self.score_func == "softmax")
+        sequence_length = scores_BLE.shape[1] * self.sequence_shards
+        total = torch.zeros_like(sums_BE)
+        for loss in losses:
+            counts_BE = counts_SBE[self.count_sources.index(loss.count_from)]
+            coefficients = loss.coefficients(counts_BE, self.top_k, sequence_length)
+            values[loss] = (coefficients * sums_BE).sum()
+            total = total + coefficients * (loss.weight / self.token_replicas)
+        return total
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _on_local(
+    function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
+) -> torch.Tensor:
+    """Apply a function that keeps the placement of its argument to the local shard."""
+    if not isinstance(tensor, DTensor):
+        return function(tensor)
+    return DTensor.from_local(
+        function(tensor.to_local()), tensor.device_mesh, tensor.placements, run_check=False
+    )

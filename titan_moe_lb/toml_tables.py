@@ -26,7 +26,7 @@ NONE = "none"
 
 _NOT_IN_TOML = {"model_spec", "param_init", "sharding_config"}
 # Filled from [training]; see AuxLoss.Config.update_from_config.
-_FILLED_BY_JOB = {"local_batch_size", "global_batch_size"}
+_FILLED_BY_JOB = {"local_batch_size", "global_batch_size", "num_experts"}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

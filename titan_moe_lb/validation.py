@@ -16,6 +16,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb import layout
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.losses import BatchWiseAuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.router import LoadBalancedRouter
 
 ZERO_BUBBLE_SCHEDULES = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
@@ -131,6 +132,51 @@ def expert_groups_fit_router(config: Trainer.Config) -> None:
             )
 
 
+def batch_wise_sees_the_whole_batch(config: Trainer.Config) -> None:
+    if not any(config.traverse(BatchWiseAuxLoss.Config)):
+        return
+    reason = (
+        "because per-micro-batch token-to-expert counts do not reflect the full batch; use "
+        '[model] aux_losses with type = "global_batch" (the whole batch, counted over the '
+        'previous step) or type = "sequence_wise" instead'
+    )
+    if config.parallelism.pipeline_parallel_degree > 1:
+        raise JobError(
+            f"batch-wise aux loss is incompatible with pipeline parallelism {reason}"
+        )
+    if _accumulation_steps(config) > 1:
+        raise JobError(
+            "batch-wise aux loss is incompatible with gradient accumulation "
+            f"(training.global_batch_size {config.training.global_batch_size}) {reason}"
+        )
+
+
+def running_counts_survive_recomputation(config: Trainer.Config) -> None:
+    """A recomputed micro-batch would see the counts of the micro-batches after it."""
+    running = any(
+        loss.counts == "running"
+        for _fqn, loss, _parent, _attribute in config.traverse(GlobalBatchAuxLoss.Config)
+    )
+    several = (
+        config.parallelism.pipeline_parallel_degree > 1 or _accumulation_steps(config) > 1
+    )
+    if running and several and config.activation_checkpoint is not None:
+        raise JobError(
+            'global-batch aux loss with counts = "running" is incompatible with activation '
+            "checkpointing under pipeline parallelism or gradient accumulation, because a "
+            "recomputed micro-batch would see other counts than its forward did: set "
+            'counts = "previous_step" or [activation_checkpoint] type = "none"'
+        )
+
+
+def _accumulation_steps(config: Trainer.Config) -> int:
+    total = config.training.global_batch_size
+    if total < 0:
+        return 1
+    dims = layout.resolve(config.parallelism)
+    return total // (config.training.local_batch_size * dims.dp_replicate * dims.dp_shard)
+
+
 def one_loss_of_each_kind(config: Trainer.Config) -> None:
     for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
         kinds = [type(loss) for loss in router.aux_losses]
@@ -161,6 +207,8 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     zero_bubble_needs_whole_recompute,
     experts_divide_over_ranks,
     expert_groups_fit_router,
+    batch_wise_sees_the_whole_batch,
+    running_counts_survive_recomputation,
     one_loss_of_each_kind,
     bias_update_speed_is_positive,
 )

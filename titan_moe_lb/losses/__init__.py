@@ -6,6 +6,17 @@ gradient takes, and each loss has a file of its own.
 
 from titan_moe_lb.losses import functional
 from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
+from titan_moe_lb.losses.batch_wise import BatchWiseAuxLoss
+from titan_moe_lb.losses.global_batch import GlobalBatchAuxLoss
 from titan_moe_lb.losses.sequence_wise import SequenceWiseAuxLoss
+from titan_moe_lb.losses.z_loss import RouterZLoss
 
-__all__ = ["AuxLoss", "LoadBalanceLoss", "SequenceWiseAuxLoss", "functional"]
+__all__ = [
+    "AuxLoss",
+    "BatchWiseAuxLoss",
+    "GlobalBatchAuxLoss",
+    "LoadBalanceLoss",
+    "RouterZLoss",
+    "SequenceWiseAuxLoss",
+    "functional",
+]

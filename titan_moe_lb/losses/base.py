@@ -59,8 +59,11 @@ class AuxLoss(Module):
                     "(to train without the loss, leave it out of aux_losses)"
                 )
 
-        def update_from_config(self, *, config) -> None:
-            """Take the batch sizes from a ``Trainer.Config``."""
+        num_experts: int | None = None
+        """E of the router. Filled by ``update_from_config``."""
+
+        def update_from_config(self, *, config, num_experts: int) -> None:
+            """Take the batch sizes from a ``Trainer.Config`` and E from the router."""
             local = config.training.local_batch_size
             total = config.training.global_batch_size
             if total < 0:
@@ -68,6 +71,7 @@ class AuxLoss(Module):
                 total = local * dims.dp_replicate * dims.dp_shard
             self.local_batch_size = local
             self.global_batch_size = total
+            self.num_experts = num_experts
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -78,6 +82,10 @@ class AuxLoss(Module):
             )
         self.weight = config.weight
         self.global_batch_size = config.global_batch_size
+        self.num_experts = config.num_experts
+
+    def wire_meshes(self, parallel_dims) -> None:
+        """Take the process groups that the loss communicates over, if any."""
 
 
 class LoadBalanceLoss(AuxLoss):

@@ -51,16 +51,19 @@ def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tens
     return counts * (counts.shape[-1] / (top_k * num_tokens))
 
 
-def probability_sums(scores_BLE: torch.Tensor) -> torch.Tensor:
+def probability_sums(scores_BLE: torch.Tensor, *, sums_to_one: bool = False) -> torch.Tensor:
     """sum_t p(t,i) of each sequence.
 
     Args:
         scores_BLE: positive scores ``(B, L, E)``.
+        sums_to_one: the scores of a token sum to one by construction, so p = s.
 
     Returns:
         ``(B, E)``; divide by the tokens of a sequence for P.
     """
     scores_BLE = _at_least_float32(scores_BLE)
+    if sums_to_one:
+        return scores_BLE.sum(dim=1)
     # A matrix product with 1/S as its left side sums and normalises in one pass
     # over the scores, without a second tensor of their size.
     inverse_BL = scores_BLE.sum(dim=-1).reciprocal()

@@ -79,3 +79,61 @@ def gather_scores(
         ``(B, L, K)`` in the dtype of the scores.
     """
     return _GatherScores.apply(scores_BLE, topk_expert_ids_BLK, coefficients_BE, sums_to_one)
+
+
+@spmd.register_autograd_function
+class _ScoresWithZLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, logits_BLE: torch.Tensor, logsumexp_BL: torch.Tensor, coefficient: float, softmax: bool
+    ) -> torch.Tensor:
+        scores_BLE = torch.softmax(logits_BLE, dim=-1) if softmax else torch.sigmoid(logits_BLE)
+        # A softmax is its own saved tensor, as upstream. A sigmoid saturates, so
+        # softmax(logits) cannot be had from it: there the logits are kept as well.
+        ctx.save_for_backward(scores_BLE, logsumexp_BL, None if softmax else logits_BLE)
+        ctx.coefficient = coefficient
+        return scores_BLE
+
+    @staticmethod
+    def backward(ctx, grad_BLE: torch.Tensor):
+        scores_BLE, logsumexp_BL, logits_BLE = ctx.saved_tensors
+        factor_BL1 = (2 * ctx.coefficient * logsumexp_BL).unsqueeze(-1).to(scores_BLE.dtype)
+        if logits_BLE is None:
+            # sum_i s_i = 1, so a constant added to the gradient before the softmax's own
+            # backward would vanish; it is added behind it.
+            grad_BLE = torch._softmax_backward_data(grad_BLE, scores_BLE, -1, scores_BLE.dtype)
+            return torch.addcmul(grad_BLE, scores_BLE, factor_BL1), None, None, None
+        softmax_BLE = torch.exp(logits_BLE - logsumexp_BL.unsqueeze(-1)).to(scores_BLE.dtype)
+        grad_BLE = grad_BLE * scores_BLE * (1 - scores_BLE)
+        return torch.addcmul(grad_BLE, softmax_BLE, factor_BL1), None, None, None
+
+    @staticmethod
+    def typecheck_forward(
+        logits_BLE: torch.Tensor, logsumexp_BL: torch.Tensor, coefficient: float, softmax: bool
+    ) -> torch.Tensor:
+        """SPMD type: the scores are sharded as the logits are."""
+        with spmd.no_typecheck():
+            scores_BLE = _ScoresWithZLoss.apply(logits_BLE, logsumexp_BL, coefficient, softmax)
+        spmd.assert_type(scores_BLE, get_local_type(logits_BLE), get_partition_spec(logits_BLE))
+        return scores_BLE
+
+
+def scores_with_z_loss(
+    logits_BLE: torch.Tensor, logsumexp_BL: torch.Tensor, coefficient: float, *, softmax: bool
+) -> torch.Tensor:
+    """The scores of the logits, with the gradient of the router z-loss attached.
+
+    Forward is the softmax (or sigmoid) of the logits, bit for bit. Backward adds the
+    gradient of ``coefficient * sum_t logsumexp(t)**2``, which in the logits is
+    ``2 * coefficient * logsumexp(t) * softmax(logits)(t)``.
+
+    Args:
+        logits_BLE: gate outputs ``(B, L, E)``.
+        logsumexp_BL: their logsumexp ``(B, L)``, not differentiated.
+        coefficient: weight of one token.
+        softmax: the score function is a softmax, else a sigmoid.
+
+    Returns:
+        ``(B, L, E)`` in the dtype of the logits.
+    """
+    return _ScoresWithZLoss.apply(logits_BLE, logsumexp_BL, coefficient, softmax)

@@ -51,10 +51,12 @@ def reduce_step(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) 
     sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device_type)
     worst = torch.zeros(1, dtype=torch.float64, device=device_type)
     if routers:
-        counts, losses = _over_tokens([r.recorder for r in routers], parallel_dims)
-        violations = max_violation(counts)
+        recorders = [router.recorder for router in routers]
+        reduce_over_tokens(recorders, parallel_dims)
+        violations = max_violation(torch.stack([r.step_counts_SE[0] for r in recorders]).double())
         sums[0], sums[1], worst[0] = len(routers), violations.sum(), violations.max()
-        for router, values in zip(routers, losses, strict=True):
+        for router in routers:
+            values = router.recorder.step_losses_A
             for loss, value in zip(router.aux_losses, values, strict=True):
                 slot = 2 + 2 * names.index(loss.metric_name)
                 sums[slot] += 1
@@ -76,16 +78,28 @@ def reduce_step(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) 
     )
 
 
-def _over_tokens(
-    recorders: list[LoadRecorder], parallel_dims: ParallelDims
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts ``(layers, E)`` and losses ``(layers, A)`` of the global batch, float64."""
-    counts = torch.stack([r.step_counts_E for r in recorders]).double()
-    losses = torch.stack([r.step_losses_A for r in recorders]).double()
-    both = torch.cat([counts, losses], dim=1)
-    for axis in _token_axes(parallel_dims):
-        dist.all_reduce(both, group=parallel_dims.get_mesh(axis).get_group())
-    return both.split([counts.shape[1], losses.shape[1]], dim=1)
+def reduce_over_tokens(recorders: list[LoadRecorder], parallel_dims: ParallelDims) -> None:
+    """Sum the snapshots over the ranks that route other tokens, in place, once a step.
+
+    One collective for all layers of the stage; none where no axis splits tokens.
+    """
+    if not recorders or all(recorder.reduced for recorder in recorders):
+        return
+    axes = _token_axes(parallel_dims)
+    if axes:
+        # float64 holds the counts exactly up to 2**53 and takes the losses along.
+        parts = [
+            part.double().flatten() for r in recorders for part in (r.step_counts_SE, r.step_losses_A)
+        ]
+        fused = torch.cat(parts)
+        for axis in axes:
+            dist.all_reduce(fused, group=parallel_dims.get_mesh(axis).get_group())
+        sums = iter(fused.split([part.numel() for part in parts]))
+        for recorder in recorders:
+            recorder.step_counts_SE.copy_(next(sums).view_as(recorder.step_counts_SE))
+            recorder.step_losses_A.copy_(next(sums))
+    for recorder in recorders:
+        recorder.reduced = True
 
 
 def _token_axes(parallel_dims: ParallelDims) -> list[str]:

@@ -9,8 +9,10 @@ from torchtitan.components.optimizer import (
 )
 from torchtitan.distributed import ParallelDims
 
+from titan_moe_lb.losses import GlobalBatchAuxLoss
+from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.recorder import finish_step
-from titan_moe_lb.telemetry.reduction import routers_of
+from titan_moe_lb.telemetry.reduction import reduce_over_tokens, routers_of
 
 
 def register_load_balancing(
@@ -25,5 +27,20 @@ def register_load_balancing(
     routers = routers_of(model_parts)
     for router in routers:
         router.wire_meshes(parallel_dims)
+    optimizers.register_step_pre_hook(lambda *args, **kwargs: _close_step(routers, parallel_dims))
+
+
+def _close_step(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) -> None:
     recorders = [router.recorder for router in routers]
-    optimizers.register_step_pre_hook(lambda *args, **kwargs: finish_step(recorders))
+    finish_step(recorders)
+    global_batch = [
+        (router, loss)
+        for router in routers
+        for loss in router.aux_losses
+        if isinstance(loss, GlobalBatchAuxLoss)
+    ]
+    if any(loss.counts == "previous_step" for _router, loss in global_batch):
+        reduce_over_tokens(recorders, parallel_dims)
+    for router, loss in global_batch:
+        source = router.count_sources.index(loss.count_from)
+        loss.finish_step(router.recorder.step_counts_SE[source])
