@@ -70,6 +70,8 @@ def test_printed_config_resolves_to_the_same_job(path, tmp_path, monkeypatch):
     assert job_config.render(second) == printed
 
 
+BATCH_WISE = '[model.aux_losses]\ntype = "batch_wise"\nweight = 1.0\n'
+RUNNING = '[model.aux_losses]\ntype = "global_batch"\nweight = 1.0\ncounts = "running"\n'
 WRONG_FILES = {
     "unknown section": (JOB + "[trainign]\nsteps = 1\n", "no section [trainign]; did you mean 'training'?"),
     "unknown key": (JOB + "[training]\nstpes = 1\n", "[training] has no key 'stpes'; did you mean 'steps'?"),
@@ -113,6 +115,28 @@ WRONG_FILES = {
         + '[activation_checkpoint]\ntype = "selective"\n',
         "selective activation checkpointing does not survive",
     ),
+    "batch-wise + PP": (
+        JOB + BATCH_WISE + "[parallelism]\npipeline_parallel_degree = 2\n",
+        "batch-wise aux loss is incompatible with pipeline parallelism because per-micro-batch "
+        "token-to-expert counts do not reflect the full batch; use [model] aux_losses with "
+        'type = "global_batch"',
+    ),
+    "batch-wise + accumulation": (
+        JOB + BATCH_WISE + "[training]\nglobal_batch_size = 16\n",
+        "batch-wise aux loss is incompatible with gradient accumulation",
+    ),
+    "running counts + PP + checkpointing": (
+        JOB + RUNNING + '[parallelism]\npipeline_parallel_degree = 2\n[activation_checkpoint]\ntype = "full"\n',
+        'set counts = "previous_step" or [activation_checkpoint] type = "none"',
+    ),
+    "running counts + accumulation + checkpointing": (
+        JOB + RUNNING + '[training]\nglobal_batch_size = 16\n[activation_checkpoint]\ntype = "selective"\n',
+        'counts = "running" is incompatible with activation checkpointing',
+    ),
+    "unknown counts": (
+        JOB + RUNNING.replace("running", "runing"),
+        "must be one of 'previous_step', 'running'; did you mean 'running'?",
+    ),
     "microbatches": (
         JOB + "[training]\nlocal_batch_size = 6\n[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_microbatch_size = 4\n",
         "local_batch_size",
@@ -128,7 +152,13 @@ WRONG_FILES = {
         "lr is -1.0; it must be a finite number",
     ),
 }
-PROCESSES = {"ZBV + selective": "2", "microbatches": "2", "experts": "3"}
+PROCESSES = {
+    "ZBV + selective": "2",
+    "batch-wise + PP": "2",
+    "running counts + PP + checkpointing": "2",
+    "microbatches": "2",
+    "experts": "3",
+}
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)

@@ -9,12 +9,15 @@ import torch
 from titan_moe_lb import cpu, job_config, zero_bubble
 
 
-def train(arguments: list[str], *, seed_folder: str | None = None) -> list[dict[str, float]]:
+def train(
+    arguments: list[str], *, seed_folder: str | None = None, first_step: int = 1
+) -> list[dict[str, float]]:
     """Resolve a job as the entry point does and train it; one dict for each logged step.
 
     Args:
         arguments: command line of the job.
         seed_folder: start from the seed checkpoint in this folder.
+        first_step: step at which the job is expected to start or resume.
     """
     if seed_folder is not None:
         arguments = [
@@ -29,7 +32,7 @@ def train(arguments: list[str], *, seed_folder: str | None = None) -> list[dict[
     zero_bubble.adapt(job.config)
     trainer = job.config.build()
     logged: list[dict[str, float]] = []
-    trainer.metrics_processor.logger = _Capture(logged)
+    trainer.metrics_processor.logger = _Capture(logged, first_step)
     trainer.train()
     trainer.close()
     return logged
@@ -49,11 +52,12 @@ def save_seed(arguments: list[str], folder: str) -> None:
 class _Capture:
     """A metrics sink; see ``torchtitan.components.metrics.BaseLogger``."""
 
-    def __init__(self, logged: list[dict[str, float]]) -> None:
+    def __init__(self, logged: list[dict[str, float]], first_step: int) -> None:
         self._logged = logged
+        self._first_step = first_step
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        assert step == len(self._logged) + 1
+        assert step == self._first_step + len(self._logged)
         self._logged.append(dict(metrics))
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from tests.rank_pool import RankPool
 class Arguments:
     layout: str = ""
     """Keys: pp, schedule, dp_shard, dp_replicate, tp, cp, ep, microbatch, accumulate, ac
-    (none, full, selective), compile, spmd_backend, spmd_typechecking."""
+    (none, full, selective), compile, spmd_backend."""
 
     loss: str = "sequence_wise"
     """Type of the aux loss; several with commas."""
@@ -55,7 +55,8 @@ def main() -> None:
             with_main_loss=arguments.with_main_loss,
         ) as parity,
     ):
-        comparison = parity.compare(layout)
+        (comparison,) = parity.compare(layout)
+    comparison.loss = arguments.loss
     print(json.dumps(dataclasses.asdict(comparison)))
     sys.exit(comparison.max_relative_error > arguments.tolerance)
 

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 
-from tests.parity.gradients import layout_gradients, save_seed
+from tests.parity.gradients import Recorded, layout_gradients, save_seed
 from tests.parity.layout import Layout
 from tests.rank_pool import RankPool
+
+
+Gradients = dict[str, torch.Tensor]
 
 
 @dataclass
 class Comparison:
     layout: Layout
+    loss: str
     max_relative_error: float
     worst_parameter: str
     num_parameters: int
-    recorded: dict[str, Any]
+    recorded: Recorded
 
 
 @dataclass
@@ -35,9 +39,11 @@ class Parity:
     module: str = "deepseek_v3"
     config: str = "deepseek_v3_tiny"
     with_main_loss: bool = False
+    alone: tuple[str, ...] = ("",)
+    """Losses to compare one at a time; the empty string: all together."""
+
     _folder: TemporaryDirectory = field(default_factory=TemporaryDirectory)
-    _reference: dict[str, torch.Tensor] | None = None
-    recorded: dict[str, Any] = field(default_factory=dict)
+    _reference: dict[str, tuple[Gradients, Recorded]] | None = None
 
     def __enter__(self) -> Parity:
         return self
@@ -46,50 +52,66 @@ class Parity:
         self._folder.cleanup()
 
     @property
-    def reference(self) -> dict[str, torch.Tensor]:
-        """Gradients of the single process, by parameter name."""
+    def seed_folder(self) -> str:
+        return os.path.join(self._folder.name, "seed")
+
+    @property
+    def reference(self) -> dict[str, tuple[Gradients, Recorded]]:
+        """Gradients and log of the single process, by loss."""
         if self._reference is None:
-            self.pool.run(1, save_seed, self._seed, self.module, self.config, self.model)
-            self._reference, self.recorded = self.gradients(Layout())
+            self.pool.run(1, save_seed, self.seed_folder, self.module, self.config, self.model)
+            self._reference = self.gradients(Layout())
         return self._reference
 
-    def compare(self, layout: Layout) -> Comparison:
-        """Largest error over the parameters, relative to the largest entry of each reference."""
+    def compare(self, layout: Layout) -> list[Comparison]:
+        """One comparison for each entry of ``alone``."""
         reference = self.reference
-        gradients, recorded = self.gradients(layout)
-        assert gradients.keys() == reference.keys(), gradients.keys() ^ reference.keys()
-        errors = {
-            name: ((gradients[name] - expected).abs().max() / expected.abs().max()).item()
-            for name, expected in reference.items()
-            if expected.abs().max() > 0
-        }
-        spurious = [
-            name
-            for name, expected in reference.items()
-            if expected.abs().max() == 0 and gradients[name].abs().max() > 0
+        return [
+            relative_error(layout, loss, gradients, reference[loss][0], recorded)
+            for loss, (gradients, recorded) in self.gradients(layout).items()
         ]
-        assert not spurious, f"gradient where the reference has none: {spurious}"
-        worst = max(errors, key=lambda name: errors[name])
-        return Comparison(layout, errors[worst], worst, len(errors), recorded)
 
-    def gradients(self, layout: Layout) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def gradients(self, layout: Layout) -> dict[str, tuple[Gradients, Recorded]]:
         with TemporaryDirectory(dir=self._folder.name) as out:
-            recorded = self.pool.run(
+            by_rank = self.pool.run(
                 layout.num_ranks,
                 layout_gradients,
-                self._seed,
+                self.seed_folder,
                 out,
                 layout,
                 module=self.module,
                 config=self.config,
                 model=self.model,
                 with_main_loss=self.with_main_loss,
+                alone=self.alone,
             )
-            gradients: dict[str, torch.Tensor] = {}
-            for rank in range(layout.num_ranks):
-                gradients.update(torch.load(os.path.join(out, f"rank{rank}.pt")))
-        return gradients, recorded[0]
+            assert all(recorded == by_rank[0] for recorded in by_rank), "ranks log different values"
+            return {
+                loss: (_merge(out, loss, layout.num_ranks), recorded)
+                for loss, recorded in zip(self.alone, by_rank[0], strict=True)
+            }
 
-    @property
-    def _seed(self) -> str:
-        return os.path.join(self._folder.name, "seed")
+
+def relative_error(
+    layout: Layout, loss: str, gradients: Gradients, reference: Gradients, recorded: Recorded
+) -> Comparison:
+    """Largest error over the parameters, relative to the largest entry of each reference."""
+    missing = gradients.keys() ^ reference.keys()
+    assert not missing, f"only one side has a gradient of {sorted(missing)}"
+    errors = {}
+    for name, expected in reference.items():
+        size = expected.abs().max()
+        error = (gradients[name] - expected).abs().max()
+        assert size > 0 or error == 0, f"{name} has a gradient where the reference has none"
+        if size > 0:
+            errors[name] = (error / size).item()
+    worst = max(errors, key=lambda name: errors[name])
+    return Comparison(layout, loss, errors[worst], worst, len(errors), recorded)
+
+
+def _merge(folder: str, loss: str, num_ranks: int) -> Gradients:
+    """The stages of all ranks."""
+    gradients: Gradients = {}
+    for rank in range(num_ranks):
+        gradients.update(torch.load(os.path.join(folder, f"{loss}-rank{rank}.pt")))
+    return gradients

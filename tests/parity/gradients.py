@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,29 +67,63 @@ def layout_gradients(
     config: str,
     model: dict[str, Any],
     with_main_loss: bool,
-) -> dict[str, Any]:
-    """Save this rank's parameter gradients to ``out_folder`` and return what was recorded."""
+    alone: tuple[str, ...] = ("",),
+) -> list[Recorded]:
+    """Save this rank's parameter gradients to ``out_folder`` and return what was logged.
+
+    Args:
+        alone: for each of these types of loss, one pass in which it alone has its weight;
+            the empty string stands for all losses together.
+    """
+    trainer = build_from_seed(seed_folder, out_folder, layout, module, config, model)
+    # A first pass gives the expert bias and the previous step's counts something to hold.
+    run_batch(trainer, layout, with_main_loss=with_main_loss)
+    trainer.optimizers.step()
+    losses = [loss for router in routers_of(trainer.model_parts) for loss in router.aux_losses]
+    weights = [loss.weight for loss in losses]
+    recorded = []
+    for kind in alone:
+        for loss, weight in zip(losses, weights, strict=True):
+            loss.weight = weight if kind in ("", loss.type_name) else 0.0
+        run_batch(trainer, layout, with_main_loss=with_main_loss)
+        gradients = gather_gradients(trainer)
+        torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
+        trainer.optimizers.step()
+        load = reduce_step(routers_of(trainer.model_parts), trainer.parallel_dims)
+        recorded.append(Recorded(load.losses, load.mean_max_violation, load.num_layers))
+    trainer.close()
+    return recorded
+
+
+@dataclass
+class Recorded:
+    """What the console would show of a pass."""
+
+    losses: dict[str, float]
+    max_violation: float
+    num_layers: int
+
+
+def build_from_seed(
+    seed_folder: str,
+    out_folder: str,
+    layout: Layout,
+    module: str,
+    config: str,
+    model: dict[str, Any],
+    adapt: Callable[[Trainer.Config], None] = lambda config: None,
+) -> Trainer:
+    """A trainer under a layout that holds the weights of :func:`save_seed`."""
     trainer_config = make_config(module, config, model)
     layout.apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
+    adapt(trainer_config)
     trainer_config.dump_folder = out_folder
     trainer_config.checkpoint.enable = True
     trainer_config.checkpoint.load_only = True
     trainer_config.checkpoint.initial_load_path = os.path.join(seed_folder, "checkpoint", "step-0")
     trainer = _build(trainer_config)
     trainer.checkpointer.load()
-    # The first pass gives the expert bias and the previous step's counts something to hold.
-    for _ in range(2):
-        run_batch(trainer, layout, with_main_loss=with_main_loss)
-        gradients = gather_gradients(trainer)
-        trainer.optimizers.step()
-    torch.save(gradients, os.path.join(out_folder, f"rank{os.environ['RANK']}.pt"))
-    load = reduce_step(routers_of(trainer.model_parts), trainer.parallel_dims)
-    trainer.close()
-    return {
-        "losses": load.losses,
-        "max_violation": load.mean_max_violation,
-        "num_layers": load.num_layers,
-    }
+    return trainer
 
 
 def gather_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -104,7 +140,7 @@ def gather_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def run_batch(trainer: Trainer, layout: Layout, *, with_main_loss: bool) -> None:
     """Forward and backward of this rank's part of the fixed batch, as ``train_step`` does."""
-    tokens, labels, positions = _global_batch()
+    tokens, labels, positions = global_batch()
     valid = labels.numel()
     if not with_main_loss:
         labels = torch.full_like(labels, IGNORE_INDEX)
@@ -135,7 +171,7 @@ def canonical(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def _global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     shape = (GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
     # Few distinct tokens, unevenly: loads differ between sequences and experts.

@@ -29,7 +29,6 @@ class Layout:
     ac: str = "none"
     compile: bool = False
     spmd_backend: str = "spmd_types"
-    spmd_typechecking: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -58,7 +57,6 @@ class Layout:
         config.activation_checkpoint = checkpointing() if checkpointing else None
         config.compile.enable = self.compile
         config.compile.components = ["model"]
-        config.debug.spmd_typechecking = self.spmd_typechecking
 
 
 def parse(text: str) -> Layout:

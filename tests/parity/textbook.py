@@ -1,0 +1,96 @@
+"""The gradient of ``main + weight * textbook loss`` by plain autograd on torchtitan's own router.
+
+Nothing of this package is on the path of these gradients: the routers are
+torchtitan's, the losses are the formulas of the papers on what the routers return.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchtitan.config.override import derive
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
+from torchtitan.trainer import Trainer
+
+from tests.parity.gradients import build_from_seed, gather_gradients, global_batch
+from tests.parity.layout import Layout
+from titan_moe_lb.router import LoadBalancedRouter
+
+
+def textbook_gradients(
+    seed_folder: str, out_folder: str, *, module: str, config: str, model: dict[str, Any], weight: float
+) -> dict[str, str]:
+    """Save one gradient file for each loss; returns their paths. One rank."""
+    trainer = build_from_seed(
+        seed_folder, out_folder, Layout(), module, config, model, _with_upstream_routers
+    )
+    routers = [m for m in trainer.model_parts[0].modules() if isinstance(m, TokenChoiceTopKRouter)]
+    assert routers and all(type(router) is TokenChoiceTopKRouter for router in routers)
+    # Each pass is a step: the expert bias moves, and the counts become the previous ones.
+    seen = _forward(trainer, routers)[1]
+    trainer.optimizers.step()
+    files = {}
+    for kind in ("sequence_wise", "global_batch", "z_loss"):
+        previous = [_counts(ids, scores.shape[-1]).sum(0) for _logits, scores, ids in seen]
+        trainer.optimizers.zero_grad()
+        main, seen = _forward(trainer, routers)
+        losses = [
+            _loss(kind, logits, scores, ids, counts)
+            for (logits, scores, ids), counts in zip(seen, previous, strict=True)
+        ]
+        (main + weight * sum(losses)).backward()
+        files[kind] = os.path.join(out_folder, f"{kind}.pt")
+        torch.save(gather_gradients(trainer), files[kind])
+        trainer.optimizers.step()
+    trainer.close()
+    return files
+
+
+def _with_upstream_routers(config: Trainer.Config) -> None:
+    assert config.model_spec is not None
+    for _fqn, router, parent, name in list(config.model_spec.traverse(LoadBalancedRouter.Config)):
+        setattr(parent, name, derive(router, TokenChoiceTopKRouter.Config))
+
+
+def _forward(trainer: Trainer, routers: list) -> tuple[torch.Tensor, list[tuple]]:
+    """Main loss of the fixed batch, and (logits, scores, ids) of each router."""
+    logits, outputs = [], []
+    hooks = [r.gate.register_forward_hook(lambda _m, _i, out: logits.append(out)) for r in routers]
+    hooks += [r.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for r in routers]
+    tokens, labels, positions = global_batch()
+    inputs, targets, extra = trainer.post_dataloading_process(
+        {"input": tokens, "positions": positions}, labels
+    )
+    model = trainer.model_parts[0]
+    with trainer.train_context():
+        hidden = model(inputs, **extra)
+        predicted = model.lm_head(hidden)
+    for hook in hooks:
+        hook.remove()
+    main = F.cross_entropy(predicted.flatten(0, 1), targets.flatten())
+    seen = [
+        (logit, scores, ids) for logit, (_topk, ids, scores) in zip(logits, outputs, strict=True)
+    ]
+    return main, seen
+
+
+def _loss(
+    kind: str, logits: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, previous: torch.Tensor
+) -> torch.Tensor:
+    num_experts, top_k = scores.shape[-1], ids.shape[-1]
+    share = scores / scores.sum(dim=-1, keepdim=True)
+    if kind == "z_loss":
+        return logits.exp().sum(dim=-1).log().square().mean()
+    if kind == "global_batch":
+        f = previous * num_experts / previous.sum()
+        return (f * share.mean(dim=(0, 1))).sum()
+    f = _counts(ids, num_experts) * num_experts / (top_k * scores.shape[1])
+    return (f * share.mean(dim=1)).sum(dim=-1).mean()
+
+
+def _counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Tokens of each sequence that selected each expert ``(B, E)``."""
+    return F.one_hot(ids, num_experts).sum(dim=(1, 2)).float()

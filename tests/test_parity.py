@@ -1,0 +1,161 @@
+"""The claim of this package, on real processes: the layout does not change the gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.parity.compare import Parity, relative_error
+from tests.parity.gradients import Recorded
+from tests.parity.layout import Layout, parse
+from tests.parity.textbook import textbook_gradients
+
+TOLERANCE = 1e-5
+WEIGHT = 0.1
+EXACT_LOSSES = ("sequence_wise", "global_batch", "z_loss")
+
+LAYOUTS = [
+    "dp_shard=2",
+    "dp_shard=4",
+    "dp_replicate=2,dp_shard=2",
+    "accumulate=2",
+    "accumulate=4",
+    "dp_shard=2,accumulate=2",
+    "pp=2,microbatch=1",
+    "pp=2,microbatch=2",
+    "pp=4,microbatch=1",
+    "pp=4,microbatch=2",
+    "pp=2,schedule=GPipe",
+    "pp=2,schedule=Interleaved1F1B,dp_shard=2",
+    "pp=2,schedule=ZBVZeroBubble,dp_shard=2",
+    "pp=2,schedule=Interleaved1F1B,dp_shard=2,accumulate=2,ac=full",
+    "pp=2,schedule=ZBVZeroBubble,ac=full",
+    "tp=2",
+    "tp=2,spmd_backend=partial_dtensor",
+    "tp=2,dp_shard=1,ep=2",
+    "tp=2,ep=2,spmd_backend=partial_dtensor",
+    "dp_shard=2,ep=2",
+    "dp_shard=4,ep=4",
+    "cp=2",
+    "cp=2,spmd_backend=partial_dtensor",
+    "cp=2,dp_shard=2",
+    "pp=2,tp=2",
+    "ac=full",
+    "ac=selective",
+]
+COMPILED_LAYOUTS = [
+    "compile=true",
+    "dp_shard=2,compile=true",
+    "pp=4,compile=true",
+    "pp=2,schedule=ZBVZeroBubble,compile=true",
+]
+# Its definition is the batch of one rank, so no layout here cuts the batch.
+BATCH_WISE_LAYOUTS = [
+    "tp=2",
+    "tp=2,ep=2",
+    "cp=2",
+    "cp=2,ep=2",
+    "ac=full",
+    "ac=selective",
+    "compile=true",
+]
+
+
+@pytest.fixture(scope="module")
+def exact(ranks):
+    losses = [{"type": kind, "weight": WEIGHT} for kind in EXACT_LOSSES]
+    with Parity(ranks, {"aux_losses": losses}, alone=EXACT_LOSSES) as parity:
+        yield parity
+
+
+@pytest.fixture(scope="module")
+def batch_wise(ranks):
+    loss = {"type": "batch_wise", "weight": WEIGHT, "count_from": "scores"}
+    with Parity(ranks, {"aux_losses": [loss]}) as parity:
+        yield parity
+
+
+@pytest.fixture(scope="module")
+def running(ranks):
+    loss = {"type": "global_batch", "weight": WEIGHT, "counts": "running"}
+    with Parity(ranks, {"aux_losses": [loss]}) as parity:
+        yield parity
+
+
+def check(parity: Parity, layout: str) -> None:
+    for comparison in parity.compare(parse(layout)):
+        assert comparison.max_relative_error <= TOLERANCE, comparison
+        assert comparison.num_parameters > 40
+        expected: Recorded = parity.reference[comparison.loss][1]
+        # Counted once per micro-batch, recomputation and second passes included.
+        assert comparison.recorded.num_layers == expected.num_layers == 3
+        assert comparison.recorded.max_violation == expected.max_violation
+        assert comparison.recorded.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def together(ranks):
+    """All losses in one pass, weighted to gradients of about one size.
+
+    A compiled block is specialised to its weights; one pass is one compilation.
+    """
+    weights = {"sequence_wise": WEIGHT, "global_batch": WEIGHT, "z_loss": WEIGHT / 100}
+    losses = [{"type": kind, "weight": weight} for kind, weight in weights.items()]
+    with Parity(ranks, {"aux_losses": losses}) as parity:
+        yield parity
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_does_not_depend_on_the_layout(exact, layout):
+    check(exact, layout)
+
+
+@pytest.mark.parametrize("layout", COMPILED_LAYOUTS)
+def test_gradient_does_not_depend_on_compilation(together, layout):
+    check(together, layout)
+
+
+@pytest.mark.parametrize("layout", BATCH_WISE_LAYOUTS)
+def test_batch_wise_gradient_where_the_batch_stays_whole(batch_wise, layout):
+    check(batch_wise, layout)
+
+
+@pytest.mark.parametrize(
+    "layout", ["dp_shard=2", "dp_shard=2,ep=2", "tp=2", "cp=2,dp_shard=2", "ac=full", "compile=true"]
+)
+def test_running_counts_where_the_batch_is_one_pass(running, layout):
+    """One micro-batch on each rank: the running counts are those of the whole global batch."""
+    check(running, layout)
+
+
+def test_running_counts_see_the_micro_batches_so_far(running):
+    """They are an approximation under accumulation; the previous step's are not."""
+    (comparison,) = running.compare(Layout(accumulate=2))
+    assert comparison.max_relative_error > 100 * TOLERANCE
+
+
+def test_batch_wise_depends_on_the_data_parallel_degree(batch_wise):
+    """The harness can fail: this loss is not additive over ranks."""
+    (comparison,) = batch_wise.compare(Layout(dp_shard=2))
+    assert comparison.max_relative_error > 100 * TOLERANCE
+
+
+def test_reference_is_autograd_on_the_textbook_loss(ranks, tmp_path):
+    losses = [{"type": kind, "weight": WEIGHT} for kind in EXACT_LOSSES]
+    with Parity(ranks, {"aux_losses": losses}, with_main_loss=True, alone=EXACT_LOSSES) as parity:
+        reference = parity.reference
+        (files,) = ranks.run(
+            1,
+            textbook_gradients,
+            parity.seed_folder,
+            str(tmp_path),
+            module=parity.module,
+            config=parity.config,
+            model=parity.model,
+            weight=WEIGHT,
+        )
+    for kind in EXACT_LOSSES:
+        gradients, recorded = reference[kind]
+        comparison = relative_error(Layout(), kind, gradients, torch.load(files[kind]), recorded)
+        assert comparison.max_relative_error <= TOLERANCE, comparison
+        assert comparison.num_parameters > 50
