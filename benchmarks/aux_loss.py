@@ -1,0 +1,225 @@
+"""What a router loss costs: forward and backward of one router, with and without.
+
+    python -m benchmarks.aux_loss [--repeats 20] [--device cpu|cuda] [--markdown]
+
+Columns: the bare router (torchtitan's), ours with each loss, and the same
+sequence-wise or batch-wise loss as textbook autograd, as ``torch.func.grad`` inside
+an autograd Function's backward, and as ``load_balancing_loss_func`` of transformers.
+The variants are interleaved; a column is the median over the repeats of the time
+added to the bare router of the same repeat. Saved memory is what autograd keeps
+between forward and backward beyond the bare router.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from titan_moe_lb import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+from torchtitan.config.override import derive
+from torchtitan.models.common.config_utils import make_router_config
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from titan_moe_lb.losses import (
+    AuxLoss,
+    BatchWiseAuxLoss,
+    GlobalBatchAuxLoss,
+    RouterZLoss,
+    SequenceWiseAuxLoss,
+    functional,
+)
+from titan_moe_lb.router import LoadBalancedRouter
+
+# Tokens, experts, top_k; and the width of the model that the gate reads.
+SHAPES = [(16384, 64, 6), (16384, 128, 8), (8192, 256, 8)]
+DIM = 2048
+SEQUENCES = 4
+OURS = {
+    "sequence_wise": SequenceWiseAuxLoss,
+    "batch_wise": BatchWiseAuxLoss,
+    "global_batch": GlobalBatchAuxLoss,
+    "z_loss": RouterZLoss,
+}
+WEIGHT = 1e-3
+
+
+@dataclass
+class Arguments:
+    repeats: int = 20
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    markdown: bool = False
+    """Print a table instead of JSON lines."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    for shape in SHAPES:
+        row = measure(*shape, arguments)
+        print(_markdown(row) if arguments.markdown else json.dumps(row), flush=True)
+
+
+def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> dict:
+    device = torch.device(arguments.device)
+    x = torch.randn(SEQUENCES, tokens // SEQUENCES, DIM, device=device, requires_grad=True)
+    variants = _variants(num_experts, top_k, device)
+    for run in variants.values():  # warm up
+        _step(run, x)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(arguments.repeats):
+        for name, run in variants.items():
+            _synchronize(device)
+            started = time.perf_counter()
+            _step(run, x)
+            _synchronize(device)
+            seconds[name].append(time.perf_counter() - started)
+    bare = seconds["bare"]
+    row = {
+        "device": _device_name(device),
+        "shape": {"tokens": tokens, "experts": num_experts, "top_k": top_k, "dim": DIM},
+        "bare_ms": statistics.median(bare) * 1e3,
+        "bare_spread_percent": _spread(bare),
+        "scores_bytes": tokens * num_experts * 4,
+        "added_percent": {},
+        "added_spread_percent": {},
+        "saved_bytes": {},
+    }
+    saved = {name: _saved_bytes(run, x) for name, run in variants.items()}
+    for name, samples in seconds.items():
+        if name == "bare":
+            continue
+        added = [(s - b) / b * 100 for s, b in zip(samples, bare, strict=True)]
+        row["added_percent"][name] = statistics.median(added)
+        quartiles = statistics.quantiles(added, n=4)
+        row["added_spread_percent"][name] = quartiles[2] - quartiles[0]
+        row["saved_bytes"][name] = saved[name] - saved["bare"]
+    return row
+
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _variants(num_experts: int, top_k: int, device: torch.device) -> dict[str, Run]:
+    bare = _router(num_experts, top_k, device)
+
+    def textbook(x: torch.Tensor) -> torch.Tensor:
+        topk_scores, ids, scores = bare(x)
+        return topk_scores.sum() + WEIGHT * functional.sequence_wise_load_balance(scores, ids)
+
+    def func_grad(x: torch.Tensor) -> torch.Tensor:
+        topk_scores, ids, scores = bare(x)
+        return _InjectByFuncGrad.apply(topk_scores, scores, ids).sum()
+
+    def transformers_loss(x: torch.Tensor) -> torch.Tensor:
+        topk_scores, _ids, scores = bare(x)
+        # It takes logits and applies the softmax itself; log-probabilities are logits.
+        logits = scores.flatten(0, 1).log()
+        return topk_scores.sum() + WEIGHT * load_balancing_loss_func((logits,), num_experts, top_k)
+
+    variants: dict[str, Run] = {"bare": lambda x: bare(x)[0].sum()}
+    for name, loss in OURS.items():
+        router = _router(num_experts, top_k, device, loss)
+        variants[name] = lambda x, router=router: router(x)[0].sum()
+    return variants | {
+        "textbook autograd": textbook,
+        "torch.func.grad": func_grad,
+        "transformers": transformers_loss,
+    }
+
+
+class _InjectByFuncGrad(torch.autograd.Function):
+    """Injection without the closed form: differentiate the loss in backward."""
+
+    @staticmethod
+    def forward(ctx, topk_scores, scores, ids):
+        ctx.save_for_backward(scores, ids)
+        return topk_scores.view_as(topk_scores)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scores, ids = ctx.saved_tensors
+        loss_grad = torch.func.grad(functional.sequence_wise_load_balance)(scores, ids)
+        return grad, WEIGHT * loss_grad, None
+
+
+def _router(
+    num_experts: int, top_k: int, device: torch.device, loss: type[AuxLoss] | None = None
+) -> TokenChoiceTopKRouter:
+    config = make_router_config(
+        dim=DIM, num_experts=num_experts, gate_param_init={}, top_k=top_k, score_func="softmax"
+    )
+    if loss is not None:
+        bound = loss.Config(
+            weight=WEIGHT, local_batch_size=SEQUENCES, global_batch_size=SEQUENCES, num_experts=num_experts
+        )
+        config = derive(config, LoadBalancedRouter.Config, aux_losses=[bound])
+    router = config.build().to(device)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(router.gate.weight, std=DIM**-0.5)
+    return router
+
+
+def _step(run: Run, x: torch.Tensor) -> None:
+    x.grad = None
+    run(x).backward()
+
+
+def _saved_bytes(run: Run, x: torch.Tensor) -> int:
+    """Bytes of distinct storages that autograd keeps for backward."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(x)
+    return sum(storages.values())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _spread(samples: list[float]) -> float:
+    low, _, high = statistics.quantiles(samples, n=4)
+    return (high - low) / statistics.median(samples) * 100
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def _markdown(row: dict) -> str:
+    shape = row["shape"]
+    head = (
+        f"T={shape['tokens']}, E={shape['experts']}, K={shape['top_k']}, D={shape['dim']} on "
+        f"{row['device']}: bare {row['bare_ms']:.1f} ms (quartiles {row['bare_spread_percent']:.1f}% "
+        f"apart), scores {row['scores_bytes'] / 2**20:.1f} MiB\n\n"
+        "| | added to forward + backward | quartiles apart | added saved memory |\n|---|---|---|---|"
+    )
+    lines = [
+        f"| {name} | {added:+.1f}% | {row['added_spread_percent'][name]:.1f}% | "
+        f"{row['saved_bytes'][name] / 1024:,.0f} KiB |"
+        for name, added in row["added_percent"].items()
+    ]
+    return "\n".join([head, *lines, ""])
+
+
+if __name__ == "__main__":
+    main()

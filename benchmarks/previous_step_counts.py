@@ -1,0 +1,108 @@
+"""How far the previous step's counts are from the running step's.
+
+    python -m benchmarks.previous_step_counts [--steps 50] [--config deepseek_v3_debugmodel]
+
+Trains with the global-batch loss and computes at every step the aux gradient of all
+gates twice on the same batch and weights: with f from the previous step (what trains)
+and with f from the step itself (what the paper defines). Prints the cosine of the two
+and the ratio of their norms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from titan_moe_lb import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb import job_config
+from titan_moe_lb.telemetry.recorder import finish_step
+from titan_moe_lb.telemetry.reduction import routers_of
+
+
+@dataclass
+class Arguments:
+    steps: int = 50
+    config: str = "deepseek_v3_debugmodel"
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
+    trainer = _trainer(arguments)
+    batches = trainer.batch_generator(trainer.dataloader)
+    routers = routers_of(trainer.model_parts)
+    cosines, ratios = [], []
+    for step in range(1, arguments.steps + 1):
+        inputs, labels = next(batches)
+        if step > 1:  # the first step has no previous one
+            previous = [router.aux_losses[0].counts_E.clone() for router in routers]
+            late = _aux_gradient(trainer, inputs, labels)
+            for router in routers:
+                router.aux_losses[0].counts_E.copy_(router.recorder.counts_SE[0])
+            true = _aux_gradient(trainer, inputs, labels)
+            for router, counts in zip(routers, previous, strict=True):
+                router.aux_losses[0].counts_E.copy_(counts)
+            finish_step([router.recorder for router in routers])
+            cosines.append(torch.cosine_similarity(late, true, dim=0).item())
+            ratios.append((late.norm() / true.norm()).item())
+        trainer.step = step
+        trainer.train_step(iter([(inputs, labels)]))
+    print(
+        json.dumps(
+            {
+                "config": arguments.config,
+                "steps": arguments.steps,
+                "cosine": {
+                    "median": statistics.median(cosines),
+                    "lowest": min(cosines),
+                    "first_ten": statistics.median(cosines[:10]),
+                    "last_ten": statistics.median(cosines[-10:]),
+                },
+                "norm_ratio_median": statistics.median(ratios),
+            }
+        )
+    )
+
+
+def _aux_gradient(trainer: Trainer, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
+    """Gradient of the aux loss alone in all gates, flat."""
+    trainer.optimizers.zero_grad()
+    trainer.forward_backward_step(
+        input_dict=dict(inputs),
+        labels=torch.full_like(labels, IGNORE_INDEX),
+        global_valid_tokens=torch.tensor(1),
+    )
+    return torch.cat(
+        [router.gate.weight.grad.to_local().flatten().clone() for router in routers_of(trainer.model_parts)]
+    )
+
+
+def _trainer(arguments: Arguments) -> Trainer:
+    flags = ["--config", arguments.config, "--debug.seed=0", "--metrics.log_freq=1000"]
+    flags += [f"--training.steps={arguments.steps}"]
+    losses = '[{type="global_batch", weight=1e-3}]'
+    config = job_config.load([*flags, f"--model.aux_losses={losses}"]).config
+    config.debug.enable_structured_logging = False
+    if cpu.needed():
+        cpu.adapt(config)
+    return config.build()
+
+
+if __name__ == "__main__":
+    main()

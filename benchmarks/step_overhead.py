@@ -1,0 +1,98 @@
+"""What the losses and their recorder cost of a whole training step.
+
+    python -m benchmarks.step_overhead [--steps 12] [--config deepseek_v3_debugmodel]
+
+Two trainers of the same job in one process, torchtitan's own router against ours with
+the sequence-wise, global-batch and z losses, stepped in turn. Prints the medians, the
+overhead of the median pair and the spread between the quartiles of the pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+
+import tyro
+
+from titan_moe_lb import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+from torchtitan.config.override import derive
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb import job_config
+from titan_moe_lb.router import LoadBalancedRouter
+
+LOSSES = (
+    '[{type="sequence_wise", weight=1e-4}, {type="global_batch", weight=1e-3}, '
+    '{type="z_loss", weight=1e-5}]'
+)
+
+
+@dataclass
+class Arguments:
+    steps: int = 12
+    config: str = "deepseek_v3_debugmodel"
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
+    sides = {"without": _trainer(arguments, losses=False), "with": _trainer(arguments, losses=True)}
+    iterators = {name: side.batch_generator(side.dataloader) for name, side in sides.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for step in range(arguments.steps + 2):
+        # The order alternates, so that neither side always follows the other.
+        for name in list(sides)[:: 1 if step % 2 else -1]:
+            # Logging is the recorder's reader; step 3 of the default frequency is not logged.
+            sides[name].step = 3
+            started = time.perf_counter()
+            sides[name].train_step(iterators[name])
+            if step >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    pairs = [
+        (w - o) / o * 100 for w, o in zip(seconds["with"], seconds["without"], strict=True)
+    ]
+    low, middle, high = statistics.quantiles(pairs, n=4)
+    print(
+        json.dumps(
+            {
+                "config": arguments.config,
+                "without_s": statistics.median(seconds["without"]),
+                "with_s": statistics.median(seconds["with"]),
+                "overhead_percent": middle,
+                "quartiles_percent": [low, high],
+                "pairs": len(pairs),
+            }
+        )
+    )
+
+
+def _trainer(arguments: Arguments, *, losses: bool) -> Trainer:
+    flags = ["--config", arguments.config, "--debug.seed=0", "--metrics.log_freq=1000"]
+    config = job_config.load([*flags, f"--model.aux_losses={LOSSES if losses else '[]'}"]).config
+    config.debug.enable_structured_logging = False
+    if not losses:
+        for _fqn, router, parent, name in list(config.traverse(LoadBalancedRouter.Config)):
+            setattr(parent, name, derive(router, TokenChoiceTopKRouter.Config))
+    if cpu.needed():
+        cpu.adapt(config)
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return config.build()
+
+
+if __name__ == "__main__":
+    main()
