@@ -3,7 +3,7 @@
     python -m benchmarks.aux_loss [--repeats 20] [--device cpu|cuda] [--markdown]
 
 Columns: the bare router (torchtitan's), ours with each loss, and the same
-sequence-wise or batch-wise loss as textbook autograd, as ``torch.func.grad`` inside
+sequence-wise or batch-wise loss as textbook autograd (the z-loss likewise), as ``torch.func.grad`` inside
 an autograd Function's backward, and as ``load_balancing_loss_func`` of transformers.
 The variants are interleaved; a column is the median over the repeats of the time
 added to the bare router of the same repeat. Saved memory is what autograd keeps
@@ -42,9 +42,8 @@ from titan_moe_lb.losses import (
 )
 from titan_moe_lb.router import LoadBalancedRouter
 
-# Tokens, experts, top_k; and the width of the model that the gate reads.
+# Tokens, experts, top_k.
 SHAPES = [(16384, 64, 6), (16384, 128, 8), (8192, 256, 8)]
-DIM = 2048
 SEQUENCES = 4
 OURS = {
     "sequence_wise": SequenceWiseAuxLoss,
@@ -59,6 +58,8 @@ WEIGHT = 1e-3
 class Arguments:
     repeats: int = 20
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dim: int = 2048
+    """Width of the model, which the gate reads. A narrow one hides less behind the gate."""
     markdown: bool = False
     """Print a table instead of JSON lines."""
 
@@ -72,8 +73,9 @@ def main() -> None:
 
 def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> dict:
     device = torch.device(arguments.device)
-    x = torch.randn(SEQUENCES, tokens // SEQUENCES, DIM, device=device, requires_grad=True)
-    variants = _variants(num_experts, top_k, device)
+    dim = arguments.dim
+    x = torch.randn(SEQUENCES, tokens // SEQUENCES, dim, device=device, requires_grad=True)
+    variants = _variants(num_experts, top_k, dim, device)
     for run in variants.values():  # warm up
         _step(run, x)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -87,7 +89,7 @@ def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> 
     bare = seconds["bare"]
     row = {
         "device": _device_name(device),
-        "shape": {"tokens": tokens, "experts": num_experts, "top_k": top_k, "dim": DIM},
+        "shape": {"tokens": tokens, "experts": num_experts, "top_k": top_k, "dim": dim},
         "bare_ms": statistics.median(bare) * 1e3,
         "bare_spread_percent": _spread(bare),
         "scores_bytes": tokens * num_experts * 4,
@@ -110,8 +112,10 @@ def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _variants(num_experts: int, top_k: int, device: torch.device) -> dict[str, Run]:
-    bare = _router(num_experts, top_k, device)
+def _variants(
+    num_experts: int, top_k: int, dim: int, device: torch.device
+) -> dict[str, Run]:
+    bare = _router(num_experts, top_k, dim, device)
 
     def textbook(x: torch.Tensor) -> torch.Tensor:
         topk_scores, ids, scores = bare(x)
@@ -127,12 +131,20 @@ def _variants(num_experts: int, top_k: int, device: torch.device) -> dict[str, R
         logits = scores.flatten(0, 1).log()
         return topk_scores.sum() + WEIGHT * load_balancing_loss_func((logits,), num_experts, top_k)
 
+    def textbook_z_loss(x: torch.Tensor) -> torch.Tensor:
+        logits = bare.gate(x)
+        scores = logits.softmax(-1)
+        ids = scores.topk(top_k, dim=-1, sorted=False).indices
+        topk_scores = scores.gather(-1, ids) * bare.route_scale
+        return topk_scores.sum() + WEIGHT * functional.router_z_loss(logits)
+
     variants: dict[str, Run] = {"bare": lambda x: bare(x)[0].sum()}
     for name, loss in OURS.items():
-        router = _router(num_experts, top_k, device, loss)
+        router = _router(num_experts, top_k, dim, device, loss)
         variants[name] = lambda x, router=router: router(x)[0].sum()
     return variants | {
         "textbook autograd": textbook,
+        "textbook autograd, z-loss": textbook_z_loss,
         "torch.func.grad": func_grad,
         "transformers": transformers_loss,
     }
@@ -154,10 +166,14 @@ class _InjectByFuncGrad(torch.autograd.Function):
 
 
 def _router(
-    num_experts: int, top_k: int, device: torch.device, loss: type[AuxLoss] | None = None
+    num_experts: int,
+    top_k: int,
+    dim: int,
+    device: torch.device,
+    loss: type[AuxLoss] | None = None,
 ) -> TokenChoiceTopKRouter:
     config = make_router_config(
-        dim=DIM, num_experts=num_experts, gate_param_init={}, top_k=top_k, score_func="softmax"
+        dim=dim, num_experts=num_experts, gate_param_init={}, top_k=top_k, score_func="softmax"
     )
     if loss is not None:
         bound = loss.Config(
@@ -166,7 +182,7 @@ def _router(
         config = derive(config, LoadBalancedRouter.Config, aux_losses=[bound])
     router = config.build().to(device)
     torch.manual_seed(0)
-    torch.nn.init.normal_(router.gate.weight, std=DIM**-0.5)
+    torch.nn.init.normal_(router.gate.weight, std=dim**-0.5)
     return router
 
 

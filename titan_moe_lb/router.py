@@ -118,16 +118,18 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         z_loss = next((loss for loss in self.aux_losses if isinstance(loss, RouterZLoss)), None)
         if z_loss is None or not self.training:
             return F.softmax(logits_BLE, dim=-1) if softmax else torch.sigmoid(logits_BLE)
-        sequence_length = _local(logits_BLE).shape[1] * self.sequence_shards
-        coefficient = z_loss.coefficient(sequence_length)
-        with spmd.no_typecheck(), torch.no_grad():
-            logsumexp_BL = torch.logsumexp(_local(logits_BLE).float(), dim=-1)
-            values[z_loss] = coefficient * logsumexp_BL.square().sum()
+        coefficient = z_loss.coefficient(_local(logits_BLE).shape[1] * self.sequence_shards)
         weighted = coefficient * z_loss.weight / self.token_replicas
-        return _on_local(
-            lambda logits: scores_with_z_loss(logits, logsumexp_BL, weighted, softmax=softmax),
-            logits_BLE,
-        )
+
+        def score(local_logits_BLE: torch.Tensor) -> torch.Tensor:
+            scores_BLE, logsumexp_BL = scores_with_z_loss(
+                local_logits_BLE, weighted, softmax=softmax
+            )
+            with spmd.no_typecheck(), torch.no_grad():
+                values[z_loss] = coefficient * logsumexp_BL.square().sum()
+            return scores_BLE
+
+        return _on_local(score, logits_BLE)
 
     def _select(
         self, scores_BLE: torch.Tensor, expert_bias_E: torch.Tensor | None

@@ -85,42 +85,51 @@ def gather_scores(
 class _ScoresWithZLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, logits_BLE: torch.Tensor, logsumexp_BL: torch.Tensor, coefficient: float, softmax: bool
-    ) -> torch.Tensor:
-        scores_BLE = torch.softmax(logits_BLE, dim=-1) if softmax else torch.sigmoid(logits_BLE)
+        ctx, logits_BLE: torch.Tensor, coefficient: float, softmax: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if softmax:
+            scores_BLE = torch.softmax(logits_BLE, dim=-1)
+            # The largest score is exp(largest logit - logsumexp), and at least 1/E: two
+            # maxima are cheaper than a second pass of exponentials, and as exact.
+            logsumexp_BL = logits_BLE.amax(dim=-1).float() - scores_BLE.amax(dim=-1).float().log()
+        else:
+            scores_BLE = torch.sigmoid(logits_BLE)
+            logsumexp_BL = torch.logsumexp(logits_BLE.float(), dim=-1)
         # A softmax is its own saved tensor, as upstream. A sigmoid saturates, so
         # softmax(logits) cannot be had from it: there the logits are kept as well.
         ctx.save_for_backward(scores_BLE, logsumexp_BL, None if softmax else logits_BLE)
         ctx.coefficient = coefficient
-        return scores_BLE
+        ctx.mark_non_differentiable(logsumexp_BL)
+        return scores_BLE, logsumexp_BL
 
     @staticmethod
-    def backward(ctx, grad_BLE: torch.Tensor):
+    def backward(ctx, grad_BLE: torch.Tensor, _grad_BL: torch.Tensor):
         scores_BLE, logsumexp_BL, logits_BLE = ctx.saved_tensors
         factor_BL1 = (2 * ctx.coefficient * logsumexp_BL).unsqueeze(-1).to(scores_BLE.dtype)
         if logits_BLE is None:
-            # sum_i s_i = 1, so a constant added to the gradient before the softmax's own
-            # backward would vanish; it is added behind it.
+            # A constant added to the gradient of a softmax's output vanishes in its
+            # backward, so the term is added behind it.
+            softmax_BLE = scores_BLE
             grad_BLE = torch._softmax_backward_data(grad_BLE, scores_BLE, -1, scores_BLE.dtype)
-            return torch.addcmul(grad_BLE, scores_BLE, factor_BL1), None, None, None
-        softmax_BLE = torch.exp(logits_BLE - logsumexp_BL.unsqueeze(-1)).to(scores_BLE.dtype)
-        grad_BLE = grad_BLE * scores_BLE * (1 - scores_BLE)
-        return torch.addcmul(grad_BLE, softmax_BLE, factor_BL1), None, None, None
+        else:
+            softmax_BLE = torch.exp(logits_BLE - logsumexp_BL.unsqueeze(-1)).to(scores_BLE.dtype)
+            grad_BLE = torch.ops.aten.sigmoid_backward(grad_BLE, scores_BLE)
+        return grad_BLE.addcmul_(softmax_BLE, factor_BL1), None, None
 
     @staticmethod
     def typecheck_forward(
-        logits_BLE: torch.Tensor, logsumexp_BL: torch.Tensor, coefficient: float, softmax: bool
-    ) -> torch.Tensor:
+        logits_BLE: torch.Tensor, coefficient: float, softmax: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """SPMD type: the scores are sharded as the logits are."""
         with spmd.no_typecheck():
-            scores_BLE = _ScoresWithZLoss.apply(logits_BLE, logsumexp_BL, coefficient, softmax)
+            scores_BLE, logsumexp_BL = _ScoresWithZLoss.apply(logits_BLE, coefficient, softmax)
         spmd.assert_type(scores_BLE, get_local_type(logits_BLE), get_partition_spec(logits_BLE))
-        return scores_BLE
+        return scores_BLE, logsumexp_BL
 
 
 def scores_with_z_loss(
-    logits_BLE: torch.Tensor, logsumexp_BL: torch.Tensor, coefficient: float, *, softmax: bool
-) -> torch.Tensor:
+    logits_BLE: torch.Tensor, coefficient: float, *, softmax: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of the logits, with the gradient of the router z-loss attached.
 
     Forward is the softmax (or sigmoid) of the logits, bit for bit. Backward adds the
@@ -129,11 +138,11 @@ def scores_with_z_loss(
 
     Args:
         logits_BLE: gate outputs ``(B, L, E)``.
-        logsumexp_BL: their logsumexp ``(B, L)``, not differentiated.
         coefficient: weight of one token.
         softmax: the score function is a softmax, else a sigmoid.
 
     Returns:
-        ``(B, L, E)`` in the dtype of the logits.
+        Scores ``(B, L, E)`` in the dtype of the logits, and the logsumexp of the
+        logits ``(B, L)``, float32, not differentiable.
     """
-    return _ScoresWithZLoss.apply(logits_BLE, logsumexp_BL, coefficient, softmax)
+    return _ScoresWithZLoss.apply(logits_BLE, coefficient, softmax)
