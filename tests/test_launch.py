@@ -39,8 +39,13 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         ),
         ([*TINY], {"NGPU": "two"}, "NGPU=two must be a whole number"),
         (["--job-config", "configs/deepseek_v3/671b.toml"], {}, "COMM_MODE=fake_backend NGPU=2048"),
+        (
+            [*TINY, "--hf_assets_path=./nowhere"],
+            {},
+            "hf_assets_path './nowhere' is not a folder",
+        ),
     ],
-    ids=["module", "processes", "NGPU", "2048 ranks"],
+    ids=["module", "processes", "NGPU", "2048 ranks", "assets"],
 )
 def test_wrong_job_is_one_line_and_status_2(arguments, environment, expected):
     result = launch(*arguments, **environment)

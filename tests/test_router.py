@@ -13,7 +13,13 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from model_registry.deepseek_v3 import model_registry
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.losses import SequenceWiseAuxLoss, functional
+from titan_moe_lb.losses import (
+    BatchWiseAuxLoss,
+    GlobalBatchAuxLoss,
+    RouterZLoss,
+    SequenceWiseAuxLoss,
+    functional,
+)
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.imbalance import max_violation
 from titan_moe_lb.telemetry.recorder import finish_step
@@ -81,6 +87,56 @@ def test_gradient_is_that_of_main_plus_weighted_loss(score_func, count_from, opt
     for ours, expected in ((built.gate.weight.grad, reference.gate.weight.grad), (x.grad, y.grad)):
         assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
     assert built.recorder.losses_A[0].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_all_losses_together_are_their_sum(score_func):
+    """Each with its own weight and count source; the global batch counted a step before."""
+    weights = {
+        SequenceWiseAuxLoss: 0.5,
+        BatchWiseAuxLoss: 0.3,
+        GlobalBatchAuxLoss: 0.2,
+        RouterZLoss: 0.01,
+    }
+    losses = [
+        cls.Config(
+            weight=weight, local_batch_size=BATCH, global_batch_size=BATCH, num_experts=EXPERTS
+        )
+        for cls, weight in weights.items()
+    ]
+    losses[1].count_from = "scores"
+    built = router(losses, score_func=score_func, **GROUPS).double()
+    previous = torch.arange(1, EXPERTS + 1)
+    built.aux_losses[2].finish_step(previous)
+    x, bias = inputs(torch.float64)
+    built(x, bias)[0].square().sum().backward()
+
+    reference = router(score_func=score_func, cls=TokenChoiceTopKRouter, **GROUPS).double()
+    y, _ = inputs(torch.float64)
+    topk_scores, ids, full = reference(y, bias)
+    values = [
+        functional.sequence_wise_load_balance(full, ids),
+        functional.batch_wise_load_balance(full, full.topk(TOP_K).indices),
+        functional.load_balance_from_counts(full, previous, int(previous.sum())),
+        functional.router_z_loss(reference.gate(y)),
+    ]
+    total = sum(weight * value for weight, value in zip(weights.values(), values, strict=True))
+    (topk_scores.square().sum() + total).backward()
+
+    for ours, expected in ((built.gate.weight.grad, reference.gate.weight.grad), (x.grad, y.grad)):
+        assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert built.recorder.losses_A.tolist() == pytest.approx([v.item() for v in values], rel=1e-6)
+
+
+def test_global_batch_has_no_gradient_in_the_first_step():
+    loss = GlobalBatchAuxLoss.Config(
+        weight=1.0, local_batch_size=BATCH, global_batch_size=BATCH, num_experts=EXPERTS
+    )
+    built = router([loss], score_func="softmax")
+    x, bias = inputs()
+    (0.0 * built(x, bias)[0].sum()).backward()
+    assert x.grad.abs().max() < 1e-7
+    assert built.recorder.losses_A.item() == pytest.approx(1.0)
 
 
 def test_compiled_without_graph_breaks():

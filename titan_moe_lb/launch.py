@@ -20,7 +20,7 @@ from titan_moe_lb import cpu
 if cpu.needed():
     cpu.use_host()
 
-from titan_moe_lb import job_config, layout, train
+from titan_moe_lb import job_config, layout, train, validation
 from titan_moe_lb.errors import JobError
 
 
@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         here = _processes_on_this_node(draft.table, nodes)
         os.environ["WORLD_SIZE"] = str(here * nodes)
         job = draft.resolve()
+        if not draft.command.print_config and job.config.comm.mode == "default":
+            validation.assets_are_here(job.config)
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:

@@ -15,7 +15,7 @@ if cpu.needed():
 
 from torchtitan import train as torchtitan_train
 
-from titan_moe_lb import job_config, zero_bubble
+from titan_moe_lb import dry_run, job_config, zero_bubble
 from titan_moe_lb.errors import JobError
 
 
@@ -33,6 +33,11 @@ def run(job: job_config.Job) -> None:
     if cpu.needed():
         cpu.adapt(job.config)
     zero_bubble.adapt(job.config)
+    if job.config.comm.mode == "fake_backend":
+        dry_run.stand_in_for_missing_assets(job.config)
+        if job.config.parallelism.pipeline_parallel_degree > 1:
+            dry_run.build_only(job.config)
+            return
     # torchtitan's main reads a config function by module path and name from the
     # command line. The job is resolved, so it is the function's whole result.
     job_config.set_resolved(job)

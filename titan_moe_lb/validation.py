@@ -8,6 +8,7 @@ starts a process, and the model config once more when torchtitan binds it.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
@@ -196,6 +197,15 @@ def bias_update_speed_is_positive(config: Trainer.Config) -> None:
                 f"{fqn}.load_balance_coeff is {speed}; it must be a finite number above 0, "
                 "or none to turn the expert bias off"
             )
+
+
+def assets_are_here(config: Trainer.Config) -> None:
+    """Not among the rules: a job can be resolved and printed where it does not run."""
+    if not os.path.isdir(config.hf_assets_path):
+        raise JobError(
+            f"hf_assets_path {config.hf_assets_path!r} is not a folder: download the model's "
+            "tokenizer files there, or name a folder that holds a tokenizer.json"
+        )
 
 
 RULES: tuple[Callable[[Trainer.Config], None], ...] = (
