@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import tyro
 
 from titan_moe_lb import cpu
@@ -112,9 +111,7 @@ def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _variants(
-    num_experts: int, top_k: int, dim: int, device: torch.device
-) -> dict[str, Run]:
+def _variants(num_experts: int, top_k: int, dim: int, device: torch.device) -> dict[str, Run]:
     bare = _router(num_experts, top_k, dim, device)
 
     def textbook(x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +174,10 @@ def _router(
     )
     if loss is not None:
         bound = loss.Config(
-            weight=WEIGHT, local_batch_size=SEQUENCES, global_batch_size=SEQUENCES, num_experts=num_experts
+            weight=WEIGHT,
+            local_batch_size=SEQUENCES,
+            global_batch_size=SEQUENCES,
+            num_experts=num_experts,
         )
         config = derive(config, LoadBalancedRouter.Config, aux_losses=[bound])
     router = config.build().to(device)

@@ -43,7 +43,9 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port
+    )
     trainer = _trainer(arguments)
     batches = trainer.batch_generator(trainer.dataloader)
     routers = routers_of(trainer.model_parts)
@@ -89,7 +91,10 @@ def _aux_gradient(trainer: Trainer, inputs: dict, labels: torch.Tensor) -> torch
         global_valid_tokens=torch.tensor(1),
     )
     return torch.cat(
-        [router.gate.weight.grad.to_local().flatten().clone() for router in routers_of(trainer.model_parts)]
+        [
+            router.gate.weight.grad.to_local().flatten().clone()
+            for router in routers_of(trainer.model_parts)
+        ]
     )
 
 

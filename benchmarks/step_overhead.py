@@ -47,7 +47,9 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port
+    )
     sides = {"without": _trainer(arguments, losses=False), "with": _trainer(arguments, losses=True)}
     iterators = {name: side.batch_generator(side.dataloader) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -60,9 +62,7 @@ def main() -> None:
             sides[name].train_step(iterators[name])
             if step >= 2:
                 seconds[name].append(time.perf_counter() - started)
-    pairs = [
-        (w - o) / o * 100 for w, o in zip(seconds["with"], seconds["without"], strict=True)
-    ]
+    pairs = [(w - o) / o * 100 for w, o in zip(seconds["with"], seconds["without"], strict=True)]
     low, middle, high = statistics.quantiles(pairs, n=4)
     print(
         json.dumps(

@@ -66,7 +66,10 @@ def test_closed_form_gradient_is_autograd_on_the_formula(score_func, count_from,
     gathered.square().sum().backward()
 
     torch.testing.assert_close(
-        logits.grad, expected_logits.grad, rtol=RELATIVE, atol=RELATIVE * expected_logits.grad.abs().max()
+        logits.grad,
+        expected_logits.grad,
+        rtol=RELATIVE,
+        atol=RELATIVE * expected_logits.grad.abs().max(),
     )
 
 

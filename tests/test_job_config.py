@@ -35,7 +35,10 @@ def test_command_line_beats_toml_beats_registry(tmp_path):
 
 
 def test_model_table_and_flags_reach_the_routers(tmp_path):
-    text = JOB + '[model]\nload_balance_coeff = "none"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 0.5\n'
+    text = (
+        JOB
+        + '[model]\nload_balance_coeff = "none"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 0.5\n'
+    )
     arguments = job_file(tmp_path, text)
     spec = job_config.load(arguments).config.model_spec
     moe = spec.model.layers[-1].moe
@@ -73,34 +76,74 @@ def test_printed_config_resolves_to_the_same_job(path, tmp_path, monkeypatch):
 BATCH_WISE = '[model.aux_losses]\ntype = "batch_wise"\nweight = 1.0\n'
 RUNNING = '[model.aux_losses]\ntype = "global_batch"\nweight = 1.0\ncounts = "running"\n'
 WRONG_FILES = {
-    "unknown section": (JOB + "[trainign]\nsteps = 1\n", "no section [trainign]; did you mean 'training'?"),
-    "unknown key": (JOB + "[training]\nstpes = 1\n", "[training] has no key 'stpes'; did you mean 'steps'?"),
+    "unknown section": (
+        JOB + "[trainign]\nsteps = 1\n",
+        "no section [trainign]; did you mean 'training'?",
+    ),
+    "unknown key": (
+        JOB + "[training]\nstpes = 1\n",
+        "[training] has no key 'stpes'; did you mean 'steps'?",
+    ),
     "unknown job key": ('[job]\nmodul = "x"\n', "[job] has no key 'modul'; did you mean 'module'?"),
-    "wrong type": (JOB + '[training]\nsteps = "ten"\n', "[training] steps is 'ten'; it must be an integer"),
-    "bool for int": (JOB + "[training]\nsteps = true\n", "[training] steps is true; it must be an integer"),
-    "float for int": (JOB + "[training]\nsteps = 1.5\n", "[training] steps is 1.5; it must be an integer"),
-    "section is no table": (JOB.replace("[job]", "training = 3\n[job]"), "training is 3; it must be a table"),
+    "wrong type": (
+        JOB + '[training]\nsteps = "ten"\n',
+        "[training] steps is 'ten'; it must be an integer",
+    ),
+    "bool for int": (
+        JOB + "[training]\nsteps = true\n",
+        "[training] steps is true; it must be an integer",
+    ),
+    "float for int": (
+        JOB + "[training]\nsteps = 1.5\n",
+        "[training] steps is 1.5; it must be an integer",
+    ),
+    "section is no table": (
+        JOB.replace("[job]", "training = 3\n[job]"),
+        "training is 3; it must be a table",
+    ),
     "outside the choice": (
         JOB + '[training]\nmixed_precision_param = "bfloat32"\n',
         "must be one of 'bfloat16', 'float32'; did you mean",
     ),
-    "out of range": (JOB + "[training]\nlocal_batch_size = 0\n", "training.local_batch_size is 0; it must be at least 1"),
+    "out of range": (
+        JOB + "[training]\nlocal_batch_size = 0\n",
+        "training.local_batch_size is 0; it must be at least 1",
+    ),
     "negative steps": (JOB + "[training]\nsteps = -3\n", "training.steps is -3"),
     "bad TOML": ("[job\n", "not valid TOML"),
     "unknown module": ('[job]\nmodule = "deepseek_v4"\n', "did you mean 'deepseek_v3'?"),
     "unknown config": (JOB.replace("_tiny", "_tinny"), "did you mean 'deepseek_v3_tiny'?"),
-    "unknown flavor": ('[job]\nmodule = "deepseek_v3"\nflavor = "67B"\n', "no config for flavor '67B'"),
-    "unknown loss": (JOB + '[model]\naux_losses = [{type = "sequence_wize", weight = 1.0}]\n', "did you mean 'sequence_wise'?"),
-    "loss without type": (JOB + "[model]\naux_losses = [{weight = 1.0}]\n", "aux_losses[0] needs a type; valid:"),
-    "loss without weight": (JOB + '[model]\naux_losses = ["sequence_wise"]\n', "aux_losses[0] needs 'weight'"),
-    "negative weight": (JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = -1.0\n', "aux loss weight is -1.0"),
-    "NaN weight": (JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = nan\n', "aux loss weight is nan"),
+    "unknown flavor": (
+        '[job]\nmodule = "deepseek_v3"\nflavor = "67B"\n',
+        "no config for flavor '67B'",
+    ),
+    "unknown loss": (
+        JOB + '[model]\naux_losses = [{type = "sequence_wize", weight = 1.0}]\n',
+        "did you mean 'sequence_wise'?",
+    ),
+    "loss without type": (
+        JOB + "[model]\naux_losses = [{weight = 1.0}]\n",
+        "aux_losses[0] needs a type; valid:",
+    ),
+    "loss without weight": (
+        JOB + '[model]\naux_losses = ["sequence_wise"]\n',
+        "aux_losses[0] needs 'weight'",
+    ),
+    "negative weight": (
+        JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = -1.0\n',
+        "aux loss weight is -1.0",
+    ),
+    "NaN weight": (
+        JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = nan\n',
+        "aux loss weight is nan",
+    ),
     "filled by the job": (
         JOB + '[model.aux_losses]\ntype = "sequence_wise"\nweight = 1.0\nglobal_batch_size = 3\n',
         "has no key 'global_batch_size'",
     ),
     "two of one kind": (
-        JOB + '[model]\naux_losses = [{type = "sequence_wise", weight = 1.0}, {type = "sequence_wise", weight = 2.0}]\n',
+        JOB
+        + '[model]\naux_losses = [{type = "sequence_wise", weight = 1.0}, {type = "sequence_wise", weight = 2.0}]\n',
         "two losses of type SequenceWiseAuxLoss",
     ),
     "no MoE layer": (
@@ -108,7 +151,10 @@ WRONG_FILES = {
         "has no MoE layer",
     ),
     "bias speed": (JOB + "[model]\nload_balance_coeff = -1.0\n", "load_balance_coeff is -1.0"),
-    "unknown checkpointing": (JOB + '[activation_checkpoint]\ntype = "ful"\n', "did you mean 'full'?"),
+    "unknown checkpointing": (
+        JOB + '[activation_checkpoint]\ntype = "ful"\n',
+        "did you mean 'full'?",
+    ),
     "ZBV + selective": (
         JOB
         + '[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_schedule = "ZBVZeroBubble"\n'
@@ -126,11 +172,15 @@ WRONG_FILES = {
         "batch-wise aux loss is incompatible with gradient accumulation",
     ),
     "running counts + PP + checkpointing": (
-        JOB + RUNNING + '[parallelism]\npipeline_parallel_degree = 2\n[activation_checkpoint]\ntype = "full"\n',
+        JOB
+        + RUNNING
+        + '[parallelism]\npipeline_parallel_degree = 2\n[activation_checkpoint]\ntype = "full"\n',
         'set counts = "previous_step" or [activation_checkpoint] type = "none"',
     ),
     "running counts + accumulation + checkpointing": (
-        JOB + RUNNING + '[training]\nglobal_batch_size = 16\n[activation_checkpoint]\ntype = "selective"\n',
+        JOB
+        + RUNNING
+        + '[training]\nglobal_batch_size = 16\n[activation_checkpoint]\ntype = "selective"\n',
         'counts = "running" is incompatible with activation checkpointing',
     ),
     "unknown counts": (
@@ -138,7 +188,8 @@ WRONG_FILES = {
         "must be one of 'previous_step', 'running'; did you mean 'running'?",
     ),
     "microbatches": (
-        JOB + "[training]\nlocal_batch_size = 6\n[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_microbatch_size = 4\n",
+        JOB
+        + "[training]\nlocal_batch_size = 6\n[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_microbatch_size = 4\n",
         "local_batch_size",
     ),
     "processes": (JOB + "[parallelism]\ndata_parallel_replicate_degree = 3\n", "NGPU=3"),
@@ -146,7 +197,10 @@ WRONG_FILES = {
         JOB + "[parallelism]\ndata_parallel_shard_degree = 3\nexpert_parallel_degree = 3\n",
         "expert_parallel_degree 3 does not divide the 8 experts",
     ),
-    "global batch": (JOB + "[training]\nglobal_batch_size = 12\n", "global_batch_size 12 is not a multiple"),
+    "global batch": (
+        JOB + "[training]\nglobal_batch_size = 12\n",
+        "global_batch_size 12 is not a multiple",
+    ),
     "learning rate": (
         JOB + "[[optimizer.param_groups]]\noptimizer_kwargs = {lr = -1.0}\n",
         "lr is -1.0; it must be a finite number",

@@ -119,9 +119,7 @@ def test_batch_wise_gradient_where_the_batch_stays_whole(batch_wise, layout):
     check(batch_wise, layout)
 
 
-@pytest.mark.parametrize(
-    "layout", ["dp_shard=2", "dp_shard=2,ep=2", "cp=2,dp_shard=2", "ac=full"]
-)
+@pytest.mark.parametrize("layout", ["dp_shard=2", "dp_shard=2,ep=2", "cp=2,dp_shard=2", "ac=full"])
 def test_running_counts_where_the_batch_is_one_pass(running, layout):
     """One micro-batch on each rank: the running counts are those of the whole global batch."""
     check(running, layout)

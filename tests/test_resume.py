@@ -25,25 +25,33 @@ def test_resumed_run_continues_bitwise(ranks, tmp_path):
     whole = ranks.run(2, train, [*JOB, f"--dump_folder={tmp_path}/whole"])
     folder = f"--dump_folder={tmp_path}/stopped"
     # The learning-rate schedule is that of four steps in both halves.
-    first = ranks.run(2, train, [*JOB, folder, "--training.steps=2", "--lr_scheduler.total_steps=4"])
+    first = ranks.run(
+        2, train, [*JOB, folder, "--training.steps=2", "--lr_scheduler.total_steps=4"]
+    )
     second = ranks.run(2, train, [*JOB, folder], first_step=3)
 
     def numbers(logged):
         return [
-            (step["loss_metrics/global_avg_loss"], step["grad_norm"], step["moe/global_load_balancing_loss"])
+            (
+                step["loss_metrics/global_avg_loss"],
+                step["grad_norm"],
+                step["moe/global_load_balancing_loss"],
+            )
             for step in logged
         ]
 
     assert numbers(whole[0]) == numbers(first[0]) + numbers(second[0])
     assert numbers(whole[0])[2][2] != numbers(whole[0])[3][2]
-    torch.testing.assert_close(*(_last_counts(f"{tmp_path}/{name}") for name in ("whole", "stopped")), rtol=0, atol=0)
+    torch.testing.assert_close(
+        *(_last_counts(f"{tmp_path}/{name}") for name in ("whole", "stopped")), rtol=0, atol=0
+    )
 
 
 def _last_counts(folder: str) -> torch.Tensor:
     """The counts of the last step, as the checkpoint holds them."""
+    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-    from torch.distributed.checkpoint import FileSystemReader
 
     state: dict = {}
     _load_state_dict(

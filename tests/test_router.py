@@ -30,7 +30,12 @@ GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
 
 def router(losses=(), score_func="sigmoid", cls=LoadBalancedRouter, **options):
     config = make_router_config(
-        dim=DIM, num_experts=EXPERTS, gate_param_init={}, top_k=TOP_K, score_func=score_func, **options
+        dim=DIM,
+        num_experts=EXPERTS,
+        gate_param_init={},
+        top_k=TOP_K,
+        score_func=score_func,
+        **options,
     )
     if cls is LoadBalancedRouter:
         config = derive(config, cls.Config, aux_losses=list(losses))
@@ -45,6 +50,7 @@ def sequence_wise(count_from="selected", weight=0.5, global_batch_size=BATCH):
         count_from=count_from,
         local_batch_size=BATCH,
         global_batch_size=global_batch_size,
+        num_experts=EXPERTS,
     )
 
 
@@ -163,6 +169,7 @@ def test_block_with_losses_compiles_fullgraph():
     moe_config = spec.model.layers[-1].moe
     for loss in moe_config.router.aux_losses:
         loss.local_batch_size = loss.global_batch_size = 2
+        loss.num_experts = 8
     moe = moe_config.build()
     with torch.no_grad():
         moe.init_states(buffer_device=torch.device("cpu"))
@@ -178,9 +185,7 @@ def test_each_forward_is_recorded_once(recompute):
     built = router([sequence_wise()])
     x, bias = inputs()
     for _ in range(2):
-        out = (
-            checkpoint(built, x, bias, use_reentrant=False)[0] if recompute else built(x, bias)[0]
-        )
+        out = checkpoint(built, x, bias, use_reentrant=False)[0] if recompute else built(x, bias)[0]
         out.sum().backward()
     assert built.recorder.counts_SE.sum() == 2 * BATCH * LENGTH * TOP_K
     value = built.recorder.losses_A.clone()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from titan_moe_lb import cpu, job_config, zero_bubble
 
 

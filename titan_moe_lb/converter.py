@@ -59,7 +59,8 @@ class LoadBalanceConverter(ModelConfigConverter):
                 LoadBalancedRouter.Config,
                 aux_losses=copy.deepcopy(self.config.aux_losses),
             )
-        return derive(model_config, _bound_to_job(type(model_config)))
+        bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
+        return derive(model_config, bound)
 
 
 @functools.cache

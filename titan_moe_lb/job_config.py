@@ -41,11 +41,11 @@ _NOT_IN_MODEL_TABLE = ("flavor", "converters", "spec")
 class JobTable:
     """``[job]``: where the job starts from."""
 
-    module: str | None = None
-    """Model or importable path, as ``--module``."""
-    config: str | None = None
-    """Config function, as ``--config``."""
-    flavor: str | None = None
+    module: str = ""
+    """Model or importable path, as ``--module``; empty: the default model."""
+    config: str = ""
+    """Config function, as ``--config``; empty: the model's debug job."""
+    flavor: str = ""
     """Shorthand for the config function of a flavor."""
     description: str = ""
     ranks: int | None = None
@@ -96,9 +96,7 @@ class Draft:
         tables = dict(self.tables)
         model = tables.pop("model", {})
         if model or self.command.model:
-            _rebuild_model(
-                config, registry, model, f"{self.source}: [model]", self.command.model
-            )
+            _rebuild_model(config, registry, model, f"{self.source}: [model]", self.command.model)
         _merge_sections(config, tables, self.source)
         return config
 
@@ -133,9 +131,9 @@ def draft(arguments: list[str]) -> Draft:
     toml_tables.merge(table, job, f"{source}: [job]")
     if command.module and command.module != table.module:
         # Another model: the file's config function belongs to the file's module.
-        table = dataclasses.replace(table, module=command.module, config=None, flavor=None)
+        table = dataclasses.replace(table, module=command.module, config="", flavor="")
     if command.config:
-        table = dataclasses.replace(table, config=command.config, flavor=None)
+        table = dataclasses.replace(table, config=command.config, flavor="")
     return Draft(command=command, table=_complete(table, source), tables=tables, source=source)
 
 
@@ -168,11 +166,7 @@ def render(job: Job) -> str:
             for name, value in spec.arguments.items()
             if name not in _NOT_IN_MODEL_TABLE
         }
-    job_table = {
-        name: value
-        for name, value in dataclasses.asdict(job.table).items()
-        if value not in (None, "")
-    }
+    job_table = {name: value for name, value in dataclasses.asdict(job.table).items() if value}
     return tomli_w.dumps({"job": job_table, **sections})
 
 
@@ -220,18 +214,18 @@ def _complete(table: JobTable, source: str) -> JobTable:
         raise JobError(f"{source}: [job] ranks is {table.ranks}; it must be at least 1")
     module = table.module or DEFAULT_MODULE
     config = table.config
-    if config is None:
+    if not config:
         registry = module_lookup.config_registry(module)
         if table.flavor:
             config = module_lookup.config_of_flavor(registry, table.flavor)
         else:
-            config = getattr(registry, "debug_config", None)
-        if config is None:
+            config = getattr(registry, "debug_config", "")
+        if not config:
             raise JobError(
                 f"--module {module} has no debug job: name a config with --config; "
                 f"valid: {', '.join(module_lookup.config_names(registry))}"
             )
-    return dataclasses.replace(table, module=module, config=config, flavor=None)
+    return dataclasses.replace(table, module=module, config=config, flavor="")
 
 
 def _merge_sections(config: Trainer.Config, tables: dict[str, Any], source: str) -> None:

@@ -69,7 +69,9 @@ def config_of_flavor(registry: ModuleType, flavor: str) -> str:
     for name in names:
         if name.lower().endswith(f"_{flavor.lower()}"):
             return name
-    raise JobError(f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, names)}")
+    raise JobError(
+        f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, names)}"
+    )
 
 
 def entry_point(registry: ModuleType) -> Callable | None:

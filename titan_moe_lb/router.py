@@ -65,7 +65,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.aux_losses = ModuleList(loss.build() for loss in config.aux_losses)
-        counting = [loss.count_from for loss in self.aux_losses if isinstance(loss, LoadBalanceLoss)]
+        counting = [
+            loss.count_from for loss in self.aux_losses if isinstance(loss, LoadBalanceLoss)
+        ]
         self.count_sources = ["selected", *(["scores"] if "scores" in counting else [])]
         self.recorder = LoadRecorder.Config(
             num_experts=config.num_experts,
@@ -105,14 +107,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         topk_expert_ids_BLK = self._select(scores_BLE, expert_bias_E)
         topk_scores_BLK = self._gather(scores_BLE, topk_expert_ids_BLK, expert_bias_E, values)
         if self.route_norm:
-            topk_scores_BLK = topk_scores_BLK / (
-                topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20
-            )
+            topk_scores_BLK = topk_scores_BLK / (topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20)
         return topk_scores_BLK * self.route_scale, topk_expert_ids_BLK, scores_BLE
 
-    def _score(
-        self, logits_BLE: torch.Tensor, values: dict[AuxLoss, torch.Tensor]
-    ) -> torch.Tensor:
+    def _score(self, logits_BLE: torch.Tensor, values: dict[AuxLoss, torch.Tensor]) -> torch.Tensor:
         """The score function; attaches the z-loss and notes its raw value."""
         softmax = self.score_func == "softmax"
         z_loss = next((loss for loss in self.aux_losses if isinstance(loss, RouterZLoss)), None)
@@ -131,9 +129,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
         return _on_local(score, logits_BLE)
 
-    def _select(
-        self, scores_BLE: torch.Tensor, expert_bias_E: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _select(self, scores_BLE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
         if self._debug_force_load_balance:
             return self._debug_force_load_balance_routing(scores_BLE)[0]
         choice_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
@@ -159,9 +155,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 _local(scores_BLE), local_ids_BLK, biased=expert_bias_E is not None
             )
             coefficients_BE = self._coefficients(_local(scores_BLE), counts_SBE, values)
-            losses_A = (
-                torch.stack([values[loss] for loss in self.aux_losses]) if values else None
-            )
+            losses_A = torch.stack([values[loss] for loss in self.aux_losses]) if values else None
             self.recorder.record(counts_SBE.sum(dim=1), losses_A)
         if coefficients_BE is None:
             return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)

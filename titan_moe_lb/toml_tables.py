@@ -159,7 +159,9 @@ def _build(cls: type, table: dict[str, Any], where: str) -> Any:
         )
         if required and field.name in hints and field.name not in table:
             raise JobError(f"{where} needs {field.name!r}")
-    arguments = {key: construct(hints[key], value, f"{where} {key}") for key, value in table.items()}
+    arguments = {
+        key: construct(hints[key], value, f"{where} {key}") for key, value in table.items()
+    }
     try:
         return cls(**arguments)
     except ValueError as error:
@@ -176,9 +178,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     except typeguard.TypeCheckError:
         literals = _literals(hint)
         remedy = f"; {nearest(value, literals)}" if literals and isinstance(value, str) else ""
-        raise JobError(
-            f"{where} is {_show(value)}; it must be {_describe(hint)}{remedy}"
-        ) from None
+        raise JobError(f"{where} is {_show(value)}; it must be {_describe(hint)}{remedy}") from None
     return value
 
 

@@ -142,9 +142,7 @@ def batch_wise_sees_the_whole_batch(config: Trainer.Config) -> None:
         'previous step) or type = "sequence_wise" instead'
     )
     if config.parallelism.pipeline_parallel_degree > 1:
-        raise JobError(
-            f"batch-wise aux loss is incompatible with pipeline parallelism {reason}"
-        )
+        raise JobError(f"batch-wise aux loss is incompatible with pipeline parallelism {reason}")
     if _accumulation_steps(config) > 1:
         raise JobError(
             "batch-wise aux loss is incompatible with gradient accumulation "
@@ -158,9 +156,7 @@ def running_counts_survive_recomputation(config: Trainer.Config) -> None:
         loss.counts == "running"
         for _fqn, loss, _parent, _attribute in config.traverse(GlobalBatchAuxLoss.Config)
     )
-    several = (
-        config.parallelism.pipeline_parallel_degree > 1 or _accumulation_steps(config) > 1
-    )
+    several = config.parallelism.pipeline_parallel_degree > 1 or _accumulation_steps(config) > 1
     if running and several and config.activation_checkpoint is not None:
         raise JobError(
             'global-batch aux loss with counts = "running" is incompatible with activation '

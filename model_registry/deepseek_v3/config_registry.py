@@ -26,9 +26,7 @@ def loss_config(spec: ModelSpec) -> BaseLoss.Config:
     vocab_size = decoder_vocab_size(spec)
     if spec.model.mtp_layers:
         return MTPLoss.Config(global_vocab_size=vocab_size)
-    return ChunkedLossWrapper.Config(
-        loss_fn=CrossEntropyLoss.Config(global_vocab_size=vocab_size)
-    )
+    return ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=vocab_size))
 
 
 def deepseek_v3_tiny() -> Trainer.Config:

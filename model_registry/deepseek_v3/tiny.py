@@ -74,9 +74,7 @@ def tiny(
     )
 
 
-def _mtp_layer(
-    layer: DeepSeekV3TransformerBlock.Config, dim: int
-) -> MTPTransformerBlock.Config:
+def _mtp_layer(layer: DeepSeekV3TransformerBlock.Config, dim: int) -> MTPTransformerBlock.Config:
     """A multi-token prediction block of the same kind as ``layer``."""
     own = copy.deepcopy(layer)
     return derive(

@@ -13,7 +13,6 @@ from tests.parity.gradients import Recorded, layout_gradients, save_seed
 from tests.parity.layout import Layout
 from tests.rank_pool import RankPool
 
-
 Gradients = dict[str, torch.Tensor]
 
 

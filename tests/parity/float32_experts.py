@@ -25,9 +25,7 @@ class Float32Experts(GroupedExperts):
             )
             ends_E = torch.cumsum(num_tokens_per_expert_E, dim=0)
             rows_R = torch.arange(x_RD.shape[0], device=x_RD.device)
-            expert_R = torch.searchsorted(ends_E, rows_R, right=True).clamp_max(
-                ends_E.shape[0] - 1
-            )
+            expert_R = torch.searchsorted(ends_E, rows_R, right=True).clamp_max(ends_E.shape[0] - 1)
             h_RF = F.silu(torch.einsum("rd,rfd->rf", x_RD, w1_EFD[expert_R]))
             h_RF = h_RF * torch.einsum("rd,rfd->rf", x_RD, w3_EFD[expert_R])
             return torch.einsum("rf,rdf->rd", h_RF, w2_EDF[expert_R])

@@ -145,14 +145,19 @@ def run_batch(trainer: Trainer, layout: Layout, *, with_main_loss: bool) -> None
     if not with_main_loss:
         labels = torch.full_like(labels, IGNORE_INDEX)
         valid = 1
-    dp_rank = dist.get_rank(trainer.parallel_dims.get_mesh("batch").get_group()) if layout.dp > 1 else 0
+    dp_rank = (
+        dist.get_rank(trainer.parallel_dims.get_mesh("batch").get_group()) if layout.dp > 1 else 0
+    )
     local = GLOBAL_BATCH_SIZE // layout.dp
     mine = slice(dp_rank * local, (dp_rank + 1) * local)
     size = layout.microbatch if layout.pp > 1 else local // layout.accumulate
     batches = [
         ({"input": x, "positions": p}, y)
         for x, p, y in zip(
-            tokens[mine].split(size), positions[mine].split(size), labels[mine].split(size), strict=True
+            tokens[mine].split(size),
+            positions[mine].split(size),
+            labels[mine].split(size),
+            strict=True,
         )
     ]
     trainer.optimizers.zero_grad()

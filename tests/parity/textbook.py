@@ -21,7 +21,13 @@ from titan_moe_lb.router import LoadBalancedRouter
 
 
 def textbook_gradients(
-    seed_folder: str, out_folder: str, *, module: str, config: str, model: dict[str, Any], weight: float
+    seed_folder: str,
+    out_folder: str,
+    *,
+    module: str,
+    config: str,
+    model: dict[str, Any],
+    weight: float,
 ) -> dict[str, str]:
     """Save one gradient file for each loss; returns their paths. One rank."""
     trainer = build_from_seed(

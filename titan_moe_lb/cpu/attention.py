@@ -123,9 +123,7 @@ class DenseMaskAttention(FlexAttention):
         return out_transform(out_BLNH, logsumexp_BLN)
 
 
-def _dense_mask(
-    block_mask: BlockMask, q_BNLH: torch.Tensor, k_BNSH: torch.Tensor
-) -> torch.Tensor:
+def _dense_mask(block_mask: BlockMask, q_BNLH: torch.Tensor, k_BNSH: torch.Tensor) -> torch.Tensor:
     batch = block_mask.kv_num_blocks.shape[0]
     return create_mask(
         block_mask.mask_mod,

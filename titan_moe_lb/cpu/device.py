@@ -58,9 +58,7 @@ class HostDevice(ModuleType):
         return _processor_name()
 
     def get_device_properties(self, device: object = None) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=_processor_name(), total_memory=psutil.virtual_memory().total
-        )
+        return SimpleNamespace(name=_processor_name(), total_memory=psutil.virtual_memory().total)
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
         with self._lock:

@@ -75,9 +75,9 @@ class AuxLoss(Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.global_batch_size is None:
+        if config.global_batch_size is None or config.num_experts is None:
             raise JobError(
-                f"{type(self).__name__} was built without batch sizes: the model config's "
+                f"{type(self).__name__} was built before it was bound to a job: the model config's "
                 "update_from_config(config=...) has to run before build()"
             )
         self.weight = config.weight

@@ -29,9 +29,7 @@ def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int)
         ``(B, E)``, float32 (exact up to 2**24 tokens a sequence).
     """
     ids_BN = topk_expert_ids_BLK.flatten(1)
-    counts_BE = torch.zeros(
-        ids_BN.shape[0], num_experts, dtype=torch.float32, device=ids_BN.device
-    )
+    counts_BE = torch.zeros(ids_BN.shape[0], num_experts, dtype=torch.float32, device=ids_BN.device)
     return counts_BE.scatter_add_(
         1, ids_BN, torch.ones((), dtype=torch.float32, device=ids_BN.device).expand_as(ids_BN)
     )

@@ -40,13 +40,13 @@ class GlobalBatchAuxLoss(LoadBalanceLoss):
         """Where f comes from; see the class."""
 
         def update_from_config(self, *, config, num_experts: int) -> None:
-            LoadBalanceLoss.Config.update_from_config(
-                self, config=config, num_experts=num_experts
-            )
+            LoadBalanceLoss.Config.update_from_config(self, config=config, num_experts=num_experts)
             # The same counts on every rank; torchtitan asks for a layout of all state.
             self.sharding_config = ShardingConfig(
                 state_shardings={"counts_E": dense_param_placement(tp=spmd.R)}
             )
+
+    counts_E: torch.Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -55,7 +55,7 @@ class GlobalBatchAuxLoss(LoadBalanceLoss):
         # previous_step: the global batch of the last step. running: of this step so far.
         self.register_buffer(
             "counts_E",
-            torch.zeros(config.num_experts, dtype=torch.int64),
+            torch.zeros(self.num_experts, dtype=torch.int64),
             persistent=config.counts == "previous_step",
         )
 

@@ -89,7 +89,9 @@ def reduce_over_tokens(recorders: list[LoadRecorder], parallel_dims: ParallelDim
     if axes:
         # float64 holds the counts exactly up to 2**53 and takes the losses along.
         parts = [
-            part.double().flatten() for r in recorders for part in (r.step_counts_SE, r.step_losses_A)
+            part.double().flatten()
+            for r in recorders
+            for part in (r.step_counts_SE, r.step_losses_A)
         ]
         fused = torch.cat(parts)
         for axis in axes:
@@ -108,4 +110,3 @@ def _token_axes(parallel_dims: ParallelDims) -> list[str]:
     if parallel_dims.ep_enabled and parallel_dims.tp_enabled:
         axes.append("tp")
     return axes
-
