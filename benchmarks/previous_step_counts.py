@@ -53,13 +53,13 @@ def main() -> None:
     for step in range(1, arguments.steps + 1):
         inputs, labels = next(batches)
         if step > 1:  # the first step has no previous one
-            previous = [router.aux_losses[0].counts_E.clone() for router in routers]
+            previous = [router.aux_losses["global_batch"].counts_E.clone() for router in routers]
             late = _aux_gradient(trainer, inputs, labels)
             for router in routers:
-                router.aux_losses[0].counts_E.copy_(router.recorder.counts_SE[0])
+                router.aux_losses["global_batch"].counts_E.copy_(router.recorder.counts_SE[0])
             true = _aux_gradient(trainer, inputs, labels)
             for router, counts in zip(routers, previous, strict=True):
-                router.aux_losses[0].counts_E.copy_(counts)
+                router.aux_losses["global_batch"].counts_E.copy_(counts)
             finish_step([router.recorder for router in routers])
             cosines.append(torch.cosine_similarity(late, true, dim=0).item())
             ratios.append((late.norm() / true.norm()).item())
@@ -86,9 +86,9 @@ def _aux_gradient(trainer: Trainer, inputs: dict, labels: torch.Tensor) -> torch
     """Gradient of the aux loss alone in all gates, flat."""
     trainer.optimizers.zero_grad()
     trainer.forward_backward_step(
-        input_dict=dict(inputs),
-        labels=torch.full_like(labels, IGNORE_INDEX),
-        global_valid_tokens=torch.tensor(1),
+        input_dict={name: value.to(trainer.device) for name, value in inputs.items()},
+        labels=torch.full_like(labels, IGNORE_INDEX, device=trainer.device),
+        global_valid_tokens=torch.tensor(1, device=trainer.device),
     )
     return torch.cat(
         [

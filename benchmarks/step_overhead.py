@@ -16,6 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import torch
 import tyro
 
 from titan_moe_lb import cpu
@@ -58,8 +59,10 @@ def main() -> None:
         for name in list(sides)[:: 1 if step % 2 else -1]:
             # Logging is the recorder's reader; step 3 of the default frequency is not logged.
             sides[name].step = 3
+            _synchronize()
             started = time.perf_counter()
             sides[name].train_step(iterators[name])
+            _synchronize()
             if step >= 2:
                 seconds[name].append(time.perf_counter() - started)
     pairs = [(w - o) / o * 100 for w, o in zip(seconds["with"], seconds["without"], strict=True)]
@@ -76,6 +79,11 @@ def main() -> None:
             }
         )
     )
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def _trainer(arguments: Arguments, *, losses: bool) -> Trainer:

@@ -201,6 +201,28 @@ WRONG_FILES = {
         JOB + "[training]\nglobal_batch_size = 12\n",
         "global_batch_size 12 is not a multiple",
     ),
+    "learning rate in quotes": (
+        JOB + '[[optimizer.param_groups]]\noptimizer_kwargs = {lr = "3e-4"}\n',
+        "lr is '3e-4'; it must be a finite number",
+    ),
+    "optimizer argument": (
+        JOB + "[[optimizer.param_groups]]\noptimizer_kwargs = {lrr = 3e-4}\n",
+        "AdamW has no argument 'lrr'; did you mean 'lr'?",
+    ),
+    "schedule in lower case": (
+        JOB
+        + '[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_schedule = "zbvzerobubble"\n',
+        "did you mean 'ZBVZeroBubble'?",
+    ),
+    "sequence length": (
+        JOB + "[training]\nseq_len = 130\n[parallelism]\ncontext_parallel_degree = 2\n",
+        "training.seq_len 130 is not divisible by 4",
+    ),
+    "type is a list": (
+        JOB + '[activation_checkpoint]\ntype = ["full"]\n',
+        "does not exist; did you mean 'full'?",
+    ),
+    "negative MTP layers": (JOB + "[model]\nnum_mtp_layers = -1\n", "num_mtp_layers is -1"),
     "learning rate": (
         JOB + "[[optimizer.param_groups]]\noptimizer_kwargs = {lr = -1.0}\n",
         "lr is -1.0; it must be a finite number",
@@ -208,6 +230,8 @@ WRONG_FILES = {
 }
 PROCESSES = {
     "ZBV + selective": "2",
+    "schedule in lower case": "2",
+    "sequence length": "2",
     "batch-wise + PP": "2",
     "running counts + PP + checkpointing": "2",
     "microbatches": "2",

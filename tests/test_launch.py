@@ -44,8 +44,10 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
             {},
             "hf_assets_path './nowhere' is not a folder",
         ),
+        ([*TINY], {"NNODES": "2", "NGPU": "1"}, "NNODES=2 needs RDZV_ENDPOINT=HOST:PORT"),
+        ([*TINY], {"LOG_RANK": "all"}, "LOG_RANK=all must be ranks"),
     ],
-    ids=["module", "processes", "NGPU", "2048 ranks", "assets"],
+    ids=["module", "processes", "NGPU", "2048 ranks", "assets", "nodes", "LOG_RANK"],
 )
 def test_wrong_job_is_one_line_and_status_2(arguments, environment, expected):
     result = launch(*arguments, **environment)

@@ -38,6 +38,7 @@ LAYOUTS = [
     "cp=2",
     "cp=2,spmd_backend=partial_dtensor",
     "cp=2,dp_shard=2",
+    "cp=2,tp=2,ep=2",
     "pp=2,tp=2",
     "ac=full",
     "ac=selective",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
@@ -28,8 +29,9 @@ class LoadBalanceConverter(ModelConfigConverter):
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
         """Losses of every router, each with its own copy."""
 
-        load_balance_coeff: float | None = 1e-3
-        """Speed of the aux-loss-free expert bias (arXiv 2408.15664); None turns it off."""
+        load_balance_coeff: float | None | Literal["keep"] = "keep"
+        """Speed of the aux-loss-free expert bias (arXiv 2408.15664); None turns it off,
+        "keep" leaves the model's own."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -38,7 +40,7 @@ class LoadBalanceConverter(ModelConfigConverter):
         """Convert in place where possible; returns the new root.
 
         Raises:
-            JobError: the model has no MoE layer, or two losses are of one kind.
+            JobError: the model has no MoE layer, or a router that is not torchtitan's.
         """
         layers = list(model_config.traverse(MoE.Config))
         if not layers:
@@ -53,7 +55,8 @@ class LoadBalanceConverter(ModelConfigConverter):
                     f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
                     "TokenChoiceTopKRouter can be replaced"
                 )
-            moe.load_balance_coeff = self.config.load_balance_coeff
+            if self.config.load_balance_coeff != "keep":
+                moe.load_balance_coeff = self.config.load_balance_coeff
             moe.router = derive(
                 moe.router,
                 LoadBalancedRouter.Config,

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli
 import tomli_w
@@ -32,6 +32,18 @@ from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 from titan_moe_lb.toml_tables import nearest
 
 DEFAULT_MODULE = "deepseek_v3"
+
+OWN_FLAGS = """\
+Flags of titan_moe_lb:
+  --module NAME        model (model_registry/NAME) or any importable path; default deepseek_v3
+  --config NAME        config function of the module; default: its debug job
+  --job-config FILE    job as TOML; the flags below beat it
+  --model.KEY VALUE    argument of the model's registry entry, VALUE in TOML syntax, as in
+                       --model.aux_losses '[{type = "sequence_wise", weight = 1e-4}]'
+  --print-config       print the resolved job as TOML and stop
+
+Flags of torchtitan:
+"""
 
 # Arguments of a registry entry that [job] or Python decides.
 _NOT_IN_MODEL_TABLE = ("flavor", "converters", "spec")
@@ -283,7 +295,7 @@ def _balance_foreign_model(
     spec: ModelSpec,
     *,
     aux_losses: list[AuxLoss.Config] | None = None,
-    load_balance_coeff: float | None = 1e-3,
+    load_balance_coeff: float | None | Literal["keep"] = "keep",
 ) -> BalancedModelSpec:
     """What [model] can set for a model that has no room in ``model_registry``."""
     converter = LoadBalanceConverter.Config(

@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
     try:
         draft = job_config.draft(arguments)
+        if {"-h", "--help"} & set(draft.command.rest):
+            print(job_config.OWN_FLAGS)
         nodes = _positive("NNODES", 1)
+        _check_environment(nodes)
         here = _processes_on_this_node(draft.table, nodes)
         os.environ["WORLD_SIZE"] = str(here * nodes)
         job = draft.resolve()
@@ -62,14 +65,18 @@ def _with_environment(arguments: list[str]) -> list[str]:
 def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
     """NGPU; else what the job wants; else the number of GPUs; else 1."""
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    dry_run = bool(os.environ.get("COMM_MODE"))
     if os.environ.get("NGPU"):
-        return _positive("NGPU", 1)
+        here = _positive("NGPU", 1)
+        if devices and here > devices and not dry_run:
+            raise JobError(f"NGPU={here} but this node has {devices} GPU(s): set NGPU={devices}")
+        return here
     if table.ranks is None:
         return devices or 1
     if table.ranks % nodes:
         raise JobError(f"[job] ranks {table.ranks} do not divide over NNODES={nodes}")
     here = table.ranks // nodes
-    if here > max(devices, os.cpu_count() or 1, 8):
+    if here > (devices or max(os.cpu_count() or 1, 8)) and not dry_run:
         raise JobError(
             f"the job wants {table.ranks} ranks and this node would start {here}: set NNODES and "
             f"NGPU for the cluster, or COMM_MODE=fake_backend NGPU={table.ranks} to build one "
@@ -90,7 +97,9 @@ def _run_here(job: job_config.Job, world_size: int) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    # torchtitan reads the size of a fake process group from NGPU.
+    size = str(world_size)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=size, NGPU=size)
     os.environ.setdefault("LOG_RANK", "0")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     train.run(job)
@@ -101,24 +110,49 @@ def _run_processes(job: job_config.Job, arguments: list[str], here: int, nodes: 
     dims = layout.resolve(job.config.parallelism)
     shown = layout.metrics_rank(dims, job.config.parallelism.pipeline_parallel_schedule)
     # torchtitan warns when LOG_RANK does not show the loss.
-    os.environ.setdefault("LOG_RANK", str(shown))
+    os.environ["LOG_RANK"] = os.environ.get("LOG_RANK") or str(shown)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     local = ",".join(str(int(rank) % here) for rank in os.environ["LOG_RANK"].split(","))
-    rendezvous = os.environ.get("RDZV_ENDPOINT", "localhost:0")
     command = [
         f"--nnodes={nodes}",
         f"--nproc-per-node={here}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={rendezvous}",
+        *_rendezvous(nodes),
         f"--local-ranks-filter={local}",
         "--role=rank",
         "--tee=3",
     ]
-    if os.environ.get("NODE_RANK"):
-        command.append(f"--node-rank={os.environ['NODE_RANK']}")
     del os.environ["WORLD_SIZE"]
     torchrun.main([*command, "-m", "titan_moe_lb.train", *arguments])
 
 
+def _rendezvous(nodes: int) -> list[str]:
+    """How the nodes find each other: torchrun honours a node rank in a static rendezvous alone."""
+    endpoint = os.environ.get("RDZV_ENDPOINT")
+    if nodes == 1:
+        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint or 'localhost:0'}"]
+    assert endpoint is not None
+    if not os.environ.get("NODE_RANK"):
+        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    address, _, port = endpoint.partition(":")
+    return [
+        "--rdzv-backend=static",
+        f"--node-rank={os.environ['NODE_RANK']}",
+        f"--master-addr={address}",
+        f"--master-port={port or '29500'}",
+    ]
+
+
+def _check_environment(nodes: int) -> None:
+    if nodes > 1 and not os.environ.get("RDZV_ENDPOINT"):
+        raise JobError(
+            f"NNODES={nodes} needs RDZV_ENDPOINT=HOST:PORT of one node, the same on every node"
+        )
+    ranks = os.environ.get("LOG_RANK", "")
+    if ranks and not all(rank.isdecimal() for rank in ranks.split(",")):
+        raise JobError(f"LOG_RANK={ranks} must be ranks with commas between them, as in 0,1")
+
+
 if __name__ == "__main__":
     main()
+    if cpu.needed():
+        cpu.leave()

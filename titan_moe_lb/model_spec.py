@@ -12,6 +12,7 @@ from typing import Any
 from torchtitan.models.utils import validate_converter_order
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.telemetry.step_hook import register_load_balancing
@@ -44,8 +45,29 @@ def balanced(
         model = config.build().convert(model)
     fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
     return BalancedModelSpec(
-        **{**fields, "model": model, "post_optimizer_build_fn": register_load_balancing}
+        **{
+            **fields,
+            "model": model,
+            "post_optimizer_build_fn": register_load_balancing,
+            "state_dict_adapter": _without_loss_state(spec.state_dict_adapter),
+        }
     )
+
+
+def _without_loss_state(
+    adapter: type[BaseStateDictAdapter] | None,
+) -> type[BaseStateDictAdapter] | None:
+    """Keep the counts of the global-batch loss out of Hugging Face checkpoints."""
+    if adapter is None:
+        return None
+
+    class Adapter(adapter):  # type: ignore[valid-type]
+        def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+            weights = {k: v for k, v in state_dict.items() if ".router.aux_losses." not in k}
+            return super().to_hf(weights)
+
+    Adapter.__qualname__ = adapter.__qualname__
+    return Adapter
 
 
 def registry_entry(entry: Callable[..., ModelSpec]) -> Callable[..., BalancedModelSpec]:

@@ -83,5 +83,5 @@ def entry_point(registry: ModuleType) -> Callable | None:
 def _exists(path: str) -> bool:
     try:
         return importlib.util.find_spec(path) is not None
-    except (ModuleNotFoundError, ValueError):
+    except (ImportError, ValueError):
         return False

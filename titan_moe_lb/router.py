@@ -16,7 +16,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
-from torchtitan.protocols.module import ModuleList
+from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb import layout
 from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
@@ -64,9 +64,14 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.aux_losses = ModuleList(loss.build() for loss in config.aux_losses)
+        # By name, so that the state of a loss keeps its place when others come and go.
+        self.aux_losses = ModuleDict(
+            {loss._owner.type_name: loss.build() for loss in config.aux_losses}
+        )
         counting = [
-            loss.count_from for loss in self.aux_losses if isinstance(loss, LoadBalanceLoss)
+            loss.count_from
+            for loss in self.aux_losses.values()
+            if isinstance(loss, LoadBalanceLoss)
         ]
         self.count_sources = ["selected", *(["scores"] if "scores" in counting else [])]
         self.recorder = LoadRecorder.Config(
@@ -84,7 +89,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self._sequence_groups = [
             parallel_dims.get_mesh(axis).get_group() for axis in self.sequence_axes
         ]
-        for loss in self.aux_losses:
+        for loss in self.aux_losses.values():
             loss.wire_meshes(parallel_dims)
 
     def forward(
@@ -113,7 +118,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     def _score(self, logits_BLE: torch.Tensor, values: dict[AuxLoss, torch.Tensor]) -> torch.Tensor:
         """The score function; attaches the z-loss and notes its raw value."""
         softmax = self.score_func == "softmax"
-        z_loss = next((loss for loss in self.aux_losses if isinstance(loss, RouterZLoss)), None)
+        z_loss = next(
+            (loss for loss in self.aux_losses.values() if isinstance(loss, RouterZLoss)), None
+        )
         if z_loss is None or not self.training:
             return F.softmax(logits_BLE, dim=-1) if softmax else torch.sigmoid(logits_BLE)
         coefficient = z_loss.coefficient(_local(logits_BLE).shape[1] * self.sequence_shards)
@@ -155,7 +162,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 _local(scores_BLE), local_ids_BLK, biased=expert_bias_E is not None
             )
             coefficients_BE = self._coefficients(_local(scores_BLE), counts_SBE, values)
-            losses_A = torch.stack([values[loss] for loss in self.aux_losses]) if values else None
+            losses_A = (
+                torch.stack([values[loss] for loss in self.aux_losses.values()]) if values else None
+            )
             self.recorder.record(counts_SBE.sum(dim=1), losses_A)
         if coefficients_BE is None:
             return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)
@@ -189,24 +198,37 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         values: dict[AuxLoss, torch.Tensor],
     ) -> torch.Tensor | None:
         """Weighted gradient of the losses in the probability sums; notes the raw values."""
-        losses = [loss for loss in self.aux_losses if isinstance(loss, LoadBalanceLoss)]
+        losses = [loss for loss in self.aux_losses.values() if isinstance(loss, LoadBalanceLoss)]
         if not losses:
             return None
-        assert self._sequence_groups is not None, (
-            "the router's meshes are not wired: use titan_moe_lb.model_spec.balanced for the "
-            "ModelSpec, or call wire_meshes(parallel_dims)"
+        counts_by_source = self._sum_over_sequence(
+            {loss.count_from for loss in losses if loss.needs_counts}, counts_SBE
         )
-        for group in self._sequence_groups:
-            counts_SBE = funcol.all_reduce(counts_SBE, "sum", group)
         sums_BE = probability_sums(scores_BLE, sums_to_one=self.score_func == "softmax")
         sequence_length = scores_BLE.shape[1] * self.sequence_shards
         total = torch.zeros_like(sums_BE)
         for loss in losses:
-            counts_BE = counts_SBE[self.count_sources.index(loss.count_from)]
+            counts_BE = counts_by_source.get(loss.count_from)
             coefficients = loss.coefficients(counts_BE, self.top_k, sequence_length)
             values[loss] = (coefficients * sums_BE).sum()
             total = total + coefficients * (loss.weight / self.token_replicas)
         return total
+
+    def _sum_over_sequence(
+        self, sources: set[str], counts_SBE: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Counts of whole sequences for the sources that are asked for, in one tensor."""
+        assert self._sequence_groups is not None, (
+            "the router's meshes are not wired: use titan_moe_lb.model_spec.balanced for the "
+            "ModelSpec, or call wire_meshes(parallel_dims)"
+        )
+        wanted = [source for source in self.count_sources if source in sources]
+        if not wanted:
+            return {}
+        counts = counts_SBE[[self.count_sources.index(source) for source in wanted]]
+        for group in self._sequence_groups:
+            counts = funcol.all_reduce(counts, "sum", group)
+        return dict(zip(wanted, counts.unbind(), strict=True))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -138,7 +138,7 @@ def _choose(current: Any, choices: dict[str, type | None], value: Any, where: st
             raise JobError(f"{where} needs a type; valid: {', '.join(choices)}")
         merge(current, table, where)
         return current
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise JobError(f"{where} type {name!r} does not exist; {nearest(str(name), choices)}")
     cls = choices[name]
     if cls is None:

@@ -7,10 +7,12 @@ starts a process, and the model config once more when torchtitan binds it.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable
 
+import torch
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
@@ -19,9 +21,13 @@ from titan_moe_lb import layout
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import BatchWiseAuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.toml_tables import nearest
 
 ZERO_BUBBLE_SCHEDULES = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
 """Schedules that run the backward of a stage in two passes."""
+
+SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", *ZERO_BUBBLE_SCHEDULES)
+"""Schedules of torch.distributed.pipelining that can be named in a job."""
 
 _AT_LEAST_ONE = (
     "training.local_batch_size",
@@ -49,12 +55,22 @@ def sizes_are_positive(config: Trainer.Config) -> None:
         raise JobError(f"training.max_norm is {config.training.max_norm}; it must be above 0")
 
 
-def learning_rates_are_finite(config: Trainer.Config) -> None:
+def optimizer_arguments_fit(config: Trainer.Config) -> None:
     for index, group in enumerate(config.optimizer.param_groups):
+        optimizer = getattr(torch.optim, group.optimizer_name, None)
+        if optimizer is not None:  # torchtitan has optimizers of its own besides torch's
+            valid = inspect.signature(optimizer).parameters
+            for name in group.optimizer_kwargs:
+                if name not in valid:
+                    raise JobError(
+                        f"optimizer.param_groups[{index}].optimizer_kwargs: "
+                        f"{group.optimizer_name} has no argument {name!r}; {nearest(name, valid)}"
+                    )
         rate = group.optimizer_kwargs.get("lr")
-        if rate is not None and not (math.isfinite(rate) and rate >= 0):
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if rate is not None and not (number and math.isfinite(rate) and rate >= 0):
             raise JobError(
-                f"optimizer.param_groups[{index}].optimizer_kwargs.lr is {rate}; "
+                f"optimizer.param_groups[{index}].optimizer_kwargs.lr is {rate!r}; "
                 "it must be a finite number of at least 0"
             )
 
@@ -84,6 +100,31 @@ def global_batch_divides_over_ranks(config: Trainer.Config) -> None:
             f"training.global_batch_size {total} is not a multiple of training.local_batch_size "
             f"x data-parallel degree = {config.training.local_batch_size} x "
             f"{dims.dp_replicate * dims.dp_shard}"
+        )
+
+
+def schedule_is_known(config: Trainer.Config) -> None:
+    """torch ignores the case of the name; the rules here and in zero_bubble.py do not."""
+    schedule = config.parallelism.pipeline_parallel_schedule
+    if config.parallelism.pipeline_parallel_degree > 1 and schedule not in SCHEDULES:
+        same = [name for name in SCHEDULES if name.lower() == schedule.lower()]
+        raise JobError(
+            f"parallelism.pipeline_parallel_schedule {schedule!r} does not exist; "
+            f"{nearest(same[0] if same else schedule, SCHEDULES)}"
+        )
+
+
+def sequence_divides_over_ranks(config: Trainer.Config) -> None:
+    tp, cp = (
+        config.parallelism.tensor_parallel_degree,
+        config.parallelism.context_parallel_degree,
+    )
+    divisor = (tp if config.parallelism.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+    if config.training.seq_len % divisor:
+        raise JobError(
+            f"training.seq_len {config.training.seq_len} is not divisible by {divisor}, which "
+            f"tensor_parallel_degree {tp} with sequence parallelism and "
+            f"context_parallel_degree {cp} (two slices a rank) need"
         )
 
 
@@ -206,10 +247,12 @@ def assets_are_here(config: Trainer.Config) -> None:
 
 RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     sizes_are_positive,
-    learning_rates_are_finite,
+    optimizer_arguments_fit,
     layout_fits_processes,
     local_batch_divides_into_microbatches,
     global_batch_divides_over_ranks,
+    schedule_is_known,
+    sequence_divides_over_ranks,
     zero_bubble_needs_whole_recompute,
     experts_divide_over_ranks,
     expert_groups_fit_router,

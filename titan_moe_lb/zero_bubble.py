@@ -16,10 +16,12 @@ from titan_moe_lb.validation import ZERO_BUBBLE_SCHEDULES
 
 def adapt(config: Trainer.Config) -> None:
     """Adapt one job, in place, if its schedule is a zero-bubble one."""
-    if (
-        config.parallelism.pipeline_parallel_degree == 1
-        or config.parallelism.pipeline_parallel_schedule not in ZERO_BUBBLE_SCHEDULES
-    ):
+    parallelism = config.parallelism
+    # A schedule from a file may split its backward too; whether it does is not known here.
+    splits_backward = parallelism.pipeline_parallel_schedule in ZERO_BUBBLE_SCHEDULES or bool(
+        parallelism.pipeline_parallel_schedule_csv
+    )
+    if parallelism.pipeline_parallel_degree == 1 or not splits_backward:
         return
     _let_compiled_backward_run_twice()
     _compute_loss_whole(config)

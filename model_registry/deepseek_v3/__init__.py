@@ -54,7 +54,7 @@ def model_registry(
         load_balance_coeff: bias update speed; None turns the expert bias off.
 
     Raises:
-        JobError: unknown flavor.
+        JobError: unknown flavor, negative ``num_mtp_layers``.
     """
     if flavor not in FLAVORS:
         nearest = difflib.get_close_matches(flavor, FLAVORS, n=1, cutoff=0.0)[0]
@@ -62,6 +62,8 @@ def model_registry(
             f"deepseek_v3 has no flavor {flavor!r}; did you mean {nearest!r}? "
             f"(flavors: {', '.join(FLAVORS)})"
         )
+    if num_mtp_layers < 0:
+        raise JobError(f"num_mtp_layers is {num_mtp_layers}; it must be at least 0")
     build = tiny if flavor == "tiny" else upstream.deepseekv3_configs[flavor]
     spec = dataclasses.replace(
         upstream.model_registry("debugmodel"),

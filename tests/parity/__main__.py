@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 
 import tyro
+
+# As in tests/conftest.py, before torch looks for devices.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from titan_moe_lb import cpu
 

@@ -79,7 +79,9 @@ def layout_gradients(
     # A first pass gives the expert bias and the previous step's counts something to hold.
     run_batch(trainer, layout, with_main_loss=with_main_loss)
     trainer.optimizers.step()
-    losses = [loss for router in routers_of(trainer.model_parts) for loss in router.aux_losses]
+    losses = [
+        loss for router in routers_of(trainer.model_parts) for loss in router.aux_losses.values()
+    ]
     weights = [loss.weight for loss in losses]
     recorded = []
     for kind in alone:

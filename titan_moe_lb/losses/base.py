@@ -107,18 +107,26 @@ class LoadBalanceLoss(AuxLoss):
         super().__init__(config)
         self.count_from = config.count_from
 
-    def load(self, counts_BE: torch.Tensor, top_k: int, sequence_length: int) -> torch.Tensor:
+    @property
+    def needs_counts(self) -> bool:
+        """Whether f depends on the tokens at hand, so that they have to be counted."""
+        return True
+
+    def load(
+        self, counts_BE: torch.Tensor | None, top_k: int, sequence_length: int
+    ) -> torch.Tensor:
         """f of this loss, ``(B, E)`` or ``(1, E)``.
 
         Args:
-            counts_BE: tokens per sequence and expert, whole sequences, float32.
+            counts_BE: tokens per sequence and expert, whole sequences, float32; None
+                unless ``needs_counts``.
             top_k: K.
             sequence_length: tokens of a whole sequence.
         """
         raise NotImplementedError
 
     def coefficients(
-        self, counts_BE: torch.Tensor, top_k: int, sequence_length: int
+        self, counts_BE: torch.Tensor | None, top_k: int, sequence_length: int
     ) -> torch.Tensor:
         """Gradient of the unweighted loss in the sums of the probabilities.
 

@@ -68,9 +68,15 @@ class GlobalBatchAuxLoss(LoadBalanceLoss):
         if self.counts == "running" and parallel_dims.dp_enabled:
             self._data_parallel_group = parallel_dims.get_mesh("batch").get_group()
 
-    def load(self, counts_BE: torch.Tensor, top_k: int, sequence_length: int) -> torch.Tensor:
+    @property
+    def needs_counts(self) -> bool:
+        return self.counts == "running"
+
+    def load(
+        self, counts_BE: torch.Tensor | None, top_k: int, sequence_length: int
+    ) -> torch.Tensor:
         counts_E = _local(self.counts_E)
-        if self.counts == "running" and not is_recomputation():
+        if counts_BE is not None and self.needs_counts and not is_recomputation():
             batch_E = counts_BE.sum(dim=0)
             if self._data_parallel_group is not None:
                 batch_E = funcol.all_reduce(batch_E, "sum", self._data_parallel_group)

@@ -57,7 +57,7 @@ def reduce_step(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) 
         sums[0], sums[1], worst[0] = len(routers), violations.sum(), violations.max()
         for router in routers:
             values = router.recorder.step_losses_A
-            for loss, value in zip(router.aux_losses, values, strict=True):
+            for loss, value in zip(router.aux_losses.values(), values, strict=True):
                 slot = 2 + 2 * names.index(loss.metric_name)
                 sums[slot] += 1
                 sums[slot + 1] += value

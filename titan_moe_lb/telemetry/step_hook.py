@@ -36,7 +36,7 @@ def _close_step(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) 
     global_batch = [
         (router, loss)
         for router in routers
-        for loss in router.aux_losses
+        for loss in router.aux_losses.values()
         if isinstance(loss, GlobalBatchAuxLoss)
     ]
     if any(loss.counts == "previous_step" for _router, loss in global_batch):
