@@ -7,7 +7,10 @@ sequence-wise or batch-wise loss as textbook autograd (the z-loss likewise), as 
 an autograd Function's backward, and as ``load_balancing_loss_func`` of transformers.
 The variants are interleaved; a column is the median over the repeats of the time
 added to the bare router of the same repeat. Saved memory is what autograd keeps
-between forward and backward beyond the bare router.
+between forward and backward beyond the bare router. On CUDA two more: the peak of
+allocated memory beyond the bare router's, and the share of the memory-bandwidth bound:
+the time in which the least traffic of a router's forward and backward could be moved at
+the bandwidth of a copy, over the measured time.
 """
 
 from __future__ import annotations
@@ -97,6 +100,13 @@ def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> 
         "saved_bytes": {},
     }
     saved = {name: _saved_bytes(run, x) for name, run in variants.items()}
+    if device.type == "cuda":
+        bound = _least_bytes(tokens, num_experts, top_k, dim) / _copy_bandwidth(device)
+        peaks = {name: _peak_bytes(run, x) for name, run in variants.items()}
+        row["bandwidth_bound_percent"] = {
+            name: bound / statistics.median(samples) * 100 for name, samples in seconds.items()
+        }
+        row["peak_bytes"] = {name: peak - peaks["bare"] for name, peak in peaks.items()}
     for name, samples in seconds.items():
         if name == "bare":
             continue
@@ -203,6 +213,39 @@ def _saved_bytes(run: Run, x: torch.Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run(x)
     return sum(storages.values())
+
+
+def _peak_bytes(run: Run, x: torch.Tensor) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _step(run, x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _least_bytes(tokens: int, num_experts: int, top_k: int, dim: int) -> int:
+    """Float32 traffic that a router's forward and backward cannot do without."""
+    inputs = 3 * tokens * dim  # read for the logits and the weight's gradient; its own written
+    weight = 3 * num_experts * dim  # read twice, its gradient written
+    scores = 5 * tokens * num_experts  # written, read twice; the gradient written and read
+    selected = 4 * tokens * top_k  # scores and their gradient, written and read
+    ids = 3 * tokens * top_k  # int64: written, read by both gathers
+    return 4 * (inputs + weight + scores + selected) + 8 * ids
+
+
+def _copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(11):
+        _synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.numel() / statistics.median(seconds[1:])
 
 
 def _synchronize(device: torch.device) -> None:
