@@ -8,15 +8,26 @@ import sys
 
 import pytest
 
+from titan_moe_lb import launch
+
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
 
 
-def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NGPU", "LOG_RANK", "MODULE", "CONFIG")
-    }
+JOB_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "NGPU",
+    "NNODES",
+    "LOG_RANK",
+    "MODULE",
+    "CONFIG",
+    "COMM_MODE",
+)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     return subprocess.run(
         [sys.executable, "-m", "titan_moe_lb.launch", *arguments],
         env={**clean, **environment},
@@ -49,18 +60,29 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     ],
     ids=["module", "processes", "NGPU", "2048 ranks", "assets", "nodes", "LOG_RANK"],
 )
-def test_wrong_job_is_one_line_and_status_2(arguments, environment, expected):
-    result = launch(*arguments, **environment)
-    assert result.returncode == 2
-    (line,) = [text for text in result.stderr.splitlines() if "titan_moe_lb" in text]
+def test_wrong_job_is_one_line_and_status_2(arguments, environment, expected, monkeypatch, capsys):
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        launch.main(arguments)
+    assert stop.value.code == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "titan_moe_lb" in text]
     assert line.startswith("titan_moe_lb: error: ")
     assert expected in line
+
+
+def test_wrong_job_is_no_traceback_for_the_shell():
+    result = run("--module", "deepseek_v4")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("titan_moe_lb: error: --module 'deepseek_v4'")
     assert "Traceback" not in result.stderr + result.stdout
 
 
 def test_two_processes_show_the_rank_that_sees_the_loss(tmp_path):
     """MODULE and CONFIG from the environment, as torchtitan's users type them."""
-    result = launch(
+    result = run(
         "--training.steps=2",
         "--parallelism.pipeline_parallel_degree=2",
         f"--dump_folder={tmp_path}",

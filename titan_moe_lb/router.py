@@ -168,9 +168,6 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             self.recorder.record(counts_SBE.sum(dim=1), losses_A)
         if coefficients_BE is None:
             return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)
-        if not isinstance(scores_BLE, DTensor):
-            # Not the ids of the no_typecheck region: these carry their SPMD type.
-            local_ids_BLK = topk_expert_ids_BLK
         return _on_local(
             lambda scores: gather_scores(
                 scores, local_ids_BLK, coefficients_BE, sums_to_one=self.score_func == "softmax"
@@ -225,7 +222,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         wanted = [source for source in self.count_sources if source in sources]
         if not wanted:
             return {}
-        counts = counts_SBE[[self.count_sources.index(source) for source in wanted]]
+        # Row by row: a list as an index would be copied from the host in every forward.
+        counts = torch.stack([counts_SBE[self.count_sources.index(source)] for source in wanted])
         for group in self._sequence_groups:
             counts = funcol.all_reduce(counts, "sum", group)
         return dict(zip(wanted, counts.unbind(), strict=True))
