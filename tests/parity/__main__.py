@@ -19,8 +19,11 @@ if cpu.needed():
     cpu.use_host()
 
 from tests.parity.compare import Parity
+from tests.parity.gradients import GLOBAL_BATCH_SIZE, make_config
 from tests.parity.layout import parse
 from tests.rank_pool import RankPool
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.validation import validate
 
 
 @dataclass
@@ -49,11 +52,19 @@ def main() -> None:
     except (ValueError, KeyError) as error:
         sys.exit(f"tests.parity: error: {error}")
     losses = [{"type": kind, "weight": arguments.weight} for kind in arguments.loss.split(",")]
+    model = {"aux_losses": losses}
+    os.environ["WORLD_SIZE"] = str(layout.num_ranks)
+    try:
+        config = make_config(arguments.module, arguments.config, model)
+        layout.apply(config, global_batch_size=GLOBAL_BATCH_SIZE)
+        validate(config)
+    except JobError as error:
+        sys.exit(f"tests.parity: error: {error}")
     with (
         RankPool(max(layout.num_ranks, 1)) as pool,
         Parity(
             pool,
-            {"aux_losses": losses},
+            model,
             module=arguments.module,
             config=arguments.config,
             with_main_loss=arguments.with_main_loss,
