@@ -11,8 +11,6 @@ and the ratio of their norms.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
 from dataclasses import dataclass
 
@@ -27,6 +25,7 @@ if cpu.needed():
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
+from benchmarks import single_process
 from titan_moe_lb import job_config
 from titan_moe_lb.telemetry.recorder import finish_step
 from titan_moe_lb.telemetry.reduction import routers_of
@@ -40,12 +39,7 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port
-    )
+    single_process.announce()
     trainer = _trainer(arguments)
     batches = trainer.batch_generator(trainer.dataloader)
     routers = routers_of(trainer.model_parts)

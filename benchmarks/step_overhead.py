@@ -10,8 +10,6 @@ overhead of the median pair and the spread between the quartiles of the pairs.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.trainer import Trainer
 
+from benchmarks import single_process
 from titan_moe_lb import job_config
 from titan_moe_lb.router import LoadBalancedRouter
 
@@ -45,12 +44,7 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port
-    )
+    single_process.announce()
     sides = {"without": _trainer(arguments, losses=False), "with": _trainer(arguments, losses=True)}
     iterators = {name: side.batch_generator(side.dataloader) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
