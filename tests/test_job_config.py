@@ -214,6 +214,10 @@ WRONG_FILES = {
         + '[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_schedule = "zbvzerobubble"\n',
         "did you mean 'ZBVZeroBubble'?",
     ),
+    "compile backend": (
+        JOB + '[compile]\nenable = true\nbackend = "inductr"\n',
+        "compile.backend 'inductr' does not exist; did you mean 'inductor'?",
+    ),
     "sequence length": (
         JOB + "[training]\nseq_len = 130\n[parallelism]\ncontext_parallel_degree = 2\n",
         "training.seq_len 130 is not divisible by 4",

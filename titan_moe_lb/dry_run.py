@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
-from torch.distributed.tensor import DTensor
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.data import CORPUS, TOKENIZER_PATH
+from titan_moe_lb.local_shard import local_shard
 
 
 def stand_in_for_missing_assets(config: Trainer.Config) -> None:
@@ -29,7 +29,7 @@ def build_only(config: Trainer.Config) -> None:
     init_logger()
     trainer = config.build()
     parameters = [p for part in trainer.model_parts for p in part.parameters()]
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    local = [local_shard(p) for p in parameters]
     numbers = sum(p.numel() for p in local)
     size = sum(p.numel() * p.element_size() for p in local)
     logger.info(

@@ -19,6 +19,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb import layout
+from titan_moe_lb.local_shard import local_shard
 from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
 from titan_moe_lb.losses.functional import count_tokens_per_expert, probability_sums
 from titan_moe_lb.losses.injection import gather_scores, scores_with_z_loss
@@ -123,7 +124,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         )
         if z_loss is None or not self.training:
             return F.softmax(logits_BLE, dim=-1) if softmax else torch.sigmoid(logits_BLE)
-        coefficient = z_loss.coefficient(_local(logits_BLE).shape[1] * self.sequence_shards)
+        coefficient = z_loss.coefficient(local_shard(logits_BLE).shape[1] * self.sequence_shards)
         weighted = coefficient * z_loss.weight / self.token_replicas
 
         def score(local_logits_BLE: torch.Tensor) -> torch.Tensor:
@@ -157,11 +158,11 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         # Counts and coefficients are per rank until they are summed here, so the
         # region works on local tensors and is typed at its boundary.
         with spmd.no_typecheck(), torch.no_grad():
-            local_ids_BLK = _local(topk_expert_ids_BLK)
+            local_ids_BLK = local_shard(topk_expert_ids_BLK)
             counts_SBE = self._counts(
-                _local(scores_BLE), local_ids_BLK, biased=expert_bias_E is not None
+                local_shard(scores_BLE), local_ids_BLK, biased=expert_bias_E is not None
             )
-            coefficients_BE = self._coefficients(_local(scores_BLE), counts_SBE, values)
+            coefficients_BE = self._coefficients(local_shard(scores_BLE), counts_SBE, values)
             losses_A = (
                 torch.stack([values[loss] for loss in self.aux_losses.values()]) if values else None
             )
@@ -227,10 +228,6 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         for group in self._sequence_groups:
             counts = funcol.all_reduce(counts, "sum", group)
         return dict(zip(wanted, counts.unbind(), strict=True))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _on_local(

@@ -68,15 +68,10 @@ def construct(hint: Any, value: Any, where: str) -> Any:
 def dump(config: Any) -> dict[str, Any]:
     """The inverse of :func:`merge`: every field that a table can set."""
     return {
-        name: _dump_value(hint, getattr(config, name))
+        name: dump_value(hint, getattr(config, name))
         for name, hint in _hints(type(config)).items()
         if not callable(getattr(config, name))
     }
-
-
-def dump_value(hint: Any, value: Any) -> Any:
-    """The inverse of :func:`construct`."""
-    return _dump_value(hint, value)
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -182,7 +177,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _dump_value(hint: Any, value: Any) -> Any:
+def dump_value(hint: Any, value: Any) -> Any:
+    """The inverse of :func:`construct`."""
     plain = _without_annotation(hint)
     choices = _choices(plain)
     if choices:
@@ -195,9 +191,9 @@ def _dump_value(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return dump(value)
     if isinstance(value, (list, tuple)):
-        return [_dump_value(Any, item) for item in value]
+        return [dump_value(Any, item) for item in value]
     if isinstance(value, dict):
-        return {key: _dump_value(Any, item) for key, item in value.items()}
+        return {key: dump_value(Any, item) for key, item in value.items()}
     return value
 
 

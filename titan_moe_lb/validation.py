@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
@@ -100,6 +101,15 @@ def global_batch_divides_over_ranks(config: Trainer.Config) -> None:
             f"training.global_batch_size {total} is not a multiple of training.local_batch_size "
             f"x data-parallel degree = {config.training.local_batch_size} x "
             f"{dims.dp_replicate * dims.dp_shard}"
+        )
+
+
+def compile_backend_is_known(config: Trainer.Config) -> None:
+    backends = torch._dynamo.list_backends(exclude_tags=())
+    if config.compile.enable and config.compile.backend not in backends:
+        raise JobError(
+            f"compile.backend {config.compile.backend!r} does not exist; "
+            f"{nearest(config.compile.backend, backends)}"
         )
 
 
@@ -251,6 +261,7 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     layout_fits_processes,
     local_batch_divides_into_microbatches,
     global_batch_divides_over_ranks,
+    compile_backend_is_known,
     schedule_is_known,
     sequence_divides_over_ranks,
     zero_bubble_needs_whole_recompute,

@@ -43,10 +43,7 @@ def make_config(module: str, config: str, model: dict[str, Any]) -> Trainer.Conf
 
 def save_seed(folder: str, module: str, config: str, model: dict[str, Any]) -> None:
     """Write the initial weights that every layout starts from. One rank."""
-    trainer_config = make_config(module, config, model)
-    Layout().apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
-    trainer_config.dump_folder = folder
-    trainer_config.checkpoint.enable = True
+    trainer_config = _cut_config(folder, Layout(), module, config, model)
     trainer_config.checkpoint.create_seed_checkpoint = True
     trainer = _build(trainer_config)
     with torch.no_grad():
@@ -116,11 +113,8 @@ def build_from_seed(
     adapt: Callable[[Trainer.Config], None] = lambda config: None,
 ) -> Trainer:
     """A trainer under a layout that holds the weights of :func:`save_seed`."""
-    trainer_config = make_config(module, config, model)
-    layout.apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
+    trainer_config = _cut_config(out_folder, layout, module, config, model)
     adapt(trainer_config)
-    trainer_config.dump_folder = out_folder
-    trainer_config.checkpoint.enable = True
     trainer_config.checkpoint.load_only = True
     trainer_config.checkpoint.initial_load_path = os.path.join(seed_folder, "checkpoint", "step-0")
     trainer = _build(trainer_config)
@@ -189,6 +183,17 @@ def global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # Two documents in each sequence.
     positions = torch.arange(SEQUENCE_LENGTH).remainder(SEQUENCE_LENGTH // 2 + 8).expand(shape)
     return tokens, labels, positions.contiguous()
+
+
+def _cut_config(
+    folder: str, layout: Layout, module: str, config: str, model: dict[str, Any]
+) -> Trainer.Config:
+    """The fixed batch cut by a layout, with checkpoints and logs in ``folder``."""
+    trainer_config = make_config(module, config, model)
+    layout.apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
+    trainer_config.dump_folder = folder
+    trainer_config.checkpoint.enable = True
+    return trainer_config
 
 
 def _build(config: Trainer.Config) -> Trainer:

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import spmd_types as spmd
 import torch
 import torch.distributed._functional_collectives as funcol
-from torch.distributed.tensor import DTensor
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.sharding import ShardingConfig
 
+from titan_moe_lb.local_shard import local_shard
 from titan_moe_lb.losses.base import LoadBalanceLoss
 from titan_moe_lb.recomputation import is_recomputation
 
@@ -75,7 +75,7 @@ class GlobalBatchAuxLoss(LoadBalanceLoss):
     def load(
         self, counts_BE: torch.Tensor | None, top_k: int, sequence_length: int
     ) -> torch.Tensor:
-        counts_E = _local(self.counts_E)
+        counts_E = local_shard(self.counts_E)
         if counts_BE is not None and self.needs_counts and not is_recomputation():
             batch_E = counts_BE.sum(dim=0)
             if self._data_parallel_group is not None:
@@ -87,12 +87,8 @@ class GlobalBatchAuxLoss(LoadBalanceLoss):
 
     def finish_step(self, global_counts_E: torch.Tensor) -> None:
         """Take the counts of the finished step over all ranks ``(E,)``, or start anew."""
-        counts_E = _local(self.counts_E)
+        counts_E = local_shard(self.counts_E)
         if self.counts == "previous_step":
             counts_E.copy_(global_counts_E)
         else:
             counts_E.zero_()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
