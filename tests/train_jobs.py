@@ -19,12 +19,14 @@ def train(
     """
     if seed_folder is not None:
         arguments = [
-            *arguments,
             "--checkpoint.enable",
             "--checkpoint.load_only",
             f"--checkpoint.initial_load_path={seed_folder}/checkpoint/step-0",
+            *arguments,
         ]
-    job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
+    job = job_config.load(["--debug.no-enable-structured-logging", *arguments])
+    if "--dump_folder" not in " ".join(arguments):
+        job.config.metrics.write_moe_trace = False
     if cpu.needed():
         cpu.adapt(job.config)
     zero_bubble.adapt(job.config)

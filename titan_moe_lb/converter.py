@@ -106,13 +106,14 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
             for _fqn, moe, _parent, _attribute in self.traverse(MoE.Config):
-                moe.router.update_from_config(
-                    config=config,
-                    updates_bias=moe.load_balance_coeff is not None,
-                    track=reports and metrics.track_moe_metrics,
-                    record_tokens=reports and bool(metrics.record_routing_steps),
-                )
-            if reports:
+                if isinstance(moe.router, LoadBalancedRouter.Config):
+                    moe.router.update_from_config(
+                        config=config,
+                        updates_bias=moe.load_balance_coeff is not None,
+                        track=reports and metrics.track_moe_metrics,
+                        record_tokens=reports and bool(metrics.record_routing_steps),
+                    )
+            if reports and any(self.traverse(LoadBalancedRouter.Config)):
                 metrics.run_info = describe_run(config)
                 metrics.cut = global_batch.cut(config)
 

@@ -325,6 +325,18 @@ def replayed_trace_fits(config: Trainer.Config) -> None:
         _whole_sequence_order_is_known(config, "replay")
 
 
+def recomputation_restores_random_state(config: Trainer.Config) -> None:
+    """The event clock recognises a repeated forward by what it draws again."""
+    checkpointing = config.activation_checkpoint
+    tracks = getattr(config.metrics, "track_moe_metrics", False) or _forced(config)
+    if tracks and not getattr(checkpointing, "preserve_rng_state", True):
+        raise JobError(
+            "activation_checkpoint.preserve_rng_state is false, and then a recomputed forward "
+            "cannot be told from others: set it to true, or metrics.track_moe_metrics to false "
+            "and use no forced_routing"
+        )
+
+
 def recorded_routing_has_an_order(config: Trainer.Config) -> None:
     if getattr(config.metrics, "record_routing_steps", None):
         _whole_sequence_order_is_known(config, "metrics.record_routing_steps")
@@ -379,6 +391,7 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     forced_routing_keeps_group_limit,
     replayed_trace_fits,
     recorded_routing_has_an_order,
+    recomputation_restores_random_state,
 )
 
 

@@ -15,7 +15,8 @@ from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
 from titan_moe_lb import cpu, job_config, zero_bubble
-from titan_moe_lb.telemetry.reduction import reduce_step, routers_of
+from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.telemetry.step_hook import routers_of
 
 GLOBAL_BATCH_SIZE = 8
 SEQUENCE_LENGTH = 256
@@ -89,18 +90,19 @@ def layout_gradients(
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
         trainer.optimizers.step()
         load = reduce_step(routers_of(trainer.model_parts), trainer.parallel_dims)
-        recorded.append(Recorded(load.losses, load.mean_max_violation, load.num_layers))
+        losses_M = {name: values_M.tolist() for name, values_M in load.losses.items()}
+        recorded.append(Recorded(losses_M, load.counts_ME.tolist(), load.layers))
     trainer.close()
     return recorded
 
 
 @dataclass
 class Recorded:
-    """What the console would show of a pass."""
+    """What the trace would hold of a pass."""
 
-    losses: dict[str, float]
-    max_violation: float
-    num_layers: int
+    losses: dict[str, list[float]]
+    counts: list[list[int]]
+    layers: tuple[int, ...]
 
 
 def build_from_seed(
