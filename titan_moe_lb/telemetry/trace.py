@@ -42,7 +42,7 @@ class TraceWriter:
         self.info = info
         self._columns = tuple(info.losses)
         schema = _schema(info, self._columns)
-        file = trace_path(path, to_write=True)
+        file = trace_file(path)
         self._file = StepFile(file, schema, self._continued, compression="zstd")
 
     def write(self, step: int, load: StepLoad) -> None:
@@ -113,7 +113,7 @@ class TraceReader:
 
     def __init__(self, path: Path | str) -> None:
         """Raises JobError: there is no trace, or it is not one of ours."""
-        self.path = trace_path(path)
+        self.path = _existing_trace(path)
         self._batches = BatchReader(self.path)
         schema = self._batches.schema
         self.info = RunInfo.of_schema(schema, self.path)
@@ -177,22 +177,19 @@ def stack(info: RunInfo, path: Path, loads: list[tuple[int, StepLoad]]) -> Trace
     )
 
 
-def trace_path(path: Path | str, to_write: bool = False) -> Path:
-    """The trace in a run's folder, or the file itself.
-
-    Raises:
-        JobError: unless ``to_write``, there is none.
-    """
+def trace_file(path: Path | str) -> Path:
+    """The trace in a run's folder, or the file itself. It may not exist."""
     path = Path(path)
-    if to_write:
-        return path if path.suffix == ".arrow" else path / FILE_NAME
-    if path.is_dir():
-        if not (path / FILE_NAME).is_file():
-            raise JobError(f"{path} has no {FILE_NAME}: name the folder of a run that wrote one")
-        return path / FILE_NAME
-    if not path.exists():
-        raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
-    return path
+    return path if path.suffix == ".arrow" or path.is_file() else path / FILE_NAME
+
+
+def _existing_trace(path: Path | str) -> Path:
+    file = trace_file(path)
+    if file.is_file():
+        return file
+    if Path(path).is_dir():
+        raise JobError(f"{path} has no {FILE_NAME}: name the folder of a run that wrote one")
+    raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
 
 
 def _schema(info: RunInfo, loss_names: Iterable[str]) -> pa.Schema:
