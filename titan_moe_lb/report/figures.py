@@ -37,13 +37,14 @@ class Chart:
 
 
 def charts(traces: list[Trace]) -> list[Chart]:
-    """Everything over steps. Runs side by side have the same vertical axis."""
+    """Everything over steps. Runs side by side have the same axes."""
     names = dict.fromkeys(name for trace in traces for name in trace.losses)
     made = [
         Chart(
             "MaxVio over steps",
             "How far the fullest expert is above the mean load of its layer, over the global "
-            "batch: 0 is balance. Mean, median, 95th percentile and maximum over the layers.",
+            "batch: 0 is balance. Mean, median, 95th percentile and maximum over the layers, and "
+            "the mean of every micro-batch by itself.",
             [_max_violation(trace) for trace in traces],
         ),
         Chart(
@@ -63,16 +64,18 @@ def charts(traces: list[Trace]) -> list[Chart]:
         ),
     ]
     for chart in made:
-        _share_vertical_axis(chart.figures)
+        _share_axes(chart.figures)
     return made
 
 
 def heatmap(trace: Trace) -> go.Figure:
     """Layers x experts without data: the page's script fills in the step of its slider."""
     num_layers, num_experts = len(trace.layers), trace.info.num_experts
-    every = -(-num_layers // 12)
+    every_layer, every_expert = -(-num_layers // 12), _round_spacing(num_experts)
     figure = _figure(height=int(np.clip(9 * num_layers, 120, 560)) + 60)
+    layers = [str(layer) for layer in trace.layers]
     figure.add_heatmap(
+        y=layers,
         zmin=DEAD,
         zmax=COLOR_RANGE,
         colorscale=_color_scale(),
@@ -81,16 +84,36 @@ def heatmap(trace: Trace) -> go.Figure:
         ygap=1 if num_layers <= 32 else 0,
         showscale=False,
     )
-    figure.update_xaxes(title="expert", range=[-0.5, num_experts - 0.5], showgrid=False, ticks="")
+    figure.update_xaxes(
+        title="expert",
+        range=[-0.5, num_experts - 0.5],
+        tickvals=list(range(0, num_experts, every_expert)),
+        showgrid=False,
+    )
     figure.update_yaxes(
         title="layer",
         range=[num_layers - 0.5, -0.5],
-        tickvals=list(range(0, num_layers, every)),
-        ticktext=[str(layer) for layer in trace.layers[::every]],
+        type="category",
+        tickvals=layers[::every_layer],
         showgrid=False,
     )
     figure.update_layout(hovermode="closest", margin={"l": 44, "r": 8, "t": 6, "b": 40})
     return figure
+
+
+def course(traces: list[Trace]) -> go.Figure:
+    """One expert over the steps, one curve per run: the page's script fills in its loads."""
+    figure = _figure(height=240)
+    for mark, color, _trace in zip("AB", (_BLUE, _RED), traces, strict=False):
+        figure.add_scatter(name=mark, line={"color": color}, hovertemplate="%{y:.2f} ×")
+    figure.update_yaxes(title="load / balanced", rangemode="tozero")
+    figure.update_layout(showlegend=len(traces) > 1)
+    return figure
+
+
+def _round_spacing(length: int) -> int:
+    """The smallest power of two that leaves at most 8 ticks."""
+    return 1 << max(0, (length - 1) // 8).bit_length()
 
 
 def _color_scale() -> list[list]:
@@ -112,11 +135,10 @@ def _max_violation(trace: Trace) -> go.Figure:
         ("p95", np.percentile(violation_SM, 95, axis=1), _ORANGE, 1.2),
         ("p50", np.percentile(violation_SM, 50, axis=1), _BLUE, 1.2),
         ("mean", violation_SM.mean(axis=1), _INK, 2.4),
-        ("mean per micro-batch", trace.micro_batch_max_violation_SM.mean(axis=1), _GREY, 1.2),
+        ("micro-batch", trace.micro_batch_max_violation_SM.mean(axis=1), _GREY, 1.2),
     ]
     for name, values_S, color, width in curves:
         _add_curve(figure, trace, name, values_S, steps, color=color, width=width)
-    figure.update_yaxes(rangemode="tozero")
     return figure
 
 
@@ -182,14 +204,17 @@ def _add_curve(
     )
 
 
-def _share_vertical_axis(figures: list[go.Figure]) -> None:
-    values = np.concatenate([np.asarray(curve.y) for figure in figures for curve in figure.data])
-    values = values[np.isfinite(values)]
-    if len(values):
+def _share_axes(figures: list[go.Figure]) -> None:
+    """The same ranges for the charts of two runs, so that the eye can compare them."""
+    for axis, select in (("x", lambda curve: curve.x), ("y", lambda curve: curve.y)):
+        values = np.concatenate([select(curve) for figure in figures for curve in figure.data])
+        values = values[np.isfinite(values)]
+        if not len(values):
+            continue
         low, high = float(values.min()), float(values.max())
-        margin = 0.06 * ((high - low) or abs(high) or 1.0)
+        margin = (0.06 if axis == "y" else 0.01) * ((high - low) or abs(high) or 1.0)
         for figure in figures:
-            figure.update_yaxes(range=[low - margin, high + margin])
+            figure.layout[f"{axis}axis"].range = [low - margin, high + margin]
 
 
 def _figure(height: int = 320) -> go.Figure:

@@ -14,7 +14,7 @@ from titan_moe_lb.telemetry.trace import Trace
 
 MOST_FRAMES = 400
 """Steps of the slider at most: more cannot be told apart by a hand."""
-MOST_LOAD_BYTES = 1_700_000
+MOST_LOAD_BYTES = 1_900_000
 """Compressed loads of all runs together: the page stays below 5 MB."""
 
 
@@ -49,12 +49,13 @@ def render(traces: list[Trace]) -> str:
         "runs": [
             {
                 "frames": run["frames"],
-                "numLayers": len(run["trace"].layers),
+                "layers": run["trace"].layers,
                 "numExperts": run["trace"].info.num_experts,
                 "heatmap": json.loads(figures.heatmap(run["trace"]).to_json()),
             }
             for run in runs
         ],
+        "course": json.loads(figures.course(traces).to_json()),
         "charts": [[json.loads(figure.to_json()) for figure in chart.figures] for chart in charts],
     }
     return _template().render(

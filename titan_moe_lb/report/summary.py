@@ -50,29 +50,31 @@ def cards(trace: Trace) -> list[Card]:
     peak_S = trace.max_overload_factor_SM.max(axis=1)
     return [
         Card(
-            "MaxVio, first to last step",
+            "MaxVio, first → last",
             f"{number(violation_S[0])} → {number(violation_S[-1])}",
             f"worst layer now: {trace.layers[worst]} with {number(violation_SM[-1, worst])}",
         ),
         Card(
-            "Overload factor, mean",
+            "Overload, mean",
             number(average_S[-1]),
             f"last step; {number(average_S[0])} at first",
         ),
         Card(
-            "Overload factor, maximum",
+            "Overload, maximum",
             number(peak_S[-1]),
             f"last step; {_peak(peak_S, steps)}",
         ),
         Card(
-            "Cumulative overload",
+            "Overload, cumulative",
             number(trace.max_cum_overload_factor_S[-1]),
             f"last step; {_peak(trace.max_cum_overload_factor_S, steps)}",
         ),
         Card(
             "Dead experts",
             f"{dead_S[-1]} of {len(trace.layers) * trace.info.num_experts}",
-            f"last step; most: {dead_S.max()} at step {steps[dead_S.argmax()]}",
+            f"last step; most: {dead_S.max()} at step {steps[dead_S.argmax()]}"
+            if dead_S.any()
+            else "none in the whole run",
         ),
         Card(
             "Hottest expert",

@@ -143,6 +143,7 @@ class BatchReader:
                 raise JobError(f"{path} is empty: the run has written no step")
             try:
                 self.schema = pa.ipc.read_schema(source)
+                self.schema.names  # noqa: B018  (decoded when first asked for)
             except _BROKEN as error:
                 raise JobError(
                     f"{path} is not a trace of titan_moe_lb, or was cut off before its first "

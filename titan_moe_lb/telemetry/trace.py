@@ -131,18 +131,19 @@ class TraceReader:
             yield self._step_load(batch)
 
     def _step_load(self, batch: pa.RecordBatch) -> tuple[int, StepLoad]:
-        steps = _numpy(batch, "step")
-        layers = tuple(_numpy(batch, "layer").tolist())
-        if layers != self.info.layers or (steps != steps[0]).any():
+        steps, layers = set(batch["step"].to_pylist()), tuple(batch["layer"].to_pylist())
+        counts = batch["counts"]
+        whole = len(steps) == 1 and None not in steps and layers == self.info.layers
+        if not whole or counts.null_count or counts.flatten().null_count:
             raise JobError(
                 f"{self.path} holds a batch that is not one step of its layers: it is damaged, "
                 "take another run"
             )
-        counts = batch.column("counts").flatten().to_numpy(zero_copy_only=False)
+        counts_ME = counts.flatten().to_numpy().reshape(len(layers), self.info.num_experts)
         figures = {name: _numpy(batch, name) for name in _FIGURES}
-        return int(steps[0]), StepLoad(
+        return steps.pop(), StepLoad(
             layers=layers,
-            counts_ME=counts.reshape(len(layers), self.info.num_experts),
+            counts_ME=counts_ME,
             losses={name: _numpy(batch, name) for name in _loss_names(batch.schema)},
             avg_overload_factor_M=figures["avg_overload_factor"],
             max_overload_factor_M=figures["max_overload_factor"],
