@@ -104,24 +104,24 @@ def test_cut_at_every_byte_gives_whole_steps_or_one_line(tmp_path):
     info = run_info(2, 4, losses={})
     writer = TraceWriter(tmp_path / "run", info)
     file, ends = tmp_path / "run" / FILE_NAME, []
-    for step, load in enumerate(step_loads(info, 3), start=1):
+    for step, load in enumerate(step_loads(info, 2), start=1):
         writer.write(step, load)
         ends.append(file.stat().st_size)
-    content = file.read_bytes()
-    cut = tmp_path / "cut.arrow"
-    for size in range(len(content) + 1):
-        cut.write_bytes(content[:size])
-        whole = sum(end <= size for end in ends)
-        if whole:
+    cut, content = tmp_path / "cut.arrow", file.read_bytes()
+    with cut.open("wb", buffering=0) as growing:
+        for size in range(len(content) + 1):
+            growing.write(content[max(size - 1, 0) : size])
+            whole = sum(end <= size for end in ends)
+            if not whole:
+                with pytest.raises(JobError) as error:
+                    read_trace(cut)
+                assert "cut.arrow" in str(error.value) and "\n" not in str(error.value)
+                continue
             trace = read_trace(cut)
             assert trace.steps.tolist() == list(range(1, whole + 1))
             assert (trace.truncated is None) == (size in ends)
             if trace.truncated:
                 assert f"read up to step {whole}" in trace.truncated
-        else:
-            with pytest.raises(JobError) as error:
-                read_trace(cut)
-            assert "cut.arrow" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_damaged_bytes_are_never_a_traceback(tmp_path):
