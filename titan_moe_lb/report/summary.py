@@ -1,0 +1,133 @@
+"""The figures of a run that are read as numbers: cards and the tables of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_moe_lb.telemetry.balance_statistics import (
+    max_violation,
+    num_dead_experts,
+    relative_load,
+)
+from titan_moe_lb.telemetry.trace import Trace
+
+NUM_LISTED = 8
+"""Experts in each table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One number with its name, and a line below."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert of one layer; loads are relative to the balanced load."""
+
+    layer: int
+    expert: int
+    mean: str
+    last: str
+    lowest: str
+    highest: str
+
+
+def cards(trace: Trace, hottest: Expert) -> list[Card]:
+    """The head of the page."""
+    steps = trace.steps
+    violation_SM = max_violation(trace.counts_SME)
+    violation_S = violation_SM.mean(axis=1)
+    worst = int(violation_SM[-1].argmax())
+    dead_S = num_dead_experts(trace.counts_SME).sum(axis=1)
+    average_S = trace.avg_overload_factor_SM.mean(axis=1)
+    peak_S = trace.max_overload_factor_SM.max(axis=1)
+    return [
+        Card(
+            "MaxVio, first → last",
+            f"{number(violation_S[0])} → {number(violation_S[-1])}",
+            f"worst layer now: {trace.layers[worst]} with {number(violation_SM[-1, worst])}",
+        ),
+        Card(
+            "Overload, mean",
+            number(average_S[-1]),
+            f"last step; {number(average_S[0])} at first",
+        ),
+        Card(
+            "Overload, maximum",
+            number(peak_S[-1]),
+            f"last step; {_peak(peak_S, steps)}",
+        ),
+        Card(
+            "Overload, cumulative",
+            number(trace.max_cum_overload_factor_S[-1]),
+            f"last step; {_peak(trace.max_cum_overload_factor_S, steps)}",
+        ),
+        Card(
+            "Dead experts",
+            f"{dead_S[-1]} of {len(trace.layers) * trace.info.num_experts}",
+            f"last step; most: {dead_S.max()} at step {steps[dead_S.argmax()]}"
+            if dead_S.any()
+            else "none in the whole run",
+        ),
+        Card(
+            "Hottest expert",
+            f"layer {hottest.layer}, expert {hottest.expert}",
+            f"{hottest.mean} × the balanced load, mean of the run",
+        ),
+    ]
+
+
+def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
+    """The experts with the highest and the lowest mean load over the run, in this order."""
+    mean_ME = _mean_load(trace)
+    order = np.argsort(mean_ME, axis=None, kind="stable")
+    hottest, coldest = order[::-1][:NUM_LISTED], order[:NUM_LISTED]
+    return _experts(trace, mean_ME, hottest), _experts(trace, mean_ME, coldest)
+
+
+def _mean_load(trace: Trace) -> np.ndarray:
+    """Mean of the relative load over the steps ``(M, E)``, without a copy of all counts."""
+    routed_SM = trace.counts_SME.sum(axis=2, dtype=np.float64)
+    idle_SM = routed_SM == 0
+    scale_SM = np.where(idle_SM, 0.0, trace.info.num_experts / np.where(idle_SM, 1.0, routed_SM))
+    total_ME = np.einsum("sme,sm->me", trace.counts_SME, scale_SM)
+    return (total_ME + idle_SM.sum(axis=0)[:, None]) / len(trace.steps)
+
+
+def _experts(trace: Trace, mean_ME: np.ndarray, listed: np.ndarray) -> list[Expert]:
+    experts = []
+    for row, expert in zip(*np.unravel_index(listed, mean_ME.shape), strict=True):
+        load_S = relative_load(trace.counts_SME[:, row])[:, expert]
+        experts.append(
+            Expert(
+                layer=trace.layers[row],
+                expert=int(expert),
+                mean=number(mean_ME[row, expert]),
+                last=number(load_S[-1]),
+                lowest=number(load_S.min()),
+                highest=number(load_S.max()),
+            )
+        )
+    return experts
+
+
+def number(value: float) -> str:
+    """Three digits that matter; a dash for a figure that is missing."""
+    if not np.isfinite(value):
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(abs(value), 0.1)))))}f}"
+
+
+def _peak(values_S: np.ndarray, steps: np.ndarray) -> str:
+    if np.isnan(values_S).all():
+        return "not recorded"
+    peak = int(np.nanargmax(values_S))
+    return f"peak {number(values_S[peak])} at step {steps[peak]}"
