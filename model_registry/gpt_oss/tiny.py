@@ -26,7 +26,7 @@ def tiny(attn_backend: str, moe_comm_backend: str) -> GptOssModel.Config:
 
     Softmax scores with a bias in the gate, normalised over the top 2 of 8 experts.
     """
-    dim, hidden_dim, vocab_size = 64, 32, 2048
+    dim, hidden_dim, vocab_size = 64, 48, 2048
     n_heads, n_kv_heads, head_dim = 4, 2, 16
     num_experts, top_k = 8, 2
     normal = partial(nn.init.trunc_normal_, std=0.02)
