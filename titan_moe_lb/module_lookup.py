@@ -69,10 +69,11 @@ def config_names(registry: ModuleType) -> list[str]:
 
 
 def config_of_flavor(registry: ModuleType, flavor: str) -> str:
-    """The config function of a flavor: the one whose name ends in it, any case."""
+    """The config function of a flavor: the one whose name ends in it, any case, - as _."""
     names = config_names(registry)
+    ending = "_" + flavor.lower().replace("-", "_")
     for name in names:
-        if name.lower().endswith(f"_{flavor.lower()}"):
+        if name.lower().endswith(ending):
             return name
     raise JobError(
         f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, names)}"

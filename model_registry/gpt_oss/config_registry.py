@@ -25,7 +25,7 @@ def gpt_oss_tiny() -> Trainer.Config:
 
 def gpt_oss_debugmodel() -> Trainer.Config:
     """4 layers of 8 experts, on text that comes with Python."""
-    return _debug("debugmodel")
+    return _debug("debugmodel", local_batch_size=4)
 
 
 def gpt_oss_20b() -> Trainer.Config:
@@ -38,9 +38,9 @@ def gpt_oss_120b() -> Trainer.Config:
     return _pretraining("120b", "./assets/hf/gpt-oss-120b", expert_parallel=32)
 
 
-def _debug(flavor: str) -> Trainer.Config:
+def _debug(flavor: str, **sizes: int) -> Trainer.Config:
     spec = model_registry(flavor)
-    return recipes.debug(spec, loss_config(spec))
+    return recipes.debug(spec, loss_config(spec), **sizes)
 
 
 def _pretraining(flavor: str, assets: str, *, expert_parallel: int) -> Trainer.Config:

@@ -25,7 +25,7 @@ def qwen3_tiny() -> Trainer.Config:
 
 def qwen3_debugmodel_moe() -> Trainer.Config:
     """8 layers of 64 experts, on text that comes with Python."""
-    return _debug("debugmodel_moe")
+    return _debug("debugmodel_moe", local_batch_size=4)
 
 
 def qwen3_30b_a3b() -> Trainer.Config:
@@ -38,9 +38,9 @@ def qwen3_235b_a22b() -> Trainer.Config:
     return _pretraining("235B-A22B", "./assets/hf/Qwen3-235B-A22B", expert_parallel=32)
 
 
-def _debug(flavor: str, *, seq_len: int = 256) -> Trainer.Config:
+def _debug(flavor: str, **sizes: int) -> Trainer.Config:
     spec = model_registry(flavor)
-    return recipes.debug(spec, loss_config(spec), seq_len=seq_len)
+    return recipes.debug(spec, loss_config(spec), **sizes)
 
 
 def _pretraining(flavor: str, assets: str, *, expert_parallel: int) -> Trainer.Config:
