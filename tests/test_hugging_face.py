@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchtitan.models import gpt_oss as torchtitan_gpt_oss
 
 from model_registry import gpt_oss
 from tests.hugging_face import logits_and_export
+from titan_moe_lb import job_config
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.hugging_face import check_initial_weights
 
 TOLERANCE = 1e-4
 # Longer than the sliding window of GPT-OSS.
@@ -89,3 +92,35 @@ def test_torchtitans_own_gpt_oss_adapter_loses_the_experts():
     assert not [name for name in upstream.to_hf(state) if ".experts." in name]
     assert len([name for name in own.to_hf(state) if ".experts." in name]) == len(experts)
     assert experts <= own.from_hf(own.to_hf(state)).keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "has no tensor 'model.norm.weight'"),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(2048, 32)}),
+            "'lm_head.weight' has shape (2048, 32) in",
+        ),
+        (lambda tensors: tensors.clear(), "holds no *.safetensors file"),
+    ],
+    ids=["missing", "shape", "none"],
+)
+def test_folder_of_another_model_is_one_line(tmp_path, monkeypatch, change, expected):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    arguments = ["--module", "qwen3", "--config", "qwen3_tiny", f"--dump_folder={tmp_path}/out"]
+    flags = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"]
+    config = job_config.load(
+        [*arguments, *flags, f"--checkpoint.initial_load_path={tmp_path}"]
+    ).config
+    qwen3().save_pretrained(tmp_path)
+    check_initial_weights(config)  # as it was written
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    (tmp_path / "model.safetensors").unlink()
+    if tensors:
+        save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(JobError) as error:
+        check_initial_weights(config)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)

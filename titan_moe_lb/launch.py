@@ -20,7 +20,7 @@ from titan_moe_lb import cpu
 if cpu.needed():
     cpu.use_host()
 
-from titan_moe_lb import job_config, layout, train, validation
+from titan_moe_lb import hugging_face, job_config, layout, train, validation
 from titan_moe_lb.errors import JobError
 
 
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         job = draft.resolve()
         if not draft.command.print_config and job.config.comm.mode == "default":
             validation.assets_are_here(job.config)
+            hugging_face.check_initial_weights(job.config)
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:

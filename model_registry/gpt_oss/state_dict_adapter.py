@@ -34,9 +34,10 @@ class GptOssStateDictAdapter(upstream.GptOssStateDictAdapter):
 
     def __init__(self, model_config: GptOssModel.Config, hf_assets_path: str | None) -> None:
         super().__init__(model_config, hf_assets_path)
-        self.from_hf_map = {
-            name: own for name, own in self.from_hf_map.items() if not name.startswith(_HF_EXPERTS)
-        } | {_HF_EXPERTS + name: _EXPERTS + own for name, own in _EXPERT_NAMES.items()}
+        names: dict[str, str] = self.from_hf_map
+        for name in [name for name in names if name.startswith(_HF_EXPERTS)]:
+            del names[name]
+        names.update({_HF_EXPERTS + name: _EXPERTS + own for name, own in _EXPERT_NAMES.items()})
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return _expert_weights_transposed(super().to_hf(state_dict))

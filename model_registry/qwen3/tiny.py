@@ -24,9 +24,7 @@ def tiny(attn_backend: str, moe_comm_backend: str) -> Qwen3Model.Config:
     linear = {"weight": normal, "bias": nn.init.zeros_}
 
     def norm(size: int) -> RMSNorm.Config:
-        return RMSNorm.Config(
-            normalized_shape=size, eps=1e-6, param_init={"weight": nn.init.ones_}
-        )
+        return RMSNorm.Config(normalized_shape=size, eps=1e-6, param_init={"weight": nn.init.ones_})
 
     def layer() -> Qwen3TransformerBlock.Config:
         return Qwen3TransformerBlock.Config(
