@@ -8,7 +8,6 @@ starts a process, and the model config once more when torchtitan binds it.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 from collections.abc import Callable
@@ -255,20 +254,13 @@ def batch_wise_sees_the_whole_batch(config: Trainer.Config) -> None:
 
 def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
     """The line of TOML with the same losses, the batch-wise one over the global batch."""
-    tables = []
-    for loss in losses:
-        kind = loss._owner
-        values = toml_tables.dump(loss)
-        if kind is BatchWiseAuxLoss:
-            kind = GlobalBatchAuxLoss
-        defaults = toml_tables.dump(kind.Config(weight=loss.weight))
-        keys = ["weight", *(key for key in values if values[key] != defaults[key])]
-        pairs = [
-            f'type = "{kind.type_name}"',
-            *(f"{key} = {json.dumps(values[key])}" for key in keys),
-        ]
-        tables.append("{" + ", ".join(pairs) + "}")
-    return f"aux_losses = [{', '.join(tables)}]"
+    whole_batch = [
+        GlobalBatchAuxLoss.Config(weight=loss.weight, count_from=loss.count_from)
+        if isinstance(loss, BatchWiseAuxLoss.Config)
+        else loss
+        for loss in losses
+    ]
+    return f"aux_losses = {toml_tables.inline(whole_batch)}"
 
 
 def running_counts_survive_recomputation(config: Trainer.Config) -> None:
