@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import tomli
 import torch
 
+from tests.train_jobs import build_one_rank
 from titan_moe_lb import job_config
+from titan_moe_lb.catalog import CONFIGS
 
 
 def deepseek_v3() -> int:
@@ -52,6 +55,12 @@ SIZES = {
     ("gpt_oss", "120b"): (gpt_oss(36, 128), 116.83e9),
 }
 
+REAL_SIZES = [
+    path
+    for path in sorted(CONFIGS.glob("*/*.toml"))
+    if tomli.loads(path.read_text())["job"]["ranks"] > 4
+]
+
 
 @pytest.mark.parametrize(("module", "flavor"), SIZES)
 def test_number_of_parameters(module, flavor, tmp_path, monkeypatch):
@@ -67,3 +76,12 @@ def test_number_of_parameters(module, flavor, tmp_path, monkeypatch):
     by_hand, published = SIZES[module, flavor]
     assert sum(parameter.numel() for parameter in model.parameters()) == by_hand
     assert by_hand == pytest.approx(published, rel=0.002)
+
+
+@pytest.mark.parametrize("path", REAL_SIZES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_one_rank_of_a_real_size_builds(ranks, path):
+    """Its share: rank 0 of a pipeline has other layers than the rest."""
+    job = tomli.loads(path.read_text())["job"]
+    (parameters,) = ranks.run(1, build_one_rank, str(path), job["ranks"])
+    total, _published = SIZES[job["module"], job["flavor"]]
+    assert 0.5 < parameters * job["ranks"] / total < 1.5

@@ -26,7 +26,7 @@ GATE_SCALE = 40.0
 
 def make_config(module: str, config: str, model: dict[str, Any]) -> Trainer.Config:
     """A registry config in float32, for the fixed batch."""
-    flags = [f"--model.{key}={_toml(value)}" for key, value in model.items()]
+    flags = [f"--model.{key}={inline_toml(value)}" for key, value in model.items()]
     draft = job_config.draft(["--module", module, "--config", config, *flags])
     trainer_config = draft.build()
     trainer_config.training.seq_len = SEQUENCE_LENGTH
@@ -203,10 +203,10 @@ def _build(config: Trainer.Config) -> Trainer:
     return config.build()
 
 
-def _toml(value: Any) -> str:
+def inline_toml(value: Any) -> str:
     """A Python value as an inline TOML value."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {inline_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, bool):
