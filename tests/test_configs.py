@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tomli
 
-from tests.parity.gradients import inline_toml
 from tests.train_jobs import save_seed, train
+from titan_moe_lb import toml_tables
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LOSS, NORM = "loss_metrics/global_avg_loss", "grad_norm"
@@ -28,7 +28,9 @@ def job_files() -> list[Path]:
 def tiny(job: dict) -> list[str]:
     """The tiny flavor of the job's model with the job's losses, which are part of a checkpoint."""
     module = job["job"]["module"]
-    model = [f"--model.{key}={inline_toml(value)}" for key, value in job.get("model", {}).items()]
+    model = [
+        f"--model.{key}={toml_tables.inline(value)}" for key, value in job.get("model", {}).items()
+    ]
     return ["--module", module, "--config", f"{module}_tiny", "--training.steps=5", *model]
 
 
