@@ -28,7 +28,7 @@ def show(console: Console | None = None) -> None:
         registry = module_lookup.config_registry(name)
         console.print(Text(f"--module {name}", style="bold"))
         parts = [
-            Text(_first_paragraph(room)),
+            Text(first_paragraph(room)),
             Text(f"flavors: {', '.join(room.FLAVORS)}"),
             _configs(registry),
             _jobs(name),
@@ -42,7 +42,7 @@ def _configs(registry: ModuleType) -> Table:
     table = _table("--config", "")
     for name in module_lookup.config_names(registry):
         default = " (default)" if name == getattr(registry, "debug_config", "") else ""
-        table.add_row(Text(name), Text(_first_line(getattr(registry, name)) + default))
+        table.add_row(Text(name), Text(first_paragraph(getattr(registry, name)) + default))
     return table
 
 
@@ -69,9 +69,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _first_line(documented: object) -> str:
-    return (inspect.getdoc(documented) or "").partition("\n")[0]
-
-
-def _first_paragraph(documented: object) -> str:
+def first_paragraph(documented: object) -> str:
+    """Of the docstring, as one line."""
     return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
