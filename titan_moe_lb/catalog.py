@@ -49,8 +49,9 @@ def _configs(registry: ModuleType) -> Table:
 def _jobs(name: str) -> Table | Group:
     table = _table(f"--job-config {os.path.relpath(CONFIGS / name)}/...", "ranks", "")
     for path in sorted((CONFIGS / name).glob("*.toml")):
-        job = tomli.loads(path.read_text())["job"]
-        table.add_row(Text(path.name), Text(str(job["ranks"])), Text(job["description"]))
+        job = tomli.loads(path.read_text()).get("job", {})
+        ranks, description = job.get("ranks", ""), job.get("description", "")
+        table.add_row(Text(path.name), Text(str(ranks)), Text(description))
     return table if table.row_count else Group()
 
 

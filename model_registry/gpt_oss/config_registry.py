@@ -34,8 +34,8 @@ def gpt_oss_20b() -> Trainer.Config:
 
 
 def gpt_oss_120b() -> Trainer.Config:
-    """116.8B parameters, experts over 32 ranks."""
-    return _pretraining("120b", "./assets/hf/gpt-oss-120b", expert_parallel=32)
+    """116.8B parameters, experts over 8 ranks."""
+    return _pretraining("120b", "./assets/hf/gpt-oss-120b", expert_parallel=8)
 
 
 def _debug(flavor: str, **sizes: int) -> Trainer.Config:

@@ -34,8 +34,8 @@ def qwen3_30b_a3b() -> Trainer.Config:
 
 
 def qwen3_235b_a22b() -> Trainer.Config:
-    """235B parameters, experts over 32 ranks."""
-    return _pretraining("235B-A22B", "./assets/hf/Qwen3-235B-A22B", expert_parallel=32)
+    """235B parameters, experts over 8 ranks."""
+    return _pretraining("235B-A22B", "./assets/hf/Qwen3-235B-A22B", expert_parallel=8)
 
 
 def _debug(flavor: str, **sizes: int) -> Trainer.Config:
