@@ -24,7 +24,6 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import module_lookup, toml_tables, validation
-from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
@@ -298,10 +297,7 @@ def _balance_foreign_model(
     load_balance_coeff: float | None | Literal["keep"] = "keep",
 ) -> BalancedModelSpec:
     """What [model] can set for a model that has no room in ``model_registry``."""
-    converter = LoadBalanceConverter.Config(
-        aux_losses=aux_losses or [], load_balance_coeff=load_balance_coeff
-    )
-    return balanced(spec, converter)
+    return balanced(spec, aux_losses=aux_losses, load_balance_coeff=load_balance_coeff)
 
 
 class _ResolvedConfigManager(ConfigManager):

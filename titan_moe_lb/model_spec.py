@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torchtitan.models.utils import validate_converter_order
 from torchtitan.protocols.model import ModelConfigConverter
@@ -15,6 +15,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from titan_moe_lb.converter import LoadBalanceConverter
+from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.telemetry.step_hook import register_load_balancing
 
 
@@ -28,17 +29,26 @@ class BalancedModelSpec(ModelSpec):
 
 def balanced(
     spec: ModelSpec,
-    converter: LoadBalanceConverter.Config,
     *,
+    aux_losses: list[AuxLoss.Config] | None = None,
+    load_balance_coeff: float | None | Literal["keep"] = "keep",
     before: list[ModelConfigConverter.Config] | None = None,
 ) -> BalancedModelSpec:
     """Give a torchtitan model the losses and the step hook of this package.
 
     Args:
         spec: any torchtitan ``ModelSpec`` of a MoE model; its config is consumed.
-        converter: losses and bias update.
+        aux_losses: losses of every router, each with its own copy; default: none.
+        load_balance_coeff: speed of the expert bias; None turns it off, "keep" leaves
+            the model's own.
         before: converters of the user's own (quantization, LoRA), applied first.
+
+    Raises:
+        JobError: the model has no MoE layer, or a router that is not torchtitan's.
     """
+    converter = LoadBalanceConverter.Config(
+        aux_losses=aux_losses or [], load_balance_coeff=load_balance_coeff
+    )
     model = spec.model
     validate_converter_order(before or [])
     for config in [*(before or []), converter]:

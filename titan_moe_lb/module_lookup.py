@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 from titan_moe_lb.errors import JobError
@@ -13,10 +13,15 @@ from titan_moe_lb.toml_tables import nearest
 
 
 def registered_models() -> list[str]:
-    """The rooms of ``model_registry``."""
+    """The rooms of ``model_registry``: its packages that hold config functions."""
     import model_registry
 
-    return sorted(info.name for info in pkgutil.iter_modules(model_registry.__path__))
+    return sorted(
+        package.name
+        for folder in model_registry.__path__
+        for package in Path(folder).iterdir()
+        if (package / "config_registry.py").is_file()
+    )
 
 
 def config_registry(module: str) -> ModuleType:

@@ -1,11 +1,4 @@
-"""DeepSeek-V3: Multi-head Latent Attention, shared and routed experts.
-
-Defaults and their sources (DeepSeek-V3 technical report, arXiv 2412.19437):
-
-- ``load_balance_coeff = 1e-3``: bias update speed gamma, section 4.2 ("0.001 for
-  the first 14.3T tokens").
-- ``aux_losses = SequenceWise(1e-4, count_from="scores")``: alpha = 0.0001, section
-  4.2; f counts the top-K of the unbiased scores, Eq. 18.
+"""DeepSeek-V3: Multi-head Latent Attention, shared and routed experts (arXiv 2412.19437).
 
 The flavors are torchtitan's (``debugmodel``, ``16B``, ``236B``, ``671B``) and
 ``tiny``, for tests.
@@ -14,22 +7,29 @@ The flavors are torchtitan's (``debugmodel``, ``16B``, ``236B``, ``671B``) and
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from torchtitan.models import deepseek_v3 as upstream
 from torchtitan.protocols.model import ModelConfigConverter
 
 from model_registry.deepseek_v3.tiny import tiny
-from titan_moe_lb.converter import LoadBalanceConverter
+from model_registry.room import Default, check_flavor
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import AuxLoss, SequenceWiseAuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
 
 FLAVORS = (*upstream.deepseekv3_configs, "tiny")
 
-
-def default_aux_losses() -> list[AuxLoss.Config]:
-    return [SequenceWiseAuxLoss.Config(weight=1e-4, count_from="scores")]
+LOAD_BALANCE_COEFF = Default(
+    "load_balance_coeff",
+    1e-3,
+    "bias update speed, arXiv 2412.19437 section 4.2: 0.001 for the first 14.3T tokens",
+)
+AUX_LOSSES = Default(
+    "aux_losses",
+    [SequenceWiseAuxLoss.Config(weight=1e-4, count_from="scores")],
+    "alpha 0.0001, arXiv 2412.19437 section 4.2; unbiased scores are counted, Eq. 18",
+)
+DEFAULTS = (LOAD_BALANCE_COEFF, AUX_LOSSES)
 
 
 @registry_entry
@@ -41,7 +41,7 @@ def model_registry(
     converters: list[ModelConfigConverter.Config] | None = None,
     num_mtp_layers: int = 0,
     aux_losses: list[AuxLoss.Config] | None = None,
-    load_balance_coeff: float | None = 1e-3,
+    load_balance_coeff: float | None = LOAD_BALANCE_COEFF.value,
 ) -> BalancedModelSpec:
     """DeepSeek-V3 of one flavor, balanced.
 
@@ -56,12 +56,7 @@ def model_registry(
     Raises:
         JobError: unknown flavor, negative ``num_mtp_layers``.
     """
-    if flavor not in FLAVORS:
-        nearest = difflib.get_close_matches(flavor, FLAVORS, n=1, cutoff=0.0)[0]
-        raise JobError(
-            f"deepseek_v3 has no flavor {flavor!r}; did you mean {nearest!r}? "
-            f"(flavors: {', '.join(FLAVORS)})"
-        )
+    check_flavor("deepseek_v3", flavor, FLAVORS)
     if num_mtp_layers < 0:
         raise JobError(f"num_mtp_layers is {num_mtp_layers}; it must be at least 0")
     build = tiny if flavor == "tiny" else upstream.deepseekv3_configs[flavor]
@@ -77,9 +72,7 @@ def model_registry(
     )
     return balanced(
         spec,
-        LoadBalanceConverter.Config(
-            aux_losses=default_aux_losses() if aux_losses is None else aux_losses,
-            load_balance_coeff=load_balance_coeff,
-        ),
+        aux_losses=AUX_LOSSES.value if aux_losses is None else aux_losses,
+        load_balance_coeff=load_balance_coeff,
         before=converters,
     )

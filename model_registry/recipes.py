@@ -1,0 +1,91 @@
+"""The jobs that config functions start from: a debug run and a pre-training run."""
+
+from __future__ import annotations
+
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.data import CORPUS, TOKENIZER_PATH
+from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+
+
+def language_model_loss(spec: ModelSpec) -> BaseLoss.Config:
+    """Cross entropy of the next token, computed in chunks of the sequence."""
+    return ChunkedLossWrapper.Config(
+        loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+    )
+
+
+def debug(spec: ModelSpec, loss: BaseLoss.Config, *, seq_len: int = 256) -> Trainer.Config:
+    """Ten steps on text that comes with Python, every step logged."""
+    return Trainer.Config(
+        loss=loss,
+        hf_assets_path=TOKENIZER_PATH,
+        metrics=LoadBalanceMetricsProcessor.Config(log_freq=1),
+        model_spec=spec,
+        dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS),
+        optimizer=default_adamw(lr=8e-4),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=2, decay_ratio=0.8, decay_type="linear", min_lr_factor=0.0
+        ),
+        # torchtitan cannot capture the standard EP dispatcher or a pipeline
+        # schedule in a CUDA graph.
+        training=TrainingConfig(
+            local_batch_size=8, seq_len=seq_len, steps=10, disable_cuda_graphs=True
+        ),
+        parallelism=ParallelismConfig(),
+        checkpoint=CheckpointManager.Config(interval=10, last_save_model_only=False),
+        activation_checkpoint=None,
+    )
+
+
+def pretraining(
+    spec: ModelSpec,
+    loss: BaseLoss.Config,
+    *,
+    assets: str,
+    learning_rate: float,
+    expert_parallel: int,
+    local_batch_size: int = 4,
+    seq_len: int = 4096,
+    activation_checkpoint: SelectiveAC.Config | FullAC.Config | None = None,
+) -> Trainer.Config:
+    """A run on C4 over many GPUs; job files set the rest of the layout.
+
+    Args:
+        assets: folder of the model's tokenizer and, to start from them, its weights.
+        learning_rate: peak, reached after 2,000 steps.
+        expert_parallel: ranks that share the experts of a layer.
+        activation_checkpoint: default: selective.
+    """
+    return Trainer.Config(
+        loss=loss,
+        hf_assets_path=assets,
+        metrics=LoadBalanceMetricsProcessor.Config(),
+        model_spec=spec,
+        dataloader=HuggingFaceTextDataLoader.Config(dataset="c4"),
+        optimizer=default_adamw(lr=learning_rate),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=2000, decay_ratio=0.8, decay_type="cosine", min_lr_factor=0.1
+        ),
+        training=TrainingConfig(
+            local_batch_size=local_batch_size,
+            seq_len=seq_len,
+            steps=10000,
+            disable_cuda_graphs=True,
+        ),
+        parallelism=ParallelismConfig(
+            pipeline_parallel_schedule="Interleaved1F1B",
+            expert_parallel_degree=expert_parallel,
+        ),
+        checkpoint=CheckpointManager.Config(interval=500),
+        activation_checkpoint=activation_checkpoint or SelectiveAC.Config(),
+        compile=CompileConfig(enable=True, components=["loss"]),
+    )

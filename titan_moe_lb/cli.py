@@ -1,0 +1,75 @@
+"""``titan-moe-lb``: what to do with a run once it has left a trace.
+
+Subcommands are listed here; each lives in a module of its own that is imported when
+it runs, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from titan_moe_lb.errors import JobError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one HTML page about a run: load of every expert, overload, losses."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of the run, or its moe_load.arrow."""
+    compare: Path | None = None
+    """A second run of the same model, shown beside the first."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """File to write; default: report.html in the run's folder."""
+
+    def run(self) -> None:
+        from titan_moe_lb.report.command import write_report
+
+        print(write_report(self.run_dir, compare=self.compare, output=self.output))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Follow a live run in the terminal."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of the run, or its moe_load.arrow; it may not exist yet."""
+    once: bool = False
+    """Print one frame and exit, as when the output is not a terminal."""
+
+    def run(self) -> None:
+        from titan_moe_lb.watch.command import watch
+
+        watch(self.run_dir, once=self.once)
+
+
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"report": Report, "watch": Watch}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the program. A mistake of the user is one line and status 2."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        SUBCOMMANDS,
+        prog="titan-moe-lb",
+        description="Reports, live view and planning from the trace of a run.",
+        args=arguments,
+    )
+    try:
+        command.run()
+    except JobError as error:
+        print(f"titan_moe_lb: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output, as in "| head", has what it wants
+        sys.stderr.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""How uneven tokens-per-expert counts are. Pure functions on numpy arrays.
+
+Every function takes ``counts (..., E)`` of any numeric dtype and reduces the last
+dimension. E is the number of experts and K = top_k. Where nothing was routed the
+load counts as balanced.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def max_violation(counts: np.ndarray) -> np.ndarray:
+    """MaxVio, ``max_i n_i / mean_i n_i - 1``: how far the fullest expert is above the mean.
+
+    Relative, without unit; 0 at balance, E/K - 1 when all tokens go to the same K experts.
+    Source: arXiv 2408.15664, Eq. 4.
+    """
+    return _relative(counts.max(axis=-1), counts) - 1.0
+
+
+def coefficient_of_variation(counts: np.ndarray) -> np.ndarray:
+    """Population standard deviation of the counts over their mean.
+
+    Without unit; 0 at balance, sqrt(E/K - 1) when all tokens go to the same K experts.
+    Source: the importance and load terms of arXiv 1701.06538, section 4, are its square.
+    """
+    mean = counts.mean(axis=-1)
+    return counts.std(axis=-1) / np.where(mean > 0, mean, 1.0)
+
+
+def normalized_entropy(counts: np.ndarray) -> np.ndarray:
+    """Shannon entropy of the shares p_i = n_i / sum n, over its maximum: ``-sum p ln p / ln E``.
+
+    Without unit; 1 at balance, ln K / ln E when all tokens go to the same K experts. One
+    expert alone is balanced.
+    """
+    num_experts = counts.shape[-1]
+    total = counts.sum(axis=-1, keepdims=True, dtype=np.float64)
+    shares = counts / np.where(total > 0, total, 1.0)
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=-1)
+    if num_experts == 1:
+        return np.ones_like(entropy)
+    return np.where(total[..., 0] > 0, entropy / np.log(num_experts), 1.0)
+
+
+def num_dead_experts(counts: np.ndarray) -> np.ndarray:
+    """Experts that received no token at all, int64 in [0, E]; E where nothing was routed."""
+    return (counts == 0).sum(axis=-1)
+
+
+def relative_load(counts: np.ndarray) -> np.ndarray:
+    """Each expert's count over the balanced count, ``(..., E)``: 1 at balance, at most E/K."""
+    return _relative(counts, counts, keepdims=True)
+
+
+def _relative(values: np.ndarray, counts: np.ndarray, keepdims: bool = False) -> np.ndarray:
+    mean = counts.mean(axis=-1, keepdims=keepdims)
+    return np.where(mean > 0, values / np.where(mean > 0, mean, 1.0), 1.0)

@@ -1,0 +1,202 @@
+"""A file of record batches, in steps, that survives crashes, full disks and resumes.
+
+The file is an Arrow IPC stream without the end marker, which the format leaves
+optional. So it is a schema and then whole batches, one after the other: every batch
+goes out in one write, a kill loses at most the batch being written, and a resumed
+run continues the file.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from titan_moe_lb.errors import JobError
+
+logger = logging.getLogger(__name__)
+
+# What pyarrow raises on bytes that are not, or not yet, a whole message. EOFError is the end.
+_BROKEN = (pa.ArrowException, OSError, EOFError, ValueError)
+
+
+class StepFile:
+    """Writes batches whose first column is ``step``; steps do not go backwards.
+
+    Nothing happens to an existing file before the first write. Then, with S the
+    first step written: the batches of earlier steps are kept when ``resume`` says
+    that the file can be continued, later ones are dropped, because the resumed run
+    repeats them. A file that is not continued is set aside under another name.
+
+    An ``OSError`` (a full disk, a lost mount) ends the recording with one warning;
+    training goes on.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schema: pa.Schema,
+        resume: Callable[[pa.Schema, int], pa.Schema],
+        compression: str | None,
+    ) -> None:
+        """
+        Args:
+            path: the file; its folder is made when missing.
+            schema: of a new file.
+            resume: from the schema of an existing file and the first step to write, the
+                schema of the continued file. Raises JobError where it is of another run.
+            compression: of the batches' bodies: "zstd", or None so that a reader maps them.
+        """
+        self.path = path
+        self._new = path.with_name(path.name + ".new")
+        self._schema = schema
+        self._resume = resume
+        self._options = pa.ipc.IpcWriteOptions(compression=compression)
+        self._sink = io.BytesIO()
+        self._file: io.FileIO | None = None
+        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._failed = False
+
+    def write(self, step: int, batch: pa.RecordBatch) -> None:
+        """Append one batch, handed whole to the operating system when this returns."""
+        if self._failed:
+            return
+        try:
+            if self._file is None:
+                self._open(step)
+            self._append(batch)
+        except OSError as error:
+            self._failed = True
+            logger.warning(
+                f"{self.path} cannot be written ({error.strerror or error}): training goes on, "
+                f"its steps from {step} on are not recorded"
+            )
+            self.close()
+            self._new.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file; every batch is in it already."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _open(self, first_step: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = self._kept(first_step) if self.path.exists() else ()
+        # The old file stays whole until the new one holds all that is kept.
+        self._file = open(self._new, "wb", buffering=0)  # noqa: SIM115
+        self._writer = pa.ipc.new_stream(self._sink, self._schema, options=self._options)
+        for batch in kept:
+            self._append(batch)
+        os.replace(self._new, self.path)
+
+    def _kept(self, first_step: int) -> Iterable[pa.RecordBatch]:
+        """Batches of the existing file to begin the new one with; sets the schema of both."""
+        try:
+            source = BatchReader(self.path)
+            batches = iter(source)
+            first = next(batches, None)
+            if first is None or _step(first) >= first_step:
+                raise JobError(f"it holds nothing before step {first_step}")
+            self._schema = self._resume(source.schema, first_step)
+        except JobError as error:
+            aside = _free_name(self.path)
+            os.replace(self.path, aside)
+            logger.warning(f"{self.path} is not continued ({error}): kept as {aside.name}")
+            return ()
+        return itertools.chain(
+            [first], itertools.takewhile(lambda batch: _step(batch) < first_step, batches)
+        )
+
+    def _append(self, batch: pa.RecordBatch) -> None:
+        assert self._writer is not None and self._file is not None
+        self._writer.write_batch(_fit(batch, self._schema))
+        message = memoryview(self._sink.getvalue())
+        self._sink.seek(0)
+        self._sink.truncate()
+        while message:  # a disk that fills up takes a part first and fails then
+            message = message[self._file.write(message) :]
+
+
+class BatchReader:
+    """The whole batches of a step file, in order; iterate again to go on where it ended.
+
+    Attributes:
+        schema: of every batch.
+        truncated: after the iteration, why it ended before the end of the file; None
+            where it did not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises JobError: missing, empty, or no Arrow stream."""
+        self.path = path
+        self.truncated: str | None = None
+        with _open(path) as source:
+            if source.size() == 0:
+                raise JobError(f"{path} is empty: the run has written no step")
+            try:
+                self.schema = pa.ipc.read_schema(source)
+            except _BROKEN as error:
+                raise JobError(
+                    f"{path} is not a trace of titan_moe_lb, or was cut off before its first "
+                    "step: name the folder of a run"
+                ) from error
+            self._position = source.tell()
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        self.truncated = None
+        with _open(self.path) as source:
+            while self._position < source.size():
+                source.seek(self._position)
+                try:
+                    message = pa.ipc.read_message(source)
+                    batch = pa.ipc.read_record_batch(message, self.schema)
+                    batch.validate(full=True)
+                except _BROKEN:
+                    rest = source.size() - self._position
+                    self.truncated = f"its last {rest} bytes are not a whole batch"
+                    return
+                self._position = source.tell()
+                yield batch
+
+
+def _open(path: Path) -> pa.NativeFile:
+    """Map the file: a damaged length then runs into its end instead of allocating."""
+    try:
+        if path.stat().st_size == 0:
+            return pa.BufferReader(b"")
+        return pa.memory_map(str(path))
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path} cannot be read: {error}") from None
+
+
+def _step(batch: pa.RecordBatch) -> int:
+    return batch.column("step")[0].as_py() if batch.num_rows else -1
+
+
+def _fit(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch under a schema that may have columns besides its own: those are null."""
+    names = batch.schema.names
+    return pa.record_batch(
+        [
+            batch.column(field.name)
+            if field.name in names
+            else pa.nulls(batch.num_rows, field.type)
+            for field in schema
+        ],
+        schema=schema,
+    )
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (name := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return name
