@@ -9,6 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from titan_moe_lb.costmodel.load import Array
+
+KINDS = ("F", "B", "I", "W")
+
 Action = tuple[int, str, int]
 Schedule = Mapping[int, Sequence[Action]]
 
@@ -75,20 +81,21 @@ def _predecessor(action: Action, last: int, finished: dict[Action, float]) -> fl
     return finished.get((stage + 1, "B", microbatch))
 
 
-def peak(actions: Sequence[Action], kept: Sequence[float], working: Sequence[float]) -> float:
+def peak(actions: Sequence[Action], kept: Sequence[Array], working: Sequence[Array]) -> Array:
     """The most that one rank holds at a time.
 
     Args:
         actions: the rank's own.
         kept: bytes that a micro-batch keeps of each stage from its forward to the end of
-            its backward.
+            its backward: numbers, or arrays of one shape, for example by rank of the EP group.
         working: bytes that a stage needs besides while it runs.
     """
-    held = most = 0.0
+    held: Array = 0.0
+    most: Array = 0.0
     for stage, kind, _microbatch in actions:
         if kind == "F":
-            held += kept[stage]
-        most = max(most, held + working[stage])
+            held = held + kept[stage]
+        most = np.maximum(most, held + working[stage])
         if kind in "BW":
-            held -= kept[stage]
+            held = held - kept[stage]
     return most

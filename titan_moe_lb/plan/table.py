@@ -1,0 +1,117 @@
+"""A plan in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from titan_moe_lb.costmodel.plan import DegreePlan, Outcome
+from titan_moe_lb.plan.command import MEMORY_RESERVE, Plan
+
+GIB = 2**30
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print the table of every degree, and what was measured."""
+    console = console or Console()
+    for line in headline(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(_analytic(plan))
+    for degree in plan.degrees:
+        console.print(_verdict(degree), highlight=False, soft_wrap=True)
+    if plan.run:
+        console.print(_run_line(plan), highlight=False, soft_wrap=True)
+        console.print(_measured(plan))
+
+
+def headline(plan: Plan) -> list[str]:
+    """What was asked of what, in sentences."""
+    job, device = plan.job, plan.device
+    layer = next(iter(job.moe_layers.values()))
+    state = max(job.states.values(), key=lambda state: state.num_parameters)
+    return [
+        f"{job.model_name} {job.flavor} on {job.num_ranks} x {device.name}: "
+        f"{len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}, "
+        f"{job.tokens_per_microbatch} tokens a micro-batch, checkpointing {job.checkpointing}",
+        f"largest rank at EP {job.ep_degree}: rank {state.rank}, {state.num_parameters:,} "
+        f"parameters, {state.parameter_bytes / GIB:.2f} GiB; usable memory "
+        f"{plan.usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of {device.memory_bytes / GIB:.1f} "
+        f"kept free); {plan.question.hot_experts} hot expert(s); "
+        f"{plan.question.compute_efficiency:.0%} of peak compute, "
+        f"{plan.question.network_efficiency:.0%} of link bandwidth",
+    ]
+
+
+def _analytic(plan: Plan) -> Table:
+    table = Table()
+    for name in ("EP", "imbalance", *_COLUMNS):
+        table.add_column(name, justify="right")
+    for degree in plan.degrees:
+        for row in degree.rows:
+            table.add_row(
+                str(degree.ep_degree), f"{row.imbalance_factor:.2f}", *_cells(row.outcome)
+            )
+        table.add_section()
+    return table
+
+
+_COLUMNS = (
+    "compute ms",
+    "dispatch ms",
+    "combine ms",
+    "layer x",
+    "step s",
+    "step x",
+    "hot expert",
+    "busiest rank",
+    "memory GiB",
+)
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    memory = f"{outcome.memory_bytes / GIB:.1f}"
+    return [
+        f"{outcome.compute_seconds * 1e3:.2f}",
+        f"{outcome.dispatch_seconds * 1e3:.2f}",
+        f"{outcome.combine_seconds * 1e3:.2f}",
+        f"{outcome.layer_slowdown:.2f}",
+        f"{outcome.step_seconds:.2f}",
+        f"{outcome.step_slowdown:.2f}",
+        f"{outcome.hot_expert_tokens:,.0f}",
+        f"{outcome.busiest_rank_tokens:,.0f}",
+        memory if outcome.fits else f"[red]{memory} no[/red]",
+    ]
+
+
+def _verdict(degree: DegreePlan) -> str:
+    largest = degree.largest_imbalance_that_fits
+    if largest is None:
+        return f"EP {degree.ep_degree}: does not fit even at balance"
+    return f"EP {degree.ep_degree}: fits up to imbalance {largest:.2f}"
+
+
+def _run_line(plan: Plan) -> str:
+    assert plan.run is not None
+    run = plan.run
+    losses = ", ".join(f"{name} {weight:g}" for name, weight in run["losses"].items()) or "none"
+    return (
+        f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; bias update: "
+        f"{run['load_balance_coeff'] or 'off'}): steps {_span(run['first_steps'])} and "
+        f"{_span(run['last_steps'])}"
+    )
+
+
+def _span(steps: list[int]) -> str:
+    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+
+
+def _measured(plan: Plan) -> Table:
+    table = Table()
+    for name in ("EP", "experts placed", "steps", *_COLUMNS):
+        table.add_column(name, justify="right")
+    for degree in plan.degrees:
+        for row in degree.measured:
+            for when, outcome in (("first", row.first), ("last", row.last)):
+                table.add_row(str(degree.ep_degree), row.placement, when, *_cells(outcome))
+        table.add_section()
+    return table
