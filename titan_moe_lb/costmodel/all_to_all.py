@@ -37,4 +37,3 @@ def all_to_all_time(
     transfer = np.asarray(num_bytes) * np.asarray(skew) / np.asarray(bandwidth)
     start = np.asarray(latency) * (degree - 1)
     return np.where(degree > 1, np.maximum(transfer, start), 0.0)[()]
-

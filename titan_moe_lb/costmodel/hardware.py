@@ -80,7 +80,9 @@ class Hardware:
         peers = np.maximum(degree - 1, 1)
         near = (np.minimum(degree, self.scale_up_domain) - 1) / peers
         far = np.where(degree > 1, 1 - near, 0.0)
-        seconds_per_byte = np.maximum(near / self.scale_up_bandwidth, far / self.scale_out_bandwidth)
+        seconds_per_byte = np.maximum(
+            near / self.scale_up_bandwidth, far / self.scale_out_bandwidth
+        )
         return all_to_all_time(
             num_bytes=num_bytes,
             ep_degree=degree,

@@ -52,10 +52,7 @@ class RankState:
     @property
     def total_bytes(self) -> int:
         return (
-            self.parameter_bytes
-            + self.gradient_bytes
-            + self.optimizer_bytes
-            + self.unsharded_bytes
+            self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.unsharded_bytes
         )
 
 

@@ -134,8 +134,7 @@ def checked(
     hot = _whole("num_hot_experts", num_hot_experts)
     if (k > experts).any():
         raise JobError(
-            f"top_k {_first(k, k > experts):g} exceeds the "
-            f"{_first(experts, k > experts):g} experts"
+            f"top_k {_first(k, k > experts):g} exceeds the {_first(experts, k > experts):g} experts"
         )
     if (hot > k).any():
         raise JobError(
@@ -168,9 +167,7 @@ def _whole(name: str, value: ArrayLike) -> Array:
     array = np.asarray(value, dtype=np.float64)
     wrong = ~((array >= 1) & (array == np.floor(array)))
     if wrong.any():
-        raise JobError(
-            f"{name} {_first(array, wrong):g} must be a whole number of at least 1"
-        )
+        raise JobError(f"{name} {_first(array, wrong):g} must be a whole number of at least 1")
     return array
 
 

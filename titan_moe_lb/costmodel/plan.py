@@ -99,9 +99,7 @@ def plan_degree(
     for given in imbalance_factors:
         outcome = view.outcome(*view.two_level(given), balance)
         rows.append(
-            AnalyticRow(
-                imbalance_factor=view.worst if given == WORST else given, outcome=outcome
-            )
+            AnalyticRow(imbalance_factor=view.worst if given == WORST else given, outcome=outcome)
         )
     largest = largest_that_fits(
         lambda factor: view.memory(view.two_level(factor)[1])[0] <= usable_bytes, view.worst

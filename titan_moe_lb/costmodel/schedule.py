@@ -33,9 +33,7 @@ def one_forward_one_backward(num_ranks: int, num_microbatches: int) -> Schedule:
     return schedule
 
 
-def makespan(
-    schedule: Schedule, forward: Sequence[float], backward: Sequence[float]
-) -> float:
+def makespan(schedule: Schedule, forward: Sequence[float], backward: Sequence[float]) -> float:
     """Seconds from the first forward to the last backward.
 
     A forward waits for that of the stage before, a backward for that of the stage after;

@@ -10,9 +10,7 @@ from titan_moe_lb.costmodel.layer import LayerTime
 from titan_moe_lb.costmodel.schedule import makespan
 
 
-def step_time(
-    job: JobModel, hardware: Hardware, layer_time: Callable[[int], LayerTime]
-) -> float:
+def step_time(job: JobModel, hardware: Hardware, layer_time: Callable[[int], LayerTime]) -> float:
     """Seconds of one optimizer step.
 
     Dense layers take their FLOPs at the device's (derated) peak. FSDP's collectives and
