@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,10 +12,13 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
 
-from titan_moe_lb import validation
+from titan_moe_lb import global_batch, validation
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.routing import ForcedRouting
+from titan_moe_lb.telemetry.describe_run import describe_run
+from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
 
 class LoadBalanceConverter(ModelConfigConverter):
@@ -33,6 +37,9 @@ class LoadBalanceConverter(ModelConfigConverter):
         """Speed of the aux-loss-free expert bias (arXiv 2408.15664); None turns it off,
         "keep" leaves the model's own."""
 
+        forced_routing: ForcedRouting.Config | None = None
+        """What decides where tokens go in a benchmark; None for training."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -48,6 +55,7 @@ class LoadBalanceConverter(ModelConfigConverter):
                 f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
                 "aux loss: leave out [model] aux_losses or choose a MoE flavor"
             )
+        numbers = _layer_numbers([fqn for fqn, *_ in layers])
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
             if type(moe.router) is not TokenChoiceTopKRouter.Config:
@@ -61,9 +69,29 @@ class LoadBalanceConverter(ModelConfigConverter):
                 moe.router,
                 LoadBalancedRouter.Config,
                 aux_losses=copy.deepcopy(self.config.aux_losses),
+                forced_routing=copy.deepcopy(self.config.forced_routing),
+                layer=numbers[fqn],
+                layers=tuple(sorted(numbers.values())),
             )
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
+
+
+def _layer_numbers(fqns: list[str]) -> dict[str, int]:
+    """The number of each MoE layer in the model: that of its decoder layer.
+
+    Layers in another list (multi-token prediction) are numbered after them.
+    """
+    numbers: dict[str, int] = {}
+    others = []
+    for fqn in fqns:
+        match = re.search(r"(?:^|\.)layers\.(\d+)\.", fqn)
+        if match:
+            numbers[fqn] = int(match[1])
+        else:
+            others.append(fqn)
+    after = max(numbers.values(), default=-1) + 1
+    return numbers | {fqn: after + index for index, fqn in enumerate(others)}
 
 
 @functools.cache
@@ -75,8 +103,18 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
         def update_from_config(self, *, config, **kwargs) -> None:
             validation.validate(config)
             model_config_cls.update_from_config(self, config=config, **kwargs)
-            for _fqn, router, _parent, _attribute in self.traverse(LoadBalancedRouter.Config):
-                router.update_from_config(config=config)
+            metrics = config.metrics
+            reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
+            for _fqn, moe, _parent, _attribute in self.traverse(MoE.Config):
+                moe.router.update_from_config(
+                    config=config,
+                    updates_bias=moe.load_balance_coeff is not None,
+                    track=reports and metrics.track_moe_metrics,
+                    record_tokens=reports and bool(metrics.record_routing_steps),
+                )
+            if reports:
+                metrics.run_info = describe_run(config)
+                metrics.cut = global_batch.cut(config)
 
     Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
     return Config

@@ -27,6 +27,7 @@ from titan_moe_lb import module_lookup, toml_tables, validation
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
+from titan_moe_lb.routing import ForcedRouting
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 from titan_moe_lb.toml_tables import nearest
 
@@ -295,9 +296,15 @@ def _balance_foreign_model(
     *,
     aux_losses: list[AuxLoss.Config] | None = None,
     load_balance_coeff: float | None | Literal["keep"] = "keep",
+    forced_routing: ForcedRouting.Config | None = None,
 ) -> BalancedModelSpec:
     """What [model] can set for a model that has no room in ``model_registry``."""
-    return balanced(spec, aux_losses=aux_losses, load_balance_coeff=load_balance_coeff)
+    return balanced(
+        spec,
+        aux_losses=aux_losses,
+        load_balance_coeff=load_balance_coeff,
+        forced_routing=forced_routing,
+    )
 
 
 class _ResolvedConfigManager(ConfigManager):

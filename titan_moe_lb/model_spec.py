@@ -16,6 +16,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.losses import AuxLoss
+from titan_moe_lb.routing import ForcedRouting
 from titan_moe_lb.telemetry.step_hook import register_load_balancing
 
 
@@ -32,6 +33,7 @@ def balanced(
     *,
     aux_losses: list[AuxLoss.Config] | None = None,
     load_balance_coeff: float | None | Literal["keep"] = "keep",
+    forced_routing: ForcedRouting.Config | None = None,
     before: list[ModelConfigConverter.Config] | None = None,
 ) -> BalancedModelSpec:
     """Give a torchtitan model the losses and the step hook of this package.
@@ -41,13 +43,16 @@ def balanced(
         aux_losses: losses of every router, each with its own copy; default: none.
         load_balance_coeff: speed of the expert bias; None turns it off, "keep" leaves
             the model's own.
+        forced_routing: what decides where tokens go, in a benchmark.
         before: converters of the user's own (quantization, LoRA), applied first.
 
     Raises:
         JobError: the model has no MoE layer, or a router that is not torchtitan's.
     """
     converter = LoadBalanceConverter.Config(
-        aux_losses=aux_losses or [], load_balance_coeff=load_balance_coeff
+        aux_losses=aux_losses or [],
+        load_balance_coeff=load_balance_coeff,
+        forced_routing=forced_routing,
     )
     model = spec.model
     validate_converter_order(before or [])

@@ -14,30 +14,54 @@ import spmd_types as spmd
 import torch
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
+from spmd_types.runtime import get_local_type, get_partition_spec
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.protocols.module import ModuleDict
 
-from titan_moe_lb import layout
+from titan_moe_lb import global_batch, layout
 from titan_moe_lb.local_shard import local_shard
 from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
 from titan_moe_lb.losses.functional import count_tokens_per_expert, probability_sums
 from titan_moe_lb.losses.injection import gather_scores, scores_with_z_loss
 from titan_moe_lb.losses.z_loss import RouterZLoss
+from titan_moe_lb.routing.base import ForcedRouting
+from titan_moe_lb.telemetry.event_clock import EventClock
 from titan_moe_lb.telemetry.recorder import LoadRecorder
 
 
 class LoadBalancedRouter(TokenChoiceTopKRouter):
-    """Token-choice top-k routing with auxiliary losses.
+    """Token-choice top-k routing with auxiliary losses, forced routing and a recorder.
 
-    Parameter names and, with no losses, every bit of the result are those of
-    ``TokenChoiceTopKRouter``. It reads which mesh axes split a sequence from its
-    config and the meshes themselves from :meth:`wire_meshes`.
+    Parameter names and, with neither losses nor forced routing, every bit of the
+    result are those of ``TokenChoiceTopKRouter``. It reads which mesh axes split a
+    sequence from its config and the meshes themselves from :meth:`wire_meshes`.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
+
+        forced_routing: ForcedRouting.Config | None = None
+        """What decides instead of the scores, in a benchmark."""
+
+        layer: int = 0
+        """Number of the router's layer in the whole model."""
+
+        layers: tuple[int, ...] = (0,)
+        """Numbers of all MoE layers of the whole model, ascending."""
+
+        updates_bias: bool = False
+        """The layer has an expert bias, whose update needs the counts of every step."""
+
+        track: bool = True
+        """Keep what the metrics show: counts by micro-batch, and when each passed."""
+
+        num_micro_batches: int = 1
+        """Forwards of the router in an optimizer step."""
+
+        recorded_tokens: tuple[int, int] | None = None
+        """(B, L) of a micro-batch on a rank, to keep the experts of each token."""
 
         sequence_axes: tuple[str, ...] = ()
         """Mesh axes over which the tokens of one sequence are split."""
@@ -48,9 +72,21 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         token_replicas: int = 1
         """Ranks that see the same tokens and whose gradients are summed (TP without EP)."""
 
-        def update_from_config(self, *, config) -> None:
-            """Bind the router and its losses to a ``Trainer.Config``."""
+        def update_from_config(
+            self, *, config, updates_bias: bool, track: bool, record_tokens: bool
+        ) -> None:
+            """Bind the router, its losses and its recorder to a ``Trainer.Config``."""
             dims = layout.resolve(config.parallelism)
+            cut = global_batch.cut(config)
+            self.updates_bias = updates_bias
+            self.track = track
+            self.num_micro_batches = cut.num_micro_batches
+            if record_tokens:
+                self.recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
+            if self.forced_routing is not None:
+                self.forced_routing.update_from_config(
+                    config=config, num_experts=self.num_experts, top_k=self.top_k
+                )
             # With EP, torchtitan shards the tokens of a sequence over TP ranks before
             # the gate; without, every TP rank routes the same tokens.
             shards = {"cp": dims.cp, "tp": dims.tp if dims.ep > 1 else 1}
@@ -75,11 +111,32 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             if isinstance(loss, LoadBalanceLoss)
         ]
         self.count_sources = ["selected", *(["scores"] if "scores" in counting else [])]
+        self.layer = config.layer
+        self.layers = config.layers
+        self.track = config.track
+        # Whether someone takes the counts of every step, logged or not.
+        self.needs_step_counts = config.updates_bias or any(
+            loss.needs_step_counts for loss in self.aux_losses.values()
+        )
+        self.records = config.track or self.needs_step_counts or config.recorded_tokens is not None
+        self.forced_routing = (
+            config.forced_routing.build() if config.forced_routing is not None else None
+        )
+        by_micro_batch = config.track or config.recorded_tokens is not None
         self.recorder = LoadRecorder.Config(
             num_experts=config.num_experts,
+            num_micro_batches=config.num_micro_batches if by_micro_batch else 1,
             num_sources=len(self.count_sources),
             num_losses=len(config.aux_losses),
+            token_shape=(
+                (*config.recorded_tokens, config.top_k) if config.recorded_tokens else None
+            ),
         ).build()
+        self.clock = (
+            EventClock.Config(num_micro_batches=config.num_micro_batches).build()
+            if by_micro_batch or config.forced_routing is not None
+            else None
+        )
         self.sequence_axes = config.sequence_axes
         self.sequence_shards = config.sequence_shards
         self.token_replicas = config.token_replicas
@@ -92,6 +149,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         ]
         for loss in self.aux_losses.values():
             loss.wire_meshes(parallel_dims)
+        if self.forced_routing is not None:
+            self.forced_routing.wire(parallel_dims, self.layer)
 
     def forward(
         self, x_BLD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
@@ -108,13 +167,23 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         # float32 keeps the gate's rounding out of the balance of the experts.
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
+        micro_batch = self._micro_batch()
         values: dict[AuxLoss, torch.Tensor] = {}
         scores_BLE = self._score(logits_BLE, values)
-        topk_expert_ids_BLK = self._select(scores_BLE, expert_bias_E)
-        topk_scores_BLK = self._gather(scores_BLE, topk_expert_ids_BLK, expert_bias_E, values)
+        topk_expert_ids_BLK = self._select(scores_BLE, expert_bias_E, micro_batch)
+        topk_scores_BLK = self._gather(
+            scores_BLE, topk_expert_ids_BLK, expert_bias_E, values, micro_batch
+        )
         if self.route_norm:
             topk_scores_BLK = topk_scores_BLK / (topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20)
         return topk_scores_BLK * self.route_scale, topk_expert_ids_BLK, scores_BLE
+
+    def _micro_batch(self) -> torch.Tensor | None:
+        """Number of this forward in the step; None where nothing depends on it."""
+        if self.clock is None or not self.clock.wired or not self.training:
+            return None
+        with spmd.no_typecheck():
+            return self.clock.forward_event()
 
     def _score(self, logits_BLE: torch.Tensor, values: dict[AuxLoss, torch.Tensor]) -> torch.Tensor:
         """The score function; attaches the z-loss and notes its raw value."""
@@ -137,13 +206,39 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
         return _on_local(score, logits_BLE)
 
-    def _select(self, scores_BLE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
+    def _select(
+        self,
+        scores_BLE: torch.Tensor,
+        expert_bias_E: torch.Tensor | None,
+        micro_batch: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The experts of every token ``(B, L, K)``, int64."""
+        if self.forced_routing is not None:
+            return _on_local(lambda scores: self._force(scores, micro_batch), scores_BLE)
         if self._debug_force_load_balance:
             return self._debug_force_load_balance_routing(scores_BLE)[0]
         choice_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
-        if self.num_expert_groups is not None:
-            choice_BLE = self._get_node_limited_routing_scores(choice_BLE)
-        return torch.topk(choice_BLE, k=self.top_k, dim=-1, sorted=False).indices
+        return torch.topk(
+            self._limit_groups(choice_BLE), k=self.top_k, dim=-1, sorted=False
+        ).indices
+
+    def _force(self, scores_BLE: torch.Tensor, micro_batch: torch.Tensor | None) -> torch.Tensor:
+        """The choice of the forced strategy, typed as the local scores are."""
+        assert self.forced_routing is not None and self.clock is not None
+        with spmd.no_typecheck(), torch.no_grad():
+            if micro_batch is None:  # evaluation: as the next forward of training
+                micro_batch = torch.zeros_like(self.clock.forward_count)
+            ids_BLK = self.forced_routing(
+                scores_BLE, self.clock.forward_number(micro_batch), self._limit_groups
+            )
+        if spmd.is_type_checking():
+            spmd.assert_type(ids_BLK, get_local_type(scores_BLE), get_partition_spec(scores_BLE))
+        return ids_BLK
+
+    def _limit_groups(self, choice_BLE: torch.Tensor) -> torch.Tensor:
+        if self.num_expert_groups is None:
+            return choice_BLE
+        return self._get_node_limited_routing_scores(choice_BLE)
 
     def _gather(
         self,
@@ -151,30 +246,56 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         topk_expert_ids_BLK: torch.Tensor,
         expert_bias_E: torch.Tensor | None,
         values: dict[AuxLoss, torch.Tensor],
+        micro_batch: torch.Tensor | None,
     ) -> torch.Tensor:
         """The selected scores; attaches the load-balancing losses and records the step."""
         if not self.training:
             return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)
         # Counts and coefficients are per rank until they are summed here, so the
         # region works on local tensors and is typed at its boundary.
+        coefficients_BE = None
         with spmd.no_typecheck(), torch.no_grad():
             local_ids_BLK = local_shard(topk_expert_ids_BLK)
-            counts_SBE = self._counts(
-                local_shard(scores_BLE), local_ids_BLK, biased=expert_bias_E is not None
-            )
-            coefficients_BE = self._coefficients(local_shard(scores_BLE), counts_SBE, values)
-            losses_A = (
-                torch.stack([values[loss] for loss in self.aux_losses.values()]) if values else None
-            )
-            self.recorder.record(counts_SBE.sum(dim=1), losses_A)
-        if coefficients_BE is None:
-            return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)
-        return _on_local(
-            lambda scores: gather_scores(
-                scores, local_ids_BLK, coefficients_BE, sums_to_one=self.score_func == "softmax"
-            ),
-            scores_BLE,
+            if self.records or self.aux_losses:
+                counts_SBE = self._counts(
+                    local_shard(scores_BLE), local_ids_BLK, biased=expert_bias_E is not None
+                )
+                coefficients_BE = self._coefficients(local_shard(scores_BLE), counts_SBE, values)
+            if self.records:
+                self._record(counts_SBE.sum(dim=1), local_ids_BLK, values, micro_batch)
+
+        def gather(local_scores_BLE: torch.Tensor) -> torch.Tensor:
+            if coefficients_BE is None:
+                chosen_BLK = local_scores_BLE.gather(dim=-1, index=local_ids_BLK)
+            else:
+                chosen_BLK = gather_scores(
+                    local_scores_BLE,
+                    local_ids_BLK,
+                    coefficients_BE,
+                    sums_to_one=self.score_func == "softmax",
+                )
+            if micro_batch is None:
+                return chosen_BLK
+            assert self.clock is not None
+            return self.clock.backward_event(chosen_BLK, micro_batch)
+
+        return _on_local(gather, scores_BLE)
+
+    def _record(
+        self,
+        counts_SE: torch.Tensor,
+        expert_ids_BLK: torch.Tensor,
+        values: dict[AuxLoss, torch.Tensor],
+        micro_batch: torch.Tensor | None,
+    ) -> None:
+        losses_A = (
+            torch.stack([values[loss] for loss in self.aux_losses.values()]) if values else None
         )
+        if self.clock is None or micro_batch is None or self.recorder.num_micro_batches == 1:
+            slot = torch.zeros(1, dtype=torch.int64, device=counts_SE.device)
+        else:
+            slot = self.clock.slot(micro_batch)
+        self.recorder.record(slot, counts_SE, losses_A, expert_ids_BLK)
 
     def _counts(
         self, scores_BLE: torch.Tensor, selected_BLK: torch.Tensor, *, biased: bool
@@ -182,7 +303,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Local tokens per source, sequence and expert ``(S, B, E)``."""
         counts = [count_tokens_per_expert(selected_BLK, self.num_experts)]
         if "scores" in self.count_sources:
-            if biased or self.num_expert_groups is not None:
+            forced = self.forced_routing is not None or self._debug_force_load_balance
+            if biased or forced or self.num_expert_groups is not None:
                 unbiased_BLK = torch.topk(scores_BLE, k=self.top_k, dim=-1, sorted=False).indices
                 counts.append(count_tokens_per_expert(unbiased_BLK, self.num_experts))
             else:

@@ -20,13 +20,10 @@ from typing import Annotated, Any, Literal, Union
 import typeguard
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.losses.base import AuxLoss
 
 NONE = "none"
 
 _NOT_IN_TOML = {"model_spec", "param_init", "sharding_config"}
-# Filled from [training]; see AuxLoss.Config.update_from_config.
-_FILLED_BY_JOB = {"local_batch_size", "global_batch_size", "num_experts"}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -77,7 +74,7 @@ def dump(config: Any) -> dict[str, Any]:
 def _hints(cls: type) -> dict[str, Any]:
     """Annotations of the fields that TOML may set, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    hidden = _NOT_IN_TOML | (_FILLED_BY_JOB if issubclass(cls, AuxLoss.Config) else set())
+    hidden = _NOT_IN_TOML | getattr(getattr(cls, "_owner", None), "filled_by_job", frozenset())
     return {
         field.name: hints[field.name]
         for field in dataclasses.fields(cls)
@@ -113,14 +110,14 @@ def _list_of_configs(current: list, element: Any, value: Any, where: str) -> lis
     merged = list(current)
     for index, table in enumerate(tables):
         place = f"{where}[{index}]"
-        if element is AuxLoss.Config:
-            entry = _choose(None, _loss_choices(), table, place)
+        if _kinds(element):
+            entry = _choose(None, _kinds(element), table, place)
         elif index < len(current):
             entry = _value(current[index], element, table, place)
         else:
             entry = _build(element, _table(table, place), place)
         merged[index : index + 1] = [entry]
-    return merged[: len(tables)] if element is AuxLoss.Config else merged
+    return merged[: len(tables)] if _kinds(element) else merged
 
 
 def _choose(current: Any, choices: dict[str, type | None], value: Any, where: str) -> Any:
@@ -186,7 +183,7 @@ def dump_value(hint: Any, value: Any) -> Any:
         return {"type": name, **({} if value is None else dump(value))}
     if value is None:
         return NONE
-    if isinstance(value, AuxLoss.Config):
+    if _kinds(type(value)):
         return {"type": value._owner.type_name, **dump(value)}
     if dataclasses.is_dataclass(value):
         return dump(value)
@@ -201,12 +198,18 @@ def _is_choice(value: Any, cls: type | None) -> bool:
     return value is None if cls is None else type(value) is cls
 
 
-def _loss_choices() -> dict[str, type | None]:
-    return {name: loss.Config for name, loss in AuxLoss.kinds.items()}
+def _kinds(cls: Any) -> dict[str, type | None]:
+    """Names and Configs of the kinds of a component (aux losses, forced routing), if it has."""
+    kinds = getattr(getattr(cls, "_owner", None), "kinds", {})
+    return {name: kind.Config for name, kind in kinds.items()}
 
 
 def _choices(hint: Any) -> dict[str, type | None]:
-    """Names and classes of a union of configs that tyro offers as subcommands."""
+    """Names and classes of a choice of configs: of the kinds of a component, or None, or of
+    a union that tyro offers as subcommands."""
+    for member in _members(hint):
+        if _kinds(member):
+            return {**_kinds(member), **({NONE: None} if _allows_none(hint) else {})}
     named = {}
     for member in typing.get_args(hint) if _is_union(hint) else ():
         if typing.get_origin(member) is Annotated:

@@ -7,10 +7,12 @@ starts a process, and the model config once more when torchtitan binds it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -18,10 +20,13 @@ from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import layout
+from titan_moe_lb import global_batch, layout
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import BatchWiseAuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.routing import HotRank, Replay
+from titan_moe_lb.telemetry.describe_run import describe_run
+from titan_moe_lb.telemetry.routing_trace import RoutingTrace
 from titan_moe_lb.toml_tables import nearest
 
 ZERO_BUBBLE_SCHEDULES = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
@@ -194,7 +199,7 @@ def batch_wise_sees_the_whole_batch(config: Trainer.Config) -> None:
     )
     if config.parallelism.pipeline_parallel_degree > 1:
         raise JobError(f"batch-wise aux loss is incompatible with pipeline parallelism {reason}")
-    if _accumulation_steps(config) > 1:
+    if global_batch.cut(config).accumulation_steps > 1:
         raise JobError(
             "batch-wise aux loss is incompatible with gradient accumulation "
             f"(training.global_batch_size {config.training.global_batch_size}) {reason}"
@@ -207,7 +212,10 @@ def running_counts_survive_recomputation(config: Trainer.Config) -> None:
         loss.counts == "running"
         for _fqn, loss, _parent, _attribute in config.traverse(GlobalBatchAuxLoss.Config)
     )
-    several = config.parallelism.pipeline_parallel_degree > 1 or _accumulation_steps(config) > 1
+    several = (
+        config.parallelism.pipeline_parallel_degree > 1
+        or global_batch.cut(config).accumulation_steps > 1
+    )
     if running and several and config.activation_checkpoint is not None:
         raise JobError(
             'global-batch aux loss with counts = "running" is incompatible with activation '
@@ -215,14 +223,6 @@ def running_counts_survive_recomputation(config: Trainer.Config) -> None:
             "recomputed micro-batch would see other counts than its forward did: set "
             'counts = "previous_step" or [activation_checkpoint] type = "none"'
         )
-
-
-def _accumulation_steps(config: Trainer.Config) -> int:
-    total = config.training.global_batch_size
-    if total < 0:
-        return 1
-    dims = layout.resolve(config.parallelism)
-    return total // (config.training.local_batch_size * dims.dp_replicate * dims.dp_shard)
 
 
 def one_loss_of_each_kind(config: Trainer.Config) -> None:
@@ -244,6 +244,109 @@ def bias_update_speed_is_positive(config: Trainer.Config) -> None:
                 f"{fqn}.load_balance_coeff is {speed}; it must be a finite number above 0, "
                 "or none to turn the expert bias off"
             )
+
+
+def one_way_to_force_routing(config: Trainer.Config) -> None:
+    if config.debug.moe_force_load_balance and _forced(config):
+        raise JobError(
+            "debug.moe_force_load_balance and [model] forced_routing are both on: keep one "
+            '(the former is forced_routing type = "round_robin")'
+        )
+
+
+def hot_ranks_exist(config: Trainer.Config) -> None:
+    degree = config.parallelism.expert_parallel_degree
+    for fqn, router, forced in _forced(config):
+        if not isinstance(forced, HotRank.Config):
+            continue
+        if degree == 1:
+            raise JobError(
+                "forced_routing hot_rank overloads an expert-parallel rank, and "
+                "parallelism.expert_parallel_degree is 1: set it to at least 2"
+            )
+        for rank in forced.hot_ranks:
+            if not 0 <= rank < degree:
+                raise JobError(
+                    f"forced_routing hot_rank has rank {rank}; the ranks of an EP group of "
+                    f"{degree} are 0 to {degree - 1}"
+                )
+        hot = len(forced.hot_ranks) * (router.num_experts // degree)
+        low = max(0, router.top_k - (router.num_experts - hot)) / router.top_k
+        high = min(hot, router.top_k) / router.top_k
+        if not low <= forced.fraction <= high:
+            raise JobError(
+                f"forced_routing hot_rank has fraction {forced.fraction:g}, but the hot ranks "
+                f"hold {hot} of the {router.num_experts} experts of {fqn} and a token takes "
+                f"{router.top_k} different ones: the fraction must be in [{low:g}, {high:g}]"
+            )
+
+
+def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
+    """The random strategies apply the limit themselves; the dealt ones are tried out."""
+    for fqn, router, forced in _forced(config)[:1]:
+        if router.num_expert_groups is None or not hasattr(forced, "example_ids"):
+            continue
+        forced = copy.deepcopy(forced)
+        forced.update_from_config(config=config, num_experts=router.num_experts, top_k=router.top_k)
+        cut = global_batch.cut(config)
+        tokens = cut.micro_batch_size * cut.local_sequence_length
+        ids_TK = forced.example_ids(tokens * config.parallelism.expert_parallel_degree)
+        groups_TK = ids_TK // (router.num_experts // router.num_expert_groups)
+        reached_TG = torch.nn.functional.one_hot(groups_TK, router.num_expert_groups).amax(dim=1)
+        most = int(reached_TG.sum(dim=1).max())
+        if most > router.num_limited_groups:
+            raise JobError(
+                f"forced_routing {forced.describe()} sends a token to {most} expert groups and "
+                f"{fqn} allows {router.num_limited_groups}: take another fraction, or type = "
+                '"random_balanced" or "biased_normal", which keep the limit'
+            )
+
+
+def replayed_trace_fits(config: Trainer.Config) -> None:
+    for _fqn, _router, forced in _forced(config)[:1]:
+        if not isinstance(forced, Replay.Config):
+            continue
+        trace = RoutingTrace(forced.trace)
+        here, there = describe_run(config), trace.info
+        here.require_same_model(there, "this job", str(trace.folder))
+        for name in ("global_batch_size", "seq_len"):
+            ours, theirs = getattr(here, name), getattr(there, name)
+            if ours != theirs:
+                raise JobError(
+                    f"{trace.folder} was recorded with {name} {theirs} and this job has {ours}: "
+                    f"only the same global batch can be replayed; set training.{name} = {theirs}"
+                )
+        missing = sorted(set(forced.steps or ()) - set(trace.steps))
+        if missing:
+            raise JobError(
+                f"forced_routing replay asks for step {missing[0]}, and {trace.folder} holds "
+                f"steps {', '.join(map(str, trace.steps)) or 'none'}"
+            )
+        _whole_sequence_order_is_known(config, "replay")
+
+
+def recorded_routing_has_an_order(config: Trainer.Config) -> None:
+    if getattr(config.metrics, "record_routing_steps", None):
+        _whole_sequence_order_is_known(config, "metrics.record_routing_steps")
+
+
+def _whole_sequence_order_is_known(config: Trainer.Config, what: str) -> None:
+    balancer = config.parallelism.context_parallel_load_balancer
+    if config.parallelism.context_parallel_degree > 1 and balancer not in ("headtail", None):
+        raise JobError(
+            f"{what} needs to know which tokens a rank has, and the {balancer!r} balancer of "
+            "context parallelism decides that by the data: set "
+            'parallelism.context_parallel_load_balancer = "headtail"'
+        )
+
+
+def _forced(config: Trainer.Config) -> list[tuple[str, Any, Any]]:
+    """Name, router and forced strategy of every layer that has one."""
+    return [
+        (fqn, router, router.forced_routing)
+        for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config)
+        if router.forced_routing is not None
+    ]
 
 
 def assets_are_here(config: Trainer.Config) -> None:
@@ -271,6 +374,11 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     running_counts_survive_recomputation,
     one_loss_of_each_kind,
     bias_update_speed_is_positive,
+    one_way_to_force_routing,
+    hot_ranks_exist,
+    forced_routing_keeps_group_limit,
+    replayed_trace_fits,
+    recorded_routing_has_an_order,
 )
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torchtitan.protocols.module import Module
 
-from titan_moe_lb import layout
+from titan_moe_lb import global_batch
 from titan_moe_lb.errors import JobError
 
 
@@ -35,6 +35,11 @@ class AuxLoss(Module):
     kinds: ClassVar[dict[str, type[AuxLoss]]] = {}
     """Every loss that can be configured, by ``type_name``. A subclass that defines a
     ``type_name`` enters itself, so that a loss of one's own needs no registration."""
+
+    filled_by_job: ClassVar[frozenset[str]] = frozenset(
+        {"local_batch_size", "global_batch_size", "num_experts"}
+    )
+    """Fields of the Config that ``update_from_config`` fills."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,13 +69,9 @@ class AuxLoss(Module):
 
         def update_from_config(self, *, config, num_experts: int) -> None:
             """Take the batch sizes from a ``Trainer.Config`` and E from the router."""
-            local = config.training.local_batch_size
-            total = config.training.global_batch_size
-            if total < 0:
-                dims = layout.resolve(config.parallelism)
-                total = local * dims.dp_replicate * dims.dp_shard
-            self.local_batch_size = local
-            self.global_batch_size = total
+            cut = global_batch.cut(config)
+            self.local_batch_size = cut.local_batch_size
+            self.global_batch_size = cut.global_batch_size
             self.num_experts = num_experts
 
     def __init__(self, config: Config) -> None:
@@ -83,6 +84,11 @@ class AuxLoss(Module):
         self.weight = config.weight
         self.global_batch_size = config.global_batch_size
         self.num_experts = config.num_experts
+
+    @property
+    def needs_step_counts(self) -> bool:
+        """Whether the loss takes the counts of every finished step, over all ranks."""
+        return False
 
     def wire_meshes(self, parallel_dims) -> None:
         """Take the process groups that the loss communicates over, if any."""

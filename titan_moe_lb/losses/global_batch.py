@@ -72,6 +72,10 @@ class GlobalBatchAuxLoss(LoadBalanceLoss):
     def needs_counts(self) -> bool:
         return self.counts == "running"
 
+    @property
+    def needs_step_counts(self) -> bool:
+        return self.counts == "previous_step"
+
     def load(
         self, counts_BE: torch.Tensor | None, top_k: int, sequence_length: int
     ) -> torch.Tensor:

@@ -2,21 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
+import torch.distributed as dist
+import tyro
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from titan_moe_lb.telemetry.reduction import StepLoad, reduce_step, routers_of
+from titan_moe_lb import global_batch, layout
+from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.telemetry.routing_trace import RoutingTraceWriter
+from titan_moe_lb.telemetry.run_info import RunInfo
+from titan_moe_lb.telemetry.step_hook import routers_of
+from titan_moe_lb.telemetry.step_load import StepLoad
+from titan_moe_lb.telemetry.step_metrics import console_line, step_metrics
+from titan_moe_lb.telemetry.trace import TraceWriter
 
 
 class LoadBalanceMetricsProcessor(MetricsProcessor):
-    """Adds the raw aux losses and MaxVio of the step to every sink and to the console."""
+    """Adds the load of the experts to every sink, to the console and to the run's trace."""
+
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"run_info", "cut"})
+    """Fields of the Config that the model config's ``update_from_config`` fills."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        pass
+        track_moe_metrics: bool = True
+        """Record the load of the experts and show it in every logged step."""
+
+        moe_per_layer_logging: bool = False
+        """Log every layer's own numbers as well, as moe/NAME_layer_NUMBER."""
+
+        write_moe_trace: bool = True
+        """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
+
+        record_routing_steps: list[int] = field(default_factory=list)
+        """Steps whose routing is written to dump_folder/routing, token by token, for replay."""
+
+        run_info: Annotated[RunInfo | None, tyro.conf.Suppress] = None
+        """What the traces say of the run. Filled by ``update_from_config`` of the model."""
+
+        cut: Annotated[global_batch.Cut | None, tyro.conf.Suppress] = None
+        """How the job cuts its global batch. Filled by ``update_from_config`` of the model."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parallel_dims: ParallelDims,
+        dump_folder: str = "./outputs",
+        pp_schedule: str = "1F1B",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            config,
+            parallel_dims=parallel_dims,
+            dump_folder=dump_folder,
+            pp_schedule=pp_schedule,
+            **kwargs,
+        )
+        self._trace: TraceWriter | None = None
+        self._routing: RoutingTraceWriter | None = None
+        if config.run_info is None:
+            return
+        here = dist.get_rank() == layout.metrics_rank(parallel_dims, pp_schedule)
+        if config.track_moe_metrics and config.write_moe_trace and here:
+            self._trace = TraceWriter(dump_folder, config.run_info)
+        if config.record_routing_steps:
+            self._routing = RoutingTraceWriter(dump_folder, config.run_info, dist.get_rank())
+
+    def should_log(self, step: int) -> bool:
+        """As ``MetricsProcessor.should_log``; a step whose routing is recorded is logged too."""
+        return super().should_log(step) or step in self.config.record_routing_steps
 
     def log(
         self,
@@ -28,32 +88,47 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
     ) -> None:
         """As ``MetricsProcessor.log``. Collective: torchtitan calls it on every rank."""
         assert self.model_parts is not None
-        load = reduce_step(routers_of(self.model_parts), self.parallel_dims)
+        routers = routers_of(self.model_parts)
+        if self._routing is not None and step in self.config.record_routing_steps:
+            self._record_routing(step, routers)
+        load = None
+        if self.config.track_moe_metrics:
+            load = reduce_step(routers, self.parallel_dims)
+        metrics = self._metrics(step, load) if load is not None and load.layers else {}
         super().log(
             step,
             global_avg_loss,
             global_max_loss,
             grad_norm,
-            extra_metrics={**(extra_metrics or {}), **_metrics(load)},
+            extra_metrics={**(extra_metrics or {}), **metrics},
         )
-        if load.num_layers:
-            logger.info(_console_line(step, load, self.color))
+        if metrics:
+            assert load is not None
+            logger.info(console_line(step, metrics, list(load.losses), self.color))
 
+    def close(self) -> None:
+        for writer in (self._trace, self._routing):
+            if writer is not None:
+                writer.close()
+        super().close()
 
-def _metrics(load: StepLoad) -> dict[str, float]:
-    if not load.num_layers:
-        return {}
-    return {
-        "moe/max_violation": load.mean_max_violation,
-        "moe/max_violation_worst_layer": load.worst_max_violation,
-        **{f"moe/{name}": value for name, value in load.losses.items()},
-    }
+    def _metrics(self, step: int, load: StepLoad) -> dict[str, float]:
+        if self._trace is not None:
+            self._trace.write(step, load)
+        return step_metrics(load, per_layer=self.config.moe_per_layer_logging)
 
-
-def _console_line(step: int, load: StepLoad, color: Any) -> str:
-    losses = "".join(f"  {color.green}{name}: {value:.5f}" for name, value in load.losses.items())
-    return (
-        f"{color.red}moe:  {step:2}{losses}  "
-        f"{color.orange}max_violation: {load.mean_max_violation:.4f}  "
-        f"{color.turquoise}worst layer: {load.worst_max_violation:.4f}{color.reset}"
-    )
+    def _record_routing(self, step: int, routers: list[LoadBalancedRouter]) -> None:
+        assert self._routing is not None and self.config.cut is not None
+        sequences = global_batch.first_sequences(self.config.cut, self.parallel_dims)
+        slices = global_batch.token_slices(self.config.cut, self.parallel_dims)
+        for router in routers:
+            expert_ids_MBLK = router.recorder.expert_ids_MBLK
+            assert expert_ids_MBLK is not None
+            for first, ids_BLK in zip(sequences, expert_ids_MBLK.cpu().numpy(), strict=True):
+                self._routing.write(
+                    step=step,
+                    layer=router.layer,
+                    first_sequence=first,
+                    token_slices=slices,
+                    expert_ids_BLK=ids_BLK,
+                )

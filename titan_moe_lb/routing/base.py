@@ -1,0 +1,83 @@
+"""What every forced strategy shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torchtitan.protocols.module import Module
+
+
+class ForcedRouting(Module):
+    """Takes the choice of experts from the router, for a benchmark.
+
+    The scores stay the router's: gradients flow through them as ever, and the scores
+    of the forced experts are gathered and normalised as those of chosen ones would be.
+    A strategy of one's own is a subclass with a ``type_name``.
+    """
+
+    type_name: ClassVar[str]
+    """Name of the strategy in a job config: ``type = "..."``."""
+
+    kinds: ClassVar[dict[str, type[ForcedRouting]]] = {}
+    """Every strategy that can be configured, by ``type_name``."""
+
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k"})
+    """Fields of the Config that ``update_from_config`` fills."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "type_name" in cls.__dict__:
+            ForcedRouting.kinds[cls.type_name] = cls
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        num_experts: int | None = None
+        """E of the router. Filled by ``update_from_config``."""
+
+        top_k: int | None = None
+        """K of the router. Filled by ``update_from_config``."""
+
+        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
+            """Take what the strategy needs of a ``Trainer.Config`` and of the router."""
+            self.num_experts = num_experts
+            self.top_k = top_k
+
+        def describe(self) -> str:
+            """The strategy and its settings in one phrase, for the log and the trace."""
+            return self._owner.type_name
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        assert config.num_experts is not None and config.top_k is not None
+        self.config = config
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+
+    def wire(self, parallel_dims, layer: int) -> None:
+        """Take this rank's place in the job. Once, when the model is built.
+
+        Args:
+            parallel_dims: torchtitan's ``ParallelDims``.
+            layer: number of the router's layer in the whole model.
+        """
+
+    def forward(
+        self,
+        scores_BLE: torch.Tensor,
+        forward_number: torch.Tensor,
+        limit_groups: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Choose the experts of every token.
+
+        Args:
+            scores_BLE: local scores ``(B, L, E)``, for their shape and device.
+            forward_number: forwards of this router so far, int64 ``()``.
+            limit_groups: masks scores ``(B, L, E)`` as group-limited routing does.
+
+        Returns:
+            ``(B, L, K)`` int64, distinct in a token.
+        """
+        raise NotImplementedError
