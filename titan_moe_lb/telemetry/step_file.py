@@ -68,8 +68,9 @@ class StepFile:
             return
         try:
             if self._file is None:
-                self._open(step)
-            self._append(batch)
+                self._open(step, batch)
+            else:
+                self._append(batch)
         except OSError as error:
             self._failed = True
             logger.warning(
@@ -85,14 +86,15 @@ class StepFile:
         if file is not None:
             file.close()
 
-    def _open(self, first_step: int) -> None:
+    def _open(self, first_step: int, batch: pa.RecordBatch) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = self._kept(first_step) if self.path.exists() else ()
-        # The old file stays whole until the new one holds all that is kept.
+        # The old file stays whole until the new one holds all that is kept and one step more.
         self._file = open(self._new, "wb", buffering=0)  # noqa: SIM115
         self._writer = pa.ipc.new_stream(self._sink, self._schema, options=self._options)
-        for batch in kept:
-            self._append(batch)
+        for earlier in kept:
+            self._append(earlier)
+        self._append(batch)
         os.replace(self._new, self.path)
 
     def _kept(self, first_step: int) -> Iterable[pa.RecordBatch]:
@@ -141,6 +143,7 @@ class BatchReader:
                 raise JobError(f"{path} is empty: the run has written no step")
             try:
                 self.schema = pa.ipc.read_schema(source)
+                self.schema.names  # noqa: B018  (decoded when first asked for)
             except _BROKEN as error:
                 raise JobError(
                     f"{path} is not a trace of titan_moe_lb, or was cut off before its first "

@@ -42,7 +42,7 @@ class TraceWriter:
         self.info = info
         self._columns = tuple(info.losses)
         schema = _schema(info, self._columns)
-        file = trace_path(path, to_write=True)
+        file = trace_file(path)
         self._file = StepFile(file, schema, self._continued, compression="zstd")
 
     def write(self, step: int, load: StepLoad) -> None:
@@ -113,7 +113,7 @@ class TraceReader:
 
     def __init__(self, path: Path | str) -> None:
         """Raises JobError: there is no trace, or it is not one of ours."""
-        self.path = trace_path(path)
+        self.path = _existing_trace(path)
         self._batches = BatchReader(self.path)
         schema = self._batches.schema
         self.info = RunInfo.of_schema(schema, self.path)
@@ -131,18 +131,19 @@ class TraceReader:
             yield self._step_load(batch)
 
     def _step_load(self, batch: pa.RecordBatch) -> tuple[int, StepLoad]:
-        steps = _numpy(batch, "step")
-        layers = tuple(_numpy(batch, "layer").tolist())
-        if layers != self.info.layers or (steps != steps[0]).any():
+        steps, layers = set(batch["step"].to_pylist()), tuple(batch["layer"].to_pylist())
+        counts = batch["counts"]
+        whole = len(steps) == 1 and None not in steps and layers == self.info.layers
+        if not whole or counts.null_count or counts.flatten().null_count:
             raise JobError(
                 f"{self.path} holds a batch that is not one step of its layers: it is damaged, "
                 "take another run"
             )
-        counts = batch.column("counts").flatten().to_numpy(zero_copy_only=False)
+        counts_ME = counts.flatten().to_numpy().reshape(len(layers), self.info.num_experts)
         figures = {name: _numpy(batch, name) for name in _FIGURES}
-        return int(steps[0]), StepLoad(
+        return steps.pop(), StepLoad(
             layers=layers,
-            counts_ME=counts.reshape(len(layers), self.info.num_experts),
+            counts_ME=counts_ME,
             losses={name: _numpy(batch, name) for name in _loss_names(batch.schema)},
             avg_overload_factor_M=figures["avg_overload_factor"],
             max_overload_factor_M=figures["max_overload_factor"],
@@ -177,22 +178,19 @@ def stack(info: RunInfo, path: Path, loads: list[tuple[int, StepLoad]]) -> Trace
     )
 
 
-def trace_path(path: Path | str, to_write: bool = False) -> Path:
-    """The trace in a run's folder, or the file itself.
-
-    Raises:
-        JobError: unless ``to_write``, there is none.
-    """
+def trace_file(path: Path | str) -> Path:
+    """The trace in a run's folder, or the file itself. It may not exist."""
     path = Path(path)
-    if to_write:
-        return path if path.suffix == ".arrow" else path / FILE_NAME
-    if path.is_dir():
-        if not (path / FILE_NAME).is_file():
-            raise JobError(f"{path} has no {FILE_NAME}: name the folder of a run that wrote one")
-        return path / FILE_NAME
-    if not path.exists():
-        raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
-    return path
+    return path if path.suffix == ".arrow" or path.is_file() else path / FILE_NAME
+
+
+def _existing_trace(path: Path | str) -> Path:
+    file = trace_file(path)
+    if file.is_file():
+        return file
+    if Path(path).is_dir():
+        raise JobError(f"{path} has no {FILE_NAME}: name the folder of a run that wrote one")
+    raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
 
 
 def _schema(info: RunInfo, loss_names: Iterable[str]) -> pa.Schema:

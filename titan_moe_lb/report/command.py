@@ -1,0 +1,43 @@
+"""``titan-moe-lb report``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.report.page import render
+from titan_moe_lb.telemetry.trace import read_trace
+
+
+def write_report(run_dir: Path, compare: Path | None = None, output: Path | None = None) -> str:
+    """Write the page of one run, or of two side by side.
+
+    Args:
+        run_dir: folder of the run, or its trace.
+        compare: the same of a second run of the same model.
+        output: the page; default: ``report.html`` beside the trace.
+
+    Returns:
+        What to tell the user: the file, and what the trace lacked.
+
+    Raises:
+        JobError: a trace cannot be read, the models differ, the page cannot be written.
+    """
+    traces = [read_trace(folder) for folder in (run_dir, compare) if folder is not None]
+    for other in traces[1:]:
+        traces[0].require_same_model(other)
+    output = traces[0].path.with_name("report.html") if output is None else output
+    page = render(traces)
+    # A reader who reloads the page never sees half of it.
+    partial = output.with_name(output.name + ".new")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise JobError(
+            f"{output} cannot be written ({error.strerror}): name another file with --output"
+        ) from None
+    notes = [trace.truncated for trace in traces if trace.truncated]
+    steps = " and ".join(f"{len(trace.steps)} steps" for trace in traces)
+    return "\n".join([f"{output}: {steps}, {len(page.encode()) / 1e6:.1f} MB", *notes])

@@ -1,0 +1,65 @@
+"""Loads of all experts in one byte each, small enough to embed in a page.
+
+A code is a logarithm: 0 is an expert without tokens, and code k > 0 a load of
+2**((k - 1) / LEVELS_PER_OCTAVE + LOWEST_OCTAVE) times the balanced load. So every load above
+1/16 is within 4.5% of its code. Exact counts stay in the trace.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from titan_moe_lb.telemetry.balance_statistics import relative_load
+
+LEVELS_PER_OCTAVE = 8
+LOWEST_OCTAVE = -4
+
+
+def encode(counts: np.ndarray) -> np.ndarray:
+    """Counts ``(..., E)`` to codes of the same shape, uint8."""
+    load = relative_load(counts)
+    octaves = np.log2(np.where(load > 0, load, 1.0)) - LOWEST_OCTAVE
+    levels = np.clip(np.rint(octaves * LEVELS_PER_OCTAVE), 0, 254) + 1
+    return np.where(load > 0, levels, 0).astype(np.uint8)
+
+
+def decode(codes: np.ndarray) -> np.ndarray:
+    """Codes to loads relative to balance, float64."""
+    load = 2.0 ** ((codes - 1.0) / LEVELS_PER_OCTAVE + LOWEST_OCTAVE)
+    return np.where(codes > 0, load, 0.0)
+
+
+def pack(codes_SME: np.ndarray) -> bytes:
+    """Deflate the differences from step to step, modulo 256: loads drift slowly."""
+    first = np.zeros_like(codes_SME[:1])
+    return zlib.compress(np.diff(codes_SME, axis=0, prepend=first).tobytes())
+
+
+def unpack(packed: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of :func:`pack`, as the page's script does it."""
+    differences = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(shape)
+    return np.cumsum(differences, axis=0, dtype=np.uint8)
+
+
+def shown_steps(num_steps: int, most: int) -> np.ndarray:
+    """Indices of at most ``most`` steps, evenly spread, with the first and the last."""
+    return np.unique(np.linspace(0, num_steps - 1, min(num_steps, most)).round().astype(int))
+
+
+def pack_within(
+    counts_SME: np.ndarray, most_steps: int, most_bytes: int
+) -> tuple[bytes, np.ndarray]:
+    """Pack as many steps as fit.
+
+    Returns:
+        What :func:`pack` makes of them, and their indices.
+    """
+    while True:
+        indices = shown_steps(len(counts_SME), most_steps)
+        packed = pack(encode(counts_SME[indices]))
+        if len(packed) <= most_bytes or len(indices) <= 2:
+            return packed, indices
+        # Steps further apart differ more: go a little below the proportional number.
+        most_steps = max(2, int(0.95 * len(indices) * most_bytes / len(packed)))

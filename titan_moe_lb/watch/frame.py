@@ -1,0 +1,142 @@
+"""One picture of a run's last step, for a terminal of any width."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Group
+from rich.text import Text
+
+from titan_moe_lb.telemetry.balance_statistics import (
+    max_violation,
+    num_dead_experts,
+    relative_load,
+)
+from titan_moe_lb.watch.follower import Follower
+
+# Low bars starve, high bars are overloaded, the fourth is balance: readable without colour.
+BARS = "▁▂▃▄▅▆▇█"
+BALANCED = 3
+BARS_PER_OCTAVE = 2
+# Colours are finer than bars: red, green and blue at these octaves of the load.
+_OCTAVES = (-1.25, 0.0, 1.25)
+_RGB = ((31, 150, 222), (100, 150, 80), (235, 155, 35))
+DEAD = "·"
+_WIDEST_EXPERT = 8
+_LABEL, _FIGURE = 6, 7
+"""Columns before the strip (layer number) and after it (MaxVio)."""
+
+
+def frame(follower: Follower, width: int, most_layers: int | None = None) -> Group:
+    """Headline numbers and one strip per layer.
+
+    Args:
+        follower: has read a step.
+        width: columns of the terminal.
+        most_layers: rows for layers; those with the highest MaxVio are shown. None: all.
+    """
+    load = follower.load
+    violation_M = max_violation(load.counts_ME)
+    shown = np.arange(len(load.layers))
+    if most_layers is not None and len(shown) > most_layers:
+        shown = np.sort(np.argsort(-violation_M, kind="stable")[:most_layers])
+    strips = [
+        _strip(load.layers[row], load.counts_ME[row], violation_M[row], width) for row in shown
+    ]
+    return Group(*_head(follower, violation_M, width), *strips, _scale(len(shown), follower, width))
+
+
+def _head(follower: Follower, violation_M: np.ndarray, width: int) -> list[Text]:
+    load, info = follower.load, follower.info
+    worst = int(violation_M.argmax())
+    rate = follower.steps_per_second
+    dead = int(num_dead_experts(load.counts_ME).sum())
+    losses = [f"{name} {np.nanmean(v):.4f}" for name, v in load.losses.items() if _any_number(v)]
+    title = Text(f"{info.model} {info.flavor}", style="bold")
+    title.append(f"  {info.layout}", style="default not bold")
+    if info.forced_routing:
+        title.append(f"  forced routing: {info.forced_routing}", style="bold red")
+    step = Text(f"step {follower.step}", style="bold")
+    step.append("" if rate is None else f"  {rate:.3g} steps/s", style="not bold")
+    step.append(f"  dead experts {dead}", style="bold red" if dead else "not bold")
+    step.append("".join(f"  {loss}" for loss in losses), style="not bold")
+    overload = Text(
+        f"overload  mean {load.avg_overload_factor_M.mean():.3f}"
+        f"  max {load.max_overload_factor_M.max():.3f}"
+        f"  cumulative {load.max_cum_overload_factor:.3f}"
+    )
+    violation = Text(
+        f"MaxVio    mean {violation_M.mean():.3f}"
+        f"  worst {violation_M[worst]:.3f} (layer {load.layers[worst]})  "
+    )
+    violation.append(_history(follower.max_violations, width - len(violation) - 1))
+    lines = [title, step, overload, violation]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    columns = (
+        f"layer {'load of each expert':<{max(0, width - _LABEL - _FIGURE)}}{'MaxVio':>{_FIGURE}}"
+    )
+    return [*lines, Text(columns, style="dim")]
+
+
+def _strip(layer: int, counts_E: np.ndarray, violation: float, width: int) -> Text:
+    line = Text(f"{layer:>{_LABEL - 2}}  ", style="default")
+    load_E = relative_load(counts_E)
+    room = max(1, width - _LABEL - _FIGURE)
+    columns = max(1, min(_WIDEST_EXPERT, room // len(load_E)))
+    for load in _most_uneven(load_E, room):
+        if load == 0:
+            line.append(DEAD * columns, style="bold red")
+        else:
+            octaves = float(np.log2(load))
+            bar = BALANCED + round(BARS_PER_OCTAVE * octaves)
+            bar = min(max(bar, 0), len(BARS) - 1)
+            line.append(BARS[bar] * columns, style=_color(octaves))
+    line.append(f"{violation:>{width - len(line)}.2f}")
+    return line
+
+
+def _most_uneven(load_E: np.ndarray, room: int) -> np.ndarray:
+    """At most ``room`` loads: of neighbours that share a column, the one furthest from balance."""
+    neighbours = -(-len(load_E) // room)
+    starts = np.arange(0, len(load_E), neighbours)
+    distance_E = np.abs(np.log2(np.maximum(load_E, 2.0**-20)))
+    return np.array(
+        [load_E[start + distance_E[start : start + neighbours].argmax()] for start in starts]
+    )
+
+
+def _color(octaves: float) -> str:
+    """Blue below balance, grey at it, red above."""
+    red, green, blue = (round(float(np.interp(octaves, _OCTAVES, channel))) for channel in _RGB)
+    return f"rgb({red},{green},{blue})"
+
+
+def _scale(num_shown: int, follower: Follower, width: int) -> Text:
+    num_layers, num_experts = follower.load.counts_ME.shape
+    line = Text(" " * _LABEL)
+    for bar, glyph in enumerate(BARS):
+        octaves = (bar - BALANCED) / BARS_PER_OCTAVE
+        line.append(glyph, style=_color(octaves)).append(f" {2**octaves:.2g}  ")
+    line.append(DEAD, style="bold red").append(" none")
+    neighbours = -(-num_experts // max(1, width - _LABEL - _FIGURE))
+    if neighbours > 1:
+        line.append(
+            f"\n{'':{_LABEL}}a column is {neighbours} experts, the one furthest from balance"
+        )
+    if num_shown < num_layers:
+        line.append(f"\n{'':{_LABEL}}the {num_shown} worst of {num_layers} layers")
+    return line
+
+
+def _history(values: list[float], room: int) -> str:
+    """The course of a figure since the first step, as bars from zero to its maximum."""
+    if len(values) < 2 or room < 1:
+        return ""
+    columns = np.array_split(np.asarray(values), min(room, 40, len(values)))
+    means = np.array([column.mean() for column in columns])
+    bars = np.rint(means / max(means.max(), 1e-9) * (len(BARS) - 1)).astype(int)
+    return "".join(BARS[bar] for bar in bars)
+
+
+def _any_number(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).any())
