@@ -15,6 +15,8 @@ from titan_moe_lb.costmodel.load import WORST, expert_load
 from titan_moe_lb.costmodel.placement import contiguous, greedy, tokens_of_experts
 from titan_moe_lb.costmodel.step import step_time
 
+CURVE_POINTS = 17
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -68,6 +70,8 @@ class DegreePlan:
     needs most memory at balance."""
     rows: tuple[AnalyticRow, ...]
     largest_imbalance_that_fits: float | None
+    curve: tuple[AnalyticRow, ...]
+    """From balance to the worst case, evenly on a logarithmic scale."""
     measured: tuple[MeasuredRow, ...] = ()
 
 
@@ -95,12 +99,13 @@ def plan_degree(
     """
     view = _View(job, hardware, usable_bytes, num_hot_experts)
     balance = view.outcome(*view.two_level(1.0), None)
-    rows = []
-    for given in imbalance_factors:
-        outcome = view.outcome(*view.two_level(given), balance)
-        rows.append(
-            AnalyticRow(imbalance_factor=view.worst if given == WORST else given, outcome=outcome)
+
+    def row(given: float) -> AnalyticRow:
+        return AnalyticRow(
+            imbalance_factor=view.worst if given == WORST else given,
+            outcome=view.outcome(*view.two_level(given), balance),
         )
+
     largest = largest_that_fits(
         lambda factor: view.memory(view.two_level(factor)[1])[0] <= usable_bytes, view.worst
     )
@@ -117,8 +122,9 @@ def plan_degree(
         ep_degree=job.ep_degree,
         tokens_per_rank=job.tokens_per_rank,
         state_bytes=job.states[position].total_bytes,
-        rows=tuple(rows),
+        rows=tuple(row(given) for given in imbalance_factors),
         largest_imbalance_that_fits=largest,
+        curve=tuple(row(float(x)) for x in np.geomspace(1.0, view.worst, CURVE_POINTS)),
         measured=tuple(measured),
     )
 

@@ -249,3 +249,7 @@ def run(arguments: Any) -> None:
         from titan_moe_lb.plan.table import print_plan
 
         print_plan(plan)
+    if arguments.output:
+        from titan_moe_lb.plan.page import write_page
+
+        write_page(plan, arguments.output)

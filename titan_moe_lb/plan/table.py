@@ -18,9 +18,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_analytic(plan))
     for degree in plan.degrees:
-        console.print(_verdict(degree), highlight=False, soft_wrap=True)
+        console.print(verdict(degree), highlight=False, soft_wrap=True)
     if plan.run:
-        console.print(_run_line(plan), highlight=False, soft_wrap=True)
+        console.print(run_line(plan), highlight=False, soft_wrap=True)
         console.print(_measured(plan))
 
 
@@ -44,18 +44,18 @@ def headline(plan: Plan) -> list[str]:
 
 def _analytic(plan: Plan) -> Table:
     table = Table()
-    for name in ("EP", "imbalance", *_COLUMNS):
+    for name in ("EP", "imbalance", *COLUMNS):
         table.add_column(name, justify="right")
     for degree in plan.degrees:
         for row in degree.rows:
             table.add_row(
-                str(degree.ep_degree), f"{row.imbalance_factor:.2f}", *_cells(row.outcome)
+                str(degree.ep_degree), f"{row.imbalance_factor:.2f}", *_styled(row.outcome)
             )
         table.add_section()
     return table
 
 
-_COLUMNS = (
+COLUMNS = (
     "compute ms",
     "dispatch ms",
     "combine ms",
@@ -68,7 +68,8 @@ _COLUMNS = (
 )
 
 
-def _cells(outcome: Outcome) -> list[str]:
+def cells(outcome: Outcome) -> list[str]:
+    """What the columns show."""
     memory = f"{outcome.memory_bytes / GIB:.1f}"
     return [
         f"{outcome.compute_seconds * 1e3:.2f}",
@@ -79,18 +80,25 @@ def _cells(outcome: Outcome) -> list[str]:
         f"{outcome.step_slowdown:.2f}",
         f"{outcome.hot_expert_tokens:,.0f}",
         f"{outcome.busiest_rank_tokens:,.0f}",
-        memory if outcome.fits else f"[red]{memory} no[/red]",
+        memory if outcome.fits else f"{memory} no",
     ]
 
 
-def _verdict(degree: DegreePlan) -> str:
+def _styled(outcome: Outcome) -> list[str]:
+    *others, memory = cells(outcome)
+    return [*others, memory if outcome.fits else f"[red]{memory}[/red]"]
+
+
+def verdict(degree: DegreePlan) -> str:
+    """What still fits, in a sentence."""
     largest = degree.largest_imbalance_that_fits
     if largest is None:
         return f"EP {degree.ep_degree}: does not fit even at balance"
     return f"EP {degree.ep_degree}: fits up to imbalance {largest:.2f}"
 
 
-def _run_line(plan: Plan) -> str:
+def run_line(plan: Plan) -> str:
+    """What the measured rows are of."""
     assert plan.run is not None
     run = plan.run
     losses = ", ".join(f"{name} {weight:g}" for name, weight in run["losses"].items()) or "none"
@@ -107,11 +115,11 @@ def _span(steps: list[int]) -> str:
 
 def _measured(plan: Plan) -> Table:
     table = Table()
-    for name in ("EP", "experts placed", "steps", *_COLUMNS):
+    for name in ("EP", "experts placed", "steps", *COLUMNS):
         table.add_column(name, justify="right")
     for degree in plan.degrees:
         for row in degree.measured:
             for when, outcome in (("first", row.first), ("last", row.last)):
-                table.add_row(str(degree.ep_degree), row.placement, when, *_cells(outcome))
+                table.add_row(str(degree.ep_degree), row.placement, when, *_styled(outcome))
         table.add_section()
     return table

@@ -64,12 +64,12 @@ def render(traces: list[Trace]) -> str:
         loads=loads,
         load_colors=figures.LOAD_COLORS,
         dead_color=figures.DEAD_COLOR,
-        data=_packed_text(json.dumps(data)),
-        plotly=_packed_text(get_plotlyjs()),
+        data=packed_text(json.dumps(data)),
+        plotly=packed_text(get_plotlyjs()),
     )
 
 
-def _packed_text(text: str) -> str:
+def packed_text(text: str) -> str:
     """Deflated and base64: plotly alone is 4.8 MB otherwise."""
     return base64.b64encode(zlib.compress(text.encode(), level=9)).decode()
 
