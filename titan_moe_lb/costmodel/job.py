@@ -278,7 +278,7 @@ def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
 def _stage(part: nn.Module, moe_layers: dict[int, MoELayer], attention_flops: float) -> Stage:
     from torch.nn import Linear
 
-    numbers = [int(name) for name in part.layers]
+    numbers = [int(name) for name, _block in part.get_submodule("layers").named_children()]
     matrix_parameters = 0
     kept = 0.0
     for name, module in part.named_modules():

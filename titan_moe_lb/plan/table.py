@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -9,11 +10,12 @@ from titan_moe_lb.costmodel.plan import DegreePlan, Outcome
 from titan_moe_lb.plan.command import MEMORY_RESERVE, Plan
 
 GIB = 2**30
+PIPE_WIDTH = 130
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the table of every degree, and what was measured."""
-    console = console or Console()
+    console = console or _console()
     for line in headline(plan):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_analytic(plan))
@@ -22,6 +24,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.run:
         console.print(run_line(plan), highlight=False, soft_wrap=True)
         console.print(_measured(plan))
+
+
+def _console() -> Console:
+    """The terminal; a file or a pipe has room for the whole table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def headline(plan: Plan) -> list[str]:
@@ -43,9 +51,9 @@ def headline(plan: Plan) -> list[str]:
 
 
 def _analytic(plan: Plan) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for name in ("EP", "imbalance", *COLUMNS):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for degree in plan.degrees:
         for row in degree.rows:
             table.add_row(
@@ -114,9 +122,9 @@ def _span(steps: list[int]) -> str:
 
 
 def _measured(plan: Plan) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for name in ("EP", "experts placed", "steps", *COLUMNS):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for degree in plan.degrees:
         for row in degree.measured:
             for when, outcome in (("first", row.first), ("last", row.last)):
