@@ -29,9 +29,14 @@ def bytes_per_sent_token(layer: MoELayer) -> float:
     return 4.0 * layer.dim
 
 
-def working_bytes_per_received_token(layer: MoELayer) -> float:
-    """Not kept, but there while the experts run: the order of arrival, and their result."""
-    return 2.0 * BF16_BYTES * layer.dim
+def working_bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
+    """Not kept, but there while the experts run backward.
+
+    Either the gradients of the result, of the product and of one of its factors, or the
+    gradient of the result and that of the input three times: from w1, from w3, their sum.
+    """
+    hidden_dim = layer.hidden_dim / expert_shards
+    return BF16_BYTES * max(layer.dim + 2 * hidden_dim, 3 * layer.dim)
 
 
 def activation_peak(
@@ -71,7 +76,9 @@ def _stage_bytes(
             received[number] * bytes_per_received_token(layer, placement.expert_shards)
             + sent * bytes_per_sent_token(layer)
         )
-        working.append(received[number] * working_bytes_per_received_token(layer))
+        working.append(
+            received[number] * working_bytes_per_received_token(layer, placement.expert_shards)
+        )
         arrived = arrived + (received[number] + sent) * layer.dim * BF16_BYTES
     at_work = np.max(np.stack(np.broadcast_arrays(*working)), axis=0)
     one_layer = np.max(np.stack(np.broadcast_arrays(*whole)), axis=0)

@@ -160,7 +160,12 @@ def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
         degrees = _usual_degrees(config, dims.dp_shard * dims.cp * dims.tp)
     jobs: list[JobModel] = []
     for degree in degrees:
-        flags = [*question.job_flags, f"--parallelism.expert_parallel_degree={degree}"]
+        flags = [
+            *question.job_flags,
+            f"--parallelism.expert_parallel_degree={degree}",
+            # Nothing is captured here, and not every degree could be.
+            "--training.disable_cuda_graphs",
+        ]
         config = job_config.load(flags).config
         if not jobs:
             jobs.append(read_job(config))

@@ -78,18 +78,23 @@ COLUMNS = (
 
 def cells(outcome: Outcome) -> list[str]:
     """What the columns show."""
-    memory = f"{outcome.memory_bytes / GIB:.1f}"
+    memory = number(outcome.memory_bytes / GIB)
     return [
-        f"{outcome.compute_seconds * 1e3:.2f}",
-        f"{outcome.dispatch_seconds * 1e3:.2f}",
-        f"{outcome.combine_seconds * 1e3:.2f}",
+        number(outcome.compute_seconds * 1e3),
+        number(outcome.dispatch_seconds * 1e3),
+        number(outcome.combine_seconds * 1e3),
         f"{outcome.layer_slowdown:.2f}",
-        f"{outcome.step_seconds:.2f}",
+        number(outcome.step_seconds),
         f"{outcome.step_slowdown:.2f}",
         f"{outcome.hot_expert_tokens:,.0f}",
         f"{outcome.busiest_rank_tokens:,.0f}",
         memory if outcome.fits else f"{memory} no",
     ]
+
+
+def number(value: float) -> str:
+    """Three digits of a figure of any size."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _styled(outcome: Outcome) -> list[str]:
