@@ -291,3 +291,8 @@ def test_run_of_another_model_is_one_line(ranks, tmp_path):
     assert err.count("\n") == 1
     assert "deepseek_v3 16B (3 MoE layers, 8 experts, top 2)" in err
     assert "deepseek_v3 tiny (3 MoE layers, 8 experts, top 2)" in err
+
+
+def test_multi_token_prediction_has_an_moe_layer_of_its_own(ranks, device):
+    planned = plan(ranks, ["--hardware", device], ["--model.num_mtp_layers=1"])
+    assert planned["job"]["moe_layers"] == [1, 2, 3, 4]

@@ -130,7 +130,7 @@ def read_job(
             schedule, parts = _build_parts(config, model, position)
             states[position] = _rank_state(rank, config, dims, [part for _index, part in parts])
             for index, part in parts:
-                found[index] = _stage(part, moe_layers, attention_flops)
+                found[index] = _stage(part, len(spec.model.layers), moe_layers, attention_flops)
     passes = training.local_batch_size * dims.dp_replicate * dims.dp_shard
     return JobModel(
         model_name=spec.name,
@@ -244,9 +244,11 @@ def _microbatch_size(config: Trainer.Config) -> int:
 def _moe_layers(config: Trainer.Config) -> dict[int, MoELayer]:
     from torchtitan.models.common.moe import MoE
 
+    """By number in the whole model; layers of multi-token prediction come after the others."""
     assert config.model_spec is not None
+    model = config.model_spec.model
     found = {}
-    for number, block in enumerate(config.model_spec.model.layers):
+    for number, block in enumerate([*model.layers, *getattr(model, "mtp_layers", [])]):
         moe = getattr(block, "moe", None)
         if not isinstance(moe, MoE.Config):
             continue
@@ -275,10 +277,13 @@ def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
     return (flops - without) / 3 / len(model_config.layers)
 
 
-def _stage(part: nn.Module, moe_layers: dict[int, MoELayer], attention_flops: float) -> Stage:
+def _stage(
+    part: nn.Module, num_layers: int, moe_layers: dict[int, MoELayer], attention_flops: float
+) -> Stage:
     from torch.nn import Linear
 
     numbers = [int(name) for name, _block in part.get_submodule("layers").named_children()]
+    numbers += [num_layers + index for index in range(len(getattr(part, "mtp_layers", None) or ()))]
     matrix_parameters = 0
     kept = 0.0
     for name, module in part.named_modules():
@@ -286,7 +291,7 @@ def _stage(part: nn.Module, moe_layers: dict[int, MoELayer], attention_flops: fl
             continue
         rows, columns = module.weight.shape
         matrix_parameters += rows * columns
-        if name.startswith("layers."):
+        if "layers." in name:
             kept += BF16_BYTES * (rows + columns)
     return Stage(
         moe_layers=tuple(number for number in numbers if number in moe_layers),
