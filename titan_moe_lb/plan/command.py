@@ -146,9 +146,7 @@ def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
     from titan_moe_lb import job_config, layout
 
     draft = job_config.draft(list(question.job_flags))
-    ranks = question.ranks or int(os.environ.get("NGPU") or draft.table.ranks or 1)
-    if ranks < 1:
-        raise JobError(f"--ranks {ranks} must be at least 1")
+    ranks = _ranks(question, draft.table.ranks)
     os.environ["WORLD_SIZE"] = str(ranks)
     degrees = _degrees(question.ep) if question.ep else []
     for degree in degrees:
@@ -173,6 +171,17 @@ def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
         else:
             jobs.append(read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages))
     return jobs
+
+
+def _ranks(question: Question, of_job: int | None) -> int:
+    """The flag; else NGPU, as when the job is started; else what the job wants; else 1."""
+    announced = os.environ.get("NGPU")
+    if question.ranks is None and announced and not announced.isdecimal():
+        raise JobError(f"NGPU={announced} must be a whole number of at least 1")
+    ranks = int(announced or of_job or 1) if question.ranks is None else question.ranks
+    if ranks < 1:
+        raise JobError(f"--ranks {ranks} must be at least 1")
+    return ranks
 
 
 def _usual_degrees(config: Any, most: int) -> list[int]:
@@ -213,6 +222,9 @@ def _measured(path: Path, job: JobModel) -> tuple[dict[str, Any], np.ndarray, np
         "load_balance_coeff": info.load_balance_coeff,
         "first_steps": trace.steps[:window].tolist(),
         "last_steps": trace.steps[-window:].tolist(),
+        "ep_degree": info.ep,
+        # Of single micro-batches; the counts are of whole global batches.
+        "max_overload_factor": float(trace.max_overload_factor_SM.max()),
     }
     return run, counts[:window].sum(axis=0), counts[-window:].sum(axis=0)
 

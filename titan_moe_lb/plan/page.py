@@ -46,6 +46,7 @@ def render(plan: Plan) -> str:
         columns=table.COLUMNS,
         cells=table.cells,
         verdict=table.verdict,
+        bought=table.bought,
         run_line=table.run_line(plan) if plan.run else None,
         charts=made,
         data=packed_text(json.dumps(figures)),

@@ -24,6 +24,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.run:
         console.print(run_line(plan), highlight=False, soft_wrap=True)
         console.print(_measured(plan))
+        for degree in plan.degrees:
+            console.print(bought(degree), highlight=False, soft_wrap=True)
 
 
 def _console() -> Console:
@@ -118,7 +120,18 @@ def run_line(plan: Plan) -> str:
     return (
         f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; bias update: "
         f"{run['load_balance_coeff'] or 'off'}): steps {_span(run['first_steps'])} and "
-        f"{_span(run['last_steps'])}"
+        f"{_span(run['last_steps'])}. In single micro-batches its busiest rank had up to "
+        f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']})"
+    )
+
+
+def bought(degree: DegreePlan) -> str:
+    """What balancing has bought during the run, and what moving experts could buy."""
+    contiguous, greedy = degree.measured
+    return (
+        f"EP {degree.ep_degree}: a step took {contiguous.first.step_slowdown:.2f} x balance at "
+        f"first and takes {contiguous.last.step_slowdown:.2f} x at last; with experts placed "
+        f"greedily {greedy.last.step_slowdown:.2f} x"
     )
 
 
