@@ -18,7 +18,8 @@ def measure_host(*, size: int = 768) -> Hardware:
 
     Torch's BF16 matrix product of ``size`` x ``size`` in this process's threads, a copy of
     memory, and a TCP connection to itself, which is what gloo uses between processes. All
-    ranks share one host, so that there is no scale-out link: its figures are the same.
+    ranks share one host, so that there is no scale-out link: its figures are the same. A
+    peak is the best of several times, since whatever else runs can only add to them.
     """
     import psutil
 
@@ -36,14 +37,14 @@ def measure_host(*, size: int = 768) -> Hardware:
     return Hardware(name="this host", **figures, sources=dict.fromkeys(FIGURES, "measured"))  # type: ignore[arg-type]
 
 
-def _median_seconds(run: Callable[[], object], repetitions: int = 5) -> float:
+def _seconds(run: Callable[[], object], repetitions: int = 7) -> list[float]:
     run()
     seconds = []
     for _ in range(repetitions):
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return seconds
 
 
 def _matmul_flops(size: int) -> float:
@@ -51,7 +52,7 @@ def _matmul_flops(size: int) -> float:
 
     left = torch.randn(size, size, dtype=torch.bfloat16)
     right = torch.randn(size, size, dtype=torch.bfloat16)
-    return 2 * size**3 / _median_seconds(lambda: left @ right)
+    return 2 * size**3 / min(_seconds(lambda: left @ right))
 
 
 def _copy_bandwidth() -> float:
@@ -59,7 +60,7 @@ def _copy_bandwidth() -> float:
 
     source = torch.ones(_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * _BYTES / _median_seconds(lambda: target.copy_(source))
+    return 2 * _BYTES / min(_seconds(lambda: target.copy_(source)))
 
 
 def _loopback() -> tuple[float, float]:
@@ -93,8 +94,8 @@ def _loopback() -> tuple[float, float]:
                 near.sendall(block)
             near.recv(1)
 
-        latency = _median_seconds(ping, repetitions=100) / 2
-        seconds = _median_seconds(transfer)
+        latency = statistics.median(_seconds(ping, repetitions=100)) / 2
+        seconds = min(_seconds(transfer))
         near.shutdown(socket.SHUT_WR)
         answering.join()
     return _BYTES / seconds, latency

@@ -196,7 +196,8 @@ class _View:
             experts_dn = (
                 contiguous(layer.num_experts, degree)
                 if placement_name == "contiguous"
-                else greedy(known_ME[row], degree)
+                # Which device is the first is free: the hottest one is another in every layer.
+                else np.roll(greedy(known_ME[row], degree), row, axis=0)
             )
             tokens_dn = tokens_of_experts(
                 counts_ME[row], experts_dn, self.placement.tokens * layer.top_k
