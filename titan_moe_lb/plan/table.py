@@ -141,7 +141,9 @@ def _span(steps: list[int]) -> str:
 
 def _measured(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE)
-    for name in ("EP", "experts placed", "steps", *COLUMNS):
+    for name in ("EP", "experts placed", "steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in COLUMNS:
         table.add_column(name, justify="right", overflow="fold")
     for degree in plan.degrees:
         for row in degree.measured:
