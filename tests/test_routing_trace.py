@@ -146,6 +146,23 @@ def test_cut_file_gives_the_whole_steps_and_refuses_the_torn_one(tmp_path):
     assert "rank_00001.arrow was cut off" in said and "sequence 4, position 4" in said
 
 
+def test_damaged_bytes_are_never_a_traceback(tmp_path):
+    record(tmp_path, CUTS["context_parallel"])
+    file = tmp_path / "routing" / "rank_00001.arrow"
+    content = file.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        array = np.frombuffer(content, dtype=np.uint8).copy()
+        array[random.integers(0, len(array), size=2)] = random.integers(0, 256, size=2)
+        file.write_bytes(array.tobytes())
+        try:
+            trace = RoutingTrace(tmp_path)
+            for step in trace.steps:
+                trace.expert_ids(step, 1)
+        except JobError as error:
+            assert "\n" not in str(error)
+
+
 def test_unknown_step_names_the_recorded_ones(tmp_path):
     record(tmp_path, CUTS["one_process"])
     assert "has no step 4: it holds steps 3, 7" in refused(tmp_path, step=4)

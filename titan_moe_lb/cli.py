@@ -17,15 +17,23 @@ import tyro
 from titan_moe_lb.errors import JobError
 
 
+def _optional(metavar: str, *aliases: str) -> Any:
+    """A flag that may be left out, without None in its help."""
+    return tyro.conf.arg(metavar=metavar, aliases=aliases, help_behavior_hint="")
+
+
+RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Write one HTML page about a run: load of every expert, overload, losses."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: RunDir
     """Folder of the run, or its moe_load.arrow."""
-    compare: Path | None = None
+    compare: Annotated[Path | None, _optional("RUN_DIR")] = None
     """A second run of the same model, shown beside the first."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    output: Annotated[Path | None, _optional("FILE", "-o")] = None
     """File to write; default: report.html in the run's folder."""
 
     def run(self) -> None:
@@ -38,7 +46,7 @@ class Report:
 class Watch:
     """Follow a live run in the terminal."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: RunDir
     """Folder of the run, or its moe_load.arrow; it may not exist yet."""
     once: bool = False
     """Print one frame and exit, as when the output is not a terminal."""

@@ -25,17 +25,15 @@ def render(traces: list[Trace]) -> str:
         packed, frames = load_codes.pack_within(
             trace.counts_SME, MOST_FRAMES, MOST_LOAD_BYTES // len(traces)
         )
+        hottest, coldest = summary.hottest_and_coldest(trace)
         loads.append(base64.b64encode(packed).decode())
         runs.append(
             {
                 "mark": "AB"[index],
                 "trace": trace,
                 "folder": trace.path.parent.resolve().name,
-                "cards": summary.cards(trace),
-                "tables": [
-                    ("Hottest experts", summary.hottest_experts(trace)),
-                    ("Coldest experts", summary.coldest_experts(trace)),
-                ],
+                "cards": summary.cards(trace, hottest[0]),
+                "tables": [("Hottest experts", hottest), ("Coldest experts", coldest)],
                 "frames": trace.steps[frames].tolist(),
                 "thinned": len(frames) < len(trace.steps),
             }

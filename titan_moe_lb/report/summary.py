@@ -38,14 +38,13 @@ class Expert:
     highest: str
 
 
-def cards(trace: Trace) -> list[Card]:
+def cards(trace: Trace, hottest: Expert) -> list[Card]:
     """The head of the page."""
     steps = trace.steps
     violation_SM = max_violation(trace.counts_SME)
     violation_S = violation_SM.mean(axis=1)
     worst = int(violation_SM[-1].argmax())
     dead_S = num_dead_experts(trace.counts_SME).sum(axis=1)
-    hottest = hottest_experts(trace)[0]
     average_S = trace.avg_overload_factor_SM.mean(axis=1)
     peak_S = trace.max_overload_factor_SM.max(axis=1)
     return [
@@ -84,34 +83,38 @@ def cards(trace: Trace) -> list[Card]:
     ]
 
 
-def hottest_experts(trace: Trace) -> list[Expert]:
-    """The experts with the highest mean load over the run, hottest first."""
-    return _experts(trace, hottest=True)
+def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
+    """The experts with the highest and the lowest mean load over the run, in this order."""
+    mean_ME = _mean_load(trace)
+    order = np.argsort(mean_ME, axis=None, kind="stable")
+    hottest, coldest = order[::-1][:NUM_LISTED], order[:NUM_LISTED]
+    return _experts(trace, mean_ME, hottest), _experts(trace, mean_ME, coldest)
 
 
-def coldest_experts(trace: Trace) -> list[Expert]:
-    """The experts with the lowest mean load over the run, coldest first."""
-    return _experts(trace, hottest=False)
+def _mean_load(trace: Trace) -> np.ndarray:
+    """Mean of the relative load over the steps ``(M, E)``, without a copy of all counts."""
+    routed_SM = trace.counts_SME.sum(axis=2, dtype=np.float64)
+    idle_SM = routed_SM == 0
+    scale_SM = np.where(idle_SM, 0.0, trace.info.num_experts / np.where(idle_SM, 1.0, routed_SM))
+    total_ME = np.einsum("sme,sm->me", trace.counts_SME, scale_SM)
+    return (total_ME + idle_SM.sum(axis=0)[:, None]) / len(trace.steps)
 
 
-def _experts(trace: Trace, hottest: bool) -> list[Expert]:
-    load_SME = relative_load(trace.counts_SME)
-    mean_ME = load_SME.mean(axis=0)
-    order = np.argsort(-mean_ME if hottest else mean_ME, axis=None, kind="stable")
-    listed = []
-    for row, expert in zip(*np.unravel_index(order[:NUM_LISTED], mean_ME.shape), strict=True):
-        load_S = load_SME[:, row, expert]
-        listed.append(
+def _experts(trace: Trace, mean_ME: np.ndarray, listed: np.ndarray) -> list[Expert]:
+    experts = []
+    for row, expert in zip(*np.unravel_index(listed, mean_ME.shape), strict=True):
+        load_S = relative_load(trace.counts_SME[:, row])[:, expert]
+        experts.append(
             Expert(
                 layer=trace.layers[row],
                 expert=int(expert),
-                mean=number(load_S.mean()),
+                mean=number(mean_ME[row, expert]),
                 last=number(load_S[-1]),
                 lowest=number(load_S.min()),
                 highest=number(load_S.max()),
             )
         )
-    return listed
+    return experts
 
 
 def number(value: float) -> str:

@@ -123,8 +123,9 @@ class RoutingTrace:
         info = RunInfo.of_schema(reader.schema, file)
         if reader.schema.remove_metadata() != _schema(info).remove_metadata():
             raise JobError(f"{file} has other columns than a routing trace: it is damaged")
-        for batch in reader:
-            row = batch.slice(0, 1)
+        for row in reader:
+            if not _fits(row, info):
+                raise JobError(f"{file} holds a row that is not of its run: it is damaged")
             self._parts[row["step"][0].as_py(), row["layer"][0].as_py()].append(row)
         if reader.truncated:
             self._truncated.append(file.name)
@@ -213,6 +214,22 @@ def _schema(info: RunInfo) -> pa.Schema:
             ("expert_ids", pa.large_list(pa.from_numpy_dtype(_id_type(info.num_experts)))),
         ],
         metadata=info.metadata(),
+    )
+
+
+def _fits(row: pa.RecordBatch, info: RunInfo) -> bool:
+    """The row is one part of a global batch of this shape, all of it there."""
+    if row.num_rows != 1 or any(column.null_count for column in row.columns):
+        return False
+    first, count = row["first_sequence"][0].as_py(), row["num_sequences"][0].as_py()
+    slices = [(piece["start"], piece["length"]) for piece in row["token_slices"][0].as_py()]
+    num_ids = count * sum(length for _start, length in slices) * info.top_k
+    return (
+        first >= 0
+        and count >= 0
+        and first + count <= info.global_batch_size
+        and all(start >= 0 and n >= 0 and start + n <= info.seq_len for start, n in slices)
+        and len(row["expert_ids"].flatten()) == num_ids
     )
 
 

@@ -1,0 +1,250 @@
+"""The page, read back without a browser: what it embeds is what the trace holds."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from tests.synthetic_trace import LOSS, run_info, write_run
+from titan_moe_lb import cli
+from titan_moe_lb.telemetry.trace import TraceReader, TraceWriter, read_trace
+
+
+class Page(HTMLParser):
+    """Text of every element by id, all attributes, and the visible text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.by_id, self.attributes, self.visible, self.styles = {}, [], "", ""
+        self._open = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, *pair) for pair in attributes]
+        if tag not in ("meta", "link", "input"):
+            self._open.append((tag, dict(attributes).get("id")))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag, f"</{tag}> closes nothing"
+        self.visible += " "
+
+    def handle_data(self, text):
+        tag, identity = self._open[-1] if self._open else ("", None)
+        if identity:
+            self.by_id[identity] = self.by_id.get(identity, "") + text
+        if tag == "style":
+            self.styles += text
+        elif tag != "script":
+            self.visible += text
+
+    def inflated(self, identity):
+        return zlib.decompress(base64.b64decode(self.by_id[identity]))
+
+    @property
+    def data(self):
+        return json.loads(self.inflated("data"))
+
+    def loads(self, index):
+        """As the page's script computes them: differences from step to step, in a byte."""
+        data, run = self.data, self.data["runs"][index]
+        shape = (len(run["frames"]), len(run["layers"]), run["numExperts"])
+        differences = np.frombuffer(self.inflated(f"loads-{index}"), dtype=np.uint8)
+        codes = differences.reshape(shape).astype(int).cumsum(axis=0) % 256
+        loads = 2.0 ** ((codes - 1) / data["levelsPerOctave"] + data["lowestOctave"])
+        return np.where(codes == 0, 0.0, loads)
+
+
+def report(*arguments):
+    cli.main(["report", *map(str, arguments)])
+
+
+def page_of(folder, *more):
+    report(folder, *more)
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def curve(figure, name):
+    def numbers(values):
+        if isinstance(values, dict):
+            return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+        return np.array(values, dtype=float)
+
+    (found,) = [curve for curve in figure["data"] if curve["name"] == name]
+    return numbers(found["x"]), numbers(found["y"])
+
+
+def balanced_load(counts):
+    return counts / counts.mean(axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("small"), run_info(4, 8), 30)
+    return page_of(folder), read_trace(folder)
+
+
+def test_heatmap_is_the_trace(small):
+    page, trace = small
+    (run,) = page.data["runs"]
+    assert run["frames"] == trace.steps.tolist() and run["layers"] == list(trace.layers)
+    expected, found = balanced_load(trace.counts_SME), page.loads(0)
+    within = expected >= 2.0**-4
+    assert within.mean() > 0.95
+    np.testing.assert_allclose(found[within], expected[within], rtol=0.045)
+    np.testing.assert_array_equal(found == 0, expected == 0)
+
+
+def test_curves_are_the_trace(small):
+    page, trace = small
+    (violation,), (overload,), (loss,) = page.data["charts"]
+    violation_SM = trace.counts_SME.max(axis=2) / trace.counts_SME.mean(axis=2) - 1
+    ordered_SM = np.sort(violation_SM, axis=1)
+    for figure, name, expected_S in (
+        (violation, "mean", violation_SM.mean(axis=1)),
+        (violation, "maximum", violation_SM.max(axis=1)),
+        (violation, "p50", (ordered_SM[:, 1] + ordered_SM[:, 2]) / 2),
+        (violation, "micro-batch", trace.micro_batch_max_violation_SM.mean(axis=1)),
+        (overload, "mean", trace.avg_overload_factor_SM.mean(axis=1)),
+        (overload, "maximum", trace.max_overload_factor_SM.max(axis=1)),
+        (overload, "cumulative", trace.max_cum_overload_factor_S),
+        (loss, "layer 3", trace.losses[LOSS][:, 2]),
+        (loss, "mean", trace.losses[LOSS].mean(axis=1)),
+    ):
+        steps, values_S = curve(figure, name)
+        assert steps.tolist() == trace.steps.tolist()
+        np.testing.assert_allclose(values_S, expected_S, rtol=1e-6, err_msg=name)
+
+
+def test_numbers_and_tables_are_the_trace(small):
+    page, trace = small
+    load_ME = balanced_load(trace.counts_SME).mean(axis=0)
+    layer, expert = np.unravel_index(load_ME.argmax(), load_ME.shape)
+    assert f"layer {trace.layers[layer]}, expert {expert}" in page.visible
+    coldest = np.unravel_index(load_ME.argmin(), load_ME.shape)
+    rows = re.findall(r"Coldest experts layer expert[a-z ]+(\d+) (\d+)", spaced(page))
+    assert rows == [(str(trace.layers[coldest[0]]), str(coldest[1]))]
+    assert f"{LOSS} × 0.0001" in page.visible
+    assert "4 ranks, pp 2, dp_shard 2, ep 2, Interleaved1F1B" in page.visible
+    first, last = (
+        (counts.max(axis=1) / counts.mean(axis=1) - 1).mean()
+        for counts in trace.counts_SME[[0, -1]]
+    )
+    found = re.search(r"([\d.]+) → ([\d.]+)", page.visible)
+    assert [float(x) for x in found.groups()] == pytest.approx([first, last], rel=5e-3)
+
+
+def spaced(page):
+    return re.sub(r"\s+", " ", page.visible)
+
+
+def test_dead_experts_are_zero_and_counted(tmp_path):
+    info = run_info(2, 4)
+    write_run(tmp_path, info, 2)
+    trace = read_trace(tmp_path)
+    loads = list(TraceReader(tmp_path))
+    dead = trace.counts_SME[1].copy()
+    dead[0, 2] = dead[1, 0] = dead[1, 1] = 0
+    (tmp_path / "dead").mkdir()
+    writer = TraceWriter(tmp_path / "dead", info)
+    writer.write(1, loads[0][1])
+    writer.write(2, dataclasses.replace(loads[1][1], counts_ME=dead))
+    page = page_of(tmp_path / "dead")
+    assert np.argwhere(page.loads(0)[1] == 0).tolist() == [[0, 2], [1, 0], [1, 1]]
+    assert "3 of 8" in page.visible
+
+
+def test_needs_no_network(small):
+    page, _trace = small
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "srcset", "action", "data"):
+            assert (tag, value) == ("link", "data:,")
+    assert "url(" not in page.styles and "@import" not in page.styles
+    html = "".join(value or "" for _tag, _name, value in page.attributes) + page.visible
+    assert "://" not in html + page.styles
+    assert b"Plotly" in page.inflated("plotly")
+
+
+def test_largest_model_is_below_5_mb_with_every_step(tmp_path):
+    # A small batch, so that chance alone moves every load by 6% from step to step.
+    info = run_info(
+        61, 256, 8, global_batch_size=16, seq_len=512, losses={LOSS: 1.0, "z_loss": 1.0}
+    )
+    page = page_of(write_run(tmp_path, info, 200))
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    assert page.data["runs"][0]["frames"] == list(range(1, 201))
+    assert "evenly spread" not in page.visible
+
+
+def test_long_run_is_thinned_and_says_so(tmp_path):
+    page = page_of(write_run(tmp_path, run_info(2, 8), 900, every=10))
+    frames = page.data["runs"][0]["frames"]
+    assert len(frames) == 400 and frames[0] == 1 and frames[-1] == 8991
+    assert set(np.diff(frames)) == {20, 30}
+    assert "The slider shows 400 of 900 logged steps, evenly spread" in spaced(page)
+    trace = read_trace(tmp_path)
+    expected = balanced_load(trace.counts_SME[np.isin(trace.steps, frames)])
+    np.testing.assert_allclose(page.loads(0), expected, rtol=0.045)
+
+
+def test_two_runs_side_by_side(tmp_path):
+    one = write_run(tmp_path / "one", run_info(), 12)
+    other = write_run(tmp_path / "other", run_info(losses={"z_loss": 1.0}), 7, seed=1)
+    output = tmp_path / "both.html"
+    report(one, "--compare", other, "-o", output)
+    page = Page(output.read_text())
+    assert [len(run["frames"]) for run in page.data["runs"]] == [12, 7]
+    np.testing.assert_allclose(
+        page.loads(1), balanced_load(read_trace(other).counts_SME), rtol=0.045
+    )
+    charts = page.data["charts"]
+    assert len(charts) == 4, "MaxVio, overload, and the losses of either run"
+    for figures in charts:
+        ranges = {tuple(figure["layout"]["yaxis"]["range"]) for figure in figures}
+        assert len(figures) == 2 and len(ranges) == 1
+    assert "no such loss" in json.dumps(charts[2][1]["layout"]["annotations"])
+
+
+def test_two_models_are_refused(tmp_path, capsys):
+    one = write_run(tmp_path / "one", run_info(), 2)
+    other = write_run(tmp_path / "other", run_info(4, 16, model="qwen3"), 2)
+    with pytest.raises(SystemExit) as stop:
+        report(one, "--compare", other)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "deepseek_v3 debugmodel" in said and "qwen3 debugmodel" in said
+    assert not (one / "report.html").exists()
+
+
+def test_page_says_what_the_reader_must_know(tmp_path, capsys):
+    info = run_info(forced_routing="HotRank <b>0.5</b>", resumed_at=(2,), load_balance_coeff=None)
+    folder = write_run(tmp_path / "<script>alert(1)", info, 3)
+    file = folder / "moe_load.arrow"
+    file.write_bytes(file.read_bytes()[:-5])
+    page = page_of(folder)
+    assert "Forced routing: HotRank <b>0.5</b>." in page.visible, "escaped"
+    assert "<script>alert(1)" in page.visible, "escaped"
+    assert "read up to step 2" in page.visible and "read up to step 2" in capsys.readouterr().out
+    assert "resumed at 2" in page.visible and "off" in page.visible
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1), (3, 300, 4)])
+def test_one_step_of_any_shape(shape, tmp_path):
+    page = page_of(write_run(tmp_path, run_info(*shape, losses={}), 1))
+    assert page.loads(0).shape == (1, *shape[:2])
+    assert "none" in page.visible
+
+
+def test_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    folder = write_run(tmp_path, run_info(), 2)
+    with pytest.raises(SystemExit) as stop:
+        report(folder, "-o", folder / "nowhere" / "page.html")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "page.html cannot be written" in said and "--output" in said
