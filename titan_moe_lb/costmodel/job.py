@@ -182,6 +182,7 @@ def _build_parts(
 ) -> tuple[Schedule, list[tuple[int, nn.Module]]]:
     """The parts of the model on one pipeline rank, by stage, as the trainer makes them."""
     import torch
+    from torch.distributed.pipelining import Schedule1F1B
     from torchtitan.distributed import ParallelDims, utils
 
     spec = config.model_spec
@@ -211,7 +212,9 @@ def _build_parts(
         loss_fn=lambda *arguments: None,
     )
     microbatches = config.training.local_batch_size // _microbatch_size(config)
-    if pipeline.pipeline_order is None:  # 1F1B, which torch runs without writing it down
+    if isinstance(pipeline, Schedule1F1B):
+        # Upstream fact: torch 2.15 writes this schedule down with the forwards of the last
+        # stage numbered from 1, and runs it from 0.
         schedule = one_forward_one_backward(dims.pp, microbatches)
     else:
         schedule = {
