@@ -1,0 +1,216 @@
+"""The cost model beside a measurement: an MoE layer under controlled imbalance on this host.
+
+    python -m benchmarks.validate_costmodel [--ep-degree 2] [--repetitions 9]
+
+torchtitan's own dispatcher and grouped experts run forward and backward in EP processes on
+gloo, one thread each, with expert ids that give the hot experts exactly the asked share. All
+imbalances run in turn, in alternating order; medians. Every time is divided by that at
+balance:
+
+- wall: from a barrier until the last rank is done, all-to-alls included; given where every
+  process has a core of its own;
+- busiest: processor time of the busiest rank's thread, which does not count waiting, so
+  that it is fair where processes share cores;
+- predicted: the cost model with this host's measured peak.
+
+Prints one line of JSON for each imbalance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from titan_moe_lb import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+from torch.distributed.device_mesh import init_device_mesh
+from torchtitan.distributed.utils import set_spmd_backend
+from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
+
+from titan_moe_lb.costmodel.host import measure_host
+from titan_moe_lb.costmodel.layer import MoELayer, Placement, moe_layer_time
+
+IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)
+
+
+@dataclass
+class Arguments:
+    ep_degree: int = 2
+    repetitions: int = 9
+    num_experts: int = 16
+    top_k: int = 2
+    hot_experts: int = 2
+    dim: int = 512
+    hidden_dim: int = 1024
+    tokens_per_rank: int = 2240
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    predicted = _predict(arguments)
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    torch.multiprocessing.spawn(
+        _rank, args=(arguments, _free_port(), results), nprocs=arguments.ep_degree
+    )
+    wall, busiest = results.get()
+    for index, imbalance in enumerate(IMBALANCES):
+        layer = predicted[index]
+        measured = {"busiest": busiest[index] / busiest[0]}
+        if arguments.ep_degree <= (os.cpu_count() or 1):
+            measured["wall"] = wall[index] / wall[0]
+        print(
+            json.dumps(
+                {
+                    "ep_degree": arguments.ep_degree,
+                    "imbalance": _factor(arguments, imbalance),
+                    "wall_s": round(wall[index], 4),
+                    "busiest_s": round(busiest[index], 4),
+                    "predicted_s": round(layer, 4),
+                    "predicted": round(layer / predicted[0], 3),
+                    **{name: round(ratio, 3) for name, ratio in measured.items()},
+                    **{
+                        f"{name}_deviation_percent": round(
+                            (layer / predicted[0] / ratio - 1) * 100, 1
+                        )
+                        for name, ratio in measured.items()
+                    },
+                }
+            )
+        )
+
+
+def _factor(arguments: Arguments, imbalance: float) -> float:
+    return arguments.num_experts / arguments.top_k if imbalance < 0 else imbalance
+
+
+def _predict(arguments: Arguments) -> list[float]:
+    """Seconds of forward and backward by imbalance; this benchmark has no router."""
+    torch.set_num_threads(1)
+    hardware = measure_host()
+    layer = MoELayer(
+        num_experts=arguments.num_experts,
+        top_k=arguments.top_k,
+        dim=arguments.dim,
+        hidden_dim=arguments.hidden_dim,
+    )
+    placement = Placement(tokens_per_rank=arguments.tokens_per_rank, ep_degree=arguments.ep_degree)
+    seconds = []
+    for imbalance in IMBALANCES:
+        layer_time = moe_layer_time(
+            layer,
+            placement,
+            hardware,
+            imbalance_factor=imbalance,
+            num_hot_experts=arguments.hot_experts,
+        )
+        router = 3 * layer_time.router
+        seconds.append(float(layer_time.total() - router))
+    return seconds
+
+
+def _rank(rank: int, arguments: Arguments, port: int, results) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    # The backward runs in this thread, whose processor time is measured.
+    torch.autograd.set_multithreading_enabled(False)
+    degree = arguments.ep_degree
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=degree
+    )
+    set_spmd_backend("partial_dtensor")
+    layer = RoutedExperts.Config(
+        inner_experts=GroupedExperts.Config(
+            dim=arguments.dim,
+            hidden_dim=arguments.hidden_dim,
+            num_experts=arguments.num_experts // degree,
+        ),
+        token_dispatcher=AllToAllTokenDispatcher.Config(
+            num_experts=arguments.num_experts, top_k=arguments.top_k
+        ),
+    ).build()
+    layer.to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.02)
+    mesh = init_device_mesh("cpu", (degree,), mesh_dim_names=("ep",))
+    layer.token_dispatcher.wire_meshes(ep_mesh=mesh["ep"])
+
+    cases = [_expert_ids(arguments, _factor(arguments, x)) for x in IMBALANCES]
+    samples: list[list[tuple[float, float]]] = [[] for _ in cases]
+    for repetition in range(arguments.repetitions + 1):
+        order = range(len(cases)) if repetition % 2 else reversed(range(len(cases)))
+        for case in order:
+            sample = _forward_backward(layer, cases[case], arguments)
+            if repetition:  # the first one warms up
+                samples[case].append(sample)
+    gathered: list = [None] * degree
+    dist.all_gather_object(gathered, samples)
+    if rank == 0:
+        wall, busiest = [], []
+        for case in range(len(cases)):
+            by_repetition = list(zip(*(ranks[case] for ranks in gathered), strict=True))
+            wall.append(statistics.median(max(w for w, _c in ranks) for ranks in by_repetition))
+            # The hot experts are the first ones, so rank 0 is the busiest.
+            busiest.append(statistics.median(ranks[0][1] for ranks in by_repetition))
+        results.put((wall, busiest))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _forward_backward(
+    layer: RoutedExperts, topk_expert_ids_BLK: torch.Tensor, arguments: Arguments
+) -> tuple[float, float]:
+    """Wall and processor seconds of this rank's thread."""
+    shape = (1, arguments.tokens_per_rank)
+    x_BLD = torch.randn(*shape, arguments.dim, dtype=torch.bfloat16, requires_grad=True)
+    scores_BLK = torch.rand(*shape, arguments.top_k, requires_grad=True)
+    counts_E = torch.bincount(topk_expert_ids_BLK.flatten(), minlength=arguments.num_experts)
+    gradient_BLD = torch.ones(*shape, arguments.dim, dtype=torch.bfloat16)
+    layer.zero_grad()
+    dist.barrier()
+    started, processor = time.perf_counter(), time.thread_time()
+    layer(x_BLD, scores_BLK, topk_expert_ids_BLK, counts_E).backward(gradient_BLD)
+    used = time.thread_time() - processor
+    dist.barrier()
+    return time.perf_counter() - started, used
+
+
+def _expert_ids(arguments: Arguments, factor: float) -> torch.Tensor:
+    """Expert ids ``(1, T, K)``: the first W experts get ``factor`` x the mean, the rest is even."""
+    tokens, k, experts = arguments.tokens_per_rank, arguments.top_k, arguments.num_experts
+    hot = arguments.hot_experts
+    per_hot = round(factor * tokens * k / experts)
+    ids = torch.full((tokens, k), -1)
+    for expert in range(hot):
+        # Spread from another token on for each expert, so that their tokens differ where they can.
+        chosen = (torch.arange(per_hot) + expert * per_hot) % tokens
+        for token in chosen.tolist():
+            ids[token, int((ids[token] >= 0).sum())] = expert
+    others = iter(range(tokens * k))
+    for slot in (ids.flatten() < 0).nonzero().flatten().tolist():
+        ids.view(-1)[slot] = hot + next(others) % (experts - hot)
+    return ids.unsqueeze(0)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

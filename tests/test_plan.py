@@ -1,0 +1,327 @@
+"""``titan-moe-lb plan`` on small jobs: against real builds of their ranks, and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import planning
+from titan_moe_lb.costmodel.hardware import FIGURES
+from titan_moe_lb.telemetry.run_info import RunInfo
+from titan_moe_lb.telemetry.step_load import StepLoad
+from titan_moe_lb.telemetry.trace import TraceWriter
+
+TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
+
+LAYOUTS = {
+    "ep4": ["--parallelism.expert_parallel_degree=4"],
+    "hsdp2x2, ep2": [
+        "--parallelism.data_parallel_replicate_degree=2",
+        "--parallelism.expert_parallel_degree=2",
+    ],
+    "tp2": ["--parallelism.tensor_parallel_degree=2"],
+    "tp2, ep4": [
+        "--parallelism.tensor_parallel_degree=2",
+        "--parallelism.expert_parallel_degree=4",
+    ],
+    "pp2 interleaved, ep2": [
+        "--parallelism.pipeline_parallel_degree=2",
+        "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+        "--parallelism.expert_parallel_degree=2",
+    ],
+    "pp2 1f1b": ["--parallelism.pipeline_parallel_degree=2"],
+    "pp2 zbv": [
+        "--parallelism.pipeline_parallel_degree=2",
+        "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble",
+    ],
+}
+
+# Round figures, so that the hand can follow: arithmetic is always the limit.
+DEVICE = {
+    "bf16_flops": 1e12,
+    "memory_bytes": 1e8,
+    "memory_bandwidth": 1e15,
+    "scale_up_domain": 8,
+    "scale_up_bandwidth": 1e9,
+    "scale_up_latency": 1e-9,
+    "scale_out_bandwidth": 1e9,
+    "scale_out_latency": 1e-9,
+}
+
+
+@pytest.fixture
+def device(tmp_path) -> str:
+    assert set(DEVICE) == set(FIGURES)
+    path = tmp_path / "device.toml"
+    path.write_text("\n".join(f"{name} = {value!r}" for name, value in DEVICE.items()))
+    return str(path)
+
+
+def plan(ranks, arguments: list[str], job: list[str]) -> dict:
+    status, out, err = ranks.run(
+        1, planning.command, ["plan", "--json", *arguments, "--", *TINY, *job]
+    )[0]
+    assert status == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_state_of_a_rank_is_that_of_a_real_build(ranks, device, layout):
+    """Parameters and optimizer state of the first rank of every pipeline position, on gloo."""
+    flags = LAYOUTS[layout]
+    ep = next((flag.split("=")[1] for flag in flags if "expert_parallel" in flag), "1")
+    planned = plan(ranks, ["--hardware", device, "--ranks=4", f"--ep={ep}"], flags)
+    real = ranks.run(4, planning.built_state, [*TINY, *flags])
+    assert planned["states"]
+    for state in planned["states"]:
+        built = real[state["rank"]]
+        for name in ("num_parameters", "parameter_bytes", "optimizer_bytes"):
+            assert state[name] == built[name], (state["rank"], name)
+        assert state["gradient_bytes"] == built["parameter_bytes"]
+    assert max(state["num_parameters"] for state in planned["states"]) == max(
+        built["num_parameters"] for built in real
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "least", "most"),
+    [
+        # 8 micro-batches on 2 ranks: the textbook's (M v + P - 1) x (F + B); a bubble that is
+        # filled is between none and that.
+        ("1F1B", 27, 27),
+        ("GPipe", 27, 27),
+        ("Interleaved1F1B", 51, 51),
+        ("LoopedBFS", 51, 51),
+        ("InterleavedZeroBubble", 48, 51),
+        ("ZBVZeroBubble", 48, 51),
+        ("DualPipeV", 48, 51),
+    ],
+)
+def test_every_schedule_of_torch_can_be_replayed(ranks, schedule, least, most):
+    flags = [
+        "--parallelism.pipeline_parallel_degree=2",
+        f"--parallelism.pipeline_parallel_schedule={schedule}",
+        "--training.local_batch_size=8",
+    ]
+    ((span, stages),) = ranks.run(1, planning.unit_makespan, [*TINY, *flags], 2)
+    assert stages == (2 if schedule in ("1F1B", "GPipe") else 4)
+    assert least <= span <= most
+
+
+def mlp(rows: float, dim: int, hidden: int) -> float:
+    return 3 * 2 * rows * dim * hidden / DEVICE["bf16_flops"]
+
+
+def test_answers_by_hand(ranks, device):
+    """The tiny model on 2 ranks, EP 2: 8 experts of 64 x 32, top 2, a shared one of 64 x 32."""
+    planned = plan(
+        ranks,
+        [
+            "--hardware", device, "--ranks=2", "--ep=2", "--imbalance=1.0,2.0,worst",
+            "--compute-efficiency=1", "--network-efficiency=1",
+        ],
+        ["--training.local_batch_size=4"],
+    )  # fmt: skip
+    job = planned["job"]
+    assert (job["num_experts"], job["top_k"], job["dim"], job["hidden_dim"]) == (8, 2, 64, 32)
+    assert job["moe_layers"] == [1, 2, 3]
+    (degree,) = planned["degrees"]
+    tokens = 4 * 128
+    assert degree["tokens_per_rank"] == tokens
+    mean = 2 * tokens * 2 / 8
+    exchange = tokens * 2 * 64 * 2 * (1 / 2) / 1e9
+    layers = []
+    for row, factor in zip(degree["rows"], (1.0, 2.0, 4.0), strict=True):
+        outcome = row["outcome"]
+        hot, rest = factor * mean, (2 * tokens * 2 - factor * mean) / 7
+        compute = (
+            2 * tokens * 64 * 8 / 1e12
+            + mlp(hot, 64, 32)
+            + 3 * mlp(math.ceil(rest), 64, 32)
+            + mlp(tokens, 64, 32)
+        )
+        skew = (hot + 3 * rest) / (4 * mean)
+        assert row["imbalance_factor"] == factor
+        assert outcome["compute_seconds"] == pytest.approx(compute, rel=1e-9)
+        assert outcome["dispatch_seconds"] == pytest.approx(exchange * skew, rel=1e-9)
+        assert outcome["combine_seconds"] == pytest.approx(exchange * skew, rel=1e-9)
+        # Forward, then twice the products and each all-to-all once more.
+        layers.append(3 * compute + 4 * exchange * skew)
+        assert outcome["layer_seconds"] == pytest.approx(layers[-1], rel=1e-9)
+        assert outcome["layer_slowdown"] == pytest.approx(layers[-1] / layers[0], rel=1e-9)
+        assert outcome["hot_expert_tokens"] == pytest.approx(hot)
+        assert outcome["busiest_rank_tokens"] == pytest.approx(hot + 3 * rest)
+    balance, _twice, worst = (row["outcome"] for row in degree["rows"])
+    # No checkpointing: each of 3 layers keeps the received tokens, and one has its buffers.
+    received = worst["busiest_rank_tokens"] - balance["busiest_rank_tokens"]
+    assert worst["memory_bytes"] - balance["memory_bytes"] == pytest.approx(
+        received * (3 * 2 * (64 + 4 * 32) + 2 * 3 * 64), rel=1e-9
+    )
+    # Only the three MoE layers' part of the step depends on the routing.
+    assert worst["step_seconds"] - balance["step_seconds"] == pytest.approx(
+        3 * (layers[2] - layers[0]), rel=1e-9
+    )
+
+
+def test_memory_decides_what_fits(ranks, tmp_path, device):
+    """The largest imbalance that fits is where the memory at that imbalance is what is usable."""
+    job = ["--training.local_batch_size=64"]
+    arguments = ["--ranks=2", "--ep=2"]
+    roomy = plan(ranks, [*arguments, "--hardware", device, "--imbalance=1.0,2.5,worst"], job)
+    needs = [row["outcome"]["memory_bytes"] for row in roomy["degrees"][0]["rows"]]
+    assert needs[0] < needs[1] < needs[2]
+    path = tmp_path / "small.toml"
+    path.write_text(Path(device).read_text().replace("100000000.0", repr(needs[1] / 0.9)))
+    small = plan(ranks, [*arguments, "--hardware", str(path), "--imbalance=1.0,2.5,worst"], job)
+    (degree,) = small["degrees"]
+    assert degree["largest_imbalance_that_fits"] == pytest.approx(2.5, abs=2e-3)
+    assert [row["outcome"]["fits"] for row in degree["rows"]][::2] == [True, False]
+    path.write_text(Path(device).read_text().replace("100000000.0", "1.0"))
+    none = plan(ranks, [*arguments, "--hardware", str(path)], job)
+    assert none["degrees"][0]["largest_imbalance_that_fits"] is None
+
+
+def write_run(folder: Path, counts_SME: np.ndarray, **changes) -> None:
+    """A trace of the tiny model with these loads."""
+    facts = {
+        "model": "deepseek_v3",
+        "flavor": "tiny",
+        "num_experts": 8,
+        "top_k": 2,
+        "layers": (1, 2, 3),
+        **dict.fromkeys(("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1),
+        "schedule": None,
+        "local_batch_size": 4,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "seq_len": 128,
+        "started": "2026-01-01T00:00:00+00:00",
+        "version": "0",
+        **changes,
+    }
+    writer = TraceWriter(folder, RunInfo(**facts))
+    layers = facts["layers"]
+    ones = np.ones(len(layers))
+    for step, counts_ME in enumerate(counts_SME, start=1):
+        load = StepLoad(
+            layers=layers,
+            counts_ME=counts_ME,
+            losses={},
+            avg_overload_factor_M=ones,
+            max_overload_factor_M=ones,
+            micro_batch_max_violation_M=ones,
+            max_cum_overload_factor=1.0,
+        )
+        writer.write(step, load)
+    writer.close()
+
+
+def test_run_with_two_levels_costs_what_the_formula_says(ranks, device, tmp_path):
+    """First step balanced, last step one hot expert of 2.75 times the mean, in 20 steps."""
+    hot = np.array([2.75 * 7] + [8 - 2.75] * 7) * 64
+    counts = np.repeat(np.stack([np.full(8, 448.0), hot])[:, None], 3, axis=1).round().astype(int)
+    # Twenty steps, so that a tenth of them at each end are averaged: two.
+    write_run(tmp_path, np.repeat(counts, 10, axis=0))
+    planned = plan(
+        ranks,
+        ["--hardware", device, "--ranks=2", "--ep=2", "--imbalance=1.0,2.75"]
+        + ["--from-run", str(tmp_path)],
+        ["--training.local_batch_size=7"],
+    )
+    (degree,) = planned["degrees"]
+    contiguous, greedy = degree["measured"]
+    assert planned["run"]["first_steps"] == [1, 2]
+    assert planned["run"]["last_steps"] == [19, 20]
+    for name in ("first", "last"):
+        # One of four experts on a device is hot wherever it is placed. Expert 0 of every layer
+        # is on one device in blocks, and on another one in every layer when placed greedily.
+        blocks, moved = contiguous[name], greedy[name]
+        assert moved.pop("memory_bytes") <= blocks["memory_bytes"]
+        assert moved == pytest.approx({key: blocks[key] for key in moved}, rel=1e-9)
+    for name, row in zip(("first", "last"), degree["rows"], strict=True):
+        assert contiguous[name] == pytest.approx(row["outcome"], rel=1e-9)
+
+
+def test_better_placement_of_a_run(ranks, device, tmp_path):
+    """Two hot experts on one device; a greedy placement gives each device one of them."""
+    counts = np.array([5, 5, 1, 1, 1, 1, 1, 1]) * 64
+    write_run(tmp_path, np.broadcast_to(counts, (1, 3, 8)))
+    planned = plan(
+        ranks,
+        ["--hardware", device, "--ranks=2", "--ep=2", "--from-run", str(tmp_path)],
+        ["--training.local_batch_size=4"],
+    )
+    contiguous, greedy = planned["degrees"][0]["measured"]
+    assert contiguous["last"]["busiest_rank_tokens"] == pytest.approx(2048 * 12 / 16)
+    assert greedy["last"]["busiest_rank_tokens"] == pytest.approx(2048 * 8 / 16)
+    assert greedy["last"]["step_slowdown"] < contiguous["last"]["step_slowdown"]
+
+
+def test_table_and_page(ranks, device, tmp_path):
+    write_run(tmp_path, np.full((2, 3, 8), 128))
+    page = tmp_path / "plan.html"
+    status, out, err = ranks.run(
+        1,
+        planning.command,
+        ["plan", "--hardware", device, "--ranks=2", "--from-run", str(tmp_path), "-o", str(page)]
+        + ["--", *TINY],
+    )[0]
+    assert (status, err) == (0, "")
+    assert "deepseek_v3 tiny on 2 x device: 3 MoE layers, 8 experts, top 2" in out
+    # The layout's own degree is 1; 2 is the other one that it allows.
+    assert "EP 1: fits up to imbalance 4.00" in out and "EP 2: fits up to imbalance" in out
+    assert "greedy" in out
+    text = page.read_text()
+    assert "What the run&#39;s own load costs" in text
+    assert "http" not in text.split('<script type="text/plain"')[0].split("<footer>")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job", "message"),
+    [
+        (["--ep=8"], [], "--ep 8 is above the job's 4 rank(s)"),
+        (["--ep=3"], [], "expert_parallel_degree 3 must divide"),
+        (["--ep=two"], [], "--ep two must be whole numbers of at least 1"),
+        (["--imbalance=0.5"], [], "--imbalance 0.5 is below 1, which is balance"),
+        (["--imbalance=4.5"], [], "imbalance_factor 4.5 is outside [1, 4]"),
+        (["--imbalance=much"], [], "'much' is neither a number nor 'worst'"),
+        (["--hot-experts=0"], [], "--hot-experts 0 must be at least 1"),
+        (["--hot-experts=3"], [], "num_hot_experts 3 is outside [1, 2]"),
+        (["--hardware=h10"], [], "did you mean 'h100'?"),
+        (["--compute-efficiency=1.5"], [], "compute_efficiency is 1.5; it must be above 0"),
+        (["--from-run=missing"], [], "missing: there is no such folder or file"),
+        ([], ["--module=llama3", "--config=llama3_debugmodel"], "has no MoE layers"),
+        ([], ["--training.local_batch_size=0"], "training.local_batch_size is 0"),
+    ],
+)
+def test_mistakes_are_one_line(ranks, arguments, job, message):
+    hardware = (
+        [] if any("--hardware" in argument for argument in arguments) else ["--hardware=h100"]
+    )
+    status, out, err = ranks.run(
+        1, planning.command, ["plan", "--ranks=4", *hardware, *arguments, "--", *(TINY + job)]
+    )[0]
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("titan_moe_lb: error: ") and err.count("\n") == 1
+
+
+def test_run_of_another_model_is_one_line(ranks, tmp_path):
+    write_run(tmp_path, np.full((1, 3, 8), 128), flavor="16B")
+    status, _out, err = ranks.run(
+        1, planning.command, ["plan", "--hardware=h100", f"--from-run={tmp_path}", "--", *TINY]
+    )[0]
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "deepseek_v3 16B (3 MoE layers, 8 experts, top 2)" in err
+    assert "deepseek_v3 tiny (3 MoE layers, 8 experts, top 2)" in err
+
+
+def test_multi_token_prediction_has_an_moe_layer_of_its_own(ranks, device):
+    planned = plan(ranks, ["--hardware", device], ["--model.num_mtp_layers=1"])
+    assert planned["job"]["moe_layers"] == [1, 2, 3, 4]

@@ -1,0 +1,170 @@
+"""The time of one MoE layer: router, dispatch, experts, combine, shared experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from titan_moe_lb.costmodel.hardware import Hardware
+from titan_moe_lb.costmodel.load import WORST, Array, expert_load
+from titan_moe_lb.costmodel.roofline import expert_forward_time, gemm_time, mlp_time
+from titan_moe_lb.costmodel.skew import receiver_skew
+
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELayer:
+    """The sizes of one MoE layer."""
+
+    num_experts: int
+    top_k: int
+    dim: int
+    hidden_dim: int
+    shared_hidden_dim: int = 0
+    """Hidden size of the shared experts together; 0 without any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How a rank takes part in a MoE layer."""
+
+    tokens_per_rank: int
+    """Tokens that the rank routes in one micro-batch."""
+    ep_degree: int
+    expert_shards: int = 1
+    """Tensor-parallel ranks that split the hidden size of each expert; 1 with EP."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the EP group routes together."""
+        return self.tokens_per_rank * self.ep_degree
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """Seconds of the forward pass of one layer on the busiest rank, one micro-batch."""
+
+    router: Array
+    dispatch: Array
+    experts: Array
+    combine: Array
+    shared_experts: Array
+
+    @property
+    def compute(self) -> Array:
+        return self.router + self.experts + self.shared_experts
+
+    @property
+    def forward(self) -> Array:
+        return self.compute + self.dispatch + self.combine
+
+    @property
+    def backward(self) -> Array:
+        """Each product twice, each all-to-all once in the other direction."""
+        return 2 * self.compute + self.dispatch + self.combine
+
+    def recomputation(self, policy: str) -> Array:
+        """What activation checkpointing computes again before the backward.
+
+        Full checkpointing repeats the whole forward. torchtitan's selective policy keeps
+        the results of the all-to-alls and repeats the grouped products and every second
+        other one.
+        """
+        if policy == "full":
+            return self.forward
+        if policy == "selective":
+            return self.experts + 0.5 * (self.router + self.shared_experts)
+        return 0.0 * self.forward
+
+    def total(self, policy: str = "none") -> Array:
+        """Forward, recomputation and backward."""
+        return self.forward + self.recomputation(policy) + self.backward
+
+
+def moe_layer_time(
+    layer: MoELayer,
+    placement: Placement,
+    hardware: Hardware,
+    *,
+    imbalance_factor: ArrayLike = WORST,
+    num_hot_experts: ArrayLike = 1,
+) -> LayerTime:
+    """The time under the two-level load: W hot experts, the others even.
+
+    Raises:
+        JobError: the imbalance outside [1, E/K], W outside [1, K].
+    """
+    load = expert_load(
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        num_tokens=placement.tokens,
+        imbalance_factor=imbalance_factor,
+        num_hot_experts=num_hot_experts,
+        ep_degree=placement.ep_degree,
+    )
+    skew = receiver_skew(
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        ep_degree=placement.ep_degree,
+        imbalance_factor=imbalance_factor,
+        num_hot_experts=num_hot_experts,
+    )
+    experts = expert_forward_time(
+        load,
+        layer.dim,
+        layer.hidden_dim / placement.expert_shards,
+        peak_flops=hardware.bf16_flops,
+        memory_bandwidth=hardware.memory_bandwidth,
+    )
+    return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
+
+
+def measured_layer_time(
+    layer: MoELayer, placement: Placement, hardware: Hardware, device_experts_dn: np.ndarray
+) -> LayerTime:
+    """The time under measured loads.
+
+    Args:
+        device_experts_dn: tokens of each of the n experts of each of the EP devices,
+            ``(..., EP, n)``, of ``placement.tokens`` tokens in all. Leading dimensions
+            (steps) give arrays of that shape.
+    """
+    seconds_dn = mlp_time(
+        np.ceil(device_experts_dn - 1e-9 * np.maximum(1.0, device_experts_dn)),
+        layer.dim,
+        layer.hidden_dim / placement.expert_shards,
+        peak_flops=hardware.bf16_flops,
+        memory_bandwidth=hardware.memory_bandwidth,
+    )
+    tokens_d = device_experts_dn.sum(axis=-1)
+    skew = tokens_d.max(axis=-1) / tokens_d.mean(axis=-1)
+    experts = seconds_dn.sum(axis=-1).max(axis=-1)
+    return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
+
+
+def _layer_time(
+    layer: MoELayer, placement: Placement, hardware: Hardware, *, experts: Array, skew: Array
+) -> LayerTime:
+    tokens, degree = placement.tokens_per_rank, placement.ep_degree
+    roofs = {
+        "peak_flops": hardware.bf16_flops,
+        "memory_bandwidth": hardware.memory_bandwidth,
+    }
+    # Of the K copies of each token, 1/EP stay on their rank at balance.
+    num_bytes = tokens * layer.top_k * layer.dim * BF16_BYTES * (degree - 1) / degree
+    exchange = hardware.all_to_all_time(num_bytes=num_bytes, ep_degree=degree, skew=skew)
+    shared = (
+        mlp_time(tokens, layer.dim, layer.shared_hidden_dim / placement.expert_shards, **roofs)
+        if layer.shared_hidden_dim
+        else 0.0
+    )
+    return LayerTime(
+        router=gemm_time(tokens, layer.dim, layer.num_experts, **roofs),
+        dispatch=exchange,
+        experts=experts,
+        combine=exchange,
+        shared_experts=shared,
+    )

@@ -1,0 +1,181 @@
+"""How many tokens the experts of the busiest device compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from titan_moe_lb.errors import JobError
+
+Array = Any
+"""A number, or a numpy array of them: what went in comes out."""
+
+WORST = -1.0
+"""The imbalance factor that stands for the worst case, E/K."""
+
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """Tokens per expert when W experts are hot and the others share the rest evenly.
+
+    Every field is a float or an array of the broadcast shape of the arguments.
+    """
+
+    hot_tokens: Array
+    """Tokens of each hot expert."""
+    remaining_tokens: Array
+    """Tokens of each other expert."""
+    experts_on_device: Array
+    """Experts on the busiest device: E / EP rounded up, at least 1."""
+    hot_experts_on_device: Array
+    """How many of them are hot."""
+
+    @property
+    def tokens_on_device(self) -> Array:
+        """Tokens that the busiest device receives."""
+        others = self.experts_on_device - self.hot_experts_on_device
+        return self.hot_experts_on_device * self.hot_tokens + others * self.remaining_tokens
+
+    def gemms(self) -> tuple[Array, Array, Array, Array]:
+        """The GEMMs of the busiest device, in whole tokens.
+
+        Returns:
+            hot GEMMs, rows of each, other GEMMs, rows of each. Fewer routed tokens than
+            experts leave some experts without work: then as many experts as there are
+            tokens compute one row each.
+        """
+        others = self.experts_on_device - self.hot_experts_on_device
+        rows = _ceil(self.remaining_tokens)
+        sparse = self.remaining_tokens < 1 - _TOLERANCE
+        return (
+            self.hot_experts_on_device,
+            np.maximum(1.0, _ceil(self.hot_tokens)),
+            np.where(sparse, _ceil(others * self.remaining_tokens), others)[()],
+            np.where(sparse, 1.0, rows)[()],
+        )
+
+
+def expert_load(
+    *,
+    num_experts: ArrayLike,
+    top_k: ArrayLike,
+    num_tokens: ArrayLike,
+    imbalance_factor: ArrayLike = WORST,
+    num_hot_experts: ArrayLike = 1,
+    ep_degree: ArrayLike = 1,
+) -> ExpertLoad:
+    """The load of the experts of one layer, and of those on the busiest device.
+
+    A token selects K different experts, so that no expert gets more than T tokens: the
+    imbalance factor, the load of a hot expert over the mean, is at most E/K.
+
+    Args:
+        num_experts: E.
+        top_k: K, experts that each token selects.
+        num_tokens: T, tokens dispatched together: those of all ranks of the EP group.
+        imbalance_factor: x in [1, E/K]; -1 for E/K.
+        num_hot_experts: W in [1, K], all of them on one device where it has room.
+        ep_degree: devices over which the experts are split in contiguous blocks.
+
+    Raises:
+        JobError: an argument outside its range.
+    """
+    experts, k, factor, hot, degree = checked(
+        num_experts, top_k, imbalance_factor, num_hot_experts, ep_degree
+    )
+    tokens = np.asarray(num_tokens, dtype=np.float64)
+    if (tokens <= 0).any():
+        raise JobError(f"num_tokens {_first(tokens, tokens <= 0)} must be above 0")
+    mean = tokens * k / experts
+    hot_share, remaining_share = _shares(experts, factor, hot)
+    on_device = experts_on_busiest_device(experts, degree)
+    return ExpertLoad(
+        hot_tokens=(mean * hot_share)[()],
+        remaining_tokens=(mean * remaining_share)[()],
+        experts_on_device=on_device[()],
+        hot_experts_on_device=np.minimum(hot, on_device)[()],
+    )
+
+
+def busiest_device_share(experts: Array, factor: Array, hot: Array, degree: Array) -> Array:
+    """Load of the busiest device in units of the mean load of an expert. Checked arguments."""
+    hot_share, remaining_share = _shares(experts, factor, hot)
+    on_device = experts_on_busiest_device(experts, degree)
+    hot_on_device = np.minimum(hot, on_device)
+    return hot_on_device * hot_share + (on_device - hot_on_device) * remaining_share
+
+
+def experts_on_busiest_device(experts: Array, degree: Array) -> Array:
+    """E / EP rounded up: where EP does not divide E, some device holds one more."""
+    return np.maximum(1.0, np.ceil(experts / degree))
+
+
+def checked(
+    num_experts: ArrayLike,
+    top_k: ArrayLike,
+    imbalance_factor: ArrayLike,
+    num_hot_experts: ArrayLike,
+    ep_degree: ArrayLike,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The arguments as float64 arrays, the worst case filled in.
+
+    Raises:
+        JobError: E, K or EP below 1 or not whole, K above E, the imbalance factor outside
+            [1, E/K], W outside [1, K] or not whole.
+    """
+    experts = _whole("num_experts", num_experts)
+    k = _whole("top_k", top_k)
+    degree = _whole("ep_degree", ep_degree)
+    hot = _whole("num_hot_experts", num_hot_experts)
+    if (k > experts).any():
+        raise JobError(
+            f"top_k {_first(k, k > experts):g} exceeds the {_first(experts, k > experts):g} experts"
+        )
+    if (hot > k).any():
+        raise JobError(
+            f"num_hot_experts {_first(hot, hot > k):g} is outside [1, {_first(k, hot > k):g}]: "
+            "more than top_k experts cannot all be the most loaded one"
+        )
+    worst = experts / k
+    given = np.asarray(imbalance_factor, dtype=np.float64)
+    factor = np.where(given == WORST, worst, given)
+    # Written so that not-a-number is outside too.
+    outside = ~((factor >= 1 - _TOLERANCE) & (factor <= worst * (1 + _TOLERANCE)))
+    if outside.any():
+        raise JobError(
+            f"imbalance_factor {_first(given, outside):g} is outside "
+            f"[1, {_first(worst, outside):g}] (1 is balance, E/K the worst case; -1 stands for "
+            "the worst case)"
+        )
+    return experts, k, np.clip(factor, 1.0, worst), hot, degree
+
+
+def _shares(experts: Array, factor: Array, hot: Array) -> tuple[Array, Array]:
+    """Load of a hot and of another expert in units of the mean."""
+    others = experts - hot
+    # All experts are hot: K = E, where balance is the only possibility.
+    remaining = (experts - hot * factor) / np.maximum(others, 1.0)
+    return factor, np.where(others > 0, np.maximum(remaining, 0.0), factor)
+
+
+def _whole(name: str, value: ArrayLike) -> Array:
+    array = np.asarray(value, dtype=np.float64)
+    wrong = ~((array >= 1) & (array == np.floor(array)))
+    if wrong.any():
+        raise JobError(f"{name} {_first(array, wrong):g} must be a whole number of at least 1")
+    return array
+
+
+def _ceil(value: Array) -> Array:
+    """Round up, but not 8.000000000001 to 9."""
+    return np.ceil(value - _TOLERANCE * np.maximum(1.0, value))
+
+
+def _first(array: Array, where: Array) -> float:
+    """The first element that a message is about."""
+    return float(np.broadcast_to(array, where.shape)[where].flat[0])

@@ -1,0 +1,55 @@
+"""Which device holds which expert, and what a measured load means for each of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from titan_moe_lb.errors import JobError
+
+
+def contiguous(num_experts: int, ep_degree: int) -> np.ndarray:
+    """Expert ids of each device ``(EP, E / EP)``: in blocks, as torchtitan places them.
+
+    Raises:
+        JobError: EP does not divide E.
+    """
+    if num_experts % ep_degree:
+        raise JobError(f"expert-parallel degree {ep_degree} does not divide {num_experts} experts")
+    return np.arange(num_experts).reshape(ep_degree, -1)
+
+
+def greedy(counts_E: np.ndarray, ep_degree: int) -> np.ndarray:
+    """Expert ids of each device ``(EP, E / EP)``, placed to balance a known load.
+
+    The most loaded expert first, always to the least loaded device that has room: what
+    moving experts, without copying any, can buy (the balanced packing of DeepSeek's EPLB).
+
+    Args:
+        counts_E: tokens of each expert ``(E,)``.
+    """
+    blocks = contiguous(len(counts_E), ep_degree)
+    placed: list[list[int]] = [[] for _ in range(ep_degree)]
+    load = np.zeros(ep_degree)
+    for expert in np.argsort(-counts_E, kind="stable"):
+        room = [len(experts) < blocks.shape[1] for experts in placed]
+        device = int(np.argmin(np.where(room, load, np.inf)))
+        placed[device].append(int(expert))
+        load[device] += counts_E[expert]
+    return np.array(placed)
+
+
+def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: float) -> np.ndarray:
+    """The load by device, scaled to another number of tokens.
+
+    Args:
+        counts_E: measured tokens of each expert ``(..., E)``.
+        placement_dn: expert ids of each device ``(EP, n)``.
+        total: T K, routed tokens to scale to.
+
+    Returns:
+        ``(..., EP, n)`` float64. Where nothing was routed, the balanced load.
+    """
+    counts_E = np.asarray(counts_E, dtype=np.float64)
+    sums = counts_E.sum(axis=-1, keepdims=True)
+    share_E = np.where(sums > 0, counts_E / np.maximum(sums, 1), 1 / counts_E.shape[-1])
+    return (share_E * total)[..., placement_dn]

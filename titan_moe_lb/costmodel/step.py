@@ -1,0 +1,34 @@
+"""The time of one optimizer step: every stage's micro-batches, put in the schedule's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from titan_moe_lb.costmodel.hardware import Hardware
+from titan_moe_lb.costmodel.job import JobModel
+from titan_moe_lb.costmodel.layer import LayerTime
+from titan_moe_lb.costmodel.schedule import makespan
+
+
+def step_time(job: JobModel, hardware: Hardware, layer_time: Callable[[int], LayerTime]) -> float:
+    """Seconds of one optimizer step.
+
+    Dense layers take their FLOPs at the device's (derated) peak. FSDP's collectives and
+    the sending between stages are taken to overlap, the optimizer to take no time.
+
+    Args:
+        layer_time: of an MoE layer, by its number in the whole model.
+    """
+    forward, backward = [], []
+    for stage in job.stages:
+        tokens = job.tokens_per_microbatch
+        dense = stage.dense_flops * tokens / job.tp_degree / hardware.bf16_flops
+        repeated = {"full": 1.0, "selective": 0.5, "none": 0.0}[job.checkpointing] * dense
+        moe = [layer_time(number) for number in stage.moe_layers]
+        forward.append(dense + sum(time.forward for time in moe))
+        backward.append(
+            2 * dense
+            + repeated
+            + sum(time.backward + time.recomputation(job.checkpointing) for time in moe)
+        )
+    return job.accumulation_steps * makespan(job.schedule, forward, backward)

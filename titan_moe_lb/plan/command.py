@@ -1,0 +1,278 @@
+"""From the arguments of ``titan-moe-lb plan`` to a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_moe_lb.costmodel.hardware import Hardware, hardware
+from titan_moe_lb.costmodel.job import JobModel, read_job
+from titan_moe_lb.costmodel.load import WORST
+from titan_moe_lb.costmodel.plan import DegreePlan, heaviest_pipeline_ranks, plan_degree
+from titan_moe_lb.errors import JobError
+
+MEMORY_RESERVE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked. Fields: see the command's help."""
+
+    job_flags: tuple[str, ...]
+    hardware: str
+    ranks: int | None = None
+    imbalance: str = "1.0,1.5,2.0,worst"
+    ep: str | None = None
+    hot_experts: int = 1
+    from_run: Path | None = None
+    compute_efficiency: float = 0.5
+    network_efficiency: float = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer."""
+
+    job: JobModel
+    """At the first degree."""
+    question: Question
+    device: Hardware
+    """With its peaks, not derated."""
+    usable_bytes: float
+    degrees: tuple[DegreePlan, ...]
+    run: dict[str, Any] | None
+    """What the measured rows are of."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data. Seconds, bytes, tokens."""
+        first = next(iter(self.job.moe_layers.values()))
+        return {
+            "job": {
+                "model": self.job.model_name,
+                "flavor": self.job.flavor,
+                "ranks": self.job.num_ranks,
+                "moe_layers": list(self.job.moe_layers),
+                **dataclasses.asdict(first),
+                "checkpointing": self.job.checkpointing,
+            },
+            "states": [dataclasses.asdict(state) for state in self.job.states.values()],
+            "hardware": dataclasses.asdict(self.device),
+            "usable_memory_bytes": self.usable_bytes,
+            "assumptions": {
+                "hot_experts": self.question.hot_experts,
+                "compute_efficiency": self.question.compute_efficiency,
+                "network_efficiency": self.question.network_efficiency,
+            },
+            "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
+            "run": self.run,
+        }
+
+
+def make_plan(question: Question) -> Plan:
+    """Read the job, and the run if one is named, and plan every degree.
+
+    Raises:
+        JobError: the first thing that is wrong, in one line.
+    """
+    device = hardware(question.hardware)
+    derated = device.derated(
+        compute_efficiency=question.compute_efficiency,
+        network_efficiency=question.network_efficiency,
+    )
+    factors = _imbalances(question.imbalance)
+    if question.hot_experts < 1:
+        raise JobError(f"--hot-experts {question.hot_experts} must be at least 1")
+    with _quiet_host():
+        jobs = _read_jobs(question, derated)
+    run, first, last = _measured(question.from_run, jobs[0]) if question.from_run else (None,) * 3
+    usable = device.memory_bytes * (1 - MEMORY_RESERVE)
+    return Plan(
+        job=jobs[0],
+        question=question,
+        device=device,
+        usable_bytes=usable,
+        degrees=tuple(
+            plan_degree(
+                job,
+                derated,
+                factors,
+                num_hot_experts=question.hot_experts,
+                usable_bytes=usable,
+                first_counts_ME=first,
+                last_counts_ME=last,
+            )
+            for job in sorted(jobs, key=lambda job: job.ep_degree)
+        ),
+        run=run,
+    )
+
+
+def _imbalances(text: str) -> list[float]:
+    factors = []
+    for word in text.split(","):
+        if word.strip() == "worst":
+            factors.append(WORST)
+            continue
+        try:
+            factors.append(float(word))
+        except ValueError:
+            raise JobError(
+                f"--imbalance {text}: {word.strip()!r} is neither a number nor 'worst'"
+            ) from None
+        if factors[-1] < 1:
+            raise JobError(f"--imbalance {word.strip()} is below 1, which is balance")
+    return factors
+
+
+def _degrees(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise JobError(f"--ep {text} must be whole numbers of at least 1, as in 8,16,32")
+    return list(dict.fromkeys(int(word) for word in words))
+
+
+def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
+    """The job at every degree, the first one with all of its pipeline ranks."""
+    from titan_moe_lb import job_config, layout
+
+    draft = job_config.draft(list(question.job_flags))
+    ranks = _ranks(question, draft.table.ranks)
+    os.environ["WORLD_SIZE"] = str(ranks)
+    degrees = _degrees(question.ep) if question.ep else []
+    for degree in degrees:
+        if degree > ranks:
+            raise JobError(f"--ep {degree} is above the job's {ranks} rank(s)")
+    if not degrees:
+        config = draft.resolve().config
+        dims = layout.resolve(config.parallelism)
+        degrees = _usual_degrees(config, dims.dp_shard * dims.cp * dims.tp)
+    jobs: list[JobModel] = []
+    for degree in degrees:
+        flags = [
+            *question.job_flags,
+            f"--parallelism.expert_parallel_degree={degree}",
+            # Nothing is captured here, and not every degree could be.
+            "--training.disable_cuda_graphs",
+        ]
+        config = job_config.load(flags).config
+        if not jobs:
+            jobs.append(read_job(config))
+            heaviest = heaviest_pipeline_ranks(jobs[0], derated, question.hot_experts)
+        else:
+            jobs.append(read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages))
+    return jobs
+
+
+def _ranks(question: Question, of_job: int | None) -> int:
+    """The flag; else NGPU, as when the job is started; else what the job wants; else 1."""
+    announced = os.environ.get("NGPU")
+    if question.ranks is None and announced and not announced.isdecimal():
+        raise JobError(f"NGPU={announced} must be a whole number of at least 1")
+    ranks = int(announced or of_job or 1) if question.ranks is None else question.ranks
+    if ranks < 1:
+        raise JobError(f"--ranks {ranks} must be at least 1")
+    return ranks
+
+
+def _usual_degrees(config: Any, most: int) -> list[int]:
+    """The job's own degree, then half and twice as often as the layout allows."""
+    from torchtitan.models.common.moe import MoE
+
+    experts = [moe.num_experts for _f, moe, _p, _a in config.traverse(MoE.Config)]
+    own = config.parallelism.expert_parallel_degree
+    possible = [
+        2**power
+        for power in range(most.bit_length())
+        if most % 2**power == 0 and all(number % 2**power == 0 for number in experts)
+    ]
+    near = sorted((d for d in possible if d != own), key=lambda d: abs(np.log2(d / own)))
+    return [own, *near[:4]]
+
+
+def _measured(path: Path, job: JobModel) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """What the run is, and its counts at its first and at its last steps."""
+    from titan_moe_lb.telemetry.trace import read_trace
+
+    trace = read_trace(path)
+    layer = next(iter(job.moe_layers.values()))
+    mine = (job.model_name, job.flavor, layer.num_experts, layer.top_k, tuple(job.moe_layers))
+    info = trace.info
+    if (info.model, info.flavor, info.num_experts, info.top_k, info.layers) != mine:
+        raise JobError(
+            f"--from-run {path} is of {info.model_name}, the job is {job.model_name} {job.flavor} "
+            f"({len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}): "
+            "take a run of the job's model"
+        )
+    window = max(1, len(trace.steps) // 10)
+    counts = trace.counts_SME
+    run = {
+        "path": str(path),
+        "layout": info.layout,
+        "losses": info.losses,
+        "load_balance_coeff": info.load_balance_coeff,
+        "first_steps": trace.steps[:window].tolist(),
+        "last_steps": trace.steps[-window:].tolist(),
+        "ep_degree": info.ep,
+        # Of single micro-batches; the counts are of whole global batches.
+        "max_overload_factor": float(trace.max_overload_factor_SM.max()),
+    }
+    return run, counts[:window].sum(axis=0), counts[-window:].sum(axis=0)
+
+
+@contextmanager
+def _quiet_host() -> Iterator[None]:
+    """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
+    from titan_moe_lb import cpu
+
+    if cpu.needed():
+        cpu.use_host()
+    world_size = os.environ.get("WORLD_SIZE")
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    # Copying pipeline stages makes millions of objects and no garbage: a quarter of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+        logging.disable(level)
+        if world_size is None:
+            os.environ.pop("WORLD_SIZE", None)
+        else:
+            os.environ["WORLD_SIZE"] = world_size
+
+
+def run(arguments: Any) -> None:
+    """Answer on the terminal. ``arguments``: ``titan_moe_lb.cli.Plan``."""
+    job_config = ("--job-config", arguments.job_config) if arguments.job_config else ()
+    names = [field.name for field in dataclasses.fields(Question) if field.name != "job_flags"]
+    question = Question(
+        job_flags=(*job_config, *arguments.job_flags),
+        **{name: getattr(arguments, name) for name in names},
+    )
+    plan = make_plan(question)
+    if arguments.json:
+        print(json.dumps(plan.as_json(), indent=2, default=str))
+    else:
+        from titan_moe_lb.plan.table import print_plan
+
+        print_plan(plan)
+    if arguments.output:
+        from titan_moe_lb.plan.page import write_page
+
+        write_page(plan, arguments.output)

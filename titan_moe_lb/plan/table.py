@@ -1,0 +1,153 @@
+"""A plan in the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from titan_moe_lb.costmodel.plan import DegreePlan, Outcome
+from titan_moe_lb.plan.command import MEMORY_RESERVE, Plan
+
+GIB = 2**30
+PIPE_WIDTH = 130
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print the table of every degree, and what was measured."""
+    console = console or _console()
+    for line in headline(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(_analytic(plan))
+    for degree in plan.degrees:
+        console.print(verdict(degree), highlight=False, soft_wrap=True)
+    if plan.run:
+        console.print(run_line(plan), highlight=False, soft_wrap=True)
+        console.print(_measured(plan))
+        for degree in plan.degrees:
+            console.print(bought(degree), highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """The terminal; a file or a pipe has room for the whole table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def headline(plan: Plan) -> list[str]:
+    """What was asked of what, in sentences."""
+    job, device = plan.job, plan.device
+    layer = next(iter(job.moe_layers.values()))
+    state = max(job.states.values(), key=lambda state: state.num_parameters)
+    return [
+        f"{job.model_name} {job.flavor} on {job.num_ranks} x {device.name}: "
+        f"{len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}, "
+        f"{job.tokens_per_microbatch} tokens a micro-batch, checkpointing {job.checkpointing}",
+        f"largest rank at EP {job.ep_degree}: rank {state.rank}, {state.num_parameters:,} "
+        f"parameters, {state.parameter_bytes / GIB:.2f} GiB; usable memory "
+        f"{plan.usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of {device.memory_bytes / GIB:.1f} "
+        f"kept free); {plan.question.hot_experts} hot expert(s); "
+        f"{plan.question.compute_efficiency:.0%} of peak compute, "
+        f"{plan.question.network_efficiency:.0%} of link bandwidth",
+    ]
+
+
+def _analytic(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE)
+    for name in ("EP", "imbalance", *COLUMNS):
+        table.add_column(name, justify="right", overflow="fold")
+    for degree in plan.degrees:
+        for row in degree.rows:
+            table.add_row(
+                str(degree.ep_degree), f"{row.imbalance_factor:.2f}", *_styled(row.outcome)
+            )
+        table.add_section()
+    return table
+
+
+COLUMNS = (
+    "compute ms",
+    "dispatch ms",
+    "combine ms",
+    "layer x",
+    "step s",
+    "step x",
+    "hot expert",
+    "busiest rank",
+    "memory GiB",
+)
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """What the columns show."""
+    memory = number(outcome.memory_bytes / GIB)
+    return [
+        number(outcome.compute_seconds * 1e3),
+        number(outcome.dispatch_seconds * 1e3),
+        number(outcome.combine_seconds * 1e3),
+        f"{outcome.layer_slowdown:.2f}",
+        number(outcome.step_seconds),
+        f"{outcome.step_slowdown:.2f}",
+        f"{outcome.hot_expert_tokens:,.0f}",
+        f"{outcome.busiest_rank_tokens:,.0f}",
+        memory if outcome.fits else f"{memory} no",
+    ]
+
+
+def number(value: float) -> str:
+    """Three digits of a figure of any size."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _styled(outcome: Outcome) -> list[str]:
+    *others, memory = cells(outcome)
+    return [*others, memory if outcome.fits else f"[red]{memory}[/red]"]
+
+
+def verdict(degree: DegreePlan) -> str:
+    """What still fits, in a sentence."""
+    largest = degree.largest_imbalance_that_fits
+    if largest is None:
+        return f"EP {degree.ep_degree}: does not fit even at balance"
+    return f"EP {degree.ep_degree}: fits up to imbalance {largest:.2f}"
+
+
+def run_line(plan: Plan) -> str:
+    """What the measured rows are of."""
+    assert plan.run is not None
+    run = plan.run
+    losses = ", ".join(f"{name} {weight:g}" for name, weight in run["losses"].items()) or "none"
+    return (
+        f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; bias update: "
+        f"{run['load_balance_coeff'] or 'off'}): steps {_span(run['first_steps'])} and "
+        f"{_span(run['last_steps'])}. In single micro-batches its busiest rank had up to "
+        f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']})"
+    )
+
+
+def bought(degree: DegreePlan) -> str:
+    """What balancing has bought during the run, and what moving experts could buy."""
+    contiguous, greedy = degree.measured
+    return (
+        f"EP {degree.ep_degree}: a step took {contiguous.first.step_slowdown:.2f} x balance at "
+        f"first and takes {contiguous.last.step_slowdown:.2f} x at last; with experts placed "
+        f"greedily {greedy.last.step_slowdown:.2f} x"
+    )
+
+
+def _span(steps: list[int]) -> str:
+    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+
+
+def _measured(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE)
+    for name in ("EP", "experts placed", "steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right", overflow="fold")
+    for degree in plan.degrees:
+        for row in degree.measured:
+            for when, outcome in (("first", row.first), ("last", row.last)):
+                table.add_row(str(degree.ep_degree), row.placement, when, *_styled(outcome))
+        table.add_section()
+    return table
