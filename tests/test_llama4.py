@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torchtitan.config.override import OverrideConfig, apply_overrides
 from transformers import Llama4ForCausalLM
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
@@ -20,7 +23,6 @@ TINY = FLAVORS["tiny"]
 VARIANTS = {
     "tiny": TINY,
     "like Scout": dataclasses.replace(
-        # Half of the frequencies of a head of 16 are slow at this length.
         TINY,
         rope_scaling_factor=16.0,
         original_max_position_embeddings=128,
@@ -105,3 +107,85 @@ def test_logits_are_those_of_hugging_face(variant):
     error = (logits(model, tokens, positions) - expected).abs().max()
     assert error < 1e-4
     assert expected.std() > 0.1, "logits too small for 1e-4 to say anything"
+
+
+def test_every_part_shows_in_the_logits():
+    """None of the comparisons above could pass with a part left out."""
+    model, _theirs = loaded(TINY)
+    tokens, positions = tokens_and_positions()
+    reference = logits(model, tokens, positions)
+    for change in (
+        {"chunk_size": 8192},
+        {"floor_scale": 8192},
+        {"use_qk_norm": False},
+        {"no_rope_layer_interval": 5},
+        {"rope_scaling_factor": 16.0, "original_max_position_embeddings": 128},
+    ):
+        other = ours(dataclasses.replace(TINY, **change)).eval()
+        other.load_state_dict(model.state_dict())
+        assert (logits(other, tokens, positions) - reference).abs().max() > 0.1, change
+
+
+def test_what_a_document_is_packed_with_does_not_change_it():
+    """Chunks, RoPE and temperature count from its start; 150 is not a multiple of a chunk."""
+    model, _theirs = loaded(TINY)
+    tokens, positions = tokens_and_positions(batch=1)
+    first = 150
+    packed = torch.cat([positions[:, :first], positions[:, : SEQUENCE_LENGTH - first]], dim=1)
+    together = logits(model, tokens, packed)
+    for part in (slice(0, first), slice(first, None)):
+        alone = logits(model, tokens[:, part], packed[:, part])
+        torch.testing.assert_close(together[:, part], alone, atol=1e-4, rtol=0)
+    assert (together - logits(model, tokens, positions)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpoint_goes_out_and_back_bit_for_bit(variant, prefix, tmp_path):
+    """With the names of the text model alone, or of the published checkpoints."""
+    theirs = {prefix + name: w for name, w in hugging_face(VARIANTS[variant]).state_dict().items()}
+    vision = {"vision_model.class_embedding": torch.zeros(3)} if prefix else {}
+    index = {"weight_map": dict.fromkeys([*theirs, *vision], "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = ours(VARIANTS[variant])
+    adapter = Llama4StateDictAdapter(model.config, str(tmp_path))
+    state = adapter.from_hf({**theirs, **vision})
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith("expert_bias_E")}
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in weights.items()}
+    model.load_state_dict(state, strict=False)
+    back = adapter.to_hf(model.state_dict())
+    assert back.keys() == theirs.keys() == adapter.fqn_to_index_mapping.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+def test_experts_weight_their_input():
+    """Against one expert after the other, in float64; s E(x) would be far off."""
+    architecture = dataclasses.replace(TINY, dim=32)
+    moe = ours(architecture).layers["0"].moe
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x_BLD = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(2))
+    experts = moe.routed_experts.inner_experts
+    w1_EFD, w2_EDF, w3_EFD = (w.double() for w in (experts.w1_EFD, experts.w2_EDF, experts.w3_EFD))
+    x_TD = x_BLD.double().flatten(0, 1)
+    score_T, expert_T = torch.sigmoid(x_TD @ moe.router.gate.weight.double().T).max(dim=-1)
+
+    def swiglu(x_D, w1_FD, w2_DF, w3_FD):
+        return (F.silu(x_D @ w1_FD.T) * (x_D @ w3_FD.T)) @ w2_DF.T
+
+    shared_TD = swiglu(
+        x_TD, *(getattr(moe.shared_experts, name).weight.double() for name in ("w1", "w2", "w3"))
+    )
+
+    def routed(weigh_input: bool) -> torch.Tensor:
+        rows = []
+        for x_D, score, e in zip(x_TD, score_T, expert_T, strict=True):
+            weights = w1_EFD[e], w2_EDF[e], w3_EFD[e]
+            rows.append(
+                swiglu(score * x_D, *weights) if weigh_input else score * swiglu(x_D, *weights)
+            )
+        return torch.stack(rows) + shared_TD
+
+    out_TD = moe(x_BLD).double().flatten(0, 1)
+    torch.testing.assert_close(out_TD, routed(True), atol=1e-5, rtol=1e-5)
+    assert (out_TD - routed(False)).abs().max() > 0.1

@@ -70,8 +70,8 @@ class Llama4StateDictAdapter(StateDictAdapter):
             layer, place = _split(name, "layers")
             theirs = f"{self.prefix}model.{layer}" if layer else self.prefix
             if place == _GATE:
-                gate_up = (_whole_along(w, 1) for w in (value, state_dict[layer + _UP]))
-                hf_state_dict[theirs + _HF_GATE_UP] = _transposed(torch.cat([*gate_up], dim=1))
+                gate, up = (_with_whole_hidden_dim(w) for w in (value, state_dict[layer + _UP]))
+                hf_state_dict[theirs + _HF_GATE_UP] = _transposed(torch.cat([gate, up], dim=1))
             elif place == _DOWN:
                 hf_state_dict[theirs + _HF_DOWN] = _transposed(value)
             elif place not in (_UP, "moe.expert_bias_E"):
@@ -101,8 +101,8 @@ def _split(name: str, layers: str) -> tuple[str, str]:
     return (match.group(), name[match.end() :]) if match else ("", name)
 
 
-def _whole_along(weight_EFD: torch.Tensor, dim: int) -> torch.Tensor:
-    """Move the sharding of dimension 1 or 2 to the other one, without gathering.
+def _with_whole_hidden_dim(weight_EFD: torch.Tensor) -> torch.Tensor:
+    """Shard D where F is sharded: one all-to-all, nothing gathered.
 
     Gate and up projection become one tensor along F. Were F sharded, a rank would hold
     two separate pieces of it, which no placement describes.
@@ -111,7 +111,7 @@ def _whole_along(weight_EFD: torch.Tensor, dim: int) -> torch.Tensor:
         return weight_EFD
     return weight_EFD.redistribute(
         placements=[
-            Shard(3 - dim) if getattr(placement, "dim", None) == dim else placement
+            Shard(2) if getattr(placement, "dim", None) == 1 else placement
             for placement in weight_EFD.placements
         ]
     )
