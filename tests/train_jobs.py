@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchtitan.trainer import Trainer
+
 from titan_moe_lb import cpu, job_config, zero_bubble
 
 
@@ -25,10 +27,15 @@ def train(
             f"--checkpoint.initial_load_path={seed_folder}/checkpoint/step-0",
         ]
     job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
+    return train_config(job.config, first_step=first_step)
+
+
+def train_config(config: Trainer.Config, *, first_step: int = 1) -> list[dict[str, float]]:
+    """Train a resolved config; returns as :func:`train`."""
     if cpu.needed():
-        cpu.adapt(job.config)
-    zero_bubble.adapt(job.config)
-    trainer = job.config.build()
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+    trainer = config.build()
     logged: list[dict[str, float]] = []
     trainer.metrics_processor.logger = _Capture(logged, first_step)
     trainer.train()

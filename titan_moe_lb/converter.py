@@ -10,16 +10,20 @@ from typing import Literal
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
+from torchtitan.trainer import Trainer
 
 from titan_moe_lb import validation
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.telemetry.step_hook import register_load_balancing
 
 
 class LoadBalanceConverter(ModelConfigConverter):
     """Give every MoE layer of a model config a :class:`LoadBalancedRouter`.
 
+    :func:`titan_moe_lb.model_spec.balanced` applies it together with the step hook that
+    it needs; in torchtitan's own ``converters=`` it would lack the hook and is refused.
     The converted config also checks the job and binds the losses to it in
     ``update_from_config``, which torchtitan calls before it builds the model.
     """
@@ -73,6 +77,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
     @dataclass(kw_only=True, slots=True)
     class Config(model_config_cls):
         def update_from_config(self, *, config, **kwargs) -> None:
+            _has_step_hook(config)
             validation.validate(config)
             model_config_cls.update_from_config(self, config=config, **kwargs)
             for _fqn, router, _parent, _attribute in self.traverse(LoadBalancedRouter.Config):
@@ -80,3 +85,14 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
 
     Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
     return Config
+
+
+def _has_step_hook(config: Trainer.Config) -> None:
+    """Without the hook no step would be closed: no metrics, no counts for the next step."""
+    spec = config.model_spec
+    if spec is not None and spec.post_optimizer_build_fn is not register_load_balancing:
+        raise JobError(
+            f"the routers of {spec.name} were converted but its step hook was not set: use "
+            "titan_moe_lb.model_spec.balanced(spec, aux_losses=[...]) in place of "
+            "converters=[LoadBalanceConverter.Config(...)]"
+        )
