@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torchtitan.config.override import OverrideConfig, apply_overrides
 from transformers import Llama4ForCausalLM
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
@@ -17,8 +21,12 @@ from model_registry.llama4.architecture import Architecture
 from model_registry.llama4.flavors import FLAVORS
 from model_registry.llama4.model import Llama4Model
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
+from tests.hugging_face import weights_and_export
+from titan_moe_lb.data import TOKENIZER_PATH
 
 SEQUENCE_LENGTH = 256
+INDEX = "model.safetensors.index.json"
+FILE = "model-00001-of-00001.safetensors"
 TINY = FLAVORS["tiny"]
 VARIANTS = {
     "tiny": TINY,
@@ -145,8 +153,8 @@ def test_checkpoint_goes_out_and_back_bit_for_bit(variant, prefix, tmp_path):
     """With the names of the text model alone, or of the published checkpoints."""
     theirs = {prefix + name: w for name, w in hugging_face(VARIANTS[variant]).state_dict().items()}
     vision = {"vision_model.class_embedding": torch.zeros(3)} if prefix else {}
-    index = {"weight_map": dict.fromkeys([*theirs, *vision], "model-00001-of-00001.safetensors")}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    index = {"weight_map": dict.fromkeys([*theirs, *vision], FILE)}
+    (tmp_path / INDEX).write_text(json.dumps(index))
     model = ours(VARIANTS[variant])
     adapter = Llama4StateDictAdapter(model.config, str(tmp_path))
     state = adapter.from_hf({**theirs, **vision})
@@ -156,6 +164,70 @@ def test_checkpoint_goes_out_and_back_bit_for_bit(variant, prefix, tmp_path):
     back = adapter.to_hf(model.state_dict())
     assert back.keys() == theirs.keys() == adapter.fqn_to_index_mapping.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix"),
+    [
+        ({"data_parallel_shard_degree": 4, "expert_parallel_degree": 2}, "language_model."),
+        ({"data_parallel_shard_degree": 2, "tensor_parallel_degree": 2}, ""),
+        ({"data_parallel_shard_degree": 2, "pipeline_parallel_degree": 2}, ""),
+    ],
+    ids=["fsdp4_ep2", "fsdp2_tp2", "fsdp2_pp2"],
+)
+def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, layout, prefix):
+    """Sharded over experts twice, over their hidden dimension, or over stages: the same bits."""
+    theirs = {prefix + name: w for name, w in hugging_face(TINY).state_dict().items()}
+    folder, out = tmp_path / "hugging_face", tmp_path / "out"
+    shutil.copytree(TOKENIZER_PATH, folder)
+    save_file(theirs, folder / FILE)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(theirs, FILE)}))
+    arguments = [
+        *("--module", "llama4", "--config", "llama4_tiny", f"--hf_assets_path={folder}"),
+        *("--model.aux_losses", '[{type = "sequence_wise", weight = 1e-3}]'),
+        *(f"--parallelism.{name}={degree}" for name, degree in layout.items()),
+    ]
+    by_rank = ranks.run(4, weights_and_export, arguments, str(folder), str(out))
+    expected = Llama4StateDictAdapter(ours(TINY).config, None).from_hf(theirs)
+    weights = {
+        k: v for held, _folder in by_rank for k, v in held.items() if "expert_bias_E" not in k
+    }
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    back = {k: v for path in out.rglob("*.safetensors") for k, v in load_file(path).items()}
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("expert_shard", [0, 1])
+def test_experts_sharded_along_their_hidden_dimension(ranks, expert_shard):
+    """As FSDP shards them when there are more ranks than experts, with EP and with TP."""
+    assert all(ranks.run(4, hidden_dimension_survives, expert_shard))
+
+
+def hidden_dimension_survives(expert_shard: int) -> bool:
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "tp"))
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"w1_EFD": (8, 6, 10), "w2_EDF": (8, 10, 6), "w3_EFD": (8, 6, 10)}
+    whole = {
+        f"layers.1.moe.routed_experts.inner_experts.{name}": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+    sharded = {}
+    for name, value in whole.items():
+        hidden = 2 if name.endswith("w2_EDF") else 1
+        placements = [Shard(1), Shard(0)] if expert_shard else [Shard(0), Shard(hidden)]
+        sharded[name] = distribute_tensor(value, mesh, placements)
+    adapter = Llama4StateDictAdapter(ours(TINY).config, None)
+    expected, hf = adapter.to_hf(whole), adapter.to_hf(sharded)
+    # A quarter of each tensor on each rank: nothing was gathered.
+    assert all(4 * value.to_local().numel() == value.numel() for value in hf.values())
+    back = adapter.from_hf(hf)
+    same = [torch.equal(hf[name].full_tensor(), expected[name]) for name in expected]
+    same += [torch.equal(back[name].full_tensor(), whole[name]) for name in whole]
+    torch.distributed.destroy_process_group()
+    return all(same)
 
 
 def test_experts_weight_their_input():

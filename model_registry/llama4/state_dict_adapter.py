@@ -54,6 +54,9 @@ class Llama4StateDictAdapter(StateDictAdapter):
     index in ``hf_assets_path`` has them; reads either, and passes the vision tower by.
     """
 
+    fqn_to_index_mapping: dict[str, int] | None
+    """From a name to the number of its file, as the index has it."""
+
     def __init__(self, model_config: BaseModel.Config, hf_assets_path: str | None) -> None:
         super().__init__(model_config, hf_assets_path)
         index = self.fqn_to_index_mapping or {}
