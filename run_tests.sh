@@ -3,5 +3,5 @@
 # Sets up .venv on first use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-"${PYTHON:-python3}" bootstrap.py test report
+"${PYTHON:-python3}" bootstrap.py test
 exec .venv/bin/python -m pytest "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from torchtitan.models.deepseek_v3 import MTPLoss
 from torchtitan.protocols.model_spec import ModelSpec
 
 from model_registry import recipes
@@ -25,7 +26,12 @@ def train_balanced(
     """What is logged; one dict for each step."""
     spec = upstream_spec(module, flavor, **arguments)
     spec = balanced(spec, aux_losses=[GlobalBatchAuxLoss.Config(weight=1e-2)])
-    config = recipes.debug(spec, recipes.language_model_loss(spec), local_batch_size=2)
+    loss = (
+        MTPLoss.Config(global_vocab_size=spec.model.vocab_size)
+        if arguments.get("num_mtp_layers")
+        else recipes.language_model_loss(spec)
+    )
+    config = recipes.debug(spec, loss, local_batch_size=2)
     config.training.steps = steps
     config.debug.enable_structured_logging = False
     return train_config(config)

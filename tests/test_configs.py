@@ -9,6 +9,7 @@ import pytest
 import tomli
 
 from tests.train_jobs import save_seed, train
+from titan_moe_lb import toml_tables
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LOSS, NORM = "loss_metrics/global_avg_loss", "grad_norm"
@@ -24,8 +25,13 @@ def job_files() -> list[Path]:
     ]
 
 
-def tiny(module: str) -> list[str]:
-    return ["--module", module, "--config", f"{module}_tiny", "--training.steps=5"]
+def tiny(job: dict) -> list[str]:
+    """The tiny flavor of the job's model with the job's losses, which are part of a checkpoint."""
+    module = job["job"]["module"]
+    model = [
+        f"--model.{key}={toml_tables.inline(value)}" for key, value in job.get("model", {}).items()
+    ]
+    return ["--module", module, "--config", f"{module}_tiny", "--training.steps=5", *model]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +39,14 @@ def single_process(ranks, tmp_path_factory):
     """By model: seed checkpoint folder, and what one process logs from it on the same text."""
     known = {}
 
-    def run(module: str):
-        if module not in known:
-            folder = str(tmp_path_factory.mktemp(module))
-            ranks.run(1, save_seed, tiny(module), folder)
-            (logged,) = ranks.run(1, train, tiny(module), seed_folder=folder)
-            known[module] = folder, logged
-        return known[module]
+    def run(arguments: list[str]):
+        key = tuple(arguments)
+        if key not in known:
+            folder = str(tmp_path_factory.mktemp("seed"))
+            ranks.run(1, save_seed, arguments, folder)
+            (logged,) = ranks.run(1, train, arguments, seed_folder=folder)
+            known[key] = folder, logged
+        return known[key]
 
     return run
 
@@ -47,8 +54,8 @@ def single_process(ranks, tmp_path_factory):
 @pytest.mark.parametrize("path", job_files(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_job_file_trains(ranks, single_process, path):
     job = tomli.loads(path.read_text())
-    seed_folder, reference = single_process(job["job"]["module"])
-    arguments = ["--job-config", str(path), *tiny(job["job"]["module"])]
+    seed_folder, reference = single_process(tiny(job))
+    arguments = ["--job-config", str(path), *tiny(job)]
     by_rank = ranks.run(job["job"]["ranks"], train, arguments, seed_folder=seed_folder)
 
     norms = {logged[0][NORM] for logged in by_rank}

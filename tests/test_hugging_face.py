@@ -25,8 +25,36 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "max_position_embeddings": 4096,
     "attn_implementation": "eager",
 }
+
+
+def deepseek_v3() -> transformers.PreTrainedModel:
+    config = transformers.DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 4},
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        q_lora_rank=None,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    model = transformers.DeepseekV3ForCausalLM(config)
+    for layer in model.model.layers:
+        # transformers fixes this one at 1e-6; all norms of torchtitan's model have 1e-5.
+        layer.self_attn.kv_a_layernorm.variance_epsilon = 1e-5
+    return model
 
 
 def qwen3() -> transformers.PreTrainedModel:
@@ -47,7 +75,11 @@ def gpt_oss_() -> transformers.PreTrainedModel:
     return transformers.GptOssForCausalLM(config)
 
 
-@pytest.mark.parametrize(("module", "make"), [("qwen3", qwen3), ("gpt_oss", gpt_oss_)])
+@pytest.mark.parametrize(
+    ("module", "make"),
+    [("deepseek_v3", deepseek_v3), ("qwen3", qwen3), ("gpt_oss", gpt_oss_)],
+    ids=["DeepSeek-V3", "Qwen3", "GPT-OSS"],
+)
 def test_logits_and_checkpoint_of_transformers(ranks, tmp_path, module, make):
     torch.manual_seed(0)
     reference = make().float().eval()
@@ -102,9 +134,15 @@ def test_torchtitans_own_gpt_oss_adapter_loses_the_experts():
             lambda tensors: tensors.update({"lm_head.weight": torch.zeros(2048, 32)}),
             "'lm_head.weight' has shape (2048, 32) in",
         ),
+        (
+            lambda tensors: tensors.update(
+                {"lm_head.weight_blocks": tensors.pop("lm_head.weight")}
+            ),
+            "holds 'lm_head.weight' in quantized blocks; write the checkpoint out in bfloat16",
+        ),
         (lambda tensors: tensors.clear(), "holds no *.safetensors file"),
     ],
-    ids=["missing", "shape", "none"],
+    ids=["missing", "shape", "quantized", "none"],
 )
 def test_folder_of_another_model_is_one_line(tmp_path, monkeypatch, change, expected):
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -120,7 +120,7 @@ WRONG_FILES = {
     "unknown config": (JOB.replace("_tiny", "_tinny"), "did you mean 'deepseek_v3_tiny'?"),
     "unknown flavor": (
         '[job]\nmodule = "deepseek_v3"\nflavor = "67B"\n',
-        "no config for flavor '67B'",
+        "no config for flavor '67B'; did you mean '671B'?",
     ),
     "unknown loss": (
         JOB + '[model]\naux_losses = [{type = "sequence_wize", weight = 1.0}]\n',

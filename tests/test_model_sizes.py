@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tomli
 import torch
 
+from tests.train_jobs import build_one_rank
 from titan_moe_lb import job_config
+from titan_moe_lb.catalog import CONFIGS
+from titan_moe_lb.module_lookup import registered_models
 
 
 def deepseek_v3() -> int:
@@ -43,6 +49,15 @@ def gpt_oss(layers: int, experts: int) -> int:
     return layers * (attention + moe) + dim + 2 * 201088 * dim
 
 
+def llama4(experts: int, moe_layers: int) -> int:
+    """config.json of meta-llama's models: 48 layers, 40 query and 8 key-value heads of size 128."""
+    dim, hidden, vocab = 5120, 8192, 202048
+    attention = 2 * dim * 40 * 128 + 2 * dim * 8 * 128 + 2 * dim
+    moe = experts * dim + (experts + 1) * 3 * dim * hidden
+    dense = 3 * dim * 2 * hidden
+    return 48 * attention + moe_layers * moe + (48 - moe_layers) * dense + dim + 2 * vocab * dim
+
+
 SIZES = {
     # By hand from the report, and what it or the model card says.
     ("deepseek_v3", "671B"): (deepseek_v3(), 671e9),
@@ -50,20 +65,48 @@ SIZES = {
     ("qwen3", "235B-A22B"): (qwen3(94, 4096, 64, 1536), 235e9),
     ("gpt_oss", "20b"): (gpt_oss(24, 32), 20.91e9),
     ("gpt_oss", "120b"): (gpt_oss(36, 128), 116.83e9),
+    # The published checkpoints less the 871,932,416 of the vision tower and its projector.
+    ("llama4", "17Bx16E"): (llama4(16, 48), 108641793536 - 871932416),
+    ("llama4", "17Bx128E"): (llama4(128, 24), 401583781376 - 871932416),
 }
 
+REAL_SIZES = [
+    path
+    for path in sorted(CONFIGS.glob("*/*.toml"))
+    if tomli.loads(path.read_text())["job"]["ranks"] > 4
+]
 
-@pytest.mark.parametrize(("module", "flavor"), SIZES)
+
+def number_of_parameters(job_file: Path) -> int:
+    """Of the whole model of a job, built without memory."""
+    config = job_config.load(["--job-config", str(job_file)]).config
+    config.model_spec.model.update_from_config(config=config)
+    with torch.device("meta"):
+        model = config.model_spec.model.build()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "flavor"), [size for size in SIZES if size[0] in registered_models()]
+)
 def test_number_of_parameters(module, flavor, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     path = tmp_path / "job.toml"
     path.write_text(
-        f'[job]\nmodule = "{module}"\nflavor = "{flavor}"\n[parallelism]\nexpert_parallel_degree = 1\n'
+        f'[job]\nmodule = "{module}"\nflavor = "{flavor}"\n'
+        "[parallelism]\nexpert_parallel_degree = 1\n"
     )
-    config = job_config.load(["--job-config", str(path)]).config
-    config.model_spec.model.update_from_config(config=config)
-    with torch.device("meta"):
-        model = config.model_spec.model.build()
     by_hand, published = SIZES[module, flavor]
-    assert sum(parameter.numel() for parameter in model.parameters()) == by_hand
+    assert number_of_parameters(path) == by_hand
     assert by_hand == pytest.approx(published, rel=0.002)
+
+
+@pytest.mark.parametrize("path", REAL_SIZES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_one_rank_of_a_real_size_builds(ranks, monkeypatch, path):
+    """Its share: rank 0 of a pipeline has other layers than the rest."""
+    job = tomli.loads(path.read_text())
+    num_ranks = job["job"]["ranks"]
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    (parameters,) = ranks.run(1, build_one_rank, str(path), num_ranks)
+    shares = num_ranks // job["parallelism"].get("data_parallel_replicate_degree", 1)
+    assert 0.5 < parameters * shares / number_of_parameters(path) < 1.5

@@ -11,7 +11,14 @@ from titan_moe_lb.module_lookup import registered_models
 TOLERANCE = 1e-5
 # Gradients of about one size.
 WEIGHTS = {"sequence_wise": 0.1, "global_batch": 0.1, "z_loss": 0.001}
-LAYOUTS = ["dp_shard=2", "dp_shard=2,ep=2", "pp=2", "compile=true"]
+LAYOUTS = [
+    "dp_shard=2",
+    "dp_shard=2,ep=2",
+    "pp=2,schedule=1F1B",
+    "pp=2,schedule=Interleaved1F1B",
+    "pp=2,schedule=ZBVZeroBubble",
+    "compile=true",
+]
 
 
 @pytest.fixture(scope="module", params=sorted(set(registered_models()) - {"deepseek_v3"}))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import cpu, job_config, zero_bubble
+from titan_moe_lb import cpu, dry_run, job_config, zero_bubble
 
 
 def train(
@@ -41,6 +42,16 @@ def train_config(config: Trainer.Config, *, first_step: int = 1) -> list[dict[st
     trainer.train()
     trainer.close()
     return logged
+
+
+def build_one_rank(path: str, num_ranks: int) -> int:
+    """Build rank 0 of a job without the others; returns its parameters. One rank."""
+    os.environ.update(WORLD_SIZE=str(num_ranks), NGPU=str(num_ranks))
+    job = job_config.load(["--job-config", path, "--comm.mode=fake_backend"])
+    if cpu.needed():
+        cpu.adapt(job.config)
+    zero_bubble.adapt(job.config)
+    return dry_run.run(job.config)
 
 
 def save_seed(arguments: list[str], folder: str) -> None:

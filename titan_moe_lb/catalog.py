@@ -28,7 +28,7 @@ def show(console: Console | None = None) -> None:
         registry = module_lookup.config_registry(name)
         console.print(Text(f"--module {name}", style="bold"))
         parts = [
-            Text(_first_paragraph(room)),
+            Text(first_paragraph(room)),
             Text(f"flavors: {', '.join(room.FLAVORS)}"),
             _configs(registry),
             _jobs(name),
@@ -42,15 +42,16 @@ def _configs(registry: ModuleType) -> Table:
     table = _table("--config", "")
     for name in module_lookup.config_names(registry):
         default = " (default)" if name == getattr(registry, "debug_config", "") else ""
-        table.add_row(Text(name), Text(_first_line(getattr(registry, name)) + default))
+        table.add_row(Text(name), Text(first_paragraph(getattr(registry, name)) + default))
     return table
 
 
 def _jobs(name: str) -> Table | Group:
     table = _table(f"--job-config {os.path.relpath(CONFIGS / name)}/...", "ranks", "")
     for path in sorted((CONFIGS / name).glob("*.toml")):
-        job = tomli.loads(path.read_text())["job"]
-        table.add_row(Text(path.name), Text(str(job["ranks"])), Text(job["description"]))
+        job = tomli.loads(path.read_text()).get("job", {})
+        ranks, description = job.get("ranks", ""), job.get("description", "")
+        table.add_row(Text(path.name), Text(str(ranks)), Text(description))
     return table if table.row_count else Group()
 
 
@@ -69,9 +70,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _first_line(documented: object) -> str:
-    return (inspect.getdoc(documented) or "").partition("\n")[0]
-
-
-def _first_paragraph(documented: object) -> str:
+def first_paragraph(documented: object) -> str:
+    """Of the docstring, as one line."""
     return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())

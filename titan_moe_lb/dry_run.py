@@ -14,8 +14,8 @@ from titan_moe_lb.data import CORPUS, TOKENIZER_PATH
 from titan_moe_lb.local_shard import local_shard
 
 
-def run(config: Trainer.Config) -> None:
-    """Build this rank's part of the job and say how large it is.
+def run(config: Trainer.Config) -> int:
+    """Build this rank's part of the job, say how large it is, and return its parameters.
 
     No step is run: torch's pipeline schedules cannot run on a fake process group, and
     the numbers of a rank without its peers mean nothing.
@@ -34,6 +34,7 @@ def run(config: Trainer.Config) -> None:
     )
     trainer.close()
     torch.distributed.destroy_process_group()
+    return numbers
 
 
 def _stand_in_for_missing_assets(config: Trainer.Config) -> None:

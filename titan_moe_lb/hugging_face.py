@@ -41,6 +41,11 @@ def check_initial_weights(config: Trainer.Config) -> None:
         spec.state_dict_adapter(spec.model, None).get_hf_storage_reader(folder, from_quantized=True)
         return
     for name, shape in _expected_shapes(config).items():
+        if f"{name}_blocks" in found:
+            raise JobError(
+                f"checkpoint.initial_load_in_hf: {folder!r} holds {name!r} in quantized blocks; "
+                "write the checkpoint out in bfloat16 first"
+            )
         if name not in found:
             raise JobError(
                 f"checkpoint.initial_load_in_hf: {folder!r} has no tensor {name!r}, which has "

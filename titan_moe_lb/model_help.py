@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from titan_moe_lb import job_config, module_lookup, toml_tables
+from titan_moe_lb.catalog import first_paragraph
 from titan_moe_lb.losses import AuxLoss
 
 
@@ -28,7 +29,7 @@ def show(module: str, console: Console | None = None) -> None:
     console.print(_indented(_model_keys(entry)))
     console.print(Text('Losses, as in aux_losses = [{type = "z_loss", weight = 1e-4}]:'))
     for name, loss in AuxLoss.kinds.items():
-        console.print(Text(f'  type = "{name}": {_first_sentence(loss)}'))
+        console.print(Text(f'  type = "{name}": {first_paragraph(loss)}'))
         console.print(_indented(_loss_keys(loss), by=4))
     console.print(Text("Flags of torchtitan:"))
 
@@ -84,10 +85,6 @@ def _field_docstring(cls: type, name: str) -> str:
                 ):
                     return " ".join(str(following.value.value).split())
     return ""
-
-
-def _first_sentence(loss: type[AuxLoss]) -> str:
-    return " ".join((inspect.getdoc(loss) or "").partition("\n\n")[0].split())
 
 
 def _table() -> Table:

@@ -79,15 +79,19 @@ def config_of_flavor(registry: ModuleType, flavor: str) -> str:
     for name in names:
         if name.lower().endswith(ending):
             return name
+    flavors = getattr(_package(registry), "FLAVORS", names)
     raise JobError(
-        f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, names)}"
+        f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, flavors)}"
     )
 
 
 def entry_point(registry: ModuleType) -> Callable | None:
     """``model_registry`` of the package that the config functions belong to, if any."""
-    package = importlib.import_module(registry.__name__.removesuffix(".config_registry"))
-    return getattr(package, "model_registry", None)
+    return getattr(_package(registry), "model_registry", None)
+
+
+def _package(registry: ModuleType) -> ModuleType:
+    return importlib.import_module(registry.__name__.removesuffix(".config_registry"))
 
 
 def _exists(path: str) -> bool:

@@ -208,11 +208,12 @@ def inline(value: Any) -> str:
         return f'"{NONE}"'
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(inline(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
     if isinstance(value, AuxLoss.Config):
-        values, defaults = dump(value), dump(type(value)(weight=value.weight))
-        keys = ["weight", *(key for key in values if values[key] != defaults[key])]
-        pairs = [f"{key} = {inline(values[key])}" for key in keys]
-        return "{" + ", ".join([f'type = "{value._owner.type_name}"', *pairs]) + "}"
+        defaults = dump(type(value)(weight=value.weight))
+        changed = {key: item for key, item in dump(value).items() if item != defaults[key]}
+        return inline({"type": value._owner.type_name, "weight": value.weight, **changed})
     return json.dumps(value)
 
 

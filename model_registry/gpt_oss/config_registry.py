@@ -30,12 +30,12 @@ def gpt_oss_debugmodel() -> Trainer.Config:
 
 def gpt_oss_20b() -> Trainer.Config:
     """20.9B parameters, experts over 8 ranks."""
-    return _pretraining("20b", "./assets/hf/gpt-oss-20b", expert_parallel=8)
+    return _pretraining("20b", "./assets/hf/gpt-oss-20b")
 
 
 def gpt_oss_120b() -> Trainer.Config:
-    """116.8B parameters, experts over 32 ranks."""
-    return _pretraining("120b", "./assets/hf/gpt-oss-120b", expert_parallel=32)
+    """116.8B parameters, experts over 8 ranks."""
+    return _pretraining("120b", "./assets/hf/gpt-oss-120b")
 
 
 def _debug(flavor: str, **sizes: int) -> Trainer.Config:
@@ -43,7 +43,7 @@ def _debug(flavor: str, **sizes: int) -> Trainer.Config:
     return recipes.debug(spec, loss_config(spec), **sizes)
 
 
-def _pretraining(flavor: str, assets: str, *, expert_parallel: int) -> Trainer.Config:
+def _pretraining(flavor: str, assets: str) -> Trainer.Config:
     spec = model_registry(flavor)
     return recipes.pretraining(
         spec,
@@ -51,5 +51,5 @@ def _pretraining(flavor: str, assets: str, *, expert_parallel: int) -> Trainer.C
         assets=assets,
         # The model card has no learning rates; this is DeepSeek-V3's peak, like the warm-up.
         learning_rate=2.2e-4,
-        expert_parallel=expert_parallel,
+        expert_parallel=8,  # the GPUs of a node
     )
