@@ -19,7 +19,7 @@ from transformers import Llama4ForCausalLM
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 
 from model_registry.llama4.architecture import Architecture
-from model_registry.llama4.flavors import FLAVORS
+from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.model import Llama4Model
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
 from tests.hugging_face import weights_and_export
@@ -28,7 +28,7 @@ from titan_moe_lb.data import TOKENIZER_PATH
 SEQUENCE_LENGTH = 256
 INDEX = "model.safetensors.index.json"
 FILE = "model-00001-of-00001.safetensors"
-TINY = FLAVORS["tiny"]
+TINY = ARCHITECTURES["tiny"]
 VARIANTS = {
     "tiny": TINY,
     "like Scout": dataclasses.replace(

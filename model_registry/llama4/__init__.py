@@ -12,12 +12,14 @@ from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
 
-from model_registry.llama4.flavors import FLAVORS
+from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
 from model_registry.room import Default, check_flavor
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
+
+FLAVORS = tuple(ARCHITECTURES)
 
 LOAD_BALANCE_COEFF = Default(
     "load_balance_coeff",
@@ -60,7 +62,7 @@ def model_registry(
         JobError: unknown flavor, ``interleave_moe_layer_step`` outside the layers.
     """
     check_flavor("llama4", flavor, FLAVORS)
-    architecture = FLAVORS[flavor]
+    architecture = ARCHITECTURES[flavor]
     if interleave_moe_layer_step is not None:
         if not 1 <= interleave_moe_layer_step <= architecture.n_layers:
             raise JobError(

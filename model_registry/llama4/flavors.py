@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from model_registry.llama4.architecture import Architecture
 
-FLAVORS: dict[str, Architecture] = {
+ARCHITECTURES: dict[str, Architecture] = {
     # Four layers, for tests: a NoPE layer, and chunks shorter than the sequence.
     "tiny": Architecture(
         dim=64,
