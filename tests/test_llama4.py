@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.attention.flex_attention import create_mask
 from torchtitan.config.override import OverrideConfig, apply_overrides
+from torchtitan.models.common.config_utils import get_attention_config
 from transformers import Llama4ForCausalLM
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 
@@ -23,7 +25,10 @@ from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.model import Llama4Model
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
 from tests.hugging_face import weights_and_export
+from titan_moe_lb import job_config
 from titan_moe_lb.data import TOKENIZER_PATH
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.hugging_face import check_initial_weights
 
 SEQUENCE_LENGTH = 256
 INDEX = "model.safetensors.index.json"
@@ -176,7 +181,7 @@ def test_checkpoint_goes_out_and_back_bit_for_bit(variant, prefix, tmp_path):
     ],
     ids=["fsdp4_ep2", "fsdp2_tp2", "fsdp2_pp2"],
 )
-def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, layout, prefix):
+def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, monkeypatch, layout, prefix):
     """Sharded over experts twice, over their hidden dimension, or over stages: the same bits."""
     theirs = {prefix + name: w for name, w in hugging_face(TINY).state_dict().items()}
     folder, out = tmp_path / "hugging_face", tmp_path / "out"
@@ -188,6 +193,9 @@ def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, layout, pr
         *("--model.aux_losses", '[{type = "sequence_wise", weight = 1e-3}]'),
         *(f"--parallelism.{name}={degree}" for name, degree in layout.items()),
     ]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    loading = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"]
+    check_initial_weights(job_config.load([*arguments, *loading]).config)
     by_rank = ranks.run(4, weights_and_export, arguments, str(folder), str(out))
     expected = Llama4StateDictAdapter(ours(TINY).config, None).from_hf(theirs)
     weights = {
@@ -262,3 +270,67 @@ def test_experts_weight_their_input():
     out_TD = moe(x_BLD).double().flatten(0, 1)
     torch.testing.assert_close(out_TD, routed(True), atol=1e-5, rtol=1e-5)
     assert (out_TD - routed(False)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_masks_of_packed_documents(backend, batch):
+    """Against the rule itself: earlier tokens of the same document and, if chunked, chunk."""
+    architecture = dataclasses.replace(TINY, n_layers=1)
+    model = architecture.config(attn_backend="flex", moe_comm_backend="standard").build()
+    model.config.layers[0].attention.inner_attention = get_attention_config(backend)
+    lengths = [[150, 96, 10], [200, 56]][:batch]
+    positions = torch.stack(
+        [torch.cat([torch.arange(n) for n in documents]) for documents in lengths]
+    )
+    document = torch.stack(
+        [
+            torch.arange(len(documents)).repeat_interleave(torch.tensor(documents))
+            for documents in lengths
+        ]
+    )
+    masks = model.get_attention_masks(positions)
+    index = torch.arange(positions.shape[1])
+    full = (index[:, None] >= index) & (document[:, :, None] == document[:, None])
+    chunk = positions // TINY.chunk_size
+    expected = {"full": full, "chunked": full & (chunk[:, :, None] == chunk[:, None])}
+    for name, mask in masks.items():
+        seen = flex_mask(mask, *positions.shape) if backend == "flex" else varlen_mask(mask)
+        assert torch.equal(seen, expected[name] if backend == "flex" else flat(expected[name]))
+
+
+def flex_mask(mask, batch: int, length: int) -> torch.Tensor:
+    return create_mask(mask.mask_mod, batch, 1, length, length, device="cpu")[:, 0]
+
+
+def varlen_mask(mask) -> torch.Tensor:
+    """Causal within each segment of the flattened batch."""
+    index = torch.arange(mask.cu_seq_q[-1])
+    segment = torch.bucketize(index, mask.cu_seq_q, right=True)
+    assert torch.bincount(segment).max() == mask.max_q
+    return (index[:, None] >= index) & (segment[:, None] == segment)
+
+
+def flat(mask_BLL: torch.Tensor) -> torch.Tensor:
+    return torch.block_diag(*mask_BLL.int()).bool()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.interleave_moe_layer_step=5"], "llama4 tiny takes 1 to 4, its number of layers"),
+        (
+            ["--model.attn_backend=varlen", "--parallelism.context_parallel_degree=2"],
+            'attn_backend "varlen" cannot be split over context-parallel ranks',
+        ),
+        (["--parallelism.tensor_parallel_degree=4"], "does not divide the model's 2 key-value"),
+    ],
+    ids=["interleave", "varlen", "heads"],
+)
+def test_what_cannot_be_is_one_line(monkeypatch, flags, expected):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    arguments = ["--module", "llama4", "--config", "llama4_tiny", "--training.seq_len=256"]
+    with pytest.raises(JobError) as error:
+        config = job_config.load([*arguments, *flags]).config
+        config.model_spec.model.update_from_config(config=config)
+    assert expected in str(error.value) and "\n" not in str(error.value)

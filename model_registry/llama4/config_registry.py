@@ -30,13 +30,17 @@ def llama4_debugmodel() -> Trainer.Config:
 
 
 def llama4_17bx16e() -> Trainer.Config:
-    """Scout: 109B parameters, 17B of them active, experts over 16 ranks."""
-    return _pretraining("17Bx16E", "./assets/hf/Llama-4-Scout-17B-16E", expert_parallel=16)
+    """Scout: 109B parameters, 17B of them active, experts over 8 ranks."""
+    return _pretraining(
+        "17Bx16E", "./assets/hf/Llama-4-Scout-17B-16E", expert_parallel=8, seq_len=8192
+    )
 
 
 def llama4_17bx128e() -> Trainer.Config:
-    """Maverick: 400B parameters, 17B of them active, experts over 64 ranks."""
-    return _pretraining("17Bx128E", "./assets/hf/Llama-4-Maverick-17B-128E", expert_parallel=64)
+    """Maverick: 400B parameters, 17B of them active, experts over 128 ranks."""
+    return _pretraining(
+        "17Bx128E", "./assets/hf/Llama-4-Maverick-17B-128E", expert_parallel=128, seq_len=4096
+    )
 
 
 def _debug(flavor: str, *, seq_len: int = 256) -> Trainer.Config:
@@ -44,14 +48,15 @@ def _debug(flavor: str, *, seq_len: int = 256) -> Trainer.Config:
     return recipes.debug(spec, loss_config(spec), seq_len=seq_len)
 
 
-def _pretraining(flavor: str, assets: str, *, expert_parallel: int) -> Trainer.Config:
+def _pretraining(flavor: str, assets: str, *, expert_parallel: int, seq_len: int) -> Trainer.Config:
     spec = model_registry(flavor)
     return recipes.pretraining(
         spec,
         loss_config(spec),
         assets=assets,
-        learning_rate=4e-4,  # Meta published none
+        # Meta published no learning rate; this is DeepSeek-V3's peak, like the warm-up.
+        learning_rate=2.2e-4,
         expert_parallel=expert_parallel,
-        seq_len=8192,
+        seq_len=seq_len,
         activation_checkpoint=FullAC.Config(),
     )
