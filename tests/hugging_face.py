@@ -1,10 +1,11 @@
-"""A job that starts from a Hugging Face folder: its logits, and what it writes back. One rank."""
+"""A job that starts from a Hugging Face folder: what it computes, holds and writes back."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from titan_moe_lb import cpu, job_config
 
@@ -29,13 +30,7 @@ def logits_and_export(
             *arguments,
             f"--training.seq_len={tokens.shape[1]}",
             "--training.mixed_precision_param=float32",
-            "--checkpoint.enable",
-            "--checkpoint.initial_load_in_hf",
-            f"--checkpoint.initial_load_path={folder}",
-            "--checkpoint.last_save_in_hf",
-            "--checkpoint.last_save_model_only",
-            f"--dump_folder={out_folder}",
-            "--debug.no-enable-structured-logging",
+            *_from_and_to(folder, out_folder),
         ]
     )
     cpu.adapt(job.config)
@@ -54,3 +49,37 @@ def logits_and_export(
     trainer.checkpointer.save(curr_step=1, last_step=True)
     trainer.close()
     return logits[0], logits[1], os.path.join(out_folder, "checkpoint", "step-1")
+
+
+def weights_and_export(
+    arguments: list[str], folder: str, out_folder: str
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Load a folder of safetensors under any layout and write it out again. Every rank.
+
+    Returns:
+        The whole parameters of this rank's stages, and the folder of the written weights.
+    """
+    job = job_config.load([*arguments, *_from_and_to(folder, out_folder)])
+    cpu.adapt(job.config)
+    trainer = job.config.build()
+    trainer.checkpointer.load()
+    state = {k: v for part in trainer.model_parts for k, v in part.state_dict().items()}
+    weights = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for name, value in state.items()
+    }
+    trainer.checkpointer.save(curr_step=1, last_step=True)
+    trainer.close()
+    return weights, os.path.join(out_folder, "checkpoint", "step-1")
+
+
+def _from_and_to(folder: str, out_folder: str) -> list[str]:
+    return [
+        "--checkpoint.enable",
+        "--checkpoint.initial_load_in_hf",
+        f"--checkpoint.initial_load_path={folder}",
+        "--checkpoint.last_save_in_hf",
+        "--checkpoint.last_save_model_only",
+        f"--dump_folder={out_folder}",
+        "--debug.no-enable-structured-logging",
+    ]

@@ -82,5 +82,6 @@ def _expected_shapes(config: Trainer.Config) -> dict[str, tuple[int, ...]]:
     model_config.update_from_config(config=config)
     with torch.device("meta"):
         state = model_config.build().state_dict()
-    adapter = spec.state_dict_adapter(model_config, None)
+    # As torchtitan makes it: an adapter may choose names by the index in that folder.
+    adapter = spec.state_dict_adapter(model_config, config.hf_assets_path)
     return {name: tuple(value.shape) for name, value in adapter.to_hf(state).items()}
