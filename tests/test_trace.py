@@ -338,6 +338,34 @@ def test_full_disk_while_resuming_leaves_the_earlier_steps(tmp_path):
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
 
+def test_folder_that_cannot_be_made_is_one_warning(tmp_path, caplog):
+    (tmp_path / "outputs").write_text("a file where the folder should be")
+    info = run_info()
+    writer = TraceWriter(tmp_path / "outputs" / "run", info)
+    with caplog.at_level(logging.WARNING):
+        for step, load in enumerate(step_loads(info, 3), start=1):
+            writer.write(step, load)
+        writer.close()
+    (record,) = caplog.records
+    assert "training goes on, its steps from 1 on are not recorded" in record.getMessage()
+
+
+def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
+    info = run_info(2, 4)
+    file = write_run(tmp_path, info, 3) / FILE_NAME
+    content, load = file.read_bytes(), next(step_loads(info, 1))
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        array = np.frombuffer(content, dtype=np.uint8).copy()
+        array[random.integers(0, len(array), size=2)] = random.integers(0, 256, size=2)
+        file.write_bytes(array.tobytes())
+        writer = TraceWriter(tmp_path, info)
+        writer.write(4, load)
+        writer.close()
+        with pa.OSFile(str(file)) as stream:
+            assert pa.ipc.open_stream(stream).read_all()["step"].to_pylist()[-2:] == [4, 4]
+
+
 def test_run_info_survives_its_own_json(tmp_path):
     info = run_info(resumed_at=(5, 9), forced_routing='HotRank(rank=3, "half")', schedule=None)
     schema = pa.schema([("step", pa.int64())], metadata=info.metadata())
