@@ -18,6 +18,7 @@ from model_registry.room import Default, check_flavor
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
+from titan_moe_lb.routing import ForcedRouting
 
 FLAVORS = tuple(ARCHITECTURES)
 
@@ -44,6 +45,7 @@ def model_registry(
     interleave_moe_layer_step: int | None = None,
     aux_losses: list[AuxLoss.Config] | None = None,
     load_balance_coeff: float | None = LOAD_BALANCE_COEFF.value,
+    forced_routing: ForcedRouting.Config | None = None,
 ) -> BalancedModelSpec:
     """Llama 4 of one flavor, balanced.
 
@@ -57,6 +59,7 @@ def model_registry(
         aux_losses: losses of every router; None for the model's default, an empty
             list for none.
         load_balance_coeff: bias update speed; None turns the expert bias off.
+        forced_routing: what decides where tokens go, in a benchmark.
 
     Raises:
         JobError: unknown flavor, ``interleave_moe_layer_step`` outside the layers.
@@ -89,5 +92,6 @@ def model_registry(
         spec,
         aux_losses=AUX_LOSSES.value if aux_losses is None else aux_losses,
         load_balance_coeff=load_balance_coeff,
+        forced_routing=forced_routing,
         before=converters,
     )
