@@ -1,18 +1,22 @@
-"""What the losses and their recorder cost of a whole training step.
+"""What the losses, or the telemetry, cost of a whole training step.
 
-    python -m benchmarks.step_overhead [--steps 12] [--config deepseek_v3_debugmodel]
+    python -m benchmarks.step_overhead [--of telemetry] [--steps 12] [--config NAME]
 
-Two trainers of the same job in one process, torchtitan's own router against ours with
-the sequence-wise, global-batch and z losses, stepped in turn. Prints the medians, the
-overhead of the median pair and the spread between the quartiles of the pairs.
+Two trainers of the same job in one process, stepped in turn. Of the losses:
+torchtitan's own router against ours with the sequence-wise, global-batch and z losses.
+Of the telemetry: the registry's job with ``track_moe_metrics`` off and on, where every
+step is logged, reduced and written to a trace. Prints the medians, the overhead of the
+median pair and the spread between the quartiles of the pairs.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -38,6 +42,7 @@ LOSSES = (
 
 @dataclass
 class Arguments:
+    of: Literal["losses", "telemetry"] = "losses"
     steps: int = 12
     config: str = "deepseek_v3_debugmodel"
 
@@ -45,14 +50,14 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     single_process.announce()
-    sides = {"without": _trainer(arguments, losses=False), "with": _trainer(arguments, losses=True)}
+    sides = {"without": _trainer(arguments, on=False), "with": _trainer(arguments, on=True)}
     iterators = {name: side.batch_generator(side.dataloader) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for step in range(arguments.steps + 2):
         # The order alternates, so that neither side always follows the other.
         for name in list(sides)[:: 1 if step % 2 else -1]:
-            # Logging is the recorder's reader; step 3 of the default frequency is not logged.
-            sides[name].step = 3
+            # Losses act in steps that are not logged, too: step 3 of 1,000 is not.
+            sides[name].step = 3 + step
             _synchronize()
             started = time.perf_counter()
             sides[name].train_step(iterators[name])
@@ -64,6 +69,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "of": arguments.of,
                 "config": arguments.config,
                 "without_s": statistics.median(seconds["without"]),
                 "with_s": statistics.median(seconds["with"]),
@@ -80,11 +86,16 @@ def _synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-def _trainer(arguments: Arguments, *, losses: bool) -> Trainer:
-    flags = ["--config", arguments.config, "--debug.seed=0", "--metrics.log_freq=1000"]
-    config = job_config.load([*flags, f"--model.aux_losses={LOSSES if losses else '[]'}"]).config
+def _trainer(arguments: Arguments, *, on: bool) -> Trainer:
+    flags = ["--config", arguments.config, "--debug.seed=0"]
+    if arguments.of == "losses":
+        flags += ["--metrics.log_freq=1000", f"--model.aux_losses={LOSSES if on else '[]'}"]
+    else:
+        flags += ["--metrics.log_freq=1", f"--dump_folder={tempfile.mkdtemp()}"]
+        flags += [] if on else ["--metrics.no-track-moe-metrics"]
+    config = job_config.load(flags).config
     config.debug.enable_structured_logging = False
-    if not losses:
+    if arguments.of == "losses" and not on:
         for _fqn, router, parent, name in list(config.traverse(LoadBalancedRouter.Config)):
             setattr(parent, name, derive(router, TokenChoiceTopKRouter.Config))
     if cpu.needed():
