@@ -72,7 +72,7 @@ def heatmap(trace: Trace) -> go.Figure:
     """Layers x experts without data: the page's script fills in the step of its slider."""
     num_layers, num_experts = len(trace.layers), trace.info.num_experts
     every_layer, every_expert = -(-num_layers // 12), _round_spacing(num_experts)
-    figure = _figure(height=int(np.clip(9 * num_layers, 120, 560)) + 60)
+    figure = blank_figure(height=int(np.clip(9 * num_layers, 120, 560)) + 60)
     layers = [str(layer) for layer in trace.layers]
     figure.add_heatmap(
         y=layers,
@@ -103,7 +103,7 @@ def heatmap(trace: Trace) -> go.Figure:
 
 def course(traces: list[Trace]) -> go.Figure:
     """One expert over the steps, one curve per run: the page's script fills in its loads."""
-    figure = _figure(height=240)
+    figure = blank_figure(height=240)
     for mark, color, _trace in zip("AB", (_BLUE, _RED), traces, strict=False):
         figure.add_scatter(name=mark, line={"color": color}, hovertemplate="%{y:.2f} ×")
     figure.update_yaxes(title="load / balanced", rangemode="tozero")
@@ -127,7 +127,7 @@ def _color_scale() -> list[list]:
 
 
 def _max_violation(trace: Trace) -> go.Figure:
-    figure = _figure()
+    figure = blank_figure()
     violation_SM = max_violation(trace.counts_SME)
     steps = shown_steps(len(trace.steps), MOST_POINTS)
     curves = [
@@ -143,7 +143,7 @@ def _max_violation(trace: Trace) -> go.Figure:
 
 
 def _overload(trace: Trace) -> go.Figure:
-    figure = _figure()
+    figure = blank_figure()
     steps = shown_steps(len(trace.steps), MOST_POINTS)
     curves = [
         ("maximum", trace.max_overload_factor_SM.max(axis=1), _RED, 1.2),
@@ -156,7 +156,7 @@ def _overload(trace: Trace) -> go.Figure:
 
 
 def _loss(trace: Trace, name: str) -> go.Figure:
-    figure = _figure()
+    figure = blank_figure()
     num_layers = len(trace.layers)
     values_SM = trace.losses.get(name, np.full((len(trace.steps), num_layers), np.nan))
     steps = shown_steps(len(trace.steps), MOST_POINTS_PER_LAYER)
@@ -217,7 +217,7 @@ def _share_axes(figures: list[go.Figure]) -> None:
             figure.layout[f"{axis}axis"].range = [low - margin, high + margin]
 
 
-def _figure(height: int = 320) -> go.Figure:
+def blank_figure(height: int = 320) -> go.Figure:
     figure = go.Figure(
         layout={
             "template": "none",

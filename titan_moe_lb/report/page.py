@@ -24,8 +24,10 @@ _MARKUP_BYTES = 60_000
 def render(traces: list[Trace]) -> str:
     """The page of one run, or of two runs of one model side by side."""
     charts = figures.charts(traces)
-    drawings = _packed_json([[_plain(figure) for figure in chart.figures] for chart in charts])
-    plotly = _packed(get_plotlyjs().encode())
+    drawings = packed_text(
+        json.dumps([[_plain(figure) for figure in chart.figures] for chart in charts])
+    )
+    plotly = packed_text(get_plotlyjs())
     rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(plotly)
     most_load_bytes = rest * 3 // 4 // len(traces)  # base64 makes 4 bytes of 3
     runs = [_run(mark, trace, most_load_bytes) for mark, trace in zip("AB", traces, strict=False)]
@@ -50,7 +52,7 @@ def render(traces: list[Trace]) -> str:
         charts=charts,
         load_colors=figures.LOAD_COLORS,
         dead_color=figures.DEAD_COLOR,
-        data=_packed_json(data),
+        data=packed_text(json.dumps(data)),
         drawings=drawings,
         plotly=plotly,
     )
@@ -77,13 +79,9 @@ def _plain(figure: go.Figure) -> dict[str, Any]:
     return json.loads(figure.to_json())
 
 
-def _packed_json(content: Any) -> str:
-    return _packed(json.dumps(content).encode())
-
-
-def _packed(content: bytes) -> str:
-    """Deflated and base64: plotly's script alone is 4.8 MB otherwise."""
-    return base64.b64encode(zlib.compress(content, level=9)).decode()
+def packed_text(text: str) -> str:
+    """Deflated and base64: plotly alone is 4.8 MB otherwise."""
+    return base64.b64encode(zlib.compress(text.encode(), level=9)).decode()
 
 
 def _template() -> jinja2.Template:
