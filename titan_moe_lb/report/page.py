@@ -80,7 +80,7 @@ def _plain(figure: go.Figure) -> dict[str, Any]:
 
 
 def packed_text(text: str) -> str:
-    """Deflated and base64: plotly alone is 4.8 MB otherwise."""
+    """Deflated and base64: plotly's script alone is 4.8 MB otherwise."""
     return base64.b64encode(zlib.compress(text.encode(), level=9)).decode()
 
 
