@@ -103,11 +103,12 @@ class StepFile:
         """Batches of the existing file to begin the new one with; sets the schema of both."""
         try:
             source = BatchReader(self.path)
+            schema = self._resume(source.schema, first_step)
             batches = iter(source)
             first = next(batches, None)
             if first is None or _step(first) >= first_step:
                 raise JobError(f"it holds nothing before step {first_step}")
-            self._schema = self._resume(source.schema, first_step)
+            self._schema = schema
         except JobError as error:
             aside = _free_name(self.path)
             os.replace(self.path, aside)
@@ -183,7 +184,8 @@ def _open(path: Path) -> pa.NativeFile:
 
 
 def _step(batch: pa.RecordBatch) -> int:
-    return batch.column("step")[0].as_py() if batch.num_rows else -1
+    step = batch.column("step")[0].as_py() if batch.num_rows else None
+    return -1 if step is None else step
 
 
 def _fit(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -56,9 +56,9 @@ class TraceWriter:
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
         earlier = _info_of(schema, self._file.path)
         self.info.require_same_model(earlier, "this run", self._file.path.name)
-        self.info = dataclasses.replace(self.info, resumed_at=(*earlier.resumed_at, first_step))
+        info = dataclasses.replace(self.info, resumed_at=(*earlier.resumed_at, first_step))
         # Losses that either part of the run has: the column is null in the other part.
-        return _schema(self.info, dict.fromkeys([*_loss_names(schema), *self._columns]))
+        return _schema(info, dict.fromkeys([*_loss_names(schema), *self._columns]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
