@@ -28,7 +28,7 @@ from torchtitan.trainer import Trainer
 from benchmarks import single_process
 from titan_moe_lb import job_config
 from titan_moe_lb.telemetry.recorder import finish_step
-from titan_moe_lb.telemetry.reduction import routers_of
+from titan_moe_lb.telemetry.step_hook import routers_of
 
 
 @dataclass
@@ -50,7 +50,9 @@ def main() -> None:
             previous = [router.aux_losses["global_batch"].counts_E.clone() for router in routers]
             late = _aux_gradient(trainer, inputs, labels)
             for router in routers:
-                router.aux_losses["global_batch"].counts_E.copy_(router.recorder.counts_SE[0])
+                router.aux_losses["global_batch"].counts_E.copy_(
+                    router.recorder.counts_MSE[:, 0].sum(dim=0)
+                )
             true = _aux_gradient(trainer, inputs, labels)
             for router, counts in zip(routers, previous, strict=True):
                 router.aux_losses["global_batch"].counts_E.copy_(counts)

@@ -23,7 +23,9 @@ def language_model_loss(spec: ModelSpec) -> BaseLoss.Config:
     )
 
 
-def debug(spec: ModelSpec, loss: BaseLoss.Config, *, seq_len: int = 256) -> Trainer.Config:
+def debug(
+    spec: ModelSpec, loss: BaseLoss.Config, *, local_batch_size: int = 8, seq_len: int = 256
+) -> Trainer.Config:
     """Ten steps on text that comes with Python, every step logged."""
     return Trainer.Config(
         loss=loss,
@@ -38,7 +40,10 @@ def debug(spec: ModelSpec, loss: BaseLoss.Config, *, seq_len: int = 256) -> Trai
         # torchtitan cannot capture the standard EP dispatcher or a pipeline
         # schedule in a CUDA graph.
         training=TrainingConfig(
-            local_batch_size=8, seq_len=seq_len, steps=10, disable_cuda_graphs=True
+            local_batch_size=local_batch_size,
+            seq_len=seq_len,
+            steps=10,
+            disable_cuda_graphs=True,
         ),
         parallelism=ParallelismConfig(),
         checkpoint=CheckpointManager.Config(interval=10, last_save_model_only=False),

@@ -51,12 +51,18 @@ class Page(HTMLParser):
     def data(self):
         return json.loads(self.inflated("data"))
 
+    @property
+    def charts(self):
+        return json.loads(self.inflated("drawings"))
+
     def loads(self, index):
-        """As the page's script computes them: differences from step to step, in a byte."""
+        """As the page's script computes them: plain, or differences from step to step."""
         data, run = self.data, self.data["runs"][index]
         shape = (len(run["frames"]), len(run["layers"]), run["numExperts"])
-        differences = np.frombuffer(self.inflated(f"loads-{index}"), dtype=np.uint8)
-        codes = differences.reshape(shape).astype(int).cumsum(axis=0) % 256
+        form, *_ = packed = self.inflated(f"loads-{index}")
+        codes = np.frombuffer(packed[1:], dtype=np.uint8).reshape(shape).astype(int)
+        if form == 1:
+            codes = codes.cumsum(axis=0) % 256
         loads = 2.0 ** ((codes - 1) / data["levelsPerOctave"] + data["lowestOctave"])
         return np.where(codes == 0, 0.0, loads)
 
@@ -103,7 +109,7 @@ def test_heatmap_is_the_trace(small):
 
 def test_curves_are_the_trace(small):
     page, trace = small
-    (violation,), (overload,), (loss,) = page.data["charts"]
+    (violation,), (overload,), (loss,) = page.charts
     violation_SM = trace.counts_SME.max(axis=2) / trace.counts_SME.mean(axis=2) - 1
     ordered_SM = np.sort(violation_SM, axis=1)
     for figure, name, expected_S in (
@@ -145,17 +151,9 @@ def spaced(page):
 
 
 def test_dead_experts_are_zero_and_counted(tmp_path):
-    info = run_info(2, 4)
-    write_run(tmp_path, info, 2)
-    trace = read_trace(tmp_path)
-    loads = list(TraceReader(tmp_path))
-    dead = trace.counts_SME[1].copy()
-    dead[0, 2] = dead[1, 0] = dead[1, 1] = 0
-    (tmp_path / "dead").mkdir()
-    writer = TraceWriter(tmp_path / "dead", info)
-    writer.write(1, loads[0][1])
-    writer.write(2, dataclasses.replace(loads[1][1], counts_ME=dead))
-    page = page_of(tmp_path / "dead")
+    counts_SME = read_trace(write_run(tmp_path, run_info(2, 4), 2)).counts_SME.copy()
+    counts_SME[1, 0, 2] = counts_SME[1, 1, 0] = counts_SME[1, 1, 1] = 0
+    page = page_of(rewritten(tmp_path, counts_SME))
     assert np.argwhere(page.loads(0)[1] == 0).tolist() == [[0, 2], [1, 0], [1, 1]]
     assert "3 of 8" in page.visible
 
@@ -171,15 +169,35 @@ def test_needs_no_network(small):
     assert b"Plotly" in page.inflated("plotly")
 
 
-def test_largest_model_is_below_5_mb_with_every_step(tmp_path):
+def rewritten(folder, counts_SME):
+    """The run in ``folder`` with other counts."""
+    reader = TraceReader(folder)
+    loads = [load for _step, load in reader]
+    writer = TraceWriter(folder / "other", reader.info)
+    for step, (load, counts_ME) in enumerate(zip(loads, counts_SME, strict=True), start=1):
+        writer.write(step, dataclasses.replace(load, counts_ME=counts_ME))
+    writer.close()
+    return folder / "other"
+
+
+@pytest.mark.parametrize("kind, smallest_form", [("drifting", 1), ("independent", 0)])
+def test_largest_model_is_below_5_mb_with_every_step(kind, smallest_form, tmp_path):
     # A small batch, so that chance alone moves every load by 6% from step to step.
-    info = run_info(
-        61, 256, 8, global_batch_size=16, seq_len=512, losses={LOSS: 1.0, "z_loss": 1.0}
-    )
-    page = page_of(write_run(tmp_path, info, 200))
-    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    losses = {LOSS: 1.0, "z_loss": 1.0}
+    info = run_info(61, 256, 8, global_batch_size=16, seq_len=512, losses=losses)
+    folder = write_run(tmp_path, info, 200)
+    if kind == "independent":
+        random = np.random.default_rng(0)
+        spread_SME = np.exp(0.4 * random.standard_normal((200, 61, 256)))
+        folder = rewritten(folder, random.poisson(256 * spread_SME))
+    page = page_of(folder)
+    assert (folder / "report.html").stat().st_size < 5_000_000
     assert page.data["runs"][0]["frames"] == list(range(1, 201))
     assert "evenly spread" not in page.visible
+    assert page.inflated("loads-0")[0] == smallest_form
+    expected = balanced_load(read_trace(folder).counts_SME)
+    within = expected >= 2.0**-4
+    np.testing.assert_allclose(page.loads(0)[within], expected[within], rtol=0.045)
 
 
 def test_long_run_is_thinned_and_says_so(tmp_path):
@@ -203,7 +221,7 @@ def test_two_runs_side_by_side(tmp_path):
     np.testing.assert_allclose(
         page.loads(1), balanced_load(read_trace(other).counts_SME), rtol=0.045
     )
-    charts = page.data["charts"]
+    charts = page.charts
     assert len(charts) == 4, "MaxVio, overload, and the losses of either run"
     for figures in charts:
         ranges = {tuple(figure["layout"]["yaxis"]["range"]) for figure in figures}

@@ -104,24 +104,24 @@ def test_cut_at_every_byte_gives_whole_steps_or_one_line(tmp_path):
     info = run_info(2, 4, losses={})
     writer = TraceWriter(tmp_path / "run", info)
     file, ends = tmp_path / "run" / FILE_NAME, []
-    for step, load in enumerate(step_loads(info, 3), start=1):
+    for step, load in enumerate(step_loads(info, 2), start=1):
         writer.write(step, load)
         ends.append(file.stat().st_size)
-    content = file.read_bytes()
-    cut = tmp_path / "cut.arrow"
-    for size in range(len(content) + 1):
-        cut.write_bytes(content[:size])
-        whole = sum(end <= size for end in ends)
-        if whole:
+    cut, content = tmp_path / "cut.arrow", file.read_bytes()
+    with cut.open("wb", buffering=0) as growing:
+        for size in range(len(content) + 1):
+            growing.write(content[max(size - 1, 0) : size])
+            whole = sum(end <= size for end in ends)
+            if not whole:
+                with pytest.raises(JobError) as error:
+                    read_trace(cut)
+                assert "cut.arrow" in str(error.value) and "\n" not in str(error.value)
+                continue
             trace = read_trace(cut)
             assert trace.steps.tolist() == list(range(1, whole + 1))
             assert (trace.truncated is None) == (size in ends)
             if trace.truncated:
                 assert f"read up to step {whole}" in trace.truncated
-        else:
-            with pytest.raises(JobError) as error:
-                read_trace(cut)
-            assert "cut.arrow" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_damaged_bytes_are_never_a_traceback(tmp_path):
@@ -336,6 +336,34 @@ def test_full_disk_while_resuming_leaves_the_earlier_steps(tmp_path):
     assert "its steps from 11 on are not recorded" in warning
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_folder_that_cannot_be_made_is_one_warning(tmp_path, caplog):
+    (tmp_path / "outputs").write_text("a file where the folder should be")
+    info = run_info()
+    writer = TraceWriter(tmp_path / "outputs" / "run", info)
+    with caplog.at_level(logging.WARNING):
+        for step, load in enumerate(step_loads(info, 3), start=1):
+            writer.write(step, load)
+        writer.close()
+    (record,) = caplog.records
+    assert "training goes on, its steps from 1 on are not recorded" in record.getMessage()
+
+
+def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
+    info = run_info(2, 4)
+    file = write_run(tmp_path, info, 3) / FILE_NAME
+    content, load = file.read_bytes(), next(step_loads(info, 1))
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        array = np.frombuffer(content, dtype=np.uint8).copy()
+        array[random.integers(0, len(array), size=2)] = random.integers(0, 256, size=2)
+        file.write_bytes(array.tobytes())
+        writer = TraceWriter(tmp_path, info)
+        writer.write(4, load)
+        writer.close()
+        with pa.OSFile(str(file)) as stream:
+            assert pa.ipc.open_stream(stream).read_all()["step"].to_pylist()[-2:] == [4, 4]
 
 
 def test_run_info_survives_its_own_json(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from titan_moe_lb import cpu, job_config, zero_bubble
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb import cpu, dry_run, job_config, zero_bubble
 
 
 def train(
@@ -19,21 +22,38 @@ def train(
     """
     if seed_folder is not None:
         arguments = [
-            *arguments,
             "--checkpoint.enable",
             "--checkpoint.load_only",
             f"--checkpoint.initial_load_path={seed_folder}/checkpoint/step-0",
+            *arguments,
         ]
-    job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
+    job = job_config.load(["--debug.no-enable-structured-logging", *arguments])
+    if "--dump_folder" not in " ".join(arguments):
+        job.config.metrics.write_moe_trace = False
+    return train_config(job.config, first_step=first_step)
+
+
+def train_config(config: Trainer.Config, *, first_step: int = 1) -> list[dict[str, float]]:
+    """Train a resolved config; returns as :func:`train`."""
     if cpu.needed():
-        cpu.adapt(job.config)
-    zero_bubble.adapt(job.config)
-    trainer = job.config.build()
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+    trainer = config.build()
     logged: list[dict[str, float]] = []
     trainer.metrics_processor.logger = _Capture(logged, first_step)
     trainer.train()
     trainer.close()
     return logged
+
+
+def build_one_rank(path: str, num_ranks: int) -> int:
+    """Build rank 0 of a job without the others; returns its parameters. One rank."""
+    os.environ.update(WORLD_SIZE=str(num_ranks), NGPU=str(num_ranks))
+    job = job_config.load(["--job-config", path, "--comm.mode=fake_backend"])
+    if cpu.needed():
+        cpu.adapt(job.config)
+    zero_bubble.adapt(job.config)
+    return dry_run.run(job.config)
 
 
 def save_seed(arguments: list[str], folder: str) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
+from torchtitan.trainer import Trainer
 
 from titan_moe_lb import global_batch, validation
 from titan_moe_lb.errors import JobError
@@ -19,11 +20,14 @@ from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.routing import ForcedRouting
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+from titan_moe_lb.telemetry.step_hook import register_load_balancing
 
 
 class LoadBalanceConverter(ModelConfigConverter):
     """Give every MoE layer of a model config a :class:`LoadBalancedRouter`.
 
+    :func:`titan_moe_lb.model_spec.balanced` applies it together with the step hook that
+    it needs; in torchtitan's own ``converters=`` it would lack the hook and is refused.
     The converted config also checks the job and binds the losses to it in
     ``update_from_config``, which torchtitan calls before it builds the model.
     """
@@ -101,20 +105,33 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
     @dataclass(kw_only=True, slots=True)
     class Config(model_config_cls):
         def update_from_config(self, *, config, **kwargs) -> None:
+            _has_step_hook(config)
             validation.validate(config)
             model_config_cls.update_from_config(self, config=config, **kwargs)
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
             for _fqn, moe, _parent, _attribute in self.traverse(MoE.Config):
-                moe.router.update_from_config(
-                    config=config,
-                    updates_bias=moe.load_balance_coeff is not None,
-                    track=reports and metrics.track_moe_metrics,
-                    record_tokens=reports and bool(metrics.record_routing_steps),
-                )
-            if reports:
+                if isinstance(moe.router, LoadBalancedRouter.Config):
+                    moe.router.update_from_config(
+                        config=config,
+                        updates_bias=moe.load_balance_coeff is not None,
+                        track=reports and metrics.track_moe_metrics,
+                        record_tokens=reports and bool(metrics.record_routing_steps),
+                    )
+            if reports and any(self.traverse(LoadBalancedRouter.Config)):
                 metrics.run_info = describe_run(config)
                 metrics.cut = global_batch.cut(config)
 
     Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
     return Config
+
+
+def _has_step_hook(config: Trainer.Config) -> None:
+    """Without the hook no step would be closed: no metrics, no counts for the next step."""
+    spec = config.model_spec
+    if spec is not None and spec.post_optimizer_build_fn is not register_load_balancing:
+        raise JobError(
+            f"the routers of {spec.name} were converted but its step hook was not set: use "
+            "titan_moe_lb.model_spec.balanced(spec, aux_losses=[...]) in place of "
+            "converters=[LoadBalanceConverter.Config(...)]"
+        )

@@ -35,15 +35,17 @@ DEFAULT_MODULE = "deepseek_v3"
 
 OWN_FLAGS = """\
 Flags of titan_moe_lb:
-  --module NAME        model (model_registry/NAME) or any importable path; default deepseek_v3
-  --config NAME        config function of the module; default: its debug job
-  --job-config FILE    job as TOML; the flags below beat it
-  --model.KEY VALUE    argument of the model's registry entry, VALUE in TOML syntax, as in
-                       --model.aux_losses '[{type = "sequence_wise", weight = 1e-4}]'
-  --print-config       print the resolved job as TOML and stop
-
-Flags of torchtitan:
+  --list              print the models, their jobs and their defaults, and stop
+  --module NAME       model (model_registry/NAME) or any importable path;
+                      default deepseek_v3
+  --config NAME       config function of the module; default: its debug job
+  --job-config FILE   job as TOML; the flags below beat it
+  --model.KEY VALUE   argument of the model's registry entry, VALUE in TOML syntax:
+                      --model.aux_losses '[{type = "z_loss", weight = 1e-4}]'
+  --print-config      print the resolved job as TOML and stop
 """
+
+_SWITCHES = {"print_config": "print_config", "list": "list_models"}
 
 # Arguments of a registry entry that [job] or Python decides.
 _NOT_IN_MODEL_TABLE = ("flavor", "converters", "spec")
@@ -72,6 +74,7 @@ class CommandLine:
     config: str | None = None
     job_config: str | None = None
     print_config: bool = False
+    list_models: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
 
@@ -172,11 +175,11 @@ def render(job: Job) -> str:
     spec = job.config.model_spec
     if isinstance(spec, BalancedModelSpec):
         registry = module_lookup.config_registry(job.table.module)
-        hints = typing.get_type_hints(_registry_entry(registry), include_extras=True)
+        hints = model_keys(registry_entry(registry))
         sections["model"] = {
             name: toml_tables.dump_value(hints[name], value)
             for name, value in spec.arguments.items()
-            if name not in _NOT_IN_MODEL_TABLE
+            if name in hints
         }
     job_table = {name: value for name, value in dataclasses.asdict(job.table).items() if value}
     return tomli_w.dumps({"job": job_table, **sections})
@@ -191,12 +194,12 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         name, has_value, value = argument.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         ours = name.startswith("--") and (
-            key in ("module", "config", "job_config", "print_config") or key.startswith("model.")
+            key in ("module", "config", "job_config", *_SWITCHES) or key.startswith("model.")
         )
         if not ours:
             command.rest.append(argument)
-        elif key == "print_config":
-            command.print_config = True
+        elif key in _SWITCHES:
+            setattr(command, _SWITCHES[key], True)
         else:
             if not has_value:
                 if not remaining:
@@ -256,20 +259,17 @@ def _rebuild_model(
     """Build the model again with the arguments of [model] and ``--model.*``."""
     spec = config.model_spec
     assert spec is not None
-    entry = _registry_entry(registry)
+    entry = registry_entry(registry)
     arguments = dict(spec.arguments) if isinstance(spec, BalancedModelSpec) else {}
-    hints = typing.get_type_hints(entry, include_extras=True)
-    valid = [
-        name for name in inspect.signature(entry).parameters if name not in _NOT_IN_MODEL_TABLE
-    ]
+    hints = model_keys(entry)
     for place, values in ((where, table), ("--model", overrides)):
         if not isinstance(values, dict):
             raise JobError(f"{place} must be a table")
         for name, value in values.items():
             if name == "flavor":
                 raise JobError(f"{place} flavor: choose the flavor in [job] flavor or config")
-            if name not in valid:
-                raise JobError(f"{place} has no key {name!r}; {nearest(name, valid)}")
+            if name not in hints:
+                raise JobError(f"{place} has no key {name!r}; {nearest(name, hints)}")
             arguments[name] = toml_tables.construct(hints[name], value, f"{place} {name}")
     if entry is _balance_foreign_model:
         config.model_spec = dataclasses.replace(
@@ -283,7 +283,17 @@ def _rebuild_model(
         config.loss = loss_config(config.model_spec)
 
 
-def _registry_entry(registry) -> Callable[..., BalancedModelSpec]:
+def model_keys(entry: Callable[..., BalancedModelSpec]) -> dict[str, Any]:
+    """The keys of [model] and their annotations."""
+    hints = typing.get_type_hints(entry, include_extras=True)
+    return {
+        name: hints[name]
+        for name in inspect.signature(entry).parameters
+        if name not in _NOT_IN_MODEL_TABLE
+    }
+
+
+def registry_entry(registry) -> Callable[..., BalancedModelSpec]:
     """The function whose arguments [model] sets."""
     entry = module_lookup.entry_point(registry)
     if entry is not None and "aux_losses" in inspect.signature(entry).parameters:
@@ -298,7 +308,14 @@ def _balance_foreign_model(
     load_balance_coeff: float | None | Literal["keep"] = "keep",
     forced_routing: ForcedRouting.Config | None = None,
 ) -> BalancedModelSpec:
-    """What [model] can set for a model that has no room in ``model_registry``."""
+    """What [model] can set for a model that has no room in ``model_registry``.
+
+    Args:
+        aux_losses: losses of every router; default: none.
+        load_balance_coeff: bias update speed; None turns the expert bias off, "keep"
+            leaves the model's own.
+        forced_routing: what decides where tokens go, in a benchmark.
+    """
     return balanced(
         spec,
         aux_losses=aux_losses,

@@ -20,16 +20,19 @@ from titan_moe_lb import cpu
 if cpu.needed():
     cpu.use_host()
 
-from titan_moe_lb import job_config, layout, train, validation
+from titan_moe_lb import catalog, hugging_face, job_config, layout, model_help, train, validation
 from titan_moe_lb.errors import JobError
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
     try:
+        if job_config.parse_command_line(arguments).list_models:
+            catalog.show()
+            return
         draft = job_config.draft(arguments)
         if {"-h", "--help"} & set(draft.command.rest):
-            print(job_config.OWN_FLAGS)
+            model_help.show(draft.table.module)
         nodes = _positive("NNODES", 1)
         _check_environment(nodes)
         here = _processes_on_this_node(draft.table, nodes)
@@ -37,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         job = draft.resolve()
         if not draft.command.print_config and job.config.comm.mode == "default":
             validation.assets_are_here(job.config)
+            hugging_face.check_initial_weights(job.config)
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:

@@ -31,7 +31,8 @@ def config_registry(module: str) -> ModuleType:
     models that has no room here, and any importable path, work as well.
 
     Raises:
-        JobError: nothing of that name can be imported.
+        JobError: nothing of that name can be imported, or it needs a package that is
+            not installed.
     """
     for candidate in (
         f"model_registry.{module}.config_registry",
@@ -40,7 +41,10 @@ def config_registry(module: str) -> ModuleType:
         module,
     ):
         if _exists(candidate):
-            return importlib.import_module(candidate)
+            try:
+                return importlib.import_module(candidate)
+            except ModuleNotFoundError as error:
+                raise _needs_package(candidate, error) from None
     names = registered_models()
     raise JobError(
         f"--module {module!r} is neither a model ({nearest(module, names)}) nor an importable path"
@@ -69,24 +73,38 @@ def config_names(registry: ModuleType) -> list[str]:
 
 
 def config_of_flavor(registry: ModuleType, flavor: str) -> str:
-    """The config function of a flavor: the one whose name ends in it, any case."""
+    """The config function of a flavor: the one whose name ends in it, any case, - as _."""
     names = config_names(registry)
+    ending = "_" + flavor.lower().replace("-", "_")
     for name in names:
-        if name.lower().endswith(f"_{flavor.lower()}"):
+        if name.lower().endswith(ending):
             return name
+    flavors = getattr(_package(registry), "FLAVORS", names)
     raise JobError(
-        f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, names)}"
+        f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, flavors)}"
     )
 
 
 def entry_point(registry: ModuleType) -> Callable | None:
     """``model_registry`` of the package that the config functions belong to, if any."""
-    package = importlib.import_module(registry.__name__.removesuffix(".config_registry"))
-    return getattr(package, "model_registry", None)
+    return getattr(_package(registry), "model_registry", None)
+
+
+def _package(registry: ModuleType) -> ModuleType:
+    return importlib.import_module(registry.__name__.removesuffix(".config_registry"))
 
 
 def _exists(path: str) -> bool:
     try:
         return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{path}.".startswith(f"{error.name}."):
+            raise _needs_package(path, error) from None
+        return False
     except (ImportError, ValueError):
         return False
+
+
+def _needs_package(path: str, error: ModuleNotFoundError) -> JobError:
+    package = (error.name or str(error)).partition(".")[0]
+    return JobError(f"{path} needs the package {package!r}, which is not installed")

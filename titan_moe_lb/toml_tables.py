@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import types
 import typing
 from collections.abc import Iterable
@@ -71,15 +72,19 @@ def dump(config: Any) -> dict[str, Any]:
     }
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    """Annotations of the fields that TOML may set, in order."""
+def settable(cls: type) -> dict[dataclasses.Field, Any]:
+    """The fields that TOML may set and their annotations, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)
     hidden = _NOT_IN_TOML | getattr(getattr(cls, "_owner", None), "filled_by_job", frozenset())
     return {
-        field.name: hints[field.name]
+        field: hints[field.name]
         for field in dataclasses.fields(cls)
         if field.name not in hidden and not field.name.startswith("_")
     }
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return {field.name: hint for field, hint in settable(cls).items()}
 
 
 def _value(current: Any, hint: Any, value: Any, where: str) -> Any:
@@ -162,7 +167,7 @@ def _build(cls: type, table: dict[str, Any], where: str) -> Any:
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, bool) and not _accepts_bool(hint):
-        raise JobError(f"{where} is {_show(value)}; it must be {_describe(hint)}")
+        raise JobError(f"{where} is {_show(value)}; it must be {describe(hint)}")
     try:
         typeguard.check_type(
             value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
@@ -170,7 +175,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     except typeguard.TypeCheckError:
         literals = _literals(hint)
         remedy = f"; {nearest(value, literals)}" if literals and isinstance(value, str) else ""
-        raise JobError(f"{where} is {_show(value)}; it must be {_describe(hint)}{remedy}") from None
+        raise JobError(f"{where} is {_show(value)}; it must be {describe(hint)}{remedy}") from None
     return value
 
 
@@ -192,6 +197,23 @@ def dump_value(hint: Any, value: Any) -> Any:
     if isinstance(value, dict):
         return {key: dump_value(Any, item) for key, item in value.items()}
     return value
+
+
+def inline(value: Any) -> str:
+    """A value of [model] as one line of TOML; a component with what differs from its defaults."""
+    if value is None:
+        return f'"{NONE}"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(inline(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
+    if _kinds(type(value)):
+        defaults = {field.name: field.default for field in dataclasses.fields(value)}
+        changed = {
+            key: item for key, item in dump(value).items() if getattr(value, key) != defaults[key]
+        }
+        return inline({"type": value._owner.type_name, **changed})
+    return json.dumps(value)
 
 
 def _is_choice(value: Any, cls: type | None) -> bool:
@@ -280,9 +302,10 @@ def _show(value: Any) -> str:
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """What a value of this annotation is, in words."""
     if _is_union(hint):
-        return " or ".join(_describe(member) for member in typing.get_args(hint))
+        return " or ".join(describe(member) for member in typing.get_args(hint))
     if hint is type(None):
         return f'"{NONE}"'
     if typing.get_origin(hint) is Literal:

@@ -34,10 +34,8 @@ def run(job: job_config.Job) -> None:
         cpu.adapt(job.config)
     zero_bubble.adapt(job.config)
     if job.config.comm.mode == "fake_backend":
-        dry_run.stand_in_for_missing_assets(job.config)
-        if job.config.parallelism.pipeline_parallel_degree > 1:
-            dry_run.build_only(job.config)
-            return
+        dry_run.run(job.config)
+        return
     # torchtitan's main reads a config function by module path and name from the
     # command line. The job is resolved, so it is the function's whole result.
     job_config.set_resolved(job)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch._dynamo
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import global_batch, layout
+from titan_moe_lb import global_batch, layout, toml_tables
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.losses import BatchWiseAuxLoss, GlobalBatchAuxLoss
+from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.routing import HotRank, Replay
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -143,6 +144,52 @@ def sequence_divides_over_ranks(config: Trainer.Config) -> None:
         )
 
 
+def sequence_fits_model(config: Trainer.Config) -> None:
+    model = _decoder(config)
+    rope = None if model is None else getattr(model.first_attention, "rope", None)
+    if rope is not None and config.training.seq_len > rope.max_seq_len:
+        raise JobError(
+            f"training.seq_len {config.training.seq_len} exceeds the {rope.max_seq_len} tokens "
+            f"of the model's position encoding: set it to at most {rope.max_seq_len}"
+        )
+
+
+def heads_divide_over_ranks(config: Trainer.Config) -> None:
+    degree = config.parallelism.tensor_parallel_degree
+    model = _decoder(config)
+    attention = None if model is None else model.first_attention
+    if attention is None:
+        return
+    heads = {
+        "attention heads": attention.n_heads,
+        "key-value heads": getattr(attention, "n_kv_heads", None) or attention.n_heads,
+    }
+    for name, number in heads.items():
+        if number % degree:
+            raise JobError(
+                f"parallelism.tensor_parallel_degree {degree} does not divide the model's "
+                f"{number} {name}; it must be a divisor of {math.gcd(*heads.values())}"
+            )
+
+
+def tied_weights_stay_on_one_stage(config: Trainer.Config) -> None:
+    model = _decoder(config)
+    if (
+        model is not None
+        and model.enable_weight_tying
+        and config.parallelism.pipeline_parallel_degree > 1
+    ):
+        raise JobError(
+            "the model shares one weight between embedding and output, which lie on different "
+            "pipeline stages: set parallelism.pipeline_parallel_degree to 1"
+        )
+
+
+def _decoder(config: Trainer.Config) -> Decoder.Config | None:
+    model = None if config.model_spec is None else config.model_spec.model
+    return model if isinstance(model, Decoder.Config) else None
+
+
 def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
     schedule = config.parallelism.pipeline_parallel_schedule
     if (
@@ -190,12 +237,16 @@ def expert_groups_fit_router(config: Trainer.Config) -> None:
 
 
 def batch_wise_sees_the_whole_batch(config: Trainer.Config) -> None:
-    if not any(config.traverse(BatchWiseAuxLoss.Config)):
+    for _fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
+        losses = router.aux_losses
+        if any(isinstance(loss, BatchWiseAuxLoss.Config) for loss in losses):
+            break
+    else:
         return
     reason = (
-        "because per-micro-batch token-to-expert counts do not reflect the full batch; use "
-        '[model] aux_losses with type = "global_batch" (the whole batch, counted over the '
-        'previous step) or type = "sequence_wise" instead'
+        "because per-micro-batch token-to-expert counts do not reflect the full batch; put this "
+        "line under [model] to count the whole batch (over the previous step): "
+        f"{_with_global_batch(losses)}"
     )
     if config.parallelism.pipeline_parallel_degree > 1:
         raise JobError(f"batch-wise aux loss is incompatible with pipeline parallelism {reason}")
@@ -204,6 +255,17 @@ def batch_wise_sees_the_whole_batch(config: Trainer.Config) -> None:
             "batch-wise aux loss is incompatible with gradient accumulation "
             f"(training.global_batch_size {config.training.global_batch_size}) {reason}"
         )
+
+
+def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
+    """The line of TOML with the same losses, the batch-wise one over the global batch."""
+    whole_batch = [
+        GlobalBatchAuxLoss.Config(weight=loss.weight, count_from=loss.count_from)
+        if isinstance(loss, BatchWiseAuxLoss.Config)
+        else loss
+        for loss in losses
+    ]
+    return f"aux_losses = {toml_tables.inline(whole_batch)}"
 
 
 def running_counts_survive_recomputation(config: Trainer.Config) -> None:
@@ -325,6 +387,18 @@ def replayed_trace_fits(config: Trainer.Config) -> None:
         _whole_sequence_order_is_known(config, "replay")
 
 
+def recomputation_restores_random_state(config: Trainer.Config) -> None:
+    """The event clock recognises a repeated forward by what it draws again."""
+    checkpointing = config.activation_checkpoint
+    tracks = getattr(config.metrics, "track_moe_metrics", False) or _forced(config)
+    if tracks and not getattr(checkpointing, "preserve_rng_state", True):
+        raise JobError(
+            "activation_checkpoint.preserve_rng_state is false, and then a recomputed forward "
+            "cannot be told from others: set it to true, or metrics.track_moe_metrics to false "
+            "and use no forced_routing"
+        )
+
+
 def recorded_routing_has_an_order(config: Trainer.Config) -> None:
     if getattr(config.metrics, "record_routing_steps", None):
         _whole_sequence_order_is_known(config, "metrics.record_routing_steps")
@@ -367,6 +441,9 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     compile_backend_is_known,
     schedule_is_known,
     sequence_divides_over_ranks,
+    sequence_fits_model,
+    heads_divide_over_ranks,
+    tied_weights_stay_on_one_stage,
     zero_bubble_needs_whole_recompute,
     experts_divide_over_ranks,
     expert_groups_fit_router,
@@ -379,6 +456,7 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     forced_routing_keeps_group_limit,
     replayed_trace_fits,
     recorded_routing_has_an_order,
+    recomputation_restores_random_state,
 )
 
 

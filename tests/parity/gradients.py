@@ -14,8 +14,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
-from titan_moe_lb import cpu, job_config, zero_bubble
-from titan_moe_lb.telemetry.reduction import reduce_step, routers_of
+from titan_moe_lb import cpu, job_config, toml_tables, zero_bubble
+from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.telemetry.step_hook import routers_of
 
 GLOBAL_BATCH_SIZE = 8
 SEQUENCE_LENGTH = 256
@@ -26,7 +27,7 @@ GATE_SCALE = 40.0
 
 def make_config(module: str, config: str, model: dict[str, Any]) -> Trainer.Config:
     """A registry config in float32, for the fixed batch."""
-    flags = [f"--model.{key}={_toml(value)}" for key, value in model.items()]
+    flags = [f"--model.{key}={toml_tables.inline(value)}" for key, value in model.items()]
     draft = job_config.draft(["--module", module, "--config", config, *flags])
     trainer_config = draft.build()
     trainer_config.training.seq_len = SEQUENCE_LENGTH
@@ -89,18 +90,19 @@ def layout_gradients(
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
         trainer.optimizers.step()
         load = reduce_step(routers_of(trainer.model_parts), trainer.parallel_dims)
-        recorded.append(Recorded(load.losses, load.mean_max_violation, load.num_layers))
+        losses_M = {name: values_M.tolist() for name, values_M in load.losses.items()}
+        recorded.append(Recorded(losses_M, load.counts_ME.tolist(), load.layers))
     trainer.close()
     return recorded
 
 
 @dataclass
 class Recorded:
-    """What the console would show of a pass."""
+    """What the trace would hold of a pass."""
 
-    losses: dict[str, float]
-    max_violation: float
-    num_layers: int
+    losses: dict[str, list[float]]
+    counts: list[list[int]]
+    layers: tuple[int, ...]
 
 
 def build_from_seed(
@@ -201,14 +203,3 @@ def _build(config: Trainer.Config) -> Trainer:
         cpu.adapt(config)
     zero_bubble.adapt(config)
     return config.build()
-
-
-def _toml(value: Any) -> str:
-    """A Python value as an inline TOML value."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value)

@@ -32,15 +32,22 @@ def decode(codes: np.ndarray) -> np.ndarray:
 
 
 def pack(codes_SME: np.ndarray) -> bytes:
-    """Deflate the differences from step to step, modulo 256: loads drift slowly."""
-    first = np.zeros_like(codes_SME[:1])
-    return zlib.compress(np.diff(codes_SME, axis=0, prepend=first).tobytes())
+    """Deflate the codes, in the smaller of two forms; the first byte says which.
+
+    1: differences from step to step, modulo 256, small where loads drift slowly. 0: the codes
+    themselves, each by how often it occurs, for loads that change at random.
+    """
+    differences = np.diff(codes_SME, axis=0, prepend=np.zeros_like(codes_SME[:1]))
+    forms = (
+        _deflate(b"\1" + differences.tobytes(), zlib.Z_DEFAULT_STRATEGY),
+        _deflate(b"\0" + codes_SME.tobytes(), zlib.Z_HUFFMAN_ONLY),
+    )
+    return min(forms, key=len)
 
 
-def unpack(packed: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of :func:`pack`, as the page's script does it."""
-    differences = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(shape)
-    return np.cumsum(differences, axis=0, dtype=np.uint8)
+def _deflate(content: bytes, strategy: int) -> bytes:
+    compressor = zlib.compressobj(strategy=strategy)
+    return compressor.compress(content) + compressor.flush()
 
 
 def shown_steps(num_steps: int, most: int) -> np.ndarray:

@@ -4,11 +4,12 @@ const inflate = (id) => {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
 };
 
-// Codes are stored as differences from step to step, modulo 256; see load_codes.py.
+// Codes are stored plain or as differences from step to step, modulo 256; see load_codes.py.
 const loadsOf = async (index, run) => {
-  const codes = new Uint8Array(await (await inflate(`loads-${index}`)).arrayBuffer());
+  const form = new Uint8Array(await (await inflate(`loads-${index}`)).arrayBuffer());
+  const codes = form.subarray(1);
   const size = run.layers.length * run.numExperts;
-  for (let i = size; i < codes.length; i++) codes[i] += codes[i - size];
+  if (form[0] === 1) for (let i = size; i < codes.length; i++) codes[i] += codes[i - size];
   return codes;
 };
 
@@ -70,7 +71,8 @@ const start = async () => {
   slider.addEventListener("input", show);
   document.getElementById("previous").addEventListener("click", () => move(-1));
   document.getElementById("next").addEventListener("click", () => move(1));
-  data.charts.forEach((figures, chart) =>
+  const drawings = JSON.parse(await (await inflate("drawings")).text());
+  drawings.forEach((figures, chart) =>
     figures.forEach((figure, index) => Plotly.newPlot(`chart-${chart}-${index}`, figure.data, figure.layout, config)));
 };
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from typing import Any
 
 import jinja2
+import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from titan_moe_lb.report import figures, load_codes, summary
@@ -14,61 +16,71 @@ from titan_moe_lb.telemetry.trace import Trace
 
 MOST_FRAMES = 400
 """Steps of the slider at most: more cannot be told apart by a hand."""
-MOST_LOAD_BYTES = 1_900_000
-"""Compressed loads of all runs together: the page stays below 5 MB."""
+MOST_PAGE_BYTES = 4_950_000
+"""Fewer of these steps are embedded where the page would be larger."""
+_MARKUP_BYTES = 60_000
 
 
 def render(traces: list[Trace]) -> str:
     """The page of one run, or of two runs of one model side by side."""
-    runs, loads = [], []
-    for index, trace in enumerate(traces):
-        packed, frames = load_codes.pack_within(
-            trace.counts_SME, MOST_FRAMES, MOST_LOAD_BYTES // len(traces)
-        )
-        hottest, coldest = summary.hottest_and_coldest(trace)
-        loads.append(base64.b64encode(packed).decode())
-        runs.append(
-            {
-                "mark": "AB"[index],
-                "trace": trace,
-                "folder": trace.path.parent.resolve().name,
-                "cards": summary.cards(trace, hottest[0]),
-                "tables": [("Hottest experts", hottest), ("Coldest experts", coldest)],
-                "frames": trace.steps[frames].tolist(),
-                "thinned": len(frames) < len(trace.steps),
-            }
-        )
     charts = figures.charts(traces)
+    drawings = packed_text(
+        json.dumps([[_plain(figure) for figure in chart.figures] for chart in charts])
+    )
+    plotly = packed_text(get_plotlyjs())
+    rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(plotly)
+    most_load_bytes = rest * 3 // 4 // len(traces)  # base64 makes 4 bytes of 3
+    runs = [_run(mark, trace, most_load_bytes) for mark, trace in zip("AB", traces, strict=False)]
     data = {
         "lowestOctave": load_codes.LOWEST_OCTAVE,
         "levelsPerOctave": load_codes.LEVELS_PER_OCTAVE,
         "dead": figures.DEAD,
         "colorRange": figures.COLOR_RANGE,
+        "course": _plain(figures.course(traces)),
         "runs": [
             {
                 "frames": run["frames"],
-                "layers": run["trace"].layers,
-                "numExperts": run["trace"].info.num_experts,
-                "heatmap": json.loads(figures.heatmap(run["trace"]).to_json()),
+                "layers": trace.layers,
+                "numExperts": trace.info.num_experts,
+                "heatmap": _plain(figures.heatmap(trace)),
             }
-            for run in runs
+            for run, trace in zip(runs, traces, strict=True)
         ],
-        "course": json.loads(figures.course(traces).to_json()),
-        "charts": [[json.loads(figure.to_json()) for figure in chart.figures] for chart in charts],
     }
     return _template().render(
         runs=runs,
         charts=charts,
-        loads=loads,
         load_colors=figures.LOAD_COLORS,
         dead_color=figures.DEAD_COLOR,
         data=packed_text(json.dumps(data)),
-        plotly=packed_text(get_plotlyjs()),
+        drawings=drawings,
+        plotly=plotly,
     )
 
 
+def _run(mark: str, trace: Trace, most_load_bytes: int) -> dict[str, Any]:
+    """What the template shows of one run."""
+    loads, frames = load_codes.pack_within(trace.counts_SME, MOST_FRAMES, most_load_bytes)
+    hottest, coldest = summary.hottest_and_coldest(trace)
+    return {
+        "mark": mark,
+        "trace": trace,
+        "folder": trace.path.parent.resolve().name,
+        "cards": summary.cards(trace, hottest[0]),
+        "tables": [("Hottest experts", hottest), ("Coldest experts", coldest)],
+        "frames": trace.steps[frames].tolist(),
+        "thinned": len(frames) < len(trace.steps),
+        "loads": base64.b64encode(loads).decode(),
+    }
+
+
+def _plain(figure: go.Figure) -> dict[str, Any]:
+    """The figure as plotly's script takes it."""
+    return json.loads(figure.to_json())
+
+
 def packed_text(text: str) -> str:
-    """Deflated and base64: plotly alone is 4.8 MB otherwise."""
+    """Deflated and base64: plotly's script alone is 4.8 MB otherwise."""
     return base64.b64encode(zlib.compress(text.encode(), level=9)).decode()
 
 

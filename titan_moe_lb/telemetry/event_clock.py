@@ -1,10 +1,15 @@
 """When each micro-batch passes a router, forward and backward, told by the device itself.
 
 Python cannot tell: a compiled block runs none of it, nor does the replay of a CUDA
-graph, and activation checkpointing runs it twice. So a clock lives in device buffers
+graph, and activation checkpointing runs it again. So a clock lives in device buffers
 and two operators tick it. To the compiler they are opaque: they reach their clock by
 a number, because a buffer that the forward and the backward both change cannot be
 saved between them.
+
+A repeated forward has to know which forward it repeats, and a zero-bubble schedule
+repeats it twice, in an order of its own. What activation checkpointing does restore
+is the state of the random generator: each forward draws a key, and the forward that
+draws a key again is the same one.
 """
 
 from __future__ import annotations
@@ -23,13 +28,11 @@ from torchtitan.protocols.module import Module
 class EventClock(Module):
     """Times of the forward and backward events of one router during a step.
 
-    Every schedule of torch runs the backward passes of a stage in the order of its
-    forward passes, so the number of the event is the number of the micro-batch.
-
     Attributes:
         time: events so far on this rank, int64 ``()``; one tensor for all routers of the rank.
         steps: finished optimizer steps, int64 ``()``.
-        forward_count, backward_count: events of the running step, int64 ``()``.
+        forward_count: forward events of the running step, int64 ``()``.
+        keys_M: what each forward of the running step drew, int64 ``(M,)``, above 0.
         forward_times_M, backward_times_M: ``time`` of each event of the running step,
             int64 ``(M,)`` for M micro-batches.
         step_forward_times_M, step_backward_times_M: the same of the last finished step; 0
@@ -47,13 +50,18 @@ class EventClock(Module):
         self._register(device=None)
 
     def _register(self, device: torch.device | None) -> None:
-        for name in ("time", "steps", "forward_count", "backward_count"):
+        for name in ("time", "steps", "forward_count"):
             zero = torch.zeros((), dtype=torch.int64, device=device)
             self.register_buffer(name, zero, persistent=False)
-        for name in ("forward_times_M", "backward_times_M"):
-            for buffer in (name, f"step_{name}"):
-                zeros = torch.zeros(self.num_micro_batches, dtype=torch.int64, device=device)
-                self.register_buffer(buffer, zeros, persistent=False)
+        for name in (
+            "keys_M",
+            "forward_times_M",
+            "backward_times_M",
+            "step_forward_times_M",
+            "step_backward_times_M",
+        ):
+            zeros = torch.zeros(self.num_micro_batches, dtype=torch.int64, device=device)
+            self.register_buffer(name, zeros, persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self._register(buffer_device or self.time.device)
@@ -69,7 +77,9 @@ class EventClock(Module):
         In a forward that activation checkpointing repeats: the number that it had.
         """
         assert self._handle is not None
-        return _forward_event(self._handle, self.time.device)
+        # Drawn here and not in the operator, so that a compiler restores the generator.
+        key = torch.randint(1, 2**62, (), dtype=torch.int64, device=self.time.device)
+        return _forward_event(key, self._handle)
 
     def backward_event(self, tensor: torch.Tensor, micro_batch: torch.Tensor) -> torch.Tensor:
         """The tensor itself, whose gradient notes that the micro-batch's backward passed.
@@ -110,8 +120,8 @@ def finish_step(clocks: Iterable[EventClock]) -> None:
         running = [getattr(clock, name) for clock in clocks]
         torch._foreach_copy_([getattr(clock, f"step_{name}") for clock in clocks], running)
         torch._foreach_zero_(running)
-    torch._foreach_zero_([clock.forward_count for clock in clocks])
-    torch._foreach_zero_([clock.backward_count for clock in clocks])
+    for name in ("keys_M", "forward_count"):
+        torch._foreach_zero_([getattr(clock, name) for clock in clocks])
     torch._foreach_add_([clock.steps for clock in clocks], 1)
 
 
@@ -120,33 +130,37 @@ _clocks: weakref.WeakValueDictionary[int, EventClock] = weakref.WeakValueDiction
 
 
 @torch.library.custom_op("titan_moe_lb::forward_event", mutates_args=())
-def _forward_event(handle: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _forward_event(key: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
     clock = _clocks[int(handle)]
     if torch._C._current_graph_task_id() != -1:
         # The autograd engine is running: a checkpoint recomputes, in Python or compiled.
-        return clock.backward_count.clone()
+        return (clock.keys_M == key).long().argmax()
     micro_batch = clock.forward_count.clone()
+    slot = clock.slot(micro_batch)
     clock.time.add_(1)
-    clock.forward_times_M.index_copy_(0, clock.slot(micro_batch), clock.time.unsqueeze(0))
+    clock.keys_M.index_copy_(0, slot, key.unsqueeze(0))
+    clock.forward_times_M.index_copy_(0, slot, clock.time.unsqueeze(0))
     clock.forward_count.add_(1)
     return micro_batch
 
 
 @_forward_event.register_fake
-def _(handle: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
+def _(key: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(key)
 
 
 @torch.library.custom_op("titan_moe_lb::backward_event", mutates_args=())
 def _backward_event(
     gradient: torch.Tensor, micro_batch: torch.Tensor, handle: torch.Tensor
 ) -> torch.Tensor:
-    # micro_batch makes a compiled backward recompute the forward event, which reads
-    # the count, before this event changes it. The copy makes it keep the event at all.
+    # A zero-bubble schedule runs a compiled backward once for the inputs and once for
+    # the weights: the first counts. The copy makes a compiler keep the event.
     clock = _clocks[int(handle)]
     clock.time.add_(1)
-    clock.backward_times_M.index_copy_(0, clock.slot(micro_batch), clock.time.unsqueeze(0))
-    clock.backward_count.add_(1)
+    slot = clock.slot(micro_batch)
+    noted = clock.backward_times_M.index_select(0, slot)
+    noted = torch.where(noted > 0, noted, clock.time)
+    clock.backward_times_M.index_copy_(0, slot, noted)
     return gradient.clone()
 
 

@@ -167,7 +167,9 @@ def _tensor(values: np.ndarray) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.float64).to(device_type)
 
 
-def _all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, parallel_dims: ParallelDims) -> int:
+def _all_reduce(
+    tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, parallel_dims: ParallelDims
+) -> int:
     """Reduce in place over the ranks that route other tokens; how many there are."""
     num_ranks = 1
     for axis in _token_axes(parallel_dims):

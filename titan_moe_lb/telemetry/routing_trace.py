@@ -72,7 +72,7 @@ class RoutingTraceWriter:
         self._file.close()
 
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
-        earlier = RunInfo.of_schema(schema, self._file.path)
+        earlier = _info_of(schema, self._file.path)
         if _parts_of(earlier) != _parts_of(self.info):
             raise JobError("it is of another model or layout")
         return schema
@@ -120,9 +120,7 @@ class RoutingTrace:
 
     def _read(self, file: Path) -> RunInfo:
         reader = BatchReader(file)
-        info = RunInfo.of_schema(reader.schema, file)
-        if reader.schema.remove_metadata() != _schema(info).remove_metadata():
-            raise JobError(f"{file} has other columns than a routing trace: it is damaged")
+        info = _info_of(reader.schema, file)
         for row in reader:
             if not _fits(row, info):
                 raise JobError(f"{file} holds a row that is not of its run: it is damaged")
@@ -215,6 +213,14 @@ def _schema(info: RunInfo) -> pa.Schema:
         ],
         metadata=info.metadata(),
     )
+
+
+def _info_of(schema: pa.Schema, file: Path) -> RunInfo:
+    """The run of a file's schema. Raises JobError: it is not that of a routing trace."""
+    info = RunInfo.of_schema(schema, file)
+    if schema.remove_metadata() != _schema(info).remove_metadata():
+        raise JobError(f"{file} has other columns than a routing trace: it is damaged")
+    return info
 
 
 def _fits(row: pa.RecordBatch, info: RunInfo) -> bool:

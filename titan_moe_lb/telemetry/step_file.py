@@ -8,6 +8,7 @@ run continues the file.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import logging
@@ -77,8 +78,9 @@ class StepFile:
                 f"{self.path} cannot be written ({error.strerror or error}): training goes on, "
                 f"its steps from {step} on are not recorded"
             )
-            self.close()
-            self._new.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.close()
+                self._new.unlink()
 
     def close(self) -> None:
         """Close the file; every batch is in it already."""

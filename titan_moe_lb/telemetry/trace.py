@@ -54,7 +54,7 @@ class TraceWriter:
         self._file.close()
 
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
-        earlier = RunInfo.of_schema(schema, self._file.path)
+        earlier = _info_of(schema, self._file.path)
         self.info.require_same_model(earlier, "this run", self._file.path.name)
         self.info = dataclasses.replace(self.info, resumed_at=(*earlier.resumed_at, first_step))
         # Losses that either part of the run has: the column is null in the other part.
@@ -115,12 +115,7 @@ class TraceReader:
         """Raises JobError: there is no trace, or it is not one of ours."""
         self.path = _existing_trace(path)
         self._batches = BatchReader(self.path)
-        schema = self._batches.schema
-        self.info = RunInfo.of_schema(schema, self.path)
-        if schema.remove_metadata() != _schema(self.info, _loss_names(schema)).remove_metadata():
-            raise JobError(
-                f"{self.path} has other columns than a trace: it is damaged, take another run"
-            )
+        self.info = _info_of(self._batches.schema, self.path)
 
     @property
     def truncated(self) -> str | None:
@@ -203,6 +198,14 @@ def _schema(info: RunInfo, loss_names: Iterable[str]) -> pa.Schema:
         ],
         metadata=info.metadata(),
     )
+
+
+def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
+    """The run of a trace's schema. Raises JobError: it is not that of a trace."""
+    info = RunInfo.of_schema(schema, path)
+    if schema.remove_metadata() != _schema(info, _loss_names(schema)).remove_metadata():
+        raise JobError(f"{path} has other columns than a trace: it is damaged, take another run")
+    return info
 
 
 def _loss_names(schema: pa.Schema) -> list[str]:

@@ -1,0 +1,85 @@
+"""Models of torchtitan that have no room here: one line balances them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from torchtitan.models import deepseek_v3
+from torchtitan.models.common.moe import MoE
+
+from model_registry import recipes
+from tests.other_models import train_balanced, upstream_spec
+from titan_moe_lb import job_config
+from titan_moe_lb.converter import LoadBalanceConverter
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.losses import GlobalBatchAuxLoss, SequenceWiseAuxLoss
+from titan_moe_lb.model_spec import balanced
+from titan_moe_lb.router import LoadBalancedRouter
+
+LOSSES = [GlobalBatchAuxLoss.Config(weight=1e-2)]
+MULTI_TOKEN_PREDICTION = {"num_mtp_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("module", "flavor", "arguments"),
+    [
+        ("deepseek_v3", "debugmodel", MULTI_TOKEN_PREDICTION),
+        ("kimi_k2_7", "debugmodel", {}),
+    ],
+    ids=["DeepSeek-V3 with MTP", "Kimi K2.7"],
+)
+def test_one_line_balances_every_layer_and_trains(ranks, module, flavor, arguments):
+    layers = list(upstream_spec(module, flavor, **arguments).model.traverse(MoE.Config))
+    spec = balanced(upstream_spec(module, flavor, **arguments), aux_losses=LOSSES)
+    routers = list(spec.model.traverse(LoadBalancedRouter.Config))
+    assert len(routers) == len(layers) > 1
+
+    ((first, second),) = ranks.run(1, train_balanced, module, flavor, arguments, steps=2)
+    assert second["loss_metrics/global_avg_loss"] < first["loss_metrics/global_avg_loss"]
+    # The first step has no counts of a step before it, so that the loss is 1 by definition.
+    assert first["moe/global_load_balancing_loss"] == pytest.approx(1.0, abs=1e-3)
+    assert second["moe/global_load_balancing_loss"] > 1.0
+    assert second["moe/max_violation"] > 0
+
+
+def test_qwen3_5():
+    """Its linear attention needs the package fla and a GPU; its MoE layers run anywhere."""
+    if importlib.util.find_spec("fla") is None:
+        with pytest.raises(JobError, match="needs the package 'fla'"):
+            job_config.load(["--module", "qwen3_5", "--config", "qwen35_debugmodel_moe"])
+        return
+    losses = [SequenceWiseAuxLoss.Config(weight=1e-2)]
+    spec = balanced(upstream_spec("qwen3_5", "debugmodel_moe"), aux_losses=losses)
+    spec.model.update_from_config(config=recipes.debug(spec, recipes.language_model_loss(spec)))
+    with torch.device("meta"):
+        model = spec.model.build()
+    assert sum(isinstance(module, LoadBalancedRouter) for module in model.modules()) == 4
+    moe = spec.model.layers[0].moe.build()
+    moe.init_states()
+    moe(torch.randn(2, 64, spec.model.dim)).sum().backward()
+    assert moe.router.gate.weight.grad.abs().max() > 0
+    assert moe.router.recorder.counts_SE.sum() == 2 * 64 * moe.router.top_k
+
+
+@pytest.mark.parametrize(("module", "package"), [("qwen3_5", "fla"), ("kimi_k2_7", "torchvision")])
+def test_missing_package_is_one_line(monkeypatch, module, package):
+    """Their config functions read images; Qwen3.5 has kernels of another package."""
+    for name in list(sys.modules):
+        if name.startswith((f"torchtitan.models.{module}", "torchtitan.hf_datasets.multimodal")):
+            monkeypatch.delitem(sys.modules, name)
+        if name.startswith(f"{package}."):
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(JobError, match=f"{module}.* needs the package '{package}', which is not"):
+        job_config.load(["--module", module, "--config", "debugmodel"])
+
+
+def test_converter_without_the_step_hook_is_refused():
+    converter = LoadBalanceConverter.Config(aux_losses=LOSSES)
+    spec = deepseek_v3.model_registry("debugmodel", converters=[converter])
+    config = recipes.debug(spec, recipes.language_model_loss(spec))
+    with pytest.raises(JobError, match=r"use titan_moe_lb\.model_spec\.balanced\(spec"):
+        spec.model.update_from_config(config=config)

@@ -1,0 +1,40 @@
+"""The layout does not change the gradient in any room; test_parity.py goes through DeepSeek-V3."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity.compare import Parity
+from tests.parity.layout import parse
+from titan_moe_lb.module_lookup import registered_models
+
+TOLERANCE = 1e-5
+# Gradients of about one size.
+WEIGHTS = {"sequence_wise": 0.1, "global_batch": 0.1, "z_loss": 0.001}
+LAYOUTS = [
+    "dp_shard=2",
+    "dp_shard=2,ep=2",
+    "pp=2,schedule=1F1B",
+    "pp=2,schedule=Interleaved1F1B",
+    "pp=2,schedule=ZBVZeroBubble",
+    "compile=true",
+]
+
+
+@pytest.fixture(scope="module", params=sorted(set(registered_models()) - {"deepseek_v3"}))
+def parity(ranks, request):
+    losses = [{"type": kind, "weight": weight} for kind, weight in WEIGHTS.items()]
+    room = request.param
+    with Parity(ranks, {"aux_losses": losses}, module=room, config=f"{room}_tiny") as parity:
+        yield parity
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_does_not_depend_on_the_layout(parity, layout):
+    (comparison,) = parity.compare(parse(layout))
+    assert comparison.max_relative_error <= TOLERANCE, comparison
+    assert comparison.num_parameters > 30
+    _gradients, expected = parity.reference[""]
+    assert comparison.recorded.num_layers == expected.num_layers > 1
+    assert comparison.recorded.max_violation == expected.max_violation
+    assert comparison.recorded.losses == pytest.approx(expected.losses, rel=TOLERANCE)

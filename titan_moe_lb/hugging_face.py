@@ -1,0 +1,87 @@
+"""Does a folder of safetensors fit the model? Asked before any process starts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import safetensors
+import torch
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+
+
+def check_initial_weights(config: Trainer.Config) -> None:
+    """Compare names and shapes of the folder that a job starts from with its model.
+
+    Reads the headers of the files alone, and builds the model without memory.
+
+    Raises:
+        JobError: no weights there, or the first tensor that is missing or has another shape.
+    """
+    checkpoint, spec = config.checkpoint, config.model_spec
+    if not checkpoint.enable or not checkpoint.initial_load_in_hf or _resumes(config):
+        return
+    assert spec is not None
+    if spec.state_dict_adapter is None:
+        raise JobError(
+            f"checkpoint.initial_load_in_hf: {spec.name} cannot be read from a Hugging Face "
+            "checkpoint: it has no state-dict adapter"
+        )
+    folder = checkpoint.initial_load_path or config.hf_assets_path
+    found = _shapes(Path(folder))
+    if not found:
+        raise JobError(
+            f"checkpoint.initial_load_in_hf: {folder!r} holds no *.safetensors file; name the "
+            "folder of the weights in checkpoint.initial_load_path"
+        )
+    if checkpoint.initial_load_in_hf_quantized:
+        # Stored in blocks, under other names and shapes; the adapter knows whether it can.
+        spec.state_dict_adapter(spec.model, None).get_hf_storage_reader(folder, from_quantized=True)
+        return
+    for name, shape in _expected_shapes(config).items():
+        if f"{name}_blocks" in found:
+            raise JobError(
+                f"checkpoint.initial_load_in_hf: {folder!r} holds {name!r} in quantized blocks; "
+                "write the checkpoint out in bfloat16 first"
+            )
+        if name not in found:
+            raise JobError(
+                f"checkpoint.initial_load_in_hf: {folder!r} has no tensor {name!r}, which has "
+                f"shape {shape} in {spec.name} {spec.flavor}: is it another model or flavor?"
+            )
+        if found[name] != shape:
+            raise JobError(
+                f"checkpoint.initial_load_in_hf: {name!r} has shape {found[name]} in {folder!r} "
+                f"and {shape} in {spec.name} {spec.flavor}: is it another model or flavor?"
+            )
+
+
+def _resumes(config: Trainer.Config) -> bool:
+    """A job that has a checkpoint of its own starts from that one."""
+    return any(Path(config.dump_folder, config.checkpoint.folder).glob("step-*"))
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise JobError(f"{path} cannot be read as safetensors: {error}") from None
+    return shapes
+
+
+def _expected_shapes(config: Trainer.Config) -> dict[str, tuple[int, ...]]:
+    spec = config.model_spec
+    assert spec is not None and spec.state_dict_adapter is not None
+    model_config = copy.deepcopy(spec.model)
+    model_config.update_from_config(config=config)
+    with torch.device("meta"):
+        state = model_config.build().state_dict()
+    # As torchtitan makes it: an adapter may choose names by the index in that folder.
+    adapter = spec.state_dict_adapter(model_config, config.hf_assets_path)
+    return {name: tuple(value.shape) for name, value in adapter.to_hf(state).items()}
