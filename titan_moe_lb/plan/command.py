@@ -21,6 +21,7 @@ from titan_moe_lb.costmodel.job import JobModel, read_job
 from titan_moe_lb.costmodel.load import WORST
 from titan_moe_lb.costmodel.plan import DegreePlan, heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.telemetry.trace import Trace, read_trace
 
 MEMORY_RESERVE = 0.1
 
@@ -93,9 +94,10 @@ def make_plan(question: Question) -> Plan:
     factors = _imbalances(question.imbalance)
     if question.hot_experts < 1:
         raise JobError(f"--hot-experts {question.hot_experts} must be at least 1")
+    trace = read_trace(question.from_run) if question.from_run else None
     with _quiet_host():
         jobs = _read_jobs(question, derated)
-    run, first, last = _measured(question.from_run, jobs[0]) if question.from_run else (None,) * 3
+    run, first, last = _measured(trace, jobs[0]) if trace else (None, None, None)
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     return Plan(
         job=jobs[0],
@@ -200,24 +202,21 @@ def _usual_degrees(config: Any, most: int) -> list[int]:
     return [own, *near[:4]]
 
 
-def _measured(path: Path, job: JobModel) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def _measured(trace: Trace, job: JobModel) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """What the run is, and its counts at its first and at its last steps."""
-    from titan_moe_lb.telemetry.trace import read_trace
-
-    trace = read_trace(path)
     layer = next(iter(job.moe_layers.values()))
     mine = (job.model_name, job.flavor, layer.num_experts, layer.top_k, tuple(job.moe_layers))
     info = trace.info
     if (info.model, info.flavor, info.num_experts, info.top_k, info.layers) != mine:
         raise JobError(
-            f"--from-run {path} is of {info.model_name}, the job is {job.model_name} {job.flavor} "
+            f"--from-run {trace.path.parent} is of {info.model_name}, the job is {job.model_name} {job.flavor} "
             f"({len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}): "
             "take a run of the job's model"
         )
     window = max(1, len(trace.steps) // 10)
     counts = trace.counts_SME
     run = {
-        "path": str(path),
+        "path": str(trace.path.parent),
         "layout": info.layout,
         "losses": info.losses,
         "load_balance_coeff": info.load_balance_coeff,
