@@ -197,6 +197,11 @@ WRONG_FILES = {
         "tensor_parallel_degree 4 does not divide the model's 2 key-value heads; it must be a "
         "divisor of 2",
     ),
+    "GPT-OSS + TP": (
+        '[job]\nmodule = "gpt_oss"\n[parallelism]\ntensor_parallel_degree = 2\n',
+        "gets the biases of GPT-OSS wrong under this tensor parallelism: set "
+        "parallelism.tensor_parallel_degree to 1, or expert_parallel_degree above 1",
+    ),
     "tied weights + PP": (
         '[job]\nmodule = "torchtitan.models.qwen3"\nconfig = "qwen3_debugmodel"\n'
         "[training]\ndisable_cuda_graphs = true\n[parallelism]\npipeline_parallel_degree = 2\n",
@@ -276,6 +281,7 @@ PROCESSES = {
     "GPT-OSS's default + PP": "2",
     "TP and heads": "3",
     "TP and key-value heads": "4",
+    "GPT-OSS + TP": "2",
     "tied weights + PP": "2",
     "running counts + PP + checkpointing": "2",
     "microbatches": "2",

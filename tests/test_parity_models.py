@@ -14,6 +14,7 @@ WEIGHTS = {"sequence_wise": 0.1, "global_batch": 0.1, "z_loss": 0.001}
 LAYOUTS = [
     "dp_shard=2",
     "dp_shard=2,ep=2",
+    "tp=2,ep=2",
     "pp=2,schedule=1F1B",
     "pp=2,schedule=Interleaved1F1B",
     "pp=2,schedule=ZBVZeroBubble",

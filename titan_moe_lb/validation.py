@@ -17,6 +17,7 @@ import torch._dynamo
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import layout, toml_tables
@@ -165,6 +166,22 @@ def heads_divide_over_ranks(config: Trainer.Config) -> None:
                 f"parallelism.tensor_parallel_degree {degree} does not divide the model's "
                 f"{number} {name}; it must be a divisor of {math.gcd(*heads.values())}"
             )
+
+
+def expert_biases_are_added_once(config: Trainer.Config) -> None:
+    """Upstream fact: under tensor parallelism torchtitan 0.3.0 adds the output bias of GPT-OSS's
+    experts on every rank (spmd_types without EP) and halves the gradient of the attention's
+    output bias (partial_dtensor)."""
+    parallelism = config.parallelism
+    right = parallelism.expert_parallel_degree > 1 and parallelism.spmd_backend == "spmd_types"
+    if parallelism.tensor_parallel_degree == 1 or right:
+        return
+    if any(config.traverse(GptOssGroupedExperts.Config)):
+        raise JobError(
+            "torchtitan 0.3.0 gets the biases of GPT-OSS wrong under this tensor parallelism: set "
+            "parallelism.tensor_parallel_degree to 1, or expert_parallel_degree above 1 with "
+            'spmd_backend = "spmd_types"'
+        )
 
 
 def tied_weights_stay_on_one_stage(config: Trainer.Config) -> None:
@@ -328,6 +345,7 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     sequence_divides_over_ranks,
     sequence_fits_model,
     heads_divide_over_ranks,
+    expert_biases_are_added_once,
     tied_weights_stay_on_one_stage,
     zero_bubble_needs_whole_recompute,
     experts_divide_over_ranks,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torchtitan.config.override import derive, override
 from torchtitan.models.common.moe import GroupedExperts
-from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, ScaleBiasForward
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 
 class Float32Experts(GroupedExperts):
@@ -51,22 +51,11 @@ class Float32GptOssExperts(GptOssGroupedExperts):
             gate_RF = gate_RF.clamp(max=self.swiglu_limit)
             up_RF = up_RF.clamp(-self.swiglu_limit, self.swiglu_limit)
             h_RF = gate_RF * torch.sigmoid(1.702 * gate_RF) * (up_RF + 1)
-            # TP ranks hold parts of F and sum their results, the bias among them.
-            b2_RD = ScaleBiasForward.apply(
-                b2_RD, _tensor_parallel(self.mlp1_weight_EGD), x_RD.dtype
-            )
             return torch.einsum("rf,rdf->rd", h_RF, w2_RDF) + b2_RD
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _tensor_parallel(parameter: torch.Tensor) -> int:
-    if not isinstance(parameter, DTensor):
-        return 1
-    mesh = parameter.device_mesh
-    return mesh["tp"].size() if "tp" in (mesh.mesh_dim_names or ()) else 1
 
 
 def _expert_of_each_row(x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
