@@ -67,7 +67,10 @@ class Llama4StateDictAdapter(StateDictAdapter):
             }
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Sharded tensors stay sharded: online loading reads into what this returns."""
+        """Sharded tensors stay sharded: online loading reads into what this returns.
+
+        The experts in it are copies, because no view has both projections in one tensor.
+        """
         hf_state_dict = {}
         for name, value in state_dict.items():
             layer, place = _split(name, "layers")
