@@ -28,7 +28,7 @@ from tests.hugging_face import weights_and_export
 from titan_moe_lb import job_config
 from titan_moe_lb.data import TOKENIZER_PATH
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.hugging_face import check_initial_weights
+from titan_moe_lb.validation.hugging_face import check_initial_weights
 
 SEQUENCE_LENGTH = 256
 INDEX = "model.safetensors.index.json"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.train_jobs import train
+from titan_moe_lb import job_config
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.validation.files import checkpoint_has_loss_state
 
 JOB = [
     "--config",
@@ -45,6 +49,21 @@ def test_resumed_run_continues_bitwise(ranks, tmp_path):
     torch.testing.assert_close(
         *(_last_counts(f"{tmp_path}/{name}") for name in ("whole", "stopped")), rtol=0, atol=0
     )
+
+
+def test_checkpoint_without_the_loss_is_refused_in_one_line(ranks, tmp_path, monkeypatch):
+    """torchtitan's loader would end in a traceback about a missing key."""
+    save = [*JOB[:2], "--training.steps=1", *JOB[5:8], "--checkpoint.interval=1"]
+    for name, losses in (("without", "[]"), ("with", JOB[3])):
+        model = ["--model.aux_losses", losses]
+        ranks.run(1, train, [*save, *model, f"--dump_folder={tmp_path}/{name}"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    resume = [*JOB[:4], "--checkpoint.enable"]
+    for flag in ("--dump_folder={}", "--checkpoint.initial_load_path={}/checkpoint/step-1"):
+        config = job_config.load([*resume, flag.format(tmp_path / "without")]).config
+        with pytest.raises(JobError, match="saved without the global-batch loss"):
+            checkpoint_has_loss_state(config)
+        checkpoint_has_loss_state(job_config.load([*resume, flag.format(tmp_path / "with")]).config)
 
 
 def _last_counts(folder: str) -> torch.Tensor:

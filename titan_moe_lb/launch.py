@@ -20,8 +20,9 @@ from titan_moe_lb import cpu
 if cpu.needed():
     cpu.use_host()
 
-from titan_moe_lb import catalog, hugging_face, job_config, layout, model_help, train, validation
+from titan_moe_lb import catalog, job_config, layout, model_help, train
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.validation.files import validate_files
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,8 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["WORLD_SIZE"] = str(here * nodes)
         job = draft.resolve()
         if not draft.command.print_config and job.config.comm.mode == "default":
-            validation.assets_are_here(job.config)
-            hugging_face.check_initial_weights(job.config)
+            validate_files(job.config)
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:
