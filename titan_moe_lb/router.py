@@ -113,7 +113,6 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.count_sources = ["selected", *(["scores"] if "scores" in counting else [])]
         self.layer = config.layer
         self.layers = config.layers
-        self.track = config.track
         # Whether someone takes the counts of every step, logged or not.
         self.needs_step_counts = config.updates_bias or any(
             loss.needs_step_counts for loss in self.aux_losses.values()
