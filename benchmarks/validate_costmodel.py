@@ -3,7 +3,8 @@
     python -m benchmarks.validate_costmodel [--ep-degree 2] [--repetitions 9]
 
 torchtitan's own dispatcher and grouped experts run forward and backward in EP processes on
-gloo, one thread each, with expert ids that give the hot experts exactly the asked share. All
+gloo, one thread each, with the expert ids of forced routing: the hot experts get exactly the
+asked share. All
 imbalances run in turn, in alternating order; medians. Every time is divided by that at
 balance:
 
@@ -40,6 +41,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from titan_moe_lb.costmodel.host import measure_host
 from titan_moe_lb.costmodel.layer import MoELayer, Placement, moe_layer_time
+from titan_moe_lb.routing.functional import hot_share_ids
 
 IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)
 
@@ -189,19 +191,16 @@ def _forward_backward(
 
 def _expert_ids(arguments: Arguments, factor: float) -> torch.Tensor:
     """Expert ids ``(1, T, K)``: the first W experts get ``factor`` x the mean, the rest is even."""
-    tokens, k, experts = arguments.tokens_per_rank, arguments.top_k, arguments.num_experts
-    hot = arguments.hot_experts
-    per_hot = round(factor * tokens * k / experts)
-    ids = torch.full((tokens, k), -1)
-    for expert in range(hot):
-        # Spread from another token on for each expert, so that their tokens differ where they can.
-        chosen = (torch.arange(per_hot) + expert * per_hot) % tokens
-        for token in chosen.tolist():
-            ids[token, int((ids[token] >= 0).sum())] = expert
-    others = iter(range(tokens * k))
-    for slot in (ids.flatten() < 0).nonzero().flatten().tolist():
-        ids.view(-1)[slot] = hot + next(others) % (experts - hot)
-    return ids.unsqueeze(0)
+    tokens, top_k, hot = arguments.tokens_per_rank, arguments.top_k, arguments.hot_experts
+    return hot_share_ids(
+        tokens,
+        top_k,
+        torch.arange(hot),
+        torch.arange(hot, arguments.num_experts),
+        num_hot_choices=round(hot * factor * tokens * top_k / arguments.num_experts),
+        first_token=0,
+        total_tokens=tokens,
+    ).unsqueeze(0)
 
 
 def _free_port() -> int:

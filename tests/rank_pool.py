@@ -80,6 +80,8 @@ class RankPool:
 
 def _serve(connection: Connection) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import gc
+
     from titan_moe_lb import cpu
 
     if cpu.needed():
@@ -97,6 +99,9 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    # A trainer switches automatic collection off and leaves cycles that hold its whole
+    # model. What the imports made stays, and need not be looked through each time.
+    gc.freeze()
     while True:
         try:
             rank, num_ranks, port, (module, name), args, kwargs = connection.recv()
@@ -124,6 +129,7 @@ def _serve(connection: Connection) -> None:
             # What zero_bubble.adapt sets for the whole process.
             torch._functorch.config.donated_buffer = True
             torch.compiler.config.cache_key_tag = ""
+            gc.collect()
         connection.send(answer)
 
 

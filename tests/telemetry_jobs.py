@@ -20,7 +20,7 @@ from titan_moe_lb import cpu, job_config, zero_bubble
 from titan_moe_lb.losses import SequenceWiseAuxLoss
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import event_clock, recorder
-from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.telemetry.reduction import reduce_over_tokens, reduce_step
 from titan_moe_lb.telemetry.step_hook import routers_of
 
 
@@ -121,7 +121,11 @@ def small_router(layer: int = 0, layers: tuple[int, ...] = (0,), **options) -> L
 
 
 def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> dict[str, Any]:
-    """Count the collectives of one reduction; layers of each pipeline stage are given."""
+    """Count the collectives of a step that updates the bias and is logged.
+
+    Args:
+        layers_by_stage: numbers of the MoE layers of each pipeline stage.
+    """
     parallelism = ParallelismConfig(
         pipeline_parallel_degree=len(layers_by_stage), expert_parallel_degree=ep
     )
@@ -140,10 +144,13 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
         router(x_BLD)[0].sum().backward()
     recorder.finish_step([router.recorder for router in routers])
     event_clock.finish_step([router.clock for router in routers])
-    with CommDebugMode() as communication:
+    with CommDebugMode() as of_bias_update:
+        reduce_over_tokens(routers, parallel_dims)
+    with CommDebugMode() as of_metrics:
         load = reduce_step(routers, parallel_dims)
     return {
-        "collectives": communication.get_total_counts(),
+        "of_bias_update": of_bias_update.get_total_counts(),
+        "of_metrics": of_metrics.get_total_counts(),
         "layers": load.layers,
         "tokens": load.counts_ME.sum(axis=1).tolist(),
         "losses": {name: values.tolist() for name, values in load.losses.items()},
