@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.parity.gradients import Recorded, layout_gradients, save_seed
@@ -106,6 +107,15 @@ def relative_error(
             errors[name] = (error / size).item()
     worst = max(errors, key=lambda name: errors[name])
     return Comparison(layout, loss, errors[worst], worst, len(errors), recorded)
+
+
+def assert_same_log(recorded: Recorded, expected: Recorded, relative: float = 1e-6) -> None:
+    """Counts bitwise, once for each micro-batch whatever is recomputed; losses to rounding."""
+    assert recorded.layers == expected.layers
+    assert recorded.counts == expected.counts
+    assert recorded.losses.keys() == expected.losses.keys()
+    for name, values in expected.losses.items():
+        assert np.allclose(recorded.losses[name], values, rtol=relative, atol=0), name
 
 
 def _merge(folder: str, loss: str, num_ranks: int) -> Gradients:
