@@ -126,7 +126,13 @@ def test_help_shows_keys_losses_and_flags(monkeypatch, capsys):
     ):
         assert text in shown
     keys = job_config.model_keys(entry("qwen3").model_registry)
-    assert list(keys) == ["attn_backend", "moe_comm_backend", "aux_losses", "load_balance_coeff"]
+    assert list(keys) == [
+        "attn_backend",
+        "moe_comm_backend",
+        "aux_losses",
+        "load_balance_coeff",
+        "forced_routing",
+    ]
 
 
 def _words(text: str) -> set[str]:

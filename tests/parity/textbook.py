@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.trainer import Trainer
@@ -35,7 +36,9 @@ def textbook_gradients(
     )
     routers = [m for m in trainer.model_parts[0].modules() if isinstance(m, TokenChoiceTopKRouter)]
     assert routers and all(type(router) is TokenChoiceTopKRouter for router in routers)
-    # Each pass is a step: the expert bias moves, and the counts become the previous ones.
+    # Each pass is a step: torchtitan's own hook moves the expert bias, and the counts become
+    # the previous ones.
+    register_moe_load_balancing_hook(trainer.optimizers, trainer.model_parts, trainer.parallel_dims)
     seen = _forward(trainer, routers)[1]
     trainer.optimizers.step()
     files = {}
