@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from titan_moe_lb.errors import JobError
+from titan_moe_lb import html_page
 from titan_moe_lb.report.page import render
 from titan_moe_lb.telemetry.trace import read_trace
 
@@ -29,15 +28,7 @@ def write_report(run_dir: Path, compare: Path | None = None, output: Path | None
         traces[0].require_same_model(other)
     output = traces[0].path.with_name("report.html") if output is None else output
     page = render(traces)
-    # A reader who reloads the page never sees half of it.
-    partial = output.with_name(output.name + ".new")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, output)
-    except OSError as error:
-        raise JobError(
-            f"{output} cannot be written ({error.strerror}): name another file with --output"
-        ) from None
+    html_page.write(page, output)
     notes = [trace.truncated for trace in traces if trace.truncated]
     steps = " and ".join(f"{len(trace.steps)} steps" for trace in traces)
     return "\n".join([f"{output}: {steps}, {len(page.encode()) / 1e6:.1f} MB", *notes])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import zlib
 from typing import Any
 
-import jinja2
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
+from titan_moe_lb import html_page
 from titan_moe_lb.report import figures, load_codes, summary
 from titan_moe_lb.telemetry.trace import Trace
 
@@ -24,11 +22,10 @@ _MARKUP_BYTES = 60_000
 def render(traces: list[Trace]) -> str:
     """The page of one run, or of two runs of one model side by side."""
     charts = figures.charts(traces)
-    drawings = packed_text(
+    drawings = html_page.packed(
         json.dumps([[_plain(figure) for figure in chart.figures] for chart in charts])
     )
-    plotly = packed_text(get_plotlyjs())
-    rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(plotly)
+    rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(html_page.packed_plotly())
     most_load_bytes = rest * 3 // 4 // len(traces)  # base64 makes 4 bytes of 3
     runs = [_run(mark, trace, most_load_bytes) for mark, trace in zip("AB", traces, strict=False)]
     data = {
@@ -47,14 +44,14 @@ def render(traces: list[Trace]) -> str:
             for run, trace in zip(runs, traces, strict=True)
         ],
     }
-    return _template().render(
+    return html_page.render(
+        "report/page.html.jinja",
         runs=runs,
         charts=charts,
         load_colors=figures.LOAD_COLORS,
         dead_color=figures.DEAD_COLOR,
-        data=packed_text(json.dumps(data)),
+        data=html_page.packed(json.dumps(data)),
         drawings=drawings,
-        plotly=plotly,
     )
 
 
@@ -77,19 +74,3 @@ def _run(mark: str, trace: Trace, most_load_bytes: int) -> dict[str, Any]:
 def _plain(figure: go.Figure) -> dict[str, Any]:
     """The figure as plotly's script takes it."""
     return json.loads(figure.to_json())
-
-
-def packed_text(text: str) -> str:
-    """Deflated and base64: plotly's script alone is 4.8 MB otherwise."""
-    return base64.b64encode(zlib.compress(text.encode(), level=9)).decode()
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("titan_moe_lb", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("page.html.jinja")
