@@ -97,7 +97,8 @@ def _field_docstring(cls: type, name: str) -> str:
 
 def _table() -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    for ratio in (2, 3, 4):
+    table.add_column(no_wrap=True)
+    for ratio in (3, 4):
         table.add_column(ratio=ratio, overflow="fold")
     return table
 

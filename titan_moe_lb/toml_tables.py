@@ -314,4 +314,6 @@ def describe(hint: Any) -> str:
         return "a list"
     if typing.get_origin(hint) is dict or hint is dict:
         return "a table"
+    if _kinds(hint):
+        return "a table with a type"
     return _NAMES.get(hint, str(hint))
