@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.train_jobs import train
 from titan_moe_lb import job_config
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.global_batch import cut, token_slices
 from titan_moe_lb.routing.functional import (
     hash_seed,
     hot_share_ids,
@@ -161,9 +162,35 @@ def test_hot_rank_keeps_an_odd_share_to_within_one_token(ranks, tmp_path):
     flags = ["--parallelism.expert_parallel_degree=2", "--training.local_batch_size=2"]
     accumulate = ["--training.global_batch_size=8"]
     trace, _ = run(ranks, 2, tmp_path, *forced, *flags, *accumulate, steps=1)
-    # Two micro-batches of 4 sequences.
-    share = trace.counts_SME[0, :, : EXPERTS // 2].sum(axis=-1) / 2
-    assert (abs(share - 0.7 * CHOICES / 2) <= 1).all()
+    # Two micro-batches of 4 sequences: 716.8 choices each, over the two ranks together.
+    share = trace.counts_SME[0, :, : EXPERTS // 2].sum(axis=-1)
+    assert (share == 2 * 717).all()
+
+
+def positions(arguments):
+    """What torchtitan gives this rank of positions 0, 1, 2, ..., and what we think it does."""
+    config = job_config.load(arguments).config
+    config.metrics.write_moe_trace = False
+    trainer = config.build()
+    whole = torch.arange(config.training.seq_len).expand(BATCH, -1).contiguous()
+    batch = {"input": torch.zeros_like(whole), "positions": whole}
+    _inputs, _labels, extra = trainer.post_dataloading_process(batch, torch.zeros_like(whole))
+    seen = extra["positions"][0].tolist()
+    slices = token_slices(cut(config), trainer.parallel_dims)
+    trainer.close()
+    return seen, [start + i for start, length in slices for i in range(length)]
+
+
+@pytest.mark.parametrize("balancer", ["headtail", "none"])
+def test_the_tokens_of_a_rank_are_those_torchtitan_gives_it(ranks, balancer):
+    flags = [
+        "--training.seq_len=512",
+        "--parallelism.context_parallel_degree=2",
+        f"--parallelism.context_parallel_load_balancer={'None' if balancer == 'none' else balancer}",
+    ]
+    for seen, expected in ranks.run(2, positions, [*TINY, *flags]):
+        assert seen == expected
+        assert len(seen) == 256
 
 
 def biases(arguments):
@@ -200,7 +227,8 @@ def test_bias_is_shared_by_all_ranks(ranks, resample):
 def test_biased_normal_prefers_the_biased_experts(ranks, tmp_path):
     """Fixed bias: every step has the same ranking of the experts, as far as groups allow."""
     forced = force('type = "biased_normal", std = 2.0, resample = "once_per_layer"')
-    trace, _ = run(ranks, 2, tmp_path, *forced, "--training.local_batch_size=4")
+    flags = ["--parallelism.expert_parallel_degree=2", "--training.local_batch_size=2"]
+    trace, _ = run(ranks, 4, tmp_path, *forced, *flags)
     ((bias, _seeds),) = ranks.run(1, biases, [*TINY, *forced])
     for layer, (first, *_) in enumerate(bias):
         for counts in trace.counts_SME[:, layer]:
@@ -209,8 +237,8 @@ def test_biased_normal_prefers_the_biased_experts(ranks, tmp_path):
 
 
 def test_random_balanced_is_balanced_up_to_chance(ranks, tmp_path):
-    flags = ["--parallelism.expert_parallel_degree=2", "--training.local_batch_size=4"]
-    trace, _ = run(ranks, 2, tmp_path, *force('type = "random_balanced"'), *flags)
+    flags = ["--parallelism.expert_parallel_degree=4", "--training.local_batch_size=2"]
+    trace, _ = run(ranks, 4, tmp_path, *force('type = "random_balanced"'), *flags)
     mean, deviation = CHOICES / EXPERTS, (CHOICES / EXPERTS * (1 - TOP_K / EXPERTS)) ** 0.5
     assert (abs(trace.counts_SME - mean) < 5 * deviation).all()
     assert trace.counts_SME.std() > 0.3 * deviation, "not random"

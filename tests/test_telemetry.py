@@ -142,6 +142,16 @@ def test_every_micro_batch_is_recorded_in_its_place(how):
     torch._dynamo.reset()
 
 
+def test_a_backward_in_two_passes_counts_at_the_first():
+    """A zero-bubble schedule runs the backward of a compiled block twice."""
+    router = small_router(num_micro_batches=3)
+    event_clock.wire([router.clock])
+    outputs = [router(batch(seed))[0].sum() for seed in range(3)]
+    for output in (*outputs, *reversed(outputs)):
+        output.backward(retain_graph=True)
+    assert router.clock.backward_times_M.tolist() == [4, 5, 6]
+
+
 def test_a_replayed_step_records_without_its_python():
     """What a CUDA graph does: the operators of a captured step run again, on other data."""
     router = small_router(num_micro_batches=3)
