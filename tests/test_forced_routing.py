@@ -372,6 +372,13 @@ def test_hot_rank_with_too_few_experts(monkeypatch):
         job_config.load([*TINY, "--parallelism.expert_parallel_degree=8", *forced])
 
 
+@pytest.mark.parametrize("step", [-3, 0, 11])
+def test_recorded_step_that_never_comes(monkeypatch, step):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(JobError, match=f"has step {step}; the steps of this job are 1 to 10"):
+        job_config.load([*TINY, "--metrics.record_routing_steps", str(step)])
+
+
 def test_two_strategies_at_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     both = '--model.forced_routing=[{type = "round_robin"}, {type = "random_balanced"}]'

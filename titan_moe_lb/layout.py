@@ -64,6 +64,14 @@ def resolve(parallelism: ParallelismConfig, num_processes: int | None = None) ->
     return dims
 
 
+def token_axes(dims: ParallelDims) -> list[str]:
+    """Mesh axes whose ranks route different tokens: DP and CP, and TP when EP is on."""
+    axes = ["loss"] if dims.dp_cp_enabled else []
+    if dims.ep_enabled and dims.tp_enabled:
+        axes.append("tp")
+    return axes
+
+
 def metrics_rank(dims: ParallelDims, schedule: str) -> int:
     """The global rank that sees the loss: the first of the last pipeline stage.
 

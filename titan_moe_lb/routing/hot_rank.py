@@ -43,7 +43,9 @@ class HotRank(ForcedRouting):
             if (self.rank is None) == (self.ranks is None):
                 raise JobError("hot_rank needs either rank or ranks: the EP ranks to overload")
             if self.ranks is not None and len(set(self.ranks)) != max(len(self.ranks), 1):
-                raise JobError(f"hot_rank ranks are {self.ranks}; name each rank once")
+                raise JobError(
+                    f"hot_rank ranks are {self.ranks}; name at least one rank, each once"
+                )
 
         @property
         def hot_ranks(self) -> list[int]:

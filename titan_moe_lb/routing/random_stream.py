@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torchtitan.protocols.module import Module
 
+from titan_moe_lb import layout
 from titan_moe_lb.routing.functional import hash_seed
 
 
@@ -41,16 +42,8 @@ class RandomStream(Module):
     def wire(self, parallel_dims, layer: int) -> None:
         """Args: as :meth:`titan_moe_lb.routing.ForcedRouting.wire`."""
         place = 0
-        for axis, size in _token_axes(parallel_dims):
-            place = place * size + parallel_dims.get_mesh(axis).get_local_rank()
+        for axis in layout.token_axes(parallel_dims):
+            mesh = parallel_dims.get_mesh(axis)
+            place = place * mesh.size() + mesh.get_local_rank()
         self.shared_seed.fill_(hash_seed(self._seed, layer))
         self.own_seed.fill_(hash_seed(self._seed, layer, place + 1))
-
-
-def _token_axes(parallel_dims) -> list[tuple[str, int]]:
-    """Axes whose ranks route different tokens, and their sizes."""
-    axes = [("batch", parallel_dims.dp_replicate * parallel_dims.dp_shard)]
-    axes.append(("cp", parallel_dims.cp))
-    if parallel_dims.ep_enabled:
-        axes.append(("tp", parallel_dims.tp))
-    return [(axis, size) for axis, size in axes if size > 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,7 +57,7 @@ class Replay(ForcedRouting):
         self.expert_ids_NBLK = torch.zeros(0, device=device)
 
     def wire(self, parallel_dims, layer: int) -> None:
-        trace = RoutingTrace(self.config.trace)
+        trace = _opened(self.config.trace)
         cut = self.config.place
         assert cut is not None
         positions = np.concatenate(
@@ -76,3 +77,9 @@ class Replay(ForcedRouting):
     def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
         index = (forward_number % self.expert_ids_NBLK.shape[0]).unsqueeze(0)
         return self.expert_ids_NBLK.index_select(0, index)[0].long()
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(folder: str) -> RoutingTrace:
+    """One look at the files of all ranks serves every layer."""
+    return RoutingTrace(folder)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
+from titan_moe_lb import layout
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.balance_statistics import max_violation
@@ -172,16 +173,8 @@ def _all_reduce(
 ) -> int:
     """Reduce in place over the ranks that route other tokens; how many there are."""
     num_ranks = 1
-    for axis in _token_axes(parallel_dims):
+    for axis in layout.token_axes(parallel_dims):
         mesh = parallel_dims.get_mesh(axis)
         dist.all_reduce(tensor, op=op, group=mesh.get_group())
         num_ranks *= mesh.size()
     return num_ranks
-
-
-def _token_axes(parallel_dims: ParallelDims) -> list[str]:
-    """Mesh axes whose ranks route different tokens: DP and CP, and TP when EP is on."""
-    axes = ["loss"] if parallel_dims.dp_cp_enabled else []
-    if parallel_dims.ep_enabled and parallel_dims.tp_enabled:
-        axes.append("tp")
-    return axes

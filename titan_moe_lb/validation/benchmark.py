@@ -96,8 +96,15 @@ def replayed_trace_fits(config: Trainer.Config) -> None:
         _whole_sequence_order_is_known(config, "replay")
 
 
-def recorded_routing_has_an_order(config: Trainer.Config) -> None:
-    if getattr(config.metrics, "record_routing_steps", None):
+def recorded_routing_can_be_replayed(config: Trainer.Config) -> None:
+    steps = getattr(config.metrics, "record_routing_steps", None)
+    if steps:
+        for step in steps:
+            if not 1 <= step <= config.training.steps:
+                raise JobError(
+                    f"metrics.record_routing_steps has step {step}; the steps of this job are 1 "
+                    f"to {config.training.steps} (training.steps)"
+                )
         _whole_sequence_order_is_known(config, "metrics.record_routing_steps")
 
 
@@ -137,6 +144,6 @@ RULES = (
     hot_ranks_exist,
     forced_routing_keeps_group_limit,
     replayed_trace_fits,
-    recorded_routing_has_an_order,
+    recorded_routing_can_be_replayed,
     recomputation_restores_random_state,
 )
