@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()
@@ -26,9 +26,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
 from benchmarks import single_process
-from titan_moe_lb import job_config
-from titan_moe_lb.telemetry.recorder import finish_step
-from titan_moe_lb.telemetry.step_hook import routers_of
+from titan_moe_lb.job import job_config
+from titan_moe_lb.recording.recorder import finish_step
+from titan_moe_lb.step_hook import routers_of
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 import tyro
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()
@@ -31,7 +31,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.trainer import Trainer
 
 from benchmarks import single_process
-from titan_moe_lb import job_config
+from titan_moe_lb.job import job_config
 from titan_moe_lb.router import LoadBalancedRouter
 
 LOSSES = (

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()
@@ -41,7 +41,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from titan_moe_lb.costmodel.host import measure_host
 from titan_moe_lb.costmodel.layer import MoELayer, Placement, moe_layer_time
-from titan_moe_lb.routing.functional import hot_share_ids
+from titan_moe_lb.forced_routing.functional import hot_share_ids
 
 IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)
 

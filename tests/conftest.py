@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Four ranks on gloo, also where there is a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()

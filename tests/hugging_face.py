@@ -7,7 +7,8 @@ import os
 import torch
 from torch.distributed.tensor import DTensor
 
-from titan_moe_lb import cpu, job_config
+from titan_moe_lb.job import job_config
+from titan_moe_lb.upstream import cpu
 
 
 def logits_and_export(

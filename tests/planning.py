@@ -7,7 +7,9 @@ import io
 import os
 from typing import Any
 
-from titan_moe_lb import cli, cpu, job_config
+from titan_moe_lb import cli
+from titan_moe_lb.job import job_config
+from titan_moe_lb.upstream import cpu
 
 
 def command(arguments: list[str]) -> tuple[int, str, str]:
@@ -27,7 +29,7 @@ def built_state(arguments: list[str]) -> dict[str, Any]:
     """What this rank of a real process group holds of a job, after one optimizer step."""
     import torch
 
-    from titan_moe_lb.local_shard import local_shard
+    from titan_moe_lb.parallel.local_shard import local_shard
 
     job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
     if cpu.needed():

@@ -82,7 +82,7 @@ def _serve(connection: Connection) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import gc
 
-    from titan_moe_lb import cpu
+    from titan_moe_lb.upstream import cpu
 
     if cpu.needed():
         cpu.use_host()

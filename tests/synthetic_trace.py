@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from titan_moe_lb.telemetry.balance_statistics import max_violation
-from titan_moe_lb.telemetry.run_info import RunInfo
-from titan_moe_lb.telemetry.step_load import StepLoad
-from titan_moe_lb.telemetry.trace import TraceWriter
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter
 
 LOSS = "seq_load_balancing_loss"
 

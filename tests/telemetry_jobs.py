@@ -16,12 +16,13 @@ from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.config_utils import make_router_config
 
-from titan_moe_lb import cpu, job_config, zero_bubble
+from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import SequenceWiseAuxLoss
+from titan_moe_lb.recording import event_clock, recorder
 from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.telemetry import event_clock, recorder
+from titan_moe_lb.step_hook import routers_of
 from titan_moe_lb.telemetry.reduction import reduce_over_tokens, reduce_step
-from titan_moe_lb.telemetry.step_hook import routers_of
+from titan_moe_lb.upstream import cpu, zero_bubble
 
 
 def simulated_peaks(arguments: list[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_moe_lb.telemetry import balance_statistics
+from titan_moe_lb.traces import balance_statistics
 
 COUNTS = st.lists(st.integers(0, 10**6), min_size=1, max_size=40)
 

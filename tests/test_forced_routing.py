@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train_jobs import train
-from titan_moe_lb import job_config
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.global_batch import cut, token_slices
-from titan_moe_lb.routing.functional import (
+from titan_moe_lb.forced_routing.functional import (
     hash_seed,
     hot_share_ids,
     round_robin_ids,
     standard_normal,
     uniform,
 )
-from titan_moe_lb.telemetry.routing_trace import RoutingTrace
-from titan_moe_lb.telemetry.step_hook import routers_of
-from titan_moe_lb.telemetry.trace import read_trace
+from titan_moe_lb.job import job_config
+from titan_moe_lb.parallel.batch_cut import cut, token_slices
+from titan_moe_lb.step_hook import routers_of
+from titan_moe_lb.traces.routing_trace import RoutingTrace
+from titan_moe_lb.traces.trace import read_trace
 
 # 8 sequences of 128 tokens, top 2 of 8 experts in 4 groups of which 2 are open; layers 1 to 3.
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.local_batch_size=8"]

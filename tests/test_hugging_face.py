@@ -10,9 +10,9 @@ from torchtitan.models import gpt_oss as torchtitan_gpt_oss
 
 from model_registry import gpt_oss
 from tests.hugging_face import logits_and_export
-from titan_moe_lb import job_config
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.validation.hugging_face import check_initial_weights
+from titan_moe_lb.job import job_config
+from titan_moe_lb.rules.hugging_face import check_initial_weights
 
 TOLERANCE = 1e-4
 # Longer than the sliding window of GPT-OSS.

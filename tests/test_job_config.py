@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tomli
 
-from titan_moe_lb import job_config
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.toml"))
 JOB = '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n'

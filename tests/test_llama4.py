@@ -25,10 +25,10 @@ from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.model import Llama4Model
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
 from tests.hugging_face import weights_and_export
-from titan_moe_lb import job_config
 from titan_moe_lb.data import TOKENIZER_PATH
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.validation.hugging_face import check_initial_weights
+from titan_moe_lb.job import job_config
+from titan_moe_lb.rules.hugging_face import check_initial_weights
 
 SEQUENCE_LENGTH = 256
 INDEX = "model.safetensors.index.json"
@@ -86,7 +86,7 @@ def ours(architecture: Architecture) -> Llama4Model:
     config = architecture.config(attn_backend="flex", moe_comm_backend="standard")
     overrides = [
         "tests.parity.float32_experts.float32_experts",
-        "titan_moe_lb.cpu.attention.dense_mask_attention",
+        "titan_moe_lb.upstream.cpu.attention.dense_mask_attention",
     ]
     apply_overrides(OverrideConfig(imports=overrides), config)
     return config.build()

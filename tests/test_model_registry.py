@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.train_jobs import train
-from titan_moe_lb import job_config
+from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import GlobalBatchAuxLoss, SequenceWiseAuxLoss
 
 

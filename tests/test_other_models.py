@@ -12,9 +12,9 @@ from torchtitan.models.common.moe import MoE
 
 from model_registry import recipes
 from tests.other_models import train_balanced, upstream_spec
-from titan_moe_lb import job_config
 from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import GlobalBatchAuxLoss, SequenceWiseAuxLoss
 from titan_moe_lb.model_spec import balanced
 from titan_moe_lb.router import LoadBalancedRouter

@@ -6,7 +6,7 @@ import pytest
 
 from tests.parity.compare import Parity, assert_same_log
 from tests.parity.layout import parse
-from titan_moe_lb.module_lookup import registered_models
+from titan_moe_lb.job.module_lookup import registered_models
 
 TOLERANCE = 1e-5
 # Gradients of about one size.

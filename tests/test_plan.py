@@ -11,9 +11,9 @@ import pytest
 
 from tests import planning
 from titan_moe_lb.costmodel.hardware import FIGURES
-from titan_moe_lb.telemetry.run_info import RunInfo
-from titan_moe_lb.telemetry.step_load import StepLoad
-from titan_moe_lb.telemetry.trace import TraceWriter
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
 

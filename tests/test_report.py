@@ -14,7 +14,7 @@ import pytest
 
 from tests.synthetic_trace import LOSS, run_info, write_run
 from titan_moe_lb import cli
-from titan_moe_lb.telemetry.trace import TraceReader, TraceWriter, read_trace
+from titan_moe_lb.traces.trace import TraceReader, TraceWriter, read_trace
 
 
 class Page(HTMLParser):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.train_jobs import train
-from titan_moe_lb import job_config
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.validation.files import checkpoint_has_loss_state
+from titan_moe_lb.job import job_config
+from titan_moe_lb.rules.files import checkpoint_has_loss_state
 
 JOB = [
     "--config",

@@ -20,8 +20,8 @@ from titan_moe_lb.losses import (
     SequenceWiseAuxLoss,
     functional,
 )
+from titan_moe_lb.recording.recorder import finish_step
 from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.telemetry.recorder import finish_step
 
 DIM, EXPERTS, TOP_K, BATCH, LENGTH = 32, 8, 2, 3, 20
 GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}

@@ -7,7 +7,7 @@ import pytest
 
 from tests.synthetic_trace import run_info
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.telemetry.routing_trace import RoutingTrace, RoutingTraceWriter
+from titan_moe_lb.traces.routing_trace import RoutingTrace, RoutingTraceWriter
 
 SEQUENCES, LENGTH, TOP_K = 8, 16, 2
 

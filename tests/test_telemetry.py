@@ -15,11 +15,12 @@ from tests.telemetry_jobs import (
     simulated_peaks,
     small_router,
 )
-from titan_moe_lb.expert_bias import bias_update
-from titan_moe_lb.routing import BiasedNormal, HotRank, RandomBalanced, RoundRobin
-from titan_moe_lb.telemetry import event_clock, overload
-from titan_moe_lb.telemetry.step_load import StepLoad
+from titan_moe_lb.expert_bias.sign import bias_update
+from titan_moe_lb.forced_routing import BiasedNormal, HotRank, RandomBalanced, RoundRobin
+from titan_moe_lb.recording import event_clock
+from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.step_metrics import step_metrics
+from titan_moe_lb.traces.step_load import StepLoad
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.local_batch_size=4"]
 

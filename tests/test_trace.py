@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.synthetic_trace import LOSS, run_info, step_loads, write_run
 from titan_moe_lb import cli
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.telemetry.run_info import FORMAT_VERSION, RunInfo
-from titan_moe_lb.telemetry.step_load import StepLoad
-from titan_moe_lb.telemetry.trace import FILE_NAME, TraceReader, TraceWriter, read_trace
+from titan_moe_lb.traces.run_info import FORMAT_VERSION, RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import FILE_NAME, TraceReader, TraceWriter, read_trace
 
 FIGURES = st.floats(allow_infinity=False)
 
@@ -266,7 +266,7 @@ def test_reader_goes_on_where_it_ended(tmp_path):
 WRITE_FOREVER = """
 import itertools, sys
 from tests.synthetic_trace import run_info, step_loads
-from titan_moe_lb.telemetry.trace import TraceWriter
+from titan_moe_lb.traces.trace import TraceWriter
 info = run_info(8, 64)
 loads = itertools.cycle(list(step_loads(info, 20)))
 writer = TraceWriter(sys.argv[1], info)
@@ -296,7 +296,7 @@ FULL_DISK = """
 import logging, resource, sys
 from pathlib import Path
 from tests.synthetic_trace import run_info, step_loads
-from titan_moe_lb.telemetry.trace import TraceWriter
+from titan_moe_lb.traces.trace import TraceWriter
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 info = run_info(8, 64)

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from tests.synthetic_trace import run_info, step_loads, write_run
 from titan_moe_lb import cli
-from titan_moe_lb.telemetry.step_load import StepLoad
-from titan_moe_lb.telemetry.trace import TraceWriter, read_trace
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter, read_trace
 from titan_moe_lb.watch.follower import Follower
 from titan_moe_lb.watch.frame import BARS, frame
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import cpu, dry_run, job_config, zero_bubble
+from titan_moe_lb.job import dry_run, job_config
+from titan_moe_lb.upstream import cpu, zero_bubble
 
 
 def train(

@@ -13,14 +13,15 @@ from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import global_batch, validation
+from titan_moe_lb import rules
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
+from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.routing import ForcedRouting
+from titan_moe_lb.step_hook import register_load_balancing
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
-from titan_moe_lb.telemetry.step_hook import register_load_balancing
 
 
 class LoadBalanceConverter(ModelConfigConverter):
@@ -106,7 +107,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
     class Config(model_config_cls):
         def update_from_config(self, *, config, **kwargs) -> None:
             _has_step_hook(config)
-            validation.validate(config)
+            rules.validate(config)
             model_config_cls.update_from_config(self, config=config, **kwargs)
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
@@ -120,7 +121,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                     )
             if reports and any(self.traverse(LoadBalancedRouter.Config)):
                 metrics.run_info = describe_run(config)
-                metrics.cut = global_batch.cut(config)
+                metrics.cut = batch_cut.cut(config)
 
     Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
     return Config

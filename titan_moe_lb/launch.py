@@ -15,14 +15,16 @@ import sys
 import torch
 from torch.distributed import run as torchrun
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()
 
-from titan_moe_lb import catalog, job_config, layout, model_help, train
+from titan_moe_lb import train
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.validation.files import validate_files
+from titan_moe_lb.job import catalog, job_config, model_help
+from titan_moe_lb.parallel import layout
+from titan_moe_lb.rules.files import validate_files
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,9 +15,9 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from titan_moe_lb.converter import LoadBalanceConverter
+from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss
-from titan_moe_lb.routing import ForcedRouting
-from titan_moe_lb.telemetry.step_hook import register_load_balancing
+from titan_moe_lb.step_hook import register_load_balancing
 
 
 @dataclass

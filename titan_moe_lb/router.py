@@ -19,15 +19,15 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.protocols.module import ModuleDict
 
-from titan_moe_lb import global_batch, layout
-from titan_moe_lb.local_shard import local_shard
+from titan_moe_lb.forced_routing.base import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
 from titan_moe_lb.losses.functional import count_tokens_per_expert, probability_sums
 from titan_moe_lb.losses.injection import gather_scores, scores_with_z_loss
 from titan_moe_lb.losses.z_loss import RouterZLoss
-from titan_moe_lb.routing.base import ForcedRouting
-from titan_moe_lb.telemetry.event_clock import EventClock
-from titan_moe_lb.telemetry.recorder import LoadRecorder
+from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.recording.event_clock import EventClock
+from titan_moe_lb.recording.recorder import LoadRecorder
 
 
 class LoadBalancedRouter(TokenChoiceTopKRouter):
@@ -77,7 +77,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         ) -> None:
             """Bind the router, its losses and its recorder to a ``Trainer.Config``."""
             dims = layout.resolve(config.parallelism)
-            cut = global_batch.cut(config)
+            cut = batch_cut.cut(config)
             self.updates_bias = updates_bias
             self.track = track
             self.num_micro_batches = cut.num_micro_batches

@@ -8,15 +8,16 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()
 
 from torchtitan import train as torchtitan_train
 
-from titan_moe_lb import dry_run, job_config, zero_bubble
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import dry_run, job_config
+from titan_moe_lb.upstream import zero_bubble
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,9 +14,9 @@ from torchtitan.protocols.model import ModelConfigConverter
 from model_registry.deepseek_v3.tiny import tiny
 from model_registry.room import Default, check_flavor
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss, SequenceWiseAuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
-from titan_moe_lb.routing import ForcedRouting
 
 FLAVORS = (*upstream.deepseekv3_configs, "tiny")
 

@@ -14,9 +14,9 @@ from torchtitan.protocols.model import ModelConfigConverter
 from model_registry.gpt_oss.state_dict_adapter import GptOssStateDictAdapter
 from model_registry.gpt_oss.tiny import tiny
 from model_registry.room import Default, check_flavor
+from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
-from titan_moe_lb.routing import ForcedRouting
 
 FLAVORS = (*upstream.gptoss_configs, "tiny")
 

@@ -16,9 +16,9 @@ from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
 from model_registry.room import Default, check_flavor
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
-from titan_moe_lb.routing import ForcedRouting
 
 FLAVORS = tuple(ARCHITECTURES)
 

@@ -13,9 +13,9 @@ from torchtitan.protocols.model import ModelConfigConverter
 
 from model_registry.qwen3.tiny import tiny
 from model_registry.room import Default, check_flavor
+from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
-from titan_moe_lb.routing import ForcedRouting
 
 FLAVORS = ("debugmodel_moe", "30B-A3B", "235B-A22B", "tiny")
 

@@ -13,7 +13,7 @@ import tyro
 # As in tests/conftest.py, before torch looks for devices.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from titan_moe_lb import cpu
+from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()
@@ -23,7 +23,7 @@ from tests.parity.gradients import GLOBAL_BATCH_SIZE, make_config
 from tests.parity.layout import parse
 from tests.rank_pool import RankPool
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.validation import validate
+from titan_moe_lb.rules import validate
 
 
 @dataclass

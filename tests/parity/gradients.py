@@ -14,9 +14,10 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
-from titan_moe_lb import cpu, job_config, toml_tables, zero_bubble
+from titan_moe_lb.job import job_config, toml_tables
+from titan_moe_lb.step_hook import routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
-from titan_moe_lb.telemetry.step_hook import routers_of
+from titan_moe_lb.upstream import cpu, zero_bubble
 
 GLOBAL_BATCH_SIZE = 8
 SEQUENCE_LENGTH = 256

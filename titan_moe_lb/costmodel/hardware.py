@@ -112,7 +112,7 @@ def hardware(name: str) -> Hardware:
     table = known_hardware()
     key = name.lower().replace("-", "_")
     if key not in table:
-        from titan_moe_lb.toml_tables import nearest
+        from titan_moe_lb.job.toml_tables import nearest
 
         raise JobError(
             f"--hardware {name!r} is unknown; {nearest(key, [*table, HOST])} To define one, write "
@@ -143,7 +143,7 @@ def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
     valid = ("name", "sources", *FIGURES)
     for figure in table:
         if figure not in valid:
-            from titan_moe_lb.toml_tables import nearest
+            from titan_moe_lb.job.toml_tables import nearest
 
             raise JobError(f"{place}: no figure {figure!r}; {nearest(figure, valid)}")
     missing = [figure for figure in FIGURES if figure not in table]

@@ -106,7 +106,8 @@ def read_job(
     from torchtitan.config import TORCH_DTYPE_MAP
     from torchtitan.tools.utils import set_default_dtype
 
-    from titan_moe_lb import cpu, layout
+    from titan_moe_lb.parallel import layout
+    from titan_moe_lb.upstream import cpu
 
     if cpu.needed():
         cpu.adapt(config)
@@ -310,7 +311,7 @@ def _rank_state(
     from torchtitan.config import TORCH_DTYPE_MAP
     from torchtitan.distributed.fsdp import get_fsdp_reshard_after_forward_policy
 
-    from titan_moe_lb.local_shard import local_shard
+    from titan_moe_lb.parallel.local_shard import local_shard
 
     parameters = {
         f"{index}.{name}": parameter

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torchtitan.protocols.module import Module
 
-from titan_moe_lb import global_batch
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut
 
 
 class AuxLoss(Module):
@@ -69,7 +69,7 @@ class AuxLoss(Module):
 
         def update_from_config(self, *, config, num_experts: int) -> None:
             """Take the batch sizes from a ``Trainer.Config`` and E from the router."""
-            cut = global_batch.cut(config)
+            cut = batch_cut.cut(config)
             self.local_batch_size = cut.local_batch_size
             self.global_batch_size = cut.global_batch_size
             self.num_experts = num_experts

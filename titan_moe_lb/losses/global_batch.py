@@ -11,9 +11,9 @@ import torch.distributed._functional_collectives as funcol
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.sharding import ShardingConfig
 
-from titan_moe_lb.local_shard import local_shard
 from titan_moe_lb.losses.base import LoadBalanceLoss
-from titan_moe_lb.recomputation import is_recomputation
+from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.recording.recomputation import is_recomputation
 
 
 class GlobalBatchAuxLoss(LoadBalanceLoss):

@@ -21,7 +21,7 @@ from titan_moe_lb.costmodel.job import JobModel, read_job
 from titan_moe_lb.costmodel.load import WORST
 from titan_moe_lb.costmodel.plan import DegreePlan, heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.telemetry.trace import Trace, read_trace
+from titan_moe_lb.traces.trace import Trace, read_trace
 
 MEMORY_RESERVE = 0.1
 
@@ -146,7 +146,8 @@ def _degrees(text: str) -> list[int]:
 
 def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
     """The job at every degree, the first one with all of its pipeline ranks."""
-    from titan_moe_lb import job_config, layout
+    from titan_moe_lb.job import job_config
+    from titan_moe_lb.parallel import layout
 
     draft = job_config.draft(list(question.job_flags))
     ranks = _ranks(question, draft.table.ranks)
@@ -232,7 +233,7 @@ def _measured(trace: Trace, job: JobModel) -> tuple[dict[str, Any], np.ndarray, 
 @contextmanager
 def _quiet_host() -> Iterator[None]:
     """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
-    from titan_moe_lb import cpu
+    from titan_moe_lb.upstream import cpu
 
     if cpu.needed():
         cpu.use_host()

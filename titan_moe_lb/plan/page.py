@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from titan_moe_lb import html_page
+from titan_moe_lb.pages import html_page
 from titan_moe_lb.plan import table
 from titan_moe_lb.plan.command import Plan
 from titan_moe_lb.plan.figures import charts

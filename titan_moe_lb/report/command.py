@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from titan_moe_lb import html_page
+from titan_moe_lb.pages import html_page
 from titan_moe_lb.report.page import render
-from titan_moe_lb.telemetry.trace import read_trace
+from titan_moe_lb.traces.trace import read_trace
 
 
 def write_report(run_dir: Path, compare: Path | None = None, output: Path | None = None) -> str:

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from titan_moe_lb.report.load_codes import shown_steps
-from titan_moe_lb.telemetry.balance_statistics import max_violation
-from titan_moe_lb.telemetry.trace import Trace
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.trace import Trace
 
 MOST_POINTS = 1000
 """Points of a curve."""

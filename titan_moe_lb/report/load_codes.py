@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from titan_moe_lb.telemetry.balance_statistics import relative_load
+from titan_moe_lb.traces.balance_statistics import relative_load
 
 LEVELS_PER_OCTAVE = 8
 LOWEST_OCTAVE = -4

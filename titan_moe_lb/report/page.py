@@ -8,9 +8,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from titan_moe_lb import html_page
+from titan_moe_lb.pages import html_page
 from titan_moe_lb.report import figures, load_codes, summary
-from titan_moe_lb.telemetry.trace import Trace
+from titan_moe_lb.traces.trace import Trace
 
 MOST_FRAMES = 400
 """Steps of the slider at most: more cannot be told apart by a hand."""

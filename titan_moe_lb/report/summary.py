@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titan_moe_lb.telemetry.balance_statistics import (
+from titan_moe_lb.traces.balance_statistics import (
     max_violation,
     num_dead_experts,
     relative_load,
 )
-from titan_moe_lb.telemetry.trace import Trace
+from titan_moe_lb.traces.trace import Trace
 
 NUM_LISTED = 8
 """Experts in each table."""

@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from torchtitan.models.common.moe import MoE
 
 import titan_moe_lb
-from titan_moe_lb import global_batch, layout
-from titan_moe_lb.telemetry.run_info import RunInfo
+from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.traces.run_info import RunInfo
 
 
 def describe_run(config) -> RunInfo:
     """Of a ``Trainer.Config`` whose MoE layers have load-balanced routers."""
     dims = layout.resolve(config.parallelism)
-    cut = global_batch.cut(config)
+    cut = batch_cut.cut(config)
     moe = next(moe for _fqn, moe, _parent, _attribute in config.model_spec.traverse(MoE.Config))
     router = moe.router
     forced = router.forced_routing

@@ -11,15 +11,15 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from titan_moe_lb import global_batch, layout
+from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.step_hook import routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
-from titan_moe_lb.telemetry.routing_trace import RoutingTraceWriter
-from titan_moe_lb.telemetry.run_info import RunInfo
-from titan_moe_lb.telemetry.step_hook import routers_of
-from titan_moe_lb.telemetry.step_load import StepLoad
 from titan_moe_lb.telemetry.step_metrics import console_line, step_metrics
-from titan_moe_lb.telemetry.trace import TraceWriter
+from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter
 
 
 class LoadBalanceMetricsProcessor(MetricsProcessor):
@@ -45,7 +45,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         run_info: Annotated[RunInfo | None, tyro.conf.Suppress] = None
         """What the traces say of the run. Filled by ``update_from_config`` of the model."""
 
-        cut: Annotated[global_batch.Cut | None, tyro.conf.Suppress] = None
+        cut: Annotated[batch_cut.Cut | None, tyro.conf.Suppress] = None
         """How the job cuts its global batch. Filled by ``update_from_config`` of the model."""
 
     def __init__(
@@ -119,8 +119,8 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
     def _record_routing(self, step: int, routers: list[LoadBalancedRouter]) -> None:
         assert self._routing is not None and self.config.cut is not None
-        sequences = global_batch.first_sequences(self.config.cut, self.parallel_dims)
-        slices = global_batch.token_slices(self.config.cut, self.parallel_dims)
+        sequences = batch_cut.first_sequences(self.config.cut, self.parallel_dims)
+        slices = batch_cut.token_slices(self.config.cut, self.parallel_dims)
         for router in routers:
             expert_ids_MBLK = router.recorder.expert_ids_MBLK
             assert expert_ids_MBLK is not None

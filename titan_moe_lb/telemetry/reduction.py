@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
-from titan_moe_lb import layout
 from titan_moe_lb.losses.base import AuxLoss
+from titan_moe_lb.parallel import layout
 from titan_moe_lb.telemetry import overload
-from titan_moe_lb.telemetry.balance_statistics import max_violation
-from titan_moe_lb.telemetry.step_load import StepLoad
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.step_load import StepLoad
 
 if TYPE_CHECKING:
     from titan_moe_lb.router import LoadBalancedRouter

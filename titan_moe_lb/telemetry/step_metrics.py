@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from titan_moe_lb.telemetry.balance_statistics import (
+from titan_moe_lb.traces.balance_statistics import (
     coefficient_of_variation,
     max_violation,
     normalized_entropy,
     num_dead_experts,
 )
-from titan_moe_lb.telemetry.step_load import StepLoad
+from titan_moe_lb.traces.step_load import StepLoad
 
 
 def step_metrics(load: StepLoad, *, per_layer: bool = False) -> dict[str, float]:

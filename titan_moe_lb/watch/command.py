@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from titan_moe_lb.telemetry.trace import trace_file
+from titan_moe_lb.traces.trace import trace_file
 from titan_moe_lb.watch.follower import Follower
 from titan_moe_lb.watch.frame import frame
 

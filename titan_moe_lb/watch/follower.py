@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.telemetry.balance_statistics import max_violation
-from titan_moe_lb.telemetry.run_info import RunInfo
-from titan_moe_lb.telemetry.step_load import StepLoad
-from titan_moe_lb.telemetry.trace import TraceReader, trace_file
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceReader, trace_file
 
 SECONDS_OF_RATE = 60.0
 """The rate is that of the last minute."""

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from titan_moe_lb.telemetry.balance_statistics import (
+from titan_moe_lb.traces.balance_statistics import (
     max_violation,
     num_dead_experts,
     relative_load,

@@ -1,0 +1,351 @@
+"""From a TOML file and a command line to the config of a job, strictly checked.
+
+Precedence: command line over TOML over registry. The sections of the file mirror
+``Trainer.Config``; ``[job]`` says where to start from, and ``[model]`` holds the
+arguments of the model's registry entry. On the command line, ``--model.KEY VALUE``
+takes VALUE in TOML syntax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli
+import tomli_w
+from torchtitan.config import ConfigManager
+from torchtitan.config.override import derive
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb import rules
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.forced_routing import ForcedRouting
+from titan_moe_lb.job import module_lookup, toml_tables
+from titan_moe_lb.job.toml_tables import nearest
+from titan_moe_lb.losses import AuxLoss
+from titan_moe_lb.model_spec import BalancedModelSpec, balanced
+from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+
+DEFAULT_MODULE = "deepseek_v3"
+
+OWN_FLAGS = """\
+Flags of titan_moe_lb:
+  --list              print the models, their jobs and their defaults, and stop
+  --module NAME       model (model_registry/NAME) or any importable path;
+                      default deepseek_v3
+  --config NAME       config function of the module; default: its debug job
+  --job-config FILE   job as TOML; the flags below beat it
+  --model.KEY VALUE   argument of the model's registry entry, VALUE in TOML syntax:
+                      --model.aux_losses '[{type = "z_loss", weight = 1e-4}]'
+  --print-config      print the resolved job as TOML and stop
+"""
+
+_SWITCHES = {"print_config": "print_config", "list": "list_models"}
+
+# Arguments of a registry entry that [job] or Python decides.
+_NOT_IN_MODEL_TABLE = ("flavor", "converters", "spec")
+
+
+@dataclass(kw_only=True)
+class JobTable:
+    """``[job]``: where the job starts from."""
+
+    module: str = ""
+    """Model or importable path, as ``--module``; empty: the default model."""
+    config: str = ""
+    """Config function, as ``--config``; empty: the model's debug job."""
+    flavor: str = ""
+    """Shorthand for the config function of a flavor."""
+    description: str = ""
+    ranks: int | None = None
+    """Processes that the job wants in all, on all nodes."""
+
+
+@dataclass(kw_only=True)
+class CommandLine:
+    """The arguments that are ours; the rest belongs to torchtitan's config."""
+
+    module: str | None = None
+    config: str | None = None
+    job_config: str | None = None
+    print_config: bool = False
+    list_models: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A job, resolved."""
+
+    config: Trainer.Config
+    table: JobTable
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """A job whose starting point is known and whose config is not built yet."""
+
+    command: CommandLine
+    table: JobTable
+    tables: dict[str, Any]
+    source: str
+
+    def build(self) -> Trainer.Config:
+        """The config of registry, TOML and ``--model.*``, without torchtitan's own flags.
+
+        Raises:
+            JobError: the first thing that is wrong, in one line.
+        """
+        registry = module_lookup.config_registry(self.table.module)
+        config = module_lookup.config_function(registry, self.table.config)()
+        if not isinstance(config, Trainer.Config):
+            raise JobError(
+                f"{registry.__name__}.{self.table.config} does not return a Trainer.Config"
+            )
+        tables = dict(self.tables)
+        model = tables.pop("model", {})
+        if model or self.command.model:
+            _rebuild_model(config, registry, model, f"{self.source}: [model]", self.command.model)
+        _merge_sections(config, tables, self.source)
+        return config
+
+    def resolve(self) -> Job:
+        """Apply the command line and validate. ``WORLD_SIZE`` says in how many processes.
+
+        Raises:
+            JobError: the first thing that is wrong, in one line.
+            SystemExit: from tyro, for an unknown flag or ``--help``.
+        """
+        try:
+            # replace() runs the checks that torchtitan makes when a config is constructed.
+            manager = _ResolvedConfigManager(dataclasses.replace(self.build()))
+            config = manager.parse_args(self.command.rest)
+        except JobError:
+            raise
+        except ValueError as error:
+            raise JobError(f"{self.source}: {' '.join(str(error).split())}") from None
+        rules.validate(config)
+        return Job(config=config, table=self.table)
+
+
+def draft(arguments: list[str]) -> Draft:
+    """Read the command line and the job file. Raises ``JobError``."""
+    command = parse_command_line(arguments)
+    source = command.job_config or "command line"
+    tables = read(command.job_config) if command.job_config else {}
+    table = JobTable()
+    job = tables.pop("job", {})
+    if not isinstance(job, dict):
+        raise JobError(f"{source}: [job] must be a table")
+    toml_tables.merge(table, job, f"{source}: [job]")
+    if command.module and command.module != table.module:
+        # Another model: the file's config function belongs to the file's module.
+        table = dataclasses.replace(table, module=command.module, config="", flavor="")
+    if command.config:
+        table = dataclasses.replace(table, config=command.config, flavor="")
+    return Draft(command=command, table=_complete(table, source), tables=tables, source=source)
+
+
+def load(arguments: list[str]) -> Job:
+    """Resolve a job in the processes that ``WORLD_SIZE`` announces; see :meth:`Draft.resolve`."""
+    return draft(arguments).resolve()
+
+
+def read(path: str) -> dict[str, Any]:
+    """Parse a job file. Raises ``JobError`` for a missing file or bad syntax."""
+    try:
+        return tomli.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise JobError(f"--job-config {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"--job-config {path}: cannot be read: {error}") from None
+    except tomli.TOMLDecodeError as error:
+        raise JobError(f"{path}: not valid TOML: {error}") from None
+
+
+def render(job: Job) -> str:
+    """The job as TOML that resolves to the same job."""
+    sections = toml_tables.dump(job.config)
+    spec = job.config.model_spec
+    if isinstance(spec, BalancedModelSpec):
+        registry = module_lookup.config_registry(job.table.module)
+        hints = model_keys(registry_entry(registry))
+        sections["model"] = {
+            name: toml_tables.dump_value(hints[name], value)
+            for name, value in spec.arguments.items()
+            if name in hints
+        }
+    job_table = {name: value for name, value in dataclasses.asdict(job.table).items() if value}
+    return tomli_w.dumps({"job": job_table, **sections})
+
+
+def parse_command_line(arguments: list[str]) -> CommandLine:
+    """Take our own flags out of the arguments; accepts ``--flag value`` and ``--flag=value``."""
+    command = CommandLine()
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        name, has_value, value = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        ours = name.startswith("--") and (
+            key in ("module", "config", "job_config", *_SWITCHES) or key.startswith("model.")
+        )
+        if not ours:
+            command.rest.append(argument)
+        elif key in _SWITCHES:
+            setattr(command, _SWITCHES[key], True)
+        else:
+            if not has_value:
+                if not remaining:
+                    raise JobError(f"{name} needs a value")
+                value = remaining.pop(0)
+            if key.startswith("model."):
+                command.model[key.removeprefix("model.")] = _toml_value(name, value)
+            else:
+                setattr(command, key, value)
+    return command
+
+
+def _toml_value(flag: str, text: str) -> Any:
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        if text.replace("_", "").replace("-", "").isalnum():
+            return text  # a bare word, as on any command line
+        raise JobError(f"{flag} {text}: not a TOML value") from None
+
+
+def _complete(table: JobTable, source: str) -> JobTable:
+    """Fill in module and config function."""
+    if table.config and table.flavor:
+        raise JobError(f"{source}: [job] names both config and flavor; keep one")
+    if table.ranks is not None and table.ranks < 1:
+        raise JobError(f"{source}: [job] ranks is {table.ranks}; it must be at least 1")
+    module = table.module or DEFAULT_MODULE
+    config = table.config
+    if not config:
+        registry = module_lookup.config_registry(module)
+        if table.flavor:
+            config = module_lookup.config_of_flavor(registry, table.flavor)
+        else:
+            config = getattr(registry, "debug_config", "")
+        if not config:
+            raise JobError(
+                f"--module {module} has no debug job: name a config with --config; "
+                f"valid: {', '.join(module_lookup.config_names(registry))}"
+            )
+    return dataclasses.replace(table, module=module, config=config, flavor="")
+
+
+def _merge_sections(config: Trainer.Config, tables: dict[str, Any], source: str) -> None:
+    names = toml_tables.dump(config)
+    for name, value in tables.items():
+        if name not in names:
+            kind = f"section [{name}]" if isinstance(value, dict) else f"top-level key {name!r}"
+            raise JobError(f"{source}: no {kind}; {nearest(name, ['job', 'model', *names])}")
+        place = f"[{name}]" if isinstance(value, dict) else name
+        toml_tables.merge_field(config, name, value, f"{source}: {place}")
+
+
+def _rebuild_model(
+    config: Trainer.Config, registry, table: Any, where: str, overrides: dict[str, Any]
+) -> None:
+    """Build the model again with the arguments of [model] and ``--model.*``."""
+    spec = config.model_spec
+    assert spec is not None
+    entry = registry_entry(registry)
+    arguments = dict(spec.arguments) if isinstance(spec, BalancedModelSpec) else {}
+    hints = model_keys(entry)
+    for place, values in ((where, table), ("--model", overrides)):
+        if not isinstance(values, dict):
+            raise JobError(f"{place} must be a table")
+        for name, value in values.items():
+            if name == "flavor":
+                raise JobError(f"{place} flavor: choose the flavor in [job] flavor or config")
+            if name not in hints:
+                raise JobError(f"{place} has no key {name!r}; {nearest(name, hints)}")
+            arguments[name] = toml_tables.construct(hints[name], value, f"{place} {name}")
+    if entry is _balance_foreign_model:
+        config.model_spec = dataclasses.replace(
+            _balance_foreign_model(spec, **arguments), arguments=arguments
+        )
+        config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)
+        return
+    config.model_spec = entry(**arguments)
+    loss_config = getattr(registry, "loss_config", None)
+    if loss_config is not None:
+        config.loss = loss_config(config.model_spec)
+
+
+def model_keys(entry: Callable[..., BalancedModelSpec]) -> dict[str, Any]:
+    """The keys of [model] and their annotations."""
+    hints = typing.get_type_hints(entry, include_extras=True)
+    return {
+        name: hints[name]
+        for name in inspect.signature(entry).parameters
+        if name not in _NOT_IN_MODEL_TABLE
+    }
+
+
+def registry_entry(registry) -> Callable[..., BalancedModelSpec]:
+    """The function whose arguments [model] sets."""
+    entry = module_lookup.entry_point(registry)
+    if entry is not None and "aux_losses" in inspect.signature(entry).parameters:
+        return entry
+    return _balance_foreign_model
+
+
+def _balance_foreign_model(
+    spec: ModelSpec,
+    *,
+    aux_losses: list[AuxLoss.Config] | None = None,
+    load_balance_coeff: float | None | Literal["keep"] = "keep",
+    forced_routing: ForcedRouting.Config | None = None,
+) -> BalancedModelSpec:
+    """What [model] can set for a model that has no room in ``model_registry``.
+
+    Args:
+        aux_losses: losses of every router; default: none.
+        load_balance_coeff: bias update speed; None turns the expert bias off, "keep"
+            leaves the model's own.
+        forced_routing: what decides where tokens go, in a benchmark.
+    """
+    return balanced(
+        spec,
+        aux_losses=aux_losses,
+        load_balance_coeff=load_balance_coeff,
+        forced_routing=forced_routing,
+    )
+
+
+class _ResolvedConfigManager(ConfigManager):
+    """torchtitan's command line on top of a config that is already loaded."""
+
+    def __init__(self, config: Trainer.Config) -> None:
+        super().__init__()
+        self._loaded = config
+
+    def _load_config(self, args: list[str]) -> tuple[object, list[str]]:
+        return self._loaded, args
+
+
+_resolved: Job | None = None
+
+
+def set_resolved(job: Job) -> None:
+    """Name the job that :func:`resolved_config` returns in this process."""
+    global _resolved
+    _resolved = job
+
+
+def resolved_config() -> Trainer.Config:
+    """The config of the resolved job: a config function for torchtitan's own ``main``."""
+    assert _resolved is not None
+    return _resolved.config

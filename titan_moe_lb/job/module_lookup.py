@@ -1,0 +1,110 @@
+"""From ``--module`` and ``--config`` to the functions that they name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job.toml_tables import nearest
+
+
+def registered_models() -> list[str]:
+    """The rooms of ``model_registry``: its packages that hold config functions."""
+    import model_registry
+
+    return sorted(
+        package.name
+        for folder in model_registry.__path__
+        for package in Path(folder).iterdir()
+        if (package / "config_registry.py").is_file()
+    )
+
+
+def config_registry(module: str) -> ModuleType:
+    """The module that holds the config functions of ``module``.
+
+    ``deepseek_v3`` means ``model_registry.deepseek_v3``; a name of torchtitan's own
+    models that has no room here, and any importable path, work as well.
+
+    Raises:
+        JobError: nothing of that name can be imported, or it needs a package that is
+            not installed.
+    """
+    for candidate in (
+        f"model_registry.{module}.config_registry",
+        f"torchtitan.models.{module}.config_registry",
+        f"{module}.config_registry",
+        module,
+    ):
+        if _exists(candidate):
+            try:
+                return importlib.import_module(candidate)
+            except ModuleNotFoundError as error:
+                raise _needs_package(candidate, error) from None
+    names = registered_models()
+    raise JobError(
+        f"--module {module!r} is neither a model ({nearest(module, names)}) nor an importable path"
+    )
+
+
+def config_function(registry: ModuleType, name: str) -> Callable:
+    """The config function ``name``. Raises ``JobError`` naming the nearest one."""
+    names = config_names(registry)
+    if name not in names:
+        raise JobError(f"{registry.__name__} has no config {name!r}; {nearest(name, names)}")
+    return getattr(registry, name)
+
+
+def config_names(registry: ModuleType) -> list[str]:
+    """Functions that are defined in the registry module itself and take no arguments."""
+    return [
+        name
+        for name, member in vars(registry).items()
+        if callable(member)
+        and not isinstance(member, type)
+        and not name.startswith("_")
+        and getattr(member, "__module__", None) == registry.__name__
+        and getattr(getattr(member, "__code__", None), "co_argcount", 1) == 0
+    ]
+
+
+def config_of_flavor(registry: ModuleType, flavor: str) -> str:
+    """The config function of a flavor: the one whose name ends in it, any case, - as _."""
+    names = config_names(registry)
+    ending = "_" + flavor.lower().replace("-", "_")
+    for name in names:
+        if name.lower().endswith(ending):
+            return name
+    flavors = getattr(_package(registry), "FLAVORS", names)
+    raise JobError(
+        f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, flavors)}"
+    )
+
+
+def entry_point(registry: ModuleType) -> Callable | None:
+    """``model_registry`` of the package that the config functions belong to, if any."""
+    return getattr(_package(registry), "model_registry", None)
+
+
+def _package(registry: ModuleType) -> ModuleType:
+    return importlib.import_module(registry.__name__.removesuffix(".config_registry"))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{path}.".startswith(f"{error.name}."):
+            raise _needs_package(path, error) from None
+        return False
+    except (ImportError, ValueError):
+        return False
+
+
+def _needs_package(path: str, error: ModuleNotFoundError) -> JobError:
+    package = (error.name or str(error)).partition(".")[0]
+    return JobError(f"{path} needs the package {package!r}, which is not installed")

@@ -1,0 +1,1 @@
+"""What a rank notes of its routers while it trains: on the device, torch alone."""

@@ -1,0 +1,29 @@
+"""Every rejection of a job, at config time, one function per rule.
+
+Each rule takes a ``Trainer.Config`` and raises ``JobError`` with one line that
+names the setting and what to use instead. The launcher runs them before it
+starts a process, and the model config once more when torchtitan binds it.
+:mod:`titan_moe_lb.rules.files` is not among the rules: a job can be resolved and
+printed where it does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.rules import benchmark, job, losses, model
+
+RULES: tuple[Callable[[Trainer.Config], None], ...] = (
+    *job.RULES,
+    *model.RULES,
+    *losses.RULES,
+    *benchmark.RULES,
+)
+
+
+def validate(config: Trainer.Config) -> None:
+    """Run every rule. Raises ``JobError`` at the first that does not hold."""
+    for rule in RULES:
+        rule(config)

@@ -1,0 +1,155 @@
+"""Sizes, layout and schedule of a job. See :mod:`titan_moe_lb.rules`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import torch
+import torch._dynamo
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job.toml_tables import nearest
+from titan_moe_lb.parallel import layout
+
+ZERO_BUBBLE_SCHEDULES = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
+"""Schedules that run the backward of a stage in two passes."""
+
+SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", *ZERO_BUBBLE_SCHEDULES)
+"""Schedules of torch.distributed.pipelining that can be named in a job."""
+
+_AT_LEAST_ONE = (
+    "training.local_batch_size",
+    "training.seq_len",
+    "training.steps",
+    "parallelism.pipeline_parallel_microbatch_size",
+    "metrics.log_freq",
+    "checkpoint.interval",
+)
+
+
+def sizes_are_positive(config: Trainer.Config) -> None:
+    for path in _AT_LEAST_ONE:
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if value < 1:
+            raise JobError(f"{path} is {value}; it must be at least 1")
+    total = config.training.global_batch_size
+    if total != -1 and total < 1:
+        raise JobError(
+            f"training.global_batch_size is {total}; it must be at least 1, or -1 for "
+            "local_batch_size x the data-parallel degree"
+        )
+    if not config.training.max_norm > 0:
+        raise JobError(f"training.max_norm is {config.training.max_norm}; it must be above 0")
+
+
+def optimizer_arguments_fit(config: Trainer.Config) -> None:
+    for index, group in enumerate(config.optimizer.param_groups):
+        optimizer = getattr(torch.optim, group.optimizer_name, None)
+        if optimizer is not None:  # torchtitan has optimizers of its own besides torch's
+            valid = inspect.signature(optimizer).parameters
+            for name in group.optimizer_kwargs:
+                if name not in valid:
+                    raise JobError(
+                        f"optimizer.param_groups[{index}].optimizer_kwargs: "
+                        f"{group.optimizer_name} has no argument {name!r}; {nearest(name, valid)}"
+                    )
+        rate = group.optimizer_kwargs.get("lr")
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if rate is not None and not (number and math.isfinite(rate) and rate >= 0):
+            raise JobError(
+                f"optimizer.param_groups[{index}].optimizer_kwargs.lr is {rate!r}; "
+                "it must be a finite number of at least 0"
+            )
+
+
+def layout_fits_processes(config: Trainer.Config) -> None:
+    layout.resolve(config.parallelism)
+
+
+def local_batch_divides_into_microbatches(config: Trainer.Config) -> None:
+    local = config.training.local_batch_size
+    micro = config.parallelism.pipeline_parallel_microbatch_size
+    if config.parallelism.pipeline_parallel_degree > 1 and local % micro:
+        raise JobError(
+            f"training.local_batch_size {local} is not divisible by "
+            f"parallelism.pipeline_parallel_microbatch_size {micro}"
+        )
+
+
+def global_batch_divides_over_ranks(config: Trainer.Config) -> None:
+    total = config.training.global_batch_size
+    if total < 0:
+        return
+    dims = layout.resolve(config.parallelism)
+    per_pass = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    if total % per_pass:
+        raise JobError(
+            f"training.global_batch_size {total} is not a multiple of training.local_batch_size "
+            f"x data-parallel degree = {config.training.local_batch_size} x "
+            f"{dims.dp_replicate * dims.dp_shard}"
+        )
+
+
+def sequence_divides_over_ranks(config: Trainer.Config) -> None:
+    tp, cp = (
+        config.parallelism.tensor_parallel_degree,
+        config.parallelism.context_parallel_degree,
+    )
+    divisor = (tp if config.parallelism.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+    if config.training.seq_len % divisor:
+        raise JobError(
+            f"training.seq_len {config.training.seq_len} is not divisible by {divisor}, which "
+            f"tensor_parallel_degree {tp} with sequence parallelism and "
+            f"context_parallel_degree {cp} (two slices a rank) need"
+        )
+
+
+def compile_backend_is_known(config: Trainer.Config) -> None:
+    backends = torch._dynamo.list_backends(exclude_tags=())
+    if config.compile.enable and config.compile.backend not in backends:
+        raise JobError(
+            f"compile.backend {config.compile.backend!r} does not exist; "
+            f"{nearest(config.compile.backend, backends)}"
+        )
+
+
+def schedule_is_known(config: Trainer.Config) -> None:
+    """torch ignores the case of the name; the rules here and in zero_bubble.py do not."""
+    schedule = config.parallelism.pipeline_parallel_schedule
+    if config.parallelism.pipeline_parallel_degree > 1 and schedule not in SCHEDULES:
+        same = [name for name in SCHEDULES if name.lower() == schedule.lower()]
+        raise JobError(
+            f"parallelism.pipeline_parallel_schedule {schedule!r} does not exist; "
+            f"{nearest(same[0] if same else schedule, SCHEDULES)}"
+        )
+
+
+def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
+    schedule = config.parallelism.pipeline_parallel_schedule
+    if (
+        config.parallelism.pipeline_parallel_degree > 1
+        and schedule in ZERO_BUBBLE_SCHEDULES
+        and isinstance(config.activation_checkpoint, SelectiveAC.Config)
+    ):
+        raise JobError(
+            f"the {schedule} schedule runs each backward in two passes, which selective "
+            'activation checkpointing does not survive: set [activation_checkpoint] type = "full" '
+            'or type = "none"'
+        )
+
+
+RULES = (
+    sizes_are_positive,
+    optimizer_arguments_fit,
+    layout_fits_processes,
+    local_batch_divides_into_microbatches,
+    global_batch_divides_over_ranks,
+    sequence_divides_over_ranks,
+    compile_backend_is_known,
+    schedule_is_known,
+    zero_bubble_needs_whole_recompute,
+)

@@ -1,0 +1,1 @@
+"""The files that a run leaves, and what is read from them. Imports no torch."""

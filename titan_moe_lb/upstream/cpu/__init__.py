@@ -1,0 +1,64 @@
+"""The host backend: what torchtitan 0.3.0 needs to run where there is no accelerator.
+
+``use_host()`` comes before the first torchtitan import of the process,
+``adapt(config)`` after the job's config is complete. On a machine with an
+accelerator neither is called, and nothing in this package is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
+
+_DENSE_ATTENTION = "titan_moe_lb.upstream.cpu.attention.dense_mask_attention"
+
+
+def needed() -> bool:
+    """True where no accelerator is present."""
+    return not torch.accelerator.is_available()
+
+
+def use_host() -> None:
+    """Prepare this process. Must run before any other torchtitan import."""
+    from titan_moe_lb.upstream.cpu.device import use_host_device
+
+    use_host_device()
+
+    from titan_moe_lb.upstream.cpu.all_to_all import use_gloo_all_to_all
+    from titan_moe_lb.upstream.cpu.attention import use_uncompiled_block_mask
+
+    # torchtitan asks for float32 in the gate by autocast, which the host has not; torch
+    # then computes it in the dtype of the weights and says so in every process.
+    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
+    use_gloo_all_to_all()
+    use_uncompiled_block_mask()
+
+
+def adapt(config: Trainer.Config) -> None:
+    """Adapt one job, in place: dense attention, sum reduction, no CUDA graphs."""
+    from titan_moe_lb.upstream.cpu.fsdp import with_sum_reduction
+
+    config.training.disable_cuda_graphs = True
+    if _DENSE_ATTENTION not in config.override.imports:
+        config.override.imports.append(_DENSE_ATTENTION)
+    assert config.model_spec is not None
+    config.model_spec.parallelize_fn = with_sum_reduction(config.model_spec.parallelize_fn)
+
+
+def leave() -> NoReturn:
+    """End a process whose job has succeeded and whose files are closed.
+
+    Seen on gloo with torch 2.15: about one process in twenty aborts while the
+    interpreter shuts down ("terminate called without an active exception", no Python
+    frame), and torchrun then reports a finished job as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,55 @@
+"""What torchtitan 0.3.0 needs to train right under a zero-bubble pipeline schedule.
+
+These schedules run the backward of a stage in two passes: inputs, then weights.
+"""
+
+from __future__ import annotations
+
+import torch._functorch.config
+import torch.compiler.config
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.rules.job import ZERO_BUBBLE_SCHEDULES
+
+
+def adapt(config: Trainer.Config) -> None:
+    """Adapt one job, in place, if its schedule is a zero-bubble one."""
+    parallelism = config.parallelism
+    # A schedule from a file may split its backward too; whether it does is not known here.
+    splits_backward = parallelism.pipeline_parallel_schedule in ZERO_BUBBLE_SCHEDULES or bool(
+        parallelism.pipeline_parallel_schedule_csv
+    )
+    if parallelism.pipeline_parallel_degree == 1 or not splits_backward:
+        return
+    _let_compiled_backward_run_twice()
+    _compute_loss_whole(config)
+
+
+def _let_compiled_backward_run_twice() -> None:
+    """Keep the saved activations of compiled blocks.
+
+    Upstream fact: a compiled block is one autograd node, so both passes enter it,
+    and functorch's donated buffers let the first overwrite them. The compile caches
+    do not tell the two settings apart: without a tag of its own, this job would load
+    a backward that another schedule compiled, and train on NaN.
+    """
+    torch._functorch.config.donated_buffer = False
+    torch.compiler.config.cache_key_tag += "+kept_buffers"
+
+
+def _compute_loss_whole(config: Trainer.Config) -> None:
+    """Replace a chunked loss by the loss that it wraps.
+
+    Upstream fact: ``ChunkedLossWrapper`` reshards the FSDP group of the final norm and
+    the head at the end of the loss. The pass for the weights then looks for the
+    sharded parameter in a graph that holds the unsharded one, finds nothing, and the
+    final norm silently gets no gradient.
+    """
+    if isinstance(config.loss, ChunkedLossWrapper.Config):
+        config.loss = config.loss.loss_fn
+        logger.info(
+            "The loss is computed whole, not in chunks: a zero-bubble schedule would leave "
+            "the final norm without a gradient"
+        )
