@@ -28,7 +28,7 @@ from torchtitan.trainer import Trainer
 from benchmarks import single_process
 from titan_moe_lb.job import job_config
 from titan_moe_lb.recording.recorder import finish_step
-from titan_moe_lb.step_hook import routers_of
+from titan_moe_lb.router import routers_of
 
 
 @dataclass

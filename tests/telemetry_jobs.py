@@ -19,8 +19,7 @@ from torchtitan.models.common.config_utils import make_router_config
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import SequenceWiseAuxLoss
 from titan_moe_lb.recording import event_clock, recorder
-from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.step_hook import routers_of
+from titan_moe_lb.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_over_tokens, reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
 

@@ -9,7 +9,7 @@ import pytest
 import tomli
 
 from tests.train_jobs import save_seed, train
-from titan_moe_lb.job import toml_tables
+from titan_moe_lb import toml_tables
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LOSS, NORM = "loss_metrics/global_avg_loss", "grad_norm"

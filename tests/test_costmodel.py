@@ -17,7 +17,8 @@ from titan_moe_lb.costmodel.activation import (
     largest_that_fits,
     working_bytes_per_received_token,
 )
-from titan_moe_lb.costmodel.hardware import FIGURES, Hardware, hardware, known_hardware
+from titan_moe_lb.costmodel.hardware import FIGURES, Hardware
+from titan_moe_lb.costmodel.known_hardware import hardware, known_hardware
 from titan_moe_lb.costmodel.layer import MoELayer, Placement, measured_layer_time, moe_layer_time
 from titan_moe_lb.costmodel.placement import contiguous, greedy, tokens_of_experts
 from titan_moe_lb.costmodel.roofline import gemm_time

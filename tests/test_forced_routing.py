@@ -22,7 +22,7 @@ from titan_moe_lb.forced_routing.functional import (
 )
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.batch_cut import cut, token_slices
-from titan_moe_lb.step_hook import routers_of
+from titan_moe_lb.router import routers_of
 from titan_moe_lb.traces.routing_trace import RoutingTrace
 from titan_moe_lb.traces.trace import read_trace
 

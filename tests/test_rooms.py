@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from torchtitan.models.common.moe import MoE
 
-from titan_moe_lb import launch
+from titan_moe_lb import launch, toml_tables
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import catalog, job_config, module_lookup, toml_tables
+from titan_moe_lb.job import catalog, job_config, module_lookup
 from titan_moe_lb.router import LoadBalancedRouter
 
 ROOMS = module_lookup.registered_models()

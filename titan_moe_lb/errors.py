@@ -1,4 +1,9 @@
-"""The one exception that a user's own mistake raises."""
+"""The one exception that a user's own mistake raises, and the remedy of a misspelt name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class JobError(ValueError):
@@ -7,3 +12,10 @@ class JobError(ValueError):
     The message is one line that names the setting and the remedy; the entry
     points print it without a traceback and exit with status 2.
     """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The remedy of a misspelt name: the nearest valid one, or all of them."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"

@@ -15,8 +15,9 @@ import torch
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from spmd_types.runtime import get_local_type, get_partition_spec
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torchtitan.models.common.moe import TokenChoiceTopKRouter
+from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb.forced_routing.base import ForcedRouting
@@ -349,6 +350,21 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         for group in self._sequence_groups:
             counts = funcol.all_reduce(counts, "sum", group)
         return dict(zip(wanted, counts.unbind(), strict=True))
+
+
+def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:
+    """The balanced MoE layers of this rank's pipeline stages."""
+    return [
+        module
+        for part in model_parts
+        for module in part.modules()
+        if isinstance(module, MoE) and isinstance(module.router, LoadBalancedRouter)
+    ]
+
+
+def routers_of(model_parts: list[nn.Module]) -> list[LoadBalancedRouter]:
+    """The routers of this rank's pipeline stages."""
+    return [layer.router for layer in moe_layers_of(model_parts)]  # type: ignore[misc]
 
 
 def _on_local(

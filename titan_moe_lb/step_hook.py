@@ -13,7 +13,7 @@ from titan_moe_lb.expert_bias.sign import bias_update
 from titan_moe_lb.losses import GlobalBatchAuxLoss
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording import event_clock, recorder
-from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_over_tokens
 
 
@@ -36,21 +36,6 @@ def register_load_balancing(
     if not layers:
         return
     optimizers.register_step_pre_hook(lambda *args, **kwargs: _close_step(layers, parallel_dims))
-
-
-def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:
-    """The balanced MoE layers of this rank's pipeline stages."""
-    return [
-        module
-        for part in model_parts
-        for module in part.modules()
-        if isinstance(module, MoE) and isinstance(module.router, LoadBalancedRouter)
-    ]
-
-
-def routers_of(model_parts: list[nn.Module]) -> list[LoadBalancedRouter]:
-    """The routers of this rank's pipeline stages."""
-    return [layer.router for layer in moe_layers_of(model_parts)]  # type: ignore[misc]
 
 
 def _close_step(layers: list[MoE], parallel_dims: ParallelDims) -> None:

@@ -14,8 +14,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
-from titan_moe_lb.job import job_config, toml_tables
-from titan_moe_lb.step_hook import routers_of
+from titan_moe_lb import toml_tables
+from titan_moe_lb.job import job_config
+from titan_moe_lb.router import routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
 

@@ -14,7 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from titan_moe_lb.job import module_lookup, toml_tables
+from titan_moe_lb import toml_tables
+from titan_moe_lb.job import module_lookup
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 """The job files of the repository; not part of an installed package."""

@@ -23,11 +23,10 @@ from torchtitan.config.override import derive
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import rules
-from titan_moe_lb.errors import JobError
+from titan_moe_lb import rules, toml_tables
+from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.forced_routing import ForcedRouting
-from titan_moe_lb.job import module_lookup, toml_tables
-from titan_moe_lb.job.toml_tables import nearest
+from titan_moe_lb.job import module_lookup
 from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor

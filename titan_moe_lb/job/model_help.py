@@ -15,8 +15,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from titan_moe_lb import toml_tables
 from titan_moe_lb.forced_routing import ForcedRouting
-from titan_moe_lb.job import job_config, module_lookup, toml_tables
+from titan_moe_lb.job import job_config, module_lookup
 from titan_moe_lb.job.catalog import first_paragraph
 from titan_moe_lb.losses import AuxLoss
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from titan_moe_lb.errors import JobError
-from titan_moe_lb.job.toml_tables import nearest
+from titan_moe_lb.errors import JobError, nearest
 
 
 def registered_models() -> list[str]:

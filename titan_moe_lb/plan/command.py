@@ -10,74 +10,20 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from titan_moe_lb.costmodel.hardware import Hardware, hardware
+from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel, read_job
+from titan_moe_lb.costmodel.known_hardware import hardware
 from titan_moe_lb.costmodel.load import WORST
-from titan_moe_lb.costmodel.plan import DegreePlan, heaviest_pipeline_ranks, plan_degree
+from titan_moe_lb.costmodel.plan import heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.plan.page import write_page
+from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan, Question
+from titan_moe_lb.plan.table import print_plan
 from titan_moe_lb.traces.trace import Trace, read_trace
-
-MEMORY_RESERVE = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is asked. Fields: see the command's help."""
-
-    job_flags: tuple[str, ...]
-    hardware: str
-    ranks: int | None = None
-    imbalance: str = "1.0,1.5,2.0,worst"
-    ep: str | None = None
-    hot_experts: int = 1
-    from_run: Path | None = None
-    compute_efficiency: float = 0.5
-    network_efficiency: float = 0.8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The answer."""
-
-    job: JobModel
-    """At the first degree."""
-    question: Question
-    device: Hardware
-    """With its peaks, not derated."""
-    usable_bytes: float
-    degrees: tuple[DegreePlan, ...]
-    run: dict[str, Any] | None
-    """What the measured rows are of."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data. Seconds, bytes, tokens."""
-        first = next(iter(self.job.moe_layers.values()))
-        return {
-            "job": {
-                "model": self.job.model_name,
-                "flavor": self.job.flavor,
-                "ranks": self.job.num_ranks,
-                "moe_layers": list(self.job.moe_layers),
-                **dataclasses.asdict(first),
-                "checkpointing": self.job.checkpointing,
-            },
-            "states": [dataclasses.asdict(state) for state in self.job.states.values()],
-            "hardware": dataclasses.asdict(self.device),
-            "usable_memory_bytes": self.usable_bytes,
-            "assumptions": {
-                "hot_experts": self.question.hot_experts,
-                "compute_efficiency": self.question.compute_efficiency,
-                "network_efficiency": self.question.network_efficiency,
-            },
-            "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
-            "run": self.run,
-        }
 
 
 def make_plan(question: Question) -> Plan:
@@ -269,10 +215,6 @@ def run(arguments: Any) -> None:
     if arguments.json:
         print(json.dumps(plan.as_json(), indent=2, default=str))
     else:
-        from titan_moe_lb.plan.table import print_plan
-
         print_plan(plan)
     if arguments.output:
-        from titan_moe_lb.plan.page import write_page
-
         write_page(plan, arguments.output)

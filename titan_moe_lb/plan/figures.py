@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from titan_moe_lb.costmodel.plan import Outcome
-from titan_moe_lb.plan.command import Plan
-from titan_moe_lb.report.figures import Chart, blank_figure
+from titan_moe_lb.pages.charts import Chart, blank_figure
+from titan_moe_lb.plan.plan import Plan
 
 GIB = 2**30
 

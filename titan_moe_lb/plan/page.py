@@ -7,8 +7,8 @@ from pathlib import Path
 
 from titan_moe_lb.pages import html_page
 from titan_moe_lb.plan import table
-from titan_moe_lb.plan.command import Plan
 from titan_moe_lb.plan.figures import charts
+from titan_moe_lb.plan.plan import Plan
 
 
 def write_page(plan: Plan, output: Path) -> None:

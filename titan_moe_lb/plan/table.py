@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from titan_moe_lb.costmodel.plan import DegreePlan, Outcome
-from titan_moe_lb.plan.command import MEMORY_RESERVE, Plan
+from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
 
 GIB = 2**30
 PIPE_WIDTH = 130

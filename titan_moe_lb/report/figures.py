@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from titan_moe_lb.pages.charts import INK, Chart, blank_figure
 from titan_moe_lb.report.load_codes import shown_steps
 from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.trace import Trace
@@ -23,17 +22,7 @@ DEAD = -2.5
 LOAD_COLORS = ("#0b3c7d", "#5b9bd0", "#f1eee6", "#e8825b", "#8f1020")
 """Evenly spread over the octaves: blue below balance, red above."""
 DEAD_COLOR = "#15171a"
-_INK, _GRID = "#2b2f36", "#e6e3dc"
 _BLUE, _ORANGE, _RED, _GREY, _GREEN = "#2a5d9f", "#d9822b", "#b3261e", "#7a7f87", "#3d7d5a"
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One chart: the figure of each run, under one title and one sentence."""
-
-    title: str
-    text: str
-    figures: list[go.Figure]
 
 
 def charts(traces: list[Trace]) -> list[Chart]:
@@ -134,7 +123,7 @@ def _max_violation(trace: Trace) -> go.Figure:
         ("maximum", violation_SM.max(axis=1), _RED, 1.2),
         ("p95", np.percentile(violation_SM, 95, axis=1), _ORANGE, 1.2),
         ("p50", np.percentile(violation_SM, 50, axis=1), _BLUE, 1.2),
-        ("mean", violation_SM.mean(axis=1), _INK, 2.4),
+        ("mean", violation_SM.mean(axis=1), INK, 2.4),
         ("micro-batch", trace.micro_batch_max_violation_SM.mean(axis=1), _GREY, 1.2),
     ]
     for name, values_S, color, width in curves:
@@ -147,7 +136,7 @@ def _overload(trace: Trace) -> go.Figure:
     steps = shown_steps(len(trace.steps), MOST_POINTS)
     curves = [
         ("maximum", trace.max_overload_factor_SM.max(axis=1), _RED, 1.2),
-        ("mean", trace.avg_overload_factor_SM.mean(axis=1), _INK, 2.4),
+        ("mean", trace.avg_overload_factor_SM.mean(axis=1), INK, 2.4),
         ("cumulative", trace.max_cum_overload_factor_S, _GREEN, 1.6),
     ]
     for name, values_S, color, width in curves:
@@ -176,7 +165,7 @@ def _loss(trace: Trace, name: str) -> go.Figure:
     recorded_S = ~np.isnan(values_SM).all(axis=1)
     mean_S = np.full(len(trace.steps), np.nan)
     mean_S[recorded_S] = np.nanmean(values_SM[recorded_S], axis=1)
-    _add_curve(figure, trace, "mean", mean_S, steps, color=_INK, width=2.8)
+    _add_curve(figure, trace, "mean", mean_S, steps, color=INK, width=2.8)
     if not recorded_S.any():
         figure.add_annotation(text="this run has no such loss", showarrow=False, font_size=14)
     figure.update_layout(showlegend=num_layers <= 8, hovermode="closest")
@@ -215,21 +204,3 @@ def _share_axes(figures: list[go.Figure]) -> None:
         margin = (0.06 if axis == "y" else 0.01) * ((high - low) or abs(high) or 1.0)
         for figure in figures:
             figure.layout[f"{axis}axis"].range = [low - margin, high + margin]
-
-
-def blank_figure(height: int = 320) -> go.Figure:
-    figure = go.Figure(
-        layout={
-            "template": "none",
-            "height": height,
-            "margin": {"l": 52, "r": 12, "t": 8, "b": 40},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": "system-ui, sans-serif", "size": 12, "color": _INK},
-            "hovermode": "x unified",
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        }
-    )
-    figure.update_xaxes(title="step", gridcolor=_GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
-    return figure

@@ -10,15 +10,9 @@ import torch._dynamo
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.errors import JobError
-from titan_moe_lb.job.toml_tables import nearest
+from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel import layout
-
-ZERO_BUBBLE_SCHEDULES = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
-"""Schedules that run the backward of a stage in two passes."""
-
-SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", *ZERO_BUBBLE_SCHEDULES)
-"""Schedules of torch.distributed.pipelining that can be named in a job."""
+from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
 
 _AT_LEAST_ONE = (
     "training.local_batch_size",

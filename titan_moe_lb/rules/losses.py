@@ -7,8 +7,8 @@ import math
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb import toml_tables
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import toml_tables
 from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter

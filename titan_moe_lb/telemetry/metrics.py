@@ -12,8 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb.parallel import batch_cut, layout
-from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.step_hook import routers_of
+from titan_moe_lb.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import console_line, step_metrics
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter

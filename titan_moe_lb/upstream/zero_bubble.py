@@ -11,7 +11,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.rules.job import ZERO_BUBBLE_SCHEDULES
+from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 
 
 def adapt(config: Trainer.Config) -> None:

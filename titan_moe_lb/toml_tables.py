@@ -10,28 +10,19 @@ losses) is a table with a ``type``.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import types
 import typing
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union
 
 import typeguard
 
-from titan_moe_lb.errors import JobError
+from titan_moe_lb.errors import JobError, nearest
 
 NONE = "none"
 
 _NOT_IN_TOML = {"model_spec", "param_init", "sharding_config"}
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The remedy of a misspelt name: the nearest valid one, or all of them."""
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
 
 
 def merge(config: Any, table: dict[str, Any], where: str) -> None:

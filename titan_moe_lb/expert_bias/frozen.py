@@ -1,0 +1,25 @@
+"""The bias as it is: kept, used, not moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias.base import ExpertBias
+
+
+class FrozenBias(ExpertBias):
+    """The bias that the checkpoint holds goes on acting on the choice.
+
+    DeepSeek-V3 trained its last 500 billion tokens so (arXiv 2412.19437, section 4.2).
+    """
+
+    type_name: ClassVar[str] = "frozen"
+    moves: ClassVar[bool] = False
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ExpertBias.Config):
+        def __post_init__(self) -> None:
+            if self.changes:
+                raise JobError('expert_bias type = "frozen" has no value that could change')

@@ -1,0 +1,68 @@
+"""What is asked of a job, and the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_moe_lb.costmodel.hardware import Hardware
+from titan_moe_lb.costmodel.job import JobModel
+from titan_moe_lb.costmodel.plan import DegreePlan
+
+MEMORY_RESERVE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked. Fields: see the command's help."""
+
+    job_flags: tuple[str, ...]
+    hardware: str
+    ranks: int | None = None
+    imbalance: str = "1.0,1.5,2.0,worst"
+    ep: str | None = None
+    hot_experts: int = 1
+    from_run: Path | None = None
+    compute_efficiency: float = 0.5
+    network_efficiency: float = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer."""
+
+    job: JobModel
+    """At the first degree."""
+    question: Question
+    device: Hardware
+    """With its peaks, not derated."""
+    usable_bytes: float
+    degrees: tuple[DegreePlan, ...]
+    run: dict[str, Any] | None
+    """What the measured rows are of."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data. Seconds, bytes, tokens."""
+        first = next(iter(self.job.moe_layers.values()))
+        return {
+            "job": {
+                "model": self.job.model_name,
+                "flavor": self.job.flavor,
+                "ranks": self.job.num_ranks,
+                "moe_layers": list(self.job.moe_layers),
+                **dataclasses.asdict(first),
+                "checkpointing": self.job.checkpointing,
+            },
+            "states": [dataclasses.asdict(state) for state in self.job.states.values()],
+            "hardware": dataclasses.asdict(self.device),
+            "usable_memory_bytes": self.usable_bytes,
+            "assumptions": {
+                "hot_experts": self.question.hot_experts,
+                "compute_efficiency": self.question.compute_efficiency,
+                "network_efficiency": self.question.network_efficiency,
+            },
+            "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
+            "run": self.run,
+        }
