@@ -20,10 +20,16 @@ from titan_moe_lb.losses import (
     SequenceWiseAuxLoss,
     functional,
 )
-from titan_moe_lb.recording.recorder import finish_step
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.step_hook import wire
 
 DIM, EXPERTS, TOP_K, BATCH, LENGTH = 32, 8, 2, 3, 20
+BOUND = {
+    "micro_batch_size": BATCH,
+    "global_batch_size": BATCH,
+    "num_experts": EXPERTS,
+    "top_k": TOP_K,
+}
 GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
 
 
@@ -40,6 +46,16 @@ def router(losses=(), score_func="sigmoid", cls=LoadBalancedRouter, **options):
         config = derive(config, cls.Config, aux_losses=list(losses))
     built = config.build()
     torch.nn.init.normal_(built.gate.weight, generator=torch.Generator().manual_seed(3))
+    if cls is LoadBalancedRouter:
+        wired(built)
+    return built
+
+
+def wired(built: LoadBalancedRouter) -> LoadBalancedRouter:
+    """Alone in its process, with the weights of its losses."""
+    record = wire([built], None)
+    weights = [loss.config.weight for loss in built.aux_losses.values()]
+    record.weights_A.copy_(torch.tensor(weights))
     return built
 
 
@@ -47,9 +63,10 @@ def sequence_wise(count_from="selected", weight=0.5, global_batch_size=BATCH):
     return SequenceWiseAuxLoss.Config(
         weight=weight,
         count_from=count_from,
-        local_batch_size=BATCH,
+        micro_batch_size=BATCH,
         global_batch_size=global_batch_size,
         num_experts=EXPERTS,
+        top_k=TOP_K,
     )
 
 
@@ -91,7 +108,7 @@ def test_gradient_is_that_of_main_plus_weighted_loss(score_func, count_from, opt
     # The coefficients are float32.
     for ours, expected in ((built.gate.weight.grad, reference.gate.weight.grad), (x.grad, y.grad)):
         assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
-    assert built.recorder.losses_A[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert built.record.losses_A[0].item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
@@ -105,14 +122,14 @@ def test_all_losses_together_are_their_sum(score_func):
     }
     losses = [
         cls.Config(
-            weight=weight, local_batch_size=BATCH, global_batch_size=BATCH, num_experts=EXPERTS
+            weight=weight, **BOUND
         )
         for cls, weight in weights.items()
     ]
     losses[1].count_from = "scores"
     built = router(losses, score_func=score_func, **GROUPS).double()
     previous = torch.arange(1, EXPERTS + 1)
-    built.aux_losses["global_batch"].finish_step(previous)
+    GlobalBatchAuxLoss.finish_step([built.aux_losses["global_batch"]], previous.unsqueeze(0))
     x, bias = inputs(torch.float64)
     built(x, bias)[0].square().sum().backward()
 
@@ -130,34 +147,34 @@ def test_all_losses_together_are_their_sum(score_func):
 
     for ours, expected in ((built.gate.weight.grad, reference.gate.weight.grad), (x.grad, y.grad)):
         assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
-    assert built.recorder.losses_A.tolist() == pytest.approx([v.item() for v in values], rel=1e-6)
+    assert built.record.losses_A.tolist() == pytest.approx([v.item() for v in values], rel=1e-6)
 
 
 def test_global_batch_has_no_gradient_in_the_first_step():
     loss = GlobalBatchAuxLoss.Config(
-        weight=1.0, local_batch_size=BATCH, global_batch_size=BATCH, num_experts=EXPERTS
+        weight=1.0, **BOUND
     )
     built = router([loss], score_func="softmax")
     x, bias = inputs()
     (0.0 * built(x, bias)[0].sum()).backward()
     assert x.grad.abs().max() < 1e-7
-    assert built.recorder.losses_A.item() == pytest.approx(1.0)
+    assert built.record.losses_A.item() == pytest.approx(1.0)
 
 
 def test_compiled_without_graph_breaks():
     built = router([sequence_wise("scores")], route_norm=True, **GROUPS)
-    eager = copy.deepcopy(built)
+    eager = wired(copy.deepcopy(built))
     x, bias = inputs()
     explanation = torch._dynamo.explain(built)(x, bias)
     assert explanation.graph_break_count == 0, explanation.break_reasons
     torch._dynamo.reset()
-    for recorder in (built.recorder, eager.recorder):
+    for recorder in (built.recorder, eager.record):
         finish_step([recorder])
     y, _ = inputs()
     torch.compile(built, fullgraph=True)(x, bias)[0].sum().backward()
     eager(y, bias)[0].sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-7)
-    assert torch.equal(built.recorder.counts_MSE, eager.recorder.counts_MSE)
+    assert torch.equal(built.record.counts_MSE, eager.record.counts_MSE)
 
 
 def test_block_with_losses_compiles_fullgraph():
@@ -167,15 +184,16 @@ def test_block_with_losses_compiles_fullgraph():
     spec = model_registry("tiny")
     moe_config = spec.model.layers[-1].moe
     for loss in moe_config.router.aux_losses:
-        loss.local_batch_size = loss.global_batch_size = 2
+        loss.micro_batch_size = loss.global_batch_size = loss.top_k = 2
         loss.num_experts = 8
     moe = moe_config.build()
     with torch.no_grad():
         moe.init_states(buffer_device=torch.device("cpu"))
+    wired(moe.router)
     torch._dynamo.config.capture_scalar_outputs = True
     x = torch.randn(2, 16, 64, requires_grad=True)
     torch.compile(moe, fullgraph=True, backend="aot_eager")(x).sum().backward()
-    assert moe.router.recorder.counts_MSE.sum(dim=2).tolist() == [[2 * 16 * 2] * 2]
+    assert moe.router.record.counts_MSE.sum(dim=2).tolist() == [[2 * 16 * 2]]
     torch._dynamo.reset()
 
 
@@ -186,14 +204,14 @@ def test_each_forward_is_recorded_once(recompute):
     for _ in range(2):
         out = checkpoint(built, x, bias, use_reentrant=False)[0] if recompute else built(x, bias)[0]
         out.sum().backward()
-    assert built.recorder.counts_MSE.sum() == 2 * BATCH * LENGTH * TOP_K
-    value = built.recorder.losses_A.clone()
-    finish_step([built.recorder])
-    assert built.recorder.counts_MSE.sum() == 0
-    assert torch.equal(built.recorder.step_losses_A, value)
+    assert built.record.counts_MSE.sum() == 2 * BATCH * LENGTH * TOP_K
+    value = built.record.losses_A.clone()
+    built.step_record.finish_step()
+    assert built.record.counts_MSE.sum() == 0
+    assert torch.equal(built.step_record.step_losses_NA[0], value)
     with torch.no_grad():
         built.eval()(x, bias)
-    assert built.recorder.counts_MSE.sum() == 0
+    assert built.record.counts_MSE.sum() == 0
 
 
 def test_building_before_binding_says_what_is_missing():

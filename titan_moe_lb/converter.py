@@ -15,6 +15,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb import rules
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.parallel import batch_cut
@@ -76,7 +77,11 @@ class LoadBalanceConverter(ModelConfigConverter):
                 aux_losses=copy.deepcopy(self.config.aux_losses),
                 forced_routing=copy.deepcopy(self.config.forced_routing),
                 layer=numbers[fqn],
-                layers=tuple(sorted(numbers.values())),
+                expert_bias=(
+                    None
+                    if moe.load_balance_coeff is None
+                    else SignBias.Config(speed=moe.load_balance_coeff)
+                ),
             )
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
@@ -115,7 +120,6 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                 if isinstance(moe.router, LoadBalancedRouter.Config):
                     moe.router.update_from_config(
                         config=config,
-                        updates_bias=moe.load_balance_coeff is not None,
                         track=reports and metrics.track_moe_metrics,
                         record_tokens=reports and bool(metrics.record_routing_steps),
                     )

@@ -17,6 +17,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss
+from titan_moe_lb.parallelization import keeping_decisions, telling_schedule
 from titan_moe_lb.step_hook import register_load_balancing
 
 
@@ -63,6 +64,8 @@ def balanced(
         **{
             **fields,
             "model": model,
+            "parallelize_fn": keeping_decisions(spec.parallelize_fn),
+            "pipelining_fn": spec.pipelining_fn and telling_schedule(spec.pipelining_fn),
             "post_optimizer_build_fn": register_load_balancing,
             "state_dict_adapter": _without_loss_state(spec.state_dict_adapter),
         }

@@ -1,65 +1,137 @@
-"""What happens to the records of a step when the optimizer steps."""
+"""What happens when the optimizer steps: the record is closed, the bias moves, losses take counts."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
-from titan_moe_lb.expert_bias.sign import bias_update
-from titan_moe_lb.losses import GlobalBatchAuxLoss
+from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
-from titan_moe_lb.recording import event_clock, recorder
-from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
-from titan_moe_lb.telemetry.reduction import reduce_over_tokens
+from titan_moe_lb.recording.step_record import StepRecord
+from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of
 
 
 def register_load_balancing(
     optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims
 ) -> None:
-    """A ``ModelSpec.post_optimizer_build_fn``: the expert-bias update, and our records.
+    """A ``ModelSpec.post_optimizer_build_fn``: the expert bias, and our records.
 
-    Hands the routers their meshes, and closes the recorded step just before the
-    optimizer steps, after the last micro-batch of the step has run. It stands in for
-    torchtitan's own bias update, whose counts are doubled by activation checkpointing
-    and miss the layers of multi-token prediction; both would reduce the same counts.
+    Wires the routers, and closes the recorded step just before the optimizer steps,
+    after the last micro-batch of the step has run. It stands in for torchtitan's own bias
+    update, whose counts are doubled by activation checkpointing and miss the layers of
+    multi-token prediction; both would reduce the same counts.
     """
     layers = moe_layers_of(model_parts)
-    routers = routers_of(model_parts)
-    for router in routers:
-        router.wire_meshes(parallel_dims)
-    event_clock.wire(router.clock for router in routers if router.clock is not None)
-    _announce_forced_routing(routers)
     if not layers:
         return
-    optimizers.register_step_pre_hook(lambda *args, **kwargs: _close_step(layers, parallel_dims))
-
-
-def _close_step(layers: list[MoE], parallel_dims: ParallelDims) -> None:
     routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
-    recorder.finish_step([router.recorder for router in routers if router.records])
-    event_clock.finish_step([router.clock for router in routers if router.clock is not None])
-    if any(router.needs_step_counts for router in routers):
-        reduce_over_tokens(routers, parallel_dims)
-    _update_expert_bias([layer for layer in layers if layer.load_balance_coeff is not None])
-    # Counted by torchtitan's MoE.forward, and read by nobody here.
-    torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in layers])
-    for router in routers:
-        for loss in router.aux_losses.values():
-            if isinstance(loss, GlobalBatchAuxLoss):
-                source = router.count_sources.index(loss.count_from)
-                loss.finish_step(router.recorder.global_counts_SE[source])
+    record = wire(routers, parallel_dims)
+    _announce_forced_routing(routers)
+    if record is None:
+        return
+    hook = StepHook(layers, record, layout.token_groups(parallel_dims))
+    optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
 
 
-def _update_expert_bias(layers: list[MoE]) -> None:
-    with torch.no_grad():
-        for layer in layers:
-            assert layer.load_balance_coeff is not None
-            counts_E = layer.router.recorder.global_counts_SE[0]  # type: ignore[union-attr]
-            local_shard(layer.expert_bias_E).add_(bias_update(counts_E, layer.load_balance_coeff))
+def wire(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) -> StepRecord | None:
+    """Give the routers of a rank one record, and the process groups. Once, before training.
+
+    Returns:
+        The record; None where nothing asks for one.
+    """
+    config = routers[0].config
+    losses = routers[0].aux_losses
+    by_micro_batch = (
+        config.track or config.recorded_tokens is not None or config.forced_routing is not None
+    )
+    if not (by_micro_batch or len(losses) or routers[0].needs_step_counts):
+        return None
+    record = StepRecord(
+        num_routers=len(routers),
+        num_micro_batches=config.num_micro_batches if by_micro_batch else 1,
+        num_sources=losses.num_step_sources,
+        num_experts=config.num_experts,
+        num_losses=len(losses),
+        token_shape=(*config.recorded_tokens, config.top_k) if config.recorded_tokens else None,
+        device=local_shard(routers[0].gate.weight).device,
+    )
+    for index, router in enumerate(routers):
+        router.wire(record, index, parallel_dims)
+    return record
+
+
+class StepHook:
+    """Closes the steps of a rank's MoE layers. The number of operators does not depend on
+    how many layers there are."""
+
+    def __init__(
+        self, layers: list[MoE], record: StepRecord, token_groups: list[dist.ProcessGroup]
+    ) -> None:
+        """
+        Args:
+            record: of the routers of these layers, in this order.
+            token_groups: of the mesh axes whose ranks route different tokens.
+        """
+        self._layers = layers
+        self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
+        self._record = record
+        self._token_groups = token_groups
+        self._finished_steps = self._routers[0].config.finished_steps
+        self._weights: list[float] | None = None
+        self._set_weights()
+
+    def close_step(self) -> None:
+        """The optimizer is about to step. Collective over the token groups."""
+        with torch.no_grad():
+            self._record.finish_step()
+            if self._routers[0].needs_step_counts:
+                self._record.reduce(self._token_groups)
+            self._move_bias()
+            self._finish_losses()
+            # Counted by torchtitan's MoE.forward, and read by nobody here.
+            torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])
+        self._finished_steps += 1
+        self._set_weights()
+
+    def _move_bias(self) -> None:
+        rule = self._routers[0].expert_bias
+        if rule is None or not rule.moves:
+            return
+        assert self._record.sums is not None
+        rule.set_progress(self._finished_steps + 1, self._tokens_seen)
+        biases = [local_shard(layer.expert_bias_E) for layer in self._layers]
+        delta_NE = rule.delta(torch.stack(biases), self._record.sums.counts_NSE[:, 0])
+        torch._foreach_add_(biases, delta_NE.unbind())
+        self._record.bias_delta_NE = delta_NE
+
+    def _finish_losses(self) -> None:
+        for name, loss in self._routers[0].aux_losses.items():
+            counts_NE = None
+            if loss.needs_step_counts:
+                assert self._record.sums is not None
+                source = self._routers[0].aux_losses.count_sources.index(loss.count_from)
+                counts_NE = self._record.sums.counts_NSE[:, source]
+            loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
+
+    def _set_weights(self) -> None:
+        """The weights of the step that begins: a copy to the device where they change."""
+        weights = [
+            loss.weight_at(self._finished_steps + 1, self._tokens_seen)
+            / self._routers[0].config.token_replicas
+            for loss in self._routers[0].aux_losses.values()
+        ]
+        if weights != self._weights:
+            self._weights = weights
+            self._record.weights_A.copy_(torch.tensor(weights))
+
+    @property
+    def _tokens_seen(self) -> int:
+        return self._finished_steps * self._routers[0].config.tokens_per_step
 
 
 def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:

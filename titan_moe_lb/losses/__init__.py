@@ -5,7 +5,7 @@ gradient takes, and each loss has a file of its own.
 """
 
 from titan_moe_lb.losses import functional
-from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
+from titan_moe_lb.losses.base import AuxLoss, LogitsLoss, SumsLoss
 from titan_moe_lb.losses.batch_wise import BatchWiseAuxLoss
 from titan_moe_lb.losses.global_batch import GlobalBatchAuxLoss
 from titan_moe_lb.losses.sequence_wise import SequenceWiseAuxLoss
@@ -15,8 +15,9 @@ __all__ = [
     "AuxLoss",
     "BatchWiseAuxLoss",
     "GlobalBatchAuxLoss",
-    "LoadBalanceLoss",
+    "LogitsLoss",
     "RouterZLoss",
     "SequenceWiseAuxLoss",
+    "SumsLoss",
     "functional",
 ]

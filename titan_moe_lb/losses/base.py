@@ -1,9 +1,10 @@
-"""What every router loss shares: its configuration and the normalisation contract."""
+"""What every router loss shares, and the two kinds of losses that a router can apply."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -11,19 +12,23 @@ from torchtitan.protocols.module import Module
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.value_schedule import Change, check_changes, value_at
 
 
 class AuxLoss(Module):
     """A loss on the router, normalised so that a global batch can be cut anywhere.
 
-    torchtitan 0.3.0 sums gradients over data-parallel ranks, accumulation steps
-    and pipeline micro-batches, and divides by nothing. Each micro-batch therefore
-    contributes
+    torchtitan 0.3.0 sums gradients over data-parallel ranks, accumulation steps and
+    pipeline micro-batches, and divides by nothing. A loss that is a mean over the G
+    sequences of the global batch is therefore what each micro-batch contributes as the
+    sum over its own sequences, divided by G: the same whichever way the batch was cut.
 
-        weight * (sequences in it / local_batch_size) * (local_batch_size / global_batch_size)
+    A loss of one's own derives from one of the two kinds below, names itself in
+    ``type_name`` and ``metric_name``, and writes down its formula; docs/extending.md has
+    a worked example.
 
-    times its mean over its sequences, which is ``weight / global_batch_size``
-    times the sum over its sequences: the same whichever way the batch was cut.
+    Shape suffixes: B = sequences of a micro-batch, L = tokens of a sequence, E = experts,
+    K = top_k, G = sequences of the global batch.
     """
 
     type_name: ClassVar[str]
@@ -33,11 +38,10 @@ class AuxLoss(Module):
     """Name of the raw, unweighted value in the metrics, without the ``moe/`` prefix."""
 
     kinds: ClassVar[dict[str, type[AuxLoss]]] = {}
-    """Every loss that can be configured, by ``type_name``. A subclass that defines a
-    ``type_name`` enters itself, so that a loss of one's own needs no registration."""
+    """Every loss that can be configured, by ``type_name``."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset(
-        {"local_batch_size", "global_batch_size", "num_experts"}
+        {"micro_batch_size", "global_batch_size", "num_experts", "top_k"}
     )
     """Fields of the Config that ``update_from_config`` fills."""
 
@@ -51,11 +55,20 @@ class AuxLoss(Module):
         weight: float
         """Factor of the loss, alpha in the papers. Positive; leave the loss out for none."""
 
-        local_batch_size: int | None = None
-        """Sequences of one rank in one accumulation step. Filled by ``update_from_config``."""
+        changes: list[Change] = field(default_factory=list)
+        """When the weight changes, and to what."""
+
+        micro_batch_size: int | None = None
+        """Sequences of one forward. Filled by ``update_from_config``."""
 
         global_batch_size: int | None = None
         """Sequences of one optimizer step. Filled by ``update_from_config``."""
+
+        num_experts: int | None = None
+        """E of the router. Filled by ``update_from_config``."""
+
+        top_k: int | None = None
+        """K of the router. Filled by ``update_from_config``."""
 
         def __post_init__(self) -> None:
             if not math.isfinite(self.weight) or self.weight <= 0:
@@ -63,27 +76,32 @@ class AuxLoss(Module):
                     f"aux loss weight is {self.weight}; it must be a finite number above 0 "
                     "(to train without the loss, leave it out of aux_losses)"
                 )
+            check_changes("aux loss", self.changes)
 
-        num_experts: int | None = None
-        """E of the router. Filled by ``update_from_config``."""
-
-        def update_from_config(self, *, config, num_experts: int) -> None:
-            """Take the batch sizes from a ``Trainer.Config`` and E from the router."""
+        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
+            """Take the batch sizes from a ``Trainer.Config``, E and K from the router."""
             cut = batch_cut.cut(config)
-            self.local_batch_size = cut.local_batch_size
+            self.micro_batch_size = cut.micro_batch_size
             self.global_batch_size = cut.global_batch_size
             self.num_experts = num_experts
+            self.top_k = top_k
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.global_batch_size is None or config.num_experts is None:
+        if config.global_batch_size is None or config.num_experts is None or config.top_k is None:
             raise JobError(
                 f"{type(self).__name__} was built before it was bound to a job: the model config's "
                 "update_from_config(config=...) has to run before build()"
             )
-        self.weight = config.weight
+        self.config = config
+        self.micro_batch_size = config.micro_batch_size
         self.global_batch_size = config.global_batch_size
         self.num_experts = config.num_experts
+        self.top_k = config.top_k
+
+    def weight_at(self, step: int, tokens: int) -> float:
+        """The weight in a step; see :func:`titan_moe_lb.value_schedule.value_at`."""
+        return value_at(self.config.weight, self.config.changes, step, tokens)
 
     @property
     def needs_step_counts(self) -> bool:
@@ -93,20 +111,40 @@ class AuxLoss(Module):
     def wire_meshes(self, parallel_dims) -> None:
         """Take the process groups that the loss communicates over, if any."""
 
+    @classmethod
+    def finish_step(cls, losses: Sequence[AuxLoss], counts_NE: torch.Tensor | None) -> None:
+        """The optimizer is about to step. For the losses of a rank's N layers at once.
 
-class LoadBalanceLoss(AuxLoss):
-    """sum_i f_i P_i; the subclasses differ in what they count f over.
+        Args:
+            losses: this kind's loss of each layer.
+            counts_NE: tokens per expert in the step over all ranks and micro-batches, int64
+                ``(N, E)``, of the source that the losses count from; None unless
+                ``needs_step_counts``.
+        """
 
-    f is not differentiated, so that the loss is linear in the sums of the
-    probabilities: ``sum_be c[b,e] * sum_l p(b,l,e)`` with ``c = f / (L *
-    global_batch_size)``. A router adds up the coefficients of its losses and
-    propagates them once.
+
+class SumsLoss(AuxLoss):
+    """A loss that is a function of two small tables: sums of probabilities, and counts.
+
+    With s(t,i) the score of token t for expert i and p(t,i) = s(t,i) / sum_j s(t,j), the
+    tables hold for each sequence ``sum_t p(t,i)`` and how many tokens count for expert i.
+    The counts are not differentiated. So the gradient in the sums is one coefficient for
+    each sequence and expert, and every token of a sequence gets the same ones
+    (:mod:`titan_moe_lb.losses.injection`): nothing of the size of the scores is kept.
     """
+
+    linear: ClassVar[bool] = False
+    """The coefficients do not depend on the sums. Then a rank that holds a part of a
+    sequence needs no one else's sums; else they are summed over the ranks that share it."""
+
+    additive: ClassVar[bool] = True
+    """The loss of a batch is the sum of what its sequences contribute. Where it is not, it
+    is refused under pipeline parallelism and gradient accumulation, which cut the batch."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(AuxLoss.Config):
         count_from: Literal["selected", "scores"] = "selected"
-        """What f counts: the experts that were selected (after expert bias and group
+        """What is counted: the experts that were selected (after expert bias and group
         limit), or the top-K of the unbiased scores (DeepSeek-V3, Eq. 18)."""
 
     def __init__(self, config: Config) -> None:
@@ -115,28 +153,63 @@ class LoadBalanceLoss(AuxLoss):
 
     @property
     def needs_counts(self) -> bool:
-        """Whether f depends on the tokens at hand, so that they have to be counted."""
+        """Whether the tokens at hand have to be counted."""
         return True
 
-    def load(
-        self, counts_BE: torch.Tensor | None, top_k: int, sequence_length: int
+    def value(
+        self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequence_length: int
     ) -> torch.Tensor:
-        """f of this loss, ``(B, E)`` or ``(1, E)``.
+        """The formula: what these sequences contribute to the loss of the global batch.
 
         Args:
-            counts_BE: tokens per sequence and expert, whole sequences, float32; None
-                unless ``needs_counts``.
-            top_k: K.
-            sequence_length: tokens of a whole sequence.
+            sums_BE: ``sum_t p(t,i)`` of whole sequences, float32 ``(B, E)``.
+            counts_BE: tokens that count for each expert in whole sequences, int64
+                ``(B, E)``; None unless ``needs_counts``.
+            sequence_length: L, tokens of a whole sequence.
+
+        Returns:
+            Scalar, unweighted, differentiable in the sums.
         """
         raise NotImplementedError
 
     def coefficients(
-        self, counts_BE: torch.Tensor | None, top_k: int, sequence_length: int
+        self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequence_length: int
     ) -> torch.Tensor:
-        """Gradient of the unweighted loss in the sums of the probabilities.
+        """Gradient of :meth:`value` in the sums, ``(B, E)``, or ``(1, E)`` where all
+        sequences have the same. Overridden where a closed form is cheaper."""
+        return torch.func.grad(self.value)(sums_BE, counts_BE, sequence_length)
 
-        Args: as :meth:`load`. Returns ``(B, E)`` or ``(1, E)``, float32.
+
+class LogitsLoss(AuxLoss):
+    """A loss that is a mean over the tokens of a function of each token's logits."""
+
+    def per_token(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+        """The formula: the loss of each token, unweighted.
+
+        Args:
+            logits_BLE: gate outputs before the score function, float32 ``(B, L, E)``.
+
+        Returns:
+            ``(B, L)``, differentiable in the logits.
         """
-        load = self.load(counts_BE, top_k, sequence_length)
-        return load / (sequence_length * self.global_batch_size)
+        raise NotImplementedError
+
+    def logits_gradient(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+        """Gradient of ``per_token(logits).sum()``, ``(B, L, E)``. Overridden where a closed
+        form is cheaper."""
+        return torch.func.grad(lambda logits: self.per_token(logits).sum())(logits_BLE)
+
+
+def check_kind(loss: type[AuxLoss]) -> None:
+    """Raises ``JobError``: a router does not know how to apply such a loss."""
+    for kind, formula in ((SumsLoss, "value"), (LogitsLoss, "per_token")):
+        if issubclass(loss, kind):
+            if getattr(loss, formula) is getattr(kind, formula):
+                raise JobError(
+                    f"the aux loss {loss.__name__} has no formula: define {formula}() in its class"
+                )
+            return
+    raise JobError(
+        f"the aux loss {loss.__name__} is neither a SumsLoss nor a LogitsLoss, so that no router "
+        "knows how to apply it: derive it from one of the two"
+    )

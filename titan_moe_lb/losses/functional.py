@@ -26,13 +26,12 @@ def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int)
         num_experts: E.
 
     Returns:
-        ``(B, E)``, float32 (exact up to 2**24 tokens a sequence).
+        ``(B, E)``, int64.
     """
     ids_BN = topk_expert_ids_BLK.flatten(1)
-    counts_BE = torch.zeros(ids_BN.shape[0], num_experts, dtype=torch.float32, device=ids_BN.device)
-    return counts_BE.scatter_add_(
-        1, ids_BN, torch.ones((), dtype=torch.float32, device=ids_BN.device).expand_as(ids_BN)
-    )
+    counts_BE = ids_BN.new_zeros(ids_BN.shape[0], num_experts)
+    one = ids_BN.new_ones(())
+    return counts_BE.scatter_add_(1, ids_BN, one.expand_as(ids_BN))
 
 
 def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tensor:
@@ -49,23 +48,35 @@ def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tens
     return counts * (counts.shape[-1] / (top_k * num_tokens))
 
 
-def probability_sums(scores_BLE: torch.Tensor, *, sums_to_one: bool = False) -> torch.Tensor:
+def inverse_sums(scores_BLE: torch.Tensor) -> torch.Tensor:
+    """1 / sum_j s(t,j) of each token ``(B, L)``, float32 or wider."""
+    return at_least_float32(scores_BLE).sum(dim=-1).reciprocal()
+
+
+def probability_sums(
+    scores_BLE: torch.Tensor,
+    *,
+    sums_to_one: bool = False,
+    inverse_sums_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
     """sum_t p(t,i) of each sequence.
 
     Args:
         scores_BLE: positive scores ``(B, L, E)``.
         sums_to_one: the scores of a token sum to one by construction, so p = s.
+        inverse_sums_BL: of :func:`inverse_sums`, where they are known already.
 
     Returns:
         ``(B, E)``; divide by the tokens of a sequence for P.
     """
-    scores_BLE = _at_least_float32(scores_BLE)
+    scores_BLE = at_least_float32(scores_BLE)
     if sums_to_one:
         return scores_BLE.sum(dim=1)
     # A matrix product with 1/S as its left side sums and normalises in one pass
     # over the scores, without a second tensor of their size.
-    inverse_BL = scores_BLE.sum(dim=-1).reciprocal()
-    return (inverse_BL.unsqueeze(1) @ scores_BLE).squeeze(1)
+    if inverse_sums_BL is None:
+        inverse_sums_BL = inverse_sums(scores_BLE)
+    return (inverse_sums_BL.unsqueeze(1) @ scores_BLE).squeeze(1)
 
 
 def sequence_wise_load_balance(
@@ -139,16 +150,20 @@ def router_z_loss(logits_BLE: torch.Tensor) -> torch.Tensor:
     Returns:
         Scalar, differentiable in the logits.
     """
-    return torch.logsumexp(_at_least_float32(logits_BLE), dim=-1).square().mean()
+    return torch.logsumexp(at_least_float32(logits_BLE), dim=-1).square().mean()
 
 
 def load_balance_score_grad(
-    scores_BLE: torch.Tensor, coefficients_BE: torch.Tensor, *, sums_to_one: bool
+    scores_BLE: torch.Tensor,
+    coefficients_BE: torch.Tensor,
+    *,
+    sums_to_one: bool,
+    inverse_sums_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)`` in the scores.
 
-    Every load-balancing loss has this form, because f is not differentiated: the
-    coefficients are c f / T for an upstream weight c. With S(t) = sum_j s(t,j),
+    Every loss that is a function of the sums of the probabilities has this form, with
+    its gradient in the sums for coefficients. With S(t) = sum_j s(t,j),
 
         d/ds(t,j) = (coefficients_j - sum_i coefficients_i p(t,i)) / S(t)
 
@@ -160,20 +175,25 @@ def load_balance_score_grad(
         scores_BLE: ``(B, L, E)``.
         coefficients_BE: ``(B, E)``, or ``(1, E)`` where all sequences share them.
         sums_to_one: the scores of a token sum to one by construction.
+        inverse_sums_BL: 1 / S(t) ``(B, L)`` where it is known already.
 
     Returns:
         ``(B, L, E)`` in the dtype of the scores. An expanded view where
         ``sums_to_one``: do not write to it.
     """
-    wide_BLE = _at_least_float32(scores_BLE)
+    wide_BLE = at_least_float32(scores_BLE)
     coefficients_B1E = coefficients_BE.to(wide_BLE.dtype).unsqueeze(1)
     if sums_to_one:
         return coefficients_B1E.to(scores_BLE.dtype).expand_as(scores_BLE)
-    inverse_BL1 = wide_BLE.sum(dim=-1, keepdim=True).reciprocal()
+    if inverse_sums_BL is None:
+        inverse_sums_BL = inverse_sums(scores_BLE)
+    inverse_BL1 = inverse_sums_BL.unsqueeze(-1)
     coefficients_BE1 = coefficients_B1E.transpose(1, 2).expand(scores_BLE.shape[0], -1, -1)
-    mean_BL1 = (wide_BLE @ coefficients_BE1) * inverse_BL1
-    return ((coefficients_B1E - mean_BL1) * inverse_BL1).to(scores_BLE.dtype)
+    dot_BL1 = wide_BLE @ coefficients_BE1
+    grad_BLE = torch.addcmul(coefficients_B1E, dot_BL1, inverse_BL1, value=-1)
+    return grad_BLE.mul_(inverse_BL1).to(scores_BLE.dtype)
 
 
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or half precision as float32."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

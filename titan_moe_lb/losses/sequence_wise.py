@@ -7,23 +7,31 @@ from typing import ClassVar
 
 import torch
 
-from titan_moe_lb.losses.base import LoadBalanceLoss
-from titan_moe_lb.losses.functional import expert_load
+from titan_moe_lb.losses.base import SumsLoss
 
 
-class SequenceWiseAuxLoss(LoadBalanceLoss):
-    """f and P over one sequence, mean over the sequences.
+class SequenceWiseAuxLoss(SumsLoss):
+    """sum_i f_i P_i of each sequence, mean over the sequences.
 
-    Source: DeepSeek-V3, arXiv 2412.19437, Eqs. 17 to 20. See
-    :func:`titan_moe_lb.losses.functional.sequence_wise_load_balance`.
+    Over the L tokens of one sequence, f_i = E / (K L) * #{t : i selected} and
+    P_i = 1 / L * sum_t p(t,i); 1.0 at perfect balance. Source: DeepSeek-V3, arXiv
+    2412.19437, Eqs. 17 to 20.
     """
 
     type_name: ClassVar[str] = "sequence_wise"
     metric_name: ClassVar[str] = "seq_load_balancing_loss"
+    linear: ClassVar[bool] = True
 
     @dataclass(kw_only=True, slots=True)
-    class Config(LoadBalanceLoss.Config):
+    class Config(SumsLoss.Config):
         pass
 
-    def load(self, counts_BE: torch.Tensor, top_k: int, sequence_length: int) -> torch.Tensor:
-        return expert_load(counts_BE, top_k, sequence_length)
+    def value(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
+        f_BE = counts_BE * (self.num_experts / (self.top_k * sequence_length))
+        P_BE = sums_BE / sequence_length
+        return (f_BE * P_BE).sum() / self.global_batch_size
+
+    def coefficients(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
+        """f_i / (L G)."""
+        scale = self.top_k * sequence_length**2 * self.global_batch_size
+        return counts_BE * (self.num_experts / scale)

@@ -72,6 +72,11 @@ def token_axes(dims: ParallelDims) -> list[str]:
     return axes
 
 
+def token_groups(dims: ParallelDims) -> list[dist.ProcessGroup]:
+    """The process groups of this rank over :func:`token_axes`."""
+    return [dims.get_mesh(axis).get_group() for axis in token_axes(dims)]
+
+
 def metrics_rank(dims: ParallelDims, schedule: str) -> int:
     """The global rank that sees the loss: the first of the last pipeline stage.
 

@@ -1,8 +1,24 @@
-"""Is this forward the second of its kind?"""
+"""What a forward decided stays decided when activation checkpointing runs it again.
+
+The forward that is run again would choose the experts anew, and where scores tie, or a
+kernel is not deterministic, it could choose others than those whose outputs the loss
+has seen. So what the first forward decided is kept beside the checkpoint, a few
+numbers a token, and given back: nothing is chosen, counted or recorded twice.
+
+Eager full checkpointing keeps it in :class:`Decisions`, which costs no operator.
+Selective checkpointing and compiled blocks work on operators: there the decision
+passes through :func:`keep`, whose result their policy saves.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
+
+Tensors = tuple[torch.Tensor | None, ...]
 
 
 def is_recomputation() -> bool:
@@ -14,3 +30,74 @@ def is_recomputation() -> bool:
     buffers.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def decide(make: Callable[[], Tensors]) -> Tensors:
+    """What ``make`` returns; in a repeated forward under :class:`Decisions`, what it returned."""
+    if torch.compiler.is_compiling() or _current.decisions is None:
+        return make()
+    return _current.decisions._next(make)
+
+
+@torch.library.custom_op("titan_moe_lb::keep", mutates_args=())
+def keep(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, by an operator of its own that a checkpointing policy can save."""
+    return tensor.clone()
+
+
+@keep.register_fake
+def _(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor)
+
+
+class Decisions:
+    """What one run of a checkpointed region decides, in order.
+
+    Attributes:
+        first, again: contexts of its forward and of each repetition, for the
+            ``context_fn`` of ``torch.utils.checkpoint``.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[Tensors] = []
+        self._position: int | None = None
+        self.first = _During(self, again=False)
+        self.again = _During(self, again=True)
+
+    @classmethod
+    def contexts(cls) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """A ``context_fn``: new for every run."""
+        decisions = cls()
+        return decisions.first, decisions.again
+
+    def _next(self, make: Callable[[], Tensors]) -> Tensors:
+        if self._position is None:
+            self._made.append(make())
+            return self._made[-1]
+        self._position += 1
+        return self._made[self._position - 1]
+
+
+class _During(AbstractContextManager):
+    """Can be entered several times: a zero-bubble schedule repeats a forward twice."""
+
+    def __init__(self, decisions: Decisions, *, again: bool) -> None:
+        self._decisions, self._again = decisions, again
+        self._outer: list[Decisions | None] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(_current.decisions)
+        self._decisions._position = 0 if self._again else None
+        _current.decisions = self._decisions
+
+    def __exit__(self, *exception: object) -> None:
+        _current.decisions = self._outer.pop()
+
+
+class _Current(threading.local):
+    """Per thread: the autograd engine repeats forwards in threads of its own."""
+
+    decisions: Decisions | None = None
+
+
+_current = _Current()

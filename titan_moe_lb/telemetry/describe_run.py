@@ -8,6 +8,7 @@ from torchtitan.models.common.moe import MoE
 
 import titan_moe_lb
 from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.traces.run_info import RunInfo
 
 
@@ -23,7 +24,12 @@ def describe_run(config) -> RunInfo:
         flavor=config.model_spec.flavor,
         num_experts=router.num_experts,
         top_k=router.top_k,
-        layers=router.layers,
+        layers=tuple(
+            sorted(
+                found.layer
+                for _f, found, _p, _a in config.model_spec.traverse(LoadBalancedRouter.Config)
+            )
+        ),
         losses={loss._owner.metric_name: loss.weight for loss in router.aux_losses},
         world_size=dims.world_size,
         pp=dims.pp,

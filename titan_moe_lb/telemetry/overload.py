@@ -5,7 +5,11 @@ Shape suffixes: N = routers, M = micro-batches, E = experts, R = ranks of an EP 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from titan_moe_lb.parallel.schedules import Action, peak
 
 
 def tokens_per_rank(counts: np.ndarray, ep_degree: int) -> np.ndarray:
@@ -39,34 +43,38 @@ def overload_factors(
     return np.where(routed, tokens_per_rank.max(axis=-1) / np.where(routed, balanced, 1.0), 1.0)
 
 
-def peak_tokens(forward_times: np.ndarray, backward_times: np.ndarray, tokens: np.ndarray) -> float:
-    """Most tokens that one rank holds at once, each from its forward to its backward.
+def peak_tokens(
+    actions: Sequence[Action], stages: Sequence[int], tokens_NM: np.ndarray
+) -> float:
+    """Most tokens that one rank keeps at once, in any pass of the step.
 
     Args:
-        forward_times, backward_times: int ``(N, M)``, when each micro-batch passed each
-            router of the rank; 0 where it did not.
-        tokens: ``(N, M)`` that the rank received for it.
+        actions: of the rank's pipeline in one pass; the micro-batches of a step are those of
+            one pass after the other. Kept until when: see :func:`peak`.
+        stages: pipeline stage of each router.
+        tokens_NM: received for each router and micro-batch.
     """
-    passed, released = forward_times > 0, backward_times > 0
-    times = np.concatenate([forward_times[passed], backward_times[released]])
-    changes = np.concatenate([tokens[passed], -tokens[released]])
-    if times.size == 0:
-        return 0.0
-    return float(np.cumsum(changes[np.argsort(times)]).max())
+    per_pass = 1 + max(micro_batch for _stage, _kind, micro_batch in actions)
+    tokens_NAP = tokens_NM.reshape(len(stages), -1, per_pass)
+    of_stage = {
+        stage: tokens_NAP[np.flatnonzero(np.asarray(stages) == stage)].sum(axis=0)
+        for stage in {stage for stage, _kind, _micro_batch in actions}
+    }
+    return float(np.max(peak(actions, lambda stage, m: of_stage[stage][:, m])))
 
 
 def cumulative_overload_factor(
-    forward_times: np.ndarray,
-    backward_times: np.ndarray,
-    tokens: np.ndarray,
-    balanced_tokens: np.ndarray,
+    actions: Sequence[Action],
+    stages: Sequence[int],
+    tokens_NM: np.ndarray,
+    balanced_NM: np.ndarray,
 ) -> float:
-    """The rank's peak of held tokens over the peak of a balanced rank in the same schedule.
+    """The rank's peak of kept tokens over the peak of a balanced rank in the same schedule.
 
     Activation memory kept until backward grows with it. Below 1 on a rank that gets less
     than its share; 1 where nothing was routed. Args: as :func:`peak_tokens`.
     """
-    balanced = peak_tokens(forward_times, backward_times, balanced_tokens)
+    balanced = peak_tokens(actions, stages, balanced_NM)
     if balanced == 0:
         return 1.0
-    return peak_tokens(forward_times, backward_times, tokens) / balanced
+    return peak_tokens(actions, stages, tokens_NM) / balanced

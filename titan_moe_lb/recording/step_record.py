@@ -1,0 +1,170 @@
+"""What the routers of a rank note during a step, on the device and without a host read.
+
+Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = sources that
+are counted, A = losses, B = sequences and L = tokens of a sequence in a micro-batch,
+E = experts, K = top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(slots=True)
+class RouterRecord:
+    """One router's rows of a :class:`StepRecord`."""
+
+    counts_MSE: torch.Tensor
+    losses_A: torch.Tensor
+    micro_batch: torch.Tensor
+    """Forwards of the running step so far, int64 ``(1,)``."""
+    weights_A: torch.Tensor
+    """What the gradient of each loss is multiplied by, float32, one tensor for all routers."""
+    steps: torch.Tensor
+    """Finished steps, int64 ``(1,)``, one tensor for all routers."""
+    one: torch.Tensor
+    """1, int64 ``()``: what a token adds to a count."""
+    expert_ids_MBLK: torch.Tensor | None
+
+    def forward_number(self) -> torch.Tensor:
+        """Forwards of this router before this one since training began, int64 ``()``."""
+        return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
+
+    def note(self, counts_SBE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
+        """Add one forward. What comes after the M-th joins the last.
+
+        Args:
+            counts_SBE: tokens per source, sequence and expert, int64; sources beyond those
+                that are recorded are left out.
+            expert_ids_BLK: selected experts.
+        """
+        num_micro_batches, num_sources, _E = self.counts_MSE.shape
+        slot = self.micro_batch.clamp(max=num_micro_batches - 1)
+        counts_BSE = counts_SBE[:num_sources].transpose(0, 1)
+        self.counts_MSE.index_add_(0, slot.expand(counts_BSE.shape[0]), counts_BSE)
+        if self.expert_ids_MBLK is not None:
+            ids_1BLK = expert_ids_BLK.to(self.expert_ids_MBLK.dtype).unsqueeze(0)
+            self.expert_ids_MBLK.index_copy_(0, slot, ids_1BLK)
+        self.micro_batch.add_(1)
+
+    def add_dot(self, loss: int, coefficients_BE: torch.Tensor, sums_BE: torch.Tensor) -> None:
+        """Add to the value of a loss the sum of the products of two tables, in one operator.
+
+        Args:
+            coefficients_BE: ``(B, E)`` or ``(1, E)``, float32.
+            sums_BE: ``(B, E)``, float32.
+        """
+        row_1N = coefficients_BE.expand_as(sums_BE).reshape(1, -1)
+        self.losses_A.narrow(0, loss, 1).addmv_(row_1N, sums_BE.reshape(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """A finished step over all micro-batches, and over the ranks that route its tokens."""
+
+    counts_NSE: torch.Tensor
+    """Tokens per expert, int64."""
+    losses_NA: torch.Tensor
+    """Raw values of the losses, float64."""
+
+
+class StepRecord:
+    """The running step of all routers of a rank, and the last finished one.
+
+    Stacked by router, so that to finish a step, to sum it over ranks and to move the
+    expert bias take the same number of operators for 4 layers and for 61.
+
+    Attributes:
+        counts_NMSE: tokens per expert of the running step, int64: for each micro-batch a
+            row for each source that someone needs at the end of a step, selected experts first.
+        losses_NA: raw values of the losses, float32, as this rank's share of the mean over
+            the global batch.
+        expert_ids_NMBLK: experts of each token of the running step, uint8 up to 256 experts,
+            else int32; None unless ``token_shape``.
+        step_counts_NMSE, step_losses_NA: the same of the last finished step.
+        sums: of the last finished step over all ranks, once someone has asked :meth:`reduce`.
+        weights_A: see :class:`RouterRecord`.
+        bias_delta_NE: what the last step has added to the expert biases, float32; None before.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_routers: int,
+        num_micro_batches: int,
+        num_sources: int,
+        num_experts: int,
+        num_losses: int,
+        token_shape: tuple[int, int, int] | None,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            token_shape: (B, L, K) of a micro-batch, to keep the experts of each token.
+        """
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(num_routers, *shape, dtype=dtype, device=device)
+
+        self.counts_NMSE = zeros(num_micro_batches, num_sources, num_experts)
+        self.step_counts_NMSE = torch.zeros_like(self.counts_NMSE)
+        # Rows of whole 16 bytes: a compiler would copy an input that is not aligned so.
+        self.losses_NA = zeros(-(-num_losses // 4) * 4, dtype=torch.float32)[:, :num_losses]
+        self.step_losses_NA = torch.zeros_like(self.losses_NA)
+        self._micro_batches_N1 = zeros(2)[:, :1]
+        self._steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self._one = torch.ones((), dtype=torch.int64, device=device)
+        self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
+        self.sums: StepSums | None = None
+        self.bias_delta_NE: torch.Tensor | None = None
+        self.expert_ids_NMBLK = None
+        if token_shape is not None:
+            ids_type = torch.uint8 if num_experts <= 256 else torch.int32
+            self.expert_ids_NMBLK = zeros(num_micro_batches, *token_shape, dtype=ids_type)
+
+    def router(self, index: int) -> RouterRecord:
+        """The rows of one router."""
+        ids = self.expert_ids_NMBLK
+        return RouterRecord(
+            counts_MSE=self.counts_NMSE[index],
+            losses_A=self.losses_NA[index],
+            micro_batch=self._micro_batches_N1[index],
+            weights_A=self.weights_A,
+            steps=self._steps,
+            one=self._one,
+            expert_ids_MBLK=None if ids is None else ids[index],
+        )
+
+    def finish_step(self) -> None:
+        """Keep the running step as the finished one and start anew."""
+        self.step_counts_NMSE.copy_(self.counts_NMSE)
+        self.step_losses_NA.copy_(self.losses_NA)
+        for running in (self.counts_NMSE, self.losses_NA, self._micro_batches_N1):
+            running.zero_()
+        self._steps.add_(1)
+        self.sums = None
+
+    def reduce(self, groups: Sequence[dist.ProcessGroup]) -> StepSums:
+        """The finished step over all micro-batches and ranks, summed once. Collective.
+
+        Args:
+            groups: one for each mesh axis whose ranks route different tokens.
+        """
+        if self.sums is None:
+            counts_NSE = self.step_counts_NMSE.sum(dim=1)
+            # float64 holds the counts exactly up to 2**53 and takes the losses along.
+            fused = torch.cat(
+                [counts_NSE.flatten().double(), self.step_losses_NA.flatten().double()]
+            )
+            for group in groups:
+                dist.all_reduce(fused, group=group)
+            counts, losses = fused.split([counts_NSE.numel(), self.step_losses_NA.numel()])
+            self.sums = StepSums(
+                counts_NSE=counts.view_as(counts_NSE).long(),
+                losses_NA=losses.view(self.step_losses_NA.shape),
+            )
+        return self.sums

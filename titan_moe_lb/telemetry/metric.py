@@ -1,0 +1,141 @@
+"""Metrics of the routers: each says what it measures on a rank, and how ranks are put together.
+
+A metric of one's own is a subclass with a ``name``: it is measured on every logged step,
+reduced, written to the trace and shown, without an edit elsewhere.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import ClassVar
+
+import numpy as np
+
+from titan_moe_lb.telemetry import overload
+from titan_moe_lb.telemetry.rank_step import RankStep
+from titan_moe_lb.traces.balance_statistics import max_violation
+
+
+class Reduction(Enum):
+    """How the numbers of the ranks become one, over all that route a stage's tokens."""
+
+    SUM = "sum"
+    """The ranks hold parts: their sum is the whole."""
+    MEAN = "mean"
+    """Every rank's number counts alike."""
+    MAX = "max"
+    """The largest decides: the rank that the others wait for."""
+
+
+class Metric:
+    """One number of each MoE layer and logged step."""
+
+    name: ClassVar[str]
+    """Of the trace's column, and of the sinks' key behind ``moe/``."""
+
+    description: ClassVar[str]
+    """One sentence, for the report."""
+
+    over_ranks: ClassVar[Reduction]
+
+    over_layers: ClassVar[Reduction] = Reduction.MEAN
+    """How the layers become the one number of the step."""
+
+    of_step: ClassVar[bool] = False
+    """The number is the step's own, not a layer's: all rows of the trace repeat it."""
+
+    kinds: ClassVar[dict[str, type[Metric]]] = {}
+    """Every metric, by name."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            Metric.kinds[cls.name] = cls
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        """This rank's numbers.
+
+        Returns:
+            float64 ``(N,)``, one for each router of the rank; None where there is nothing
+            to measure, on all ranks of the stage alike.
+        """
+        raise NotImplementedError
+
+
+class AverageOverload(Metric):
+    name = "avg_overload_factor"
+    description = (
+        "Tokens on the most loaded expert-parallel rank over the balanced number, mean over "
+        "micro-batches"
+    )
+    over_ranks = Reduction.MEAN
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        return step.overload_NM.mean(axis=1)
+
+
+class MaximumOverload(Metric):
+    name = "max_overload_factor"
+    description = "The same, of the worst micro-batch"
+    over_ranks = Reduction.MAX
+    over_layers = Reduction.MAX
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        return step.overload_NM.max(axis=1)
+
+
+class CumulativeOverload(Metric):
+    name = "max_cum_overload_factor"
+    description = (
+        "Peak of the tokens that the worst rank keeps until backward, over the peak of a "
+        "balanced rank"
+    )
+    over_ranks = Reduction.MAX
+    over_layers = Reduction.MAX
+    of_step = True
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        factor = overload.cumulative_overload_factor(
+            step.actions,
+            step.stages,
+            step.received_NMR[..., step.ep_rank],
+            step.received_NMR.mean(axis=-1),
+        )
+        return np.full(len(step.stages), factor)
+
+
+class MicroBatchMaxViolation(Metric):
+    name = "micro_batch_max_violation"
+    description = "MaxVio of a micro-batch by itself, mean over micro-batches"
+    over_ranks = Reduction.MEAN
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        return max_violation(step.counts_NME).mean(axis=1)
+
+
+class BiasRange(Metric):
+    name = "bias_range"
+    description = "Largest less smallest expert bias"
+    over_ranks = Reduction.MAX
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        return None if step.bias_NE is None else np.ptp(step.bias_NE, axis=1)
+
+
+class BiasNorm(Metric):
+    name = "bias_norm"
+    description = "Euclidean norm of the expert biases"
+    over_ranks = Reduction.MAX
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        return None if step.bias_NE is None else np.linalg.norm(step.bias_NE, axis=1)
+
+
+class BiasLargestStep(Metric):
+    name = "bias_largest_step"
+    description = "Largest change of an expert's bias in the step"
+    over_ranks = Reduction.MAX
+    over_layers = Reduction.MAX
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        return None if step.bias_delta_NE is None else np.abs(step.bias_delta_NE).max(axis=1)

@@ -1,0 +1,85 @@
+"""A finished step as one rank sees it: what the metrics are computed from.
+
+Shape suffixes: N = routers of the rank, M = micro-batches, S = count sources,
+E = experts, R = ranks of an EP group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchtitan.distributed import ParallelDims
+
+from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.schedules import Action, actions_of
+from titan_moe_lb.recording.step_record import StepRecord
+from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.telemetry import overload
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """On the host, as numpy arrays. At least one router."""
+
+    counts_NME: np.ndarray
+    """Tokens per expert of each micro-batch, over the ranks of the EP group, int64."""
+    global_counts_NE: np.ndarray
+    """Tokens per expert of the step over all ranks, int64."""
+    bias_NE: np.ndarray | None
+    """Expert biases after the step, float32; None where the layers have none."""
+    bias_delta_NE: np.ndarray | None
+    """What the step has added to them; None where it added nothing."""
+    stages: tuple[int, ...]
+    """Pipeline stage of each router."""
+    actions: Sequence[Action]
+    """What the pipeline rank does in one pass; see :mod:`titan_moe_lb.parallel.schedules`."""
+    ep_degree: int
+    ep_rank: int
+
+    @cached_property
+    def received_NMR(self) -> np.ndarray:
+        """Tokens that each rank of the EP group gets, int64."""
+        return overload.tokens_per_rank(self.counts_NME, self.ep_degree)
+
+    @cached_property
+    def overload_NM(self) -> np.ndarray:
+        """Overload factor of each micro-batch: see :func:`overload.overload_factors`."""
+        return overload.overload_factors(self.received_NMR, self.received_NMR.mean(axis=-1))
+
+
+def read(
+    routers: list[LoadBalancedRouter],
+    record: StepRecord,
+    parallel_dims: ParallelDims,
+    biases: list[torch.Tensor],
+) -> RankStep:
+    """Of the last finished step. Collective over the EP group; waits for the device.
+
+    Args:
+        biases: of the layers, none where they have none.
+    """
+    counts, ep_rank = record.step_counts_NMSE[:, :, 0].contiguous(), 0
+    if parallel_dims.ep_enabled:
+        mesh = parallel_dims.get_mesh("ep")
+        ep_rank = mesh.get_local_rank()
+        dist.all_reduce(counts, group=mesh.get_group())
+    assert record.sums is not None
+    return RankStep(
+        counts_NME=counts.cpu().numpy(),
+        global_counts_NE=record.sums.counts_NSE[:, 0].cpu().numpy(),
+        bias_NE=_rows(torch.stack([local_shard(bias) for bias in biases]) if biases else None),
+        bias_delta_NE=_rows(record.bias_delta_NE),
+        stages=tuple(router.stage for router in routers),
+        actions=routers[0].actions or actions_of(None)[0],
+        ep_degree=parallel_dims.ep,
+        ep_rank=ep_rank,
+    )
+
+
+def _rows(table: torch.Tensor | None) -> np.ndarray | None:
+    return None if table is None else table.detach().cpu().numpy()
