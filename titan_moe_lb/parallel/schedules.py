@@ -109,4 +109,3 @@ def peak(
         if kind in "BW":
             held = held - kept(stage, micro_batch)
     return most
-
