@@ -62,11 +62,11 @@ def test_closed_form_gradient_is_autograd_on_the_formula(score_func, count_from,
     load = functional.expert_load(counts, top_k, length)
     coefficients = 0.3 * load / (length * num_sequences)
     gathered = gather_scores(
-            ours,
-            selected,
-            coefficients,
-            None if score_func == "softmax" else functional.inverse_sums(ours.detach()),
-        )
+        ours,
+        selected,
+        coefficients,
+        None if score_func == "softmax" else functional.inverse_sums(ours.detach()),
+    )
     assert torch.equal(gathered, ours.gather(-1, selected))
     gathered.square().sum().backward()
 

@@ -94,7 +94,7 @@ def test_without_losses_every_bit_is_upstreams(score_func, options):
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("options", [{}, GROUPS, {"route_norm": True, "route_scale": 2.5}])
 def test_gradient_is_that_of_main_plus_weighted_loss(score_func, count_from, options):
-    built = router([sequence_wise(count_from)], score_func=score_func, **options).double()
+    built = wired(router([sequence_wise(count_from)], score_func=score_func, **options).double())
     x, bias = inputs(torch.float64)
     built(x, bias)[0].square().sum().backward()
 
@@ -120,14 +120,9 @@ def test_all_losses_together_are_their_sum(score_func):
         GlobalBatchAuxLoss: 0.2,
         RouterZLoss: 0.01,
     }
-    losses = [
-        cls.Config(
-            weight=weight, **BOUND
-        )
-        for cls, weight in weights.items()
-    ]
+    losses = [cls.Config(weight=weight, **BOUND) for cls, weight in weights.items()]
     losses[1].count_from = "scores"
-    built = router(losses, score_func=score_func, **GROUPS).double()
+    built = wired(router(losses, score_func=score_func, **GROUPS).double())
     previous = torch.arange(1, EXPERTS + 1)
     GlobalBatchAuxLoss.finish_step([built.aux_losses["global_batch"]], previous.unsqueeze(0))
     x, bias = inputs(torch.float64)
@@ -151,9 +146,7 @@ def test_all_losses_together_are_their_sum(score_func):
 
 
 def test_global_batch_has_no_gradient_in_the_first_step():
-    loss = GlobalBatchAuxLoss.Config(
-        weight=1.0, **BOUND
-    )
+    loss = GlobalBatchAuxLoss.Config(weight=1.0, **BOUND)
     built = router([loss], score_func="softmax")
     x, bias = inputs()
     (0.0 * built(x, bias)[0].sum()).backward()
@@ -168,8 +161,7 @@ def test_compiled_without_graph_breaks():
     explanation = torch._dynamo.explain(built)(x, bias)
     assert explanation.graph_break_count == 0, explanation.break_reasons
     torch._dynamo.reset()
-    for recorder in (built.recorder, eager.record):
-        finish_step([recorder])
+    built.step_record.finish_step()
     y, _ = inputs()
     torch.compile(built, fullgraph=True)(x, bias)[0].sum().backward()
     eager(y, bias)[0].sum().backward()

@@ -130,7 +130,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """
         self.step_record, self.record = step_record, step_record.router(index)
         groups = [parallel_dims.get_mesh(axis).get_group() for axis in self.config.sequence_axes]
-        self.aux_losses.wire(self.record, groups, parallel_dims)
+        self.aux_losses.wire(groups, parallel_dims)
         if self.forced_routing is not None:
             self.forced_routing.wire(parallel_dims, self.layer)
 
@@ -150,7 +150,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
         if self.training:
-            logits_BLE = self.aux_losses.attach_to_logits(logits_BLE)
+            logits_BLE = self.aux_losses.attach_to_logits(logits_BLE, self.record)
         scores_BLE = self._score(logits_BLE)
         with spmd.no_typecheck(), torch.no_grad():
             local_scores_BLE = local_shard(scores_BLE)
@@ -199,7 +199,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         coefficients_BE = None
         if self.training and self.record is not None:
             counts_SBE = self._count(ids_BLK, scores_BLE, biased=expert_bias_E is not None)
-            coefficients_BE = self.aux_losses.coefficients(scores_BLE, counts_SBE, inverse_BL)
+            coefficients_BE = self.aux_losses.coefficients(
+                scores_BLE, counts_SBE, inverse_BL, self.record
+            )
             if not is_recomputation():
                 self.record.note(counts_SBE, ids_BLK)
         if self.decides_by_operator:

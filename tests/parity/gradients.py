@@ -16,7 +16,8 @@ from torchtitan.trainer import Trainer
 from tests.parity.layout import Layout
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import job_config
-from titan_moe_lb.router import routers_of
+from titan_moe_lb.losses import AuxLoss
+from titan_moe_lb.router import moe_layers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
 
@@ -79,20 +80,23 @@ def layout_gradients(
     # A first pass gives the expert bias and the previous step's counts something to hold.
     run_batch(trainer, layout, with_main_loss=with_main_loss)
     trainer.optimizers.step()
-    losses = [
-        loss for router in routers_of(trainer.model_parts) for loss in router.aux_losses.values()
-    ]
-    weights = [loss.weight for loss in losses]
+    layers = moe_layers_of(trainer.model_parts)
+    names = list(layers[0].router.aux_losses) if layers else []
+    weights_A = layers[0].router.record.weights_A if layers else torch.zeros(0)
+    whole_A = weights_A.clone()
     recorded = []
     for kind in alone:
-        for loss, weight in zip(losses, weights, strict=True):
-            loss.weight = weight if kind in ("", loss.type_name) else 0.0
+        chosen = torch.tensor([kind in ("", name) for name in names], dtype=torch.float32)
+        weights_A.copy_(whole_A * chosen.to(whole_A.device))
         run_batch(trainer, layout, with_main_loss=with_main_loss)
         gradients = gather_gradients(trainer)
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
         trainer.optimizers.step()
-        load = reduce_step(routers_of(trainer.model_parts), trainer.parallel_dims)
-        losses_M = {name: values_M.tolist() for name, values_M in load.losses.items()}
+        load = reduce_step(layers, trainer.parallel_dims)
+        metrics = [loss.metric_name for loss in AuxLoss.kinds.values()]
+        losses_M = {
+            name: values_M.tolist() for name, values_M in load.figures.items() if name in metrics
+        }
         recorded.append(Recorded(losses_M, load.counts_ME.tolist(), load.layers))
     trainer.close()
     return recorded

@@ -51,26 +51,29 @@ class RouterLosses(ModuleDict):
         self.needs_probabilities = bool(of_sums)
         self._sequence_shards = sequence_shards
         self._sequence_groups: list = []
-        self._record: RouterRecord | None = None
 
-    def wire(self, record: RouterRecord, sequence_groups: list, parallel_dims) -> None:
-        """Take where the values are recorded, and the process groups. Once, before training.
+    def wire(self, sequence_groups: list, parallel_dims) -> None:
+        """Take the process groups. Once, before training.
 
         Args:
             sequence_groups: over which the tokens of a sequence are split.
             parallel_dims: torchtitan's ``ParallelDims``.
         """
-        self._record = record
         self._sequence_groups = sequence_groups
         for loss in self.values():
             loss.wire_meshes(parallel_dims)
 
-    def attach_to_logits(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+    def attach_to_logits(
+        self, logits_BLE: torch.Tensor, record: RouterRecord | None
+    ) -> torch.Tensor:
         """Add the gradients of the losses of each token; records their raw values."""
-        if len(self):
-            self._wired()
+        if len(self) and record is None:
+            raise JobError(
+                "a router with aux losses is not wired: use titan_moe_lb.balanced(spec) for the "
+                "ModelSpec, or call titan_moe_lb.step_hook.wire(routers, parallel_dims)"
+            )
         for index, loss in self._of_logits:
-            record = self._wired()
+            assert record is not None
             local_BLE = local_shard(logits_BLE)
             length = local_BLE.shape[1] * self._sequence_shards
             scale = 1 / (length * loss.global_batch_size)
@@ -87,6 +90,7 @@ class RouterLosses(ModuleDict):
         scores_BLE: torch.Tensor,
         counts_SBE: torch.Tensor,
         inverse_sums_BL: torch.Tensor | None,
+        record: RouterRecord,
     ) -> torch.Tensor | None:
         """Weighted gradient of the losses of sums in the sums; records their raw values.
 
@@ -100,7 +104,6 @@ class RouterLosses(ModuleDict):
         """
         if not self._of_sums:
             return None
-        record = self._wired()
         length = scores_BLE.shape[1] * self._sequence_shards
         own_BE = probability_sums(
             scores_BLE, sums_to_one=inverse_sums_BL is None, inverse_sums_BL=inverse_sums_BL
@@ -136,14 +139,6 @@ class RouterLosses(ModuleDict):
         for group in self._sequence_groups:
             table = funcol.all_reduce(table, "sum", group)
         return table
-
-    def _wired(self) -> RouterRecord:
-        if self._record is None:
-            raise JobError(
-                "the router is not wired: use titan_moe_lb.balanced(spec) for the ModelSpec, or "
-                "call titan_moe_lb.step_hook.wire(routers, parallel_dims)"
-            )
-        return self._record
 
 
 def _require_announced_batch(loss: AuxLoss, num_sequences: int) -> None:

@@ -12,23 +12,35 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
-@dataclass(slots=True)
-class RouterRecord:
-    """One router's rows of a :class:`StepRecord`."""
+class RouterRecord(nn.Module):
+    """One router's rows of a :class:`StepRecord`.
+
+    Buffers that no checkpoint holds: torch's pipeline stages find out shapes by a real
+    forward, and put back what it has done to the buffers of a stage.
+
+    Attributes:
+        counts_MSE, losses_A, expert_ids_MBLK: see :class:`StepRecord`.
+        micro_batch: forwards of the running step so far, int64 ``(1,)``.
+        weights_A: what the gradient of each loss is multiplied by, float32.
+        steps: finished steps, int64 ``(1,)``.
+        one: 1, int64 ``()``: what a token adds to a count.
+    """
 
     counts_MSE: torch.Tensor
     losses_A: torch.Tensor
-    micro_batch: torch.Tensor
-    """Forwards of the running step so far, int64 ``(1,)``."""
-    weights_A: torch.Tensor
-    """What the gradient of each loss is multiplied by, float32, one tensor for all routers."""
-    steps: torch.Tensor
-    """Finished steps, int64 ``(1,)``, one tensor for all routers."""
-    one: torch.Tensor
-    """1, int64 ``()``: what a token adds to a count."""
     expert_ids_MBLK: torch.Tensor | None
+    micro_batch: torch.Tensor
+    weights_A: torch.Tensor
+    steps: torch.Tensor
+    one: torch.Tensor
+
+    def __init__(self, **rows: torch.Tensor | None) -> None:
+        super().__init__()
+        for name, row in rows.items():
+            self.register_buffer(name, row, persistent=False)
 
     def forward_number(self) -> torch.Tensor:
         """Forwards of this router before this one since training began, int64 ``()``."""

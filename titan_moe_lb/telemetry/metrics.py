@@ -12,7 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb.parallel import batch_cut, layout
-from titan_moe_lb.router import LoadBalancedRouter, routers_of
+from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import console_line, step_metrics
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
@@ -92,7 +92,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             self._record_routing(step, routers)
         load = None
         if self.config.track_moe_metrics:
-            load = reduce_step(routers, self.parallel_dims)
+            load = reduce_step(moe_layers_of(self.model_parts), self.parallel_dims)
         metrics = self._metrics(step, load) if load is not None and load.layers else {}
         super().log(
             step,
@@ -121,7 +121,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         sequences = batch_cut.first_sequences(self.config.cut, self.parallel_dims)
         slices = batch_cut.token_slices(self.config.cut, self.parallel_dims)
         for router in routers:
-            expert_ids_MBLK = router.recorder.expert_ids_MBLK
+            expert_ids_MBLK = router.record.expert_ids_MBLK
             assert expert_ids_MBLK is not None
             for first, ids_BLK in zip(sequences, expert_ids_MBLK.cpu().numpy(), strict=True):
                 self._routing.write(

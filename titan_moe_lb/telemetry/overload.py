@@ -43,9 +43,7 @@ def overload_factors(
     return np.where(routed, tokens_per_rank.max(axis=-1) / np.where(routed, balanced, 1.0), 1.0)
 
 
-def peak_tokens(
-    actions: Sequence[Action], stages: Sequence[int], tokens_NM: np.ndarray
-) -> float:
+def peak_tokens(actions: Sequence[Action], stages: Sequence[int], tokens_NM: np.ndarray) -> float:
     """Most tokens that one rank keeps at once, in any pass of the step.
 
     Args:
