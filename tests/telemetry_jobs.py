@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining.schedules import Schedule1F1B, _ComputationType
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config import ParallelismConfig
 from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.config_utils import make_router_config
+from torchtitan.models.common.moe import MoE
 
+from model_registry.deepseek_v3 import model_registry
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import SequenceWiseAuxLoss
-from titan_moe_lb.recording import event_clock, recorder
+from titan_moe_lb.parallel import layout
 from titan_moe_lb.router import LoadBalancedRouter, routers_of
-from titan_moe_lb.telemetry.reduction import reduce_over_tokens, reduce_step
+from titan_moe_lb.step_hook import StepHook, wire
+from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
 
 
-def simulated_peaks(arguments: list[str]) -> dict[str, float]:
-    """One step; this rank's peak of held tokens by the schedule's own list of actions.
+def observed_peaks(arguments: list[str]) -> dict[str, float]:
+    """One step; this rank's peak of kept tokens as its pipeline stages really run.
 
-    The independent side of the cumulative overload: torch's pipeline order instead of
-    the clock, and sums over the EP group made here.
+    The independent side of the cumulative overload: when torch calls the forward, the whole
+    backward or the weight pass of a stage, and sums over the EP group made here.
     """
     config = job_config.load(arguments).config
     config.training.steps = 1
@@ -38,86 +39,118 @@ def simulated_peaks(arguments: list[str]) -> dict[str, float]:
     trainer = config.build()
     logged: dict[str, Any] = {}
     trainer.metrics_processor.logger.log = lambda metrics, step: logged.update(metrics)
+    order: list[tuple[str, int, int]] = []
+    for stage in _stages(trainer.pp_schedule):
+        _watch(stage, order)
     trainer.train()
     routers = routers_of(trainer.model_parts)
     mesh = trainer.parallel_dims.get_mesh("ep")
-    actual, balanced = {}, {}
-    for router in routers:
-        counts_ME = router.recorder.step_counts_MSE[:, 0].clone()
-        dist.all_reduce(counts_ME, group=mesh.get_group())
-        mine = counts_ME.view(len(counts_ME), mesh.size(), -1)[:, mesh.get_local_rank()]
-        actual[router.layer] = mine.sum(dim=1).tolist()
-        balanced[router.layer] = (counts_ME.sum(dim=1) / mesh.size()).tolist()
-    order = _actions(trainer)
-    layers_of_stage = {
-        stage.stage_index: [router.layer for router in routers_of([stage.submod])]
+    actual: dict = defaultdict(lambda: defaultdict(float))
+    balanced: dict = defaultdict(lambda: defaultdict(float))
+    stage_of = {
+        router: stage.stage_index
         for stage in _stages(trainer.pp_schedule)
+        for router in routers_of([stage.submod])
     }
-    peak = _peak(order, layers_of_stage, balanced)
-    result = {
-        "simulated": _peak(order, layers_of_stage, actual) / peak if peak else 1.0,
-        "logged": logged["moe/max_cum_overload_factor"],
-        "num_actions": len(order),
-    }
+    counts_NME = routers[0].step_record.step_counts_NMSE[:, :, 0].clone()
+    dist.all_reduce(counts_NME, group=mesh.get_group())
+    for router, counts_ME in zip(routers, counts_NME, strict=True):
+        mine_ME = counts_ME.view(len(counts_ME), mesh.size(), -1)[:, mesh.get_local_rank()]
+        for micro_batch, counts_E in enumerate(counts_ME):
+            actual[stage_of[router]][micro_batch] += mine_ME[micro_batch].sum().item()
+            balanced[stage_of[router]][micro_batch] += counts_E.sum().item() / mesh.size()
     trainer.close()
-    return result
+    return {
+        "observed": _peak(order, actual) / _peak(order, balanced),
+        "logged": logged["moe/max_cum_overload_factor"],
+        "num_events": len(order),
+    }
 
 
 def _stages(schedule) -> list:
     return schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
 
 
-def _actions(trainer) -> list[tuple[str, int, int]]:
-    """("F" or "B", stage, micro-batch) of this pipeline rank, in order."""
-    schedule = trainer.pp_schedule
-    mesh = trainer.parallel_dims.get_mesh("pp")
-    rank, num_stages = mesh.get_local_rank(), mesh.size()
-    if isinstance(schedule, Schedule1F1B):
-        num = schedule._n_microbatches
-        ahead = min(num, num_stages - rank)
-        order = [("F", rank, i) for i in range(ahead)]
-        for i in range(num):
-            order.append(("B", rank, i))
-            if ahead + i < num:
-                order.append(("F", rank, ahead + i))
-        return order
-    kinds = {
-        _ComputationType.FORWARD: "F",
-        _ComputationType.FULL_BACKWARD: "B",
-        _ComputationType.BACKWARD_INPUT: "B",
-    }
-    return [
-        (kinds[action.computation_type], action.stage_index, action.microbatch_index)
-        for action in schedule.pipeline_order[rank]
-        if action is not None and action.computation_type in kinds
-    ]
+def _watch(stage, order: list[tuple[str, int, int]]) -> None:
+    """Note when a stage begins to keep a micro-batch ("keep") and when it lets it go ("free")."""
+    forward, backward, weight = (
+        stage.forward_one_chunk,
+        stage.backward_one_chunk,
+        stage.backward_weight_one_chunk,
+    )
+
+    def forward_one_chunk(micro_batch, *args, **kwargs):
+        order.append(("keep", stage.stage_index, micro_batch))
+        return forward(micro_batch, *args, **kwargs)
+
+    def backward_one_chunk(micro_batch, *args, full_backward=True, **kwargs):
+        result = backward(micro_batch, *args, full_backward=full_backward, **kwargs)
+        if full_backward:
+            order.append(("free", stage.stage_index, micro_batch))
+        return result
+
+    def backward_weight_one_chunk(micro_batch, *args, **kwargs):
+        result = weight(micro_batch, *args, **kwargs)
+        order.append(("free", stage.stage_index, micro_batch))
+        return result
+
+    stage.forward_one_chunk = forward_one_chunk
+    stage.backward_one_chunk = backward_one_chunk
+    stage.backward_weight_one_chunk = backward_weight_one_chunk
 
 
-def _peak(order, layers_of_stage, tokens) -> float:
+def _peak(order: list[tuple[str, int, int]], tokens: dict) -> float:
     held = peak = 0.0
-    for kind, stage, micro_batch in order:
-        layers = layers_of_stage[stage]
-        for layer in layers if kind == "F" else reversed(layers):
-            held += tokens[layer][micro_batch] * (1 if kind == "F" else -1)
-            peak = max(peak, held)
-    assert held == 0
+    for event, stage, micro_batch in order:
+        held += tokens[stage][micro_batch] * (1 if event == "keep" else -1)
+        peak = max(peak, held)
+    assert abs(held) < 1e-9
     return peak
 
 
-def small_router(layer: int = 0, layers: tuple[int, ...] = (0,), **options) -> LoadBalancedRouter:
-    """A router of 8 experts on 16 features with a loss, unwired."""
+def small_router(layer: int = 0, **options) -> LoadBalancedRouter:
+    """A wired router of 8 experts on 16 features with a loss, alone in its process."""
     config = make_router_config(
         dim=16, num_experts=8, gate_param_init={}, top_k=2, score_func="softmax"
     )
     loss = SequenceWiseAuxLoss.Config(
-        weight=0.1, local_batch_size=2, global_batch_size=2, num_experts=8
+        weight=0.1, micro_batch_size=2, global_batch_size=2, num_experts=8, top_k=2
     )
-    config = derive(
-        config, LoadBalancedRouter.Config, aux_losses=[loss], layer=layer, layers=layers, **options
-    )
-    router = config.build()
+    options.setdefault("aux_losses", [loss])
+    router = derive(config, LoadBalancedRouter.Config, layer=layer, **options).build()
     torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(layer))
+    wire([router], None)
     return router
+
+
+def moe_layers(numbers: list[int], aux_losses=None) -> list[MoE]:
+    """MoE layers of the tiny DeepSeek-V3 with their default balancing, 8 experts, top 2,
+    bound to one micro-batch of 2 sequences on each rank; not wired."""
+    layers = []
+    for number in numbers:
+        config = model_registry("tiny", aux_losses=aux_losses).model.layers[-1].moe
+        config.router.layer = number
+        for loss in config.router.aux_losses:
+            loss.micro_batch_size, loss.global_batch_size = 2, 2 * _world_size()
+            loss.num_experts, loss.top_k = 8, 2
+        layer = config.build()
+        generator = torch.Generator().manual_seed(number)
+        torch.nn.init.normal_(layer.router.gate.weight, generator=generator)
+        layers.append(layer)
+    return layers
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def forward_and_backward(layers: list[MoE]) -> None:
+    """Through the routers alone."""
+    for layer in layers:
+        seed = dist.get_rank() if dist.is_initialized() else 0
+        generator = torch.Generator().manual_seed(seed)
+        x_BLD = torch.randn(2, 8, 64, generator=generator, requires_grad=True)
+        layer.router(x_BLD, layer.expert_bias_E)[0].sum().backward()
 
 
 def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> dict[str, Any]:
@@ -133,48 +166,39 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
     parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
     parallel_dims.build_mesh()
     stage = parallel_dims.get_mesh("pp").get_local_rank() if parallel_dims.pp_enabled else 0
-    everywhere = tuple(sorted(layer for layers in layers_by_stage for layer in layers))
-    routers = [small_router(layer, everywhere) for layer in layers_by_stage[stage]]
-    for router in routers:
-        router.wire_meshes(parallel_dims)
-    event_clock.wire(router.clock for router in routers)
-    for router in routers:
-        generator = torch.Generator().manual_seed(dist.get_rank())
-        x_BLD = torch.randn(2, 8, 16, generator=generator, requires_grad=True)
-        router(x_BLD)[0].sum().backward()
-    recorder.finish_step([router.recorder for router in routers])
-    event_clock.finish_step([router.clock for router in routers])
-    with CommDebugMode() as of_bias_update:
-        reduce_over_tokens(routers, parallel_dims)
+    layers = moe_layers(layers_by_stage[stage])
+    of_bias_update = CommDebugMode()
+    if layers:
+        record = wire([layer.router for layer in layers], parallel_dims)
+        hook = StepHook(layers, record, layout.token_groups(parallel_dims))
+        forward_and_backward(layers)
+        with of_bias_update:
+            hook.close_step()
     with CommDebugMode() as of_metrics:
-        load = reduce_step(routers, parallel_dims)
+        load = reduce_step(layers, parallel_dims)
     return {
-        "of_bias_update": of_bias_update.get_total_counts(),
+        "of_bias_update": of_bias_update.get_total_counts() if layers else None,
         "of_metrics": of_metrics.get_total_counts(),
         "layers": load.layers,
         "tokens": load.counts_ME.sum(axis=1).tolist(),
-        "losses": {name: values.tolist() for name, values in load.losses.items()},
+        "figures": {name: values.tolist() for name, values in load.figures.items()},
+        "step_figures": load.step_figures,
     }
 
 
-class RefuseHostReads(TorchDispatchMode):
-    """Fails on every operator that makes the host wait for the device."""
+class DeviceOperators(TorchDispatchMode):
+    """Counts operators that a device would run: what is no view and no question of dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
-        by_mask = name in ("index", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if waits or by_mask or name in ("unique", "_unique2", "bincount"):
-            raise AssertionError(f"{func} makes the host wait for the device")
+        if not func.is_view and name not in ("detach", "_unsafe_view", "alias", "promote_types"):
+            self.names[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
-
-def events(num_micro_batches: int, router: LoadBalancedRouter) -> dict[str, np.ndarray]:
-    """The recorded step as numpy arrays."""
-    found: dict[str, np.ndarray] = defaultdict()
-    for name in ("forward_times_M", "backward_times_M"):
-        found[name] = getattr(router.clock, name)[:num_micro_batches].numpy().copy()
-    found["counts_ME"] = router.recorder.counts_MSE[:num_micro_batches, 0].numpy().copy()
-    return found
+    @property
+    def count(self) -> int:
+        return self.names.total()

@@ -1,4 +1,4 @@
-"""The recorder and the reduction: once each, in order, without waiting, on every layout."""
+"""The record and the reduction: once each, in order, without waiting, on every layout."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+from tests.host_reads import RefuseHostReads
 from tests.telemetry_jobs import (
-    RefuseHostReads,
+    DeviceOperators,
     collectives_of_a_logged_step,
-    events,
-    simulated_peaks,
+    forward_and_backward,
+    moe_layers,
+    observed_peaks,
     small_router,
 )
 from titan_moe_lb.expert_bias.sign import bias_update
 from titan_moe_lb.forced_routing import BiasedNormal, HotRank, RandomBalanced, RoundRobin
-from titan_moe_lb.recording import event_clock
+from titan_moe_lb.losses import GlobalBatchAuxLoss, RouterZLoss, SequenceWiseAuxLoss
+from titan_moe_lb.parallel.schedules import one_forward_one_backward
+from titan_moe_lb.step_hook import StepHook, wire
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.step_metrics import step_metrics
 from titan_moe_lb.traces.step_load import StepLoad
@@ -32,8 +36,8 @@ def batch(seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 @pytest.mark.parametrize("checkpointing", ["None", "full"])
-def test_cumulative_overload_is_that_of_the_schedule(ranks, schedule, checkpointing):
-    """Against torch's own list of actions, with a load that differs in every micro-batch."""
+def test_cumulative_overload_is_that_of_the_running_stages(ranks, schedule, checkpointing):
+    """Against the calls of torch's stages, with a load that differs in every micro-batch."""
     flags = [
         *TINY,
         "--parallelism.pipeline_parallel_degree=2",
@@ -42,13 +46,13 @@ def test_cumulative_overload_is_that_of_the_schedule(ranks, schedule, checkpoint
         "--model.forced_routing={type = 'biased_normal', std = 2.0}",
         f"activation-checkpoint:{checkpointing}",
     ]
-    by_rank = ranks.run(4, simulated_peaks, flags)
-    # Every forward and every backward of each stage.
+    by_rank = ranks.run(4, observed_peaks, flags)
+    # Every micro-batch is kept and freed once by each stage.
     stages = 2 if schedule == "1F1B" else 4
-    assert all(rank["num_actions"] == 2 * 4 * stages // 2 for rank in by_rank)
+    assert all(rank["num_events"] == 2 * 4 * stages // 2 for rank in by_rank)
     logged = {rank["logged"] for rank in by_rank}
     assert len(logged) == 1
-    expected = max(rank["simulated"] for rank in by_rank)
+    expected = max(rank["observed"] for rank in by_rank)
     assert expected > 1.05
     assert logged.pop() == pytest.approx(expected, rel=1e-12)
 
@@ -70,8 +74,60 @@ def test_collectives_do_not_grow_with_the_layers(ranks, ep):
 def test_stage_without_moe_layers_neither_hangs_nor_dilutes(ranks):
     by_rank = ranks.run(4, collectives_of_a_logged_step, [[], [4, 7]], 2)
     assert all(rank["layers"] == (4, 7) for rank in by_rank)
-    assert all(rank["losses"] == by_rank[2]["losses"] for rank in by_rank)
-    assert 0.9 < by_rank[0]["losses"]["seq_load_balancing_loss"][0] / 2 < 2
+    for name in ("figures", "step_figures"):
+        assert all(rank[name] == by_rank[2][name] for rank in by_rank)
+    # The stage holds half of the sequences that its layers were bound to.
+    assert 0.9 < 2 * by_rank[0]["figures"]["seq_load_balancing_loss"][0] < 2
+
+
+BOUND = {"micro_batch_size": 2, "global_batch_size": 2, "num_experts": 8, "top_k": 2}
+THREE_LOSSES = (
+    SequenceWiseAuxLoss.Config(weight=1e-4, count_from="scores"),
+    GlobalBatchAuxLoss.Config(weight=1e-3),
+    RouterZLoss.Config(weight=1e-4),
+)
+
+
+@pytest.mark.parametrize("losses", [None, THREE_LOSSES], ids=["default", "three losses"])
+@pytest.mark.parametrize("num_layers", [4, 61])
+def test_operators_of_a_step_end_do_not_grow_with_the_layers(num_layers, losses):
+    layers = moe_layers(list(range(num_layers)), losses and list(losses))
+    hook = StepHook(layers, wire([layer.router for layer in layers], None), [])
+    forward_and_backward(layers)
+    with DeviceOperators() as operators:
+        hook.close_step()
+    assert operators.count == (29 if losses else 21), operators.names
+    assert layers[0].expert_bias_E.abs().max() > 0
+
+
+def operators_of_a_router(router: torch.nn.Module, x_BLD: torch.Tensor) -> int:
+    """Forward and backward, added to gradients that are there already."""
+    bias_E = torch.zeros(8)
+
+    def forward() -> torch.Tensor:
+        return router(x_BLD, bias_E)[0]
+
+    forward().backward(torch.ones(2, 8, 2))
+    with DeviceOperators() as operators:
+        scores = forward()
+        scores.backward(torch.ones_like(scores))
+    return operators.count - 1  # the gradient of ones
+
+
+def test_operators_of_a_router():
+    """Group-limited sigmoid router with normed scores, as DeepSeek-V3's."""
+    bare, default, three = (
+        moe_layers([0], losses)[0].router for losses in ([], None, list(THREE_LOSSES))
+    )
+    for router in (bare, default, three):
+        assert router.num_expert_groups is not None and router.route_norm
+    unwired = operators_of_a_router(bare, torch.randn(2, 8, 64, requires_grad=True))
+    assert unwired == 30, "torchtitan's own"
+    counts = []
+    for router in (bare, default, three):
+        wire([router], None)
+        counts.append(operators_of_a_router(router, torch.randn(2, 8, 64, requires_grad=True)))
+    assert counts == [35, 45, 58]
 
 
 STRATEGIES = {
@@ -86,16 +142,10 @@ STRATEGIES = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_host_synchronisation(strategy):
     router = small_router(num_micro_batches=4, forced_routing=STRATEGIES[strategy])
-    event_clock.wire([router.clock])
     x_BLD = batch(1)
     with RefuseHostReads():
         router(x_BLD, torch.zeros(8))[0].sum().backward()
-    assert router.recorder.counts_MSE[0, 0].sum() == 2 * 8 * 2
-
-
-def test_the_refusal_refuses():
-    with pytest.raises(AssertionError, match="host wait"), RefuseHostReads():
-        torch.ones(3).sum().item()
+    assert router.record.counts_MSE[0, 0].sum() == 2 * 8 * 2
 
 
 def step(router: torch.nn.Module, *inputs: torch.Tensor) -> None:
@@ -104,17 +154,8 @@ def step(router: torch.nn.Module, *inputs: torch.Tensor) -> None:
         output.backward()
 
 
-def in_order(counts_ME: np.ndarray) -> dict[str, np.ndarray]:
-    """Three micro-batches as :func:`step` runs them."""
-    return {
-        "forward_times_M": np.array([1, 2, 3]),
-        "backward_times_M": np.array([4, 5, 6]),
-        "counts_ME": counts_ME,
-    }
-
-
 def selected(router: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
-    """Counts of each batch from the router's answer, not from its recorder."""
+    """Counts of each batch from the router's answer, not from its record."""
     with torch.no_grad():
         ids = [router.eval()(x)[1] for x in inputs]
     router.train()
@@ -124,9 +165,8 @@ def selected(router: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("how", ["eager", "checkpoint", "compiled", "compiled checkpoint"])
 def test_every_micro_batch_is_recorded_in_its_place(how):
     router = small_router(num_micro_batches=3)
-    event_clock.wire([router.clock])
     inputs = [batch(seed) for seed in range(3)]
-    expected = in_order(selected(router, *inputs))
+    expected = selected(router, *inputs)
 
     def once(x_BLD):
         return router(x_BLD)
@@ -138,25 +178,22 @@ def test_every_micro_batch_is_recorded_in_its_place(how):
     if "compiled" in how:
         forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
     step(forward, *inputs)
-    for name, values in events(3, router).items():
-        assert (values == expected[name]).all(), name
+    assert (router.record.counts_MSE[:, 0].numpy() == expected).all()
     torch._dynamo.reset()
 
 
-def test_a_backward_in_two_passes_counts_at_the_first():
-    """A zero-bubble schedule runs the backward of a compiled block twice."""
-    router = small_router(num_micro_batches=3)
-    event_clock.wire([router.clock])
-    outputs = [router(batch(seed))[0].sum() for seed in range(3)]
-    for output in (*outputs, *reversed(outputs)):
-        output.backward(retain_graph=True)
-    assert router.clock.backward_times_M.tolist() == [4, 5, 6]
+def test_what_comes_after_the_last_micro_batch_joins_it():
+    router = small_router(num_micro_batches=2)
+    inputs = [batch(seed) for seed in range(4)]
+    expected = selected(router, *inputs)
+    step(router, *inputs)
+    found = router.record.counts_MSE[:, 0].numpy()
+    assert (found == [expected[0], expected[1:].sum(axis=0)]).all()
 
 
 def test_a_replayed_step_records_without_its_python():
     """What a CUDA graph does: the operators of a captured step run again, on other data."""
     router = small_router(num_micro_batches=3)
-    event_clock.wire([router.clock])
     inputs = [batch(seed) for seed in range(4)]
     expected = selected(router, *inputs)
 
@@ -164,24 +201,18 @@ def test_a_replayed_step_records_without_its_python():
         return torch.autograd.grad(router(x_BLD)[0].sum(), x_BLD)[0]
 
     captured = make_fx(forward_and_backward)(inputs[0])
-    event_clock.finish_step([router.clock])
-    router.recorder.counts_MSE.zero_()
-    router.clock.time.zero_()
+    router.step_record.finish_step()
     original, router.forward = router.forward, None  # no Python of the router from here on
     for x_BLD in inputs[1:]:
         captured(x_BLD)
     router.forward = original
-    found = events(3, router)
-    assert (found["counts_ME"] == expected[1:]).all()
-    assert found["forward_times_M"].tolist() == [1, 3, 5]
-    assert found["backward_times_M"].tolist() == [2, 4, 6]
+    assert (router.record.counts_MSE[:, 0].numpy() == expected[1:]).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 def test_a_cuda_graph_records_in_every_replay():
     with torch.device("cuda"):
-        router = small_router(num_micro_batches=3).cuda()
-        event_clock.wire([router.clock])
+        router = small_router(num_micro_batches=3)
         inputs = [batch(seed).detach().cuda() for seed in range(4)]
         expected = selected(router, *inputs)
         static = inputs[0].clone().requires_grad_()
@@ -191,22 +222,20 @@ def test_a_cuda_graph_records_in_every_replay():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             torch.autograd.grad(router(static)[0].sum(), static)
-        event_clock.finish_step([router.clock])
-        router.recorder.counts_MSE.zero_()
+        router.step_record.finish_step()
         for x_BLD in inputs[1:]:
             with torch.no_grad():
                 static.copy_(x_BLD)
             graph.replay()
         torch.cuda.synchronize()
-        counts = router.recorder.counts_MSE[:, 0].cpu().numpy()
+        counts = router.record.counts_MSE[:, 0].cpu().numpy()
     assert (counts == expected[1:]).all()
 
 
-def test_not_tracking_records_nothing():
-    router = small_router(track=False)
-    assert router.clock is None and not router.records
+def test_without_anyone_who_asks_nothing_is_recorded():
+    router = small_router(track=False, aux_losses=[])
+    assert router.record is None
     router(batch(0))[0].sum().backward()
-    assert router.recorder.counts_MSE.sum() == 0
 
 
 def test_overload_factors():
@@ -218,29 +247,37 @@ def test_overload_factors():
 
 
 def test_peak_tokens_by_hand():
-    """Two routers, two micro-batches: F0 F0 F1 F1 B1 B1 B0 B0, with 1, 10, 100, 1000 tokens."""
-    forward = np.array([[1, 3], [2, 4]])
-    backward = np.array([[8, 6], [7, 5]])
+    """One stage of two layers that get 1 and 10 tokens of the first micro-batch, 100 and 1000
+    of the second."""
     tokens = np.array([[1, 100], [10, 1000]])
-    assert overload.peak_tokens(forward, backward, tokens) == 1111
-    one_at_a_time = np.array([[1, 5], [2, 6]]), np.array([[4, 8], [3, 7]])
-    assert overload.peak_tokens(*one_at_a_time, tokens) == 1100
+    (one_stage,) = one_forward_one_backward(1, 2).values()  # F0 B0 F1 B1
+    assert overload.peak_tokens(one_stage, [0, 0], tokens) == 1100
+    first_of_two = one_forward_one_backward(2, 2)[0]  # F0 F1 B0 B1
+    assert overload.peak_tokens(first_of_two, [0, 0], tokens) == 1111
+    # Kept until the weights' backward: F0 I0 F1 W0, and the second is there before the
+    # first has gone.
+    split = [(0, "F", 0), (0, "I", 0), (0, "F", 1), (0, "W", 0), (0, "I", 1), (0, "W", 1)]
+    assert overload.peak_tokens(split, [0, 0], tokens) == 1111
+    # Two passes of one micro-batch each: accumulation keeps nothing between them.
+    alone = one_forward_one_backward(1, 1)[0]
+    assert overload.peak_tokens(alone, [0, 0], tokens) == 1100
     assert overload.cumulative_overload_factor(
-        *one_at_a_time, tokens, np.full((2, 2), 550.0)
+        alone, [0, 0], tokens, np.full((2, 2), 550.0)
     ) == pytest.approx(1.0)
-    zeros = np.zeros((2, 2))
-    assert overload.cumulative_overload_factor(zeros, zeros, tokens, tokens) == 1
+    assert overload.cumulative_overload_factor(alone, [0, 0], tokens * 0, tokens * 0.0) == 1
 
 
 def test_step_metrics_by_hand():
     load = StepLoad(
         layers=(1, 3),
         counts_ME=np.array([[4, 4, 4, 4], [8, 4, 4, 0]]),
-        losses={"z_loss": np.array([np.nan, 2.0])},
-        avg_overload_factor_M=np.array([1.0, 1.5]),
-        max_overload_factor_M=np.array([1.25, 2.0]),
-        micro_batch_max_violation_M=np.array([0.5, 1.5]),
-        max_cum_overload_factor=1.75,
+        figures={
+            "z_loss": np.array([np.nan, 2.0]),
+            "avg_overload_factor": np.array([1.0, 1.5]),
+            "max_overload_factor": np.array([1.25, 2.0]),
+            "micro_batch_max_violation": np.array([0.5, 1.5]),
+        },
+        step_figures={"max_cum_overload_factor": 1.75},
     )
     metrics = step_metrics(load, per_layer=True)
     assert metrics["moe/max_violation"] == 0.5

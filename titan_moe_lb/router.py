@@ -126,12 +126,12 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         Args:
             step_record: of all routers of the rank.
             index: of this router in it.
-            parallel_dims: torchtitan's ``ParallelDims``.
+            parallel_dims: torchtitan's ``ParallelDims``; None in a process without a mesh.
         """
         self.step_record, self.record = step_record, step_record.router(index)
         groups = [parallel_dims.get_mesh(axis).get_group() for axis in self.config.sequence_axes]
         self.aux_losses.wire(groups, parallel_dims)
-        if self.forced_routing is not None:
+        if self.forced_routing is not None and parallel_dims is not None:
             self.forced_routing.wire(parallel_dims, self.layer)
 
     def forward(
@@ -255,4 +255,5 @@ def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:
 
 def routers_of(model_parts: list[nn.Module]) -> list[LoadBalancedRouter]:
     """The routers of this rank's pipeline stages."""
-    return [layer.router for layer in moe_layers_of(model_parts)]  # type: ignore[misc]
+    modules = [module for part in model_parts for module in part.modules()]
+    return [module for module in modules if isinstance(module, LoadBalancedRouter)]
