@@ -16,6 +16,7 @@ from torchtitan.trainer import Trainer
 from tests.parity.layout import Layout
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import job_config
+from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.router import routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
@@ -92,7 +93,11 @@ def layout_gradients(
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
         trainer.optimizers.step()
         load = reduce_step(routers_of(trainer.model_parts), trainer.parallel_dims)
-        losses_M = {name: values_M.tolist() for name, values_M in load.losses.items()}
+        losses_M = {
+            kind.metric_name: load.figures[kind.metric_name].tolist()
+            for kind in AuxLoss.kinds.values()
+            if kind.metric_name in load.figures
+        }
         recorded.append(Recorded(losses_M, load.counts_ME.tolist(), load.layers))
     trainer.close()
     return recorded

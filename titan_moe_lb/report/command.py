@@ -29,6 +29,6 @@ def write_report(run_dir: Path, compare: Path | None = None, output: Path | None
     output = traces[0].path.with_name("report.html") if output is None else output
     page = render(traces)
     html_page.write(page, output)
-    notes = [trace.truncated for trace in traces if trace.truncated]
+    notes = [sentence for trace in traces for sentence in trace.damage]
     steps = " and ".join(f"{len(trace.steps)} steps" for trace in traces)
     return "\n".join([f"{output}: {steps}, {len(page.encode()) / 1e6:.1f} MB", *notes])

@@ -8,7 +8,35 @@ from torchtitan.models.common.moe import MoE
 
 import titan_moe_lb
 from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import RunInfo
+
+BALANCE = (
+    Figure(
+        "avg_overload_factor",
+        description="Tokens on the most loaded expert-parallel rank over the balanced number: mean.",
+    ),
+    Figure(
+        "max_overload_factor",
+        summary="max",
+        description="The same: maximum over micro-batches and expert-parallel groups.",
+    ),
+    Figure(
+        "micro_batch_max_violation",
+        description="MaxVio of the tokens that are dispatched together: mean over micro-batches.",
+    ),
+    Figure(
+        "max_cum_overload_factor",
+        per="step",
+        description="Tokens kept until their backward on the worst rank, over a balanced rank's.",
+    ),
+)
+LEARNING = (
+    Figure("loss", per="step", description="Language-model loss, mean over the global batch."),
+    Figure("grad_norm", per="step", description="Norm of the gradient before it is clipped."),
+    Figure("tokens_per_second", per="step", description="Tokens per second and device."),
+    Figure("step_seconds", per="step", description="Seconds of a step since the last logged one."),
+)
 
 
 def describe_run(config) -> RunInfo:
@@ -18,13 +46,22 @@ def describe_run(config) -> RunInfo:
     moe = next(moe for _fqn, moe, _parent, _attribute in config.model_spec.traverse(MoE.Config))
     router = moe.router
     forced = router.forced_routing
+    losses = {loss._owner.metric_name: loss for loss in router.aux_losses}
     return RunInfo(
         model=config.model_spec.name,
         flavor=config.model_spec.flavor,
         num_experts=router.num_experts,
         top_k=router.top_k,
         layers=router.layers,
-        losses={loss._owner.metric_name: loss.weight for loss in router.aux_losses},
+        losses={name: loss.weight for name, loss in losses.items()},
+        figures=(
+            *(
+                Figure(name, is_aux_loss=True, description=_first_line(loss._owner.__doc__))
+                for name, loss in losses.items()
+            ),
+            *BALANCE,
+            *LEARNING,
+        ),
         world_size=dims.world_size,
         pp=dims.pp,
         dp_replicate=dims.dp_replicate,
@@ -42,3 +79,7 @@ def describe_run(config) -> RunInfo:
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=titan_moe_lb.__version__,
     )
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0]

@@ -152,15 +152,17 @@ def _over_stages(
     return StepLoad(
         layers=tuple(present.tolist()),
         counts_ME=rows[:, first_count:].astype(np.int64),
-        losses={
-            name: np.where(flags[:, i] > 0, raw[:, i], np.nan)
-            for i, name in enumerate(names)
-            if flags[:, i].any()
+        figures={
+            **{
+                name: np.where(flags[:, i] > 0, raw[:, i], np.nan)
+                for i, name in enumerate(names)
+                if flags[:, i].any()
+            },
+            "avg_overload_factor": rows[:, 2],
+            "max_overload_factor": rows[:, 3],
+            "micro_batch_max_violation": rows[:, 4],
         },
-        avg_overload_factor_M=rows[:, 2],
-        max_overload_factor_M=rows[:, 3],
-        micro_batch_max_violation_M=rows[:, 4],
-        max_cum_overload_factor=float(rows[:, 1].max(initial=1.0)),
+        step_figures={"max_cum_overload_factor": float(rows[:, 1].max(initial=1.0))},
     )
 
 

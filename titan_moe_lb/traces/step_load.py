@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,15 +15,7 @@ class StepLoad:
     """Layer numbers in the whole model, ascending."""
     counts_ME: np.ndarray
     """Tokens routed to each expert, int64 ``(M, E)``: a row sums to top_k x the tokens."""
-    losses: dict[str, np.ndarray]
-    """Metric name to float64 ``(M,)``: raw, unweighted, mean over micro-batches; NaN where
-    the layer lacks the loss."""
-    avg_overload_factor_M: np.ndarray
-    """float64 ``(M,)``: mean over micro-batches and data-parallel slices; at least 1."""
-    max_overload_factor_M: np.ndarray
-    """float64 ``(M,)``: maximum over the same; at least 1."""
-    micro_batch_max_violation_M: np.ndarray
-    """float64 ``(M,)``: MaxVio of a micro-batch, mean over micro-batches."""
-    max_cum_overload_factor: float
-    """One number for the step: the worst rank's peak of tokens kept until backward, relative
-    to the balanced peak."""
+    figures: dict[str, np.ndarray] = field(default_factory=dict)
+    """Name to float64 ``(M,)``, NaN where a layer lacks it. :class:`Figure` says what it is."""
+    step_figures: dict[str, float] = field(default_factory=dict)
+    """Name to the one number of the step."""
