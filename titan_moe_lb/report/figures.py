@@ -202,10 +202,16 @@ def _pair(trace: Trace, names: tuple[str, str]) -> go.Figure:
             values_S = trace.over_steps(name)
         label = name.replace("_", " ")
         _add_curve(figure, trace, label, values_S, steps, color=color, width=1.8, yaxis=axis)
-        title = {"text": label, "font": {"color": color}}
+        title = {"text": label, "font": {"color": color}, "standoff": 12}
         figure.update_layout({f"{axis[0]}axis{axis[1:]}": {"title": title, "automargin": True}})
     figure.update_layout(
-        yaxis2={"overlaying": "y", "side": "right", "showgrid": False, "zeroline": False}
+        yaxis2={
+            "overlaying": "y",
+            "side": "right",
+            "tickmode": "auto",
+            "showgrid": False,
+            "zeroline": False,
+        }
     )
     return figure
 

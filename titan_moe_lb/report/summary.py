@@ -65,13 +65,8 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
             f"worst layer now: {trace.layers[worst]} with {number(violation_SM[-1, worst])}",
         ),
         Card(
-            "Overload, mean",
-            number(average_S[-1]),
-            f"last step; {number(average_S[0])} at first",
-        ),
-        Card(
-            "Overload, maximum",
-            number(peak_S[-1]),
+            "Overload, mean / maximum",
+            f"{number(average_S[-1])} / {number(peak_S[-1])}",
             f"last step; {_peak(peak_S, steps)}",
         ),
         Card(

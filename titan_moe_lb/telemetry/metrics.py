@@ -12,7 +12,6 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
@@ -37,7 +36,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         """Log every layer's own numbers as well, as moe/NAME_layer_NUMBER."""
 
         moe_extreme_experts: int = 4
-        """How many of the hottest and of the coldest experts each logged step names."""
+        """How many of the hottest and of the coldest experts each logged step names; 0: none."""
 
         write_moe_trace: bool = True
         """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
@@ -50,13 +49,6 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
         cut: Annotated[batch_cut.Cut | None, tyro.conf.Suppress] = None
         """How the job cuts its global batch. Filled by ``update_from_config`` of the model."""
-
-        def __post_init__(self) -> None:
-            if self.moe_extreme_experts < 0:
-                raise JobError(
-                    f"metrics.moe_extreme_experts is {self.moe_extreme_experts}; it must be at "
-                    "least 0, which names none"
-                )
 
     def __init__(
         self,

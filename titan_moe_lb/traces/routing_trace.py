@@ -97,8 +97,7 @@ class RoutingTrace:
         Raises:
             JobError: there is no routing trace, or its files are of several runs.
         """
-        run_dir = Path(run_dir)
-        self.folder = run_dir if run_dir.name == FOLDER else run_dir / FOLDER
+        self.folder = _folder(run_dir)
         files = sorted(self.folder.glob("rank_*.arrow"))
         if not files:
             raise JobError(
@@ -206,14 +205,19 @@ class RoutingTrace:
 
 def open_routing_trace(run_dir: Path | str) -> RoutingTrace:
     """As :class:`RoutingTrace`, opened once in a process however often it is asked for."""
-    trace = Path(run_dir).resolve()
-    files = sorted((trace if trace.name == FOLDER else trace / FOLDER).glob("rank_*.arrow"))
-    return _opened(run_dir, tuple((file, file.stat().st_mtime_ns) for file in files))
+    folder = _folder(run_dir).resolve()
+    files = [(file, file.stat().st_mtime_ns) for file in folder.glob("rank_*.arrow")]
+    return _opened(folder, frozenset(files))
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(run_dir: Path | str, files: tuple[tuple[Path, int], ...]) -> RoutingTrace:
-    return RoutingTrace(run_dir)
+def _opened(folder: Path, files: frozenset[tuple[Path, int]]) -> RoutingTrace:
+    return RoutingTrace(folder)
+
+
+def _folder(run_dir: Path | str) -> Path:
+    run_dir = Path(run_dir)
+    return run_dir if run_dir.name == FOLDER else run_dir / FOLDER
 
 
 _SLICES = pa.list_(pa.struct([("start", pa.int32()), ("length", pa.int32())]))

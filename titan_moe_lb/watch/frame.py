@@ -26,10 +26,10 @@ _LINES = (
         "learning",
         {
             "loss": "loss {:.4f}",
-            "grad_norm": "grad norm {:.3f}",
+            "grad_norm": "grad norm {:.3g}",
             "tokens_per_second": "tps {:,.0f}",
             "step_seconds": "{:.3g} s/step",
-            "bias_range": "bias range {:.4f}",
+            "bias_range": "bias range {:.3g}",
         },
     ),
     (
