@@ -397,10 +397,10 @@ def test_two_models_are_refused_by_both_names(tmp_path):
     one = read_trace(write_run(tmp_path / "one", run_info(4, 8), 2))
     other = read_trace(write_run(tmp_path / "other", run_info(4, 16, model="qwen3"), 2))
     with pytest.raises(JobError) as error:
-        one.require_same_model(other)
+        one.info.require_same_model(other.info, str(one.path), str(other.path))
     assert "deepseek_v3 debugmodel (4 MoE layers, 8 experts, top 2)" in str(error.value)
     assert "qwen3 debugmodel (4 MoE layers, 16 experts, top 2)" in str(error.value)
-    one.require_same_model(one)
+    one.info.require_same_model(one.info, "here", "there")
 
 
 def loads_by_step(info, num_steps):

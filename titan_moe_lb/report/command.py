@@ -25,7 +25,7 @@ def write_report(run_dir: Path, compare: Path | None = None, output: Path | None
     """
     traces = [read_trace(folder) for folder in (run_dir, compare) if folder is not None]
     for other in traces[1:]:
-        traces[0].require_same_model(other)
+        traces[0].info.require_same_model(other.info, str(traces[0].path), str(other.path))
     output = traces[0].path.with_name("report.html") if output is None else output
     page = render(traces)
     html_page.write(page, output)

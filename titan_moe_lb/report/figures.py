@@ -25,30 +25,50 @@ LOAD_COLORS = ("#0b3c7d", "#5b9bd0", "#f1eee6", "#e8825b", "#8f1020")
 DEAD_COLOR = "#15171a"
 _BLUE, _ORANGE, _RED, _GREY, _GREEN = "#2a5d9f", "#d9822b", "#b3261e", "#7a7f87", "#3d7d5a"
 
-
-_PAIRS = (
+_CHARTS = (
     (
         "Balance and learning",
         "Does balancing cost the model anything? The language-model loss of the global batch (left) "
         "and MaxVio, mean over the layers (right), over the same steps.",
-        ("loss", "MaxVio"),
+        (("loss", "loss", _BLUE, 1.8, "y"), ("MaxVio mean", "MaxVio", _ORANGE, 1.8, "y2")),
     ),
     (
         "Gradient norm and throughput",
         "Norm of the gradient before clipping (left) and tokens per second and device as torchtitan "
         "counts them, over the steps since the one that was logged before (right).",
-        ("grad_norm", "tokens_per_second"),
+        (
+            ("grad_norm", "grad norm", _BLUE, 1.8, "y"),
+            ("tokens_per_second", "tokens per second", _ORANGE, 1.8, "y2"),
+        ),
+    ),
+    (
+        "MaxVio over steps",
+        "How far the fullest expert is above the mean load of its layer, over the global "
+        "batch: 0 is balance. Mean, median, 95th percentile and maximum over the layers, and "
+        "the mean of every micro-batch by itself.",
+        (
+            ("MaxVio maximum", "maximum", _RED, 1.2, "y"),
+            ("MaxVio p95", "p95", _ORANGE, 1.2, "y"),
+            ("MaxVio p50", "p50", _BLUE, 1.2, "y"),
+            ("MaxVio mean", "mean", INK, 2.4, "y"),
+            ("micro_batch_max_violation", "micro-batch", _GREY, 1.2, "y"),
+        ),
+    ),
+    (
+        "Overload factors over steps",
+        "Tokens on the most loaded expert-parallel rank over the balanced number: 1 is "
+        "balance. The cumulative factor follows the tokens that are kept until their backward.",
+        (
+            ("max_overload_factor", "maximum", _RED, 1.2, "y"),
+            ("avg_overload_factor", "mean", INK, 2.4, "y"),
+            ("max_cum_overload_factor", "cumulative", _GREEN, 1.6, "y"),
+        ),
     ),
 )
-"""Two figures over the same steps, each with an axis of its own."""
-_OVERLOAD = ("max_overload_factor", "avg_overload_factor", "max_cum_overload_factor")
-_SHOWN_ABOVE = {
-    *_OVERLOAD,
-    *(name for *_, pair in _PAIRS for name in pair),
-    "micro_batch_max_violation",
-    "step_seconds",
-}
+"""Title, text and curves: what is drawn, its label, colour, width and axis."""
+_SHOWN_ABOVE = {curve[0] for *_, curves in _CHARTS for curve in curves} | {"step_seconds"}
 """What needs no chart of its own; the seconds are the other side of the throughput."""
+_SUMMARIES = {"mean": "mean", "max": "maximum", "sum": "sum"}
 
 
 def charts(traces: list[Trace]) -> list[Chart]:
@@ -56,55 +76,50 @@ def charts(traces: list[Trace]) -> list[Chart]:
 
     A figure that has no place in the first charts gets a chart of its own, whatever it is.
     """
+    series = [_series(trace) for trace in traces]
+
+    def known(name: str) -> bool:
+        return any(np.isfinite(one[name]).any() for one in series if name in one)
+
+    def over_steps(curves: tuple[tuple, ...]) -> list[go.Figure]:
+        pairs = zip(traces, series, strict=True)
+        return [_over_steps(trace, one, curves) for trace, one in pairs]
+
     made = [
-        *(
-            Chart(title, text, [_pair(trace, pair) for trace in traces])
-            for title, text, pair in _PAIRS
-            if any(np.isfinite(trace.over_steps(pair[0])).any() for trace in traces)
-        ),
-        Chart(
-            "MaxVio over steps",
-            "How far the fullest expert is above the mean load of its layer, over the global "
-            "batch: 0 is balance. Mean, median, 95th percentile and maximum over the layers, and "
-            "the mean of every micro-batch by itself.",
-            [_max_violation(trace) for trace in traces],
-        ),
-        Chart(
-            "Overload factors over steps",
-            "Tokens on the most loaded expert-parallel rank over the balanced number: 1 is "
-            "balance. The cumulative factor follows the tokens that are kept until their backward.",
-            [_overload(trace) for trace in traces],
-        ),
+        Chart(title, text, over_steps(curves))
+        for title, text, curves in _CHARTS
+        if known(curves[0][0])
     ]
     declared = {figure.name: figure for trace in traces for figure in trace.info.figures}
     for figure in sorted(declared.values(), key=lambda figure: not figure.is_aux_loss):
-        recorded = any(np.isfinite(trace.over_steps(figure.name)).any() for trace in traces)
-        if figure.name in _SHOWN_ABOVE or not recorded:
+        if figure.name in _SHOWN_ABOVE or not known(figure.name):
             continue
-        draw = _per_layer if figure.per == "layer" else _per_step
-        made.append(
-            Chart(
-                f"Aux loss per layer: {figure.name}" if figure.is_aux_loss else figure.name,
-                f"{figure.description} {_how_drawn(figure)}".strip(),
-                [draw(trace, figure) for trace in traces],
+        title, text = figure.name, figure.description
+        if figure.per == "step":
+            drawn = over_steps(((figure.name, "value", INK, 1.8, "y"),))
+        else:
+            drawn = [_per_layer(trace, figure) for trace in traces]
+            text = (
+                f"{text} One thin line per layer, early layers dark, late layers light; the thick "
+                f"line is their {_SUMMARIES[figure.summary]}."
             )
-        )
+        if figure.is_aux_loss:
+            title, text = f"Aux loss per layer: {title}", f"{text} Raw and unweighted."
+        made.append(Chart(title, text, drawn))
     for chart in made:
         _share_axes(chart.figures)
     return made
 
 
-def _how_drawn(figure: Figure) -> str:
-    if figure.per == "step":
-        return ""
-    raw = "Raw and unweighted. " if figure.is_aux_loss else ""
-    return (
-        f"{raw}One thin line per layer, early layers dark, late layers light; the thick line is "
-        f"their {_SUMMARIES[figure.summary]}."
-    )
-
-
-_SUMMARIES = {"mean": "mean", "max": "maximum", "sum": "sum"}
+def _series(trace: Trace) -> dict[str, np.ndarray]:
+    """Everything that is one number per step, by name."""
+    violation_SM = max_violation(trace.counts_SME)
+    return {figure.name: trace.over_steps(figure.name) for figure in trace.info.figures} | {
+        "MaxVio maximum": violation_SM.max(axis=1),
+        "MaxVio p95": np.percentile(violation_SM, 95, axis=1),
+        "MaxVio p50": np.percentile(violation_SM, 50, axis=1),
+        "MaxVio mean": violation_SM.mean(axis=1),
+    }
 
 
 def heatmap(trace: Trace) -> go.Figure:
@@ -165,63 +180,22 @@ def _color_scale() -> list[list]:
     return [[0.0, DEAD_COLOR], [above_dead, DEAD_COLOR], *map(list, scale)]
 
 
-def _max_violation(trace: Trace) -> go.Figure:
-    figure = blank_figure()
-    violation_SM = max_violation(trace.counts_SME)
-    steps = shown_steps(len(trace.steps), MOST_POINTS)
-    curves = [
-        ("maximum", violation_SM.max(axis=1), _RED, 1.2),
-        ("p95", np.percentile(violation_SM, 95, axis=1), _ORANGE, 1.2),
-        ("p50", np.percentile(violation_SM, 50, axis=1), _BLUE, 1.2),
-        ("mean", violation_SM.mean(axis=1), INK, 2.4),
-        ("micro-batch", trace.over_steps("micro_batch_max_violation"), _GREY, 1.2),
-    ]
-    for name, values_S, color, width in curves:
-        _add_curve(figure, trace, name, values_S, steps, color=color, width=width)
-    return figure
-
-
-def _overload(trace: Trace) -> go.Figure:
-    figure = blank_figure()
-    steps = shown_steps(len(trace.steps), MOST_POINTS)
-    curves = [("maximum", _RED, 1.2), ("mean", INK, 2.4), ("cumulative", _GREEN, 1.6)]
-    for of_trace, (name, color, width) in zip(_OVERLOAD, curves, strict=True):
-        values_S = trace.over_steps(of_trace)
-        _add_curve(figure, trace, name, values_S, steps, color=color, width=width)
-    return figure
-
-
-def _pair(trace: Trace, names: tuple[str, str]) -> go.Figure:
-    """Two curves, the left axis for the first and the right one for the second."""
-    figure = blank_figure()
-    steps = shown_steps(len(trace.steps), MOST_POINTS)
-    for name, color, axis in zip(names, (_BLUE, _ORANGE), ("y", "y2"), strict=True):
-        if name == "MaxVio":
-            values_S = max_violation(trace.counts_SME).mean(axis=1)
-        else:
-            values_S = trace.over_steps(name)
-        label = name.replace("_", " ")
-        _add_curve(figure, trace, label, values_S, steps, color=color, width=1.8, yaxis=axis)
-        title = {"text": label, "font": {"color": color}, "standoff": 12}
-        figure.update_layout({f"{axis[0]}axis{axis[1:]}": {"title": title, "automargin": True}})
-    figure.update_layout(
-        yaxis2={
-            "overlaying": "y",
-            "side": "right",
-            "tickmode": "auto",
-            "showgrid": False,
-            "zeroline": False,
-        }
-    )
-    return figure
-
-
-def _per_step(trace: Trace, figure: Figure) -> go.Figure:
+def _over_steps(
+    trace: Trace, series: dict[str, np.ndarray], curves: tuple[tuple, ...]
+) -> go.Figure:
+    """Where there is a second axis, each axis has the name and the colour of its curve."""
     drawn = blank_figure()
     steps = shown_steps(len(trace.steps), MOST_POINTS)
-    values_S = trace.over_steps(figure.name)
-    _add_curve(drawn, trace, "value", values_S, steps, color=INK, width=1.8)
-    return _marked_if_empty(drawn, values_S)
+    nothing = np.full(len(trace.steps), np.nan)
+    second = {"overlaying": "y", "side": "right", "tickmode": "auto"}
+    for name, label, color, width, axis in curves:
+        values_S = series.get(name, nothing)
+        _add_curve(drawn, trace, label, values_S, steps, color=color, width=width, yaxis=axis)
+        if curves[-1][-1] == "y2":
+            title = {"text": label, "font": {"color": color}, "standoff": 12}
+            drawn.update_layout({f"yaxis{axis[1:]}": {"title": title}})
+            drawn.update_layout(yaxis2=second | {"showgrid": False, "zeroline": False})
+    return _marked_if_empty(drawn, np.concatenate([curve.y for curve in drawn.data]))
 
 
 def _per_layer(trace: Trace, figure: Figure) -> go.Figure:

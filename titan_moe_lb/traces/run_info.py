@@ -86,12 +86,8 @@ class RunInfo:
         schedule = [self.schedule] if self.schedule and self.pp > 1 else []
         return ", ".join([ranks, *degrees, *schedule])
 
-    def same_model(self, other: RunInfo) -> bool:
-        """Both have the same model, flavor, experts, top_k and MoE layers."""
-        return self._model == other._model
-
     def require_same_model(self, other: RunInfo, here: str, there: str) -> None:
-        """Refuse to bring two models together.
+        """Refuse to bring two models together: flavor, experts, top_k and MoE layers must agree.
 
         Args:
             other: the run to go with this one.
@@ -100,15 +96,12 @@ class RunInfo:
         Raises:
             JobError: one line that names both models.
         """
-        if not self.same_model(other):
+        names = ("model", "flavor", "num_experts", "top_k", "layers")
+        if any(getattr(self, name) != getattr(other, name) for name in names):
             raise JobError(
                 f"{here} is of {self.model_name}, {there} is of {other.model_name}: "
                 "take two runs of one model"
             )
-
-    @property
-    def _model(self) -> tuple:
-        return (self.model, self.flavor, self.num_experts, self.top_k, self.layers)
 
     def metadata(self) -> dict[bytes, bytes]:
         """For the schema of a trace file."""

@@ -108,10 +108,6 @@ class Trace:
             step_figures={name: float(v_S[index]) for name, v_S in self.step_figures.items()},
         )
 
-    def require_same_model(self, other: Trace) -> None:
-        """Raises JobError, naming both, when the other trace is of another model."""
-        self.info.require_same_model(other.info, str(self.path), str(other.path))
-
 
 def read_trace(path: Path | str) -> Trace:
     """Read a run's trace: every step that is whole.
