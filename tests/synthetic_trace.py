@@ -8,11 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter
 
 LOSS = "seq_load_balancing_loss"
+FIGURES = (
+    Figure("avg_overload_factor"),
+    Figure("max_overload_factor", summary="max"),
+    Figure("micro_batch_max_violation"),
+    Figure("bias_range", summary="max", description="Largest bias minus the smallest."),
+    Figure("max_cum_overload_factor", per="step"),
+    Figure("loss", per="step"),
+    Figure("grad_norm", per="step"),
+    Figure("tokens_per_second", per="step"),
+    Figure("step_seconds", per="step"),
+)
 
 
 def run_info(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **changes) -> RunInfo:
@@ -39,7 +51,9 @@ def run_info(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **change
         "started": "2026-01-02T03:04:05+00:00",
         "version": "0.1.0",
     }
-    return RunInfo(**{**fields, **changes})
+    fields |= changes
+    losses = tuple(Figure(name, is_aux_loss=True) for name in fields["losses"])
+    return RunInfo(**{"figures": (*losses, *FIGURES), **fields})
 
 
 def step_loads(
@@ -66,17 +80,28 @@ def step_loads(
         counts_ME = np.stack([random.multinomial(routed, shares) for shares in shares_ME])
         violation_M = max_violation(counts_ME)
         overload_M = 1 + violation_M / 3
+        tokens_per_second = 1000.0 + 20 * random.standard_normal()
+        tokens = info.global_batch_size * info.seq_len
         yield StepLoad(
             layers=info.layers,
             counts_ME=counts_ME,
-            losses={
+            figures={
                 name: 1 + violation_M**2 / 20 + 0.01 * random.random(num_layers)
                 for name in info.losses
+            }
+            | {
+                "avg_overload_factor": overload_M,
+                "max_overload_factor": overload_M * (1 + 0.3 * random.random(num_layers)),
+                "micro_batch_max_violation": violation_M * 1.2 + 0.05,
+                "bias_range": 0.002 * (1 + step) ** 0.5 * (1 + random.random(num_layers)),
             },
-            avg_overload_factor_M=overload_M,
-            max_overload_factor_M=overload_M * (1 + 0.3 * random.random(num_layers)),
-            micro_batch_max_violation_M=violation_M * 1.2 + 0.05,
-            max_cum_overload_factor=float(overload_M.mean()),
+            step_figures={
+                "max_cum_overload_factor": float(overload_M.mean()),
+                "loss": 2.5 + 8.5 * (1 + step) ** -0.4 + 0.03 * random.standard_normal(),
+                "grad_norm": 0.5 + (1 + step) ** -0.5 + 0.05 * random.random(),
+                "tokens_per_second": tokens_per_second,
+                "step_seconds": tokens / (tokens_per_second * info.world_size),
+            },
         )
 
 

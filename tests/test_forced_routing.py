@@ -116,8 +116,8 @@ def test_round_robin_is_exact_on_four_ranks(ranks, tmp_path):
     trace, _ = run(ranks, 4, tmp_path, *force('type = "round_robin"'), *layout)
     assert trace.layers == LAYERS
     assert (trace.counts_SME == CHOICES // EXPERTS).all()
-    assert (trace.max_overload_factor_SM == 1).all() and (
-        trace.max_cum_overload_factor_S == 1
+    assert (trace.figures["max_overload_factor"] == 1).all() and (
+        trace.step_figures["max_cum_overload_factor"] == 1
     ).all()
 
 
@@ -151,9 +151,9 @@ def test_hot_rank_overload_is_the_hand_computed_one(ranks, tmp_path, layout):
     assert (per_rank.sum(axis=-1) == CHOICES).all()
     assert (per_rank[..., hot] == fraction * CHOICES).all()
     expected = float(fraction * ep)
-    assert (trace.avg_overload_factor_SM == expected).all()
-    assert (trace.max_overload_factor_SM == expected).all()
-    assert (trace.max_cum_overload_factor_S == expected).all()
+    assert (trace.figures["avg_overload_factor"] == expected).all()
+    assert (trace.figures["max_overload_factor"] == expected).all()
+    assert (trace.step_figures["max_cum_overload_factor"] == expected).all()
     assert logged[0]["moe/max_cum_overload_factor"] == expected
 
 

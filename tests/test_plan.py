@@ -11,6 +11,7 @@ import pytest
 
 from tests import planning
 from titan_moe_lb.costmodel.hardware import FIGURES
+from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter
@@ -201,6 +202,7 @@ def write_run(folder: Path, counts_SME: np.ndarray, **changes) -> None:
         "seq_len": 128,
         "started": "2026-01-01T00:00:00+00:00",
         "version": "0",
+        "figures": (Figure("max_overload_factor", summary="max"),),
         **changes,
     }
     writer = TraceWriter(folder, RunInfo(**facts))
@@ -210,11 +212,7 @@ def write_run(folder: Path, counts_SME: np.ndarray, **changes) -> None:
         load = StepLoad(
             layers=layers,
             counts_ME=counts_ME,
-            losses={},
-            avg_overload_factor_M=ones,
-            max_overload_factor_M=ones,
-            micro_batch_max_violation_M=ones,
-            max_cum_overload_factor=1.0,
+            figures={"max_overload_factor": ones},
         )
         writer.write(step, load)
     writer.close()

@@ -12,9 +12,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tests.synthetic_trace import LOSS, run_info, write_run
+from tests.synthetic_trace import FIGURES, LOSS, run_info, step_loads, write_run
 from titan_moe_lb import cli
-from titan_moe_lb.traces.trace import TraceReader, TraceWriter, read_trace
+from titan_moe_lb.traces.figure import Figure
+from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
 
 class Page(HTMLParser):
@@ -109,19 +110,24 @@ def test_heatmap_is_the_trace(small):
 
 def test_curves_are_the_trace(small):
     page, trace = small
-    (violation,), (overload,), (loss,) = page.charts
+    (learning,), (pace,), (violation,), (overload,), (loss,), (bias,) = page.charts
     violation_SM = trace.counts_SME.max(axis=2) / trace.counts_SME.mean(axis=2) - 1
     ordered_SM = np.sort(violation_SM, axis=1)
     for figure, name, expected_S in (
         (violation, "mean", violation_SM.mean(axis=1)),
         (violation, "maximum", violation_SM.max(axis=1)),
         (violation, "p50", (ordered_SM[:, 1] + ordered_SM[:, 2]) / 2),
-        (violation, "micro-batch", trace.micro_batch_max_violation_SM.mean(axis=1)),
-        (overload, "mean", trace.avg_overload_factor_SM.mean(axis=1)),
-        (overload, "maximum", trace.max_overload_factor_SM.max(axis=1)),
-        (overload, "cumulative", trace.max_cum_overload_factor_S),
-        (loss, "layer 3", trace.losses[LOSS][:, 2]),
-        (loss, "mean", trace.losses[LOSS].mean(axis=1)),
+        (violation, "micro-batch", trace.figures["micro_batch_max_violation"].mean(axis=1)),
+        (overload, "mean", trace.figures["avg_overload_factor"].mean(axis=1)),
+        (overload, "maximum", trace.figures["max_overload_factor"].max(axis=1)),
+        (overload, "cumulative", trace.step_figures["max_cum_overload_factor"]),
+        (loss, "layer 3", trace.figures[LOSS][:, 2]),
+        (learning, "loss", trace.step_figures["loss"]),
+        (learning, "MaxVio", violation_SM.mean(axis=1)),
+        (pace, "grad norm", trace.step_figures["grad_norm"]),
+        (pace, "tokens per second", trace.step_figures["tokens_per_second"]),
+        (bias, "maximum", trace.figures["bias_range"].max(axis=1)),
+        (loss, "mean", trace.figures[LOSS].mean(axis=1)),
     ):
         steps, values_S = curve(figure, name)
         assert steps.tolist() == trace.steps.tolist()
@@ -142,8 +148,10 @@ def test_numbers_and_tables_are_the_trace(small):
         (counts.max(axis=1) / counts.mean(axis=1) - 1).mean()
         for counts in trace.counts_SME[[0, -1]]
     )
-    found = re.search(r"([\d.]+) → ([\d.]+)", page.visible)
-    assert [float(x) for x in found.groups()] == pytest.approx([first, last], rel=5e-3)
+    loss_S = trace.step_figures["loss"]
+    found = re.findall(r"([\d.]+) → ([\d.]+)", page.visible)
+    expected = [(loss_S[0], loss_S[-1]), (first, last)]
+    np.testing.assert_allclose(np.array(found, dtype=float), expected, rtol=5e-3)
 
 
 def spaced(page):
@@ -171,11 +179,11 @@ def test_needs_no_network(small):
 
 def rewritten(folder, counts_SME):
     """The run in ``folder`` with other counts."""
-    reader = TraceReader(folder)
-    loads = [load for _step, load in reader]
-    writer = TraceWriter(folder / "other", reader.info)
-    for step, (load, counts_ME) in enumerate(zip(loads, counts_SME, strict=True), start=1):
-        writer.write(step, dataclasses.replace(load, counts_ME=counts_ME))
+    trace = read_trace(folder)
+    writer = TraceWriter(folder / "other", trace.info)
+    for index, counts_ME in enumerate(counts_SME):
+        load = dataclasses.replace(trace.load(index), counts_ME=counts_ME)
+        writer.write(index + 1, load)
     writer.close()
     return folder / "other"
 
@@ -222,11 +230,11 @@ def test_two_runs_side_by_side(tmp_path):
         page.loads(1), balanced_load(read_trace(other).counts_SME), rtol=0.045
     )
     charts = page.charts
-    assert len(charts) == 4, "MaxVio, overload, and the losses of either run"
+    assert len(charts) == 7, "two of learning, MaxVio, overload, the losses of either run, the bias"
     for figures in charts:
         ranges = {tuple(figure["layout"]["yaxis"]["range"]) for figure in figures}
         assert len(figures) == 2 and len(ranges) == 1
-    assert "no such loss" in json.dumps(charts[2][1]["layout"]["annotations"])
+    assert "no such figure" in json.dumps(charts[4][1]["layout"]["annotations"])
 
 
 def test_two_models_are_refused(tmp_path, capsys):
@@ -250,6 +258,38 @@ def test_page_says_what_the_reader_must_know(tmp_path, capsys):
     assert "<script>alert(1)" in page.visible, "escaped"
     assert "read up to step 2" in page.visible and "read up to step 2" in capsys.readouterr().out
     assert "resumed at 2" in page.visible and "off" in page.visible
+
+
+HOSTILE = '<script>alert("1")</script><b>%{y}'
+
+
+def test_metric_of_ones_own_is_a_chart_and_any_name_is_inert(tmp_path):
+    own = (
+        Figure(HOSTILE, summary="sum", description="What <i>I</i> measured."),
+        Figure("of_the_step", per="step", description="One number."),
+        Figure("never_recorded"),
+    )
+    info = run_info(3, 8, figures=(*FIGURES, *own), losses={}, model=HOSTILE)
+    writer = TraceWriter(tmp_path, info)
+    for step, load in enumerate(step_loads(info, 5), start=1):
+        mine = {HOSTILE: np.arange(3.0) + step}
+        writer.write(
+            step,
+            dataclasses.replace(
+                load,
+                figures=load.figures | mine,
+                step_figures=load.step_figures | {"of_the_step": 10.0 * step},
+            ),
+        )
+    page = page_of(tmp_path)
+    assert HOSTILE in page.visible and "What <i>I</i> measured." in page.visible
+    assert "never_recorded" not in page.visible
+    (mine,), (of_the_step,) = page.charts[-2:]
+    np.testing.assert_allclose(curve(mine, "sum")[1], [6, 9, 12, 15, 18])
+    np.testing.assert_allclose(curve(mine, "layer 2")[1], [2, 3, 4, 5, 6])
+    np.testing.assert_allclose(curve(of_the_step, "value")[1], [10, 20, 30, 40, 50])
+    assert "script" not in json.dumps(page.charts)
+    assert (tmp_path / "report.html").read_text().count("<script") == 5, "all of them ours"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1), (3, 300, 4)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.synthetic_trace import run_info
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.routing_trace import RoutingTrace, RoutingTraceWriter
+from titan_moe_lb.traces.routing_trace import RoutingTrace, RoutingTraceWriter, open_routing_trace
 
 SEQUENCES, LENGTH, TOP_K = 8, 16, 2
 
@@ -144,6 +145,43 @@ def test_cut_file_gives_the_whole_steps_and_refuses_the_torn_one(tmp_path):
     np.testing.assert_array_equal(RoutingTrace(tmp_path).expert_ids(3, 1), routed(3, 1))
     said = refused(tmp_path, step=7, layer=2)
     assert "rank_00001.arrow was cut off" in said and "sequence 4, position 4" in said
+
+
+def test_damage_in_the_middle_leaves_the_other_steps(tmp_path):
+    record(tmp_path, CUTS["context_parallel"], steps=(3, 7, 9))
+    file = tmp_path / "routing" / "rank_00001.arrow"
+    content = bytearray(file.read_bytes())
+    starts = [at for at in range(0, len(content), 8) if content[at : at + 4] == b"\xff" * 4]
+    # The schema, then four messages a step: two layers, two forwards each.
+    assert len(starts) == 1 + 3 * 4
+    content[starts[5] : starts[5] + 64] = bytes(64)
+    file.write_bytes(content)
+    for step in (3, 9):
+        np.testing.assert_array_equal(RoutingTrace(tmp_path).expert_ids(step, 2), routed(step, 2))
+    assert "because rank_00001.arrow is damaged" in refused(tmp_path, step=7, layer=1)
+
+
+def test_expert_that_does_not_exist_is_refused(tmp_path):
+    record(tmp_path, CUTS["one_process"], steps=(3,))
+    file = tmp_path / "routing" / "rank_00000.arrow"
+    ids = routed(3, 1)[:2].astype(np.uint8).tobytes()
+    content = file.read_bytes()
+    assert content.count(ids) == 1
+    file.write_bytes(content.replace(ids, b"\xc8" + ids[1:]))
+    assert "names expert 200 of 8 in step 3, layer 1: it is damaged" in refused(tmp_path)
+
+
+def test_each_file_is_opened_once_in_a_process(tmp_path, monkeypatch):
+    record(tmp_path, CUTS["sequence_parallel"])
+    opened, memory_map = [], pa.memory_map
+    monkeypatch.setattr(pa, "memory_map", lambda path: opened.append(path) or memory_map(path))
+    for folder in (tmp_path, str(tmp_path), tmp_path / "routing"):
+        trace = open_routing_trace(folder)
+        for step, layer in ((3, 1), (7, 2), (3, 1)):
+            np.testing.assert_array_equal(trace.expert_ids(step, layer), routed(step, layer))
+    assert len(opened) == len(set(opened)) == 4
+    record(tmp_path, CUTS["sequence_parallel"], steps=(3, 7, 9))
+    assert open_routing_trace(tmp_path).steps == (3, 7, 9), "another recording, the same folder"
 
 
 def test_damaged_bytes_are_never_a_traceback(tmp_path):

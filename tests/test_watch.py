@@ -18,6 +18,7 @@ from rich.console import Console
 
 from tests.synthetic_trace import run_info, step_loads, write_run
 from titan_moe_lb import cli
+from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 from titan_moe_lb.watch.follower import Follower
@@ -31,20 +32,18 @@ def drawn(follower, width, most_layers=None):
 
 
 def test_follows_a_run_that_grows_and_is_resumed(tmp_path):
-    info, clock = run_info(), iter(range(0, 1000, 2))
+    info = run_info()
     loads = dict(enumerate(step_loads(info, 12), start=1))
-    follower = Follower(tmp_path / "run", clock=lambda: next(clock))
+    follower = Follower(tmp_path / "run")
     assert not follower.look(), "there is no run yet"
     writer = TraceWriter(tmp_path / "run", info)
     assert not follower.look(), "it has written no step yet"
     writer.write(1, loads[1])
     assert follower.look() and follower.step == 1
-    assert follower.steps_per_second is None
     assert not follower.look(), "nothing new"
     for step in (2, 3, 4, 5):
         writer.write(step, loads[step])
     assert follower.look() and follower.step == 5 and len(follower.max_violations) == 5
-    assert follower.steps_per_second == 4 / 2
     resumed = TraceWriter(tmp_path / "run", info)
     resumed.write(4, loads[9])
     assert follower.look() and follower.step == 4
@@ -71,15 +70,22 @@ def test_bars_and_figures_are_those_of_the_step(tmp_path):
     info = run_info(1, 8, 1)
     # 8 experts, balanced 100: dead, half, balanced, twice, and four times the load.
     counts_ME = np.array([[0, 50, 100, 200, 400, 50, 0, 0]])
-    ones = np.ones(1)
     load = StepLoad(
         layers=(1,),
         counts_ME=counts_ME,
-        losses={"seq_load_balancing_loss": np.array([1.25])},
-        avg_overload_factor_M=1.5 * ones,
-        max_overload_factor_M=2.5 * ones,
-        micro_batch_max_violation_M=ones,
-        max_cum_overload_factor=1.75,
+        figures={
+            "seq_load_balancing_loss": np.array([1.25]),
+            "avg_overload_factor": np.array([1.5]),
+            "max_overload_factor": np.array([2.5]),
+            "bias_range": np.array([0.0625]),
+        },
+        step_figures={
+            "max_cum_overload_factor": 1.75,
+            "loss": 3.5,
+            "grad_norm": 0.75,
+            "tokens_per_second": 12345.6,
+            "step_seconds": 0.5,
+        },
     )
     TraceWriter(tmp_path, info).write(17, load)
     follower = Follower(tmp_path)
@@ -90,7 +96,24 @@ def test_bars_and_figures_are_those_of_the_step(tmp_path):
     assert "step 17" in text and "dead experts 3" in text
     assert "seq_load_balancing_loss 1.2500" in text
     assert "mean 1.500  max 2.500  cumulative 1.750" in text
+    assert (
+        "learning  loss 3.5000  grad norm 0.75  tps 12,346  0.5 s/step  bias range 0.0625" in text
+    )
     assert "mean 3.000  worst 3.000 (layer 1)" in text
+
+
+def test_hostile_names_do_not_reach_the_terminal(tmp_path):
+    figures = (Figure("\x1b[2Jgone", is_aux_loss=True),)
+    info = run_info(1, 8, 1, model="\x1b]0;title\x07", figures=figures, forced_routing="a\nb")
+    load = StepLoad(
+        layers=(1,), counts_ME=np.ones((1, 8)), figures={figures[0].name: np.array([2.0])}
+    )
+    TraceWriter(tmp_path, info).write(1, load)
+    follower = Follower(tmp_path)
+    follower.look()
+    text = drawn(follower, 80)
+    assert "gone 2.0000" in text and not {"\x1b", "\x07"} & set(text)
+    assert "learning" not in text and "overload" not in text, "what is not known is not shown"
 
 
 def test_columns_that_stand_for_many_show_the_most_uneven(tmp_path):

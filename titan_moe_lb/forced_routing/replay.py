@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 
 from titan_moe_lb.forced_routing.base import ForcedRouting
 from titan_moe_lb.parallel import batch_cut
-from titan_moe_lb.traces.routing_trace import RoutingTrace
+from titan_moe_lb.traces.routing_trace import open_routing_trace
 
 
 class Replay(ForcedRouting):
@@ -57,7 +56,7 @@ class Replay(ForcedRouting):
         self.expert_ids_NBLK = torch.zeros(0, device=device)
 
     def wire(self, parallel_dims, layer: int) -> None:
-        trace = _opened(self.config.trace)
+        trace = open_routing_trace(self.config.trace)
         cut = self.config.place
         assert cut is not None
         positions = np.concatenate(
@@ -77,9 +76,3 @@ class Replay(ForcedRouting):
     def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
         index = (forward_number % self.expert_ids_NBLK.shape[0]).unsqueeze(0)
         return self.expert_ids_NBLK.index_select(0, index)[0].long()
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(folder: str) -> RoutingTrace:
-    """One look at the files of all ranks serves every layer."""
-    return RoutingTrace(folder)

@@ -171,7 +171,7 @@ def _measured(trace: Trace, job: JobModel) -> tuple[dict[str, Any], np.ndarray, 
         "last_steps": trace.steps[-window:].tolist(),
         "ep_degree": info.ep,
         # Of single micro-batches; the counts are of whole global batches.
-        "max_overload_factor": float(trace.max_overload_factor_SM.max()),
+        "max_overload_factor": float(np.nanmax(trace.over_steps("max_overload_factor"))),
     }
     return run, counts[:window].sum(axis=0), counts[-window:].sum(axis=0)
 

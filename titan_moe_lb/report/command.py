@@ -25,10 +25,10 @@ def write_report(run_dir: Path, compare: Path | None = None, output: Path | None
     """
     traces = [read_trace(folder) for folder in (run_dir, compare) if folder is not None]
     for other in traces[1:]:
-        traces[0].require_same_model(other)
+        traces[0].info.require_same_model(other.info, str(traces[0].path), str(other.path))
     output = traces[0].path.with_name("report.html") if output is None else output
     page = render(traces)
     html_page.write(page, output)
-    notes = [trace.truncated for trace in traces if trace.truncated]
+    notes = [sentence for trace in traces for sentence in trace.damage]
     steps = " and ".join(f"{len(trace.steps)} steps" for trace in traces)
     return "\n".join([f"{output}: {steps}, {len(page.encode()) / 1e6:.1f} MB", *notes])

@@ -25,12 +25,6 @@ def encode(counts: np.ndarray) -> np.ndarray:
     return np.where(load > 0, levels, 0).astype(np.uint8)
 
 
-def decode(codes: np.ndarray) -> np.ndarray:
-    """Codes to loads relative to balance, float64."""
-    load = 2.0 ** ((codes - 1.0) / LEVELS_PER_OCTAVE + LOWEST_OCTAVE)
-    return np.where(codes > 0, load, 0.0)
-
-
 def pack(codes_SME: np.ndarray) -> bytes:
     """Deflate the codes, in the smaller of two forms; the first byte says which.
 

@@ -45,28 +45,34 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
     violation_S = violation_SM.mean(axis=1)
     worst = int(violation_SM[-1].argmax())
     dead_S = num_dead_experts(trace.counts_SME).sum(axis=1)
-    average_S = trace.avg_overload_factor_SM.mean(axis=1)
-    peak_S = trace.max_overload_factor_SM.max(axis=1)
+    average_S = trace.over_steps("avg_overload_factor")
+    peak_S = trace.over_steps("max_overload_factor")
+    cumulative_S = trace.over_steps("max_cum_overload_factor")
+    loss_S = trace.over_steps("loss")
+    learning = [
+        Card(
+            "Loss, first → last",
+            f"{number(loss_S[0])} → {number(loss_S[-1])}",
+            f"{number(trace.over_steps('tokens_per_second')[-1])} tokens/s per device, "
+            f"{number(trace.over_steps('step_seconds')[-1])} s per step",
+        )
+    ]
     return [
+        *(learning if np.isfinite(loss_S).any() else []),
         Card(
             "MaxVio, first → last",
             f"{number(violation_S[0])} → {number(violation_S[-1])}",
             f"worst layer now: {trace.layers[worst]} with {number(violation_SM[-1, worst])}",
         ),
         Card(
-            "Overload, mean",
-            number(average_S[-1]),
-            f"last step; {number(average_S[0])} at first",
-        ),
-        Card(
-            "Overload, maximum",
-            number(peak_S[-1]),
+            "Overload, mean / maximum",
+            f"{number(average_S[-1])} / {number(peak_S[-1])}",
             f"last step; {_peak(peak_S, steps)}",
         ),
         Card(
             "Overload, cumulative",
-            number(trace.max_cum_overload_factor_S[-1]),
-            f"last step; {_peak(trace.max_cum_overload_factor_S, steps)}",
+            number(cumulative_S[-1]),
+            f"last step; {_peak(cumulative_S, steps)}",
         ),
         Card(
             "Dead experts",

@@ -14,7 +14,7 @@ from titan_moe_lb.forced_routing import HotRank, Replay
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.describe_run import describe_run
-from titan_moe_lb.traces.routing_trace import RoutingTrace
+from titan_moe_lb.traces.routing_trace import open_routing_trace
 
 
 def one_way_to_force_routing(config: Trainer.Config) -> None:
@@ -77,7 +77,7 @@ def replayed_trace_fits(config: Trainer.Config) -> None:
     for _fqn, _router, forced in _forced(config)[:1]:
         if not isinstance(forced, Replay.Config):
             continue
-        trace = RoutingTrace(forced.trace)
+        trace = open_routing_trace(forced.trace)
         here, there = describe_run(config), trace.info
         here.require_same_model(there, "this job", str(trace.folder))
         for name in ("global_batch_size", "seq_len"):

@@ -36,6 +36,9 @@ def sizes_are_positive(config: Trainer.Config) -> None:
             f"training.global_batch_size is {total}; it must be at least 1, or -1 for "
             "local_batch_size x the data-parallel degree"
         )
+    extreme = getattr(config.metrics, "moe_extreme_experts", 0)
+    if extreme < 0:
+        raise JobError(f"metrics.moe_extreme_experts is {extreme}; it must be at least 0")
     if not config.training.max_norm > 0:
         raise JobError(f"training.max_norm is {config.training.max_norm}; it must be above 0")
 

@@ -9,7 +9,16 @@ from torchtitan.models.common.moe import MoE
 import titan_moe_lb
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.telemetry.metric import Metric
+from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import RunInfo
+
+LEARNING = (
+    Figure("loss", per="step", description="Language-model loss, mean over the global batch."),
+    Figure("grad_norm", per="step", description="Norm of the gradient before it is clipped."),
+    Figure("tokens_per_second", per="step", description="Tokens per second and device."),
+    Figure("step_seconds", per="step", description="Seconds of a step since the last logged one."),
+)
 
 
 def describe_run(config) -> RunInfo:
@@ -19,6 +28,7 @@ def describe_run(config) -> RunInfo:
     moe = next(moe for _fqn, moe, _parent, _attribute in config.model_spec.traverse(MoE.Config))
     router = moe.router
     forced = router.forced_routing
+    losses = {loss._owner.metric_name: loss for loss in router.aux_losses}
     return RunInfo(
         model=config.model_spec.name,
         flavor=config.model_spec.flavor,
@@ -30,7 +40,15 @@ def describe_run(config) -> RunInfo:
                 for _f, found, _p, _a in config.model_spec.traverse(LoadBalancedRouter.Config)
             )
         ),
-        losses={loss._owner.metric_name: loss.weight for loss in router.aux_losses},
+        losses={name: loss.weight for name, loss in losses.items()},
+        figures=(
+            *(
+                Figure(name, is_aux_loss=True, description=_first_line(loss._owner.__doc__))
+                for name, loss in losses.items()
+            ),
+            *(kind.figure() for kind in Metric.kinds.values() if kind.applies_to(router)),
+            *LEARNING,
+        ),
         world_size=dims.world_size,
         pp=dims.pp,
         dp_replicate=dims.dp_replicate,
@@ -48,3 +66,7 @@ def describe_run(config) -> RunInfo:
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=titan_moe_lb.__version__,
     )
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0]

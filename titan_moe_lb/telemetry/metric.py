@@ -11,9 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.rank_step import RankStep
 from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.figure import Figure
 
 
 class Reduction(Enum):
@@ -51,6 +53,21 @@ class Metric:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
             Metric.kinds[cls.name] = cls
+
+    @classmethod
+    def figure(cls) -> Figure:
+        """What the trace says of it."""
+        return Figure(
+            cls.name,
+            per="step" if cls.of_step else "layer",
+            summary=cls.over_layers.value,
+            description=cls.description,
+        )
+
+    @classmethod
+    def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        """Whether a job with such routers has something to measure."""
+        return True
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         """This rank's numbers.
@@ -113,28 +130,33 @@ class MicroBatchMaxViolation(Metric):
         return max_violation(step.counts_NME).mean(axis=1)
 
 
-class BiasRange(Metric):
+class _OfBias(Metric):
+    over_ranks = Reduction.MAX
+
+    @classmethod
+    def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        return router.expert_bias is not None
+
+
+class BiasRange(_OfBias):
     name = "bias_range"
     description = "Largest less smallest expert bias"
-    over_ranks = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         return None if step.bias_NE is None else np.ptp(step.bias_NE, axis=1)
 
 
-class BiasNorm(Metric):
+class BiasNorm(_OfBias):
     name = "bias_norm"
     description = "Euclidean norm of the expert biases"
-    over_ranks = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         return None if step.bias_NE is None else np.linalg.norm(step.bias_NE, axis=1)
 
 
-class BiasLargestStep(Metric):
+class BiasLargestStep(_OfBias):
     name = "bias_largest_step"
     description = "Largest change of an expert's bias in the step"
-    over_ranks = Reduction.MAX
     over_layers = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray | None:

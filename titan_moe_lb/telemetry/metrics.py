@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import torch.distributed as dist
@@ -17,7 +18,6 @@ from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import console_line, step_metrics
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 from titan_moe_lb.traces.run_info import RunInfo
-from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter
 
 
@@ -34,6 +34,9 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
         moe_per_layer_logging: bool = False
         """Log every layer's own numbers as well, as moe/NAME_layer_NUMBER."""
+
+        moe_extreme_experts: int = 4
+        """How many of the hottest and of the coldest experts each logged step names; 0: none."""
 
         write_moe_trace: bool = True
         """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
@@ -74,7 +77,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             self._routing = RoutingTraceWriter(dump_folder, config.run_info, dist.get_rank())
 
     def should_log(self, step: int) -> bool:
-        """As ``MetricsProcessor.should_log``; a step whose routing is recorded is logged too."""
+        """As ``MetricsProcessor.should_log``, and for a step whose routing is recorded."""
         return super().should_log(step) or step in self.config.record_routing_steps
 
     def log(
@@ -85,15 +88,31 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """As ``MetricsProcessor.log``. Collective: torchtitan calls it on every rank."""
+        """As ``MetricsProcessor.log``. Collective: torchtitan calls it on every rank.
+
+        torchtitan divides the time since its last logged step by ``log_freq``. A step that
+        is out of turn is therefore not logged: only its routing is written.
+        """
         assert self.model_parts is not None
         routers = routers_of(self.model_parts)
         if self._routing is not None and step in self.config.record_routing_steps:
             self._record_routing(step, routers)
-        load = None
+        if not super().should_log(step):
+            return
+        figures = () if self.config.run_info is None else self.config.run_info.figures
+        metrics: dict[str, float] = {}
         if self.config.track_moe_metrics:
             load = reduce_step(moe_layers_of(self.model_parts), self.parallel_dims)
-        metrics = self._metrics(step, load) if load is not None and load.layers else {}
+            metrics = step_metrics(
+                load,
+                figures,
+                num_extreme_experts=self.config.moe_extreme_experts,
+                per_layer=self.config.moe_per_layer_logging,
+            )
+            if self._trace is not None:
+                learning = self._learning(float(global_avg_loss), float(grad_norm))
+                load = replace(load, step_figures=load.step_figures | learning)
+                self._trace.write(step, load)
         super().log(
             step,
             global_avg_loss,
@@ -102,8 +121,8 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             extra_metrics={**(extra_metrics or {}), **metrics},
         )
         if metrics:
-            assert load is not None
-            logger.info(console_line(step, metrics, list(load.losses), self.color))
+            losses = [figure.name for figure in figures if figure.is_aux_loss]
+            logger.info(console_line(step, metrics, losses, self.color))
 
     def close(self) -> None:
         for writer in (self._trace, self._routing):
@@ -111,10 +130,24 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
                 writer.close()
         super().close()
 
-    def _metrics(self, step: int, load: StepLoad) -> dict[str, float]:
-        if self._trace is not None:
-            self._trace.write(step, load)
-        return step_metrics(load, per_layer=self.config.moe_per_layer_logging)
+    def _learning(self, loss: float, grad_norm: float) -> dict[str, float]:
+        """What torchtitan logs itself, for the trace; on the rank that sees the loss.
+
+        Tokens per second are torchtitan's: of this rank, over the ranks that share them. The
+        seconds of a step follow from them, since the tokens of a step are known.
+        """
+        assert self.config.run_info is not None
+        tokens_per_step = self.config.run_info.global_batch_size * self.config.run_info.seq_len
+        seconds = time.perf_counter() - self.time_last_log
+        tokens_per_second = self.ntokens_since_last_log / (
+            seconds * self.parallel_dims.non_data_parallel_size
+        )
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": tokens_per_step / (tokens_per_second * self.parallel_dims.world_size),
+        }
 
     def _record_routing(self, step: int, routers: list[LoadBalancedRouter]) -> None:
         assert self._routing is not None and self.config.cut is not None

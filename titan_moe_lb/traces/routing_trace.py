@@ -9,6 +9,7 @@ it, and refuses when the parts do not make a whole.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.batch_reader import BatchReader
 from titan_moe_lb.traces.run_info import RunInfo
-from titan_moe_lb.traces.step_file import BatchReader, StepFile
+from titan_moe_lb.traces.step_file import StepFile
 
 FOLDER = "routing"
 
@@ -95,8 +97,7 @@ class RoutingTrace:
         Raises:
             JobError: there is no routing trace, or its files are of several runs.
         """
-        run_dir = Path(run_dir)
-        self.folder = run_dir if run_dir.name == FOLDER else run_dir / FOLDER
+        self.folder = _folder(run_dir)
         files = sorted(self.folder.glob("rank_*.arrow"))
         if not files:
             raise JobError(
@@ -104,7 +105,7 @@ class RoutingTrace:
                 "its routing"
             )
         self._parts: dict[tuple[int, int], list[pa.RecordBatch]] = defaultdict(list)
-        self._truncated: list[str] = []
+        self._damaged: list[str] = []
         self.info = self._read(files[0])
         for file in files[1:]:
             info = self._read(file)
@@ -121,12 +122,12 @@ class RoutingTrace:
     def _read(self, file: Path) -> RunInfo:
         reader = BatchReader(file)
         info = _info_of(reader.schema, file)
-        for row in reader:
-            if not _fits(row, info):
-                raise JobError(f"{file} holds a row that is not of its run: it is damaged")
+        for row in reader.read(lambda row: _fits(row, info)):
             self._parts[row["step"][0].as_py(), row["layer"][0].as_py()].append(row)
-        if reader.truncated:
-            self._truncated.append(file.name)
+        if reader.gaps:
+            self._damaged.append(f"{file.name} is damaged")
+        if reader.rest:
+            self._damaged.append(f"{file.name} was cut off or damaged at its end")
         return info
 
     def expert_ids(self, step: int, layer: int, sequences: range | None = None) -> np.ndarray:
@@ -175,6 +176,11 @@ class RoutingTrace:
                 filled_BL[rows, columns] = True
         if not filled_BL.all():
             raise JobError(self._why_not_whole(step, layer, first, filled_BL))
+        if ids_BLK.size and ids_BLK.max() >= info.num_experts:
+            raise JobError(
+                f"{self.folder} names expert {ids_BLK.max()} of {info.num_experts} in step {step}, "
+                f"layer {layer}: it is damaged, record the run again"
+            )
         return ids_BLK
 
     def _why_not_whole(self, step: int, layer: int, first: int, filled_BL: np.ndarray) -> str:
@@ -188,14 +194,30 @@ class RoutingTrace:
             ranks = ", ".join(map(str, self._missing_ranks[:8]))
             more = "..." if len(self._missing_ranks) > 8 else ""
             reasons.append(f"the file of rank {ranks}{more} is missing")
-        if self._truncated:
-            reasons.append(f"{', '.join(self._truncated[:8])} was cut off")
+        reasons += self._damaged[:8]
         reason = " and ".join(reasons) or "the run did not record it"
         return (
             f"{self.folder}: {(~filled_BL).sum()} tokens of {where} are missing, the first at "
             f"sequence {first + sequence}, position {position}, because {reason}: take a step "
             "that every rank recorded whole"
         )
+
+
+def open_routing_trace(run_dir: Path | str) -> RoutingTrace:
+    """As :class:`RoutingTrace`, opened once in a process however often it is asked for."""
+    folder = _folder(run_dir).resolve()
+    files = [(file, file.stat().st_mtime_ns) for file in folder.glob("rank_*.arrow")]
+    return _opened(folder, frozenset(files))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(folder: Path, files: frozenset[tuple[Path, int]]) -> RoutingTrace:
+    return RoutingTrace(folder)
+
+
+def _folder(run_dir: Path | str) -> Path:
+    run_dir = Path(run_dir)
+    return run_dir if run_dir.name == FOLDER else run_dir / FOLDER
 
 
 _SLICES = pa.list_(pa.struct([("start", pa.int32()), ("length", pa.int32())]))

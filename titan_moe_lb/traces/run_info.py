@@ -6,13 +6,24 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pyarrow as pa
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.figure import Figure
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = b"titan_moe_lb"
+
+FIGURES_OF_FORMAT_1 = (
+    Figure("avg_overload_factor"),
+    Figure("max_overload_factor", summary="max"),
+    Figure("max_cum_overload_factor", per="step"),
+    Figure("micro_batch_max_violation"),
+)
+"""What a trace had before it declared its figures, besides its aux losses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +38,8 @@ class RunInfo:
     """Numbers of the MoE layers in the whole model, ascending."""
     losses: dict[str, float] = field(default_factory=dict)
     """Metric name of each aux loss to its weight."""
+    figures: tuple[Figure, ...] = ()
+    """What the trace holds of every step besides the counts: a column each."""
     world_size: int
     pp: int
     dp_replicate: int
@@ -73,12 +86,8 @@ class RunInfo:
         schedule = [self.schedule] if self.schedule and self.pp > 1 else []
         return ", ".join([ranks, *degrees, *schedule])
 
-    def same_model(self, other: RunInfo) -> bool:
-        """Both have the same model, flavor, experts, top_k and MoE layers."""
-        return self._model == other._model
-
     def require_same_model(self, other: RunInfo, here: str, there: str) -> None:
-        """Refuse to bring two models together.
+        """Refuse to bring two models together: flavor, experts, top_k and MoE layers must agree.
 
         Args:
             other: the run to go with this one.
@@ -87,15 +96,12 @@ class RunInfo:
         Raises:
             JobError: one line that names both models.
         """
-        if not self.same_model(other):
+        names = ("model", "flavor", "num_experts", "top_k", "layers")
+        if any(getattr(self, name) != getattr(other, name) for name in names):
             raise JobError(
                 f"{here} is of {self.model_name}, {there} is of {other.model_name}: "
                 "take two runs of one model"
             )
-
-    @property
-    def _model(self) -> tuple:
-        return (self.model, self.flavor, self.num_experts, self.top_k, self.layers)
 
     def metadata(self) -> dict[bytes, bytes]:
         """For the schema of a trace file."""
@@ -114,20 +120,41 @@ class RunInfo:
                 f"{path} is an Arrow stream but not a trace of titan_moe_lb: name the folder of a run"
             )
         try:
-            table = json.loads(text)
-            version = table["format_version"]
-            if version > FORMAT_VERSION:
-                raise JobError(
-                    f"{path} has trace format {version}, this titan_moe_lb reads up to "
-                    f"{FORMAT_VERSION}: update titan_moe_lb"
-                )
-            table["layers"] = tuple(table["layers"])
-            table["resumed_at"] = tuple(table["resumed_at"])
-            return cls(**table)
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, JobError):
-                raise
+            return cls(**_fields(json.loads(text), path))
+        except JobError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, TypeCheckError) as error:
             raise JobError(
-                f"{path} describes its run in a way that cannot be read ({error}): it is damaged, "
-                "take another run"
+                f"{path} describes its run in a way that cannot be read "
+                f"({str(error).partition(chr(10))[0]}): it is damaged, take another run"
             ) from error
+
+
+def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of RunInfo in its JSON."""
+    version = table["format_version"]
+    if version > FORMAT_VERSION:
+        raise JobError(
+            f"{path} has trace format {version}, this titan_moe_lb reads up to {FORMAT_VERSION}: "
+            "update titan_moe_lb"
+        )
+    if version == 1:
+        losses = tuple(Figure(name, is_aux_loss=True) for name in table["losses"])
+        table["figures"] = FIGURES_OF_FORMAT_1 + losses
+    else:
+        table["figures"] = tuple(Figure(**_known(Figure, one)) for one in table["figures"])
+    table["layers"] = tuple(table["layers"])
+    table["resumed_at"] = tuple(table["resumed_at"])
+    if not table["layers"] or table["num_experts"] < 1:
+        raise ValueError("it has no experts")
+    return _known(RunInfo, table)
+
+
+def _known(kind: type, table: dict[str, Any]) -> dict[str, Any]:
+    """What the table says of the kind's fields, each of its type; a newer writer may say more."""
+    every = CollectionCheckStrategy.ALL_ITEMS
+    return {
+        name: check_type(table[name], hint, collection_check_strategy=every)
+        for name, hint in get_type_hints(kind).items()
+        if name in table
+    }

@@ -13,17 +13,16 @@ import io
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.batch_reader import BatchReader
+from titan_moe_lb.traces.checksum import METADATA, stamp
 
 logger = logging.getLogger(__name__)
-
-# What pyarrow raises on bytes that are not, or not yet, a whole message. EOFError is the end.
-_BROKEN = (pa.ArrowException, OSError, EOFError, ValueError)
 
 
 class StepFile:
@@ -51,14 +50,17 @@ class StepFile:
             schema: of a new file.
             resume: from the schema of an existing file and the first step to write, the
                 schema of the continued file. Raises JobError where it is of another run.
-            compression: of the batches' bodies: "zstd", or None so that a reader maps them.
+            compression: of the batches' bodies: "zstd", or None so that a reader maps them
+                and loads what it asks for, which leaves no room for checksums.
         """
         self.path = path
         self._new = path.with_name(path.name + ".new")
         self._schema = schema
         self._resume = resume
         self._options = pa.ipc.IpcWriteOptions(compression=compression)
+        self._has_checksums = compression is not None
         self._sink = io.BytesIO()
+        self._head_size = 0
         self._file: io.FileIO | None = None
         self._writer: pa.RecordBatchStreamWriter | None = None
         self._failed = False
@@ -93,6 +95,9 @@ class StepFile:
         kept = self._kept(first_step) if self.path.exists() else ()
         # The old file stays whole until the new one holds all that is kept and one step more.
         self._file = open(self._new, "wb", buffering=0)  # noqa: SIM115
+        if self._has_checksums:
+            self._schema = self._schema.with_metadata({**self._schema.metadata, **METADATA})
+        self._head_size = self._schema.serialize().size
         self._writer = pa.ipc.new_stream(self._sink, self._schema, options=self._options)
         for earlier in kept:
             self._append(earlier)
@@ -104,9 +109,9 @@ class StepFile:
         try:
             source = BatchReader(self.path)
             schema = self._resume(source.schema, first_step)
-            batches = iter(source)
+            batches = (batch for batch in source.read() if _step(batch) < first_step)
             first = next(batches, None)
-            if first is None or _step(first) >= first_step:
+            if first is None:
                 raise JobError(f"it holds nothing before step {first_step}")
             self._schema = schema
         except JobError as error:
@@ -114,73 +119,24 @@ class StepFile:
             os.replace(self.path, aside)
             logger.warning(f"{self.path} is not continued ({error}): kept as {aside.name}")
             return ()
-        return itertools.chain(
-            [first], itertools.takewhile(lambda batch: _step(batch) < first_step, batches)
-        )
+        return itertools.chain([first], batches)
 
     def _append(self, batch: pa.RecordBatch) -> None:
         assert self._writer is not None and self._file is not None
-        self._writer.write_batch(_fit(batch, self._schema))
-        message = memoryview(self._sink.getvalue())
+        metadata = METADATA if self._has_checksums else None
+        self._writer.write_batch(_fit(batch, self._schema), custom_metadata=metadata)
+        content = bytearray(self._sink.getvalue())
         self._sink.seek(0)
         self._sink.truncate()
-        while message:  # a disk that fills up takes a part first and fails then
-            message = message[self._file.write(message) :]
-
-
-class BatchReader:
-    """The whole batches of a step file, in order; iterate again to go on where it ended.
-
-    Attributes:
-        schema: of every batch.
-        truncated: after the iteration, why it ended before the end of the file; None
-            where it did not.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Raises JobError: missing, empty, or no Arrow stream."""
-        self.path = path
-        self.truncated: str | None = None
-        with _open(path) as source:
-            if source.size() == 0:
-                raise JobError(f"{path} is empty: the run has written no step")
-            try:
-                self.schema = pa.ipc.read_schema(source)
-                self.schema.names  # noqa: B018  (decoded when first asked for)
-            except _BROKEN as error:
-                raise JobError(
-                    f"{path} is not a trace of titan_moe_lb, or was cut off before its first "
-                    "step: name the folder of a run"
-                ) from error
-            self._position = source.tell()
-
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        self.truncated = None
-        with _open(self.path) as source:
-            while self._position < source.size():
-                source.seek(self._position)
-                try:
-                    message = pa.ipc.read_message(source)
-                    batch = pa.ipc.read_record_batch(message, self.schema)
-                    batch.validate(full=True)
-                except _BROKEN:
-                    rest = source.size() - self._position
-                    self.truncated = f"its last {rest} bytes are not a whole batch"
-                    return
-                self._position = source.tell()
-                yield batch
-
-
-def _open(path: Path) -> pa.NativeFile:
-    """Map the file: a damaged length then runs into its end instead of allocating."""
-    try:
-        if path.stat().st_size == 0:
-            return pa.BufferReader(b"")
-        return pa.memory_map(str(path))
-    except FileNotFoundError:
-        raise JobError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise JobError(f"{path} cannot be read: {error}") from None
+        # The writer puts the schema before its first batch.
+        parts = content[: self._head_size], content[self._head_size :]
+        self._head_size = 0
+        if self._has_checksums:
+            for part in filter(None, parts):
+                stamp(part)
+        content = memoryview(b"".join(parts))
+        while content:  # a disk that fills up takes a part first and fails then
+            content = content[self._file.write(content) :]
 
 
 def _step(batch: pa.RecordBatch) -> int:

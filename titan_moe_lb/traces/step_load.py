@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,8 +15,7 @@ class StepLoad:
     """Layer numbers in the whole model, ascending."""
     counts_ME: np.ndarray
     """Tokens routed to each expert, int64 ``(M, E)``: a row sums to top_k x the tokens."""
-    figures: dict[str, np.ndarray]
-    """Name to float64 ``(M,)``: the aux losses (raw, unweighted) and every metric of a layer;
-    NaN where the layer lacks it."""
-    step_figures: dict[str, float]
-    """Name to the numbers that belong to the step and not to a layer."""
+    figures: dict[str, np.ndarray] = field(default_factory=dict)
+    """Name to float64 ``(M,)``, NaN where a layer lacks it. :class:`Figure` says what it is."""
+    step_figures: dict[str, float] = field(default_factory=dict)
+    """Name to the one number of the step."""

@@ -1,13 +1,12 @@
 """The trace of a run: every logged step's load of every MoE layer, in ``moe_load.arrow``.
 
-One record batch per logged step, one row per MoE layer. docs/telemetry.md has the
-columns.
+One record batch per logged step, one row per MoE layer: ``step``, ``layer``, ``counts``,
+and a column for each declared :class:`Figure`. Columns are read by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.batch_reader import BatchReader
+from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import RunInfo
-from titan_moe_lb.traces.step_file import BatchReader, StepFile
+from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad
 
 FILE_NAME = "moe_load.arrow"
-
-_FIGURES = (
-    "avg_overload_factor",
-    "max_overload_factor",
-    "max_cum_overload_factor",
-    "micro_batch_max_violation",
-)
-_FIXED = ("step", "layer", "counts", *_FIGURES)
 
 
 class TraceWriter:
@@ -37,28 +30,40 @@ class TraceWriter:
         """
         Args:
             path: the run's folder, or the file in it.
-            info: of the run; one column is made for each of ``info.losses``.
+            info: of the run; one column is made for each of ``info.figures``.
+
+        Raises:
+            JobError: two figures have one name, or that of a column that is always there.
         """
-        self.info = info
-        self._columns = tuple(info.losses)
-        schema = _schema(info, self._columns)
-        file = trace_file(path)
-        self._file = StepFile(file, schema, self._continued, compression="zstd")
+        self._info = info
+        self._file = StepFile(trace_file(path), _schema(info), self._continued, compression="zstd")
 
     def write(self, step: int, load: StepLoad) -> None:
-        """Append one step. A model without MoE layers has no trace."""
+        """Append one step. A model without MoE layers has no trace.
+
+        Raises:
+            ValueError: the load has a figure that ``info`` does not declare.
+        """
         if load.layers:
-            self._file.write(step, _batch(step, load, self._columns))
+            self._file.write(step, _batch(step, load, self._info.figures))
 
     def close(self) -> None:
         self._file.close()
 
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
         earlier = _info_of(schema, self._file.path)
-        self.info.require_same_model(earlier, "this run", self._file.path.name)
-        info = dataclasses.replace(self.info, resumed_at=(*earlier.resumed_at, first_step))
-        # Losses that either part of the run has: the column is null in the other part.
-        return _schema(info, dict.fromkeys([*_loss_names(schema), *self._columns]))
+        self._info.require_same_model(earlier, "this run", self._file.path.name)
+        # Figures that either part of the run has: the column is null in the other part.
+        figures = {figure.name: figure for figure in (*earlier.figures, *self._info.figures)}
+        info = dataclasses.replace(
+            self._info,
+            figures=tuple(figures.values()),
+            resumed_at=(*earlier.resumed_at, first_step),
+        )
+        try:
+            return pa.unify_schemas([_schema(info), schema])
+        except pa.ArrowException as error:
+            raise JobError(f"its columns are of other types: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,26 +76,41 @@ class Trace:
     """Optimizer step of each row, int64 ``(S,)``, ascending."""
     counts_SME: np.ndarray
     """Tokens per expert over the global batch, int64 ``(S, M, E)``."""
-    losses: dict[str, np.ndarray]
-    """Metric name to float64 ``(S, M)``, NaN where the layer or the step lacks the loss."""
-    avg_overload_factor_SM: np.ndarray
-    max_overload_factor_SM: np.ndarray
-    micro_batch_max_violation_SM: np.ndarray
-    max_cum_overload_factor_S: np.ndarray
-    truncated: str | None
-    """One sentence when the file does not end with a whole step; None when it does."""
+    figures: dict[str, np.ndarray]
+    """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the figure."""
+    step_figures: dict[str, np.ndarray]
+    """Name to float64 ``(S,)``."""
+    damage: tuple[str, ...]
+    """A sentence for each stretch of the file that could not be read."""
 
     @property
     def layers(self) -> tuple[int, ...]:
         return self.info.layers
 
-    def require_same_model(self, other: Trace) -> None:
-        """Raises JobError, naming both, when the other trace is of another model."""
-        self.info.require_same_model(other.info, str(self.path), str(other.path))
+    def over_steps(self, name: str) -> np.ndarray:
+        """A figure as one number per step, float64 ``(S,)``: layers summarised as it declares.
+
+        NaN where the trace lacks it.
+        """
+        if name in self.step_figures:
+            return self.step_figures[name]
+        for figure in self.info.figures:
+            if figure.name == name:
+                return figure.over_layers(self.figures[name])
+        return np.full(len(self.steps), np.nan)
+
+    def load(self, index: int) -> StepLoad:
+        """The load of ``steps[index]``."""
+        return StepLoad(
+            layers=self.layers,
+            counts_ME=self.counts_SME[index],
+            figures={name: values_SM[index] for name, values_SM in self.figures.items()},
+            step_figures={name: float(v_S[index]) for name, v_S in self.step_figures.items()},
+        )
 
 
 def read_trace(path: Path | str) -> Trace:
-    """Read a run's trace, up to its last whole step.
+    """Read a run's trace: every step that is whole.
 
     Args:
         path: the run's folder, or the file itself.
@@ -98,79 +118,82 @@ def read_trace(path: Path | str) -> Trace:
     Raises:
         JobError: there is no trace, it is not one of ours, or it holds no step.
     """
-    reader = TraceReader(path)
-    trace = stack(reader.info, reader.path, list(reader))
-    return dataclasses.replace(trace, truncated=_sentence(reader, trace.steps))
+    trace = TraceReader(path).read()
+    if not len(trace.steps):
+        raise JobError(
+            f"{trace.path} holds no whole step: the run ended before its first logged step"
+        )
+    return trace
 
 
 class TraceReader:
-    """Steps of a trace that may still grow: iterate again for what came since.
+    """Steps of a trace that may still grow.
 
     Attributes:
-        path, info: of the trace.
-        truncated: see :class:`BatchReader`.
+        info: of the run.
     """
 
     def __init__(self, path: Path | str) -> None:
         """Raises JobError: there is no trace, or it is not one of ours."""
-        self.path = _existing_trace(path)
-        self._batches = BatchReader(self.path)
-        self.info = _info_of(self._batches.schema, self.path)
+        self._path = _existing_trace(path)
+        self._batches = BatchReader(self._path)
+        self.info = _info_of(self._batches.schema, self._path)
+        self._layers = pa.array(self.info.layers, pa.int32())
 
-    @property
-    def truncated(self) -> str | None:
-        return self._batches.truncated
-
-    def __iter__(self) -> Iterator[tuple[int, StepLoad]]:
-        for batch in self._batches:
-            yield self._step_load(batch)
-
-    def _step_load(self, batch: pa.RecordBatch) -> tuple[int, StepLoad]:
-        steps, layers = set(batch["step"].to_pylist()), tuple(batch["layer"].to_pylist())
-        counts = batch["counts"]
-        whole = len(steps) == 1 and None not in steps and layers == self.info.layers
-        if not whole or counts.null_count or counts.flatten().null_count:
+    def read(self) -> Trace:
+        """The steps that came since the last read; there may be none."""
+        schema, shape = self._batches.schema, (-1, len(self.info.layers))
+        batches = list(self._batches.read(self._is_step))
+        if not all(map(self._is_step, batches)):
             raise JobError(
-                f"{self.path} holds a batch that is not one step of its layers: it is damaged, "
+                f"{self._path} holds a batch that is not one step of its layers: it is damaged, "
                 "take another run"
             )
-        counts_ME = counts.flatten().to_numpy().reshape(len(layers), self.info.num_experts)
-        figures = {name: _numpy(batch, name) for name in _FIGURES}
-        return steps.pop(), StepLoad(
-            layers=layers,
-            counts_ME=counts_ME,
-            losses={name: _numpy(batch, name) for name in _loss_names(batch.schema)},
-            avg_overload_factor_M=figures["avg_overload_factor"],
-            max_overload_factor_M=figures["max_overload_factor"],
-            micro_batch_max_violation_M=figures["micro_batch_max_violation"],
-            max_cum_overload_factor=float(figures["max_cum_overload_factor"][0]),
+        table = pa.Table.from_batches(batches, schema)
+        steps = table["step"].to_numpy().reshape(shape)[:, 0]
+
+        def columns(per: str) -> dict[str, np.ndarray]:
+            return {
+                figure.name: table[figure.name].to_numpy().reshape(shape)
+                if figure.name in schema.names
+                else np.full((len(steps), shape[1]), np.nan)
+                for figure in self.info.figures
+                if figure.per == per
+            }
+
+        counts = table["counts"].combine_chunks().flatten().to_numpy()
+        return Trace(
+            path=self._path,
+            info=self.info,
+            steps=steps,
+            counts_SME=counts.reshape(len(steps), shape[1], self.info.num_experts),
+            figures=columns("layer"),
+            step_figures={name: values_SM[:, 0] for name, values_SM in columns("step").items()},
+            damage=tuple(self._damage(steps)),
         )
 
+    def _is_step(self, batch: pa.RecordBatch) -> bool:
+        """One step, each of the run's layers, all counts there."""
+        step, counts = batch["step"], batch["counts"]
+        return (
+            batch["layer"].equals(self._layers)
+            and not (step.null_count or counts.null_count or counts.flatten().null_count)
+            and len(step.unique()) == 1
+        )
 
-def stack(info: RunInfo, path: Path, loads: list[tuple[int, StepLoad]]) -> Trace:
-    """Put steps together. Raises JobError: there is none."""
-    if not loads:
-        raise JobError(f"{path} holds no whole step: the run ended before its first logged step")
-    steps, step_loads = zip(*loads, strict=True)
-
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([getattr(load, name) for load in step_loads])
-
-    return Trace(
-        path=path,
-        info=info,
-        steps=np.array(steps, dtype=np.int64),
-        counts_SME=stacked("counts_ME"),
-        losses={
-            name: np.stack([load.losses[name] for load in step_loads])
-            for name in step_loads[0].losses
-        },
-        avg_overload_factor_SM=stacked("avg_overload_factor_M"),
-        max_overload_factor_SM=stacked("max_overload_factor_M"),
-        micro_batch_max_violation_SM=stacked("micro_batch_max_violation_M"),
-        max_cum_overload_factor_S=stacked("max_cum_overload_factor"),
-        truncated=None,
-    )
+    def _damage(self, steps: np.ndarray) -> list[str]:
+        name, reader = self._path.name, self._batches
+        found = [
+            f"{name} is damaged {f'after step {steps[n - 1]}' if n else 'at its first step'}: "
+            f"{size} bytes there could not be read, the steps behind them are here."
+            for n, size in reader.gaps
+        ]
+        if reader.rest:
+            found.append(
+                f"{name} was cut off or damaged at its end (its last {reader.rest} bytes are not a "
+                f"whole step): read up to step {steps[-1] if len(steps) else 0}."
+            )
+        return found
 
 
 def trace_file(path: Path | str) -> Path:
@@ -188,61 +211,61 @@ def _existing_trace(path: Path | str) -> Path:
     raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
 
 
-def _schema(info: RunInfo, loss_names: Iterable[str]) -> pa.Schema:
-    return pa.schema(
-        [
-            ("step", pa.int64()),
-            ("layer", pa.int32()),
-            ("counts", pa.list_(pa.int64(), info.num_experts)),
-            *((name, pa.float64()) for name in (*_FIGURES, *loss_names)),
-        ],
-        metadata=info.metadata(),
-    )
+def _always(num_experts: int) -> dict[str, pa.DataType]:
+    """The columns of every trace."""
+    return {
+        "step": pa.int64(),
+        "layer": pa.int32(),
+        "counts": pa.list_(pa.int64(), num_experts),
+    }
+
+
+def _schema(info: RunInfo) -> pa.Schema:
+    columns = _always(info.num_experts)
+    for figure in info.figures:
+        if figure.name in columns:
+            raise JobError(
+                f"two columns of the trace would be called {figure.name!r}: give the metric "
+                "another name"
+            )
+        columns[figure.name] = pa.float64()
+    return pa.schema(list(columns.items()), metadata=info.metadata())
 
 
 def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
-    """The run of a trace's schema. Raises JobError: it is not that of a trace."""
+    """The run of a trace's schema, with a figure for every column that none declares.
+
+    Raises:
+        JobError: it is not that of a trace.
+    """
     info = RunInfo.of_schema(schema, path)
-    if schema.remove_metadata() != _schema(info, _loss_names(schema)).remove_metadata():
+    always = _always(info.num_experts)
+    types = dict(zip(schema.names, schema.types, strict=True))
+    declared = {figure.name for figure in info.figures}
+    floats = {name for name, type_ in types.items() if type_ == pa.float64()}
+    if (
+        len(types) != len(schema)
+        or always.items() - types.items()
+        or declared & types.keys() - floats
+    ):
         raise JobError(f"{path} has other columns than a trace: it is damaged, take another run")
-    return info
+    others = [Figure(name) for name in types if name in floats - declared]
+    return dataclasses.replace(info, figures=(*info.figures, *others))
 
 
-def _loss_names(schema: pa.Schema) -> list[str]:
-    return [name for name in schema.names if name not in _FIXED]
-
-
-def _batch(step: int, load: StepLoad, loss_names: Iterable[str]) -> pa.RecordBatch:
+def _batch(step: int, load: StepLoad, figures: tuple[Figure, ...]) -> pa.RecordBatch:
     num_layers, num_experts = load.counts_ME.shape
     counts = pa.array(np.ascontiguousarray(load.counts_ME, dtype=np.int64).reshape(-1))
     columns = {
         "step": pa.array(np.full(num_layers, step, dtype=np.int64)),
         "layer": pa.array(np.array(load.layers, dtype=np.int32)),
         "counts": pa.FixedSizeListArray.from_arrays(counts, num_experts),
-        "avg_overload_factor": _floats(load.avg_overload_factor_M),
-        "max_overload_factor": _floats(load.max_overload_factor_M),
-        "max_cum_overload_factor": _floats(np.full(num_layers, load.max_cum_overload_factor)),
-        "micro_batch_max_violation": _floats(load.micro_batch_max_violation_M),
     }
-    for name in loss_names:
-        columns[name] = _floats(load.losses.get(name, np.full(num_layers, np.nan)))
+    recorded = load.figures | load.step_figures
+    for figure in figures:
+        values = np.full(num_layers, recorded.pop(figure.name, np.nan), dtype=np.float64)
+        # A missing number is null, as every reader of Arrow knows it.
+        columns[figure.name] = pa.array(values, mask=np.isnan(values))
+    if recorded:
+        raise ValueError(f"figures {sorted(recorded)} are not among the declared ones")
     return pa.record_batch(columns)
-
-
-def _floats(values: np.ndarray) -> pa.Array:
-    """float64 with NaN as null, which every reader of Arrow knows as missing."""
-    values = np.asarray(values, dtype=np.float64)
-    return pa.array(values, mask=np.isnan(values))
-
-
-def _numpy(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    return batch.column(name).to_numpy(zero_copy_only=False)
-
-
-def _sentence(reader: TraceReader, steps: np.ndarray) -> str | None:
-    if reader.truncated is None:
-        return None
-    return (
-        f"{reader.path.name} was cut off while a step was written ({reader.truncated}): "
-        f"read up to step {steps[-1]}."
-    )

@@ -14,7 +14,7 @@ from titan_moe_lb.watch.follower import Follower
 from titan_moe_lb.watch.frame import frame
 
 SECONDS_BETWEEN_LOOKS = 0.5
-_ROWS_BESIDE_LAYERS = 9
+_ROWS_BESIDE_LAYERS = 10
 
 
 def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 from titan_moe_lb.errors import JobError
@@ -12,9 +9,6 @@ from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceReader, trace_file
-
-SECONDS_OF_RATE = 60.0
-"""The rate is that of the last minute."""
 
 
 class Follower:
@@ -30,12 +24,10 @@ class Follower:
     step: int
     load: StepLoad
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._clock = clock
         self._reader: TraceReader | None = None
         self._file: tuple[int, int] | None = None
-        self._looks: deque[tuple[float, int]] = deque()
         self.max_violations: list[float] = []
 
     def look(self, must_exist: bool = False) -> bool:
@@ -58,27 +50,13 @@ class Follower:
             self._reader = TraceReader(self._run_dir)
             self._file = _identity(file)
             self.max_violations.clear()
-            self._looks.clear()
-        news = False
-        for step, load in self._reader:
-            self.step, self.load, news = step, load, True
-            self.max_violations.append(float(max_violation(self.load.counts_ME).mean()))
-        if must_exist and not news:
+        news = self._reader.read()
+        if len(news.steps):
+            self.info, self.step, self.load = news.info, int(news.steps[-1]), news.load(-1)
+            self.max_violations += max_violation(news.counts_SME).mean(axis=1).tolist()
+        elif must_exist:
             raise JobError(f"{file} holds no whole step yet: look again later")
-        self.info = self._reader.info
-        if news:
-            self._looks.append((self._clock(), self.step))
-            while self._looks[-1][0] - self._looks[0][0] > SECONDS_OF_RATE:
-                self._looks.popleft()
-        return news
-
-    @property
-    def steps_per_second(self) -> float | None:
-        """Optimizer steps a second as seen from the file's growth; None before it has grown."""
-        (first_time, first_step), (last_time, last_step) = self._looks[0], self._looks[-1]
-        if last_time == first_time:
-            return None
-        return (last_step - first_step) / (last_time - first_time)
+        return bool(len(news.steps))
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -21,6 +21,26 @@ BARS_PER_OCTAVE = 2
 _OCTAVES = (-1.25, 0.0, 1.25)
 _RGB = ((31, 150, 222), (100, 150, 80), (235, 155, 35))
 DEAD = "·"
+_LINES = (
+    (
+        "learning",
+        {
+            "loss": "loss {:.4f}",
+            "grad_norm": "grad norm {:.3g}",
+            "tokens_per_second": "tps {:,.0f}",
+            "step_seconds": "{:.3g} s/step",
+            "bias_range": "bias range {:.3g}",
+        },
+    ),
+    (
+        "overload",
+        {
+            "avg_overload_factor": "mean {:.3f}",
+            "max_overload_factor": "max {:.3f}",
+            "max_cum_overload_factor": "cumulative {:.3f}",
+        },
+    ),
+)
 _WIDEST_EXPERT = 8
 _LABEL, _FIGURE = 6, 7
 """Columns before the strip (layer number) and after it (MaxVio)."""
@@ -48,34 +68,51 @@ def frame(follower: Follower, width: int, most_layers: int | None = None) -> Gro
 def _head(follower: Follower, violation_M: np.ndarray, width: int) -> list[Text]:
     load, info = follower.load, follower.info
     worst = int(violation_M.argmax())
-    rate = follower.steps_per_second
     dead = int(num_dead_experts(load.counts_ME).sum())
-    losses = [f"{name} {np.nanmean(v):.4f}" for name, v in load.losses.items() if _any_number(v)]
-    title = Text(f"{info.model} {info.flavor}", style="bold")
-    title.append(f"  {info.layout}", style="default not bold")
+    numbers = _numbers(follower)
+    title = Text(_inert(f"{info.model} {info.flavor}"), style="bold")
+    title.append(f"  {_inert(info.layout)}", style="default not bold")
     if info.forced_routing:
-        title.append(f"  forced routing: {info.forced_routing}", style="bold red")
+        title.append(f"  forced routing: {_inert(info.forced_routing)}", style="bold red")
     step = Text(f"step {follower.step}", style="bold")
-    step.append("" if rate is None else f"  {rate:.3g} steps/s", style="not bold")
     step.append(f"  dead experts {dead}", style="bold red" if dead else "not bold")
-    step.append("".join(f"  {loss}" for loss in losses), style="not bold")
-    overload = Text(
-        f"overload  mean {load.avg_overload_factor_M.mean():.3f}"
-        f"  max {load.max_overload_factor_M.max():.3f}"
-        f"  cumulative {load.max_cum_overload_factor:.3f}"
-    )
+    for figure in info.figures:
+        if figure.is_aux_loss and figure.name in numbers:
+            step.append(f"  {_inert(figure.name)} {numbers[figure.name]:.4f}", style="not bold")
+    lines = [title, step]
+    for label, shown in _LINES:
+        words = [form.format(numbers[name]) for name, form in shown.items() if name in numbers]
+        if words:
+            lines.append(Text(f"{label:<10}{'  '.join(words)}"))
     violation = Text(
         f"MaxVio    mean {violation_M.mean():.3f}"
         f"  worst {violation_M[worst]:.3f} (layer {load.layers[worst]})  "
     )
     violation.append(_history(follower.max_violations, width - len(violation) - 1))
-    lines = [title, step, overload, violation]
+    lines.append(violation)
     for line in lines:
         line.truncate(width, overflow="ellipsis")
     columns = (
         f"layer {'load of each expert':<{max(0, width - _LABEL - _FIGURE)}}{'MaxVio':>{_FIGURE}}"
     )
     return [*lines, Text(columns, style="dim")]
+
+
+def _numbers(follower: Follower) -> dict[str, float]:
+    """Every figure of the step that is known, by name; layers summarised."""
+    load = follower.load
+    of_layers = {
+        figure.name: float(figure.over_layers(load.figures[figure.name]))
+        for figure in follower.info.figures
+        if figure.name in load.figures
+    }
+    numbers = of_layers | load.step_figures
+    return {name: number for name, number in numbers.items() if np.isfinite(number)}
+
+
+def _inert(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(letter for letter in text if letter.isprintable())
 
 
 def _strip(layer: int, counts_E: np.ndarray, violation: float, width: int) -> Text:
@@ -136,7 +173,3 @@ def _history(values: list[float], room: int) -> str:
     means = np.array([column.mean() for column in columns])
     bars = np.rint(means / max(means.max(), 1e-9) * (len(BARS) - 1)).astype(int)
     return "".join(BARS[bar] for bar in bars)
-
-
-def _any_number(values: np.ndarray) -> bool:
-    return bool(np.isfinite(values).any())

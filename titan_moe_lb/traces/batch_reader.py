@@ -1,0 +1,127 @@
+"""Reads a file of record batches as far as it is whole, and behind what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.checksum import KEY, is_intact
+
+# What pyarrow raises on bytes that are not, or not yet, a whole message. EOFError is the end.
+_BROKEN = (pa.ArrowException, OSError, EOFError, ValueError)
+_BLOCK = 1 << 24
+"""Bytes that are searched at a time."""
+
+
+class BatchReader:
+    """The whole batches of a step file, in order; read again to go on where it ended.
+
+    Attributes:
+        schema: of every batch.
+        gaps: of the last read, each stretch that is damaged though batches follow it: how
+            many batches were read before it, and its length in bytes.
+        rest: bytes at the end of the file that are no whole batch: cut off, or not yet written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises JobError: missing, empty, or no Arrow stream."""
+        self._path = path
+        self.gaps: list[tuple[int, int]] = []
+        self.rest = 0
+        self._source = _open(path)
+        if self._source.size() == 0:
+            raise JobError(f"{path} is empty: the run has written no step")
+        try:
+            self.schema = pa.ipc.read_schema(self._source)
+            self.schema.names  # noqa: B018  (decoded when first asked for)
+        except _BROKEN as error:
+            raise JobError(
+                f"{path} is not a trace of titan_moe_lb, or was cut off before its first "
+                "step: name the folder of a run"
+            ) from error
+        self._position = self._source.tell()
+        self._has_checksums = KEY in (self.schema.metadata or {})
+        if self._has_checksums and not is_intact(self._bytes(0, self._position)):
+            raise JobError(f"{path} is damaged at its beginning: take another run")
+
+    def read(
+        self, fits: Callable[[pa.RecordBatch], bool] = lambda batch: True
+    ) -> Iterator[pa.RecordBatch]:
+        """What came since the last read, decoded as it is iterated.
+
+        Args:
+            fits: whether a batch can be one of this file; asked where no checksum says it.
+        """
+        if self._source.size() != self._path.stat().st_size:
+            self._source = _open(self._path)
+        messages: list[memoryview] = []
+        self.gaps = []
+        while self._position < self._source.size():
+            message = self._message(self._position, fits)
+            if message is not None:
+                messages.append(message)
+                self._position += len(message)
+                continue
+            later = (at for at in self._starts() if self._message(at, fits) is not None)
+            start = next(later, None)
+            if start is None:
+                break
+            self.gaps.append((len(messages), start - self._position))
+            self._position = start
+        self.rest = self._source.size() - self._position
+        if not self._has_checksums:
+            return (
+                pa.ipc.read_record_batch(pa.py_buffer(message), self.schema) for message in messages
+            )
+        # Small buffers: handing them to threads costs more than it saves.
+        options = pa.ipc.IpcReadOptions(use_threads=False)
+        content = b"".join([self.schema.serialize(), *messages])
+        return iter(pa.ipc.open_stream(content, options=options))
+
+    def _message(self, position: int, fits: Callable[[pa.RecordBatch], bool]) -> memoryview | None:
+        """The whole message there; None if it is damaged, or ends beyond the file."""
+        try:
+            self._source.seek(position)
+            message = pa.ipc.read_message(self._source)
+            content = self._bytes(position, self._source.tell())
+            if self._has_checksums:
+                return content if is_intact(content) else None
+            batch = pa.ipc.read_record_batch(message, self.schema)
+            batch.validate(full=True)
+            return content if fits(batch) else None
+        except _BROKEN:
+            return None
+
+    def _bytes(self, start: int, stop: int) -> memoryview:
+        self._source.seek(start)
+        return memoryview(self._source.read_buffer(stop - start))
+
+    def _starts(self) -> Iterator[int]:
+        """Where a message may begin behind a broken one, by Arrow's marker and a length that fits.
+
+        Messages begin at multiples of 8: 0xFFFFFFFF, then the length of their metadata.
+        """
+        first = self._position + 8
+        for block in range(first + -first % 8, self._source.size(), _BLOCK):
+            content = self._bytes(block, min(block + _BLOCK, self._source.size()))
+            words = np.frombuffer(content, dtype="<u4", count=len(content) // 8 * 2).reshape(-1, 2)
+            marker, length = words[:, 0], words[:, 1]
+            may_begin = (marker == 0xFFFFFFFF) & (length > 0) & (length % 8 == 0)
+            may_begin &= length < self._source.size() - block
+            yield from (block + 8 * np.flatnonzero(may_begin)).tolist()
+
+
+def _open(path: Path) -> pa.NativeFile:
+    """Map the file: a damaged length then runs into its end instead of allocating."""
+    try:
+        if path.stat().st_size == 0:
+            return pa.BufferReader(b"")
+        return pa.memory_map(str(path))
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path} cannot be read: {error}") from None
