@@ -7,17 +7,11 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
-# As in tests/conftest.py, before torch looks for devices.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-
-from titan_moe_lb.upstream import cpu
-
-if cpu.needed():
-    cpu.use_host()
-
+from tests.gpus import GPUS
 from tests.parity.compare import Parity
 from tests.parity.gradients import GLOBAL_BATCH_SIZE, make_config
 from tests.parity.layout import parse
@@ -44,6 +38,9 @@ class Arguments:
     with_main_loss: bool = False
     """Compare the gradient of the language-model loss and the aux losses together."""
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Ranks on the host over gloo, or one a GPU over NCCL."""
+
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
@@ -60,8 +57,13 @@ def main() -> None:
         validate(config)
     except JobError as error:
         sys.exit(f"tests.parity: error: {error}")
+    gpus = GPUS if arguments.device == "cuda" else None
+    if gpus is not None and layout.num_ranks > len(gpus):
+        sys.exit(
+            f"tests.parity: error: the layout needs {layout.num_ranks} GPU(s), {len(gpus)} are here"
+        )
     with (
-        RankPool(max(layout.num_ranks, 1)) as pool,
+        RankPool(layout.num_ranks, gpus) as pool,
         Parity(
             pool,
             model,
