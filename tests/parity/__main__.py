@@ -24,7 +24,7 @@ from titan_moe_lb.rules import validate
 class Arguments:
     layout: str = ""
     """Keys: pp, schedule, dp_shard, dp_replicate, tp, cp, ep, microbatch, accumulate, ac
-    (none, full, selective), compile, spmd_backend."""
+    (none, full, selective), compile, backend (of compile), spmd_backend, sequence_parallel."""
 
     loss: str = "sequence_wise"
     """Type of the aux loss; several with commas."""
