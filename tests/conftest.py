@@ -1,4 +1,4 @@
-"""The host backend has to be in place before any test imports torchtitan."""
+"""Where the tests run: ``--device cpu`` (gloo on the host) or ``--device cuda`` (NCCL)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,62 @@ import os
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Four ranks on gloo, also where there is a GPU.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from titan_moe_lb.upstream import cpu
-
-if cpu.needed():
-    cpu.use_host()
-
+from tests.gpus import GPUS
 from tests.rank_pool import RankPool
+
+HOST_RANKS = 4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where ranks compute: four on the host (default), or one on each GPU that is here. "
+        "With cuda only the tests run that start ranks.",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cuda":
+        host_only = [item for item in items if "ranks" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=host_only)
+        items[:] = [item for item in items if item not in host_only]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Every case that did not run and why; pytest itself folds those of one reason."""
+    if config.getoption("--device") == "cuda":
+        for report in terminalreporter.stats.get("skipped", ()):
+            terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
+
+
+class Ranks(RankPool):
+    """A pool that skips the test that asks for more ranks than there are GPUs."""
+
+    def need(self, num_ranks: int) -> None:
+        if self.gpus is not None and num_ranks > self.size:
+            plural = "" if num_ranks == 1 else "s"
+            pytest.skip(f"needs {num_ranks} GPU{plural}, {self.size} are here")
+        super().need(num_ranks)
 
 
 @pytest.fixture(scope="session")
-def ranks():
-    """Four processes for the whole session; see :class:`RankPool`."""
-    with RankPool(4) as pool:
+def ranks(request):
+    """The processes of the whole session; see :class:`RankPool`."""
+    pool = Ranks(HOST_RANKS)
+    if request.config.getoption("--device") == "cuda":
+        pool = Ranks(len(GPUS), GPUS)
+    with pool:
         yield pool
+
+
+@pytest.fixture
+def gpu_ranks(ranks):
+    """The same, for what only a GPU can do."""
+    if ranks.gpus is None:
+        pytest.skip("needs a GPU: ./run_tests.sh --device cuda")
+    return ranks

@@ -1,8 +1,8 @@
 """Processes that stay up and run one function after another as the ranks of a job.
 
 Importing torch and torchtitan takes longer than most checks, so the processes are
-started once. Each call makes a fresh process group (gloo on CPU) of as many ranks
-as it needs.
+started once. Each call makes a fresh process group of as many ranks as it needs: gloo
+on the host, or NCCL with one GPU a rank.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -21,10 +23,16 @@ TIMEOUT_SECONDS = 300
 
 
 class RankPool:
-    """``pool.run(n, function, ...)`` runs ``function(...)`` on n ranks."""
+    """``pool.run(n, function, ...)`` runs ``function(...)`` on n ranks.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    Args:
+        size: the most ranks of one call.
+        gpus: one id for each rank; ``None`` computes on the host.
+    """
+
+    def __init__(self, size: int, gpus: list[str] | None = None) -> None:
+        self.size = size
+        self.gpus = gpus
         self._workers: list[tuple[Any, Connection]] = []
 
     def __enter__(self) -> RankPool:
@@ -33,9 +41,13 @@ class RankPool:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
+    def need(self, num_ranks: int) -> None:
+        """Fails at once if a call of as many ranks would; says it before other work is done."""
+        assert num_ranks <= self.size, f"{num_ranks} ranks of {self.size}"
+
     def run(self, num_ranks: int, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
         """Results by rank. Raises ``RuntimeError`` with a rank's traceback if one fails."""
-        assert num_ranks <= self._size
+        self.need(num_ranks)
         if not self._workers:
             self._start()
         port = _free_port()
@@ -64,9 +76,10 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(self._size):
+        visible = ",".join(self.gpus or ())
+        for _ in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, visible), daemon=True)
             process.start()
             self._workers.append((process, ours))
 
@@ -78,8 +91,9 @@ class RankPool:
         self._workers = []
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, visible_gpus: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     import gc
 
     from titan_moe_lb.upstream import cpu
@@ -87,8 +101,6 @@ def _serve(connection: Connection) -> None:
     if cpu.needed():
         cpu.use_host()
     import logging
-    import time
-    import types
     import warnings
 
     import spmd_types._mesh_axis
@@ -96,17 +108,12 @@ def _serve(connection: Connection) -> None:
     import torch._functorch.config
     import torch.compiler.config
     import torch.distributed as dist
-    import torchtitan.trainer
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    # At the end of a job torchtitan's rank 0 waits two seconds for the others to print; the
-    # pool waits for their results.
-    torchtitan.trainer.time = types.SimpleNamespace(  # type: ignore[assignment]
-        perf_counter=time.perf_counter, sleep=lambda seconds: None
-    )
+    time.sleep = _sleep_unless_the_trainer_asks
     # A trainer switches automatic collection off and leaves cycles that hold its whole
     # model. What the imports made stays, and need not be looked through each time.
     gc.freeze()
@@ -139,6 +146,16 @@ def _serve(connection: Connection) -> None:
             torch.compiler.config.cache_key_tag = ""
             gc.collect()
         connection.send(answer)
+
+
+_sleep = time.sleep
+
+
+def _sleep_unless_the_trainer_asks(seconds: float) -> None:
+    """At the end of a job torchtitan's rank 0 gives the others two seconds to print; the pool
+    waits for their results."""
+    if sys._getframe(1).f_globals["__name__"] != "torchtitan.trainer":
+        _sleep(seconds)
 
 
 def _free_port() -> int:

@@ -27,10 +27,16 @@ LAYOUTS = [
     "pp=4,microbatch=2",
     "pp=2,schedule=GPipe",
     "pp=2,schedule=Interleaved1F1B,dp_shard=2",
+    "pp=2,schedule=LoopedBFS",
     "pp=2,schedule=ZBVZeroBubble,dp_shard=2",
+    "pp=2,schedule=InterleavedZeroBubble",
+    "pp=2,schedule=DualPipeV",
     "pp=2,schedule=Interleaved1F1B,dp_shard=2,accumulate=2,ac=full",
     "tp=2",
+    "tp=2,sequence_parallel=false",
     "tp=2,spmd_backend=partial_dtensor",
+    "tp=2,spmd_backend=full_dtensor",
+    "dp_shard=2,spmd_backend=full_dtensor",
     "tp=2,dp_shard=1,ep=2",
     "tp=2,ep=2,spmd_backend=partial_dtensor",
     "dp_shard=2,ep=2",
@@ -43,10 +49,13 @@ LAYOUTS = [
     "ac=full",
     "ac=selective",
 ]
+# A block's kernels are those of one process wherever FSDP or the pipeline puts the block, so
+# that these two need the traced graphs alone. A backward in two passes needs the kernels:
+# only inductor writes over donated buffers.
 COMPILED_LAYOUTS = [
     "compile=true",
-    "dp_shard=2,compile=true",
-    "pp=4,compile=true",
+    "dp_shard=2,compile=true,backend=aot_eager",
+    "pp=4,compile=true,backend=aot_eager",
     "pp=2,schedule=ZBVZeroBubble,compile=true",
 ]
 # Its definition is the batch of one rank, so no layout here cuts the batch.

@@ -18,7 +18,8 @@ LAYOUTS = [
     "pp=2,schedule=1F1B",
     "pp=2,schedule=Interleaved1F1B",
     "pp=2,schedule=ZBVZeroBubble",
-    "compile=true",
+    # What is traced; test_parity.py and the job files run inductor's kernels of it.
+    "compile=true,backend=aot_eager",
 ]
 
 

@@ -7,17 +7,11 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
-# As in tests/conftest.py, before torch looks for devices.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-
-from titan_moe_lb.upstream import cpu
-
-if cpu.needed():
-    cpu.use_host()
-
+from tests.gpus import GPUS
 from tests.parity.compare import Parity
 from tests.parity.gradients import GLOBAL_BATCH_SIZE, make_config
 from tests.parity.layout import parse
@@ -30,7 +24,7 @@ from titan_moe_lb.rules import validate
 class Arguments:
     layout: str = ""
     """Keys: pp, schedule, dp_shard, dp_replicate, tp, cp, ep, microbatch, accumulate, ac
-    (none, full, selective), compile, spmd_backend."""
+    (none, full, selective), compile, backend (of compile), spmd_backend, sequence_parallel."""
 
     loss: str = "sequence_wise"
     """Type of the aux loss; several with commas."""
@@ -43,6 +37,9 @@ class Arguments:
     tolerance: float = 1e-5
     with_main_loss: bool = False
     """Compare the gradient of the language-model loss and the aux losses together."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Ranks on the host over gloo, or one a GPU over NCCL."""
 
 
 def main() -> None:
@@ -60,8 +57,13 @@ def main() -> None:
         validate(config)
     except JobError as error:
         sys.exit(f"tests.parity: error: {error}")
+    gpus = GPUS if arguments.device == "cuda" else None
+    if gpus is not None and layout.num_ranks > len(gpus):
+        sys.exit(
+            f"tests.parity: error: the layout needs {layout.num_ranks} GPU(s), {len(gpus)} are here"
+        )
     with (
-        RankPool(max(layout.num_ranks, 1)) as pool,
+        RankPool(layout.num_ranks, gpus) as pool,
         Parity(
             pool,
             model,

@@ -65,6 +65,7 @@ class Parity:
 
     def compare(self, layout: Layout) -> list[Comparison]:
         """One comparison for each entry of ``alone``."""
+        self.pool.need(layout.num_ranks)
         reference = self.reference
         return [
             relative_error(layout, loss, gradients, reference[loss][0], recorded)

@@ -1,4 +1,8 @@
-"""Experts in float32: torchtitan casts the grouped GEMM to bfloat16, which would hide 1e-5."""
+"""Experts in float32: torchtitan casts the grouped GEMM to bfloat16, which would hide 1e-5.
+
+Every expert sees every row, and each row keeps its own expert's answer. With the tiny models'
+few experts that is several times faster than gathering the weights of each row.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,10 @@ class Float32Experts(GroupedExperts):
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         with spmd.no_typecheck():
             expert_R = _expert_of_each_row(x_RD, num_tokens_per_expert_E)
-            w1_RFD, w2_RDF, w3_RFD = (
-                _local(weight)[expert_R] for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
-            )
-            h_RF = F.silu(torch.einsum("rd,rfd->rf", x_RD, w1_RFD))
-            h_RF = h_RF * torch.einsum("rd,rfd->rf", x_RD, w3_RFD)
-            return torch.einsum("rf,rdf->rd", h_RF, w2_RDF)
+            w1_EFD, w2_EDF, w3_EFD = map(_local, (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+            h_RF = F.silu(_of_its_expert(torch.einsum("rd,efd->ref", x_RD, w1_EFD), expert_R))
+            h_RF = h_RF * _of_its_expert(torch.einsum("rd,efd->ref", x_RD, w3_EFD), expert_R)
+            return _of_its_expert(torch.einsum("rf,edf->red", h_RF, w2_EDF), expert_R)
 
 
 class Float32GptOssExperts(GptOssGroupedExperts):
@@ -37,21 +39,21 @@ class Float32GptOssExperts(GptOssGroupedExperts):
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         with spmd.no_typecheck():
             expert_R = _expert_of_each_row(x_RD, num_tokens_per_expert_E)
-            w1_RGD, b1_RG, w2_RDF, b2_RD = (
-                _local(parameter)[expert_R]
-                for parameter in (
+            w1_EGD, b1_EG, w2_EDF, b2_ED = map(
+                _local,
+                (
                     self.mlp1_weight_EGD,
                     self.mlp1_bias_EG,
                     self.mlp2_weight_EDF,
                     self.mlp2_bias_ED,
-                )
+                ),
             )
-            h_RG = torch.einsum("rd,rgd->rg", x_RD, w1_RGD) + b1_RG
+            h_RG = _of_its_expert(torch.einsum("rd,egd->reg", x_RD, w1_EGD) + b1_EG, expert_R)
             gate_RF, up_RF = h_RG[:, 0::2], h_RG[:, 1::2]
             gate_RF = gate_RF.clamp(max=self.swiglu_limit)
             up_RF = up_RF.clamp(-self.swiglu_limit, self.swiglu_limit)
             h_RF = gate_RF * torch.sigmoid(1.702 * gate_RF) * (up_RF + 1)
-            return torch.einsum("rf,rdf->rd", h_RF, w2_RDF) + b2_RD
+            return _of_its_expert(torch.einsum("rf,edf->red", h_RF, w2_EDF) + b2_ED, expert_R)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
@@ -62,6 +64,11 @@ def _expert_of_each_row(x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tenso
     ends_E = torch.cumsum(num_tokens_per_expert_E, dim=0)
     rows_R = torch.arange(x_RD.shape[0], device=x_RD.device)
     return torch.searchsorted(ends_E, rows_R, right=True).clamp_max(ends_E.shape[0] - 1)
+
+
+def _of_its_expert(out_REX: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
+    index_R1X = expert_R[:, None, None].expand(-1, 1, out_REX.shape[2])
+    return out_REX.gather(1, index_R1X).squeeze(1)
 
 
 @override(target=GroupedExperts.Config, description="float32 experts")

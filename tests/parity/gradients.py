@@ -135,7 +135,9 @@ def gather_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         canonical(name): (
             parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        ).clone()
+        )
+        .detach()
+        .to("cpu", copy=True)
         for part in trainer.model_parts
         for name, parameter in part.named_parameters()
         if parameter.grad is not None
@@ -144,7 +146,7 @@ def gather_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def run_batch(trainer: Trainer, layout: Layout, *, with_main_loss: bool) -> None:
     """Forward and backward of this rank's part of the fixed batch, as ``train_step`` does."""
-    tokens, labels, positions = global_batch()
+    tokens, labels, positions = (part.to(trainer.device) for part in global_batch())
     valid = labels.numel()
     if not with_main_loss:
         labels = torch.full_like(labels, IGNORE_INDEX)
@@ -171,7 +173,7 @@ def run_batch(trainer: Trainer, layout: Layout, *, with_main_loss: bool) -> None
         trainer.forward_backward_step(
             input_dict=list(inputs) if layout.pp > 1 else inputs[0],
             labels=list(targets) if layout.pp > 1 else targets[0],
-            global_valid_tokens=torch.tensor(valid),
+            global_valid_tokens=torch.tensor(valid, device=trainer.device),
         )
 
 

@@ -28,7 +28,9 @@ class Layout:
     accumulate: int = 1
     ac: str = "none"
     compile: bool = False
+    backend: str = "inductor"
     spmd_backend: str = "spmd_types"
+    sequence_parallel: bool = True
 
     @property
     def num_ranks(self) -> int:
@@ -46,6 +48,7 @@ class Layout:
             data_parallel_replicate_degree=self.dp_replicate,
             data_parallel_shard_degree=self.dp_shard,
             tensor_parallel_degree=self.tp,
+            enable_sequence_parallel=self.sequence_parallel,
             context_parallel_degree=self.cp,
             pipeline_parallel_degree=self.pp,
             pipeline_parallel_schedule=self.schedule,
@@ -57,6 +60,7 @@ class Layout:
         config.activation_checkpoint = checkpointing() if checkpointing else None
         config.compile.enable = self.compile
         config.compile.components = ["model"]
+        config.compile.backend = self.backend
 
 
 def parse(text: str) -> Layout:

@@ -69,7 +69,7 @@ def _forward(trainer: Trainer, routers: list) -> tuple[torch.Tensor, list[tuple]
     logits, outputs = [], []
     hooks = [r.gate.register_forward_hook(lambda _m, _i, out: logits.append(out)) for r in routers]
     hooks += [r.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for r in routers]
-    tokens, labels, positions = global_batch()
+    tokens, labels, positions = (part.to(trainer.device) for part in global_batch())
     inputs, targets, extra = trainer.post_dataloading_process(
         {"input": tokens, "positions": positions}, labels
     )
