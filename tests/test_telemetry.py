@@ -23,8 +23,6 @@ from titan_moe_lb.losses import GlobalBatchAuxLoss, RouterZLoss, SequenceWiseAux
 from titan_moe_lb.parallel.schedules import one_forward_one_backward
 from titan_moe_lb.step_hook import StepHook, wire
 from titan_moe_lb.telemetry import overload
-from titan_moe_lb.telemetry.step_metrics import step_metrics
-from titan_moe_lb.traces.step_load import StepLoad
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.local_batch_size=4"]
 
@@ -265,34 +263,6 @@ def test_peak_tokens_by_hand():
         alone, [0, 0], tokens, np.full((2, 2), 550.0)
     ) == pytest.approx(1.0)
     assert overload.cumulative_overload_factor(alone, [0, 0], tokens * 0, tokens * 0.0) == 1
-
-
-def test_step_metrics_by_hand():
-    load = StepLoad(
-        layers=(1, 3),
-        counts_ME=np.array([[4, 4, 4, 4], [8, 4, 4, 0]]),
-        figures={
-            "z_loss": np.array([np.nan, 2.0]),
-            "avg_overload_factor": np.array([1.0, 1.5]),
-            "max_overload_factor": np.array([1.25, 2.0]),
-            "micro_batch_max_violation": np.array([0.5, 1.5]),
-        },
-        step_figures={"max_cum_overload_factor": 1.75},
-    )
-    metrics = step_metrics(load, per_layer=True)
-    assert metrics["moe/max_violation"] == 0.5
-    assert metrics["moe/max_violation_p50"] == 0.5
-    assert metrics["moe/max_violation_p95"] == pytest.approx(0.95)
-    assert metrics["moe/max_violation_max"] == 1.0
-    assert metrics["moe/max_violation_micro_batch"] == 1.0
-    assert metrics["moe/dead_experts"] == 0.5
-    assert metrics["moe/avg_overload_factor"] == 1.25
-    assert metrics["moe/max_overload_factor"] == 2.0
-    assert metrics["moe/max_cum_overload_factor"] == 1.75
-    assert metrics["moe/z_loss"] == 2.0
-    assert metrics["moe/max_violation_layer_3"] == 1.0
-    assert "moe/z_loss_layer_1" not in metrics
-    assert step_metrics(load).keys() < metrics.keys()
 
 
 def test_bias_update_by_hand():
