@@ -12,7 +12,7 @@ import numpy as np
 from titan_moe_lb.costmodel.job import JobModel, Stage
 from titan_moe_lb.costmodel.layer import BF16_BYTES, MoELayer, Placement
 from titan_moe_lb.costmodel.load import Array
-from titan_moe_lb.costmodel.schedule import peak
+from titan_moe_lb.parallel.schedules import peak
 
 
 def bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
@@ -56,7 +56,11 @@ def activation_peak(
     kept, working = zip(
         *(_stage_bytes(job, placement, stage, received) for stage in job.stages), strict=True
     )
-    return peak(job.schedule[position], kept, working)
+    return peak(
+        job.schedule[position],
+        kept=lambda stage, _micro_batch: kept[stage],
+        working=lambda stage, _micro_batch: working[stage],
+    )
 
 
 def _stage_bytes(

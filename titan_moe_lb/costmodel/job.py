@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from titan_moe_lb.costmodel.layer import BF16_BYTES, MoELayer
-from titan_moe_lb.costmodel.schedule import KINDS, Action, Schedule, one_forward_one_backward
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.schedules import Schedule, actions_of, stages_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,7 +183,6 @@ def _build_parts(
 ) -> tuple[Schedule, list[tuple[int, nn.Module]]]:
     """The parts of the model on one pipeline rank, by stage, as the trainer makes them."""
     import torch
-    from torch.distributed.pipelining import Schedule1F1B
     from torchtitan.distributed import ParallelDims, utils
 
     spec = config.model_spec
@@ -201,7 +200,7 @@ def _build_parts(
         "dump_folder": config.dump_folder,
     }
     if dims.pp == 1:
-        return one_forward_one_backward(1, 1), [(0, spec.parallelize_fn(model, **parallel))]
+        return actions_of(None), [(0, spec.parallelize_fn(model, **parallel))]
     assert spec.pipelining_fn is not None
     # Copies the stages of this rank out of the model.
     pipeline, parts, _first, _last = spec.pipelining_fn(
@@ -212,30 +211,8 @@ def _build_parts(
         parallelize_fn=spec.parallelize_fn,
         loss_fn=lambda *arguments: None,
     )
-    microbatches = config.training.local_batch_size // _microbatch_size(config)
-    if isinstance(pipeline, Schedule1F1B):
-        # Upstream fact: torch 2.15 writes this schedule down with the forwards of the last
-        # stage numbered from 1, and runs it from 0.
-        schedule = one_forward_one_backward(dims.pp, microbatches)
-    else:
-        schedule = {
-            rank: [action for entry in actions for action in _plain(entry)]
-            for rank, actions in pipeline.pipeline_order.items()
-        }
-    # A V-shaped schedule gives a rank its stages in this order too: ascending.
-    indices = sorted({stage for stage, _kind, _microbatch in schedule[position]})
-    return schedule, list(zip(indices, parts, strict=True))
-
-
-def _plain(entry: Any) -> list[Action]:
-    """The computations in one entry of torch's schedule; communication and idling are left out."""
-    if entry is None:
-        return []
-    return [
-        (action.stage_index, action.computation_type.value, action.microbatch_index)
-        for action in entry.sub_actions or (entry,)
-        if action.computation_type.value in KINDS
-    ]
+    schedule = actions_of(pipeline)
+    return schedule, list(zip(stages_of(schedule[position]), parts, strict=True))
 
 
 def _microbatch_size(config: Trainer.Config) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.layer import LayerTime
-from titan_moe_lb.costmodel.schedule import makespan
+from titan_moe_lb.costmodel.makespan import makespan
 
 
 def step_time(job: JobModel, hardware: Hardware, layer_time: Callable[[int], LayerTime]) -> float:

@@ -1,36 +1,10 @@
-"""A pipeline schedule replayed: how long it takes, and what it keeps in memory.
-
-A schedule is the ordered list of actions of each pipeline rank. An action is
-``(stage, kind, micro-batch)``; kinds are those of torch.distributed.pipelining: "F"
-forward, "B" whole backward, "I" and "W" backward of the inputs and of the weights.
-"""
+"""How long a pipeline schedule takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from titan_moe_lb.costmodel.load import Array
-
-KINDS = ("F", "B", "I", "W")
-
-Action = tuple[int, str, int]
-Schedule = Mapping[int, Sequence[Action]]
-
-
-def one_forward_one_backward(num_ranks: int, num_microbatches: int) -> Schedule:
-    """1F1B: as many forwards as there are stages behind, then one of each in turn."""
-    schedule = {}
-    for rank in range(num_ranks):
-        warmup = min(num_microbatches, num_ranks - rank)
-        actions: list[Action] = [(rank, "F", m) for m in range(warmup)]
-        for backward in range(num_microbatches):
-            actions.append((rank, "B", backward))
-            if warmup + backward < num_microbatches:
-                actions.append((rank, "F", warmup + backward))
-        schedule[rank] = actions
-    return schedule
+from titan_moe_lb.parallel.schedules import Action, Schedule
 
 
 def makespan(schedule: Schedule, forward: Sequence[float], backward: Sequence[float]) -> float:
@@ -77,23 +51,3 @@ def _predecessor(action: Action, last: int, finished: dict[Action, float]) -> fl
     if stage == last:
         return finished.get((stage, "F", microbatch))
     return finished.get((stage + 1, "B", microbatch))
-
-
-def peak(actions: Sequence[Action], kept: Sequence[Array], working: Sequence[Array]) -> Array:
-    """The most that one rank holds at a time.
-
-    Args:
-        actions: the rank's own.
-        kept: bytes that a micro-batch keeps of each stage from its forward to the end of
-            its backward: numbers, or arrays of one shape, for example by rank of the EP group.
-        working: bytes that a stage needs besides while it runs.
-    """
-    held: Array = 0.0
-    most: Array = 0.0
-    for stage, kind, _microbatch in actions:
-        if kind == "F":
-            held = held + kept[stage]
-        most = np.maximum(most, held + working[stage])
-        if kind in "BW":
-            held = held - kept[stage]
-    return most

@@ -1,0 +1,69 @@
+"""Two ranks of a toy pipeline, which tell in what order they ran."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from titan_moe_lb.parallel.schedules import Action, Schedule, actions_of
+
+RANKS, MICRO_BATCHES = 2, 6
+
+
+class _ToldStage(PipelineStage):
+    """A stage that notes what it computes."""
+
+    ran: list[Action]
+
+    def forward_one_chunk(self, fwd_chunk_id, *args, **kwargs):
+        self.ran.append((self.stage_index, "F", fwd_chunk_id))
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id, *args, full_backward=True, **kwargs):
+        self.ran.append((self.stage_index, "B" if full_backward else "I", bwd_chunk_id))
+        return super().backward_one_chunk(
+            bwd_chunk_id, *args, full_backward=full_backward, **kwargs
+        )
+
+    def backward_weight_one_chunk(self, bwd_chunk_id, **kwargs):
+        self.ran.append((self.stage_index, "W", bwd_chunk_id))
+        return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
+
+
+def read_and_run(name: str, csv_rows: list[list[str]] | None, folder: str) -> tuple[Schedule, list]:
+    """What :func:`actions_of` says of a schedule, and what this rank computed in one run of it."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    schedule_class = _PipelineScheduleRuntime if csv_rows else get_schedule_class(name)
+    single = issubclass(schedule_class, PipelineScheduleSingle)
+    num_stages = RANKS if single else 2 * RANKS
+    v_shaped = name in ("ZBVZeroBubble", "DualPipeV")
+    mine = [rank] if single else [rank, num_stages - 1 - rank if v_shaped else rank + RANKS]
+    ran: list[Action] = []
+    stages = []
+    for index in mine:
+        stage = _ToldStage(nn.Linear(4, 4), index, num_stages, torch.device("cpu"))
+        stage.ran = ran
+        stages.append(stage)
+    schedule = schedule_class(
+        stages[0] if single else stages, MICRO_BATCHES, loss_fn=nn.functional.mse_loss
+    )
+    if csv_rows:
+        path = Path(folder) / f"schedule_{rank}.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(csv_rows)
+        schedule._load_csv(str(path))
+    batch = torch.ones(MICRO_BATCHES, 4)
+    inputs = (batch,) if stages[0].is_first else ()
+    schedule.step(*inputs, target=batch if any(stage.is_last for stage in stages) else None)
+    return actions_of(schedule), ran
