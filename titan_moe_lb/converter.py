@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +17,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.step_hook import register_load_balancing
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -60,7 +60,7 @@ class LoadBalanceConverter(ModelConfigConverter):
                 f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
                 "aux loss: leave out [model] aux_losses or choose a MoE flavor"
             )
-        numbers = _layer_numbers([fqn for fqn, *_ in layers])
+        numbers = layer_numbers(model_config)
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
             if type(moe.router) is not TokenChoiceTopKRouter.Config:
@@ -76,27 +76,10 @@ class LoadBalanceConverter(ModelConfigConverter):
                 aux_losses=copy.deepcopy(self.config.aux_losses),
                 forced_routing=copy.deepcopy(self.config.forced_routing),
                 layer=numbers[fqn],
-                layers=tuple(sorted(numbers.values())),
+                layers=tuple(numbers.values()),
             )
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
-
-
-def _layer_numbers(fqns: list[str]) -> dict[str, int]:
-    """The number of each MoE layer in the model: that of its decoder layer.
-
-    Layers in another list (multi-token prediction) are numbered after them.
-    """
-    numbers: dict[str, int] = {}
-    others = []
-    for fqn in fqns:
-        match = re.search(r"(?:^|\.)layers\.(\d+)\.", fqn)
-        if match:
-            numbers[fqn] = int(match[1])
-        else:
-            others.append(fqn)
-    after = max(numbers.values(), default=-1) + 1
-    return numbers | {fqn: after + index for index, fqn in enumerate(others)}
 
 
 @functools.cache
