@@ -16,10 +16,6 @@ from titan_moe_lb.telemetry.describe_run import describe_run
 
 def job(dense: list[str]):
     """The tiny DeepSeek-V3 (4 layers, the first dense) with 2 MTP layers, some made dense."""
-    from torchtitan.models import deepseek_v3 as upstream
-
-    from model_registry.deepseek_v3.tiny import tiny
-
     config = deepseek_v3_tiny()
     model = tiny("flex", "standard", num_mtp_layers=2)
     for name in dense:
