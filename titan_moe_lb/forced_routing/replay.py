@@ -57,7 +57,7 @@ class Replay(ForcedRouting):
         self.expert_ids_NBLK = torch.zeros(0, device=device)
 
     def wire(self, parallel_dims, layer: int) -> None:
-        trace = _opened(self.config.trace)
+        trace = recorded_routing(self.config.trace)
         cut = self.config.place
         assert cut is not None
         positions = np.concatenate(
@@ -79,7 +79,11 @@ class Replay(ForcedRouting):
         return self.expert_ids_NBLK.index_select(0, index)[0].long()
 
 
-@functools.lru_cache(maxsize=1)
-def _opened(folder: str) -> RoutingTrace:
-    """One look at the files of all ranks serves every layer."""
+@functools.cache
+def recorded_routing(folder: str) -> RoutingTrace:
+    """One look of a process at the files of all ranks serves the check and every layer.
+
+    Raises:
+        JobError: as :class:`RoutingTrace`.
+    """
     return RoutingTrace(folder)

@@ -11,10 +11,10 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing import HotRank, Replay
+from titan_moe_lb.forced_routing.replay import recorded_routing
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.describe_run import describe_run
-from titan_moe_lb.traces.routing_trace import RoutingTrace
 
 
 def one_way_to_force_routing(config: Trainer.Config) -> None:
@@ -77,7 +77,7 @@ def replayed_trace_fits(config: Trainer.Config) -> None:
     for _fqn, _router, forced in _forced(config)[:1]:
         if not isinstance(forced, Replay.Config):
             continue
-        trace = RoutingTrace(forced.trace)
+        trace = recorded_routing(forced.trace)
         here, there = describe_run(config), trace.info
         here.require_same_model(there, "this job", str(trace.folder))
         for name in ("global_batch_size", "seq_len"):
