@@ -64,8 +64,8 @@ def built_state(arguments: list[str]) -> dict[str, Any]:
 
 def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
     """Of a job's own pipeline schedule when every forward takes 1 and every backward 2."""
-    from titan_moe_lb.costmodel.job import read_job
     from titan_moe_lb.costmodel.makespan import makespan
+    from titan_moe_lb.costmodel.read_job import read_job
 
     os.environ["WORLD_SIZE"] = str(world_size)
     job = read_job(job_config.load(arguments).config)

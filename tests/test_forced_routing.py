@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from fractions import Fraction
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tests.train_jobs import train
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing.functional import (
+    _mix,
     hash_seed,
     hot_share_ids,
     round_robin_ids,
@@ -23,6 +25,7 @@ from titan_moe_lb.forced_routing.functional import (
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.batch_cut import cut, token_slices
 from titan_moe_lb.router import routers_of
+from titan_moe_lb.traces import routing_trace
 from titan_moe_lb.traces.routing_trace import RoutingTrace
 from titan_moe_lb.traces.trace import read_trace
 
@@ -109,6 +112,66 @@ def test_random_numbers_are_independent_and_of_their_distribution():
     assert normal.mean().item() == pytest.approx(0, abs=0.01)
     assert normal.std().item() == pytest.approx(1, abs=0.01)
     assert (normal.abs() > 1.959964).double().mean().item() == pytest.approx(0.05, abs=0.002)
+
+
+# (seed, number) as RandomStream and the router make them.
+STREAMS = {
+    "forwards of one router": [(hash_seed(0, 1, 1), number) for number in range(4800)],
+    "routers": [
+        (hash_seed(seed, layer, *place), number)
+        for seed in (0, 1)
+        for layer in range(6)
+        # Shared by all ranks, and of one rank.
+        for place in [(), *[(rank + 1,) for rank in range(7)]]
+        for number in range(13)
+    ],
+}
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_streams_do_not_overlap(streams):
+    """No stretch of a stream is in another, and nothing repeats at one place of many streams."""
+    size = 2**10
+    whole_SN = np.stack(
+        [
+            (uniform(torch.tensor(seed), torch.tensor(number), (size,)) * 2**23).long().numpy()
+            for seed, number in STREAMS[streams]
+        ]
+    )
+    # Three values in a row, 21 bits each: by chance equal in 2^-63 of all pairs.
+    rows_SN = whole_SN >> 2
+    stretches_SN = rows_SN[:, :-2] << 42 | rows_SN[:, 1:-1] << 21 | rows_SN[:, 2:]
+    beginnings = np.sort(stretches_SN[:, 0])
+    found = np.searchsorted(beginnings, stretches_SN).clip(max=len(beginnings) - 1)
+    overlaps = (beginnings[found] == stretches_SN).sum() - len(beginnings)
+    assert overlaps == 0, f"{overlaps} streams begin in another"
+    # 4,800 values of 2^23 at one place: 1.4 equal pairs are to be expected.
+    in_order_SN = np.sort(whole_SN, axis=0)
+    assert (in_order_SN[1:] == in_order_SN[:-1]).sum(axis=0).max() < 15
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_streams_do_not_correlate(streams):
+    """Correlations of n values scatter by n^-1/2 around 0."""
+    size = 2**12
+    values = [
+        uniform(torch.tensor(seed), torch.tensor(number), (size,))
+        for seed, number in STREAMS[streams][:1200]
+    ]
+    correlations = np.corrcoef(torch.stack(values).double().numpy())[
+        np.triu_indices(len(values), 1)
+    ]
+    assert abs(correlations).max() < 6.5 / size**0.5
+    assert correlations.std() == pytest.approx(size**-0.5, rel=0.01)
+
+
+def test_seeds_of_large_jobs_differ():
+    """40 jobs of 61 layers on 4,096 ranks; with 32 bits, ranks of some layers share theirs."""
+    of_layer = torch.tensor([hash_seed(job, layer) for job in range(40) for layer in range(61)])
+    # hash_seed(job, layer, place), for all places of a layer at once.
+    seeds = _mix(of_layer[:, None] + torch.arange(1, 4097))
+    assert int(seeds[60, 4095]) == hash_seed(0, 60, 4096)
+    assert seeds.unique().numel() == 40 * 61 * 4096
 
 
 def test_round_robin_is_exact_on_four_ranks(ranks, tmp_path):
@@ -296,6 +359,31 @@ def test_replay_is_exact_on_another_layout(ranks, tmp_path, recorded, layout):
     routing, expected = RoutingTrace(tmp_path), RoutingTrace(folder)
     for step, layer in itertools.product((1, 2), LAYERS):
         assert (routing.expert_ids(step, layer) == expected.expert_ids(step, layer)).all()
+
+
+def opened(arguments):
+    """How often each file of a trace is opened from the flags to the trainer."""
+    times = collections.Counter()
+
+    class CountingReader(routing_trace.BatchReader):
+        def __init__(self, path):
+            times[path.name] += 1
+            super().__init__(path)
+
+    reader, routing_trace.BatchReader = routing_trace.BatchReader, CountingReader
+    try:
+        config = job_config.load(arguments).config
+        config.metrics.write_moe_trace = False
+        config.build().close()
+    finally:
+        routing_trace.BatchReader = reader
+    return times
+
+
+def test_replay_opens_each_file_once(ranks, recorded):
+    flags = [*force(f'type = "replay", trace = "{recorded[0]}/routing"'), "--training.seq_len=256"]
+    (times,) = ranks.run(1, opened, [*TINY, *flags])
+    assert times == {f"rank_{rank:05d}.arrow": 1 for rank in range(4)}
 
 
 @pytest.mark.parametrize(

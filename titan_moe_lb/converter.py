@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +18,7 @@ from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.step_hook import register_load_balancing
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -61,7 +61,7 @@ class LoadBalanceConverter(ModelConfigConverter):
                 f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
                 "aux loss: leave out [model] aux_losses or choose a MoE flavor"
             )
-        numbers = _layer_numbers([fqn for fqn, *_ in layers])
+        numbers = layer_numbers(model_config)
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
             if type(moe.router) is not TokenChoiceTopKRouter.Config:
@@ -85,23 +85,6 @@ class LoadBalanceConverter(ModelConfigConverter):
             )
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
-
-
-def _layer_numbers(fqns: list[str]) -> dict[str, int]:
-    """The number of each MoE layer in the model: that of its decoder layer.
-
-    Layers in another list (multi-token prediction) are numbered after them.
-    """
-    numbers: dict[str, int] = {}
-    others = []
-    for fqn in fqns:
-        match = re.search(r"(?:^|\.)layers\.(\d+)\.", fqn)
-        if match:
-            numbers[fqn] = int(match[1])
-        else:
-            others.append(fqn)
-    after = max(numbers.values(), default=-1) + 1
-    return numbers | {fqn: after + index for index, fqn in enumerate(others)}
 
 
 @functools.cache

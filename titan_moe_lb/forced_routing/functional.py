@@ -7,9 +7,9 @@ forward that activation checkpointing repeats draws the same ones.
 
 from __future__ import annotations
 
-import torch
+import math
 
-_MASK = 0xFFFFFFFF
+import torch
 
 
 def round_robin_ids(
@@ -70,28 +70,32 @@ def hot_share_ids(
 
 
 def hash_seed(*parts: int) -> int:
-    """One seed in [0, 2**32) from several integers."""
-    seed = 0
+    """One 64-bit seed from several integers, as int64.
+
+    Two of n seeds are equal with a chance of about n^2 / 2^65: 2e-9 for the 250,000 seeds of
+    61 layers on 4,096 ranks.
+    """
+    seed = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        seed = int(_mix(torch.tensor((seed * 31 + part + 1) & _MASK)))
-    return seed
+        seed = _mix(seed + _signed(part))
+    return int(seed)
 
 
 def uniform(seed: torch.Tensor, number: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Random numbers in (0, 1), float32, a function of their place, ``seed`` and ``number``.
 
+    The stream of one seed and number is no stretch of that of another, as it would be if
+    they only chose where in one long sequence it begins.
+
     Args:
-        seed: int64 ``()`` in [0, 2**32).
+        seed: int64 ``()``, of :func:`hash_seed`.
         number: int64 ``()``; another number gives other values.
         shape: of the result.
     """
-    size = 1
-    for length in shape:
-        size *= length
-    place = torch.arange(size, device=seed.device).view(shape)
-    bits = _mix(_mix((place + _mix(number ^ seed)) & _MASK) ^ seed)
+    place = torch.arange(math.prod(shape), device=seed.device).view(shape)
+    bits = _mix(_mix(place + seed) ^ _mix(_mix(number) ^ seed))
     # 23 bits and a half: neither 0 nor 1 after rounding to float32.
-    return ((bits >> 9).float() + 0.5) * 2.0**-23
+    return (_shifted(bits, 41).float() + 0.5) * 2.0**-23
 
 
 def standard_normal(
@@ -102,11 +106,22 @@ def standard_normal(
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32-bit integers that spreads every input bit over the output.
+    """A bijection of 64-bit integers that spreads every input bit over the output.
 
-    The multiplier has 27 bits, so that no product of it overflows int64.
+    One step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from state x: products and
+    sums of int64 wrap around, as those of unsigned integers do.
     """
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
-    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
-    return x ^ (x >> 16)
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, with zeros from the left: int64 alone would repeat the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 of the same last 64 bits."""
+    return (x + 2**63) % 2**64 - 2**63

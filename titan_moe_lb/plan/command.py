@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from titan_moe_lb.costmodel.hardware import Hardware
-from titan_moe_lb.costmodel.job import JobModel, read_job
+from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.known_hardware import hardware
 from titan_moe_lb.costmodel.load import WORST
 from titan_moe_lb.costmodel.plan import heaviest_pipeline_ranks, plan_degree
@@ -92,6 +92,7 @@ def _degrees(text: str) -> list[int]:
 
 def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
     """The job at every degree, the first one with all of its pipeline ranks."""
+    from titan_moe_lb.costmodel.read_job import read_job
     from titan_moe_lb.job import job_config
     from titan_moe_lb.parallel import layout
 

@@ -1,0 +1,146 @@
+"""What the model needs to know of a job, read from the job itself.
+
+The job's config is built for its number of processes and one rank of each pipeline
+position is built on the meta device inside a fake process group, by torchtitan's own
+pipelining and parallelizing functions: nothing is typed again, nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.models.common.moe import MoE
+from torchtitan.tools.utils import set_default_dtype
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.costmodel.fake_rank import build_parts, fake_rank
+from titan_moe_lb.costmodel.job import JobModel, RankState, Stage
+from titan_moe_lb.costmodel.layer import BF16_BYTES, MoELayer
+from titan_moe_lb.costmodel.rank_state import rank_state
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel.layer_numbers import layer_numbers
+from titan_moe_lb.parallel.schedules import Schedule
+from titan_moe_lb.upstream import cpu
+
+
+def read_job(
+    config: Trainer.Config,
+    *,
+    pipeline_ranks: Iterable[int] | None = None,
+    stages: tuple[Stage, ...] = (),
+) -> JobModel:
+    """Build ranks of the job on the meta device and read them. ``WORLD_SIZE`` is set.
+
+    Args:
+        config: resolved; it is consumed.
+        pipeline_ranks: the pipeline ranks to build; all of them by default.
+        stages: of the same job at another expert-parallel degree, which they do not
+            depend on; needed where not all pipeline ranks are built.
+
+    Raises:
+        JobError: the model has no MoE layers, or its checkpointing cannot be planned.
+    """
+    if cpu.needed():
+        cpu.adapt(config)
+    config.compile.enable = False
+    dims, cut = layout.resolve(config.parallelism), batch_cut.cut(config)
+    spec = config.model_spec
+    assert spec is not None
+    numbers = layer_numbers(spec.model)
+    if not numbers:
+        raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
+    moe_layers = {
+        numbers[name]: _moe_layer(moe) for name, moe, *_ in spec.model.traverse(MoE.Config)
+    }
+    spec.model.update_from_config(config=config)
+    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+        model = spec.model.build()
+    attention_flops = _attention_flops(config, model)
+    found: dict[int, Stage] = {}
+    states: dict[int, RankState] = {}
+    schedule: Schedule = {}
+    for position in range(dims.pp) if pipeline_ranks is None else pipeline_ranks:
+        rank = position * (dims.world_size // dims.pp)
+        with fake_rank(rank, dims.world_size):
+            schedule, parts = build_parts(config, model, position)
+            states[position] = rank_state(rank, config, dims, list(parts.values()))
+            for index, part in parts.items():
+                found[index] = _stage(part, numbers, attention_flops)
+    return JobModel(
+        model_name=spec.name,
+        flavor=spec.flavor,
+        num_ranks=dims.world_size,
+        ep_degree=dims.ep,
+        tp_degree=dims.tp,
+        moe_layers=moe_layers,
+        dim=next(iter(moe_layers.values())).dim,
+        stages=stages or tuple(found[index] for index in sorted(found)),
+        schedule=schedule,
+        accumulation_steps=cut.accumulation_steps,
+        tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // dims.cp,
+        checkpointing=_checkpointing(config),
+        states=states,
+    )
+
+
+def _moe_layer(moe: MoE.Config) -> MoELayer:
+    experts, shared = moe.routed_experts.inner_experts, moe.shared_experts
+    return MoELayer(
+        num_experts=moe.num_experts,
+        top_k=moe.router.top_k,
+        dim=experts.dim,
+        hidden_dim=experts.hidden_dim,
+        shared_hidden_dim=shared.w1.out_features if shared is not None else 0,
+    )
+
+
+def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
+    """Forward FLOPs of the scores and values of one layer for one token.
+
+    From the model's own count of FLOPs: the part that grows with the sequence.
+    """
+    assert config.model_spec is not None
+    model_config = config.model_spec.model
+    _parameters, flops = model_config.get_nparams_and_flops(model, config.training.seq_len)
+    _parameters, without = model_config.get_nparams_and_flops(model, 0)
+    # torchtitan counts the forward once and the backward twice.
+    return (flops - without) / 3 / len(model_config.layers)
+
+
+def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> Stage:
+    num_layers = len(part.layers) + len(getattr(part, "mtp_layers", None) or ())
+    matrix_parameters = 0
+    kept = 0.0
+    for name, module in part.named_modules():
+        if not isinstance(module, nn.Linear) or ".moe." in f".{name}.":
+            continue
+        rows, columns = module.weight.shape
+        matrix_parameters += rows * columns
+        if "layers." in name:
+            kept += BF16_BYTES * (rows + columns)
+    return Stage(
+        moe_layers=tuple(numbers[name] for name, _ in part.named_modules() if name in numbers),
+        num_layers=num_layers,
+        dense_flops=2.0 * matrix_parameters + attention_flops * num_layers,
+        dense_bytes=kept,
+    )
+
+
+def _checkpointing(config: Trainer.Config) -> str:
+    policy = config.activation_checkpoint
+    if policy is None:
+        return "none"
+    if isinstance(policy, FullAC.Config):
+        return "full"
+    if isinstance(policy, SelectiveAC.Config):
+        return "selective"
+    raise JobError(
+        f"activation checkpointing {type(policy).__qualname__.removesuffix('.Config')} is the "
+        'compiler\'s decision, which cannot be planned: set [activation_checkpoint] type = "full", '
+        '"selective" or "none"'
+    )
