@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.validate import Validator
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
@@ -33,6 +34,9 @@ def debug(
         metrics=LoadBalanceMetricsProcessor.Config(log_freq=1),
         model_spec=spec,
         dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS),
+        validator=Validator.Config(
+            dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS, infinite=False), steps=2
+        ),
         optimizer=default_adamw(lr=8e-4),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=2, decay_ratio=0.8, decay_type="linear", min_lr_factor=0.0

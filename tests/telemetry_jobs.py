@@ -104,7 +104,7 @@ def _peak(order, layers_of_stage, tokens) -> float:
     return peak
 
 
-def small_router(layer: int = 0, layers: tuple[int, ...] = (0,), **options) -> LoadBalancedRouter:
+def small_router(layer: int = 0, **options) -> LoadBalancedRouter:
     """A router of 8 experts on 16 features with a loss, unwired."""
     config = make_router_config(
         dim=16, num_experts=8, gate_param_init={}, top_k=2, score_func="softmax"
@@ -112,9 +112,7 @@ def small_router(layer: int = 0, layers: tuple[int, ...] = (0,), **options) -> L
     loss = SequenceWiseAuxLoss.Config(
         weight=0.1, local_batch_size=2, global_batch_size=2, num_experts=8
     )
-    config = derive(
-        config, LoadBalancedRouter.Config, aux_losses=[loss], layer=layer, layers=layers, **options
-    )
+    config = derive(config, LoadBalancedRouter.Config, aux_losses=[loss], layer=layer, **options)
     router = config.build()
     torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(layer))
     return router
@@ -133,8 +131,7 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
     parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
     parallel_dims.build_mesh()
     stage = parallel_dims.get_mesh("pp").get_local_rank() if parallel_dims.pp_enabled else 0
-    everywhere = tuple(sorted(layer for layers in layers_by_stage for layer in layers))
-    routers = [small_router(layer, everywhere) for layer in layers_by_stage[stage]]
+    routers = [small_router(layer) for layer in layers_by_stage[stage]]
     for router in routers:
         router.wire_meshes(parallel_dims)
     event_clock.wire(router.clock for router in routers)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.module import ModuleDict
 
+from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.forced_routing.base import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss, LoadBalanceLoss
 from titan_moe_lb.losses.functional import count_tokens_per_expert, probability_sums
@@ -49,11 +50,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         layer: int = 0
         """Number of the router's layer in the whole model."""
 
-        layers: tuple[int, ...] = (0,)
-        """Numbers of all MoE layers of the whole model, ascending."""
-
-        updates_bias: bool = False
-        """The layer has an expert bias, whose update needs the counts of every step."""
+        expert_bias: ExpertBias.Config | None = None
+        """What moves the layer's expert bias; None where it has none."""
 
         track: bool = True
         """Keep what the metrics show: counts by micro-batch, and when each passed."""
@@ -73,13 +71,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         token_replicas: int = 1
         """Ranks that see the same tokens and whose gradients are summed (TP without EP)."""
 
-        def update_from_config(
-            self, *, config, updates_bias: bool, track: bool, record_tokens: bool
-        ) -> None:
+        def update_from_config(self, *, config, track: bool, record_tokens: bool) -> None:
             """Bind the router, its losses and its recorder to a ``Trainer.Config``."""
             dims = layout.resolve(config.parallelism)
             cut = batch_cut.cut(config)
-            self.updates_bias = updates_bias
             self.track = track
             self.num_micro_batches = cut.num_micro_batches
             if record_tokens:
@@ -113,9 +108,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         ]
         self.count_sources = ["selected", *(["scores"] if "scores" in counting else [])]
         self.layer = config.layer
-        self.layers = config.layers
         # Whether someone takes the counts of every step, logged or not.
-        self.needs_step_counts = config.updates_bias or any(
+        self.expert_bias = config.expert_bias.build() if config.expert_bias is not None else None
+        self.needs_step_counts = (self.expert_bias is not None and self.expert_bias.moves) or any(
             loss.needs_step_counts for loss in self.aux_losses.values()
         )
         self.records = config.track or self.needs_step_counts or config.recorded_tokens is not None

@@ -9,7 +9,6 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
-from titan_moe_lb.expert_bias.sign import bias_update
 from titan_moe_lb.losses import GlobalBatchAuxLoss
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording import event_clock, recorder
@@ -44,7 +43,7 @@ def _close_step(layers: list[MoE], parallel_dims: ParallelDims) -> None:
     event_clock.finish_step([router.clock for router in routers if router.clock is not None])
     if any(router.needs_step_counts for router in routers):
         reduce_over_tokens(routers, parallel_dims)
-    _update_expert_bias([layer for layer in layers if layer.load_balance_coeff is not None])
+    _move_expert_biases(layers)
     # Counted by torchtitan's MoE.forward, and read by nobody here.
     torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in layers])
     for router in routers:
@@ -54,12 +53,19 @@ def _close_step(layers: list[MoE], parallel_dims: ParallelDims) -> None:
                 loss.finish_step(router.recorder.global_counts_SE[source])
 
 
-def _update_expert_bias(layers: list[MoE]) -> None:
+def _move_expert_biases(layers: list[MoE]) -> None:
+    moving = [
+        layer
+        for layer in layers
+        if layer.router.expert_bias is not None and layer.router.expert_bias.moves  # type: ignore[union-attr]
+    ]
+    if not moving:
+        return
     with torch.no_grad():
-        for layer in layers:
-            assert layer.load_balance_coeff is not None
-            counts_E = layer.router.recorder.global_counts_SE[0]  # type: ignore[union-attr]
-            local_shard(layer.expert_bias_E).add_(bias_update(counts_E, layer.load_balance_coeff))
+        biases = [local_shard(layer.expert_bias_E) for layer in moving]
+        counts_NE = torch.stack([layer.router.recorder.global_counts_SE[0] for layer in moving])  # type: ignore[union-attr]
+        delta_NE = moving[0].router.expert_bias.delta(torch.stack(biases), counts_NE)  # type: ignore[union-attr]
+        torch._foreach_add_(biases, list(delta_NE.unbind()))
 
 
 def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:

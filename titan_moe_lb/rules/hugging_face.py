@@ -9,6 +9,7 @@ import safetensors
 import torch
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError
 
 
@@ -21,7 +22,9 @@ def check_initial_weights(config: Trainer.Config) -> None:
         JobError: no weights there, or the first tensor that is missing or has another shape.
     """
     checkpoint, spec = config.checkpoint, config.model_spec
-    if not checkpoint.enable or not checkpoint.initial_load_in_hf or _resumes(config):
+    if not checkpoint.enable or not checkpoint.initial_load_in_hf:
+        return
+    if checkpoints.start_of(config) is not None:  # of its own, which comes first
         return
     assert spec is not None
     if spec.state_dict_adapter is None:
@@ -56,11 +59,6 @@ def check_initial_weights(config: Trainer.Config) -> None:
                 f"checkpoint.initial_load_in_hf: {name!r} has shape {found[name]} in {folder!r} "
                 f"and {shape} in {spec.name} {spec.flavor}: is it another model or flavor?"
             )
-
-
-def _resumes(config: Trainer.Config) -> bool:
-    """A job that has a checkpoint of its own starts from that one."""
-    return any(Path(config.dump_folder, config.checkpoint.folder).glob("step-*"))
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

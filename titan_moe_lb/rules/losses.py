@@ -1,10 +1,7 @@
-"""Aux losses and the expert bias. See :mod:`titan_moe_lb.rules`."""
+"""Aux losses. See :mod:`titan_moe_lb.rules`."""
 
 from __future__ import annotations
 
-import math
-
-from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import toml_tables
@@ -65,16 +62,6 @@ def one_loss_of_each_kind(config: Trainer.Config) -> None:
                 )
 
 
-def bias_update_speed_is_positive(config: Trainer.Config) -> None:
-    for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
-        speed = moe.load_balance_coeff
-        if speed is not None and not (math.isfinite(speed) and speed > 0):
-            raise JobError(
-                f"{fqn}.load_balance_coeff is {speed}; it must be a finite number above 0, "
-                "or none to turn the expert bias off"
-            )
-
-
 def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
     """The line of TOML with the same losses, the batch-wise one over the global batch."""
     whole_batch = [
@@ -90,5 +77,4 @@ RULES = (
     batch_wise_sees_the_whole_batch,
     running_counts_survive_recomputation,
     one_loss_of_each_kind,
-    bias_update_speed_is_positive,
 )

@@ -102,6 +102,15 @@ def expert_groups_fit_router(config: Trainer.Config) -> None:
             )
 
 
+def score_function_is_known(config: Trainer.Config) -> None:
+    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
+        if router.score_func not in ("softmax", "sigmoid"):
+            raise JobError(
+                f"{fqn}.score_func is {router.score_func!r}; the router knows 'softmax' and "
+                "'sigmoid'"
+            )
+
+
 def _decoder(config: Trainer.Config) -> Decoder.Config | None:
     model = None if config.model_spec is None else config.model_spec.model
     return model if isinstance(model, Decoder.Config) else None
@@ -114,4 +123,5 @@ RULES = (
     tied_weights_stay_on_one_stage,
     experts_divide_over_ranks,
     expert_groups_fit_router,
+    score_function_is_known,
 )

@@ -117,7 +117,7 @@ def _over_stages(
     The table is summed, so that a row is exactly what its stage wrote.
     """
     names = sorted(loss.metric_name for loss in AuxLoss.kinds.values())
-    num_rows = max(routers[0].layers) + 1 if routers else 0
+    num_rows = max((router.layer for router in routers), default=-1) + 1
     num_experts = routers[0].num_experts if routers else 0
     if parallel_dims.pp_enabled:
         # A stage without MoE layers learns here how large the table is.

@@ -46,8 +46,8 @@ class RunInfo:
     """Tokens of one sequence."""
     forced_routing: str | None = None
     """The forced routing strategy of a benchmark; None for a real run."""
-    load_balance_coeff: float | None = None
-    """Speed of the expert-bias update; None where it is off."""
+    expert_bias: str | None = None
+    """The rule of the expert bias and its settings; None where there is no bias."""
     started: str
     """ISO 8601 time with offset."""
     version: str
@@ -121,6 +121,9 @@ class RunInfo:
                     f"{path} has trace format {version}, this titan_moe_lb reads up to "
                     f"{FORMAT_VERSION}: update titan_moe_lb"
                 )
+            speed = table.pop("load_balance_coeff", None)
+            if speed is not None:  # titan_moe_lb 0.1.0, which had one rule
+                table["expert_bias"] = f"sign (speed {speed:g})"
             table["layers"] = tuple(table["layers"])
             table["resumed_at"] = tuple(table["resumed_at"])
             return cls(**table)
