@@ -77,5 +77,5 @@ def test_converter_without_the_step_hook_is_refused():
     converter = LoadBalanceConverter.Config(aux_losses=LOSSES)
     spec = deepseek_v3.model_registry("debugmodel", converters=[converter])
     config = recipes.debug(spec, recipes.language_model_loss(spec))
-    with pytest.raises(JobError, match=r"use titan_moe_lb\.model_spec\.balanced\(spec"):
+    with pytest.raises(JobError, match=r"use titan_moe_lb\.balanced\(spec"):
         spec.model.update_from_config(config=config)
