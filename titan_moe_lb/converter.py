@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
-from torchtitan.components.optimizer import OptimizersContainer, register_moe_load_balancing_hook
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
@@ -130,9 +130,8 @@ class StepHooks:
         model_parts: list[nn.Module],
         parallel_dims: ParallelDims,
     ) -> None:
-        # torchtitan's own bias update would move the same bias a second time.
-        if self.own not in (None, register_moe_load_balancing_hook):
-            self.own(optimizers, model_parts, parallel_dims)  # type: ignore[misc]
+        if self.own is not None:
+            self.own(optimizers, model_parts, parallel_dims)
         register_load_balancing(optimizers, model_parts, parallel_dims)
         if self.reset is not None:
             self.reset.register(model_parts)

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.models.utils import validate_converter_order
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
@@ -57,12 +58,16 @@ def balanced(
     validate_converter_order(converters or [])
     for config in [*(converters or []), converter]:
         model = config.build().convert(model)
+    # torchtitan's own update would move the same bias a second time.
+    replaced = spec.post_optimizer_build_fn is register_moe_load_balancing_hook
     fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
     return BalancedModelSpec(
         **{
             **fields,
             "model": model,
-            "post_optimizer_build_fn": StepHooks(own=spec.post_optimizer_build_fn),
+            "post_optimizer_build_fn": StepHooks(
+                own=None if replaced else spec.post_optimizer_build_fn
+            ),
             "state_dict_adapter": _without_loss_state(spec.state_dict_adapter),
         }
     )
