@@ -25,11 +25,15 @@ def language_model_loss(spec: ModelSpec) -> BaseLoss.Config:
 
 
 def debug(
-    spec: ModelSpec, loss: BaseLoss.Config, *, local_batch_size: int = 8, seq_len: int = 256
+    spec: ModelSpec,
+    loss: BaseLoss.Config | None = None,
+    *,
+    local_batch_size: int = 8,
+    seq_len: int = 256,
 ) -> Trainer.Config:
     """Ten steps on text that comes with Python, every step logged."""
     return Trainer.Config(
-        loss=loss,
+        loss=loss or language_model_loss(spec),
         hf_assets_path=TOKENIZER_PATH,
         metrics=LoadBalanceMetricsProcessor.Config(log_freq=1),
         model_spec=spec,
@@ -57,11 +61,11 @@ def debug(
 
 def pretraining(
     spec: ModelSpec,
-    loss: BaseLoss.Config,
+    loss: BaseLoss.Config | None = None,
     *,
     assets: str,
-    learning_rate: float,
-    expert_parallel: int,
+    learning_rate: float = 2.2e-4,
+    expert_parallel: int = 8,
     local_batch_size: int = 4,
     seq_len: int = 4096,
     activation_checkpoint: SelectiveAC.Config | FullAC.Config | None = None,
@@ -69,13 +73,15 @@ def pretraining(
     """A run on C4 over many GPUs; job files set the rest of the layout.
 
     Args:
+        loss: of the language model; default: :func:`language_model_loss`.
         assets: folder of the model's tokenizer and, to start from them, its weights.
-        learning_rate: peak, reached after 2,000 steps.
-        expert_parallel: ranks that share the experts of a layer.
+        learning_rate: peak, reached after 2,000 steps. Default: DeepSeek-V3's (arXiv
+            2412.19437, section 4.2), for want of the model's own in its report.
+        expert_parallel: ranks that share the experts of a layer; default: the GPUs of a node.
         activation_checkpoint: default: selective.
     """
     return Trainer.Config(
-        loss=loss,
+        loss=loss or language_model_loss(spec),
         hf_assets_path=assets,
         metrics=LoadBalanceMetricsProcessor.Config(),
         model_spec=spec,

@@ -6,22 +6,22 @@ A room is a package ``model_registry/<model>/`` with
   choice, with its source) and ``model_registry(flavor, ...)``, which builds a torchtitan
   ``ModelSpec``, decorated with :func:`registry_entry`;
 - ``config_registry.py``: one config function per job, ``debug_config`` (the name of
-  the one that runs when none is named) and ``loss_config(spec)``.
+  the one that runs when none is named) and, where the language-model loss depends on
+  the arguments of the model, ``loss_config(spec)``.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchtitan.protocols.model_spec import ModelSpec
 
-from titan_moe_lb.errors import JobError
+from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 
 
@@ -37,7 +37,7 @@ class Default:
 
 
 def registry_entry(
-    model: str, flavors: Iterable[str], defaults: Iterable[Default]
+    model: str, flavors: Sequence[str], defaults: Iterable[Default]
 ) -> Callable[[Callable[..., ModelSpec]], Callable[..., BalancedModelSpec]]:
     """Decorator of a function ``(flavor, ...) -> ModelSpec``: balances what it builds.
 
@@ -64,7 +64,9 @@ def registry_entry(
         def entry(*args, **kwargs) -> BalancedModelSpec:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            check_flavor(model, bound.arguments["flavor"], flavors)
+            flavor = bound.arguments["flavor"]
+            if flavor not in flavors:
+                raise JobError(f"{model} has no flavor {flavor!r}; {nearest(flavor, flavors)}")
             ours = {parameter.name: bound.arguments[parameter.name] for parameter in shared}
             rest = {k: v for k, v in bound.arguments.items() if k not in ours}
             spec = balanced(build(**rest), **ours)
@@ -80,14 +82,3 @@ def registry_entry(
         return entry
 
     return decorate
-
-
-def check_flavor(model: str, flavor: str, flavors: Iterable[str]) -> None:
-    """Raises ``JobError`` naming the nearest flavor unless the model has this one."""
-    valid = list(flavors)
-    if flavor not in valid:
-        nearest = difflib.get_close_matches(flavor, valid, n=1, cutoff=0.0)[0]
-        raise JobError(
-            f"{model} has no flavor {flavor!r}; did you mean {nearest!r}? "
-            f"(flavors: {', '.join(valid)})"
-        )

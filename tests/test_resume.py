@@ -192,10 +192,10 @@ def test_cut_checkpoint_names_the_last_good_one(two_steps, file):
     assert remedy in message
     files_of(two_steps.parent, SIGN, "--checkpoint.load_step=2")
     cut(two_steps / "step-2" / "__0_0.distcp")
-    assert "no other step beside it is whole" in one_line(two_steps)
+    assert f"no other step in {two_steps} is whole" in one_line(two_steps)
 
 
-def test_missing_files_of_a_checkpoint(two_steps, caplog):
+def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path, caplog):
     (two_steps / "step-4" / "__0_0.distcp").unlink()
     message = one_line(two_steps)
     assert "step-4/__0_0.distcp is missing; the last good step" in message
@@ -209,18 +209,17 @@ def test_missing_files_of_a_checkpoint(two_steps, caplog):
     assert "step-7/.metadata is missing" in one_line(two_steps, "--checkpoint.load_step=7")
     # It would silently begin again where no step has metadata.
     (two_steps / "step-2" / ".metadata").unlink()
-    assert "training would start from the beginning" in one_line(two_steps)
+    assert "step-4/.metadata is missing" in one_line(two_steps)
+    initial = f"--checkpoint.initial_load_path={tmp_path}/other/step-2"
+    shutil.copytree(learned[0] / "checkpoint", tmp_path / "other")
+    files_of(two_steps.parent, SIGN, initial)
 
 
-def test_cut_weights_of_another_run_name_a_good_step(two_steps, tmp_path):
+def test_cut_weights_of_another_run(two_steps, tmp_path):
     cut(two_steps / "step-4" / "__0_0.distcp")
-    job = job_config.load(
-        [
-            *bias_job(tmp_path / "new", SIGN),
-            f"--checkpoint.initial_load_path={two_steps}/step-4",
-        ]
-    )
-    with pytest.raises(JobError, match=f"set checkpoint.initial_load_path = {two_steps}/step-2"):
+    flag = f"--checkpoint.initial_load_path={two_steps}/step-4"
+    job = job_config.load([*bias_job(tmp_path / "new", SIGN), flag])
+    with pytest.raises(JobError, match="step-4/__0_0.distcp is cut: .*initial_load_path"):
         validate_files(job.config)
 
 

@@ -31,7 +31,7 @@ def own_folder(config) -> Path:
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
-    """The steps that a run began to save, ascending; see :func:`damage`."""
+    """The steps that a run began to save, ascending."""
     found = {
         int(match[1]): path
         for path in folder.glob("step-*")
@@ -44,7 +44,9 @@ def start_of(config) -> Checkpoint | None:
     """The distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
 
     That is ``checkpoint.load_step``, else the latest of its own with metadata, else
-    ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights.
+    ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights. A
+    run that has steps, and none with metadata, would silently begin again: the latest then,
+    which nobody can load.
     """
     checkpoint = config.checkpoint
     if not checkpoint.enable or checkpoint.create_seed_checkpoint:
@@ -53,11 +55,14 @@ def start_of(config) -> Checkpoint | None:
     if checkpoint.load_step != -1:
         path = folder / f"step-{checkpoint.load_step}"
         return Checkpoint(path=path, step=checkpoint.load_step)
-    finished = [step for step, path in steps_in(folder).items() if (path / _METADATA).is_file()]
-    if finished:
-        return Checkpoint(path=folder / f"step-{finished[-1]}", step=finished[-1])
-    if checkpoint.initial_load_path and not checkpoint.initial_load_in_hf:
+    steps = steps_in(folder)
+    finished = {step: path for step, path in steps.items() if (path / _METADATA).is_file()}
+    if not finished and checkpoint.initial_load_in_hf:
+        return None
+    if not finished and checkpoint.initial_load_path:
         return Checkpoint(path=Path(checkpoint.initial_load_path), step=None)
+    for step, path in reversed((finished or steps).items()):
+        return Checkpoint(path=path, step=step)
     return None
 
 

@@ -32,39 +32,29 @@ def assets_are_here(config: Trainer.Config) -> None:
 
 def checkpoint_is_whole(config: Trainer.Config) -> None:
     start = checkpoints.start_of(config)
-    folder = checkpoints.own_folder(config)
-    steps = checkpoints.steps_in(folder) if config.checkpoint.enable else {}
     if start is None:
-        if steps and not config.checkpoint.create_seed_checkpoint:
-            step, path = steps.popitem()
-            raise JobError(
-                f"{checkpoints.damage(path)}: no step in {folder} can be loaded, and training "
-                "would start from the beginning; for that, take the folder away"
-            )
         return
+    folder = checkpoints.own_folder(config)
+    steps = checkpoints.steps_in(folder)
     problem = checkpoints.damage(start.path)
     if problem is not None:
-        others = steps if start.step is not None else checkpoints.steps_in(start.path.parent)
-        good = (
-            (step, path)
-            for step, path in reversed(others.items())
+        good = [
+            step
+            for step, path in steps.items()
             if path != start.path and checkpoints.damage(path) is None
+        ]
+        raise JobError(
+            f"{problem}; the last good step in {folder} is {good[-1]}: "
+            f"set checkpoint.load_step = {good[-1]}"
+            if good
+            else f"{problem}; no other step in {folder} is whole: name another checkpoint in "
+            "checkpoint.initial_load_path, or begin again in another checkpoint.folder"
         )
-        step, path = next(good, (None, None))
-        flag = "load_step" if start.step is not None else "initial_load_path"
-        value = step if start.step is not None else path
-        remedy = (
-            f"the last good step in {others[step].parent} is {step}: set checkpoint.{flag} = {value}"
-            if step is not None
-            else f"no other step beside it is whole; take {start.path} away to start without it"
+    if start.step is not None and config.checkpoint.load_step == -1 and start.step < max(steps):
+        logger.warning(
+            f"titan_moe_lb: note: {checkpoints.damage(steps[max(steps)])}; training goes on from "
+            f"step {start.step}, the last good one (checkpoint.load_step chooses another)"
         )
-        raise JobError(f"{problem}; {remedy}")
-    for step, path in steps.items():
-        if start.step is not None and step > start.step and config.checkpoint.load_step == -1:
-            logger.warning(
-                f"titan_moe_lb: note: {checkpoints.damage(path)}: training goes on from step "
-                f"{start.step}, the last good one (checkpoint.load_step chooses another)"
-            )
 
 
 def checkpoint_has_router_state(config: Trainer.Config) -> None:
