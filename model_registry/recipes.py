@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.validate import Validator
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
@@ -24,15 +25,22 @@ def language_model_loss(spec: ModelSpec) -> BaseLoss.Config:
 
 
 def debug(
-    spec: ModelSpec, loss: BaseLoss.Config, *, local_batch_size: int = 8, seq_len: int = 256
+    spec: ModelSpec,
+    loss: BaseLoss.Config | None = None,
+    *,
+    local_batch_size: int = 8,
+    seq_len: int = 256,
 ) -> Trainer.Config:
     """Ten steps on text that comes with Python, every step logged."""
     return Trainer.Config(
-        loss=loss,
+        loss=loss or language_model_loss(spec),
         hf_assets_path=TOKENIZER_PATH,
         metrics=LoadBalanceMetricsProcessor.Config(log_freq=1),
         model_spec=spec,
         dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS),
+        validator=Validator.Config(
+            dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS, infinite=False), steps=2
+        ),
         optimizer=default_adamw(lr=8e-4),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=2, decay_ratio=0.8, decay_type="linear", min_lr_factor=0.0
@@ -53,11 +61,11 @@ def debug(
 
 def pretraining(
     spec: ModelSpec,
-    loss: BaseLoss.Config,
+    loss: BaseLoss.Config | None = None,
     *,
     assets: str,
-    learning_rate: float,
-    expert_parallel: int,
+    learning_rate: float = 2.2e-4,
+    expert_parallel: int = 8,
     local_batch_size: int = 4,
     seq_len: int = 4096,
     activation_checkpoint: SelectiveAC.Config | FullAC.Config | None = None,
@@ -65,13 +73,15 @@ def pretraining(
     """A run on C4 over many GPUs; job files set the rest of the layout.
 
     Args:
+        loss: of the language model; default: :func:`language_model_loss`.
         assets: folder of the model's tokenizer and, to start from them, its weights.
-        learning_rate: peak, reached after 2,000 steps.
-        expert_parallel: ranks that share the experts of a layer.
+        learning_rate: peak, reached after 2,000 steps. Default: DeepSeek-V3's (arXiv
+            2412.19437, section 4.2), for want of the model's own in its report.
+        expert_parallel: ranks that share the experts of a layer; default: the GPUs of a node.
         activation_checkpoint: default: selective.
     """
     return Trainer.Config(
-        loss=loss,
+        loss=loss or language_model_loss(spec),
         hf_assets_path=assets,
         metrics=LoadBalanceMetricsProcessor.Config(),
         model_spec=spec,

@@ -3,20 +3,26 @@
 A room is a package ``model_registry/<model>/`` with
 
 - ``__init__.py``: ``FLAVORS``, ``DEFAULTS`` (a :class:`Default` for each balancing
-  choice, with its source) and ``model_registry(flavor, ...)``, decorated with
-  :func:`titan_moe_lb.model_spec.registry_entry`;
+  choice, with its source) and ``model_registry(flavor, ...)``, which builds a torchtitan
+  ``ModelSpec``, decorated with :func:`registry_entry`;
 - ``config_registry.py``: one config function per job, ``debug_config`` (the name of
-  the one that runs when none is named) and ``loss_config(spec)``.
+  the one that runs when none is named) and, where the language-model loss depends on
+  the arguments of the model, ``loss_config(spec)``.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from titan_moe_lb.errors import JobError
+from torchtitan.protocols.model_spec import ModelSpec
+
+from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 
 
 @dataclass(frozen=True)
@@ -24,18 +30,55 @@ class Default:
     """A value that a registry entry takes when the job names none, and where it comes from."""
 
     key: str
-    """Argument of the registry entry, a key of [model]."""
+    """Argument of :func:`titan_moe_lb.model_spec.balanced`, a key of [model]."""
     value: Any
     source: str
     """Paper and section, or plainly that nobody published one."""
 
 
-def check_flavor(model: str, flavor: str, flavors: Iterable[str]) -> None:
-    """Raises ``JobError`` naming the nearest flavor unless the model has this one."""
-    valid = list(flavors)
-    if flavor not in valid:
-        nearest = difflib.get_close_matches(flavor, valid, n=1, cutoff=0.0)[0]
-        raise JobError(
-            f"{model} has no flavor {flavor!r}; did you mean {nearest!r}? "
-            f"(flavors: {', '.join(valid)})"
+def registry_entry(
+    model: str, flavors: Sequence[str], defaults: Iterable[Default]
+) -> Callable[[Callable[..., ModelSpec]], Callable[..., BalancedModelSpec]]:
+    """Decorator of a function ``(flavor, ...) -> ModelSpec``: balances what it builds.
+
+    The entry takes the arguments of :func:`titan_moe_lb.model_spec.balanced` as well,
+    with the room's defaults, and keeps all of them on the spec.
+
+    Raises, when it is called:
+        JobError: a flavor that is none of ``flavors``.
+    """
+    values = {default.key: default.value for default in defaults}
+    shared = [
+        parameter.replace(default=values.get(name, parameter.default))
+        for name, parameter in inspect.signature(balanced).parameters.items()
+        if name != "spec"
+    ]
+
+    def decorate(build: Callable[..., ModelSpec]) -> Callable[..., BalancedModelSpec]:
+        own = inspect.signature(build)
+        signature = own.replace(
+            parameters=[*own.parameters.values(), *shared], return_annotation=BalancedModelSpec
         )
+
+        @functools.wraps(build)
+        def entry(*args, **kwargs) -> BalancedModelSpec:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            flavor = bound.arguments["flavor"]
+            if flavor not in flavors:
+                raise JobError(f"{model} has no flavor {flavor!r}; {nearest(flavor, flavors)}")
+            ours = {parameter.name: bound.arguments[parameter.name] for parameter in shared}
+            rest = {k: v for k, v in bound.arguments.items() if k not in ours}
+            spec = balanced(build(**rest), **ours)
+            spec.arguments = dict(bound.arguments)
+            return spec
+
+        entry.__signature__ = signature  # type: ignore[attr-defined]
+        entry.__annotations__ = {
+            **typing.get_type_hints(balanced),
+            **typing.get_type_hints(build),
+            "return": BalancedModelSpec,
+        }
+        return entry
+
+    return decorate

@@ -47,7 +47,7 @@ def run_info(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **change
         "global_batch_size": 8,
         "micro_batch_size": 1,
         "seq_len": 256,
-        "load_balance_coeff": 1e-3,
+        "expert_bias": "sign (speed 0.001)",
         "started": "2026-01-02T03:04:05+00:00",
         "version": "0.1.0",
     }

@@ -126,6 +126,22 @@ def test_torchtitans_own_gpt_oss_adapter_loses_the_experts():
     assert experts <= own.from_hf(own.to_hf(state)).keys()
 
 
+def test_folder_with_a_bias_that_the_job_would_drop_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    deepseek_v3().save_pretrained(tmp_path)
+    job = [
+        *("--config", "deepseek_v3_tiny", f"--dump_folder={tmp_path}/out"),
+        *("--checkpoint.enable", "--checkpoint.initial_load_in_hf"),
+        f"--checkpoint.initial_load_path={tmp_path}",
+    ]
+    for rule in ("sign", "frozen"):
+        check_initial_weights(job_config.load([*job, f"--model.expert_bias={rule}"]).config)
+    with pytest.raises(JobError) as error:
+        check_initial_weights(job_config.load([*job, "--model.expert_bias=none"]).config)
+    assert "an expert bias ('model.layers.1.mlp.gate.e_score_correction_bias')" in str(error.value)
+    assert 'keep it with expert_bias = {type = "frozen"}' in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

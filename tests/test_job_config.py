@@ -9,7 +9,9 @@ import pytest
 import tomli
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.job import job_config
+from titan_moe_lb.value_schedule import Change
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.toml"))
 JOB = '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n'
@@ -37,15 +39,44 @@ def test_command_line_beats_toml_beats_registry(tmp_path):
 def test_model_table_and_flags_reach_the_routers(tmp_path):
     text = (
         JOB
-        + '[model]\nload_balance_coeff = "none"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 0.5\n'
+        + '[model]\nexpert_bias = "none"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 0.5\n'
     )
     arguments = job_file(tmp_path, text)
     spec = job_config.load(arguments).config.model_spec
     moe = spec.model.layers[-1].moe
-    assert moe.load_balance_coeff is None
+    assert moe.load_balance_coeff is None and moe.router.expert_bias is None
     assert [loss.weight for loss in moe.router.aux_losses] == [0.5]
     spec = job_config.load([*arguments, "--model.aux_losses", "[]"]).config.model_spec
     assert spec.model.layers[-1].moe.router.aux_losses == []
+
+
+def test_values_that_change_come_from_tables_and_flags(tmp_path):
+    text = JOB + '[model.expert_bias]\ntype = "sign"\nspeed = 0.01\n'
+    text += "[[model.expert_bias.changes]]\ntokens = 14.3e12\nvalue = 0.0\n"
+    arguments = job_file(tmp_path, text)
+    job = job_config.load(arguments)
+    rule = SignBias.Config(speed=0.01, changes=[Change(tokens=14.3e12, value=0.0)])
+    assert job.config.model_spec.model.layers[-1].moe.router.expert_bias == rule
+    assert (
+        rule.changes
+        == job_config.load(job_file(tmp_path, job_config.render(job)))
+        .config.model_spec.model.layers[-1]
+        .moe.router.expert_bias.changes
+    )
+    flag = '{type = "sign", changes = [{step = 3, value = 1e-2}, {step = 5, value = 0.0}]}'
+    config = job_config.load([*arguments, "--model.expert_bias", flag]).config
+    rule = config.model_spec.model.layers[-1].moe.router.expert_bias
+    assert [(change.step, change.value) for change in rule.changes] == [(3, 1e-2), (5, 0.0)]
+
+
+def test_a_foreign_model_keeps_its_own_bias(tmp_path):
+    """torchtitan's coefficient is the speed of the sign rule."""
+    module = ["--module", "torchtitan.models.deepseek_v3", "--config", "deepseek_v3_debugmodel"]
+    flags = [*module, "--training.disable_cuda_graphs", "--model.aux_losses=[]"]
+    for given, rule in (([], SignBias.Config(speed=1e-3)), (["--model.expert_bias=none"], None)):
+        moe = job_config.load([*flags, *given]).config.model_spec.model.layers[-1].moe
+        assert moe.router.expert_bias == rule
+        assert (moe.load_balance_coeff is None) == (rule is None)
 
 
 def test_mtp_takes_the_loss_that_fits(tmp_path):
@@ -155,7 +186,41 @@ WRONG_FILES = {
         '[job]\nmodule = "llama3"\nconfig = "llama3_debugmodel"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 1.0\n',
         "has no MoE layer",
     ),
-    "bias speed": (JOB + "[model]\nload_balance_coeff = -1.0\n", "load_balance_coeff is -1.0"),
+    "bias speed": (
+        JOB + '[model.expert_bias]\ntype = "sign"\nspeed = -1.0\n',
+        "[model] expert_bias: expert_bias speed is -1.0",
+    ),
+    "unknown bias rule": (
+        JOB + '[model]\nexpert_bias = "sing"\n',
+        "expert_bias type 'sing' does not exist; did you mean 'sign'?",
+    ),
+    "two bias rules": (
+        JOB + '[model]\nexpert_bias = [{type = "sign"}, {type = "frozen"}]\n',
+        "expert_bias is [{'type': 'sign'}, {'type': 'frozen'}]; it must be one table with a type",
+    ),
+    "torchtitan's name for the bias rule": (
+        JOB + '[model]\nexpert_bias = "frozen"\nload_balance_coeff = 1e-3\n',
+        "[model] load_balance_coeff: a job has one rule of the expert bias, and it is set in "
+        'expert_bias, as in expert_bias = {type = "sign", speed = 0.001}',
+    ),
+    "changes out of order": (
+        JOB
+        + '[model.expert_bias]\ntype = "sign"\n'
+        + "changes = [{step = 20, value = 0.0}, {step = 10, value = 1e-3}]\n",
+        "[model] expert_bias: expert_bias changes: step 10 does not come after 20",
+    ),
+    "change with a wrong key": (
+        JOB + '[model.expert_bias]\ntype = "sign"\nchanges = [{steps = 20, value = 0.0}]\n',
+        "[model] expert_bias changes[0] has no key 'steps'; did you mean 'step'?",
+    ),
+    "change without a value": (
+        JOB + '[model.expert_bias]\ntype = "sign"\nchanges = [{step = 20}]\n',
+        "[model] expert_bias changes[0] needs 'value'",
+    ),
+    "change that is no table": (
+        JOB + '[model.expert_bias]\ntype = "sign"\nchanges = [20]\n',
+        "[model] expert_bias changes[0] is 20; it must be a table",
+    ),
     "unknown checkpointing": (
         JOB + '[activation_checkpoint]\ntype = "ful"\n',
         "did you mean 'full'?",
@@ -211,17 +276,9 @@ WRONG_FILES = {
         JOB + BATCH_WISE + "[training]\nglobal_batch_size = 16\n",
         "batch-wise aux loss is incompatible with gradient accumulation",
     ),
-    "running counts + PP + checkpointing": (
-        JOB
-        + RUNNING
-        + '[parallelism]\npipeline_parallel_degree = 2\n[activation_checkpoint]\ntype = "full"\n',
-        'set counts = "previous_step" or [activation_checkpoint] type = "none"',
-    ),
-    "running counts + accumulation + checkpointing": (
-        JOB
-        + RUNNING
-        + '[training]\nglobal_batch_size = 16\n[activation_checkpoint]\ntype = "selective"\n',
-        'counts = "running" is incompatible with activation checkpointing',
+    "memory budget": (
+        JOB + '[activation_checkpoint]\ntype = "memory-budget"\n[compile]\nenable = true\n',
+        'set type = "selective" or "full"',
     ),
     "unknown counts": (
         JOB + RUNNING.replace("running", "runing"),

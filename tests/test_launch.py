@@ -7,8 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import titan_moe_lb
+from tests.train_jobs import train
 from titan_moe_lb import launch
+from titan_moe_lb.upstream import cpu
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
 
@@ -71,6 +75,40 @@ def test_wrong_job_is_one_line_and_status_2(arguments, environment, expected, mo
     (line,) = [text for text in capsys.readouterr().err.splitlines() if "titan_moe_lb" in text]
     assert line.startswith("titan_moe_lb: error: ")
     assert expected in line
+
+
+def test_public_face_is_imported_when_it_is_used():
+    """So that help is instant and the host backend can come before torchtitan."""
+    program = (
+        "import sys, titan_moe_lb; assert not {'torch', 'torchtitan'} & set(sys.modules); "
+        "from titan_moe_lb.upstream import cpu; cpu.use_host(); "
+        "assert all(getattr(titan_moe_lb, name) for name in dir(titan_moe_lb)); "
+        "print(*dir(titan_moe_lb))"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    names = set(result.stdout.split())
+    assert {"balanced", "SequenceWiseAuxLoss", "SignBias", "FrozenBias", "HotRank"} <= names
+    with pytest.raises(AttributeError, match="has no attribute 'blanced'"):
+        titan_moe_lb.blanced  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed"), [("cuda", False), ("xpu", False), ("mps", True), (None, True)]
+)
+def test_an_apple_gpu_is_no_accelerator_to_torchtitan(monkeypatch, kind, needed):
+    """What torch reports there; there is no such machine to test on."""
+    device = None if kind is None else torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
+    assert cpu.needed() == needed
+
+
+def test_validation_of_a_debug_job_needs_no_network(ranks):
+    flags = ["--training.steps=2", "--validator.enable", "--validator.freq=2"]
+    ((first, second),) = ranks.run(1, train, ["--config", "deepseek_v3_tiny", *flags])
+    losses = [step["validation_metrics/loss"] for step in (first, second)]
+    assert losses[1] < losses[0] < 9.0
 
 
 def test_wrong_job_is_no_traceback_for_the_shell():

@@ -7,13 +7,15 @@ import sys
 
 import pytest
 import torch
+from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.models import deepseek_v3
 from torchtitan.models.common.moe import MoE
 
 from model_registry import recipes
-from tests.other_models import train_balanced, upstream_spec
+from tests.other_models import train_balanced, train_with_own_hook, upstream_spec
 from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import GlobalBatchAuxLoss, SequenceWiseAuxLoss
 from titan_moe_lb.model_spec import balanced
@@ -43,6 +45,39 @@ def test_one_line_balances_every_layer_and_trains(ranks, module, flavor, argumen
     assert first["moe/global_load_balancing_loss"] == pytest.approx(1.0, abs=1e-3)
     assert second["moe/global_load_balancing_loss"] > 1.0
     assert second["moe/max_violation"] > 0
+
+
+def test_a_hook_of_the_users_own_is_chained(ranks):
+    """And the bias moves by the one rule alone: from -speed to +speed, whatever its mean."""
+    ((calls, spread),) = ranks.run(1, train_with_own_hook)
+    assert calls == [(1, 1)]
+    assert spread == pytest.approx(2 * 0.5)
+
+
+def test_torchtitans_own_bias_update_is_replaced():
+    spec = upstream_spec("deepseek_v3", "debugmodel")
+    assert spec.post_optimizer_build_fn is register_moe_load_balancing_hook
+    calls = []
+    assert balanced(spec).post_optimizer_build_fn.own is None
+    spec = upstream_spec("deepseek_v3", "debugmodel")
+    spec.post_optimizer_build_fn = lambda *arguments: calls.append(arguments)
+    balanced(spec).post_optimizer_build_fn(None, [], None)
+    assert calls == [(None, [], None)]
+
+
+@pytest.mark.parametrize("rule", [1e-3, [SignBias.Config()], "none"])
+def test_balanced_takes_one_bias_rule(rule):
+    with pytest.raises(JobError, match="expert_bias is .*; a model has one rule"):
+        balanced(upstream_spec("deepseek_v3", "debugmodel"), expert_bias=rule)
+
+
+def test_unknown_score_function_is_one_line():
+    spec = balanced(upstream_spec("deepseek_v3", "debugmodel"))
+    for _fqn, router, *_ in spec.model.traverse(LoadBalancedRouter.Config):
+        router.score_func = "sqrtsoftplus"
+    config = recipes.debug(spec, recipes.language_model_loss(spec))
+    with pytest.raises(JobError, match="score_func is 'sqrtsoftplus'; the router knows"):
+        spec.model.update_from_config(config=config)
 
 
 def test_qwen3_5():
@@ -77,5 +112,5 @@ def test_converter_without_the_step_hook_is_refused():
     converter = LoadBalanceConverter.Config(aux_losses=LOSSES)
     spec = deepseek_v3.model_registry("debugmodel", converters=[converter])
     config = recipes.debug(spec, recipes.language_model_loss(spec))
-    with pytest.raises(JobError, match=r"use titan_moe_lb\.model_spec\.balanced\(spec"):
+    with pytest.raises(JobError, match=r"use titan_moe_lb\.balanced\(spec"):
         spec.model.update_from_config(config=config)

@@ -249,7 +249,7 @@ def test_two_models_are_refused(tmp_path, capsys):
 
 
 def test_page_says_what_the_reader_must_know(tmp_path, capsys):
-    info = run_info(forced_routing="HotRank <b>0.5</b>", resumed_at=(2,), load_balance_coeff=None)
+    info = run_info(forced_routing="HotRank <b>0.5</b>", resumed_at=(2,), expert_bias=None)
     folder = write_run(tmp_path / "<script>alert(1)", info, 3)
     file = folder / "moe_load.arrow"
     file.write_bytes(file.read_bytes()[:-5])

@@ -1,14 +1,21 @@
-"""A run with the global-batch loss, stopped and resumed, is the uninterrupted run."""
+"""A run that goes on from a checkpoint: the same numbers, the same bias, or one line."""
 
 from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.bias_jobs import biases_of_a_run
 from tests.train_jobs import train
+from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias.resume import MARKER
 from titan_moe_lb.job import job_config
-from titan_moe_lb.rules.files import checkpoint_has_loss_state
+from titan_moe_lb.rules.files import checkpoint_has_router_state, validate_files
 
 JOB = [
     "--config",
@@ -62,8 +69,164 @@ def test_checkpoint_without_the_loss_is_refused_in_one_line(ranks, tmp_path, mon
     for flag in ("--dump_folder={}", "--checkpoint.initial_load_path={}/checkpoint/step-1"):
         config = job_config.load([*resume, flag.format(tmp_path / "without")]).config
         with pytest.raises(JobError, match="saved without the global-batch loss"):
-            checkpoint_has_loss_state(config)
-        checkpoint_has_loss_state(job_config.load([*resume, flag.format(tmp_path / "with")]).config)
+            checkpoint_has_router_state(config)
+        checkpoint_has_router_state(
+            job_config.load([*resume, flag.format(tmp_path / "with")]).config
+        )
+
+
+BIAS = [*JOB[:2], *JOB[4:10], "--parallelism.expert_parallel_degree=2", *JOB[10:]]
+SIGN, FROZEN = '{type = "sign", speed = 0.01}', '{type = "frozen"}'
+RESET = '{type = "frozen", reset = true}'
+
+
+@pytest.fixture(scope="module")
+def learned(ranks, tmp_path_factory):
+    """Folder of a run of two steps with the sign rule, and the biases that it learned."""
+    folder = tmp_path_factory.mktemp("learned")
+    found = ranks.run(2, biases_of_a_run, [*bias_job(folder, SIGN), "--training.steps=2"])[0]
+    assert found["loaded"].abs().max() == 0 and found["trained"].abs().max() >= 0.01
+    return folder, found["trained"]
+
+
+def bias_job(folder, rule: str) -> list[str]:
+    return [*BIAS, f"--model.expert_bias={rule}", f"--dump_folder={folder}"]
+
+
+def copied(learned, tmp_path) -> Path:
+    return Path(shutil.copytree(learned[0], tmp_path / "run"))
+
+
+def files_of(folder, rule: str, *flags: str) -> None:
+    """What the launcher asks before it starts a process."""
+    validate_files(job_config.load([*bias_job(folder, rule), *flags]).config)
+
+
+def test_frozen_keeps_the_bits_of_a_learned_bias(ranks, learned, tmp_path, monkeypatch):
+    folder = copied(learned, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    files_of(folder, FROZEN)
+    found = ranks.run(2, biases_of_a_run, bias_job(folder, FROZEN))[0]
+    assert torch.equal(found["loaded"], learned[1])
+    assert torch.equal(found["trained"], learned[1])
+    again = copied(learned, tmp_path / "sign")
+    moved = ranks.run(2, biases_of_a_run, bias_job(again, SIGN))[0]
+    assert torch.equal(moved["loaded"], learned[1])
+    assert not torch.equal(moved["trained"], learned[1])
+
+
+def test_reset_is_taken_once(ranks, learned, tmp_path, monkeypatch):
+    """A restart before the next checkpoint resets again, a restart after it does not."""
+    folder = copied(learned, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rule = '{type = "sign", speed = 0.01, reset = true}'
+    files_of(folder, rule)
+    job = bias_job(folder, rule)
+    stopped = [*job, "--training.steps=3", "--checkpoint.load_only"]
+    for arguments in (stopped, job):
+        found = ranks.run(2, biases_of_a_run, arguments)[0]
+        assert found["loaded"].abs().max() == 0
+        assert found["trained"].abs().max() >= 0.01
+        assert json.loads((folder / "checkpoint" / MARKER).read_text()) == {"step": 2}
+    on = ranks.run(2, biases_of_a_run, [*job, "--training.steps=5"])[0]
+    assert torch.equal(on["loaded"], found["trained"])
+    assert json.loads((folder / "checkpoint" / MARKER).read_text()) == {"step": 2}
+
+
+def test_reset_of_weights_from_another_run_is_taken_once(ranks, learned, tmp_path):
+    initial = f"--checkpoint.initial_load_path={learned[0]}/checkpoint/step-2"
+    job = [*bias_job(tmp_path, RESET), initial, "--checkpoint.interval=1"]
+    found = ranks.run(2, biases_of_a_run, [*job, "--training.steps=1"])[0]
+    assert found["loaded"].abs().max() == 0
+    sign = [*bias_job(tmp_path, SIGN), initial, "--training.steps=2"]
+    moved = ranks.run(2, biases_of_a_run, sign)[0]["trained"]
+    on = ranks.run(2, biases_of_a_run, [*job, "--training.steps=3"])[0]
+    assert moved.abs().max() > 0 and torch.equal(on["loaded"], moved)
+
+
+def test_dropping_or_missing_a_bias_is_one_line(ranks, learned, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(JobError) as error:
+        files_of(learned[0], "none")
+    for text in (
+        "step-2 was saved with an expert bias (layers.1.moe.expert_bias_E) and this job has none",
+        'expert_bias = {type = "frozen"}',
+        '{type = "frozen", reset = true}',
+    ):
+        assert text in str(error.value)
+    assert "\n" not in str(error.value)
+    ranks.run(2, train, [*bias_job(tmp_path, "none"), "--training.steps=2"])
+    files_of(tmp_path, "none")
+    for rule in (SIGN, FROZEN, RESET):
+        with pytest.raises(JobError, match='without an expert bias .* has one: .*"none"'):
+            files_of(tmp_path, rule)
+
+
+@pytest.fixture
+def two_steps(learned, tmp_path, monkeypatch) -> Path:
+    """Checkpoint folder with two steps, the second as whole as the first."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = copied(learned, tmp_path) / "checkpoint"
+    shutil.copytree(folder / "step-2", folder / "step-4")
+    return folder
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def one_line(folder: Path, *flags: str) -> str:
+    with pytest.raises(JobError) as error:
+        files_of(folder.parent, SIGN, *flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata"])
+def test_cut_checkpoint_names_the_last_good_one(two_steps, file):
+    files_of(two_steps.parent, SIGN)
+    cut(two_steps / "step-4" / file)
+    message = one_line(two_steps)
+    assert str(two_steps / "step-4" / file) in message and "cut" in message
+    remedy = f"the last good step in {two_steps} is 2: set checkpoint.load_step = 2"
+    assert remedy in message
+    files_of(two_steps.parent, SIGN, "--checkpoint.load_step=2")
+    cut(two_steps / "step-2" / "__0_0.distcp")
+    assert f"no other step in {two_steps} is whole" in one_line(two_steps)
+
+
+def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path, caplog):
+    (two_steps / "step-4" / "__0_0.distcp").unlink()
+    message = one_line(two_steps)
+    assert "step-4/__0_0.distcp is missing; the last good step" in message
+    # Without metadata torchtitan goes on from the step before, as after a kill during a save.
+    (two_steps / "step-4" / ".metadata").unlink()
+    files_of(two_steps.parent, SIGN)
+    assert "step-4/.metadata is missing" in caplog.text
+    assert "training goes on from step 2, the last good one (checkpoint.load_step" in caplog.text
+    message = one_line(two_steps, "--checkpoint.load_step=4")
+    assert "set checkpoint.load_step = 2" in message
+    assert "step-7/.metadata is missing" in one_line(two_steps, "--checkpoint.load_step=7")
+    # It would silently begin again where no step has metadata.
+    (two_steps / "step-2" / ".metadata").unlink()
+    assert "step-4/.metadata is missing" in one_line(two_steps)
+    initial = f"--checkpoint.initial_load_path={tmp_path}/other/step-2"
+    shutil.copytree(learned[0] / "checkpoint", tmp_path / "other")
+    files_of(two_steps.parent, SIGN, initial)
+
+
+def test_cut_weights_of_another_run(two_steps, tmp_path):
+    cut(two_steps / "step-4" / "__0_0.distcp")
+    flag = f"--checkpoint.initial_load_path={two_steps}/step-4"
+    job = job_config.load([*bias_job(tmp_path / "new", SIGN), flag])
+    with pytest.raises(JobError, match="step-4/__0_0.distcp is cut: .*initial_load_path"):
+        validate_files(job.config)
+
+
+def test_a_whole_checkpoint_has_no_damage(two_steps):
+    assert all(
+        checkpoints.damage(path) is None for path in checkpoints.steps_in(two_steps).values()
+    )
 
 
 def _last_counts(folder: str) -> torch.Tensor:

@@ -13,11 +13,12 @@ from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb import launch, toml_tables
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.job import catalog, job_config, module_lookup
 from titan_moe_lb.router import LoadBalancedRouter
 
 ROOMS = module_lookup.registered_models()
-# Bias update speed; type of the loss, weight and what else is not the loss's default.
+# Speed of the sign rule of the bias; type of the loss, weight and what else is not the loss's default.
 EXPECTED = {
     "deepseek_v3": (1e-3, "sequence_wise", 1e-4, {"count_from": "scores"}),
     "qwen3": (None, "global_batch", 1e-3, {}),
@@ -37,11 +38,13 @@ def entry(room: str):
 
 @pytest.mark.parametrize(("room", "flavor"), FLAVORS)
 def test_every_moe_layer_has_the_defaults(room, flavor):
-    coefficient, kind, weight, others = EXPECTED[room]
+    speed, kind, weight, others = EXPECTED[room]
     layers = list(entry(room).model_registry(flavor).model.traverse(MoE.Config))
     assert layers
     for _fqn, moe, _parent, _attribute in layers:
-        assert moe.load_balance_coeff == coefficient
+        assert (moe.load_balance_coeff is not None) == (speed is not None)
+        bias = moe.router.expert_bias
+        assert bias == (SignBias.Config(speed=speed) if speed is not None else None)
         assert isinstance(moe.router, LoadBalancedRouter.Config)
         (loss,) = moe.router.aux_losses
         settings = {"count_from": "selected", "counts": "previous_step", **others}
@@ -66,7 +69,7 @@ def test_declared_defaults_are_what_the_entry_attaches(room):
     spec = module.model_registry("tiny")
     moe = next(iter(spec.model.traverse(MoE.Config)))[1]
     attached = {
-        "load_balance_coeff": moe.load_balance_coeff,
+        "expert_bias": moe.router.expert_bias,
         "aux_losses": moe.router.aux_losses,
     }
     assert {default.key: default.value for default in module.DEFAULTS} == attached
@@ -123,6 +126,9 @@ def test_help_shows_keys_losses_and_flags(monkeypatch, capsys):
         "moe_comm_backend",
         'type = "global_batch"',
         "one of 'previous_step',",
+        'type = "frozen"',
+        "what moves the bias",
+        "The tokens of training",
         "--training.steps",
     ):
         assert text in shown
@@ -131,7 +137,7 @@ def test_help_shows_keys_losses_and_flags(monkeypatch, capsys):
         "attn_backend",
         "moe_comm_backend",
         "aux_losses",
-        "load_balance_coeff",
+        "expert_bias",
         "forced_routing",
     ]
 

@@ -76,6 +76,9 @@ class _Capture:
         self._first_step = first_step
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        if any(name.startswith("validation_metrics/") for name in metrics):
+            self._logged[-1].update(metrics)
+            return
         assert step == self._first_step + len(self._logged)
         self._logged.append(dict(metrics))
 

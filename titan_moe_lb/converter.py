@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import rules
+from titan_moe_lb import checkpoints, rules
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.expert_bias import SignBias
+from titan_moe_lb.expert_bias import ExpertBias, SignBias
+from titan_moe_lb.expert_bias.resume import BiasReset
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.parallel import batch_cut
@@ -39,9 +44,9 @@ class LoadBalanceConverter(ModelConfigConverter):
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
         """Losses of every router, each with its own copy."""
 
-        load_balance_coeff: float | None | Literal["keep"] = "keep"
-        """Speed of the aux-loss-free expert bias (arXiv 2408.15664); None turns it off,
-        "keep" leaves the model's own."""
+        expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep"
+        """What moves the bias of every layer; None for no bias, "keep" for torchtitan's sign
+        rule at the model's own ``load_balance_coeff``."""
 
         forced_routing: ForcedRouting.Config | None = None
         """What decides where tokens go in a benchmark; None for training."""
@@ -61,6 +66,9 @@ class LoadBalanceConverter(ModelConfigConverter):
                 f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
                 "aux loss: leave out [model] aux_losses or choose a MoE flavor"
             )
+        rule = self.config.expert_bias
+        if rule not in (None, "keep") and not isinstance(rule, ExpertBias.Config):
+            raise JobError(f"expert_bias is {rule!r}; a model has one rule, None or 'keep'")
         numbers = layer_numbers(model_config)
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
@@ -69,22 +77,47 @@ class LoadBalanceConverter(ModelConfigConverter):
                     f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
                     "TokenChoiceTopKRouter can be replaced"
                 )
-            if self.config.load_balance_coeff != "keep":
-                moe.load_balance_coeff = self.config.load_balance_coeff
+            bias = self._expert_bias(moe)
+            # torchtitan's layer has the buffer of the bias where this is a number; its own
+            # update, whose speed the number is, does not run.
+            moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
             moe.router = derive(
                 moe.router,
                 LoadBalancedRouter.Config,
                 aux_losses=copy.deepcopy(self.config.aux_losses),
+                expert_bias=bias,
                 forced_routing=copy.deepcopy(self.config.forced_routing),
                 layer=numbers[fqn],
-                expert_bias=(
-                    None
-                    if moe.load_balance_coeff is None
-                    else SignBias.Config(speed=moe.load_balance_coeff)
-                ),
             )
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
+
+    def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
+        if self.config.expert_bias == "keep":
+            speed = moe.load_balance_coeff
+            return None if speed is None else SignBias.Config(speed=speed)
+        return copy.deepcopy(self.config.expert_bias)  # type: ignore[return-value]
+
+
+@dataclass
+class BuildHooks:
+    """The ``post_optimizer_build_fn`` of a balanced ``ModelSpec``: the model's own, then ours."""
+
+    own: Callable | None = None
+    reset: BiasReset | None = None
+    """Filled by ``update_from_config`` of the model."""
+
+    def __call__(
+        self,
+        optimizers: OptimizersContainer,
+        model_parts: list[nn.Module],
+        parallel_dims: ParallelDims,
+    ) -> None:
+        if self.own is not None:
+            self.own(optimizers, model_parts, parallel_dims)
+        register_load_balancing(optimizers, model_parts, parallel_dims)
+        if self.reset is not None:
+            self.reset.register(model_parts)
 
 
 @functools.cache
@@ -94,19 +127,23 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
     @dataclass(kw_only=True, slots=True)
     class Config(model_config_cls):
         def update_from_config(self, *, config, **kwargs) -> None:
-            _has_step_hook(config)
+            hooks = _step_hooks(config)
             rules.validate(config)
             model_config_cls.update_from_config(self, config=config, **kwargs)
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
-            for _fqn, moe, _parent, _attribute in self.traverse(MoE.Config):
-                if isinstance(moe.router, LoadBalancedRouter.Config):
-                    moe.router.update_from_config(
-                        config=config,
-                        track=reports and metrics.track_moe_metrics,
-                        record_tokens=reports and bool(metrics.record_routing_steps),
-                    )
-            if reports and any(self.traverse(LoadBalancedRouter.Config)):
+            routers = [router for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)]
+            start = checkpoints.start_of(config)
+            for router in routers:
+                router.update_from_config(
+                    config=config,
+                    finished_steps=(start and start.step) or 0,
+                    track=reports and metrics.track_moe_metrics,
+                    record_tokens=reports and bool(metrics.record_routing_steps),
+                )
+            if routers:
+                hooks.reset = BiasReset.of(config, routers[0].expert_bias)
+            if routers and reports:
                 metrics.run_info = describe_run(config)
                 metrics.cut = batch_cut.cut(config)
 
@@ -114,12 +151,14 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
     return Config
 
 
-def _has_step_hook(config: Trainer.Config) -> None:
-    """Without the hook no step would be closed: no metrics, no counts for the next step."""
+def _step_hooks(config: Trainer.Config) -> BuildHooks:
+    """Without them no step would be closed: no metrics, no counts for the next step."""
     spec = config.model_spec
-    if spec is not None and spec.post_optimizer_build_fn is not register_load_balancing:
+    hooks = BuildHooks() if spec is None else spec.post_optimizer_build_fn
+    if not isinstance(hooks, BuildHooks):
         raise JobError(
             f"the routers of {spec.name} were converted but its step hook was not set: use "
-            "titan_moe_lb.model_spec.balanced(spec, aux_losses=[...]) in place of "
+            "titan_moe_lb.balanced(spec, aux_losses=[...]) in place of "
             "converters=[LoadBalanceConverter.Config(...)]"
         )
+    return hooks

@@ -70,7 +70,7 @@ def _with_environment(arguments: list[str]) -> list[str]:
 
 def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
     """NGPU; else what the job wants; else the number of GPUs; else 1."""
-    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    devices = 0 if cpu.needed() else torch.accelerator.device_count()
     dry_run = bool(os.environ.get("COMM_MODE"))
     if os.environ.get("NGPU"):
         here = _positive("NGPU", 1)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.models.utils import validate_converter_order
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from titan_moe_lb.converter import LoadBalanceConverter
+from titan_moe_lb.converter import BuildHooks, LoadBalanceConverter
+from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.parallelization import keeping_decisions, telling_schedule
-from titan_moe_lb.step_hook import register_load_balancing
 
 
 @dataclass
@@ -33,32 +31,36 @@ def balanced(
     spec: ModelSpec,
     *,
     aux_losses: list[AuxLoss.Config] | None = None,
-    load_balance_coeff: float | None | Literal["keep"] = "keep",
+    expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
     forced_routing: ForcedRouting.Config | None = None,
-    before: list[ModelConfigConverter.Config] | None = None,
+    converters: list[ModelConfigConverter.Config] | None = None,
 ) -> BalancedModelSpec:
     """Give a torchtitan model the losses and the step hook of this package.
 
+    A ``post_optimizer_build_fn`` of the spec runs before ours, except torchtitan's own
+    update of the expert bias, which ours replaces.
+
     Args:
         spec: any torchtitan ``ModelSpec`` of a MoE model; its config is consumed.
-        aux_losses: losses of every router, each with its own copy; default: none.
-        load_balance_coeff: speed of the expert bias; None turns it off, "keep" leaves
-            the model's own.
+        aux_losses: losses of every router, each with its own copy; None or an empty list
+            for none.
+        expert_bias: what moves the bias of the choice; None for no bias, "keep" for the
+            sign rule at the speed that the model has in torchtitan.
         forced_routing: what decides where tokens go, in a benchmark.
-        before: converters of the user's own (quantization, LoRA), applied first.
+        converters: converters of the user's own (quantization, LoRA), applied first.
 
     Raises:
         JobError: the model has no MoE layer, or a router that is not torchtitan's.
     """
     converter = LoadBalanceConverter.Config(
-        aux_losses=aux_losses or [],
-        load_balance_coeff=load_balance_coeff,
-        forced_routing=forced_routing,
+        aux_losses=aux_losses or [], expert_bias=expert_bias, forced_routing=forced_routing
     )
     model = spec.model
-    validate_converter_order(before or [])
-    for config in [*(before or []), converter]:
+    validate_converter_order(converters or [])
+    for config in [*(converters or []), converter]:
         model = config.build().convert(model)
+    # torchtitan's own update would move the same bias a second time.
+    replaced = spec.post_optimizer_build_fn is register_moe_load_balancing_hook
     fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
     return BalancedModelSpec(
         **{
@@ -66,7 +68,9 @@ def balanced(
             "model": model,
             "parallelize_fn": keeping_decisions(spec.parallelize_fn),
             "pipelining_fn": spec.pipelining_fn and telling_schedule(spec.pipelining_fn),
-            "post_optimizer_build_fn": register_load_balancing,
+            "post_optimizer_build_fn": BuildHooks(
+                own=None if replaced else spec.post_optimizer_build_fn
+            ),
             "state_dict_adapter": _without_loss_state(spec.state_dict_adapter),
         }
     )
@@ -86,19 +90,3 @@ def _without_loss_state(
 
     Adapter.__qualname__ = adapter.__qualname__
     return Adapter
-
-
-def registry_entry(entry: Callable[..., ModelSpec]) -> Callable[..., BalancedModelSpec]:
-    """Decorator of a ``model_registry`` function: keeps its arguments on the spec."""
-    signature = inspect.signature(entry)
-
-    @functools.wraps(entry)
-    def with_arguments(*args, **kwargs) -> BalancedModelSpec:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        spec = entry(*bound.args, **bound.kwargs)
-        assert isinstance(spec, BalancedModelSpec)
-        spec.arguments = dict(bound.arguments)
-        return spec
-
-    return with_arguments

@@ -75,8 +75,11 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         tokens_per_step: int = 0
         """Tokens of a global batch."""
 
-        def update_from_config(self, *, config, track: bool, record_tokens: bool) -> None:
+        def update_from_config(
+            self, *, config, finished_steps: int, track: bool, record_tokens: bool
+        ) -> None:
             """Bind the router, its losses and its strategy to a ``Trainer.Config``."""
+            self.finished_steps = finished_steps
             dims = layout.resolve(config.parallelism)
             cut = batch_cut.cut(config)
             self.track = track

@@ -4,13 +4,12 @@ A table may set fields of the config that the registry built; an unknown key, a
 wrong type or a value outside a choice raises ``JobError`` naming the place and
 the nearest valid name. TOML has no null: the string ``"none"`` stands for None in
 a field that may be None. A choice between configs (activation checkpointing, aux
-losses) is a table with a ``type``.
+losses, the expert bias) is a table with a ``type``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import types
 import typing
@@ -25,8 +24,8 @@ NONE = "none"
 _NOT_IN_TOML = {"model_spec", "param_init", "sharding_config"}
 
 
-def merge(config: Any, table: dict[str, Any], where: str) -> None:
-    """Set fields of a dataclass instance from a table, in place.
+def merge(config: Any, table: Any, where: str) -> Any:
+    """Set fields of a dataclass instance from a table, in place; returns the instance.
 
     Args:
         config: a dataclass instance; nested instances are merged into.
@@ -37,21 +36,15 @@ def merge(config: Any, table: dict[str, Any], where: str) -> None:
         JobError: the first key that does not fit.
     """
     hints = _hints(type(config))
-    for key, value in table.items():
-        if key not in hints:
-            raise JobError(f"{where} has no key {key!r}; {nearest(key, hints)}")
+    for key, value in _table(table, where, hints).items():
         merge_field(config, key, value, f"{where} {key}")
+    return config
 
 
 def merge_field(config: Any, name: str, value: Any, where: str) -> None:
     """Set one field of a dataclass instance. Args and errors: as :func:`merge`."""
     hint = _hints(type(config))[name]
-    setattr(config, name, _value(getattr(config, name), hint, value, where))
-
-
-def construct(hint: Any, value: Any, where: str) -> Any:
-    """The value of an annotated parameter that has no current value."""
-    return _value(None, hint, value, where)
+    setattr(config, name, construct(hint, value, where, getattr(config, name)))
 
 
 def dump(config: Any) -> dict[str, Any]:
@@ -74,78 +67,87 @@ def settable(cls: type) -> dict[dataclasses.Field, Any]:
     }
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    return {field.name: hint for field, hint in settable(cls).items()}
+def default(field: dataclasses.Field) -> Any:
+    """The value of a field that is left out; ``dataclasses.MISSING`` where it has to be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
-def _value(current: Any, hint: Any, value: Any, where: str) -> Any:
-    plain = _without_annotation(hint)
-    choices = _choices(plain)
+def construct(hint: Any, value: Any, where: str, current: Any = None) -> Any:
+    """The value that TOML means for an annotated parameter or field.
+
+    Args:
+        hint: the annotation.
+        value: parsed TOML.
+        where: as in :func:`merge`.
+        current: the value that it has, which a table is merged into.
+
+    Raises:
+        JobError: the value does not fit.
+    """
+    members = _members(hint)
+    if isinstance(value, str) and value in _literals(members):
+        return value
+    choices = _choices(members)
     if choices:
         return _choose(current, choices, value, where)
-    if value == NONE and _allows_none(plain) and not _allows_literal(plain, NONE):
+    if value == NONE and type(None) in members:
         return None
-    if dataclasses.is_dataclass(current) and not isinstance(current, type):
-        merge(current, _table(value, where), where)
-        return current
-    element = _dataclass_element(plain)
-    if element is not None:
-        return _list_of_configs(current or [], element, value, where)
+    if dataclasses.is_dataclass(current):
+        return merge(current, value, where)
+    for member in members:
+        if typing.get_origin(member) is list:
+            (element,) = typing.get_args(member)
+            if dataclasses.is_dataclass(element):
+                return _list_of_configs(current or [], element, value, where)
     if isinstance(current, dict) and isinstance(value, dict):
         # TOML has lists alone; AdamW's betas are a tuple.
-        return current | {
-            key: tuple(item) if isinstance(current.get(key), tuple) else item
-            for key, item in value.items()
-        }
-    return _checked(plain, value, where)
+        tuples = {key for key, item in current.items() if isinstance(item, tuple)}
+        return current | {k: tuple(v) if k in tuples else v for k, v in value.items()}
+    return _checked(members, value, where)
 
 
 def _list_of_configs(current: list, element: Any, value: Any, where: str) -> list:
-    """Entries merge into the registry's entries by position; further ones are added."""
+    """Kinds of a component as they are given; others merge into the current ones by position."""
     tables = value if isinstance(value, list) else [value]
-    merged = list(current)
+    choices = _choices([element])
+    entries = []
     for index, table in enumerate(tables):
         place = f"{where}[{index}]"
-        if _kinds(element):
-            entry = _choose(None, _kinds(element), table, place)
+        if choices:
+            entries.append(_choose(None, choices, table, place))
         elif index < len(current):
-            entry = _value(current[index], element, table, place)
+            entries.append(merge(current[index], table, place))
         else:
-            entry = _build(element, _table(table, place), place)
-        merged[index : index + 1] = [entry]
-    return merged[: len(tables)] if _kinds(element) else merged
+            entries.append(_build(element, table, place))
+    return entries if choices else entries + current[len(tables) :]
 
 
 def _choose(current: Any, choices: dict[str, type | None], value: Any, where: str) -> Any:
     if isinstance(value, str):
         value = {"type": value}
-    table = dict(_table(value, where))
+    if not isinstance(value, dict):
+        raise _wrong(where, value, "one table with a type")
+    table = dict(value)
     name = table.pop("type", None)
+    if name is None and current is not None:
+        return merge(current, table, where)
     if name is None:
-        if current is None:
-            raise JobError(f"{where} needs a type; valid: {', '.join(choices)}")
-        merge(current, table, where)
-        return current
+        raise JobError(f"{where} needs a type; valid: {', '.join(choices)}")
     if not isinstance(name, str) or name not in choices:
         raise JobError(f"{where} type {name!r} does not exist; {nearest(str(name), choices)}")
     cls = choices[name]
-    if cls is None:
-        if table:
-            raise JobError(f"{where} type {name!r} takes no further keys")
-        return None
-    return _build(cls, table, where)
+    if cls is None and table:
+        raise JobError(f"{where} type {name!r} takes no further keys")
+    return None if cls is None else _build(cls, table, where)
 
 
-def _build(cls: type, table: dict[str, Any], where: str) -> Any:
+def _build(cls: type, table: Any, where: str) -> Any:
     hints = _hints(cls)
-    for key in table:
-        if key not in hints:
-            raise JobError(f"{where} has no key {key!r}; {nearest(key, hints)}")
-    for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING and (
-            field.default_factory is dataclasses.MISSING
-        )
-        if required and field.name in hints and field.name not in table:
+    table = _table(table, where, hints)
+    for field in settable(cls):
+        if default(field) is dataclasses.MISSING and field.name not in table:
             raise JobError(f"{where} needs {field.name!r}")
     arguments = {
         key: construct(hints[key], value, f"{where} {key}") for key, value in table.items()
@@ -156,33 +158,28 @@ def _build(cls: type, table: dict[str, Any], where: str) -> Any:
         raise JobError(f"{where}: {error}") from None
 
 
-def _checked(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, bool) and not _accepts_bool(hint):
-        raise JobError(f"{where} is {_show(value)}; it must be {describe(hint)}")
+def _checked(members: tuple, value: Any, where: str) -> Any:
+    hint = Union[members]  # noqa: UP007
+    every = typeguard.CollectionCheckStrategy.ALL_ITEMS
     try:
-        typeguard.check_type(
-            value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
-        )
+        if isinstance(value, bool) and not {bool, Any, object} & set(members):
+            raise typeguard.TypeCheckError("a bool is an int to Python")
+        typeguard.check_type(value, hint, collection_check_strategy=every)
     except typeguard.TypeCheckError:
-        literals = _literals(hint)
+        literals = _literals(members)
         remedy = f"; {nearest(value, literals)}" if literals and isinstance(value, str) else ""
-        raise JobError(f"{where} is {_show(value)}; it must be {describe(hint)}{remedy}") from None
+        raise _wrong(where, value, describe(hint) + remedy) from None
     return value
 
 
 def dump_value(hint: Any, value: Any) -> Any:
     """The inverse of :func:`construct`."""
-    plain = _without_annotation(hint)
-    choices = _choices(plain)
-    if choices:
-        name = next(name for name, cls in choices.items() if _is_choice(value, cls))
-        return {"type": name, **({} if value is None else dump(value))}
     if value is None:
         return NONE
-    if _kinds(type(value)):
-        return {"type": value._owner.type_name, **dump(value)}
     if dataclasses.is_dataclass(value):
-        return dump(value)
+        choices = _choices(_members(hint)) or _choices([type(value)])
+        kind = [("type", name) for name, cls in choices.items() if cls is type(value)]
+        return {**dict(kind), **dump(value)}
     if isinstance(value, (list, tuple)):
         return [dump_value(Any, item) for item in value]
     if isinstance(value, dict):
@@ -191,120 +188,88 @@ def dump_value(hint: Any, value: Any) -> Any:
 
 
 def inline(value: Any) -> str:
-    """A value of [model] as one line of TOML; a component with what differs from its defaults."""
-    if value is None:
-        return f'"{NONE}"'
+    """A value of [model] as one line of TOML; of a config, what differs from its defaults."""
+    if dataclasses.is_dataclass(value):
+        usual = {field.name: default(field) for field in dataclasses.fields(value)}
+        table = dump_value(Any, value)
+        return inline({k: v for k, v in table.items() if getattr(value, k, v) != usual.get(k)})
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(inline(item) for item in value)}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
-    if _kinds(type(value)):
-        defaults = {field.name: field.default for field in dataclasses.fields(value)}
-        changed = {
-            key: item for key, item in dump(value).items() if getattr(value, key) != defaults[key]
-        }
-        return inline({"type": value._owner.type_name, **changed})
-    return json.dumps(value)
-
-
-def _is_choice(value: Any, cls: type | None) -> bool:
-    return value is None if cls is None else type(value) is cls
-
-
-def _kinds(cls: Any) -> dict[str, type | None]:
-    """Names and Configs of the kinds of a component (aux losses, forced routing), if it has."""
-    kinds = getattr(getattr(cls, "_owner", None), "kinds", {})
-    return {name: kind.Config for name, kind in kinds.items()}
-
-
-def _choices(hint: Any) -> dict[str, type | None]:
-    """Names and classes of a choice of configs: of the kinds of a component, or None, or of
-    a union that tyro offers as subcommands."""
-    for member in _members(hint):
-        if _kinds(member):
-            return {**_kinds(member), **({NONE: None} if _allows_none(hint) else {})}
-    named = {}
-    for member in typing.get_args(hint) if _is_union(hint) else ():
-        if typing.get_origin(member) is Annotated:
-            cls, *metadata = typing.get_args(member)
-            for item in metadata:
-                name = getattr(item, "name", None)
-                if isinstance(name, str):
-                    named[name] = None if cls is type(None) else cls
-    return named
-
-
-def _dataclass_element(hint: Any) -> Any:
-    for member in typing.get_args(hint) if _is_union(hint) else (hint,):
-        if typing.get_origin(member) is list:
-            element = typing.get_args(member)[0]
-            if inspect.isclass(element) and dataclasses.is_dataclass(element):
-                return element
-    return None
-
-
-def _without_annotation(hint: Any) -> Any:
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (Union, types.UnionType)
-
-
-def _members(hint: Any) -> tuple:
-    return typing.get_args(hint) if _is_union(hint) else (hint,)
-
-
-def _literals(hint: Any) -> list[str]:
-    return [
-        choice
-        for member in _members(hint)
-        if typing.get_origin(member) is Literal
-        for choice in typing.get_args(member)
-        if isinstance(choice, str)
-    ]
-
-
-def _allows_none(hint: Any) -> bool:
-    return type(None) in _members(hint)
-
-
-def _allows_literal(hint: Any, choice: str) -> bool:
-    return choice in _literals(hint)
-
-
-def _accepts_bool(hint: Any) -> bool:
-    return any(member in (bool, Any, object) for member in _members(hint))
-
-
-def _table(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise JobError(f"{where} is {_show(value)}; it must be a table")
-    return value
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return json.dumps(NONE if value is None else value)
 
 
 def describe(hint: Any) -> str:
     """What a value of this annotation is, in words."""
-    if _is_union(hint):
-        return " or ".join(describe(member) for member in typing.get_args(hint))
-    if hint is type(None):
-        return f'"{NONE}"'
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
-    if typing.get_origin(hint) in (list, tuple):
-        return "a list"
-    if typing.get_origin(hint) is dict or hint is dict:
-        return "a table"
-    if _kinds(hint):
+    return " or ".join(_describe_member(member) for member in _members(hint))
+
+
+_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    tuple: "a list",
+    dict: "a table",
+    type(None): f'"{NONE}"',
+}
+
+
+def _describe_member(member: Any) -> str:
+    if typing.get_origin(member) is Literal:
+        choices = [repr(choice) for choice in typing.get_args(member)]
+        return ("one of " if len(choices) > 1 else "") + ", ".join(choices)
+    if _choices([member]):
         return "a table with a type"
-    return _NAMES.get(hint, str(hint))
+    return _NAMES.get(typing.get_origin(member) or member, str(member))
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return {field.name: hint for field, hint in settable(cls).items()}
+
+
+def _members(hint: Any) -> tuple:
+    """Of a union, or the annotation itself."""
+    plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    union = typing.get_origin(plain) in (Union, types.UnionType)
+    return typing.get_args(plain) if union else (plain,)
+
+
+def _choices(members: typing.Iterable) -> dict[str, type | None]:
+    """Names and classes of a choice of configs: of the kinds of a component (aux losses, expert
+    bias, forced routing), or of a union that tyro offers as subcommands."""
+    members = tuple(members)
+    found: dict[str, type | None] = {}
+    for member in members:
+        kinds = getattr(getattr(member, "_owner", None), "kinds", {})
+        found |= {name: kind.Config for name, kind in kinds.items()}
+        if typing.get_origin(member) is Annotated:
+            cls, *metadata = typing.get_args(member)
+            names = [name for name in (getattr(m, "name", None) for m in metadata) if name]
+            found |= dict.fromkeys(names, None if cls is type(None) else cls)
+    if found and type(None) in members:
+        found[NONE] = None
+    return found
+
+
+def _literals(members: typing.Iterable) -> list[str]:
+    literals = [m for m in members if typing.get_origin(m) is Literal]
+    return [c for m in literals for c in typing.get_args(m) if isinstance(c, str)]
+
+
+def _table(value: Any, where: str, valid: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The value as a table, each of whose keys is one of ``valid``, if that is given."""
+    if not isinstance(value, dict):
+        raise _wrong(where, value, "a table")
+    for key in value:
+        if valid is not None and key not in valid:
+            raise JobError(f"{where} has no key {key!r}; {nearest(key, valid)}")
+    return value
+
+
+def _wrong(where: str, value: Any, valid: str) -> JobError:
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    return JobError(f"{where} is {shown}; it must be {valid}")

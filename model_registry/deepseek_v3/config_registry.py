@@ -65,6 +65,5 @@ def _pretraining(flavor: str, assets: str, *, expert_parallel: int) -> Trainer.C
         spec,
         loss_config(spec),
         assets=assets,
-        learning_rate=2.2e-4,  # peak and warm-up: arXiv 2412.19437, section 4.2
         expert_parallel=expert_parallel,
     )

@@ -9,62 +9,50 @@ import dataclasses
 
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
-from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
 
 from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
-from model_registry.room import Default, check_flavor
+from model_registry.room import Default, registry_entry
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.forced_routing import ForcedRouting
-from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss
-from titan_moe_lb.model_spec import BalancedModelSpec, balanced, registry_entry
+from titan_moe_lb.expert_bias import SignBias
+from titan_moe_lb.losses import BatchWiseAuxLoss
 
 FLAVORS = tuple(ARCHITECTURES)
 
-LOAD_BALANCE_COEFF = Default(
-    "load_balance_coeff",
-    1e-3,
-    "no published value; torchtitan's own default, and DeepSeek-V3's",
+EXPERT_BIAS = Default(
+    "expert_bias",
+    SignBias.Config(speed=1e-3),
+    "no published value; speed 0.001 is torchtitan's own default, and DeepSeek-V3's",
 )
 AUX_LOSSES = Default(
     "aux_losses",
     [BatchWiseAuxLoss.Config(weight=1e-3)],
     "no published value; HF Llama4TextConfig.router_aux_loss_coef default 0.001: a library default",
 )
-DEFAULTS = (LOAD_BALANCE_COEFF, AUX_LOSSES)
+DEFAULTS = (EXPERT_BIAS, AUX_LOSSES)
 
 
-@registry_entry
+@registry_entry("llama4", FLAVORS, DEFAULTS)
 def model_registry(
     flavor: str,
     attn_backend: str = "flex",
     moe_comm_backend: str = "standard",
     non_blocking_capacity_factor: float | None = None,
-    converters: list[ModelConfigConverter.Config] | None = None,
     interleave_moe_layer_step: int | None = None,
-    aux_losses: list[AuxLoss.Config] | None = None,
-    load_balance_coeff: float | None = LOAD_BALANCE_COEFF.value,
-    forced_routing: ForcedRouting.Config | None = None,
-) -> BalancedModelSpec:
-    """Llama 4 of one flavor, balanced.
+) -> ModelSpec:
+    """Llama 4 of one flavor.
 
     Args:
         flavor: one of ``FLAVORS``.
         attn_backend: "flex", "flex_flash" or "varlen", as in torchtitan.
-        moe_comm_backend, non_blocking_capacity_factor, converters: as in torchtitan's own
-            entries.
+        moe_comm_backend, non_blocking_capacity_factor: as in torchtitan's own entries.
         interleave_moe_layer_step: every how many layers the feed-forward is a MoE; None
             for the flavor's own.
-        aux_losses: losses of every router; None for the model's default, an empty
-            list for none.
-        load_balance_coeff: bias update speed; None turns the expert bias off.
-        forced_routing: what decides where tokens go, in a benchmark.
 
     Raises:
-        JobError: unknown flavor, ``interleave_moe_layer_step`` outside the layers.
+        JobError: ``interleave_moe_layer_step`` outside the layers.
     """
-    check_flavor("llama4", flavor, FLAVORS)
     architecture = ARCHITECTURES[flavor]
     if interleave_moe_layer_step is not None:
         if not 1 <= interleave_moe_layer_step <= architecture.n_layers:
@@ -75,7 +63,7 @@ def model_registry(
         architecture = dataclasses.replace(
             architecture, interleave_moe_layer_step=interleave_moe_layer_step
         )
-    spec = ModelSpec(
+    return ModelSpec(
         name="llama4",
         flavor=flavor,
         model=architecture.config(
@@ -85,13 +73,6 @@ def model_registry(
         ),
         parallelize_fn=parallelize_qwen3,
         pipelining_fn=pipeline_llm,
-        post_optimizer_build_fn=None,  # balanced() sets it
+        post_optimizer_build_fn=None,
         state_dict_adapter=Llama4StateDictAdapter,
-    )
-    return balanced(
-        spec,
-        aux_losses=AUX_LOSSES.value if aux_losses is None else aux_losses,
-        load_balance_coeff=load_balance_coeff,
-        forced_routing=forced_routing,
-        before=converters,
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torchtitan.components.loss import BaseLoss
 from torchtitan.distributed.activation_checkpoint import FullAC
-from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from model_registry import recipes
@@ -14,19 +12,14 @@ debug_config = "llama4_debugmodel"
 """The job that runs when none is named."""
 
 
-def loss_config(spec: ModelSpec) -> BaseLoss.Config:
-    """The language-model loss that fits a model of this registry entry."""
-    return recipes.language_model_loss(spec)
-
-
 def llama4_tiny() -> Trainer.Config:
     """A few seconds on a laptop: for tests."""
-    return _debug("tiny", seq_len=128)
+    return recipes.debug(model_registry("tiny"), seq_len=128)
 
 
 def llama4_debugmodel() -> Trainer.Config:
     """Under a minute on a laptop, on text that comes with Python."""
-    return _debug("debugmodel")
+    return recipes.debug(model_registry("debugmodel"))
 
 
 def llama4_17bx16e() -> Trainer.Config:
@@ -43,19 +36,10 @@ def llama4_17bx128e() -> Trainer.Config:
     )
 
 
-def _debug(flavor: str, *, seq_len: int = 256) -> Trainer.Config:
-    spec = model_registry(flavor)
-    return recipes.debug(spec, loss_config(spec), seq_len=seq_len)
-
-
 def _pretraining(flavor: str, assets: str, *, expert_parallel: int, seq_len: int) -> Trainer.Config:
-    spec = model_registry(flavor)
     return recipes.pretraining(
-        spec,
-        loss_config(spec),
+        model_registry(flavor),
         assets=assets,
-        # Meta published no learning rate; this is DeepSeek-V3's peak, like the warm-up.
-        learning_rate=2.2e-4,
         expert_parallel=expert_parallel,
         seq_len=seq_len,
         activation_checkpoint=FullAC.Config(),

@@ -14,20 +14,17 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli
 import tomli_w
 from torchtitan.config import ConfigManager
 from torchtitan.config.override import derive
-from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.job import module_lookup
-from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
@@ -268,13 +265,16 @@ def _rebuild_model(
         for name, value in values.items():
             if name == "flavor":
                 raise JobError(f"{place} flavor: choose the flavor in [job] flavor or config")
+            if name == "load_balance_coeff":  # torchtitan's name for the speed of its one rule
+                raise JobError(
+                    f"{place} {name}: a job has one rule of the expert bias, and it is set in "
+                    f'expert_bias, as in expert_bias = {{type = "sign", speed = {value}}}'
+                )
             if name not in hints:
                 raise JobError(f"{place} has no key {name!r}; {nearest(name, hints)}")
             arguments[name] = toml_tables.construct(hints[name], value, f"{place} {name}")
-    if entry is _balance_foreign_model:
-        config.model_spec = dataclasses.replace(
-            _balance_foreign_model(spec, **arguments), arguments=arguments
-        )
+    if entry is balanced:
+        config.model_spec = dataclasses.replace(balanced(spec, **arguments), arguments=arguments)
         config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)
         return
     config.model_spec = entry(**arguments)
@@ -298,30 +298,7 @@ def registry_entry(registry) -> Callable[..., BalancedModelSpec]:
     entry = module_lookup.entry_point(registry)
     if entry is not None and "aux_losses" in inspect.signature(entry).parameters:
         return entry
-    return _balance_foreign_model
-
-
-def _balance_foreign_model(
-    spec: ModelSpec,
-    *,
-    aux_losses: list[AuxLoss.Config] | None = None,
-    load_balance_coeff: float | None | Literal["keep"] = "keep",
-    forced_routing: ForcedRouting.Config | None = None,
-) -> BalancedModelSpec:
-    """What [model] can set for a model that has no room in ``model_registry``.
-
-    Args:
-        aux_losses: losses of every router; default: none.
-        load_balance_coeff: bias update speed; None turns the expert bias off, "keep"
-            leaves the model's own.
-        forced_routing: what decides where tokens go, in a benchmark.
-    """
-    return balanced(
-        spec,
-        aux_losses=aux_losses,
-        load_balance_coeff=load_balance_coeff,
-        forced_routing=forced_routing,
-    )
+    return balanced
 
 
 class _ResolvedConfigManager(ConfigManager):

@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import re
-import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import docstring_parser
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from titan_moe_lb import toml_tables
+from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.job import job_config, module_lookup
 from titan_moe_lb.job.catalog import first_paragraph
 from titan_moe_lb.losses import AuxLoss
+from titan_moe_lb.model_spec import balanced
+from titan_moe_lb.value_schedule import Change
+
+_COMPONENTS: dict[str, dict[str, type]] = {
+    'Losses, as in aux_losses = [{type = "z_loss", weight = 1e-4}]:': AuxLoss.kinds,
+    'Expert bias, as in expert_bias = {type = "sign", speed = 1e-3}:': ExpertBias.kinds,
+    "Forced routing of a benchmark, as in "
+    'forced_routing = {type = "hot_rank", rank = 0, fraction = 0.5}:': ForcedRouting.kinds,
+}
 
 
 def show(module: str, console: Console | None = None) -> None:
-    """Print our flags, the keys of [model], the losses and the forced strategies."""
+    """Print our flags, the keys of [model], and every kind of loss, bias rule and strategy."""
     console = console or Console(highlight=False)
     print(job_config.OWN_FLAGS)
     entry = job_config.registry_entry(module_lookup.config_registry(module))
     console.print(Text(f"[model] of {module}, on the command line --model.KEY VALUE:"))
     console.print(_indented(_model_keys(entry)))
-    console.print(Text('Losses, as in aux_losses = [{type = "z_loss", weight = 1e-4}]:'))
-    _show_kinds(console, AuxLoss.kinds)
-    example = '{type = "hot_rank", rank = 0, fraction = 0.5}'
-    console.print(Text(f"Forced routing of a benchmark, as in forced_routing = {example}:"))
-    _show_kinds(console, ForcedRouting.kinds)
+    for heading, kinds in _COMPONENTS.items():
+        console.print(Text(heading))
+        for name, kind in kinds.items():
+            console.print(Text(f'  type = "{name}": {first_paragraph(kind)}'))
+            console.print(_indented(_keys(kind.Config), by=4))  # type: ignore[attr-defined]
+    console.print(Text("Changes, as in changes = [{step = 1000, value = 0.0}]:"))
+    console.print(_indented(_keys(Change)))
     console.print(Text("Flags of torchtitan:"))
 
 
-def _show_kinds(console: Console, kinds: Mapping[str, type]) -> None:
-    for name, kind in kinds.items():
-        console.print(Text(f'  type = "{name}": {first_paragraph(kind)}'))
-        console.print(_indented(_component_keys(kind), by=4))
-
-
 def _model_keys(entry: Callable) -> Table:
-    described = _described_arguments(inspect.getdoc(entry) or "")
+    described = _arguments(balanced) | _arguments(entry)
     table = _table()
     for name, hint in job_config.model_keys(entry).items():
         default = inspect.signature(entry).parameters[name].default
@@ -52,48 +56,31 @@ def _model_keys(entry: Callable) -> Table:
     return table
 
 
-def _component_keys(kind: Any) -> Table:
+def _keys(cls: type) -> Table:
+    described = {
+        param.arg_name: param.description
+        for base in reversed(cls.__mro__[:-1])
+        for param in docstring_parser.parse_from_object(base).params
+    }
     table = _table()
-    for field, hint in toml_tables.settable(kind.Config).items():
-        _add(table, field.name, hint, field.default, _field_docstring(kind.Config, field.name))
+    for field, hint in toml_tables.settable(cls).items():
+        _add(table, field.name, hint, toml_tables.default(field), described.get(field.name))
     return table
 
 
-def _add(table: Table, name: str, hint: Any, default: Any, text: str) -> None:
+def _add(table: Table, name: str, hint: Any, default: Any, text: str | None) -> None:
     required = default in (inspect.Parameter.empty, dataclasses.MISSING)
     value = "required" if required else f"default {toml_tables.inline(default)}"
-    table.add_row(Text(name), Text(f"{toml_tables.describe(hint)}; {value}"), Text(text))
+    words = " ".join((text or "").split())
+    table.add_row(Text(name), Text(f"{toml_tables.describe(hint)}; {value}"), Text(words))
 
 
-def _described_arguments(docstring: str) -> dict[str, str]:
-    """The ``Args`` section: ``name, name: text`` with the text indented further."""
-    section = re.search(r"^Args:\n((?: .*\n|\n)*)", docstring + "\n", re.MULTILINE)
-    if section is None:
-        return {}
-    entries = re.split(r"\n(?=\S)", textwrap.dedent(section[1]).strip("\n"))
-    described = {}
-    for entry in entries:
-        names, _, text = " ".join(entry.split()).partition(": ")
-        described.update(dict.fromkeys(names.split(", "), text))
-    return described
-
-
-def _field_docstring(cls: type, name: str) -> str:
-    """The string under a field, in the class that declares it."""
-    for base in cls.__mro__:
-        if name in base.__dict__.get("__annotations__", {}):
-            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(definition, ast.ClassDef)
-            body = definition.body
-            for statement, following in zip(body, body[1:], strict=False):
-                if (
-                    isinstance(statement, ast.AnnAssign)
-                    and getattr(statement.target, "id", None) == name
-                    and isinstance(following, ast.Expr)
-                    and isinstance(following.value, ast.Constant)
-                ):
-                    return " ".join(str(following.value.value).split())
-    return ""
+def _arguments(function: Callable) -> dict[str, str | None]:
+    """The ``Args`` section of a docstring, where several names may share a text."""
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    return {
+        name: param.description for param in parsed.params for name in param.arg_name.split(", ")
+    }
 
 
 def _table() -> Table:

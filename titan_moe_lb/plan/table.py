@@ -118,8 +118,8 @@ def run_line(plan: Plan) -> str:
     run = plan.run
     losses = ", ".join(f"{name} {weight:g}" for name, weight in run["losses"].items()) or "none"
     return (
-        f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; bias update: "
-        f"{run['load_balance_coeff'] or 'off'}): steps {_span(run['first_steps'])} and "
+        f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
+        f"{run['expert_bias'] or 'off'}): steps {_span(run['first_steps'])} and "
         f"{_span(run['last_steps'])}. In single micro-batches its busiest rank had up to "
         f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']})"
     )

@@ -1,5 +1,6 @@
 """Every rejection of a job, at config time, one function per rule.
 
+What torchtitan says in one line before any process starts is not said again here.
 Each rule takes a ``Trainer.Config`` and raises ``JobError`` with one line that
 names the setting and what to use instead. The launcher runs them before it
 starts a process, and the model config once more when torchtitan binds it.

@@ -108,18 +108,6 @@ def recorded_routing_can_be_replayed(config: Trainer.Config) -> None:
         _whole_sequence_order_is_known(config, "metrics.record_routing_steps")
 
 
-def recomputation_restores_random_state(config: Trainer.Config) -> None:
-    """The event clock recognises a repeated forward by what it draws again."""
-    checkpointing = config.activation_checkpoint
-    tracks = getattr(config.metrics, "track_moe_metrics", False) or _forced(config)
-    if tracks and not getattr(checkpointing, "preserve_rng_state", True):
-        raise JobError(
-            "activation_checkpoint.preserve_rng_state is false, and then a recomputed forward "
-            "cannot be told from others: set it to true, or metrics.track_moe_metrics to false "
-            "and use no forced_routing"
-        )
-
-
 def _whole_sequence_order_is_known(config: Trainer.Config, what: str) -> None:
     balancer = config.parallelism.context_parallel_load_balancer
     if config.parallelism.context_parallel_degree > 1 and balancer not in ("headtail", None):
@@ -145,5 +133,4 @@ RULES = (
     forced_routing_keeps_group_limit,
     replayed_trace_fits,
     recorded_routing_can_be_replayed,
-    recomputation_restores_random_state,
 )

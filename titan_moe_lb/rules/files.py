@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.models.common.moe import MoE
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import GlobalBatchAuxLoss
-from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 
 
 def validate_files(config: Trainer.Config) -> None:
     """Raises ``JobError``: the first thing about the job's files that cannot work."""
     assets_are_here(config)
-    checkpoint_has_loss_state(config)
+    checkpoint_is_whole(config)
+    checkpoint_has_router_state(config)
     check_initial_weights(config)
 
 
@@ -30,42 +30,62 @@ def assets_are_here(config: Trainer.Config) -> None:
         )
 
 
-def checkpoint_has_loss_state(config: Trainer.Config) -> None:
-    """The counts of the global-batch loss are model state, which torchtitan loads whole."""
-    folder = _starting_checkpoint(config)
-    if folder is None:
+def checkpoint_is_whole(config: Trainer.Config) -> None:
+    start = checkpoints.start_of(config)
+    if start is None:
         return
-    needed = [
-        f"{fqn}.aux_losses.{GlobalBatchAuxLoss.type_name}.counts_E"
-        for fqn, router, _parent, _attribute in config.model_spec.model.traverse(  # type: ignore[union-attr]
-            LoadBalancedRouter.Config
+    folder = checkpoints.own_folder(config)
+    steps = checkpoints.steps_in(folder)
+    problem = checkpoints.damage(start.path)
+    if problem is not None:
+        good = [
+            step
+            for step, path in steps.items()
+            if path != start.path and checkpoints.damage(path) is None
+        ]
+        raise JobError(
+            f"{problem}; the last good step in {folder} is {good[-1]}: "
+            f"set checkpoint.load_step = {good[-1]}"
+            if good
+            else f"{problem}; no other step in {folder} is whole: name another checkpoint in "
+            "checkpoint.initial_load_path, or begin again in another checkpoint.folder"
         )
-        for loss in router.aux_losses
-        if isinstance(loss, GlobalBatchAuxLoss.Config) and loss.counts == "previous_step"
-    ]
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata if needed else {}
-    for name in needed:
-        if name not in saved:
+    if start.step is not None and config.checkpoint.load_step == -1 and start.step < max(steps):
+        logger.warning(
+            f"titan_moe_lb: note: {checkpoints.damage(steps[max(steps)])}; training goes on from "
+            f"step {start.step}, the last good one (checkpoint.load_step chooses another)"
+        )
+
+
+def checkpoint_has_router_state(config: Trainer.Config) -> None:
+    """Expert biases and the counts of the global-batch loss are model state, which torchtitan
+    loads whole: a name too few is a traceback in every process, one too many is dropped."""
+    start = checkpoints.start_of(config)
+    if start is None:
+        return
+    saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    for fqn, moe, _parent, _attribute in config.model_spec.model.traverse(MoE.Config):  # type: ignore[union-attr]
+        bias = f"{fqn}.expert_bias_E"
+        if moe.load_balance_coeff is None and bias in saved:
             raise JobError(
-                f"{folder} was saved without the global-batch loss (it has no {name}): go on "
-                "without the loss, start from Hugging Face weights, or take "
-                'counts = "running", which keeps no state'
+                f"{start.path} was saved with an expert bias ({bias}) and this job has none, "
+                "which would drop what was learned: keep it with expert_bias = "
+                '{type = "frozen"}, or leave it behind with {type = "frozen", reset = true}'
             )
-
-
-def _starting_checkpoint(config: Trainer.Config) -> Path | None:
-    """The distributed checkpoint that the job loads first, as torchtitan chooses it."""
-    checkpoint = config.checkpoint
-    if not checkpoint.enable or checkpoint.create_seed_checkpoint:
-        return None
-    saved = {
-        int(match[1]): path
-        for path in Path(config.dump_folder, checkpoint.folder).glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / ".metadata").is_file()
-    }
-    if saved:
-        return saved.get(checkpoint.load_step, saved[max(saved)])
-    if checkpoint.initial_load_path and not checkpoint.initial_load_in_hf:
-        path = Path(checkpoint.initial_load_path)
-        return path if (path / ".metadata").is_file() else None
-    return None
+        if moe.load_balance_coeff is not None and bias not in saved:
+            raise JobError(
+                f"{start.path} was saved without an expert bias (it has no {bias}) and this job "
+                'has one: go on without, with expert_bias = "none"'
+            )
+        for loss in getattr(moe.router, "aux_losses", []):
+            counts = f"{fqn}.router.aux_losses.{GlobalBatchAuxLoss.type_name}.counts_E"
+            if (
+                isinstance(loss, GlobalBatchAuxLoss.Config)
+                and loss.counts == "previous_step"
+                and counts not in saved
+            ):
+                raise JobError(
+                    f"{start.path} was saved without the global-batch loss (it has no {counts}): "
+                    "go on without the loss, start from Hugging Face weights, or take "
+                    'counts = "running", which keeps no state'
+                )

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import safetensors
 import torch
+from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError
 
 
@@ -21,7 +23,9 @@ def check_initial_weights(config: Trainer.Config) -> None:
         JobError: no weights there, or the first tensor that is missing or has another shape.
     """
     checkpoint, spec = config.checkpoint, config.model_spec
-    if not checkpoint.enable or not checkpoint.initial_load_in_hf or _resumes(config):
+    if not checkpoint.enable or not checkpoint.initial_load_in_hf:
+        return
+    if checkpoints.start_of(config) is not None:  # of its own, which comes first
         return
     assert spec is not None
     if spec.state_dict_adapter is None:
@@ -40,6 +44,13 @@ def check_initial_weights(config: Trainer.Config) -> None:
         # Stored in blocks, under other names and shapes; the adapter knows whether it can.
         spec.state_dict_adapter(spec.model, None).get_hf_storage_reader(folder, from_quantized=True)
         return
+    for name in _biases_without_use(config):
+        if name in found:
+            raise JobError(
+                f"checkpoint.initial_load_in_hf: {folder!r} holds an expert bias ({name!r}) and "
+                "this job has none, which would drop it: keep it with expert_bias = {type = "
+                '"frozen"}, or leave it behind with {type = "frozen", reset = true}'
+            )
     for name, shape in _expected_shapes(config).items():
         if f"{name}_blocks" in found:
             raise JobError(
@@ -58,11 +69,6 @@ def check_initial_weights(config: Trainer.Config) -> None:
             )
 
 
-def _resumes(config: Trainer.Config) -> bool:
-    """A job that has a checkpoint of its own starts from that one."""
-    return any(Path(config.dump_folder, config.checkpoint.folder).glob("step-*"))
-
-
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -73,6 +79,19 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except (OSError, safetensors.SafetensorError) as error:
             raise JobError(f"{path} cannot be read as safetensors: {error}") from None
     return shapes
+
+
+def _biases_without_use(config: Trainer.Config) -> list[str]:
+    """Where a Hugging Face checkpoint would have the expert biases that the job has not."""
+    spec = config.model_spec
+    assert spec is not None and spec.state_dict_adapter is not None
+    adapter = spec.state_dict_adapter(spec.model, config.hf_assets_path)
+    biases = {
+        f"{fqn}.expert_bias_E": torch.empty(moe.num_experts, device="meta")
+        for fqn, moe, _parent, _attribute in spec.model.traverse(MoE.Config)
+        if moe.load_balance_coeff is None
+    }
+    return list(adapter.to_hf(biases))
 
 
 def _expected_shapes(config: Trainer.Config) -> dict[str, tuple[int, ...]]:

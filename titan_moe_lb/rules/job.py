@@ -18,9 +18,7 @@ _AT_LEAST_ONE = (
     "training.local_batch_size",
     "training.seq_len",
     "training.steps",
-    "parallelism.pipeline_parallel_microbatch_size",
     "metrics.log_freq",
-    "checkpoint.interval",
 )
 
 
@@ -65,16 +63,6 @@ def optimizer_arguments_fit(config: Trainer.Config) -> None:
 
 def layout_fits_processes(config: Trainer.Config) -> None:
     layout.resolve(config.parallelism)
-
-
-def local_batch_divides_into_microbatches(config: Trainer.Config) -> None:
-    local = config.training.local_batch_size
-    micro = config.parallelism.pipeline_parallel_microbatch_size
-    if config.parallelism.pipeline_parallel_degree > 1 and local % micro:
-        raise JobError(
-            f"training.local_batch_size {local} is not divisible by "
-            f"parallelism.pipeline_parallel_microbatch_size {micro}"
-        )
 
 
 def global_batch_divides_over_ranks(config: Trainer.Config) -> None:
@@ -143,7 +131,6 @@ RULES = (
     sizes_are_positive,
     optimizer_arguments_fit,
     layout_fits_processes,
-    local_batch_divides_into_microbatches,
     global_batch_divides_over_ranks,
     sequence_divides_over_ranks,
     compile_backend_is_known,

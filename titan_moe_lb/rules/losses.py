@@ -1,56 +1,40 @@
-"""Aux losses and the expert bias. See :mod:`titan_moe_lb.rules`."""
+"""Aux losses. See :mod:`titan_moe_lb.rules`."""
 
 from __future__ import annotations
 
-import math
-
-from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import toml_tables
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss
+from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, SumsLoss
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter
 
 
-def batch_wise_sees_the_whole_batch(config: Trainer.Config) -> None:
+def loss_sees_the_whole_batch(config: Trainer.Config) -> None:
+    """A loss that is not a sum over sequences is another one where the batch is cut."""
     for _fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        losses = router.aux_losses
-        if any(isinstance(loss, BatchWiseAuxLoss.Config) for loss in losses):
+        of_sums = [loss for loss in router.aux_losses if issubclass(loss._owner, SumsLoss)]
+        whole = [loss for loss in of_sums if not loss._owner.additive]
+        if whole:
             break
     else:
         return
-    reason = (
-        "because per-micro-batch token-to-expert counts do not reflect the full batch; put this "
-        "line under [model] to count the whole batch (over the previous step): "
-        f"{_with_global_batch(losses)}"
-    )
+    name = whole[0]._owner.type_name.replace("_", "-")
+    reason = "because per-micro-batch token-to-expert counts do not reflect the full batch; "
+    if isinstance(whole[0], BatchWiseAuxLoss.Config):
+        reason += (
+            "put this line under [model] to count the whole batch (over the previous step): "
+            f"{_with_global_batch(router.aux_losses)}"
+        )
+    else:
+        reason += "it is not a sum over sequences: train it without, or take another loss"
     if config.parallelism.pipeline_parallel_degree > 1:
-        raise JobError(f"batch-wise aux loss is incompatible with pipeline parallelism {reason}")
+        raise JobError(f"{name} aux loss is incompatible with pipeline parallelism {reason}")
     if batch_cut.cut(config).accumulation_steps > 1:
         raise JobError(
-            "batch-wise aux loss is incompatible with gradient accumulation "
+            f"{name} aux loss is incompatible with gradient accumulation "
             f"(training.global_batch_size {config.training.global_batch_size}) {reason}"
-        )
-
-
-def running_counts_survive_recomputation(config: Trainer.Config) -> None:
-    """A recomputed micro-batch would see the counts of the micro-batches after it."""
-    running = any(
-        loss.counts == "running"
-        for _fqn, loss, _parent, _attribute in config.traverse(GlobalBatchAuxLoss.Config)
-    )
-    several = (
-        config.parallelism.pipeline_parallel_degree > 1
-        or batch_cut.cut(config).accumulation_steps > 1
-    )
-    if running and several and config.activation_checkpoint is not None:
-        raise JobError(
-            'global-batch aux loss with counts = "running" is incompatible with activation '
-            "checkpointing under pipeline parallelism or gradient accumulation, because a "
-            "recomputed micro-batch would see other counts than its forward did: set "
-            'counts = "previous_step" or [activation_checkpoint] type = "none"'
         )
 
 
@@ -65,16 +49,6 @@ def one_loss_of_each_kind(config: Trainer.Config) -> None:
                 )
 
 
-def bias_update_speed_is_positive(config: Trainer.Config) -> None:
-    for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
-        speed = moe.load_balance_coeff
-        if speed is not None and not (math.isfinite(speed) and speed > 0):
-            raise JobError(
-                f"{fqn}.load_balance_coeff is {speed}; it must be a finite number above 0, "
-                "or none to turn the expert bias off"
-            )
-
-
 def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
     """The line of TOML with the same losses, the batch-wise one over the global batch."""
     whole_batch = [
@@ -87,8 +61,6 @@ def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
 
 
 RULES = (
-    batch_wise_sees_the_whole_batch,
-    running_counts_survive_recomputation,
+    loss_sees_the_whole_batch,
     one_loss_of_each_kind,
-    bias_update_speed_is_positive,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
@@ -102,6 +103,27 @@ def expert_groups_fit_router(config: Trainer.Config) -> None:
             )
 
 
+def score_function_is_known(config: Trainer.Config) -> None:
+    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
+        if router.score_func not in ("softmax", "sigmoid"):
+            raise JobError(
+                f"{fqn}.score_func is {router.score_func!r}; the router knows 'softmax' and "
+                "'sigmoid'"
+            )
+
+
+def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
+    """What :mod:`titan_moe_lb.parallelization` does for the other kinds has no seam here."""
+    if isinstance(config.activation_checkpoint, MemoryBudgetAC.Config) and any(
+        config.traverse(LoadBalancedRouter.Config)
+    ):
+        raise JobError(
+            '[activation_checkpoint] type = "memory-budget" lets the compiler choose the experts '
+            "of a token again in the backward, and it may choose others than those that the loss "
+            'has seen: set type = "selective" or "full"'
+        )
+
+
 def _decoder(config: Trainer.Config) -> Decoder.Config | None:
     model = None if config.model_spec is None else config.model_spec.model
     return model if isinstance(model, Decoder.Config) else None
@@ -114,4 +136,6 @@ RULES = (
     tied_weights_stay_on_one_stage,
     experts_divide_over_ranks,
     expert_groups_fit_router,
+    score_function_is_known,
+    checkpointing_keeps_decisions,
 )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from torchtitan.models.common.moe import MoE
-
 import titan_moe_lb
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.router import LoadBalancedRouter
@@ -25,21 +23,21 @@ def describe_run(config) -> RunInfo:
     """Of a ``Trainer.Config`` whose MoE layers have load-balanced routers."""
     dims = layout.resolve(config.parallelism)
     cut = batch_cut.cut(config)
-    moe = next(moe for _fqn, moe, _parent, _attribute in config.model_spec.traverse(MoE.Config))
-    router = moe.router
-    forced = router.forced_routing
+    routers = [
+        router
+        for _fqn, router, _parent, _attribute in config.model_spec.traverse(
+            LoadBalancedRouter.Config
+        )
+    ]
+    router = routers[0]
+    bias, forced = router.expert_bias, router.forced_routing
     losses = {loss._owner.metric_name: loss for loss in router.aux_losses}
     return RunInfo(
         model=config.model_spec.name,
         flavor=config.model_spec.flavor,
         num_experts=router.num_experts,
         top_k=router.top_k,
-        layers=tuple(
-            sorted(
-                found.layer
-                for _f, found, _p, _a in config.model_spec.traverse(LoadBalancedRouter.Config)
-            )
-        ),
+        layers=tuple(sorted(router.layer for router in routers)),
         losses={name: loss.weight for name, loss in losses.items()},
         figures=(
             *(
@@ -62,7 +60,7 @@ def describe_run(config) -> RunInfo:
         micro_batch_size=cut.micro_batch_size,
         seq_len=cut.seq_len,
         forced_routing=forced.describe() if forced is not None else None,
-        load_balance_coeff=moe.load_balance_coeff,
+        expert_bias=bias.describe() if bias is not None else None,
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=titan_moe_lb.__version__,
     )

@@ -59,8 +59,8 @@ class RunInfo:
     """Tokens of one sequence."""
     forced_routing: str | None = None
     """The forced routing strategy of a benchmark; None for a real run."""
-    load_balance_coeff: float | None = None
-    """Speed of the expert-bias update; None where it is off."""
+    expert_bias: str | None = None
+    """The rule of the expert bias and its settings; None where there is no bias."""
     started: str
     """ISO 8601 time with offset."""
     version: str
@@ -141,6 +141,8 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
     if version == 1:
         losses = tuple(Figure(name, is_aux_loss=True) for name in table["losses"])
         table["figures"] = FIGURES_OF_FORMAT_1 + losses
+        speed = table.get("load_balance_coeff")  # of the one rule that there was
+        table["expert_bias"] = None if speed is None else f"sign (speed {speed:g})"
     else:
         table["figures"] = tuple(Figure(**_known(Figure, one)) for one in table["figures"])
     table["layers"] = tuple(table["layers"])

@@ -21,8 +21,9 @@ _DENSE_ATTENTION = "titan_moe_lb.upstream.cpu.attention.dense_mask_attention"
 
 
 def needed() -> bool:
-    """True where no accelerator is present."""
-    return not torch.accelerator.is_available()
+    """True where no accelerator is present that torchtitan can use: it knows no Apple GPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is None or accelerator.type == "mps"
 
 
 def use_host() -> None:

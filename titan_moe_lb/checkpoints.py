@@ -1,0 +1,101 @@
+"""Which checkpoint a job starts from, and whether all of it is there."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+from titan_moe_lb.errors import JobError
+
+_METADATA = ".metadata"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A distributed checkpoint that a job loads."""
+
+    path: Path
+
+    step: int | None
+    """Of the job's own run; None for weights from elsewhere (``checkpoint.initial_load_path``)."""
+
+
+def own_folder(config) -> Path:
+    """Where the job of a ``Trainer.Config`` writes its checkpoints, a folder for each step."""
+    return Path(config.dump_folder, config.checkpoint.folder)
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The steps that a run began to save, ascending."""
+    found = {
+        int(match[1]): path
+        for path in folder.glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def start_of(config) -> Checkpoint | None:
+    """The distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
+
+    That is ``checkpoint.load_step``, else the latest of its own with metadata, else
+    ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights. A
+    run that has steps, and none with metadata, would silently begin again: the latest then,
+    which nobody can load.
+    """
+    checkpoint = config.checkpoint
+    if not checkpoint.enable or checkpoint.create_seed_checkpoint:
+        return None
+    folder = own_folder(config)
+    if checkpoint.load_step != -1:
+        path = folder / f"step-{checkpoint.load_step}"
+        return Checkpoint(path=path, step=checkpoint.load_step)
+    steps = steps_in(folder)
+    finished = {step: path for step, path in steps.items() if (path / _METADATA).is_file()}
+    if not finished and checkpoint.initial_load_in_hf:
+        return None
+    if not finished and checkpoint.initial_load_path:
+        return Checkpoint(path=Path(checkpoint.initial_load_path), step=None)
+    for step, path in reversed((finished or steps).items()):
+        return Checkpoint(path=path, step=step)
+    return None
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a checkpoint holds, without its tensors.
+
+    Raises:
+        JobError: there is no metadata, or it is cut.
+    """
+    file = path / _METADATA
+    if not file.is_file():
+        raise JobError(f"{file} is missing (a save that was cut short, or a copy that left it out)")
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except Exception as error:  # noqa: BLE001  a cut pickle can fail in any way
+        raise JobError(f"{file} cannot be read ({type(error).__name__}): it is cut") from None
+    return metadata
+
+
+def damage(path: Path) -> str | None:
+    """The first file of a checkpoint that is missing or cut, in words; None if all are whole."""
+    try:
+        metadata = read_metadata(path)
+    except JobError as error:
+        return str(error)
+    sizes: dict[str, int] = {}
+    for stored in (metadata.storage_data or {}).values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    for name, size in sorted(sizes.items()):
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if os.path.getsize(file) < size:
+            return f"{file} is cut: it has {os.path.getsize(file):,} of {size:,} bytes"
+    return None

@@ -1,0 +1,66 @@
+"""``reset = true``: the bias that a checkpoint holds is set to zero, once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchtitan.models.common.moe import MoE
+from torchtitan.tools.logging import logger
+
+from titan_moe_lb import checkpoints
+from titan_moe_lb.expert_bias.base import ExpertBias
+
+MARKER = "expert_bias_reset.json"
+"""In the run's checkpoint folder: the step from whose checkpoint the bias was reset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasReset:
+    """Sets the biases of a rank to zero when its model is loaded."""
+
+    marker: Path
+    step: int
+    """Of the checkpoint that is loaded; 0 for weights from elsewhere."""
+
+    @classmethod
+    def of(cls, config, rule: ExpertBias.Config | None) -> BiasReset | None:
+        """What a job has to do: nothing after a restart from a later checkpoint of its own.
+
+        Args:
+            config: a ``Trainer.Config``, before it has loaded anything.
+            rule: of the expert bias.
+        """
+        if rule is None or not rule.reset or not config.checkpoint.enable:
+            return None
+        start = checkpoints.start_of(config)
+        step = 0 if start is None or start.step is None else start.step
+        marker = checkpoints.own_folder(config) / MARKER
+        if marker.is_file():
+            before = json.loads(marker.read_text())["step"]
+            if step > before:
+                logger.info(
+                    f"The expert bias was reset after step {before} and goes on as it was learned "
+                    f"since (delete {marker} to reset it again)"
+                )
+                return None
+        return cls(marker=marker, step=step)
+
+    def register(self, model_parts: list[nn.Module]) -> None:
+        """torchtitan loads a checkpoint after ``post_optimizer_build_fn``."""
+        for part in model_parts:
+            part.register_load_state_dict_post_hook(self._zero)
+
+    def _zero(self, part: nn.Module, _keys: object) -> None:
+        with torch.no_grad():
+            for layer in part.modules():
+                if isinstance(layer, MoE) and layer.expert_bias_E is not None:
+                    layer.expert_bias_E.zero_()
+        if dist.get_rank() == 0:
+            logger.info("The expert bias of the checkpoint was set to zero (reset = true)")
+            self.marker.parent.mkdir(parents=True, exist_ok=True)
+            self.marker.write_text(json.dumps({"step": self.step}))
