@@ -187,7 +187,7 @@ def _over_steps(
     drawn = blank_figure()
     steps = shown_steps(len(trace.steps), MOST_POINTS)
     nothing = np.full(len(trace.steps), np.nan)
-    second = {"overlaying": "y", "side": "right", "tickmode": "auto"}
+    second = {"overlaying": "y", "side": "right", "tickmode": "auto", "automargin": True}
     for name, label, color, width, axis in curves:
         values_S = series.get(name, nothing)
         _add_curve(drawn, trace, label, values_S, steps, color=color, width=width, yaxis=axis)
