@@ -249,8 +249,7 @@ def _share_axes(figures: list[go.Figure]) -> None:
     curves = [curve for figure in figures for curve in figure.data]
     for axis in ("x", "y", "y2"):
         shown = [curve for curve in curves if axis in ("x", curve.yaxis)]
-        values = [curve.x if axis == "x" else curve.y for curve in shown]
-        values = np.concatenate([*values, []])
+        values = np.concatenate([[], *(curve.x if axis == "x" else curve.y for curve in shown)])
         values = values[np.isfinite(values)]
         if not len(values):
             continue
