@@ -326,7 +326,20 @@ def test_what_a_newer_writer_adds_is_kept(tmp_path):
 def test_description_that_is_none_is_one_line(name, tmp_path):
     file = write_run(tmp_path, run_info(), 2) / FILE_NAME
     content = file.read_bytes()
-    for value in (None, -1, "x", [], [[]], {}, {"a": [1]}, 1e308, True, [{"name": "layer"}]):
+    for value in (
+        None,
+        -1,
+        "x",
+        [],
+        [[]],
+        {},
+        {"a": [1]},
+        1e308,
+        True,
+        2**70,
+        [2**40],
+        [{"name": "layer"}],
+    ):
         file.write_bytes(content)
         rewrite(file, without_checksums(file, lambda table, v=value: table.update({name: v}))[0])
         try:

@@ -105,7 +105,7 @@ def construct(hint: Any, value: Any, where: str, current: Any = None) -> Any:
         # TOML has lists alone; AdamW's betas are a tuple.
         tuples = {key for key, item in current.items() if isinstance(item, tuple)}
         return current | {k: tuple(v) if k in tuples else v for k, v in value.items()}
-    return _checked(members, value, where)
+    return _checked(hint, value, where)
 
 
 def _list_of_configs(current: list, element: Any, value: Any, where: str) -> list:
@@ -158,8 +158,8 @@ def _build(cls: type, table: Any, where: str) -> Any:
         raise JobError(f"{where}: {error}") from None
 
 
-def _checked(members: tuple, value: Any, where: str) -> Any:
-    hint = Union[members]  # noqa: UP007
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    members = _members(hint)
     every = typeguard.CollectionCheckStrategy.ALL_ITEMS
     try:
         if isinstance(value, bool) and not {bool, Any, object} & set(members):

@@ -63,4 +63,4 @@ class BiasReset:
         if dist.get_rank() == 0:
             logger.info("The expert bias of the checkpoint was set to zero (reset = true)")
             self.marker.parent.mkdir(parents=True, exist_ok=True)
-            self.marker.write_text(json.dumps({"step": self.step}))
+            self.marker.write_text(json.dumps({"step": self.step}) + "\n")

@@ -187,7 +187,7 @@ def _over_steps(
     drawn = blank_figure()
     steps = shown_steps(len(trace.steps), MOST_POINTS)
     nothing = np.full(len(trace.steps), np.nan)
-    second = {"overlaying": "y", "side": "right", "tickmode": "auto"}
+    second = {"overlaying": "y", "side": "right", "tickmode": "auto", "automargin": True}
     for name, label, color, width, axis in curves:
         values_S = series.get(name, nothing)
         _add_curve(drawn, trace, label, values_S, steps, color=color, width=width, yaxis=axis)
@@ -249,8 +249,7 @@ def _share_axes(figures: list[go.Figure]) -> None:
     curves = [curve for figure in figures for curve in figure.data]
     for axis in ("x", "y", "y2"):
         shown = [curve for curve in curves if axis in ("x", curve.yaxis)]
-        values = [curve.x if axis == "x" else curve.y for curve in shown]
-        values = np.concatenate([*values, []])
+        values = np.concatenate([[], *(curve.x if axis == "x" else curve.y for curve in shown)])
         values = values[np.isfinite(values)]
         if not len(values):
             continue

@@ -57,7 +57,7 @@ def step_metrics(
         values_M = of_layers.get(figure.name)
         if values_M is None or np.isnan(values_M).all():
             continue
-        metrics[figure.name] = figure.over_layers(values_M)
+        metrics[figure.name] = float(figure.over_layers(values_M))
         if figure.summary != "sum" and figure.name not in _WITHOUT_PERCENTILES:
             known = values_M[~np.isnan(values_M)]
             for suffix, percent in (("p50", 50), ("p95", 95), ("max", 100)):

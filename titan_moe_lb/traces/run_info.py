@@ -147,8 +147,9 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
         table["figures"] = tuple(Figure(**_known(Figure, one)) for one in table["figures"])
     table["layers"] = tuple(table["layers"])
     table["resumed_at"] = tuple(table["resumed_at"])
-    if not table["layers"] or table["num_experts"] < 1:
-        raise ValueError("it has no experts")
+    numbers = (table["num_experts"] - 1, *table["layers"])
+    if len(numbers) == 1 or not all(0 <= number < 2**31 for number in numbers):
+        raise ValueError("it has no layers or no experts")
     return _known(RunInfo, table)
 
 

@@ -125,11 +125,11 @@ class StepFile:
         assert self._writer is not None and self._file is not None
         metadata = METADATA if self._has_checksums else None
         self._writer.write_batch(_fit(batch, self._schema), custom_metadata=metadata)
-        content = bytearray(self._sink.getvalue())
+        written = bytearray(self._sink.getvalue())
         self._sink.seek(0)
         self._sink.truncate()
         # The writer puts the schema before its first batch.
-        parts = content[: self._head_size], content[self._head_size :]
+        parts = written[: self._head_size], written[self._head_size :]
         self._head_size = 0
         if self._has_checksums:
             for part in filter(None, parts):
