@@ -130,7 +130,8 @@ def moe_layers(numbers: list[int], aux_losses=None) -> list[MoE]:
     bound to one micro-batch of 2 sequences on each rank; not wired."""
     layers = []
     for number in numbers:
-        config = model_registry("tiny", aux_losses=aux_losses).model.layers[-1].moe
+        losses = {} if aux_losses is None else {"aux_losses": aux_losses}
+        config = model_registry("tiny", **losses).model.layers[-1].moe
         config.router.layer = number
         for loss in config.router.aux_losses:
             loss.micro_batch_size, loss.global_batch_size = 2, 2 * _world_size()

@@ -20,7 +20,7 @@ def test_hugging_face_checkpoint_goes_out_and_back(monkeypatch, tmp_path):
     model.init_states()
     state = model.state_dict()
     extra = {name for name in state if ".router.aux_losses." in name}
-    assert {name.rsplit(".", 2)[1:][1] for name in extra} == {"counts_E"} and len(extra) == 3
+    assert {name.rsplit(".", 2)[1:][1] for name in extra} == {"load_E"} and len(extra) == 3
     adapter = spec.state_dict_adapter(spec.model, str(tmp_path))
     hugging_face = adapter.to_hf(state)
     assert "model.layers.1.mlp.gate.weight" in hugging_face

@@ -242,7 +242,7 @@ def _last_counts(folder: str) -> torch.Tensor:
         planner=_EmptyStateDictLoadPlanner(),
         no_dist=True,
     )
-    counts = [value for name, value in sorted(_flat(state).items()) if name.endswith("counts_E")]
+    counts = [value for name, value in sorted(_flat(state).items()) if name.endswith("load_E")]
     assert len(counts) == 3 and all(count.sum() > 0 for count in counts)
     return torch.stack(counts)
 

@@ -78,7 +78,7 @@ def checkpoint_has_router_state(config: Trainer.Config) -> None:
                 'has one: go on without, with expert_bias = "none"'
             )
         for loss in getattr(moe.router, "aux_losses", []):
-            counts = f"{fqn}.router.aux_losses.{GlobalBatchAuxLoss.type_name}.counts_E"
+            counts = f"{fqn}.router.aux_losses.{GlobalBatchAuxLoss.type_name}.load_E"
             if (
                 isinstance(loss, GlobalBatchAuxLoss.Config)
                 and loss.counts == "previous_step"
