@@ -194,7 +194,13 @@ class LogitsLoss(AuxLoss):
         """
         raise NotImplementedError
 
-    def logits_gradient(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+    def per_token_and_saved(
+        self, logits_BLE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """:meth:`per_token`, and a small tensor of it that saves :meth:`logits_gradient` work."""
+        return self.per_token(logits_BLE), None
+
+    def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
         """Gradient of ``per_token(logits).sum()``, ``(B, L, E)``. Overridden where a closed
         form is cheaper."""
         return torch.func.grad(lambda logits: self.per_token(logits).sum())(logits_BLE)

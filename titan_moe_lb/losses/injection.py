@@ -73,7 +73,11 @@ class _GatherScores(torch.autograd.Function):
 
 
 def attach_to_logits(
-    logits_BLE: torch.Tensor, loss: LogitsLoss, weight: torch.Tensor, scale: float
+    logits_BLE: torch.Tensor,
+    loss: LogitsLoss,
+    saved: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     """The logits, with the gradient of a loss of each token attached.
 
@@ -82,26 +86,28 @@ def attach_to_logits(
 
     Args:
         logits_BLE: gate outputs ``(B, L, E)``.
+        saved: of ``loss.per_token_and_saved(logits)``.
         weight: float32 ``()``, on the device.
     """
-    return _AttachToLogits.apply(logits_BLE, weight, loss, scale)
+    return _AttachToLogits.apply(logits_BLE, saved, weight, loss, scale)
 
 
 @spmd.register_autograd_function
 class _AttachToLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_BLE, weight, loss, scale):
-        ctx.save_for_backward(logits_BLE, weight)
+    def forward(ctx, logits_BLE, saved, weight, loss, scale):
+        ctx.save_for_backward(logits_BLE, saved, weight)
         ctx.loss, ctx.scale = loss, scale
         return logits_BLE.view_as(logits_BLE)
 
     @staticmethod
     def backward(ctx, grad_BLE: torch.Tensor):
-        logits_BLE, weight = ctx.saved_tensors
+        logits_BLE, saved, weight = ctx.saved_tensors
         wide_BLE = at_least_float32(logits_BLE)
-        gradient_BLE = ctx.loss.logits_gradient(wide_BLE).to(grad_BLE.dtype)
+        gradient_BLE = ctx.loss.logits_gradient(wide_BLE, saved).to(grad_BLE.dtype)
         weight = weight.to(grad_BLE.dtype)
-        return torch.addcmul(grad_BLE, gradient_BLE, weight, value=ctx.scale), None, None, None
+        grad_BLE = torch.addcmul(grad_BLE, gradient_BLE, weight, value=ctx.scale)
+        return grad_BLE, None, None, None, None
 
     @staticmethod
     def typecheck_forward(logits_BLE, *others):

@@ -77,11 +77,12 @@ class RouterLosses(ModuleDict):
             local_BLE = local_shard(logits_BLE)
             length = local_BLE.shape[1] * self._sequence_shards
             scale = 1 / (length * loss.global_batch_size)
-            if not is_recomputation():
-                with spmd.no_typecheck(), torch.no_grad():
-                    wide_BLE = at_least_float32(local_BLE)
-                    record.losses_A[index].add_(loss.per_token(wide_BLE).sum(), alpha=scale)
-            attached_BLE = attach_to_logits(local_BLE, loss, record.weights_A[index], scale)
+            with spmd.no_typecheck(), torch.no_grad():
+                per_token_BL, saved = loss.per_token_and_saved(at_least_float32(local_BLE))
+                if not is_recomputation():
+                    record.losses_A[index].add_(per_token_BL.sum(), alpha=scale)
+            weight = record.weights_A[index]
+            attached_BLE = attach_to_logits(local_BLE, loss, saved, weight, scale)
             logits_BLE = placed_as(logits_BLE, attached_BLE)
         return logits_BLE
 

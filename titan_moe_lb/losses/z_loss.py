@@ -26,7 +26,10 @@ class RouterZLoss(LogitsLoss):
     def per_token(self, logits_BLE: torch.Tensor) -> torch.Tensor:
         return torch.logsumexp(logits_BLE, dim=-1).square()
 
-    def logits_gradient(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+    def per_token_and_saved(self, logits_BLE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logsumexp_BL = torch.logsumexp(logits_BLE, dim=-1)
+        return logsumexp_BL.square(), logsumexp_BL
+
+    def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
         """2 logsumexp(logits) softmax(logits)."""
-        logsumexp_BL1 = torch.logsumexp(logits_BLE, dim=-1, keepdim=True)
-        return torch.softmax(logits_BLE, dim=-1).mul_(logsumexp_BL1 * 2)
+        return torch.softmax(logits_BLE, dim=-1).mul_((saved * 2).unsqueeze(-1))
