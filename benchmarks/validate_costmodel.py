@@ -193,12 +193,11 @@ def _expert_ids(arguments: Arguments, factor: float) -> torch.Tensor:
     """Expert ids ``(1, T, K)``: the first W experts get ``factor`` x the mean, the rest is even."""
     tokens, top_k, hot = arguments.tokens_per_rank, arguments.top_k, arguments.hot_experts
     return hot_share_ids(
-        tokens,
+        torch.arange(tokens),
         top_k,
         torch.arange(hot),
         torch.arange(hot, arguments.num_experts),
         num_hot_choices=round(hot * factor * tokens * top_k / arguments.num_experts),
-        first_token=0,
         total_tokens=tokens,
     ).unsqueeze(0)
 

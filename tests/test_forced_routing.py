@@ -54,7 +54,8 @@ def run(ranks, num_ranks, folder, *arguments, steps=2):
 )
 def test_round_robin_deals_evenly(num_tokens, shape, first_token):
     num_experts, top_k = shape
-    ids = round_robin_ids(num_tokens, top_k, num_experts, first_token=first_token)
+    tokens = torch.arange(first_token, first_token + num_tokens)
+    ids = round_robin_ids(tokens, top_k, num_experts)
     assert all(len(set(row)) == top_k for row in ids.tolist())
     counts = torch.bincount(ids.flatten(), minlength=num_experts)
     assert counts.max() - counts.min() <= 1
@@ -75,12 +76,11 @@ def test_hot_share_is_exact(data):
     ids = torch.cat(
         [
             hot_share_ids(
-                per_rank,
+                torch.arange(rank * per_rank, (rank + 1) * per_rank),
                 top_k,
                 hot,
                 cold,
                 num_hot_choices=num_hot_choices,
-                first_token=rank * per_rank,
                 total_tokens=total,
             )
             for rank in range(num_ranks)
@@ -114,7 +114,7 @@ def test_random_numbers_are_independent_and_of_their_distribution():
     assert (normal.abs() > 1.959964).double().mean().item() == pytest.approx(0.05, abs=0.002)
 
 
-# (seed, number) as RandomStream and the router make them.
+# (seed, number) as DrawnRouting and the router make them.
 STREAMS = {
     "forwards of one router": [(hash_seed(0, 1, 1), number) for number in range(4800)],
     "routers": [
@@ -265,7 +265,7 @@ def biases(arguments):
         [router.forced_routing.bias_E(torch.tensor(n)).tolist() for n in range(3)]
         for router in routers_of(trainer.model_parts)
     ]
-    seeds = [r.forced_routing.stream.own_seed.item() for r in routers_of(trainer.model_parts)]
+    seeds = [r.forced_routing.own_seed.item() for r in routers_of(trainer.model_parts)]
     trainer.close()
     return found, seeds
 

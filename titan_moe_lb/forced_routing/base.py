@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -47,7 +48,13 @@ class ForcedRouting(Module):
 
         def describe(self) -> str:
             """The strategy and its settings in one phrase, for the log and the trace."""
-            return self._owner.type_name
+            given = {
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if field.name not in self._owner.filled_by_job
+            }
+            settings = [f"{name} {value}" for name, value in given.items() if value is not None]
+            return f"{self._owner.type_name} ({', '.join(settings)})".removesuffix(" ()")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -12,36 +12,27 @@ import math
 import torch
 
 
-def round_robin_ids(
-    num_tokens: int,
-    top_k: int,
-    num_experts: int,
-    *,
-    first_token: int = 0,
-    device: torch.device | None = None,
-) -> torch.Tensor:
+def round_robin_ids(tokens_T: torch.Tensor, top_k: int, num_experts: int) -> torch.Tensor:
     """Deal the experts out in turn: token t takes experts t K, ..., t K + K - 1 modulo E.
 
     Args:
-        first_token: number of the first of the tokens.
+        tokens_T: numbers of the tokens, int64 ``(T,)``.
 
     Returns:
-        ``(T, K)`` int64, distinct in a token. Over all tokens dealt from token 0 on, no
-        two experts differ by more than one token.
+        ``(T, K)`` int64, distinct in a token. Over successive tokens no two experts differ
+        by more than one token.
     """
-    first = first_token * top_k
-    choices = torch.arange(first, first + num_tokens * top_k, device=device)
-    return (choices % num_experts).view(num_tokens, top_k)
+    choices_K = torch.arange(top_k, device=tokens_T.device)
+    return (tokens_T.unsqueeze(1) * top_k + choices_K) % num_experts
 
 
 def hot_share_ids(
-    num_tokens: int,
+    tokens_T: torch.Tensor,
     top_k: int,
     hot_experts: torch.Tensor,
     cold_experts: torch.Tensor,
     *,
     num_hot_choices: int,
-    first_token: int,
     total_tokens: int,
 ) -> torch.Tensor:
     """Give a fixed number of all choices to the hot experts, evenly, the rest to the cold.
@@ -50,17 +41,15 @@ def hot_share_ids(
     hot experts; within the hot and within the cold ones the choices are dealt in turn.
 
     Args:
-        num_tokens: T tokens are asked for.
+        tokens_T: numbers of the tokens in ``[0, total_tokens)``, int64 ``(T,)``.
         hot_experts, cold_experts: int64, disjoint.
         num_hot_choices: H, choices of hot experts over ``total_tokens`` tokens.
-        first_token: number of the first of the T tokens in ``[0, total_tokens)``.
 
     Returns:
         ``(T, K)`` int64, distinct in a token.
     """
-    device = hot_experts.device
-    tokens_T1 = torch.arange(first_token, first_token + num_tokens, device=device).unsqueeze(1)
-    choices_K = torch.arange(top_k, device=device)
+    tokens_T1 = tokens_T.unsqueeze(1)
+    choices_K = torch.arange(top_k, device=tokens_T.device)
     hot_before_T1 = tokens_T1 * num_hot_choices // total_tokens
     hot_T1 = (tokens_T1 + 1) * num_hot_choices // total_tokens - hot_before_T1
     cold_before_T1 = tokens_T1 * top_k - hot_before_T1

@@ -9,10 +9,11 @@ import torch
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing.base import ForcedRouting
+from titan_moe_lb.forced_routing.dealt import DealtRouting
 from titan_moe_lb.forced_routing.functional import hot_share_ids
 
 
-class HotRank(ForcedRouting):
+class HotRank(DealtRouting):
     """``fraction`` of all routed tokens goes to the experts of the hot EP ranks.
 
     The worst case for the memory of a GPU, dosed. The share holds over the tokens that
@@ -25,14 +26,14 @@ class HotRank(ForcedRouting):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ForcedRouting.Config):
-        fraction: float
-        """Share of all routed tokens, in (0, 1]."""
-
         rank: int | None = None
         """The hot rank of each EP group; or ``ranks``."""
 
         ranks: list[int] | None = None
         """Several hot ranks of each EP group."""
+
+        fraction: float
+        """Share of all routed tokens, in (0, 1]."""
 
         expert_parallel: int | None = None
         """EP degree. Filled by ``update_from_config``."""
@@ -64,34 +65,11 @@ class HotRank(ForcedRouting):
             hot = [e for e in range(self.num_experts) if e // per_rank in self.hot_ranks]
             return hot, [e for e in range(self.num_experts) if e not in set(hot)]
 
-        def num_hot_choices(self, num_tokens: int) -> int:
-            assert self.top_k is not None
-            return round(self.fraction * num_tokens * self.top_k)
-
-        def example_ids(self, num_tokens: int) -> torch.Tensor:
-            """``(T, K)`` choices of the tokens of an EP group."""
-            assert self.top_k is not None
-            hot, cold = (torch.tensor(experts) for experts in self.experts())
-            return hot_share_ids(
-                num_tokens,
-                self.top_k,
-                hot,
-                cold,
-                num_hot_choices=self.num_hot_choices(num_tokens),
-                first_token=0,
-                total_tokens=num_tokens,
-            )
-
-        def describe(self) -> str:
-            ranks = ", ".join(map(str, self.hot_ranks))
-            return f"hot_rank (EP rank {ranks}, fraction {self.fraction:g})"
-
     hot_experts: torch.Tensor
     cold_experts: torch.Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._expert_parallel_rank = 0
         self._register(device=None)
 
     def _register(self, device: torch.device | None) -> None:
@@ -102,19 +80,12 @@ class HotRank(ForcedRouting):
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self._register(buffer_device or self.hot_experts.device)
 
-    def wire(self, parallel_dims, layer: int) -> None:
-        self._expert_parallel_rank = parallel_dims.get_mesh("ep").get_local_rank()
-
-    def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
-        B, L, _E = scores_BLE.shape
-        total = B * L * self.config.expert_parallel
-        ids_TK = hot_share_ids(
-            B * L,
+    def deal(self, tokens_T: torch.Tensor, total_tokens: int) -> torch.Tensor:
+        return hot_share_ids(
+            tokens_T,
             self.top_k,
             self.hot_experts,
             self.cold_experts,
-            num_hot_choices=self.config.num_hot_choices(total),
-            first_token=self._expert_parallel_rank * B * L,
-            total_tokens=total,
+            num_hot_choices=round(self.config.fraction * total_tokens * self.top_k),
+            total_tokens=total_tokens,
         )
-        return ids_TK.view(B, L, self.top_k)

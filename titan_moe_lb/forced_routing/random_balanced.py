@@ -7,35 +7,21 @@ from typing import ClassVar
 
 import torch
 
-from titan_moe_lb.forced_routing.base import ForcedRouting
+from titan_moe_lb.forced_routing.drawn import DrawnRouting
 from titan_moe_lb.forced_routing.functional import uniform
-from titan_moe_lb.forced_routing.random_stream import RandomStream
 
 
-class RandomBalanced(ForcedRouting):
+class RandomBalanced(DrawnRouting):
     """Top-k of random logits, new ones for every token and forward, others on every rank.
 
-    The load is balanced up to chance. The scores, and so the gradients, are the
-    router's own: the draw passes gradients straight through. Group-limited routing
-    is applied to the random logits.
+    The load is balanced up to chance.
     """
 
     type_name: ClassVar[str] = "random_balanced"
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ForcedRouting.Config):
-        seed: int = 0
+    class Config(DrawnRouting.Config):
+        pass
 
-        def describe(self) -> str:
-            return f"random_balanced (seed {self.seed})"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.stream = RandomStream.Config(seed=config.seed).build()
-
-    def wire(self, parallel_dims, layer: int) -> None:
-        self.stream.wire(parallel_dims, layer)
-
-    def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
-        logits_BLE = uniform(self.stream.own_seed, forward_number, tuple(scores_BLE.shape))
-        return limit_groups(logits_BLE).topk(self.top_k, dim=-1, sorted=False).indices
+    def logits(self, shape: tuple[int, ...], forward_number: torch.Tensor) -> torch.Tensor:
+        return uniform(self.own_seed, forward_number, shape)

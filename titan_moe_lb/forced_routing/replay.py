@@ -40,10 +40,6 @@ class Replay(ForcedRouting):
             )
             self.place = batch_cut.cut(config)
 
-        def describe(self) -> str:
-            steps = "" if self.steps is None else f", steps {self.steps}"
-            return f"replay ({self.trace}{steps})"
-
     expert_ids_NBLK: torch.Tensor
 
     def __init__(self, config: Config) -> None:

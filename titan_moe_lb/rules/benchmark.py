@@ -10,7 +10,7 @@ import torch._dynamo
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.forced_routing import HotRank, Replay
+from titan_moe_lb.forced_routing import DealtRouting, HotRank, Replay
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -55,13 +55,14 @@ def hot_ranks_exist(config: Trainer.Config) -> None:
 def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
     """The random strategies apply the limit themselves; the dealt ones are tried out."""
     for fqn, router, forced in _forced(config)[:1]:
-        if router.num_expert_groups is None or not hasattr(forced, "example_ids"):
+        if router.num_expert_groups is None or not issubclass(forced._owner, DealtRouting):
             continue
         forced = copy.deepcopy(forced)
         forced.update_from_config(config=config, num_experts=router.num_experts, top_k=router.top_k)
         cut = batch_cut.cut(config)
         tokens = cut.micro_batch_size * cut.local_sequence_length
-        ids_TK = forced.example_ids(tokens * config.parallelism.expert_parallel_degree)
+        tokens *= config.parallelism.expert_parallel_degree
+        ids_TK = forced.build().deal(torch.arange(tokens), tokens)
         groups_TK = ids_TK // (router.num_experts // router.num_expert_groups)
         reached_TG = torch.nn.functional.one_hot(groups_TK, router.num_expert_groups).amax(dim=1)
         most = int(reached_TG.sum(dim=1).max())
