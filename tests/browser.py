@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from bootstrap import BROWSERS
+
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -49,7 +50,7 @@ def act(page: Path, script: str) -> Any:
 
     It may wait with ``await until(() => condition)``. An error on the page fails the test.
     """
-    browser = next(filter(None, map(shutil.which, NAMES)), None)
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(
             "needs a browser: sudo apt-get install chromium (./run_tests.sh does so as root on Debian)"
