@@ -2,7 +2,9 @@
 
 Does nothing when the environment already holds what ``pyproject.toml`` asks for.
 An installation that was interrupted is started over, and one that another process
-is making is waited for.
+is making is waited for. The extra ``test`` has a part that pip cannot install, a
+browser: root on Debian or Ubuntu, as in a container of CI, gets it from apt-get;
+everyone else is left to decide, and the tests that need one say so.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed.json"
 MINIMUM_PYTHON = (3, 11)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def main() -> None:
@@ -30,6 +34,8 @@ def main() -> None:
             f"{sys.version.split()[0]}: set PYTHON to a newer interpreter"
         )
     extras = set(sys.argv[1:])
+    if "test" in extras and not any(map(shutil.which, BROWSERS)):
+        _install_browser()
     if _installed(extras):
         return
     with open(ROOT / ".venv.lock", "a+") as lock:
@@ -68,9 +74,18 @@ def _install(extras: set[str]) -> None:
     _say(f"ready after {time.monotonic() - started:.0f} s")
 
 
-def _run(command: list[str]) -> None:
+def _install_browser() -> None:
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return
+    _say("installing chromium, for the tests of the HTML pages")
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    _run(["apt-get", "update", "-qq"], quiet)
+    _run(["apt-get", "install", "-qq", "--no-install-recommends", "chromium"], quiet)
+
+
+def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
     try:
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     except KeyboardInterrupt:
         status = 130
     if status:

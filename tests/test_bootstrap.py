@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,12 @@ sys.exit(int((root / "status").read_text()))
 """
 
 
+APT_GET = """#!/bin/sh
+echo "$@" >> {root}/apt-get.log
+exit $(cat {root}/status)
+"""
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     shutil.copy(ROOT / "bootstrap.py", tmp_path)
@@ -36,6 +43,12 @@ def checkout(tmp_path, monkeypatch):
     (fake / "__init__.py").touch()
     # PYTHONPATH comes before site-packages, so that "python -m pip" finds the stand-in.
     monkeypatch.setenv("PYTHONPATH", str(fake.parent))
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "apt-get").write_text(APT_GET.format(root=tmp_path))
+    (programs / "cat").symlink_to("/bin/cat")
+    (programs / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
     return tmp_path
 
 
@@ -79,6 +92,26 @@ def test_interrupted_installation_is_started_over(checkout):
     assert run(checkout)[1] == 0
     assert not leftover.exists()
     assert json.loads((checkout / ".venv" / "installed.json").read_text())["extras"] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="installs for root alone")
+def test_root_gets_a_browser_where_none_is(checkout):
+    assert run(checkout)[1] == 0
+    assert not (checkout / "apt-get.log").exists(), "only the tests need a browser"
+    assert run(checkout, "test")[1] == 0
+    update, install = (checkout / "apt-get.log").read_text().splitlines()
+    assert update.startswith("update") and install.endswith("chromium")
+    (checkout / "programs" / "chromium").symlink_to("/bin/true")
+    assert run(checkout, "test") == ("", 0)
+    assert len((checkout / "apt-get.log").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="installs for root alone")
+def test_browser_that_cannot_be_installed_is_one_line(checkout):
+    (checkout / "status").write_text("100")
+    said, status = run(checkout, "test")
+    assert status == 1 and "bootstrap: error: the installation did not finish" in said
+    assert "Traceback" not in said
 
 
 def test_second_run_waits_for_the_first(checkout):

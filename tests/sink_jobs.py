@@ -1,0 +1,30 @@
+"""Train with torchtitan's own sinks in place and note what goes to them, in order."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from titan_moe_lb.job import job_config
+from titan_moe_lb.upstream import cpu, zero_bubble
+
+
+def train_into_sinks(arguments: list[str]) -> list[tuple[int, dict[str, Any]]]:
+    """(step, metrics) of every call of this rank's sink, validation's too."""
+    os.environ["WANDB_MODE"] = "offline"
+    config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
+    if cpu.needed():
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+    trainer = config.build()
+    sink = trainer.metrics_processor.logger
+    write, logged = sink.log, []
+
+    def note(metrics: dict[str, Any], step: int) -> None:
+        logged.append((step, dict(metrics)))
+        write(metrics, step)
+
+    sink.log = note
+    trainer.train()
+    trainer.close()
+    return logged

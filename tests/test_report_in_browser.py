@@ -1,0 +1,100 @@
+"""The report's own script in a real browser: what it shows is what the trace holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests import browser
+from tests.synthetic_trace import run_info, write_run
+from titan_moe_lb import cli
+from titan_moe_lb.traces.trace import read_trace
+
+# The page promises colours and values to within 4.5%; half of that each way.
+ROUNDING = 0.045
+
+READ = """
+const read = () => ({
+  step: document.getElementById("step").textContent,
+  heatmaps: [...document.querySelectorAll("[id^=heatmap-]")].map((plot) => plot.data[0]).map(
+    ({ z, customdata }) => ({ z, loads: customdata.map((row) => row.map(Number)) })),
+});
+const slider = document.getElementById("slider");
+await until(() => document.getElementById("step").textContent);
+"""
+
+
+def loads(folder) -> np.ndarray:
+    """Relative to the balanced load ``(S, M, E)``, from the trace alone."""
+    counts_SME = read_trace(folder).counts_SME
+    return counts_SME / counts_SME.mean(axis=2, keepdims=True)
+
+
+def check(heatmap: dict, expected_ME: np.ndarray) -> None:
+    np.testing.assert_allclose(heatmap["loads"], expected_ME, rtol=ROUNDING + 0.05, atol=0)
+    alive = expected_ME > 0
+    z_ME = np.array(heatmap["z"], dtype=float)
+    octaves = np.clip(np.log2(expected_ME[alive]), -2, 2)
+    np.testing.assert_allclose(z_ME[alive], octaves, atol=np.log2(1 + ROUNDING))
+    assert (z_ME[~alive] < -2).all(), "an expert without tokens has the colour of a starved one"
+
+
+def test_slider_buttons_and_a_click(tmp_path):
+    folder = write_run(tmp_path, run_info(), 12, every=10)
+    cli.main(["report", str(folder)])
+    shown = browser.act(
+        folder / "report.html",
+        READ
+        + """
+        const states = [read()];
+        const move = (value) => { slider.value = value; slider.dispatchEvent(new Event("input")); };
+        for (const value of [0, 5]) { move(value); states.push(read()); }
+        document.getElementById("next").click(); states.push(read());
+        document.getElementById("previous").click();
+        document.getElementById("previous").click(); states.push(read());
+
+        const heatmap = document.getElementById("heatmap-0");
+        heatmap.emit("plotly_click", { points: [{ pointIndex: [2, 5] }] });
+        const { x, y } = document.getElementById("course").data[0];
+        const picked = document.getElementById("picked").textContent;
+
+        const plots = [...document.querySelectorAll(".plot")];
+        await until(() => plots.every((plot) => plot.querySelector("svg.main-svg")));
+        const warnings = document.querySelectorAll("p.warning").length;
+        return { states, x, y, picked, plots: plots.length, warnings };
+        """,
+    )
+    expected_SME = loads(folder)
+    for state, index in zip(shown["states"], (11, 0, 5, 6, 4), strict=True):
+        assert state["step"] == f"step {1 + 10 * index}"
+        (heatmap,) = state["heatmaps"]
+        check(heatmap, expected_SME[index])
+    assert not np.allclose(expected_SME[0], expected_SME[5], rtol=0.2), "the steps differ"
+
+    assert shown["picked"] == "Layer 3, expert 5, over the steps"
+    assert shown["x"] == list(range(1, 112, 10))
+    np.testing.assert_allclose(shown["y"], expected_SME[:, 2, 5], rtol=ROUNDING)
+    assert shown["plots"] > 2 and shown["warnings"] == 0
+
+
+def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
+    """One logs each step, the other every third."""
+    first = write_run(tmp_path / "a", run_info(), 10)
+    second = write_run(tmp_path / "b", run_info(), 4, seed=3, every=3)
+    cli.main(["report", str(first), "--compare", str(second)])
+    shown = browser.act(
+        first / "report.html",
+        READ + 'slider.value = 4; slider.dispatchEvent(new Event("input")); return read();',
+    )
+    assert shown["step"] == "A: step 5, B: step 4"
+    for heatmap, expected_ME in zip(
+        shown["heatmaps"], (loads(first)[4], loads(second)[1]), strict=True
+    ):
+        check(heatmap, expected_ME)
+
+
+def test_an_error_on_the_page_fails_the_test(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<html><body><p>1</p></body></html>")
+    with pytest.raises(AssertionError, match="is not defined"):
+        browser.act(page, "return nowhere;")
