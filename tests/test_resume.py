@@ -223,6 +223,24 @@ def test_cut_weights_of_another_run(two_steps, tmp_path):
         validate_files(job.config)
 
 
+def test_remote_checkpoints_are_not_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    remote = ("--checkpoint.initial_load_path=gs://bucket/step-2", "--checkpoint.load_step=2")
+    for flag in remote:
+        files_of("gs://bucket/run", SIGN, flag)
+    config = job_config.load([*bias_job(tmp_path, RESET), remote[0]]).config
+    with pytest.raises(JobError, match="reset = true is noted beside .* local folder"):
+        config.model_spec.model.update_from_config(config=config)
+
+
+def test_hugging_face_weights_of_a_finished_run_are_no_checkpoint(two_steps):
+    """torchtitan takes them for the latest step and ends in a traceback."""
+    (two_steps / "step-6").mkdir()
+    (two_steps / "step-6" / "model.safetensors.index.json").write_text("{}")
+    message = one_line(two_steps)
+    assert "Hugging Face weights" in message and "set checkpoint.load_step = 4" in message
+
+
 def test_a_whole_checkpoint_has_no_damage(two_steps):
     assert all(
         checkpoints.damage(path) is None for path in checkpoints.steps_in(two_steps).values()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -594,6 +595,15 @@ def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
         writer.close()
         with pa.OSFile(str(file)) as stream:
             assert pa.ipc.open_stream(stream).read_all()["step"].to_pylist()[-2:] == [4, 4]
+
+
+def test_a_trace_of_0_1_0_names_its_bias_rule():
+    """It had one rule and wrote its speed."""
+    table = dataclasses.asdict(run_info())
+    del table["expert_bias"]
+    table["load_balance_coeff"] = 1e-3
+    schema = pa.schema([]).with_metadata({b"titan_moe_lb": json.dumps(table).encode()})
+    assert RunInfo.of_schema(schema, Path("x")) == run_info(expert_bias="sign (speed 0.001)")
 
 
 def test_run_info_survives_its_own_json(tmp_path):

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+from torchtitan.tools import filesystem
 
 from titan_moe_lb.errors import JobError
 
 _METADATA = ".metadata"
+_FINISHED = (_METADATA, "model.safetensors.index.json")
+"""Files by which torchtitan knows a step that it can load, though it cannot load the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,13 @@ class Checkpoint:
 
     step: int | None
     """Of the job's own run; None for weights from elsewhere (``checkpoint.initial_load_path``)."""
+
+
+def is_remote(config) -> bool:
+    """Whether a ``Trainer.Config`` keeps its checkpoints on no file system of this machine."""
+    checkpoint = config.checkpoint
+    folders = (config.dump_folder, checkpoint.folder, checkpoint.initial_load_path or "")
+    return any(filesystem.is_remote(folder) for folder in folders)
 
 
 def own_folder(config) -> Path:
@@ -44,19 +54,19 @@ def start_of(config) -> Checkpoint | None:
     """The distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
 
     That is ``checkpoint.load_step``, else the latest of its own with metadata, else
-    ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights. A
-    run that has steps, and none with metadata, would silently begin again: the latest then,
-    which nobody can load.
+    ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights, and
+    for remote folders, which are not looked into. A run that has steps, and none with
+    metadata, would silently begin again: the latest then, which nobody can load.
     """
     checkpoint = config.checkpoint
-    if not checkpoint.enable or checkpoint.create_seed_checkpoint:
+    if not checkpoint.enable or checkpoint.create_seed_checkpoint or is_remote(config):
         return None
     folder = own_folder(config)
     if checkpoint.load_step != -1:
         path = folder / f"step-{checkpoint.load_step}"
         return Checkpoint(path=path, step=checkpoint.load_step)
     steps = steps_in(folder)
-    finished = {step: path for step, path in steps.items() if (path / _METADATA).is_file()}
+    finished = {s: p for s, p in steps.items() if any((p / name).is_file() for name in _FINISHED)}
     if not finished and checkpoint.initial_load_in_hf:
         return None
     if not finished and checkpoint.initial_load_path:
@@ -74,7 +84,10 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / _METADATA
     if not file.is_file():
-        raise JobError(f"{file} is missing (a save that was cut short, or a copy that left it out)")
+        raise JobError(
+            f"{file} is missing (a save that was cut short, a copy that left it out, or Hugging "
+            "Face weights)"
+        )
     try:
         metadata = FileSystemReader(path).read_metadata()
     except Exception as error:  # noqa: BLE001  a cut pickle can fail in any way

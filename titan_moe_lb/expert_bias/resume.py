@@ -13,6 +13,7 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb import checkpoints
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias.base import ExpertBias
 
 MARKER = "expert_bias_reset.json"
@@ -37,6 +38,11 @@ class BiasReset:
         """
         if rule is None or not rule.reset or not config.checkpoint.enable:
             return None
+        if checkpoints.is_remote(config):
+            raise JobError(
+                "expert_bias reset = true is noted beside the run's checkpoints, which has to be "
+                "a local folder: set dump_folder, checkpoint.folder and initial_load_path to one"
+            )
         start = checkpoints.start_of(config)
         step = 0 if start is None or start.step is None else start.step
         marker = checkpoints.own_folder(config) / MARKER
