@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from titan_moe_lb.costmodel.job import JobModel, Stage
-from titan_moe_lb.costmodel.layer import BF16_BYTES, MoELayer, Placement
+from titan_moe_lb.costmodel.layer import MoELayer, Placement
 from titan_moe_lb.costmodel.load import Array
+from titan_moe_lb.costmodel.roofline import BF16_BYTES
 from titan_moe_lb.parallel.schedules import peak
 
 

@@ -9,10 +9,13 @@ from numpy.typing import ArrayLike
 
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.load import WORST, Array, expert_load
-from titan_moe_lb.costmodel.roofline import expert_forward_time, gemm_time, mlp_time
+from titan_moe_lb.costmodel.roofline import (
+    BF16_BYTES,
+    expert_forward_time,
+    gemm_time,
+    mlp_time,
+)
 from titan_moe_lb.costmodel.skew import receiver_skew
-
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +115,8 @@ def moe_layer_time(
         imbalance_factor=imbalance_factor,
         num_hot_experts=num_hot_experts,
     )
-    experts = expert_forward_time(
-        load,
-        layer.dim,
-        layer.hidden_dim / placement.expert_shards,
-        peak_flops=hardware.bf16_flops,
-        memory_bandwidth=hardware.memory_bandwidth,
-    )
+    hidden_dim = layer.hidden_dim / placement.expert_shards
+    experts = expert_forward_time(load, layer.dim, hidden_dim, hardware)
     return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
 
 
@@ -136,8 +134,7 @@ def measured_layer_time(
         np.ceil(device_experts_dn - 1e-9 * np.maximum(1.0, device_experts_dn)),
         layer.dim,
         layer.hidden_dim / placement.expert_shards,
-        peak_flops=hardware.bf16_flops,
-        memory_bandwidth=hardware.memory_bandwidth,
+        hardware,
     )
     tokens_d = device_experts_dn.sum(axis=-1)
     skew = tokens_d.max(axis=-1) / tokens_d.mean(axis=-1)
@@ -149,20 +146,16 @@ def _layer_time(
     layer: MoELayer, placement: Placement, hardware: Hardware, *, experts: Array, skew: Array
 ) -> LayerTime:
     tokens, degree = placement.tokens_per_rank, placement.ep_degree
-    roofs = {
-        "peak_flops": hardware.bf16_flops,
-        "memory_bandwidth": hardware.memory_bandwidth,
-    }
     # Of the K copies of each token, 1/EP stay on their rank at balance.
     num_bytes = tokens * layer.top_k * layer.dim * BF16_BYTES * (degree - 1) / degree
     exchange = hardware.all_to_all_time(num_bytes=num_bytes, ep_degree=degree, skew=skew)
     shared = (
-        mlp_time(tokens, layer.dim, layer.shared_hidden_dim / placement.expert_shards, **roofs)
+        mlp_time(tokens, layer.dim, layer.shared_hidden_dim / placement.expert_shards, hardware)
         if layer.shared_hidden_dim
         else 0.0
     )
     return LayerTime(
-        router=gemm_time(tokens, layer.dim, layer.num_experts, **roofs),
+        router=gemm_time(tokens, layer.dim, layer.num_experts, hardware),
         dispatch=exchange,
         experts=experts,
         combine=exchange,

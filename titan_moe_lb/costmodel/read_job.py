@@ -19,8 +19,9 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb.costmodel.fake_rank import build_parts, fake_rank
 from titan_moe_lb.costmodel.job import JobModel, RankState, Stage
-from titan_moe_lb.costmodel.layer import BF16_BYTES, MoELayer
+from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.rank_state import rank_state
+from titan_moe_lb.costmodel.roofline import BF16_BYTES
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
