@@ -17,10 +17,11 @@ from types import ModuleType
 from titan_moe_lb.expert_bias.base import ExpertBias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import AuxLoss
+from titan_moe_lb.telemetry.metric import Metric
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-# Where a class with a type_name enters itself.
-KINDS = (AuxLoss.kinds, ExpertBias.kinds, ForcedRouting.kinds)
+# Where a class with a name of its own enters itself.
+KINDS = (AuxLoss.kinds, ExpertBias.kinds, ForcedRouting.kinds, Metric.kinds)
 
 
 def names() -> list[str]:

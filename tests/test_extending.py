@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from tests import doc_examples
+from tests.parity.compare import Parity, assert_same_log
+from tests.parity.layout import parse
+from tests.rank_pool import RankPool
+from tests.test_router import BOUND, inputs, router
 from tests.train_jobs import train
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config, model_help
+from titan_moe_lb.losses import AuxLoss, SumsLoss
+from titan_moe_lb.report.page import render
 from titan_moe_lb.traces.trace import read_trace
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.steps=2"]
@@ -26,6 +37,126 @@ def train_with(example: str, arguments: list[str]) -> list[dict[str, float]]:
 def test_every_example_can_be_imported(name):
     with doc_examples.imported(name) as module:
         assert module.__name__ == name
+
+
+# ---- A loss
+
+IMPORTANCE = {"aux_losses": [{"type": "my_importance", "weight": 0.1}]}
+
+
+class PoolWithExample:
+    """A pool of ranks that import an example before they run something."""
+
+    def __init__(self, pool: RankPool, example: str) -> None:
+        self._pool, self._example = pool, example
+        self.need = pool.need
+
+    def run(self, num_ranks: int, function: Callable, *args, **kwargs) -> list:
+        path = (function.__module__, function.__qualname__)
+        return self._pool.run(num_ranks, run_with, self._example, path, args, kwargs)
+
+
+def run_with(example: str, path: tuple[str, str], args: tuple, kwargs: dict):
+    with doc_examples.imported(example):
+        return getattr(importlib.import_module(path[0]), path[1])(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def importance(ranks):
+    with Parity(PoolWithExample(ranks, "importance"), IMPORTANCE) as parity:
+        yield parity
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["pp=2", "dp_shard=2", "tp=2,ep=2", "cp=2", "ac=full", "compile=true", "cp=2,ac=selective"],
+)
+def test_loss_is_the_same_under_every_layout(importance, layout):
+    (comparison,) = importance.compare(parse(layout))
+    assert comparison.max_relative_error <= 1e-5, comparison
+    # A variance of numbers that are nearly one another: float32 sums in another order show.
+    assert_same_log(comparison.recorded, importance.reference[""][1], relative=1e-5)
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_loss_is_its_formula(score_func):
+    """Value and gradient against autograd on the mean probabilities themselves."""
+    with doc_examples.imported("importance") as module:
+        built = router([module.ImportanceLoss.Config(weight=0.5, **BOUND)], score_func=score_func)
+    x = inputs()[0]
+    (0.0 * built(x)[0].sum()).backward()
+    y = inputs()[0]
+    logits = built.gate(y)
+    scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+    mean_BE = (scores / scores.sum(-1, keepdim=True)).mean(dim=1)
+    expected = (mean_BE.std(-1, correction=0) / mean_BE.mean(-1)).square().mean()
+    (0.5 * expected).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6 * float(y.grad.abs().max()))
+    assert built.record.losses_A.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_loss_without_a_formula_or_a_kind_is_refused():
+    """Nothing that a router cannot apply does nothing without a word."""
+
+    class Empty(SumsLoss):
+        @dataclass(kw_only=True, slots=True)
+        class Config(SumsLoss.Config):
+            pass
+
+    class Unknown(AuxLoss):
+        @dataclass(kw_only=True, slots=True)
+        class Config(AuxLoss.Config):
+            pass
+
+    with pytest.raises(JobError, match=r"Empty has no formula: define value\(\)"):
+        router([Empty.Config(weight=1.0, **BOUND)])
+    with pytest.raises(JobError, match="neither a SumsLoss nor a LogitsLoss"):
+        router([Unknown.Config(weight=1.0, **BOUND)])
+
+
+# ---- A bias rule
+
+
+def test_bias_rule_moves_the_bias_by_its_formula(ranks, tmp_path):
+    flags = ['--model.expert_bias={type = "my_relative", speed = 0.5}', f"--dump_folder={tmp_path}"]
+    logged, _ = ranks.run(2, train_with, "relative_bias", [*TINY, *flags])
+    trace = read_trace(tmp_path)
+    assert trace.info.expert_bias == "my_relative (speed 0.5)"
+    # By hand from the loads of the two steps: nothing else moves the bias.
+    load_SME = trace.counts_SME / trace.counts_SME.mean(axis=-1, keepdims=True)
+    delta_SME = 0.5 * (1 - load_SME)
+    bias_SME = delta_SME.cumsum(axis=0)
+    for name, expected_SM in (
+        ("bias_range", np.ptp(bias_SME, axis=-1)),
+        ("bias_norm", np.linalg.norm(bias_SME, axis=-1)),
+        ("bias_largest_step", np.abs(delta_SME).max(axis=-1)),
+    ):
+        np.testing.assert_allclose(trace.figures[name], expected_SM, rtol=1e-5)
+    assert logged[1]["moe/bias_range"] == pytest.approx(np.ptp(bias_SME[1], axis=-1).mean())
+
+
+# ---- A metric
+
+
+def test_metric_is_measured_reduced_and_written(ranks, tmp_path):
+    """The share of the busiest of 2 EP ranks is half its overload factor."""
+    flags = [
+        "--parallelism.data_parallel_shard_degree=2",
+        "--parallelism.pipeline_parallel_degree=2",
+        "--parallelism.expert_parallel_degree=2",
+        "--training.local_batch_size=4",
+        f"--dump_folder={tmp_path}",
+    ]
+    by_rank = ranks.run(4, train_with, "busiest_share", [*TINY, *flags])
+    trace = read_trace(tmp_path)
+    share_SM = trace.figures["my_busiest_share"]
+    np.testing.assert_allclose(share_SM, trace.figures["max_overload_factor"] / 2)
+    assert (share_SM > 0.5).all()
+    assert all(
+        logged[1]["moe/my_busiest_share"] == pytest.approx(share_SM[1].max()) for logged in by_rank
+    )
+    page = render([trace])
+    assert "my_busiest_share" in page
 
 
 # ---- A forced strategy

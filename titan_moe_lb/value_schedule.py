@@ -34,8 +34,9 @@ def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) ->
     """
     value = start
     for change in changes:
-        reached = step >= change.step if change.step is not None else tokens >= change.tokens
-        if reached:
+        if change.step is not None and step >= change.step:
+            value = change.value
+        if change.tokens is not None and tokens >= change.tokens:
             value = change.value
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -47,8 +48,15 @@ class ExpertBias(Module):
         """When the value that the rule is tuned by changes, and to what."""
 
         def describe(self) -> str:
-            """The rule and its settings in one phrase, for messages and the trace."""
-            return self._owner.type_name
+            """The rule and what it was given in one phrase, for messages and the trace."""
+            hidden = self._owner.filled_by_job | {"param_init", "sharding_config"}
+            given = {
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if field.name not in hidden
+            }
+            settings = [f"{name} {value}" for name, value in given.items() if value]
+            return f"{self._owner.type_name} ({', '.join(settings)})".removesuffix(" ()")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias.base import ExpertBias
 
 
@@ -17,9 +16,8 @@ class FrozenBias(ExpertBias):
 
     type_name: ClassVar[str] = "frozen"
     moves: ClassVar[bool] = False
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"changes"})  # there is no value
 
     @dataclass(kw_only=True, slots=True)
     class Config(ExpertBias.Config):
-        def __post_init__(self) -> None:
-            if self.changes:
-                raise JobError('expert_bias type = "frozen" has no value that could change')
+        pass

@@ -36,9 +36,6 @@ class SignBias(ExpertBias):
                 )
             check_changes("expert_bias", self.changes)
 
-        def describe(self) -> str:
-            return f"sign (speed {self.speed:g})"
-
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.speed = config.speed

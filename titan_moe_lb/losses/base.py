@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -177,7 +177,7 @@ class SumsLoss(AuxLoss):
     ) -> torch.Tensor:
         """Gradient of :meth:`value` in the sums, ``(B, E)``, or ``(1, E)`` where all
         sequences have the same. Overridden where a closed form is cheaper."""
-        return torch.func.grad(self.value)(sums_BE, counts_BE, sequence_length)
+        return _gradient(lambda sums: self.value(sums, counts_BE, sequence_length), sums_BE)
 
 
 class LogitsLoss(AuxLoss):
@@ -203,7 +203,21 @@ class LogitsLoss(AuxLoss):
     def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
         """Gradient of ``per_token(logits).sum()``, ``(B, L, E)``. Overridden where a closed
         form is cheaper."""
-        return torch.func.grad(lambda logits: self.per_token(logits).sum())(logits_BLE)
+        return _gradient(lambda logits: self.per_token(logits).sum(), logits_BLE)
+
+
+def _gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+    """Of a scalar function, by autograd; also inside a forward that is being checkpointed."""
+    if torch.compiler.is_compiling():
+        return torch.func.grad(function)(at)
+    # torch.func has no way past the hooks of a checkpoint, which would repeat the forward here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(function(at), at)[0]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def check_kind(loss: type[AuxLoss]) -> None:
