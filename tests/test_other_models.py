@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 import pytest
@@ -12,7 +11,13 @@ from torchtitan.models import deepseek_v3
 from torchtitan.models.common.moe import MoE
 
 from model_registry import recipes
-from tests.other_models import train_balanced, train_with_own_hook, upstream_spec
+from tests.other_models import (
+    train_balanced,
+    train_upstream,
+    train_with_own_hook,
+    upstream_spec,
+)
+from tests.parity.textbook import sequence_counts, textbook_loss
 from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
@@ -22,6 +27,7 @@ from titan_moe_lb.model_spec import balanced
 from titan_moe_lb.router import LoadBalancedRouter
 
 LOSSES = [GlobalBatchAuxLoss.Config(weight=1e-2)]
+LOSS = "global_load_balancing_loss"
 MULTI_TOKEN_PREDICTION = {"num_mtp_layers": 2}
 
 
@@ -34,17 +40,37 @@ MULTI_TOKEN_PREDICTION = {"num_mtp_layers": 2}
     ids=["DeepSeek-V3 with MTP", "Kimi K2.7"],
 )
 def test_one_line_balances_every_layer_and_trains(ranks, module, flavor, arguments):
+    """Each layer's numbers, MTP layers' too, against what torchtitan's own model chose."""
     layers = list(upstream_spec(module, flavor, **arguments).model.traverse(MoE.Config))
-    spec = balanced(upstream_spec(module, flavor, **arguments), aux_losses=LOSSES)
-    routers = list(spec.model.traverse(LoadBalancedRouter.Config))
-    assert len(routers) == len(layers) > 1
+    # So small a weight leaves the second step what it is in torchtitan.
+    loss = GlobalBatchAuxLoss.Config(weight=1e-9)
+    ((expected, chosen),) = ranks.run(1, train_upstream, module, flavor, arguments)
+    (logged,) = ranks.run(1, train_balanced, module, flavor, arguments, loss)
 
-    ((first, second),) = ranks.run(1, train_balanced, module, flavor, arguments, steps=2)
-    assert math.isfinite(second["loss_metrics/global_avg_loss"])
+    assert [len(step) for step in chosen] == [len(layers)] * 2 and len(layers) > 1
+    counts_SME = [
+        [sequence_counts(ids, scores.shape[-1]).sum(dim=0) for scores, ids in step]
+        for step in chosen
+    ]
+    for step, metrics in enumerate(logged):
+        for name in ("loss_metrics/global_avg_loss", "grad_norm"):
+            assert metrics[name] == pytest.approx(expected[step][name], rel=1e-5)
+        violations = [(counts.max() / counts.mean() - 1).item() for counts in counts_SME[step]]
+        assert by_layer(metrics, "max_violation") == pytest.approx(violations, rel=1e-6)
     # The first step has no counts of a step before it, so that the loss is 1 by definition.
-    assert first["moe/global_load_balancing_loss"] == pytest.approx(1.0, abs=1e-3)
-    assert second["moe/global_load_balancing_loss"] > 1.0
-    assert second["moe/max_violation"] > 0
+    assert by_layer(logged[0], LOSS) == pytest.approx([1.0] * len(layers), abs=1e-5)
+    textbook = [
+        textbook_loss("global_batch", None, scores, ids, counts).item()
+        for (scores, ids), counts in zip(chosen[1], counts_SME[0], strict=True)
+    ]
+    assert by_layer(logged[1], LOSS) == pytest.approx(textbook, rel=1e-4)
+    assert max(textbook) > 1.001
+
+
+def by_layer(metrics: dict[str, float], name: str) -> list[float]:
+    prefix = f"moe/{name}_layer_"
+    found = {int(key[len(prefix) :]): metrics[key] for key in metrics if key.startswith(prefix)}
+    return [found[layer] for layer in sorted(found)]
 
 
 def test_a_hook_of_the_users_own_is_chained(ranks):
@@ -82,17 +108,35 @@ def test_unknown_score_function_is_one_line():
 
 def test_qwen3_5():
     """Its linear attention needs the package fla, and a GPU; its MoE layers run anywhere."""
-    losses = [SequenceWiseAuxLoss.Config(weight=1e-2)]
+    weight = 0.5
+    losses = [SequenceWiseAuxLoss.Config(weight=weight)]
     spec = balanced(upstream_spec("qwen3_5", "debugmodel_moe"), aux_losses=losses)
-    spec.model.update_from_config(config=recipes.debug(spec, recipes.language_model_loss(spec)))
+    config = recipes.debug(spec, recipes.language_model_loss(spec), local_batch_size=2, seq_len=64)
+    spec.model.update_from_config(config=config)
     with torch.device("meta"):
         model = spec.model.build()
     assert sum(isinstance(module, LoadBalancedRouter) for module in model.modules()) == 4
+
     moe = spec.model.layers[0].moe.build()
     moe.init_states()
-    moe(torch.randn(2, 64, spec.model.dim)).sum().backward()
-    assert moe.router.gate.weight.grad.abs().max() > 0
-    assert moe.router.recorder.counts_MSE.sum() == 2 * 64 * moe.router.top_k
+    theirs = upstream_spec("qwen3_5", "debugmodel_moe").model.layers[0].moe.build()
+    theirs.load_state_dict(moe.state_dict(), strict=False)
+    seen = []
+    theirs.router.register_forward_hook(lambda _router, _inputs, out: seen.append(out))
+    x_BLD = torch.randn(2, 64, spec.model.dim, generator=torch.Generator().manual_seed(2))
+
+    out_BLD, expected_BLD = moe(x_BLD), theirs(x_BLD)
+    torch.testing.assert_close(out_BLD, expected_BLD, rtol=0, atol=0)
+    _topk, ids_BLK, scores_BLE = seen[0]
+    textbook = textbook_loss("sequence_wise", None, scores_BLE, ids_BLK, None)
+    out_BLD.square().sum().backward()
+    (expected_BLD.square().sum() + weight * textbook).backward()
+    gradient, expected = moe.router.gate.weight.grad, theirs.router.gate.weight.grad
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item()
+    )
+    counts_E = sequence_counts(ids_BLK, scores_BLE.shape[-1]).sum(dim=0)
+    assert (moe.router.recorder.counts_MSE[0, 0] == counts_E).all()
 
 
 @pytest.mark.parametrize(("module", "package"), [("qwen3_5", "fla"), ("kimi_k2_7", "torchvision")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from torchtitan.trainer import Trainer
@@ -34,12 +35,23 @@ def train(
     return train_config(job.config, first_step=first_step)
 
 
-def train_config(config: Trainer.Config, *, first_step: int = 1) -> list[dict[str, float]]:
-    """Train a resolved config; returns as :func:`train`."""
+def train_config(
+    config: Trainer.Config,
+    *,
+    first_step: int = 1,
+    prepare: Callable[[Trainer], None] = lambda trainer: None,
+) -> list[dict[str, float]]:
+    """Train a resolved config; returns as :func:`train`.
+
+    Args:
+        first_step: as in :func:`train`.
+        prepare: called with the trainer before its first step.
+    """
     if cpu.needed():
         cpu.adapt(config)
     zero_bubble.adapt(config)
     trainer = config.build()
+    prepare(trainer)
     logged: list[dict[str, float]] = []
     trainer.metrics_processor.logger = _Capture(logged, first_step)
     trainer.train()

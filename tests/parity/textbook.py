@@ -43,11 +43,11 @@ def textbook_gradients(
     trainer.optimizers.step()
     files = {}
     for kind in ("sequence_wise", "global_batch", "z_loss"):
-        previous = [_counts(ids, scores.shape[-1]).sum(0) for _logits, scores, ids in seen]
+        previous = [sequence_counts(ids, scores.shape[-1]).sum(0) for _logits, scores, ids in seen]
         trainer.optimizers.zero_grad()
         main, seen = _forward(trainer, routers)
         losses = [
-            _loss(kind, logits, scores, ids, counts)
+            textbook_loss(kind, logits, scores, ids, counts)
             for (logits, scores, ids), counts in zip(seen, previous, strict=True)
         ]
         (main + weight * sum(losses)).backward()
@@ -86,9 +86,14 @@ def _forward(trainer: Trainer, routers: list) -> tuple[torch.Tensor, list[tuple]
     return main, seen
 
 
-def _loss(
+def textbook_loss(
     kind: str, logits: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, previous: torch.Tensor
 ) -> torch.Tensor:
+    """The raw loss of one layer, from float scores ``(B, L, E)`` and ids ``(B, L, K)``.
+
+    Args:
+        previous: tokens of each expert in the step before ``(E,)``; of the global-batch loss.
+    """
     num_experts, top_k = scores.shape[-1], ids.shape[-1]
     share = scores / scores.sum(dim=-1, keepdim=True)
     if kind == "z_loss":
@@ -96,10 +101,10 @@ def _loss(
     if kind == "global_batch":
         f = previous * num_experts / previous.sum()
         return (f * share.mean(dim=(0, 1))).sum()
-    f = _counts(ids, num_experts) * num_experts / (top_k * scores.shape[1])
+    f = sequence_counts(ids, num_experts) * num_experts / (top_k * scores.shape[1])
     return (f * share.mean(dim=1)).sum(dim=-1).mean()
 
 
-def _counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+def sequence_counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Tokens of each sequence that selected each expert ``(B, E)``."""
     return F.one_hot(ids, num_experts).sum(dim=(1, 2)).float()
