@@ -139,6 +139,18 @@ def test_running_counts_see_the_micro_batches_so_far(running):
     assert comparison.max_relative_error > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_running_counts_are_not_taken_again_when_a_forward_repeats(running, checkpointing):
+    """A repeated micro-batch would see the counts of those that came after it."""
+    assert running.reference  # saves the weights that all layouts start from
+    plain, repeated = (
+        running.gradients(Layout(accumulate=4, ac=ac))[""] for ac in ("none", checkpointing)
+    )
+    comparison = relative_error(Layout(), "", repeated[0], plain[0], repeated[1])
+    assert comparison.max_relative_error <= TOLERANCE, comparison
+    assert_same_log(repeated[1], plain[1])
+
+
 def test_batch_wise_depends_on_the_data_parallel_degree(batch_wise):
     """The harness can fail: this loss is not additive over ranks."""
     (comparison,) = batch_wise.compare(Layout(dp_shard=2))

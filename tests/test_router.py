@@ -209,3 +209,18 @@ def test_each_forward_is_recorded_once(recompute):
 def test_building_before_binding_says_what_is_missing():
     with pytest.raises(JobError, match=r"update_from_config"):
         router([SequenceWiseAuxLoss.Config(weight=1.0)])
+
+
+def test_a_batch_that_was_not_announced_is_refused():
+    """Twice the sequences would double the loss without a word."""
+    built = router([sequence_wise()])
+    with pytest.raises(JobError, match="micro-batches of 3 sequences and get 6"):
+        built(torch.randn(2 * BATCH, LENGTH, DIM))
+    built.eval()(torch.randn(2 * BATCH, LENGTH, DIM))
+
+
+def test_an_unwired_router_with_a_loss_is_refused():
+    built = router([sequence_wise()])
+    built.record = None
+    with pytest.raises(JobError, match="is not wired"):
+        built(inputs()[0])

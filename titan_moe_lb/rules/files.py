@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
+import torch
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.losses import GlobalBatchAuxLoss
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 
 
@@ -58,8 +59,7 @@ def checkpoint_is_whole(config: Trainer.Config) -> None:
 
 
 def checkpoint_has_router_state(config: Trainer.Config) -> None:
-    """Expert biases and the counts of the global-batch loss are model state, which torchtitan
-    loads whole: a name too few is a traceback in every process, one too many is dropped."""
+    """Expert biases and what losses remember are model state, which torchtitan loads whole: a name too few is a traceback in every process, one too many is dropped."""
     start = checkpoints.start_of(config)
     if start is None:
         return
@@ -78,14 +78,18 @@ def checkpoint_has_router_state(config: Trainer.Config) -> None:
                 'has one: go on without, with expert_bias = "none"'
             )
         for loss in getattr(moe.router, "aux_losses", []):
-            counts = f"{fqn}.router.aux_losses.{GlobalBatchAuxLoss.type_name}.load_E"
-            if (
-                isinstance(loss, GlobalBatchAuxLoss.Config)
-                and loss.counts == "previous_step"
-                and counts not in saved
-            ):
-                raise JobError(
-                    f"{start.path} was saved without the global-batch loss (it has no {counts}): "
-                    "go on without the loss, start from Hugging Face weights, or take "
-                    'counts = "running", which keeps no state'
-                )
+            loss = copy.copy(loss)
+            loss.update_from_config(
+                config=config, num_experts=moe.router.num_experts, top_k=moe.router.top_k
+            )
+            kind = loss._owner.type_name
+            with torch.device("meta"):
+                state = [
+                    f"{fqn}.router.aux_losses.{kind}.{name}" for name in loss.build().state_dict()
+                ]
+            for name in state:
+                if name not in saved:
+                    raise JobError(
+                        f"{start.path} was saved without the {kind.replace('_', '-')} loss (it has "
+                        f"no {name}): go on without the loss, or start from Hugging Face weights"
+                    )
