@@ -43,8 +43,9 @@ class RouterLosses(ModuleDict):
         for index, loss in enumerate(self.values()):
             (self._of_sums if isinstance(loss, SumsLoss) else self._of_logits).append((index, loss))
         of_sums = [loss for _index, loss in self._of_sums]
-        sources = {loss.count_from for loss in of_sums}
-        self.count_sources = ["selected", *sorted(sources - {"selected"})]
+        counting = [loss for loss in of_sums if loss.needs_counts or loss.needs_step_counts]
+        others = {loss.count_from for loss in counting} - {"selected"}
+        self.count_sources = ["selected", *sorted(others)]
         self.needs_step_counts = any(loss.needs_step_counts for loss in of_sums)
         at_step_end = {loss.count_from for loss in of_sums if loss.needs_step_counts}
         self.num_step_sources = 2 if "scores" in at_step_end else 1
@@ -75,6 +76,7 @@ class RouterLosses(ModuleDict):
         for index, loss in self._of_logits:
             assert record is not None
             local_BLE = local_shard(logits_BLE)
+            _require_announced_batch(loss, local_BLE.shape[0])
             length = local_BLE.shape[1] * self._sequence_shards
             scale = 1 / (length * loss.global_batch_size)
             with spmd.no_typecheck(), torch.no_grad():

@@ -59,7 +59,8 @@ def checkpoint_is_whole(config: Trainer.Config) -> None:
 
 
 def checkpoint_has_router_state(config: Trainer.Config) -> None:
-    """Expert biases and what losses remember are model state, which torchtitan loads whole: a name too few is a traceback in every process, one too many is dropped."""
+    """Expert biases and what losses remember are model state, which torchtitan loads whole: a
+    name too few is a traceback in every process, one too many is dropped."""
     start = checkpoints.start_of(config)
     if start is None:
         return

@@ -63,7 +63,7 @@ def read(
     Args:
         biases: of the layers, none where they have none.
     """
-    counts, ep_rank = record.step_counts_NMSE[:, :, 0].contiguous(), 0
+    counts, ep_rank = record.step_counts_NMSE[:, :, 0].clone(), 0
     if parallel_dims.ep_enabled:
         mesh = parallel_dims.get_mesh("ep")
         ep_rank = mesh.get_local_rank()
