@@ -99,6 +99,7 @@ class GlobalBatchAuxLoss(SumsLoss):
         if not self.running:
             return local_shard(self.load_E)
         if not is_recomputation():
+            assert counts_BE is not None
             batch_E = counts_BE.sum(dim=0)
             if self._data_parallel_group is not None:
                 batch_E = funcol.all_reduce(batch_E, "sum", self._data_parallel_group)

@@ -15,10 +15,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 
-Tensors = tuple[torch.Tensor | None, ...]
+T = TypeVar("T")
 
 
 def is_recomputation() -> bool:
@@ -32,7 +33,7 @@ def is_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def decide(make: Callable[[], Tensors]) -> Tensors:
+def decide(make: Callable[[], T]) -> T:
     """What ``make`` returns; in a repeated forward under :class:`Decisions`, what it returned."""
     if torch.compiler.is_compiling() or _current.decisions is None:
         return make()
@@ -59,7 +60,7 @@ class Decisions:
     """
 
     def __init__(self) -> None:
-        self._made: list[Tensors] = []
+        self._made: list[Any] = []
         self._position: int | None = None
         self.first = _During(self, again=False)
         self.again = _During(self, again=True)
@@ -70,7 +71,7 @@ class Decisions:
         decisions = cls()
         return decisions.first, decisions.again
 
-    def _next(self, make: Callable[[], Tensors]) -> Tensors:
+    def _next(self, make: Callable[[], T]) -> T:
         if self._position is None:
             self._made.append(make())
             return self._made[-1]

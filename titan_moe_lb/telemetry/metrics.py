@@ -154,9 +154,9 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         sequences = batch_cut.first_sequences(self.config.cut, self.parallel_dims)
         slices = batch_cut.token_slices(self.config.cut, self.parallel_dims)
         for router in routers:
-            expert_ids_MBLK = router.record.expert_ids_MBLK
-            assert expert_ids_MBLK is not None
-            for first, ids_BLK in zip(sequences, expert_ids_MBLK.cpu().numpy(), strict=True):
+            record = router.record
+            assert record is not None and record.expert_ids_MBLK is not None
+            for first, ids_BLK in zip(sequences, record.expert_ids_MBLK.cpu().numpy(), strict=True):
                 self._routing.write(
                     step=step,
                     layer=router.layer,
