@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
@@ -120,9 +121,46 @@ def small_router(layer: int = 0, **options) -> LoadBalancedRouter:
     )
     options.setdefault("aux_losses", [loss])
     router = derive(config, LoadBalancedRouter.Config, layer=layer, **options).build()
-    torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(layer))
+    generator = torch.Generator(router.gate.weight.device).manual_seed(layer)
+    torch.nn.init.normal_(router.gate.weight, generator=generator)
     wire([router], None)
     return router
+
+
+def batch(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 8, 16, generator=generator, requires_grad=True)
+
+
+def selected(router: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
+    """Counts of each batch from the router's answer, not from its record."""
+    with torch.no_grad():
+        ids = [router.eval()(x)[1] for x in inputs]
+    router.train()
+    return np.stack([torch.bincount(i.flatten(), minlength=8).cpu().numpy() for i in ids])
+
+
+def counts_of_a_replayed_graph() -> tuple[np.ndarray, np.ndarray]:
+    """Counts of three micro-batches by the replays of a CUDA graph, and by the router's answers.
+    One rank with a GPU."""
+    with torch.device("cuda"):
+        router = small_router(num_micro_batches=3)
+    inputs = [batch(seed).detach().cuda() for seed in range(4)]
+    expected = selected(router, *inputs[1:])
+    static = inputs[0].clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(router(static)[0].sum(), static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        torch.autograd.grad(router(static)[0].sum(), static)
+    router.step_record.finish_step()
+    for x_BLD in inputs[1:]:
+        with torch.no_grad():
+            static.copy_(x_BLD)
+        graph.replay()
+    torch.cuda.synchronize()
+    return router.record.counts_MSE[:, 0].cpu().numpy(), expected
 
 
 def moe_layers(numbers: list[int], aux_losses=None) -> list[MoE]:

@@ -11,10 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from tests.host_reads import RefuseHostReads
 from tests.telemetry_jobs import (
     DeviceOperators,
+    batch,
     collectives_of_a_logged_step,
+    counts_of_a_replayed_graph,
     forward_and_backward,
     moe_layers,
     observed_peaks,
+    selected,
     small_router,
 )
 from titan_moe_lb.expert_bias.sign import bias_update
@@ -25,11 +28,6 @@ from titan_moe_lb.step_hook import StepHook, wire
 from titan_moe_lb.telemetry import overload
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.local_batch_size=4"]
-
-
-def batch(seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 8, 16, generator=generator, requires_grad=True)
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
@@ -152,14 +150,6 @@ def step(router: torch.nn.Module, *inputs: torch.Tensor) -> None:
         output.backward()
 
 
-def selected(router: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
-    """Counts of each batch from the router's answer, not from its record."""
-    with torch.no_grad():
-        ids = [router.eval()(x)[1] for x in inputs]
-    router.train()
-    return np.stack([torch.bincount(i.flatten(), minlength=8).numpy() for i in ids])
-
-
 @pytest.mark.parametrize("how", ["eager", "checkpoint", "compiled", "compiled checkpoint"])
 def test_every_micro_batch_is_recorded_in_its_place(how):
     router = small_router(num_micro_batches=3)
@@ -207,27 +197,9 @@ def test_a_replayed_step_records_without_its_python():
     assert (router.record.counts_MSE[:, 0].numpy() == expected[1:]).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
-def test_a_cuda_graph_records_in_every_replay():
-    with torch.device("cuda"):
-        router = small_router(num_micro_batches=3)
-        inputs = [batch(seed).detach().cuda() for seed in range(4)]
-        expected = selected(router, *inputs)
-        static = inputs[0].clone().requires_grad_()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.autograd.grad(router(static)[0].sum(), static)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            torch.autograd.grad(router(static)[0].sum(), static)
-        router.step_record.finish_step()
-        for x_BLD in inputs[1:]:
-            with torch.no_grad():
-                static.copy_(x_BLD)
-            graph.replay()
-        torch.cuda.synchronize()
-        counts = router.record.counts_MSE[:, 0].cpu().numpy()
-    assert (counts == expected[1:]).all()
+def test_a_cuda_graph_records_in_every_replay(gpu_ranks):
+    ((recorded, expected),) = gpu_ranks.run(1, counts_of_a_replayed_graph)
+    assert (recorded == expected).all()
 
 
 def test_without_anyone_who_asks_nothing_is_recorded():
