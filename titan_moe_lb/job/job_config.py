@@ -8,6 +8,7 @@ takes VALUE in TOML syntax.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import typing
@@ -123,11 +124,14 @@ class Draft:
             # replace() runs the checks that torchtitan makes when a config is constructed.
             manager = _ResolvedConfigManager(dataclasses.replace(self.build()))
             config = manager.parse_args(self.command.rest)
+            rules.validate(config)
+            # And those that it makes of the model before it is built.
+            bound = copy.deepcopy(config)
+            bound.model_spec.model.update_from_config(config=bound)
         except JobError:
             raise
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             raise JobError(f"{self.source}: {' '.join(str(error).split())}") from None
-        rules.validate(config)
         return Job(config=config, table=self.table)
 
 
