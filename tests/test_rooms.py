@@ -47,7 +47,7 @@ def test_every_moe_layer_has_the_defaults(room, flavor):
         assert bias == (SignBias.Config(speed=speed) if speed is not None else None)
         assert isinstance(moe.router, LoadBalancedRouter.Config)
         (loss,) = moe.router.aux_losses
-        settings = {"count_from": "selected", "counts": "previous_step", **others}
+        settings = {"count_from": "selected", "counts": "previous_step", "changes": [], **others}
         assert (loss._owner.type_name, loss.weight) == (kind, weight)
         assert all(
             value == settings[key]
