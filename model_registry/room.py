@@ -12,6 +12,7 @@ A room is a package ``model_registry/<model>/`` with
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import typing
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.model_spec import ModelSpec
 
 from titan_moe_lb.errors import JobError, nearest
@@ -82,3 +84,15 @@ def registry_entry(
         return entry
 
     return decorate
+
+
+def resized(config: Decoder.Config, dim: int, layers: list) -> Decoder.Config:
+    """A decoder with the vocabulary of ``config``, around other layers, of width ``dim``."""
+    return dataclasses.replace(
+        config,
+        dim=dim,
+        tok_embeddings=dataclasses.replace(config.tok_embeddings, embedding_dim=dim),
+        norm=dataclasses.replace(config.norm, normalized_shape=dim),
+        lm_head=dataclasses.replace(config.lm_head, in_features=dim),
+        layers=layers,
+    )

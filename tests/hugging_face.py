@@ -29,6 +29,7 @@ def logits_and_export(
     job = job_config.load(
         [
             *arguments,
+            f"--training.local_batch_size={tokens.shape[0]}",
             f"--training.seq_len={tokens.shape[1]}",
             "--training.mixed_precision_param=float32",
             *_from_and_to(folder, out_folder),

@@ -251,16 +251,15 @@ WRONG_FILES = {
     ),
     "longer than the model": (
         '[job]\nmodule = "qwen3"\n[training]\nseq_len = 8192\n',
-        "training.seq_len 8192 exceeds the 4096 tokens of the model's position encoding",
+        "Training sequence length 8192 exceeds attention RoPE maximum supported sequence length 4096",
     ),
     "TP and heads": (
         JOB + "[training]\nseq_len = 192\n[parallelism]\ntensor_parallel_degree = 3\n",
-        "tensor_parallel_degree 3 does not divide the model's 4 attention heads",
+        "tensor_parallel_degree (3) must divide n_heads (4)",
     ),
     "TP and key-value heads": (
         '[job]\nmodule = "qwen3"\nflavor = "tiny"\n[parallelism]\ntensor_parallel_degree = 4\n',
-        "tensor_parallel_degree 4 does not divide the model's 2 key-value heads; it must be a "
-        "divisor of 2",
+        "tensor_parallel_degree (4) must divide n_kv_heads (2)",
     ),
     "GPT-OSS + TP": (
         '[job]\nmodule = "gpt_oss"\n[parallelism]\ntensor_parallel_degree = 2\n',
@@ -270,7 +269,11 @@ WRONG_FILES = {
     "tied weights + PP": (
         '[job]\nmodule = "torchtitan.models.qwen3"\nconfig = "qwen3_debugmodel"\n'
         "[training]\ndisable_cuda_graphs = true\n[parallelism]\npipeline_parallel_degree = 2\n",
-        "the model shares one weight between embedding and output",
+        "Weight tying is not supported with Pipeline Parallel",
+    ),
+    "MTP + PP": (
+        JOB + "[model]\nnum_mtp_layers = 1\n[parallelism]\npipeline_parallel_degree = 2\n",
+        "MTP does not support pipeline parallelism yet",
     ),
     "batch-wise + accumulation": (
         JOB + BATCH_WISE + "[training]\nglobal_batch_size = 16\n",
@@ -340,6 +343,7 @@ PROCESSES = {
     "TP and key-value heads": "4",
     "GPT-OSS + TP": "2",
     "tied weights + PP": "2",
+    "MTP + PP": "2",
     "running counts + PP + checkpointing": "2",
     "microbatches": "2",
     "experts": "3",

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.plan.question import Question
 
 
 def _optional(metavar: str, *aliases: str) -> Any:
@@ -58,33 +59,8 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Question):
     """Plan a job before it runs: what imbalance costs in time and memory, by EP degree."""
-
-    hardware: str
-    """h100, h200, b200, gb200_nvl72, mi300x, tpu_v5p, host (measured), or a TOML file."""
-    job_config: str | None = None
-    """The job's TOML file, as for run_train.sh; without it, the default debug job."""
-    job_flags: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Other flags of the job, after --, as in: -- --training.local_batch_size 4"""
-    ranks: int | None = None
-    """Ranks of the job; default: NGPU, else the [job] ranks of its file, else 1."""
-    imbalance: str = "1.0,1.5,2.0,worst"
-    """Load of the most loaded expert over the mean, each in [1, E/K]; worst is E/K."""
-    hot_experts: int = 1
-    """How many experts are that loaded, at most top_k; the others share the rest evenly."""
-    ep: str | None = None
-    """Expert-parallel degrees, as in 8,16,32; default: the job's own and those near it."""
-    from_run: Path | None = None
-    """Folder of a run of the same model: plan with its measured load too."""
-    compute_efficiency: float = 0.5
-    """Share of the peak FLOP/s that matrix products reach."""
-    network_efficiency: float = 0.8
-    """Share of the link bandwidth that an all-to-all reaches."""
-    json: bool = False
-    """Print JSON instead of a table."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Write an HTML page with plots to this file too."""
 
     def run(self) -> None:
         from titan_moe_lb.plan.command import run

@@ -13,8 +13,10 @@ import dataclasses
 import json
 import types
 import typing
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+import tomli
 import typeguard
 
 from titan_moe_lb.errors import JobError, nearest
@@ -22,6 +24,22 @@ from titan_moe_lb.errors import JobError, nearest
 NONE = "none"
 
 _NOT_IN_TOML = {"model_spec", "param_init", "sharding_config"}
+
+
+def read(path: str, flag: str) -> dict[str, Any]:
+    """Parse a user's file, which ``flag`` has named.
+
+    Raises:
+        JobError: it is missing or cannot be read, or its syntax is bad.
+    """
+    try:
+        return tomli.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise JobError(f"{flag} {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{flag} {path}: cannot be read: {error}") from None
+    except tomli.TOMLDecodeError as error:
+        raise JobError(f"{flag} {path}: not valid TOML: {error}") from None
 
 
 def merge(config: Any, table: Any, where: str) -> Any:

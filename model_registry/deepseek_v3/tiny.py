@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 from torch import nn
-from torchtitan.config.override import derive
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
-from torchtitan.models.deepseek_v3 import (
-    DeepSeekV3Model,
-    MTPTransformerBlock,
-    build_mla_moe_layers,
-)
-from torchtitan.models.deepseek_v3.model import DeepSeekV3TransformerBlock
+from torchtitan.models import deepseek_v3 as upstream
+from torchtitan.models.common import ComplexRoPE
+
+from model_registry.room import resized
 
 
 def tiny(
@@ -21,15 +16,14 @@ def tiny(
     moe_comm_backend: str,
     non_blocking_capacity_factor: float | None = None,
     num_mtp_layers: int = 0,
-) -> DeepSeekV3Model.Config:
+) -> upstream.DeepSeekV3Model.Config:
     """Four layers (the first dense) of width 64; sigmoid scores, 2 of 4 expert groups, top 2."""
-    dim, vocab_size, rope_dim = 64, 2048, 16
+    dim, rope_dim = 64, 16
     linear = {"weight": partial(nn.init.trunc_normal_, std=0.02), "bias": nn.init.zeros_}
-    norm = {"weight": nn.init.ones_}
     experts = {
         name: partial(nn.init.trunc_normal_, std=0.02) for name in ("w1_EFD", "w2_EDF", "w3_EFD")
     }
-    layers = build_mla_moe_layers(
+    layers = upstream.build_mla_moe_layers(
         n_layers=4,
         n_dense_layers=1,
         dim=dim,
@@ -54,34 +48,16 @@ def tiny(
         moe_comm_backend=moe_comm_backend,
         non_blocking_capacity_factor=non_blocking_capacity_factor,
         linear_init=linear,
-        norm_init=norm,
+        norm_init={"weight": nn.init.ones_},
         depth_init=lambda layer_id: linear,
         depth_experts_init=lambda layer_id: experts,
         rope=ComplexRoPE.Config(dim=rope_dim, max_seq_len=4096, theta=10000.0),
     )
-    return DeepSeekV3Model.Config(
-        vocab_size=vocab_size,
-        dim=dim,
-        tok_embeddings=Embedding.Config(
-            num_embeddings=vocab_size,
-            embedding_dim=dim,
-            param_init={"weight": partial(nn.init.normal_, std=1.0)},
-        ),
-        norm=RMSNorm.Config(normalized_shape=dim, param_init=norm),
-        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=linear),
-        layers=layers,
-        mtp_layers=[_mtp_layer(layers[-1], dim) for _ in range(num_mtp_layers)],
+    config = resized(
+        upstream.deepseekv3_configs["debugmodel"](attn_backend, moe_comm_backend), dim, layers
     )
-
-
-def _mtp_layer(layer: DeepSeekV3TransformerBlock.Config, dim: int) -> MTPTransformerBlock.Config:
-    """A multi-token prediction block of the same kind as ``layer``."""
-    own = copy.deepcopy(layer)
-    return derive(
-        own,
-        MTPTransformerBlock.Config,
-        enorm=RMSNorm.Config(normalized_shape=dim),
-        hnorm=RMSNorm.Config(normalized_shape=dim),
-        eh_proj=Linear.Config(in_features=dim * 2, out_features=dim, bias=False),
-        mtp_norm=RMSNorm.Config(normalized_shape=dim),
+    config.lm_head.param_init = linear
+    config.mtp_layers = upstream._build_mtp_layers(
+        layers[-1], dim=dim, num_mtp_layers=num_mtp_layers
     )
+    return config

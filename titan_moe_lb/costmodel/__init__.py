@@ -6,7 +6,6 @@ Pure functions on numbers or numpy arrays that broadcast; no torch at module lev
 """
 
 from titan_moe_lb.costmodel.all_to_all import all_to_all_time
-from titan_moe_lb.costmodel.load import expert_load
-from titan_moe_lb.costmodel.skew import receiver_skew
+from titan_moe_lb.costmodel.load import expert_load, receiver_skew
 
 __all__ = ["all_to_all_time", "expert_load", "receiver_skew"]

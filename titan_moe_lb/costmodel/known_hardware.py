@@ -8,6 +8,7 @@ from typing import Any
 
 import tomli
 
+from titan_moe_lb import toml_tables
 from titan_moe_lb.costmodel.hardware import FIGURES, Hardware
 from titan_moe_lb.costmodel.host import measure_host
 from titan_moe_lb.errors import JobError, nearest
@@ -25,7 +26,7 @@ def hardware(name: str) -> Hardware:
     if name == HOST:
         return measure_host()
     if name.endswith(".toml"):
-        return _from_file(name)
+        return _device(Path(name).stem, toml_tables.read(name, "--hardware"), name)
     table = known_hardware()
     key = name.lower().replace("-", "_")
     if key not in table:
@@ -40,18 +41,6 @@ def known_hardware() -> dict[str, dict[str, Any]]:
     """The table that comes with the package, by name."""
     text = resources.files("titan_moe_lb.costmodel").joinpath("hardware.toml").read_text()
     return tomli.loads(text)
-
-
-def _from_file(path: str) -> Hardware:
-    try:
-        table = tomli.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise JobError(f"--hardware {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"--hardware {path}: cannot be read: {error}") from None
-    except tomli.TOMLDecodeError as error:
-        raise JobError(f"--hardware {path}: not valid TOML: {error}") from None
-    return _device(Path(path).stem, table, path)
 
 
 def _device(key: str, table: dict[str, Any], place: str) -> Hardware:

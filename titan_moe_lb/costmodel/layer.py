@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from titan_moe_lb.costmodel.hardware import Hardware
-from titan_moe_lb.costmodel.load import WORST, Array, expert_load
+from titan_moe_lb.costmodel.load import WORST, Array, ExpertLoad, expert_load
 from titan_moe_lb.costmodel.roofline import (
     BF16_BYTES,
     expert_forward_time,
     gemm_time,
     mlp_time,
 )
-from titan_moe_lb.costmodel.skew import receiver_skew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,17 @@ def moe_layer_time(
     Raises:
         JobError: the imbalance outside [1, E/K], W outside [1, K].
     """
-    load = expert_load(
+    load = layer_load(layer, placement, imbalance_factor, num_hot_experts)
+    hidden_dim = layer.hidden_dim / placement.expert_shards
+    experts = expert_forward_time(load, layer.dim, hidden_dim, hardware)
+    return _layer_time(layer, placement, hardware, experts=experts, skew=load.receiver_skew)
+
+
+def layer_load(
+    layer: MoELayer, placement: Placement, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike
+) -> ExpertLoad:
+    """The two-level load of one micro-batch. Errors: as :func:`moe_layer_time`."""
+    return expert_load(
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         num_tokens=placement.tokens,
@@ -108,16 +117,6 @@ def moe_layer_time(
         num_hot_experts=num_hot_experts,
         ep_degree=placement.ep_degree,
     )
-    skew = receiver_skew(
-        num_experts=layer.num_experts,
-        top_k=layer.top_k,
-        ep_degree=placement.ep_degree,
-        imbalance_factor=imbalance_factor,
-        num_hot_experts=num_hot_experts,
-    )
-    hidden_dim = layer.hidden_dim / placement.expert_shards
-    experts = expert_forward_time(load, layer.dim, hidden_dim, hardware)
-    return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
 
 
 def measured_layer_time(

@@ -34,6 +34,8 @@ class ExpertLoad:
     """Experts on the busiest device: E / EP rounded up, at least 1."""
     hot_experts_on_device: Array
     """How many of them are hot."""
+    receiver_skew: Array
+    """See :func:`receiver_skew`."""
 
     @property
     def tokens_on_device(self) -> Array:
@@ -83,55 +85,14 @@ def expert_load(
         ep_degree: devices over which the experts are split in contiguous blocks.
 
     Raises:
-        JobError: an argument outside its range.
-    """
-    experts, k, factor, hot, degree = checked(
-        num_experts, top_k, imbalance_factor, num_hot_experts, ep_degree
-    )
-    tokens = np.asarray(num_tokens, dtype=np.float64)
-    if (tokens <= 0).any():
-        raise JobError(f"num_tokens {_first(tokens, tokens <= 0)} must be above 0")
-    mean = tokens * k / experts
-    hot_share, remaining_share = _shares(experts, factor, hot)
-    on_device = experts_on_busiest_device(experts, degree)
-    return ExpertLoad(
-        hot_tokens=(mean * hot_share)[()],
-        remaining_tokens=(mean * remaining_share)[()],
-        experts_on_device=on_device[()],
-        hot_experts_on_device=np.minimum(hot, on_device)[()],
-    )
-
-
-def busiest_device_share(experts: Array, factor: Array, hot: Array, degree: Array) -> Array:
-    """Load of the busiest device in units of the mean load of an expert. Checked arguments."""
-    hot_share, remaining_share = _shares(experts, factor, hot)
-    on_device = experts_on_busiest_device(experts, degree)
-    hot_on_device = np.minimum(hot, on_device)
-    return hot_on_device * hot_share + (on_device - hot_on_device) * remaining_share
-
-
-def experts_on_busiest_device(experts: Array, degree: Array) -> Array:
-    """E / EP rounded up: where EP does not divide E, some device holds one more."""
-    return np.maximum(1.0, np.ceil(experts / degree))
-
-
-def checked(
-    num_experts: ArrayLike,
-    top_k: ArrayLike,
-    imbalance_factor: ArrayLike,
-    num_hot_experts: ArrayLike,
-    ep_degree: ArrayLike,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """The arguments as float64 arrays, the worst case filled in.
-
-    Raises:
-        JobError: E, K or EP below 1 or not whole, K above E, the imbalance factor outside
-            [1, E/K], W outside [1, K] or not whole.
+        JobError: E, K or EP below 1 or not whole, K above E, no tokens, the imbalance factor
+            outside [1, E/K], W outside [1, K] or not whole.
     """
     experts = _whole("num_experts", num_experts)
     k = _whole("top_k", top_k)
     degree = _whole("ep_degree", ep_degree)
     hot = _whole("num_hot_experts", num_hot_experts)
+    tokens = np.asarray(num_tokens, dtype=np.float64)
     if (k > experts).any():
         raise JobError(
             f"top_k {_first(k, k > experts):g} exceeds the {_first(experts, k > experts):g} experts"
@@ -141,6 +102,8 @@ def checked(
             f"num_hot_experts {_first(hot, hot > k):g} is outside [1, {_first(k, hot > k):g}]: "
             "more than top_k experts cannot all be the most loaded one"
         )
+    if (tokens <= 0).any():
+        raise JobError(f"num_tokens {_first(tokens, tokens <= 0)} must be above 0")
     worst = experts / k
     given = np.asarray(imbalance_factor, dtype=np.float64)
     factor = np.where(given == WORST, worst, given)
@@ -152,15 +115,59 @@ def checked(
             f"[1, {_first(worst, outside):g}] (1 is balance, E/K the worst case; -1 stands for "
             "the worst case)"
         )
-    return experts, k, np.clip(factor, 1.0, worst), hot, degree
-
-
-def _shares(experts: Array, factor: Array, hot: Array) -> tuple[Array, Array]:
-    """Load of a hot and of another expert in units of the mean."""
+    factor = np.clip(factor, 1.0, worst)
+    # Loads in units of the mean load of an expert. Where all experts are hot, K is E, and
+    # balance is the only possibility.
     others = experts - hot
-    # All experts are hot: K = E, where balance is the only possibility.
-    remaining = (experts - hot * factor) / np.maximum(others, 1.0)
-    return factor, np.where(others > 0, np.maximum(remaining, 0.0), factor)
+    rest = np.maximum((experts - hot * factor) / np.maximum(others, 1.0), 0.0)
+    rest = np.where(others > 0, rest, factor)
+    # Where EP does not divide E, some device holds one expert more.
+    on_device = np.maximum(1.0, np.ceil(experts / degree))
+    hot_on_device = np.minimum(hot, on_device)
+    busiest = hot_on_device * factor + (on_device - hot_on_device) * rest
+    skew = np.clip(busiest * degree / experts, 1.0, factor)
+    mean = tokens / worst
+    return ExpertLoad(
+        hot_tokens=(mean * factor)[()],
+        remaining_tokens=(mean * rest)[()],
+        experts_on_device=on_device[()],
+        hot_experts_on_device=hot_on_device[()],
+        receiver_skew=np.where(degree > 1, skew, 1.0)[()],
+    )
+
+
+def receiver_skew(
+    *,
+    num_experts: ArrayLike,
+    top_k: ArrayLike,
+    ep_degree: ArrayLike,
+    imbalance_factor: ArrayLike = WORST,
+    num_hot_experts: ArrayLike = 1,
+) -> Array:
+    """Tokens that the busiest device of an all-to-all receives over the mean T K / EP.
+
+    It does not depend on the number of tokens. Where EP does not divide E, the busiest
+    device has more experts than the mean; that is no imbalance of the routing, so the skew
+    is at most the imbalance factor: 1 at balance, never above E/K.
+
+    Args: scalars, or arrays that broadcast; see :func:`expert_load`.
+
+    Returns:
+        A float, or an array of the broadcast shape, in [1, E/K]; 1 without EP.
+
+    Raises:
+        JobError: an argument outside its range.
+
+    Source: NeuSim's receiver skew of MoE dispatch; the upper bound is ours.
+    """
+    return expert_load(
+        num_experts=num_experts,
+        top_k=top_k,
+        num_tokens=1,
+        imbalance_factor=imbalance_factor,
+        num_hot_experts=num_hot_experts,
+        ep_degree=ep_degree,
+    ).receiver_skew
 
 
 def _whole(name: str, value: ArrayLike) -> Array:

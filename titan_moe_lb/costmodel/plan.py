@@ -10,8 +10,14 @@ import numpy as np
 from titan_moe_lb.costmodel.activation import activation_peak, largest_that_fits
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
-from titan_moe_lb.costmodel.layer import LayerTime, Placement, measured_layer_time, moe_layer_time
-from titan_moe_lb.costmodel.load import WORST, expert_load
+from titan_moe_lb.costmodel.layer import (
+    LayerTime,
+    Placement,
+    layer_load,
+    measured_layer_time,
+    moe_layer_time,
+)
+from titan_moe_lb.costmodel.load import WORST
 from titan_moe_lb.costmodel.placement import contiguous, greedy, tokens_of_experts
 from titan_moe_lb.costmodel.step import step_time
 
@@ -174,14 +180,7 @@ class _View:
                     imbalance_factor=factor,
                     num_hot_experts=self.num_hot_experts,
                 )
-                load = expert_load(
-                    num_experts=layer.num_experts,
-                    top_k=layer.top_k,
-                    num_tokens=self.placement.tokens,
-                    imbalance_factor=factor,
-                    num_hot_experts=self.num_hot_experts,
-                    ep_degree=self.placement.ep_degree,
-                )
+                load = layer_load(layer, self.placement, factor, self.num_hot_experts)
                 known[layer] = _Load(time, float(load.hot_tokens), float(load.tokens_on_device))
             loads[number] = known[layer]
         return loads, {n: np.array(load.busiest_rank_tokens) for n, load in loads.items()}

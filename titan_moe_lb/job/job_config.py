@@ -8,12 +8,12 @@ takes VALUE in TOML syntax.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tomli
@@ -123,11 +123,14 @@ class Draft:
             # replace() runs the checks that torchtitan makes when a config is constructed.
             manager = _ResolvedConfigManager(dataclasses.replace(self.build()))
             config = manager.parse_args(self.command.rest)
+            rules.validate(config)
+            # And those that it makes of the model before it is built.
+            bound = copy.deepcopy(config)
+            bound.model_spec.model.update_from_config(config=bound)
         except JobError:
             raise
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             raise JobError(f"{self.source}: {' '.join(str(error).split())}") from None
-        rules.validate(config)
         return Job(config=config, table=self.table)
 
 
@@ -135,7 +138,7 @@ def draft(arguments: list[str]) -> Draft:
     """Read the command line and the job file. Raises ``JobError``."""
     command = parse_command_line(arguments)
     source = command.job_config or "command line"
-    tables = read(command.job_config) if command.job_config else {}
+    tables = toml_tables.read(command.job_config, "--job-config") if command.job_config else {}
     table = JobTable()
     job = tables.pop("job", {})
     if not isinstance(job, dict):
@@ -152,18 +155,6 @@ def draft(arguments: list[str]) -> Draft:
 def load(arguments: list[str]) -> Job:
     """Resolve a job in the processes that ``WORLD_SIZE`` announces; see :meth:`Draft.resolve`."""
     return draft(arguments).resolve()
-
-
-def read(path: str) -> dict[str, Any]:
-    """Parse a job file. Raises ``JobError`` for a missing file or bad syntax."""
-    try:
-        return tomli.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise JobError(f"--job-config {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"--job-config {path}: cannot be read: {error}") from None
-    except tomli.TOMLDecodeError as error:
-        raise JobError(f"{path}: not valid TOML: {error}") from None
 
 
 def render(job: Job) -> str:

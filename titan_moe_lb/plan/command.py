@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import logging
@@ -21,7 +20,8 @@ from titan_moe_lb.costmodel.load import WORST
 from titan_moe_lb.costmodel.plan import heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.plan.page import write_page
-from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan, Question
+from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
+from titan_moe_lb.plan.question import Question
 from titan_moe_lb.plan.table import print_plan
 from titan_moe_lb.traces.trace import Trace, read_trace
 
@@ -96,7 +96,7 @@ def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
     from titan_moe_lb.job import job_config
     from titan_moe_lb.parallel import layout
 
-    draft = job_config.draft(list(question.job_flags))
+    draft = job_config.draft(question.job_arguments)
     ranks = _ranks(question, draft.table.ranks)
     os.environ["WORLD_SIZE"] = str(ranks)
     degrees = _degrees(question.ep) if question.ep else []
@@ -110,7 +110,7 @@ def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
     jobs: list[JobModel] = []
     for degree in degrees:
         flags = [
-            *question.job_flags,
+            *question.job_arguments,
             f"--parallelism.expert_parallel_degree={degree}",
             # Nothing is captured here, and not every degree could be.
             "--training.disable_cuda_graphs",
@@ -204,18 +204,12 @@ def _quiet_host() -> Iterator[None]:
             os.environ["WORLD_SIZE"] = world_size
 
 
-def run(arguments: Any) -> None:
-    """Answer on the terminal. ``arguments``: ``titan_moe_lb.cli.Plan``."""
-    job_config = ("--job-config", arguments.job_config) if arguments.job_config else ()
-    names = [field.name for field in dataclasses.fields(Question) if field.name != "job_flags"]
-    question = Question(
-        job_flags=(*job_config, *arguments.job_flags),
-        **{name: getattr(arguments, name) for name in names},
-    )
+def run(question: Question) -> None:
+    """Answer on the terminal."""
     plan = make_plan(question)
-    if arguments.json:
+    if question.json:
         print(json.dumps(plan.as_json(), indent=2, default=str))
     else:
         print_plan(plan)
-    if arguments.output:
-        write_page(plan, arguments.output)
+    if question.output:
+        write_page(plan, question.output)

@@ -1,37 +1,22 @@
-"""What is asked of a job, and the answer."""
+"""The answer."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.plan import DegreePlan
+from titan_moe_lb.plan.question import Question
 
 MEMORY_RESERVE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is asked. Fields: see the command's help."""
-
-    job_flags: tuple[str, ...]
-    hardware: str
-    ranks: int | None = None
-    imbalance: str = "1.0,1.5,2.0,worst"
-    ep: str | None = None
-    hot_experts: int = 1
-    from_run: Path | None = None
-    compute_efficiency: float = 0.5
-    network_efficiency: float = 0.8
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer."""
+    """What was asked, and what comes of it at every degree."""
 
     job: JobModel
     """At the first degree."""

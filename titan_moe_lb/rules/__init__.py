@@ -1,6 +1,7 @@
 """Every rejection of a job, at config time, one function per rule.
 
-What torchtitan says in one line before any process starts is not said again here.
+What torchtitan says in one line is not said again here: the launcher binds a copy of the
+model to the job before it starts a process, which makes torchtitan's checks.
 Each rule takes a ``Trainer.Config`` and raises ``JobError`` with one line that
 names the setting and what to use instead. The launcher runs them before it
 starts a process, and the model config once more when torchtitan binds it.

@@ -2,44 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
-from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.router import LoadBalancedRouter
-
-
-def sequence_fits_model(config: Trainer.Config) -> None:
-    model = _decoder(config)
-    rope = None if model is None else getattr(model.first_attention, "rope", None)
-    if rope is not None and config.training.seq_len > rope.max_seq_len:
-        raise JobError(
-            f"training.seq_len {config.training.seq_len} exceeds the {rope.max_seq_len} tokens "
-            f"of the model's position encoding: set it to at most {rope.max_seq_len}"
-        )
-
-
-def heads_divide_over_ranks(config: Trainer.Config) -> None:
-    degree = config.parallelism.tensor_parallel_degree
-    model = _decoder(config)
-    attention = None if model is None else model.first_attention
-    if attention is None:
-        return
-    heads = {
-        "attention heads": attention.n_heads,
-        "key-value heads": getattr(attention, "n_kv_heads", None) or attention.n_heads,
-    }
-    for name, number in heads.items():
-        if number % degree:
-            raise JobError(
-                f"parallelism.tensor_parallel_degree {degree} does not divide the model's "
-                f"{number} {name}; it must be a divisor of {math.gcd(*heads.values())}"
-            )
 
 
 def expert_biases_are_added_once(config: Trainer.Config) -> None:
@@ -55,19 +24,6 @@ def expert_biases_are_added_once(config: Trainer.Config) -> None:
             "torchtitan 0.3.0 gets the biases of GPT-OSS wrong under this tensor parallelism: set "
             "parallelism.tensor_parallel_degree to 1, or expert_parallel_degree above 1 with "
             'spmd_backend = "spmd_types"'
-        )
-
-
-def tied_weights_stay_on_one_stage(config: Trainer.Config) -> None:
-    model = _decoder(config)
-    if (
-        model is not None
-        and model.enable_weight_tying
-        and config.parallelism.pipeline_parallel_degree > 1
-    ):
-        raise JobError(
-            "the model shares one weight between embedding and output, which lie on different "
-            "pipeline stages: set parallelism.pipeline_parallel_degree to 1"
         )
 
 
@@ -124,16 +80,8 @@ def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
         )
 
 
-def _decoder(config: Trainer.Config) -> Decoder.Config | None:
-    model = None if config.model_spec is None else config.model_spec.model
-    return model if isinstance(model, Decoder.Config) else None
-
-
 RULES = (
-    sequence_fits_model,
-    heads_divide_over_ranks,
     expert_biases_are_added_once,
-    tied_weights_stay_on_one_stage,
     experts_divide_over_ranks,
     expert_groups_fit_router,
     score_function_is_known,
