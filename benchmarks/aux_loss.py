@@ -43,6 +43,7 @@ from titan_moe_lb.losses import (
     functional,
 )
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.step_hook import wire
 
 # Tokens, experts, top_k.
 SHAPES = [(16384, 64, 6), (16384, 128, 8), (8192, 256, 8)]
@@ -185,14 +186,17 @@ def _router(
     if loss is not None:
         bound = loss.Config(
             weight=WEIGHT,
-            local_batch_size=SEQUENCES,
+            micro_batch_size=SEQUENCES,
             global_batch_size=SEQUENCES,
             num_experts=num_experts,
+            top_k=top_k,
         )
         config = derive(config, LoadBalancedRouter.Config, aux_losses=[bound])
     router = config.build().to(device)
     torch.manual_seed(0)
     torch.nn.init.normal_(router.gate.weight, std=dim**-0.5)
+    if loss is not None:
+        wire([router], None).weights_A.fill_(WEIGHT)
     return router
 
 

@@ -27,8 +27,9 @@ from torchtitan.trainer import Trainer
 
 from benchmarks import single_process
 from titan_moe_lb.job import job_config
-from titan_moe_lb.recording.recorder import finish_step
-from titan_moe_lb.router import routers_of
+from titan_moe_lb.losses import GlobalBatchAuxLoss
+from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.router import LoadBalancedRouter, routers_of
 
 
 @dataclass
@@ -47,16 +48,16 @@ def main() -> None:
     for step in range(1, arguments.steps + 1):
         inputs, labels = next(batches)
         if step > 1:  # the first step has no previous one
-            previous = [router.aux_losses["global_batch"].counts_E.clone() for router in routers]
             late = _aux_gradient(trainer, inputs, labels)
-            for router in routers:
-                router.aux_losses["global_batch"].counts_E.copy_(
-                    router.recorder.counts_MSE[:, 0].sum(dim=0)
-                )
+            record = routers[0].step_record
+            counts_NE = record.counts_NMSE[:, :, 0].sum(dim=1)
+            previous = [load_E.clone() for load_E in _loads(routers)]
+            GlobalBatchAuxLoss.finish_step(
+                [router.aux_losses["global_batch"] for router in routers], counts_NE
+            )
             true = _aux_gradient(trainer, inputs, labels)
-            for router, counts in zip(routers, previous, strict=True):
-                router.aux_losses["global_batch"].counts_E.copy_(counts)
-            finish_step([router.recorder for router in routers])
+            torch._foreach_copy_(_loads(routers), previous)
+            record.finish_step()
             cosines.append(torch.cosine_similarity(late, true, dim=0).item())
             ratios.append((late.norm() / true.norm()).item())
         trainer.step = step
@@ -76,6 +77,11 @@ def main() -> None:
             }
         )
     )
+
+
+def _loads(routers: list[LoadBalancedRouter]) -> list[torch.Tensor]:
+    """f of the loss of each layer, as this rank holds it."""
+    return [local_shard(router.aux_losses["global_batch"].load_E) for router in routers]
 
 
 def _aux_gradient(trainer: Trainer, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
