@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +103,7 @@ def _aux_gradient(trainer: Trainer, inputs: dict, labels: torch.Tensor) -> torch
 
 def _trainer(arguments: Arguments) -> Trainer:
     flags = ["--config", arguments.config, "--debug.seed=0", "--metrics.log_freq=1000"]
-    flags += [f"--training.steps={arguments.steps}"]
+    flags += [f"--training.steps={arguments.steps}", f"--dump_folder={tempfile.mkdtemp()}"]
     losses = '[{type="global_batch", weight=1e-3}]'
     config = job_config.load([*flags, f"--model.aux_losses={losses}"]).config
     config.debug.enable_structured_logging = False

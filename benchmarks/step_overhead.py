@@ -88,10 +88,11 @@ def _synchronize() -> None:
 
 def _trainer(arguments: Arguments, *, on: bool) -> Trainer:
     flags = ["--config", arguments.config, "--debug.seed=0"]
+    flags += [f"--dump_folder={tempfile.mkdtemp()}"]
     if arguments.of == "losses":
         flags += ["--metrics.log_freq=1000", f"--model.aux_losses={LOSSES if on else '[]'}"]
     else:
-        flags += ["--metrics.log_freq=1", f"--dump_folder={tempfile.mkdtemp()}"]
+        flags += ["--metrics.log_freq=1"]
         flags += [] if on else ["--metrics.no-track-moe-metrics"]
     config = job_config.load(flags).config
     config.debug.enable_structured_logging = False
