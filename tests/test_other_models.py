@@ -18,6 +18,7 @@ from tests.other_models import (
     upstream_spec,
 )
 from tests.parity.textbook import sequence_counts, textbook_loss
+from tests.test_router import wired
 from titan_moe_lb.converter import LoadBalanceConverter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
@@ -119,6 +120,7 @@ def test_qwen3_5():
 
     moe = spec.model.layers[0].moe.build()
     moe.init_states()
+    wired(moe.router)
     theirs = upstream_spec("qwen3_5", "debugmodel_moe").model.layers[0].moe.build()
     theirs.load_state_dict(moe.state_dict(), strict=False)
     seen = []
@@ -136,7 +138,7 @@ def test_qwen3_5():
         gradient, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item()
     )
     counts_E = sequence_counts(ids_BLK, scores_BLE.shape[-1]).sum(dim=0)
-    assert (moe.router.recorder.counts_MSE[0, 0] == counts_E).all()
+    assert (moe.router.record.counts_MSE[0, 0] == counts_E).all()
 
 
 @pytest.mark.parametrize(("module", "package"), [("qwen3_5", "fla"), ("kimi_k2_7", "torchvision")])

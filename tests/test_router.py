@@ -1,4 +1,4 @@
-"""The router and its recorder in one process, against torchtitan's own router."""
+"""The router and its record in one process, against torchtitan's own router."""
 
 from __future__ import annotations
 

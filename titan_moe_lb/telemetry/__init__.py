@@ -1,1 +1,1 @@
-"""What is seen: recorder, reduction, metrics."""
+"""The numbers of a step, and where they go."""
