@@ -600,10 +600,10 @@ def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
 def test_a_trace_of_0_1_0_names_its_bias_rule():
     """It had one rule and wrote its speed."""
     table = dataclasses.asdict(run_info())
-    del table["expert_bias"]
-    table["load_balance_coeff"] = 1e-3
+    del table["expert_bias"], table["figures"]
+    table |= {"load_balance_coeff": 1e-3, "format_version": 1}
     schema = pa.schema([]).with_metadata({b"titan_moe_lb": json.dumps(table).encode()})
-    assert RunInfo.of_schema(schema, Path("x")) == run_info(expert_bias="sign (speed 0.001)")
+    assert RunInfo.of_schema(schema, Path("x")).expert_bias == "sign (speed 0.001)"
 
 
 def test_run_info_survives_its_own_json(tmp_path):
