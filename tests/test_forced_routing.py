@@ -303,7 +303,7 @@ def test_replay_is_exact_on_another_layout(ranks, tmp_path, recorded, layout):
     [
         ("1F1B", "selective", []),
         ("ZBVZeroBubble", "full", []),
-        ("ZBVZeroBubble", "full", ["--compile.enable"]),
+        ("ZBVZeroBubble", "full", ["--compile.enable", "--compile.components", "model"]),
     ],
     ids=["1F1B selective", "ZBV full", "ZBV full compile"],
 )
