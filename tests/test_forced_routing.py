@@ -391,7 +391,7 @@ def test_replay_opens_each_file_once(ranks, recorded):
     [
         ("1F1B", "selective", []),
         ("ZBVZeroBubble", "full", []),
-        ("ZBVZeroBubble", "full", ["--compile.enable"]),
+        ("ZBVZeroBubble", "full", ["--compile.enable", "--compile.components", "model"]),
     ],
     ids=["1F1B selective", "ZBV full", "ZBV full compile"],
 )
