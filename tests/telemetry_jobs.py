@@ -25,6 +25,9 @@ from titan_moe_lb.step_hook import StepHook, wire
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of this process: ranks alone may have a GPU."""
+
 
 def observed_peaks(arguments: list[str]) -> dict[str, float]:
     """One step; this rank's peak of kept tokens as its pipeline stages really run.
@@ -35,7 +38,8 @@ def observed_peaks(arguments: list[str]) -> dict[str, float]:
     config = job_config.load(arguments).config
     config.training.steps = 1
     config.metrics.write_moe_trace = False
-    cpu.adapt(config)
+    if cpu.needed():
+        cpu.adapt(config)
     zero_bubble.adapt(config)
     trainer = config.build()
     logged: dict[str, Any] = {}
@@ -177,7 +181,7 @@ def moe_layers(numbers: list[int], aux_losses=None) -> list[MoE]:
         layer = config.build()
         generator = torch.Generator().manual_seed(number)
         torch.nn.init.normal_(layer.router.gate.weight, generator=generator)
-        layers.append(layer)
+        layers.append(layer.to(DEVICE))
     return layers
 
 
@@ -190,7 +194,7 @@ def forward_and_backward(layers: list[MoE]) -> None:
     for layer in layers:
         seed = dist.get_rank() if dist.is_initialized() else 0
         generator = torch.Generator().manual_seed(seed)
-        x_BLD = torch.randn(2, 8, 64, generator=generator, requires_grad=True)
+        x_BLD = torch.randn(2, 8, 64, generator=generator).to(DEVICE).requires_grad_()
         layer.router(x_BLD, layer.expert_bias_E)[0].sum().backward()
 
 
@@ -203,7 +207,7 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
     parallelism = ParallelismConfig(
         pipeline_parallel_degree=len(layers_by_stage), expert_parallel_degree=ep
     )
-    dist.init_process_group("gloo")
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
     parallel_dims.build_mesh()
     stage = parallel_dims.get_mesh("pp").get_local_rank() if parallel_dims.pp_enabled else 0
