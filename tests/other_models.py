@@ -115,10 +115,11 @@ def _two_steps(spec: ModelSpec, arguments: dict) -> Trainer.Config:
 
 def train_with_experts(num_experts: int, arguments: list[str]) -> list[dict[str, float]]:
     """As :func:`tests.train_jobs.train`; the tiny DeepSeek-V3 with more experts than its 8."""
-    build = tiny.build_mla_moe_layers
+    upstream = tiny.upstream
+    build = upstream.build_mla_moe_layers
 
     def layers(**settings: Any) -> list:
         return build(**{**settings, "num_experts": num_experts})
 
-    with patch.object(tiny, "build_mla_moe_layers", layers):
+    with patch.object(upstream, "build_mla_moe_layers", layers):
         return train(arguments)
