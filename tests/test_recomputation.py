@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from tests.test_router import EXPERTS, TOP_K, router, sequence_wise
+from tests.test_router import BOUND, EXPERTS, TOP_K, router, sequence_wise, wired
+from titan_moe_lb.forced_routing import BiasedNormal
+from titan_moe_lb.losses import GlobalBatchAuxLoss
 from titan_moe_lb.parallelization import FullACKeepingDecisions, SelectiveACKeepingDecisions
+from titan_moe_lb.router import LoadBalancedRouter
 
 DIM, BATCH, LENGTH = 32, 3, 20
 
@@ -135,6 +139,36 @@ def test_gradient_is_that_without_checkpointing(how):
     for expected, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert gradients[0][1].abs().max() > 0
+
+
+FORCED = BiasedNormal.Config(std=1.0, num_experts=EXPERTS, top_k=TOP_K)
+RUNNING = GlobalBatchAuxLoss.Config(weight=0.5, counts="running", **BOUND)
+
+
+@pytest.mark.parametrize("how", [full, full_compiled, selective, selective_compiled])
+@pytest.mark.parametrize(
+    "options",
+    [{"forced_routing": FORCED}, {"aux_losses": [RUNNING]}],
+    ids=["forced routing", "running counts"],
+)
+def test_what_depends_on_the_micro_batch_is_that_of_the_forward(how, options):
+    """Forwards of two micro-batches, then their backwards: when the first is repeated, the
+    clock of the strategy and the counts of the loss have gone on."""
+    gradients = []
+    for wrap in (no_checkpointing, how):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        block = Block(disturbed=False)
+        config = derive(block.router.config, LoadBalancedRouter.Config, **options)
+        block.router = config.build()
+        nn.init.normal_(block.router.gate.weight, generator=torch.Generator().manual_seed(1))
+        wired(block.router)
+        forward = wrap(block)
+        for output in [forward(torch.randn(BATCH, LENGTH, DIM)) for _ in range(2)]:
+            output.backward()
+        gradients.append((block.numbers.grad, block.router.gate.weight.grad, block.mix.weight.grad))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_types_of_torchtitan_are_those_that_are_replaced():

@@ -198,19 +198,20 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         Returns:
             Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
         """
-        ids_BLK = self._choose(scores_BLE, expert_bias_E)
+        ids_BLK = self._kept(self._choose(scores_BLE, expert_bias_E))
         coefficients_BE = None
         if self.training and self.record is not None:
             counts_SBE = self._count(ids_BLK, scores_BLE, biased=expert_bias_E is not None)
             coefficients_BE = self.aux_losses.coefficients(
-                scores_BLE, counts_SBE, inverse_BL, self.record
+                scores_BLE, counts_SBE, inverse_BL, self.record, self._kept
             )
             if not is_recomputation():
                 self.record.note(counts_SBE, ids_BLK)
-        if self.decides_by_operator:
-            ids_BLK = keep(ids_BLK)
-            coefficients_BE = None if coefficients_BE is None else keep(coefficients_BE)
         return ids_BLK, coefficients_BE
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, through an operator that a checkpointing policy saves, where it needs one."""
+        return keep(tensor) if self.decides_by_operator else tensor
 
     def _choose(self, scores_BLE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
         """The experts of every token ``(B, L, K)``, int64."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import spmd_types as spmd
 import torch
@@ -94,6 +94,7 @@ class RouterLosses(ModuleDict):
         counts_SBE: torch.Tensor,
         inverse_sums_BL: torch.Tensor | None,
         record: RouterRecord,
+        kept: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
         """Weighted gradient of the losses of sums in the sums; records their raw values.
 
@@ -101,6 +102,9 @@ class RouterLosses(ModuleDict):
             scores_BLE: local scores.
             counts_SBE: local tokens per source, sequence and expert, int64.
             inverse_sums_BL: as for :func:`titan_moe_lb.losses.injection.gather_scores`.
+            kept: makes a checkpointing policy save a tensor. What a repeated forward must not
+                find out again goes through it before the first forward uses it: a compiler
+                would otherwise leave it all to the backward.
 
         Returns:
             ``(B, E)`` or ``(1, E)``, float32; None without such a loss.
@@ -123,7 +127,7 @@ class RouterLosses(ModuleDict):
             if loss.needs_counts:
                 counts_BE = counts_SBE[self.count_sources.index(loss.count_from)]
             sums_BE = own_BE if loss.linear else whole_BE
-            coefficients_BE = loss.coefficients(sums_BE, counts_BE, length).float()
+            coefficients_BE = kept(loss.coefficients(sums_BE, counts_BE, length).float())
             if not is_recomputation():
                 if loss.linear:
                     record.add_dot(index, coefficients_BE, own_BE)
