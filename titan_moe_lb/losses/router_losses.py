@@ -83,7 +83,7 @@ class RouterLosses(ModuleDict):
                 per_token_BL, saved = loss.per_token_and_saved(at_least_float32(local_BLE))
                 if not is_recomputation():
                     record.losses_A[index].add_(per_token_BL.sum(), alpha=scale)
-            weight = record.weights_A[index]
+                weight = record.weights_A[index]
             attached_BLE = attach_to_logits(local_BLE, loss, saved, weight, scale)
             logits_BLE = placed_as(logits_BLE, attached_BLE)
         return logits_BLE
