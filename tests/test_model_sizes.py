@@ -74,6 +74,7 @@ REAL_SIZES = [
     for path in sorted(CONFIGS.glob("*/*.toml"))
     if tomli.loads(path.read_text())["job"]["ranks"] > 4
 ]
+assert REAL_SIZES, f"no job files in {CONFIGS}"
 
 
 def number_of_parameters(job_file: Path) -> int:

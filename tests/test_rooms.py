@@ -91,6 +91,7 @@ def test_list_shows_every_model_job_and_default(width):
         assert f"--module {room}" in lines
         registry = module_lookup.config_registry(room)
         names = [path.name for path in (catalog.CONFIGS / room).glob("*.toml")]
+        assert names, room
         for name in [*module_lookup.config_names(registry), *names]:
             assert re.search(rf"^  {re.escape(name)} ", shown, re.MULTILINE), name
         for default in entry(room).DEFAULTS:

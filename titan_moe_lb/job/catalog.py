@@ -17,7 +17,7 @@ from rich.text import Text
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import module_lookup
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 """The job files of the repository; not part of an installed package."""
 
 
