@@ -22,7 +22,7 @@ from torchtitan.distributed.activation_checkpoint import (
     SelectiveAC,
 )
 
-from titan_moe_lb.parallel.schedules import actions_of
+from titan_moe_lb.parallel.schedules import actions_of, stages_of
 from titan_moe_lb.recording.recomputation import Decisions
 from titan_moe_lb.router import routers_of
 
@@ -110,9 +110,7 @@ def telling_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
         schedule, parts, has_first, has_last = pipeline(model, **arguments)
         rank = arguments["parallel_dims"].get_mesh("pp").get_local_rank()
         actions = actions_of(schedule)[rank]
-        # A V-shaped schedule gives a rank its stages in this order too: ascending.
-        stages = sorted({stage for stage, _kind, _micro_batch in actions})
-        for stage, part in zip(stages, parts, strict=True):
+        for stage, part in zip(stages_of(actions), parts, strict=True):
             for router in routers_of([part]):
                 router.stage, router.actions = stage, actions
         return schedule, parts, has_first, has_last

@@ -19,7 +19,7 @@ from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
-from titan_moe_lb.losses.functional import inverse_sums
+from titan_moe_lb.losses.functional import add_tokens_, inverse_sums
 from titan_moe_lb.losses.injection import gather_scores
 from titan_moe_lb.losses.router_losses import RouterLosses
 from titan_moe_lb.parallel import batch_cut, layout
@@ -234,16 +234,15 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     ) -> torch.Tensor:
         """Local tokens per source, sequence and expert, int64 ``(S, B, E)``."""
         assert self.record is not None
-        B, L, K = ids_BLK.shape
-        counts_SBE = ids_BLK.new_zeros(len(self.aux_losses.count_sources), B, self.num_experts)
-        one_BN = self.record.one.expand(B, L * K)
-        counts_SBE[0].scatter_add_(1, ids_BLK.flatten(1), one_BN)
-        if counts_SBE.shape[0] > 1:
+        sources = len(self.aux_losses.count_sources)
+        counts_SBE = ids_BLK.new_zeros(sources, ids_BLK.shape[0], self.num_experts)
+        add_tokens_(counts_SBE[0], ids_BLK, self.record.one)
+        if sources > 1:
             unbiased_BLK = ids_BLK
             forced = self.forced_routing is not None or self._debug_force_load_balance
             if biased or forced or self.num_expert_groups is not None:
-                unbiased_BLK = scores_BLE.topk(K, dim=-1, sorted=False).indices
-            counts_SBE[1].scatter_add_(1, unbiased_BLK.flatten(1), one_BN)
+                unbiased_BLK = scores_BLE.topk(self.top_k, dim=-1, sorted=False).indices
+            add_tokens_(counts_SBE[1], unbiased_BLK, self.record.one)
         return counts_SBE
 
 

@@ -28,9 +28,15 @@ def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int)
     Returns:
         ``(B, E)``, int64.
     """
+    counts_BE = topk_expert_ids_BLK.new_zeros(topk_expert_ids_BLK.shape[0], num_experts)
+    return add_tokens_(counts_BE, topk_expert_ids_BLK, counts_BE.new_ones(()))
+
+
+def add_tokens_(
+    counts_BE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor, one: torch.Tensor
+) -> torch.Tensor:
+    """Add the tokens of :func:`count_tokens_per_expert` in place; ``one`` is 1, int64 ``()``."""
     ids_BN = topk_expert_ids_BLK.flatten(1)
-    counts_BE = ids_BN.new_zeros(ids_BN.shape[0], num_experts)
-    one = ids_BN.new_ones(())
     return counts_BE.scatter_add_(1, ids_BN, one.expand_as(ids_BN))
 
 

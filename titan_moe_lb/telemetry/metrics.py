@@ -94,9 +94,8 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         is out of turn is therefore not logged: only its routing is written.
         """
         assert self.model_parts is not None
-        routers = routers_of(self.model_parts)
         if self._routing is not None and step in self.config.record_routing_steps:
-            self._record_routing(step, routers)
+            self._record_routing(step, routers_of(self.model_parts))
         if not super().should_log(step):
             return
         figures = () if self.config.run_info is None else self.config.run_info.figures

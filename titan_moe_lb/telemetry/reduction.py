@@ -37,7 +37,7 @@ def reduce_step(layers: list[MoE], parallel_dims: ParallelDims) -> StepLoad:
 
 @dataclass
 class _Table:
-    """One row a layer. Columns: the counts, then a flag and a value for each name."""
+    """What one stage has of each of its layers."""
 
     layers: list[int]
     counts_NE: np.ndarray
