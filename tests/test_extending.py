@@ -19,6 +19,7 @@ from tests.rank_pool import RankPool
 from tests.test_router import BOUND, inputs, router
 from tests.train_jobs import train
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.job import job_config, model_help
 from titan_moe_lb.losses import AuxLoss, SumsLoss
 from titan_moe_lb.report.page import render
@@ -133,6 +134,16 @@ def test_bias_rule_moves_the_bias_by_its_formula(ranks, tmp_path):
     ):
         np.testing.assert_allclose(trace.figures[name], expected_SM, rtol=1e-5)
     assert logged[1]["moe/bias_range"] == pytest.approx(np.ptp(bias_SME[1], axis=-1).mean())
+
+
+def test_bias_rule_without_a_formula_is_refused():
+    class Empty(ExpertBias):
+        @dataclass(kw_only=True, slots=True)
+        class Config(ExpertBias.Config):
+            pass
+
+    with pytest.raises(JobError, match=r"the expert bias Empty has no formula: define delta\(\)"):
+        Empty.Config().build()
 
 
 # ---- A metric

@@ -12,19 +12,23 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_MODULES = {
     "errors": ("JobError",),
     "model_spec": ("balanced",),
     "losses": (
         "AuxLoss",
         "BatchWiseAuxLoss",
         "GlobalBatchAuxLoss",
+        "LogitsLoss",
         "RouterZLoss",
         "SequenceWiseAuxLoss",
+        "SumsLoss",
     ),
     "expert_bias": ("ExpertBias", "FrozenBias", "SignBias"),
     "forced_routing": (
         "BiasedNormal",
+        "DealtRouting",
+        "DrawnRouting",
         "ForcedRouting",
         "HotRank",
         "RandomBalanced",
@@ -32,9 +36,10 @@ _ROOMS = {
         "RoundRobin",
     ),
     "value_schedule": ("Change",),
+    "telemetry.metric": ("Metric", "Reduction"),
     "telemetry.metrics": ("LoadBalanceMetricsProcessor",),
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torchtitan.protocols.module import Module
+
+from titan_moe_lb.component import Component
 
 
-class ForcedRouting(Module):
+class ForcedRouting(Component):
     """Takes the choice of experts from the router, for a benchmark.
 
     The scores stay the router's: gradients flow through them as ever, and the scores
@@ -19,22 +19,14 @@ class ForcedRouting(Module):
     A strategy of one's own is a subclass with a ``type_name``.
     """
 
-    type_name: ClassVar[str]
-    """Name of the strategy in a job config: ``type = "..."``."""
-
     kinds: ClassVar[dict[str, type[ForcedRouting]]] = {}
     """Every strategy that can be configured, by ``type_name``."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k"})
     """Fields of the Config that ``update_from_config`` fills."""
 
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        if "type_name" in cls.__dict__:
-            ForcedRouting.kinds[cls.type_name] = cls
-
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Component.Config):
         num_experts: int | None = None
         """E of the router. Filled by ``update_from_config``."""
 
@@ -45,16 +37,6 @@ class ForcedRouting(Module):
             """Take what the strategy needs of a ``Trainer.Config`` and of the router."""
             self.num_experts = num_experts
             self.top_k = top_k
-
-        def describe(self) -> str:
-            """The strategy and its settings in one phrase, for the log and the trace."""
-            given = {
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-                if field.name not in self._owner.filled_by_job
-            }
-            settings = [f"{name} {value}" for name, value in given.items() if value is not None]
-            return f"{self._owner.type_name} ({', '.join(settings)})".removesuffix(" ()")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

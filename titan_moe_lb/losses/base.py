@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torchtitan.protocols.module import Module
 
+from titan_moe_lb.component import Component, require_formula
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.value_schedule import Change, check_changes, value_at
 
 
-class AuxLoss(Module):
+class AuxLoss(Component):
     """A loss on the router, normalised so that a global batch can be cut anywhere.
 
     torchtitan 0.3.0 sums gradients over data-parallel ranks, accumulation steps and
@@ -31,9 +31,6 @@ class AuxLoss(Module):
     K = top_k, G = sequences of the global batch.
     """
 
-    type_name: ClassVar[str]
-    """Name of the loss in a job config: ``type = "..."``."""
-
     metric_name: ClassVar[str]
     """Name of the raw, unweighted value in the metrics, without the ``moe/`` prefix."""
 
@@ -45,13 +42,8 @@ class AuxLoss(Module):
     )
     """Fields of the Config that ``update_from_config`` fills."""
 
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        if "type_name" in cls.__dict__:
-            AuxLoss.kinds[cls.type_name] = cls
-
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Component.Config):
         weight: float
         """Factor of the loss, alpha in the papers. Positive; leave the loss out for none."""
 
@@ -224,10 +216,7 @@ def check_kind(loss: type[AuxLoss]) -> None:
     """Raises ``JobError``: a router does not know how to apply such a loss."""
     for kind, formula in ((SumsLoss, "value"), (LogitsLoss, "per_token")):
         if issubclass(loss, kind):
-            if getattr(loss, formula) is getattr(kind, formula):
-                raise JobError(
-                    f"the aux loss {loss.__name__} has no formula: define {formula}() in its class"
-                )
+            require_formula("aux loss", loss, kind, formula)
             return
     raise JobError(
         f"the aux loss {loss.__name__} is neither a SumsLoss nor a LogitsLoss, so that no router "
