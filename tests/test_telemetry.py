@@ -20,7 +20,6 @@ from tests.telemetry_jobs import (
     selected,
     small_router,
 )
-from titan_moe_lb.expert_bias.sign import bias_update
 from titan_moe_lb.forced_routing import BiasedNormal, HotRank, RandomBalanced, RoundRobin
 from titan_moe_lb.losses import GlobalBatchAuxLoss, RouterZLoss, SequenceWiseAuxLoss
 from titan_moe_lb.parallel.schedules import one_forward_one_backward
@@ -235,9 +234,3 @@ def test_peak_tokens_by_hand():
         alone, [0, 0], tokens, np.full((2, 2), 550.0)
     ) == pytest.approx(1.0)
     assert overload.cumulative_overload_factor(alone, [0, 0], tokens * 0, tokens * 0.0) == 1
-
-
-def test_bias_update_by_hand():
-    """Signs 0, -1, +1, +1 of the deviation, their mean taken off."""
-    delta = bias_update(torch.tensor([4, 10, 1, 1]), 0.1)
-    assert delta.tolist() == pytest.approx([-0.025, -0.125, 0.075, 0.075])

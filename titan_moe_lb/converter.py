@@ -28,6 +28,7 @@ from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.step_hook import register_load_balancing
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+from titan_moe_lb.valid_tokens.loader import tell_tokens
 
 
 class LoadBalanceConverter(ModelConfigConverter):
@@ -129,6 +130,14 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
         def update_from_config(self, *, config, **kwargs) -> None:
             hooks = _step_hooks(config)
             rules.validate(config)
+            config.dataloader = tell_tokens(
+                config.dataloader,
+                documents=any(
+                    getattr(loss, "over", "row") == "document"
+                    for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)
+                    for loss in router.aux_losses
+                ),
+            )
             model_config_cls.update_from_config(self, config=config, **kwargs)
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)

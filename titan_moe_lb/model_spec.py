@@ -71,22 +71,24 @@ def balanced(
             "post_optimizer_build_fn": BuildHooks(
                 own=None if replaced else spec.post_optimizer_build_fn
             ),
-            "state_dict_adapter": _without_loss_state(spec.state_dict_adapter),
+            "state_dict_adapter": _without_balance_state(spec.state_dict_adapter),
         }
     )
 
 
-def _without_loss_state(
+def _without_balance_state(
     adapter: type[BaseStateDictAdapter] | None,
 ) -> type[BaseStateDictAdapter] | None:
-    """Keep the counts of the global-batch loss out of Hugging Face checkpoints."""
+    """Keep what losses and bias rules remember out of Hugging Face checkpoints."""
     if adapter is None:
         return None
 
+    def ours(name: str) -> bool:
+        return ".router.aux_losses." in name or ".router.expert_bias." in name
+
     class Adapter(adapter):  # type: ignore[valid-type]
         def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-            weights = {k: v for k, v in state_dict.items() if ".router.aux_losses." not in k}
-            return super().to_hf(weights)
+            return super().to_hf({k: v for k, v in state_dict.items() if not ours(k)})
 
     Adapter.__qualname__ = adapter.__qualname__
     return Adapter

@@ -2,7 +2,7 @@
 
 Shape suffixes as in torchtitan's ``models/common/moe.py``: B = batch, L = local
 tokens of a sequence, D = model dimension, E = experts, K = top_k; S = sources that
-are counted.
+are counted, Q = sequences.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.forced_routing import ForcedRouting
+from titan_moe_lb.losses import counting
 from titan_moe_lb.losses.base import AuxLoss
-from titan_moe_lb.losses.functional import add_tokens_, inverse_sums
+from titan_moe_lb.losses.functional import inverse_sums
 from titan_moe_lb.losses.injection import gather_scores
 from titan_moe_lb.losses.router_losses import RouterLosses
 from titan_moe_lb.parallel import batch_cut, layout
@@ -27,6 +29,7 @@ from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.schedules import Action
 from titan_moe_lb.recording.recomputation import decide, is_recomputation, keep
 from titan_moe_lb.recording.step_record import RouterRecord, StepRecord
+from titan_moe_lb.valid_tokens.batch_tokens import BatchTokens
 
 
 class LoadBalancedRouter(TokenChoiceTopKRouter):
@@ -69,6 +72,12 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         token_replicas: int = 1
         """Ranks that see the same tokens and whose gradients are summed (TP without EP)."""
 
+        padded: bool = False
+        """Batches say which of their tokens are valid."""
+
+        cut: batch_cut.Cut | None = None
+        """How the job cuts its global batch."""
+
         finished_steps: int = 0
         """Optimizer steps of the checkpoint that the job goes on from."""
 
@@ -83,6 +92,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             dims = layout.resolve(config.parallelism)
             cut = batch_cut.cut(config)
             self.track = track
+            loader = getattr(config.dataloader, "_owner", None)
+            self.padded = getattr(loader, "gives_valid_tokens", False)
+            self.cut = cut
             self.num_micro_batches = cut.num_micro_batches
             self.tokens_per_step = cut.global_batch_size * cut.seq_len
             if record_tokens:
@@ -96,7 +108,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             # partial sum. A DTensor's gradient is whole on every rank.
             plain = config.parallelism.spmd_backend == "spmd_types"
             self.token_replicas = dims.tp if plain and dims.ep == 1 else 1
-            for component in (*self.aux_losses, self.forced_routing):
+            for component in (*self.aux_losses, self.expert_bias, self.forced_routing):
                 if component is not None:
                     component.update_from_config(
                         config=config, num_experts=self.num_experts, top_k=self.top_k
@@ -106,7 +118,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         super().__init__(config)
         self.config = config
         self.layer = config.layer
-        self.aux_losses = RouterLosses(config.aux_losses, config.sequence_shards)
+        self.aux_losses = RouterLosses(
+            config.aux_losses, config.sequence_shards, padded=config.padded
+        )
         self.expert_bias = config.expert_bias.build() if config.expert_bias is not None else None
         self.forced_routing = (
             config.forced_routing.build() if config.forced_routing is not None else None
@@ -114,6 +128,11 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.needs_step_counts = self.aux_losses.needs_step_counts or (
             self.expert_bias is not None and self.expert_bias.moves
         )
+        self.needs_tokens = config.padded or self.aux_losses.num_documents > 1
+        self.tokens: BatchTokens | None = None
+        """Of the running forward, where batches say which tokens are valid or a loss asks for
+        documents (:mod:`titan_moe_lb.valid_tokens.model_input`)."""
+        self.num_bins = self.expert_bias.num_bins if self.expert_bias is not None else 0
         self.decides_by_operator = False
         """The decision passes through an operator that a checkpointing policy saves."""
         self.record: RouterRecord | None = None
@@ -152,22 +171,30 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         # float32 keeps the gate's rounding out of the balance of the experts.
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
+        tokens = None
         if self.training:
-            logits_BLE = self.aux_losses.attach_to_logits(logits_BLE, self.record)
+            if self.needs_tokens:
+                with spmd.no_typecheck(), torch.no_grad():
+                    tokens = decide(self._kept_tokens)
+            logits_BLE = self.aux_losses.attach_to_logits(logits_BLE, self.record, tokens)
         scores_BLE = self._score(logits_BLE)
         with spmd.no_typecheck(), torch.no_grad():
             local_scores_BLE = local_shard(scores_BLE)
-            inverse_BL = self._inverse_sums(local_scores_BLE)
+            inverse_BL = self._inverse_sums(local_scores_BLE, tokens)
             local_bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
             ids_BLK, coefficients_BE = decide(
-                lambda: self._decide(local_scores_BLE, local_bias_E, inverse_BL)
+                lambda: self._decide(local_scores_BLE, local_bias_E, inverse_BL, tokens)
             )
         topk_expert_ids_BLK = placed_as(scores_BLE, ids_BLK)
         if coefficients_BE is None:
             chosen_BLK = local_shard(scores_BLE).gather(-1, ids_BLK)
         else:
             chosen_BLK = gather_scores(
-                local_shard(scores_BLE), ids_BLK, coefficients_BE, inverse_BL
+                local_shard(scores_BLE),
+                ids_BLK,
+                coefficients_BE,
+                inverse_BL,
+                None if tokens is None else tokens.document_BL,
             )
         topk_scores_BLK = placed_as(scores_BLE, chosen_BLK)
         if self.route_norm:
@@ -179,41 +206,62 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             return F.softmax(logits_BLE, dim=-1)
         return torch.sigmoid(logits_BLE)
 
-    def _inverse_sums(self, scores_BLE: torch.Tensor) -> torch.Tensor | None:
-        """What makes probabilities of the scores, where a loss needs it."""
+    def _inverse_sums(
+        self, scores_BLE: torch.Tensor, tokens: BatchTokens | None
+    ) -> torch.Tensor | None:
+        """What makes probabilities of the scores, where a loss needs it; 0 for padding."""
         if not (self.training and self.aux_losses.needs_probabilities):
             return None
         if self.score_func == "softmax":  # whose sums are 1
-            return None
-        return inverse_sums(scores_BLE)
+            return None if tokens is None else tokens.valid_BL.float()
+        inverse_BL = inverse_sums(scores_BLE)
+        return inverse_BL if tokens is None else inverse_BL * tokens.valid_BL
 
     def _decide(
         self,
         scores_BLE: torch.Tensor,
         expert_bias_E: torch.Tensor | None,
         inverse_BL: torch.Tensor | None,
+        tokens: BatchTokens | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All that must not happen again when the forward is repeated. On local tensors.
 
         Returns:
             Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
         """
-        ids_BLK = self._kept(self._choose(scores_BLE, expert_bias_E))
+        ids_BLK = self._kept(self._choose(scores_BLE, expert_bias_E, tokens))
         coefficients_BE = None
         if self.training and self.record is not None:
-            counts_SBE = self._count(ids_BLK, scores_BLE, biased=expert_bias_E is not None)
+            counts_SQE = self._count(ids_BLK, scores_BLE, tokens, biased=expert_bias_E is not None)
             coefficients_BE = self.aux_losses.coefficients(
-                scores_BLE, counts_SBE, inverse_BL, self.record, self._kept
+                scores_BLE, counts_SQE, inverse_BL, tokens, self.record, self._kept
             )
             if not is_recomputation():
-                self.record.note(counts_SBE, ids_BLK)
+                self.record.note(counts_SQE, ids_BLK)
         return ids_BLK, coefficients_BE
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, through an operator that a checkpointing policy saves, where it needs one."""
         return keep(tensor) if self.decides_by_operator else tensor
 
-    def _choose(self, scores_BLE: torch.Tensor, expert_bias_E: torch.Tensor | None) -> torch.Tensor:
+    def _kept_tokens(self) -> BatchTokens:
+        """Those of the running forward: a repeated one may run after others have begun."""
+        if self.tokens is None:
+            raise JobError(
+                "a router that needs to know its valid tokens or documents was not told: call the "
+                "whole model, with valid_tokens=... or document_ids=... of the batch"
+            )
+        tokens = self.tokens
+        if self.decides_by_operator:
+            tokens = tokens.kept(self._kept)
+        return tokens
+
+    def _choose(
+        self,
+        scores_BLE: torch.Tensor,
+        expert_bias_E: torch.Tensor | None,
+        tokens: BatchTokens | None,
+    ) -> torch.Tensor:
         """The experts of every token ``(B, L, K)``, int64."""
         if self.forced_routing is not None:
             assert self.record is not None, "forced routing needs a wired router"
@@ -222,7 +270,18 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         if self._debug_force_load_balance:
             return self._debug_force_load_balance_routing(scores_BLE)[0]
         choice_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
-        return self._limit_groups(choice_BLE).topk(self.top_k, dim=-1, sorted=False).indices
+        choice_BLE = self._limit_groups(choice_BLE)
+        histogram_EH = None if self.record is None else self.record.histogram_EH
+        if histogram_EH is None or not self.training or is_recomputation():
+            return choice_BLE.topk(self.top_k, dim=-1, sorted=False).indices
+        # The runner-up says what a token requires of an expert that it does not select.
+        best_BLK1, ids_BLK1 = choice_BLE.topk(self.top_k + 1, dim=-1)
+        required_BLE = best_BLK1[..., -1:] - scores_BLE
+        if self.num_expert_groups is not None:
+            required_BLE.masked_fill_(choice_BLE == -torch.inf, torch.inf)
+        number = self.record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
+        self.expert_bias.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
+        return ids_BLK1[..., : self.top_k]
 
     def _limit_groups(self, choice_BLE: torch.Tensor) -> torch.Tensor:
         if self.num_expert_groups is None:
@@ -230,20 +289,31 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         return self._get_node_limited_routing_scores(choice_BLE)
 
     def _count(
-        self, ids_BLK: torch.Tensor, scores_BLE: torch.Tensor, *, biased: bool
+        self,
+        ids_BLK: torch.Tensor,
+        scores_BLE: torch.Tensor,
+        tokens: BatchTokens | None,
+        *,
+        biased: bool,
     ) -> torch.Tensor:
-        """Local tokens per source, sequence and expert, int64 ``(S, B, E)``."""
+        """Local tokens per source, sequence and expert, int64 ``(S, Q, E)``."""
         assert self.record is not None
-        sources = len(self.aux_losses.count_sources)
-        counts_SBE = ids_BLK.new_zeros(sources, ids_BLK.shape[0], self.num_experts)
-        add_tokens_(counts_SBE[0], ids_BLK, self.record.one)
-        if sources > 1:
-            unbiased_BLK = ids_BLK
-            forced = self.forced_routing is not None or self._debug_force_load_balance
+        forced = self.forced_routing is not None or self._debug_force_load_balance
+
+        def unbiased_ids_BLK() -> torch.Tensor:
             if biased or forced or self.num_expert_groups is not None:
-                unbiased_BLK = scores_BLE.topk(self.top_k, dim=-1, sorted=False).indices
-            add_tokens_(counts_SBE[1], unbiased_BLK, self.record.one)
-        return counts_SBE
+                return scores_BLE.topk(self.top_k, dim=-1, sorted=False).indices
+            return ids_BLK
+
+        return counting.count(
+            self.aux_losses.count_sources,
+            ids_BLK,
+            unbiased_ids_BLK,
+            num_experts=self.num_experts,
+            tokens=tokens,
+            num_documents=self.aux_losses.num_documents,
+            one=self.record.one,
+        )
 
 
 def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:

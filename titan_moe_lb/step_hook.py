@@ -10,10 +10,12 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.expert_bias import BiasStep
+from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording.step_record import StepRecord
-from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of
+from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.valid_tokens.model_input import hand_on_tokens
 
 
 def register_load_balancing(
@@ -31,6 +33,15 @@ def register_load_balancing(
         return
     routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
     record = wire(routers, parallel_dims)
+    cut = routers[0].config.cut
+    for part in model_parts:
+        if cut is not None and (own := routers_of([part])):
+            hand_on_tokens(
+                part,
+                own,
+                global_batch_size=cut.global_batch_size,
+                slices=batch_cut.token_slices(cut, parallel_dims),
+            )
     _announce_forced_routing(routers)
     if record is None:
         return
@@ -57,6 +68,7 @@ def wire(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) -> Step
         num_sources=losses.num_step_sources,
         num_experts=config.num_experts,
         num_losses=len(losses),
+        num_bins=0 if config.forced_routing is not None else routers[0].num_bins,
         token_shape=(*config.recorded_tokens, config.top_k) if config.recorded_tokens else None,
         device=local_shard(routers[0].gate.weight).device,
     )
@@ -91,6 +103,7 @@ class StepHook:
             self._record.finish_step()
             if self._routers[0].needs_step_counts:
                 self._record.reduce(self._token_groups)
+                self._record.forget_histogram()
             self._move_bias()
             self._finish_losses()
             # Counted by torchtitan's MoE.forward, and read by nobody here.
@@ -104,18 +117,37 @@ class StepHook:
             return
         assert self._record.sums is not None
         rule.set_progress(self._finished_steps + 1, self._tokens_seen)
+        sums = self._record.sums
         biases = [local_shard(layer.expert_bias_E) for layer in self._layers]
-        delta_NE = rule.delta(torch.stack(biases), self._record.sums.counts_NSE[:, 0])
+        state = {
+            name: [local_shard(getattr(router.expert_bias, name)) for router in self._routers]
+            for name in rule.state_names
+        }
+        losses = self._routers[0].aux_losses
+        step = BiasStep(
+            bias_NE=torch.stack(biases),
+            counts_NE=sums.counts_NSE[:, losses.valid_source],
+            histogram_NEH=sums.histogram_NEH,
+            state={name: torch.stack(rows) for name, rows in state.items()},
+        )
+        delta_NE = rule.delta(step)
+        if self._routers[0].config.padded:  # a step without a valid token moves nothing
+            taught_N1 = step.counts_NE.sum(dim=-1, keepdim=True) > 0
+            delta_NE = torch.where(taught_N1, delta_NE, 0)
+            for name, rows in state.items():
+                step.state[name] = torch.where(taught_N1, step.state[name], torch.stack(rows))
         torch._foreach_add_(biases, delta_NE.unbind())
+        for name, rows in state.items():
+            torch._foreach_copy_(rows, step.state[name].unbind())
         self._record.bias_delta_NE = delta_NE
 
     def _finish_losses(self) -> None:
-        for name, loss in self._routers[0].aux_losses.items():
+        losses = self._routers[0].aux_losses
+        for name, loss in losses.items():
             counts_NE = None
             if loss.needs_step_counts:
                 assert self._record.sums is not None
-                source = self._routers[0].aux_losses.count_sources.index(loss.count_from)
-                counts_NE = self._record.sums.counts_NSE[:, source]
+                counts_NE = self._record.sums.counts_NSE[:, losses.source_index(loss)]
             loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
 
     def _set_weights(self) -> None:

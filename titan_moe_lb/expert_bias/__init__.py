@@ -1,7 +1,20 @@
 """What moves the bias that is added to the scores for the choice alone: one file a rule."""
 
-from titan_moe_lb.expert_bias.base import ExpertBias
+from titan_moe_lb.expert_bias.base import BiasStep, ExpertBias
 from titan_moe_lb.expert_bias.frozen import FrozenBias
+from titan_moe_lb.expert_bias.momentum import MomentumBias
+from titan_moe_lb.expert_bias.proportional import ProportionalBias
+from titan_moe_lb.expert_bias.quantile import QuantileBias
 from titan_moe_lb.expert_bias.sign import SignBias
+from titan_moe_lb.expert_bias.speed import SpeedBias
 
-__all__ = ["ExpertBias", "FrozenBias", "SignBias"]
+__all__ = [
+    "BiasStep",
+    "ExpertBias",
+    "FrozenBias",
+    "MomentumBias",
+    "ProportionalBias",
+    "QuantileBias",
+    "SignBias",
+    "SpeedBias",
+]

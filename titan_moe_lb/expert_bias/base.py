@@ -1,14 +1,38 @@
-"""What every rule of the expert bias shares."""
+"""What every rule of the expert bias shares.
+
+Shape suffixes: N = layers of a rank, E = experts, H = bins of a histogram; B = rows and
+L = tokens of a row on a rank.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import spmd_types as spmd
 import torch
+from torchtitan.models.common.decoder_sharding import dense_param_placement
+from torchtitan.protocols.sharding import ShardingConfig
 
 from titan_moe_lb.component import Component, require_formula
 from titan_moe_lb.value_schedule import Change
+
+
+@dataclass(frozen=True, slots=True)
+class BiasStep:
+    """A finished step as a rule sees it: over all ranks and micro-batches, valid tokens alone."""
+
+    bias_NE: torch.Tensor
+    """The biases that the step has routed with, float32."""
+
+    counts_NE: torch.Tensor
+    """Tokens that selected each expert, int64."""
+
+    histogram_NEH: torch.Tensor | None = None
+    """What :meth:`ExpertBias.observe` has added up, int64; None without bins."""
+
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By name of ``state_names``: float32 ``(N, E)``, which the rule changes in place."""
 
 
 class ExpertBias(Component):
@@ -23,8 +47,14 @@ class ExpertBias(Component):
     kinds: ClassVar[dict[str, type[ExpertBias]]] = {}
     """Every rule that can be configured, by ``type_name``."""
 
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k"})
+    """Fields of the Config that ``update_from_config`` fills."""
+
     moves: ClassVar[bool] = True
     """Whether the rule ever changes the bias, so that it needs the counts of every step."""
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """What the rule remembers of each expert besides the bias; part of the checkpoint."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
@@ -35,11 +65,44 @@ class ExpertBias(Component):
         changes: list[Change] = field(default_factory=list)
         """When the value that the rule is tuned by changes, and to what."""
 
+        num_experts: int | None = None
+        """E of the router. Filled by ``update_from_config``."""
+
+        top_k: int | None = None
+        """K of the router. Filled by ``update_from_config``."""
+
+        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
+            """Take what the rule needs of a ``Trainer.Config`` and of the router."""
+            self.num_experts = num_experts
+            self.top_k = top_k
+            if self._owner.state_names:
+                # The same on every rank; torchtitan asks for a layout of all state.
+                placement = dense_param_placement(tp=spmd.R)
+                self.sharding_config = ShardingConfig(
+                    state_shardings=dict.fromkeys(self._owner.state_names, placement)
+                )
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         if self.moves:
             require_formula("expert bias", type(self), ExpertBias, "delta")
         self.config = config
+        self._register(device=None)
+
+    def _register(self, device: torch.device | None) -> None:
+        for name in self.state_names:
+            assert self.config.num_experts is not None
+            self.register_buffer(name, torch.zeros(self.config.num_experts, device=device))
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        for buffer in self.buffers():
+            self._register(buffer_device or buffer.device)
+            break
+
+    @property
+    def num_bins(self) -> int:
+        """H of the histogram of each expert that the rule needs; 0 for none."""
+        return 0
 
     def set_progress(self, step: int, tokens: int) -> None:
         """Take the values of the schedule. On the host, before the bias is moved.
@@ -49,13 +112,27 @@ class ExpertBias(Component):
             tokens: tokens of the global batches of the steps before it.
         """
 
-    def delta(self, bias_NE: torch.Tensor, counts_NE: torch.Tensor) -> torch.Tensor:
-        """What to add to the biases of N layers after a step.
+    def observe(
+        self,
+        histogram_EH: torch.Tensor,
+        required_BLE: torch.Tensor,
+        bias_E: torch.Tensor,
+        number: torch.Tensor,
+    ) -> None:
+        """Add a forward to the histogram of the step; in training alone, and once however
+        often the forward is repeated.
 
         Args:
-            bias_NE: float32 ``(N, E)``.
-            counts_NE: tokens that selected each expert in the whole step, over all ranks,
-                int64 ``(N, E)``.
+            histogram_EH: int32, to be added to in place.
+            required_BLE: the bias with which each token would just select each expert,
+                float32; inf where a group limit rules the expert out, -inf where the token
+                selects all that it can reach.
+            bias_E: that of the forward, float32.
+            number: int32, 1 for a valid token and 0 for padding ``(B, L, 1)``, or 1 for all.
+        """
+
+    def delta(self, step: BiasStep) -> torch.Tensor:
+        """The formula: what to add to the biases of N layers after a step.
 
         Returns:
             float32 ``(N, E)``.

@@ -16,7 +16,8 @@ class FrozenBias(ExpertBias):
 
     type_name: ClassVar[str] = "frozen"
     moves: ClassVar[bool] = False
-    filled_by_job: ClassVar[frozenset[str]] = frozenset({"changes"})  # there is no value
+    filled_by_job: ClassVar[frozenset[str]] = ExpertBias.filled_by_job | {"changes"}
+    """There is no value that could change."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ExpertBias.Config):

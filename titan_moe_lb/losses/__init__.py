@@ -7,14 +7,21 @@ gradient takes, and each loss has a file of its own.
 from titan_moe_lb.losses import functional
 from titan_moe_lb.losses.base import AuxLoss, LogitsLoss, SumsLoss
 from titan_moe_lb.losses.batch_wise import BatchWiseAuxLoss
+from titan_moe_lb.losses.device_groups import CommunicationLoss, DeviceLevelLoss
+from titan_moe_lb.losses.entropy import EntropyLoss
 from titan_moe_lb.losses.global_batch import GlobalBatchAuxLoss
+from titan_moe_lb.losses.importance import ImportanceLoss
 from titan_moe_lb.losses.sequence_wise import SequenceWiseAuxLoss
 from titan_moe_lb.losses.z_loss import RouterZLoss
 
 __all__ = [
     "AuxLoss",
     "BatchWiseAuxLoss",
+    "CommunicationLoss",
+    "DeviceLevelLoss",
+    "EntropyLoss",
     "GlobalBatchAuxLoss",
+    "ImportanceLoss",
     "LogitsLoss",
     "RouterZLoss",
     "SequenceWiseAuxLoss",

@@ -12,6 +12,7 @@ import torch
 from titan_moe_lb.component import Component, require_formula
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.valid_tokens.batch_tokens import Sequences
 from titan_moe_lb.value_schedule import Change, check_changes, value_at
 
 
@@ -143,33 +144,45 @@ class SumsLoss(AuxLoss):
         super().__init__(config)
         self.count_from = config.count_from
 
+    count_groups: int = 1
+    """Counts are of single experts; or, where it is larger, of so many equal groups of
+    neighbours: tokens with any expert of the group, once each, at every expert of it."""
+
     @property
     def needs_counts(self) -> bool:
         """Whether the tokens at hand have to be counted."""
         return True
 
+    @property
+    def max_documents(self) -> int | None:
+        """Where the documents of a row are its sequences: how many are told apart. None
+        where a row is one sequence."""
+        return None
+
     def value(
-        self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequence_length: int
+        self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequences: Sequences
     ) -> torch.Tensor:
         """The formula: what these sequences contribute to the loss of the global batch.
 
         Args:
-            sums_BE: ``sum_t p(t,i)`` of whole sequences, float32 ``(B, E)``.
-            counts_BE: tokens that count for each expert in whole sequences, int64
+            sums_BE: ``sum_t p(t,i)`` over the valid tokens of whole sequences, float32
+                ``(B, E)``. A sequence without any has those of one balanced token.
+            counts_BE: valid tokens that count for each expert in whole sequences, int64
                 ``(B, E)``; None unless ``needs_counts``.
-            sequence_length: L, tokens of a whole sequence.
+            sequences: how many valid tokens each has, and its share of the mean.
 
         Returns:
-            Scalar, unweighted, differentiable in the sums.
+            Scalar, unweighted, differentiable in the sums: the sum over the sequences of
+            each one's loss times its share.
         """
         raise NotImplementedError
 
     def coefficients(
-        self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequence_length: int
+        self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequences: Sequences
     ) -> torch.Tensor:
         """Gradient of :meth:`value` in the sums, ``(B, E)``, or ``(1, E)`` where all
         sequences have the same. Overridden where a closed form is cheaper."""
-        return _gradient(lambda sums: self.value(sums, counts_BE, sequence_length), sums_BE)
+        return _gradient(lambda sums: self.value(sums, counts_BE, sequences), sums_BE)
 
 
 class LogitsLoss(AuxLoss):

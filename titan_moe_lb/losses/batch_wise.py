@@ -28,15 +28,14 @@ class BatchWiseAuxLoss(SumsLoss):
     class Config(SumsLoss.Config):
         pass
 
-    def value(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
-        num_sequences = counts_BE.shape[0]
-        num_tokens = num_sequences * sequence_length
-        f_E = counts_BE.sum(dim=0) * (self.num_experts / (self.top_k * num_tokens))
-        P_E = sums_BE.sum(dim=0) / num_tokens
-        return (f_E * P_E).sum() * (num_sequences / self.global_batch_size)
+    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        batch = sequences.together(counts_BE.shape[0])
+        f_1E = counts_BE.sum(dim=0, keepdim=True) * (self.num_experts / (self.top_k * batch.tokens))
+        P_1E = sums_BE.sum(dim=0, keepdim=True) / batch.tokens
+        return (f_1E * P_1E * batch.share).sum()
 
-    def coefficients(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
-        """f_i / (L G)."""
-        num_tokens = counts_BE.shape[0] * sequence_length
-        scale = self.top_k * num_tokens * sequence_length * self.global_batch_size
-        return counts_BE.sum(dim=0, keepdim=True) * (self.num_experts / scale)
+    def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        """f_i / T, times the share of the batch."""
+        batch = sequences.together(counts_BE.shape[0])
+        scale = self.num_experts / self.top_k
+        return counts_BE.sum(dim=0, keepdim=True) * (scale * batch.share / batch.tokens**2)

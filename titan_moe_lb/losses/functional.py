@@ -33,11 +33,12 @@ def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int)
 
 
 def add_tokens_(
-    counts_BE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor, one: torch.Tensor
+    counts_BE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor, number: torch.Tensor
 ) -> torch.Tensor:
-    """Add the tokens of :func:`count_tokens_per_expert` in place; ``one`` is 1, int64 ``()``."""
-    ids_BN = topk_expert_ids_BLK.flatten(1)
-    return counts_BE.scatter_add_(1, ids_BN, one.expand_as(ids_BN))
+    """Add the tokens of :func:`count_tokens_per_expert` in place, each ``number`` times: int64,
+    1 for all as ``()``, or ``(B, L, 1)``."""
+    number_BN = number.expand_as(topk_expert_ids_BLK).flatten(1)
+    return counts_BE.scatter_add_(1, topk_expert_ids_BLK.flatten(1), number_BN)
 
 
 def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tensor:
@@ -64,18 +65,30 @@ def probability_sums(
     *,
     sums_to_one: bool = False,
     inverse_sums_BL: torch.Tensor | None = None,
+    document_BL: torch.Tensor | None = None,
+    num_documents: int = 1,
 ) -> torch.Tensor:
     """sum_t p(t,i) of each sequence.
 
     Args:
         scores_BLE: positive scores ``(B, L, E)``.
         sums_to_one: the scores of a token sum to one by construction, so p = s.
-        inverse_sums_BL: of :func:`inverse_sums`, where they are known already.
+        inverse_sums_BL: of :func:`inverse_sums`, where they are known already; 0 leaves a
+            token out.
+        document_BL: number of each token's document in its row, int64; with it, the
+            ``num_documents`` documents of a row are its sequences.
 
     Returns:
-        ``(B, E)``; divide by the tokens of a sequence for P.
+        ``(B, E)``, or ``(B num_documents, E)``; divide by the tokens of a sequence for P.
     """
     scores_BLE = at_least_float32(scores_BLE)
+    if document_BL is not None:
+        weights_BL = torch.ones_like(scores_BLE[..., 0])
+        if not sums_to_one:
+            weights_BL = inverse_sums(scores_BLE) if inverse_sums_BL is None else inverse_sums_BL
+        documents_D1 = torch.arange(num_documents, device=document_BL.device).unsqueeze(1)
+        weights_BDL = (document_BL.unsqueeze(1) == documents_D1) * weights_BL.unsqueeze(1)
+        return (weights_BDL @ scores_BLE).flatten(0, 1)
     if sums_to_one:
         return scores_BLE.sum(dim=1)
     # A matrix product with 1/S as its left side sums and normalises in one pass
@@ -165,6 +178,7 @@ def load_balance_score_grad(
     *,
     sums_to_one: bool,
     inverse_sums_BL: torch.Tensor | None = None,
+    document_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)`` in the scores.
 
@@ -179,15 +193,26 @@ def load_balance_score_grad(
 
     Args:
         scores_BLE: ``(B, L, E)``.
-        coefficients_BE: ``(B, E)``, or ``(1, E)`` where all sequences share them.
+        coefficients_BE: ``(B, E)``, or ``(1, E)`` where all sequences share them;
+            ``(B, D, E)`` where documents have their own.
         sums_to_one: the scores of a token sum to one by construction.
-        inverse_sums_BL: 1 / S(t) ``(B, L)`` where it is known already.
+        inverse_sums_BL: 1 / S(t) ``(B, L)`` where it is known already; 0 leaves a token out.
+        document_BL: number of each token's document in its row, int64, below D.
 
     Returns:
         ``(B, L, E)`` in the dtype of the scores. An expanded view where
         ``sums_to_one``: do not write to it.
     """
     wide_BLE = at_least_float32(scores_BLE)
+    if document_BL is not None:
+        ids_BLE = document_BL.unsqueeze(-1).expand_as(scores_BLE)
+        coefficients_BLE = coefficients_BE.to(wide_BLE.dtype).gather(1, ids_BLE)
+        if sums_to_one:
+            return coefficients_BLE.to(scores_BLE.dtype)
+        inverse_BL = inverse_sums(scores_BLE) if inverse_sums_BL is None else inverse_sums_BL
+        inverse_BL1 = inverse_BL.unsqueeze(-1)
+        dot_BL1 = (wide_BLE * coefficients_BLE).sum(dim=-1, keepdim=True)
+        return ((coefficients_BLE - dot_BL1 * inverse_BL1) * inverse_BL1).to(scores_BLE.dtype)
     coefficients_B1E = coefficients_BE.to(wide_BLE.dtype).unsqueeze(1)
     if sums_to_one:
         return coefficients_B1E.to(scores_BLE.dtype).expand_as(scores_BLE)

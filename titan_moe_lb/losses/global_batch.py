@@ -85,14 +85,13 @@ class GlobalBatchAuxLoss(SumsLoss):
     def needs_step_counts(self) -> bool:
         return not self.running
 
-    def value(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
-        P_BE = sums_BE / sequence_length
-        return (self._load(counts_BE) * P_BE).sum() / self.global_batch_size
+    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        P_BE = sums_BE / sequences.tokens
+        return (self._load(counts_BE) * P_BE * sequences.share).sum()
 
-    def coefficients(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
-        """f_i / (L G)."""
-        load_1E = self._load(counts_BE).unsqueeze(0)
-        return load_1E * (1 / (sequence_length * self.global_batch_size))
+    def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        """f_i / L, times the share of the sequence."""
+        return self._load(counts_BE).unsqueeze(0) * (sequences.share / sequences.tokens)
 
     def _load(self, counts_BE: torch.Tensor | None) -> torch.Tensor:
         """f ``(E,)``; adds the micro-batch to the running counts."""
@@ -113,8 +112,11 @@ class GlobalBatchAuxLoss(SumsLoss):
         if counts_NE is None:
             torch._foreach_zero_([loss.counts_E for loss in losses])
         else:
-            load_NE = _relative_load(counts_NE)
-            torch._foreach_copy_([local_shard(loss.load_E) for loss in losses], load_NE.unbind())
+            loads = [local_shard(loss.load_E) for loss in losses]
+            # A step without a valid token leaves f as it is.
+            counted_N1 = counts_NE.sum(dim=-1, keepdim=True) > 0
+            load_NE = torch.where(counted_N1, _relative_load(counts_NE), torch.stack(loads))
+            torch._foreach_copy_(loads, load_NE.unbind())
 
 
 def _relative_load(counts: torch.Tensor) -> torch.Tensor:

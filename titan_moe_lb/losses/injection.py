@@ -27,6 +27,7 @@ def gather_scores(
     topk_expert_ids_BLK: torch.Tensor,
     coefficients_BE: torch.Tensor,
     inverse_sums_BL: torch.Tensor | None,
+    document_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The scores of the selected experts, with the gradient of router losses attached.
 
@@ -36,35 +37,45 @@ def gather_scores(
     Args:
         scores_BLE: scores after the score function ``(B, L, E)``.
         topk_expert_ids_BLK: selected experts ``(B, L, K)``, int64, distinct in a token.
-        coefficients_BE: ``(B, E)`` or ``(1, E)``, float32, see
+        coefficients_BE: ``(B, E)``, ``(1, E)`` or ``(B, D, E)``, float32, see
             :func:`titan_moe_lb.losses.functional.load_balance_score_grad`.
-        inverse_sums_BL: 1 / sum_j s(t,j) ``(B, L)``; None where the score function is a
-            softmax, whose scores sum to one.
+        inverse_sums_BL: 1 / sum_j s(t,j) ``(B, L)``, 0 for padding; None where all scores
+            sum to one, as those of a softmax, and there is no padding.
+        document_BL: number of each token's document, where documents have coefficients.
 
     Returns:
         ``(B, L, K)`` in the dtype of the scores.
     """
-    return _GatherScores.apply(scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL)
+    return _GatherScores.apply(
+        scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL, document_BL
+    )
 
 
 @spmd.register_autograd_function
 class _GatherScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL):
-        ctx.save_for_backward(scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL)
+    def forward(
+        ctx, scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL, document_BL
+    ):
+        ctx.save_for_backward(
+            scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL, document_BL
+        )
         return scores_BLE.gather(dim=-1, index=topk_expert_ids_BLK)
 
     @staticmethod
     def backward(ctx, grad_BLK: torch.Tensor):
-        scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL = ctx.saved_tensors
+        scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL, document_BL = (
+            ctx.saved_tensors
+        )
         # contiguous() materialises the expanded view; a dense gradient is not copied.
         grad_BLE = load_balance_score_grad(
             scores_BLE,
             coefficients_BE,
             sums_to_one=inverse_sums_BL is None,
             inverse_sums_BL=inverse_sums_BL,
+            document_BL=document_BL,
         ).contiguous()
-        return grad_BLE.scatter_add_(-1, topk_expert_ids_BLK, grad_BLK), None, None, None
+        return grad_BLE.scatter_add_(-1, topk_expert_ids_BLK, grad_BLK), None, None, None, None
 
     @staticmethod
     def typecheck_forward(scores_BLE, *others):
@@ -77,19 +88,23 @@ def attach_to_logits(
     loss: LogitsLoss,
     saved: torch.Tensor | None,
     weight: torch.Tensor,
-    scale: float,
+    share: float | torch.Tensor,
 ) -> torch.Tensor:
     """The logits, with the gradient of a loss of each token attached.
 
     Forward is the logits themselves. Backward adds the gradient of
-    ``weight * scale * loss.per_token(logits).sum()``. The logits are kept for it.
+    ``weight * (share * loss.per_token(logits)).sum()``. The logits are kept for it.
 
     Args:
         logits_BLE: gate outputs ``(B, L, E)``.
         saved: of ``loss.per_token_and_saved(logits)``.
         weight: float32 ``()``, on the device.
+        share: of a token in the mean over the global batch: a number where all are alike,
+            else float32 ``(B, L)``.
     """
-    return _AttachToLogits.apply(logits_BLE, saved, weight, loss, scale)
+    if isinstance(share, torch.Tensor):
+        return _AttachToLogits.apply(logits_BLE, saved, weight * share.unsqueeze(-1), loss, 1.0)
+    return _AttachToLogits.apply(logits_BLE, saved, weight, loss, share)
 
 
 @spmd.register_autograd_function

@@ -11,29 +11,36 @@ from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
+from titan_moe_lb.losses.counting import DISPATCHED, SELECTED, CountSource
 from titan_moe_lb.losses.functional import at_least_float32, probability_sums
 from titan_moe_lb.losses.injection import attach_to_logits
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.recording.recomputation import is_recomputation
 from titan_moe_lb.recording.step_record import RouterRecord
+from titan_moe_lb.valid_tokens.batch_tokens import BatchTokens, Sequences
 
 
 class RouterLosses(ModuleDict):
     """The losses by name, so that the state of one keeps its place when others come and go.
 
-    Shape suffixes: S = count sources, B = sequences, L = local tokens of a sequence,
+    Shape suffixes: S = count sources, B = rows, D = documents of a row that are told apart,
+    Q = sequences (B D; B where no loss asks for documents), L = local tokens of a row,
     E = experts.
 
     Attributes:
-        count_sources: what has to be counted, "selected" first, then "scores" if a loss
-            counts from them.
+        count_sources: what has to be counted, where tokens go first; what someone needs at
+            the end of the step before the rest.
         num_step_sources: how many of these someone needs at the end of the step.
+        num_documents: D; 1 where every row is one sequence.
     """
 
-    def __init__(self, configs: Sequence[AuxLoss.Config], sequence_shards: int) -> None:
+    def __init__(
+        self, configs: Sequence[AuxLoss.Config], sequence_shards: int, *, padded: bool
+    ) -> None:
         """
         Args:
             sequence_shards: ranks that hold one sequence.
+            padded: batches say which tokens are valid.
         """
         for config in configs:
             check_kind(config._owner)
@@ -42,14 +49,21 @@ class RouterLosses(ModuleDict):
         self._of_logits: list[tuple[int, LogitsLoss]] = []
         for index, loss in enumerate(self.values()):
             (self._of_sums if isinstance(loss, SumsLoss) else self._of_logits).append((index, loss))
+        self._padded = padded
         of_sums = [loss for _index, loss in self._of_sums]
-        counting = [loss for loss in of_sums if loss.needs_counts or loss.needs_step_counts]
-        others = {loss.count_from for loss in counting} - {"selected"}
-        self.count_sources = ["selected", *sorted(others)]
-        self.needs_step_counts = any(loss.needs_step_counts for loss in of_sums)
-        at_step_end = {loss.count_from for loss in of_sums if loss.needs_step_counts}
-        self.num_step_sources = 2 if "scores" in at_step_end else 1
+        at_step_end = [self._source(loss) for loss in of_sums if loss.needs_step_counts]
+        at_once = [self._source(loss) for loss in of_sums if loss.needs_counts]
+        step_sources = dict.fromkeys([DISPATCHED, *([SELECTED] * padded), *at_step_end])
+        self.count_sources = list(dict.fromkeys([*step_sources, *at_once]))
+        self.num_step_sources = len(step_sources)
+        self._source_indices = {
+            name: self.count_sources.index(self._source(loss))
+            for name, loss in self.items()
+            if isinstance(loss, SumsLoss) and (loss.needs_counts or loss.needs_step_counts)
+        }
+        self.needs_step_counts = bool(at_step_end)
         self.needs_probabilities = bool(of_sums)
+        self.num_documents = max([loss.max_documents or 1 for loss in of_sums], default=1)
         self._sequence_shards = sequence_shards
         self._sequence_groups: list = []
 
@@ -64,8 +78,21 @@ class RouterLosses(ModuleDict):
         for loss in self.values():
             loss.wire_meshes(parallel_dims)
 
+    @property
+    def valid_source(self) -> int:
+        """Index in ``count_sources`` of the valid tokens that selected each expert."""
+        return 1 if self._padded else 0
+
+    def source_index(self, loss: SumsLoss) -> int:
+        """Index in ``count_sources`` of what a loss counts."""
+        return self._source_indices[loss.type_name]
+
+    def _source(self, loss: SumsLoss) -> CountSource:
+        source = CountSource(loss.count_from, loss.count_groups)
+        return DISPATCHED if source == SELECTED and not self._padded else source
+
     def attach_to_logits(
-        self, logits_BLE: torch.Tensor, record: RouterRecord | None
+        self, logits_BLE: torch.Tensor, record: RouterRecord | None, tokens: BatchTokens | None
     ) -> torch.Tensor:
         """Add the gradients of the losses of each token; records their raw values."""
         if len(self) and record is None:
@@ -77,22 +104,29 @@ class RouterLosses(ModuleDict):
             assert record is not None
             local_BLE = local_shard(logits_BLE)
             _require_announced_batch(loss, local_BLE.shape[0])
-            length = local_BLE.shape[1] * self._sequence_shards
-            scale = 1 / (length * loss.global_batch_size)
             with spmd.no_typecheck(), torch.no_grad():
                 per_token_BL, saved = loss.per_token_and_saved(at_least_float32(local_BLE))
+                share: float | torch.Tensor
+                if tokens is None:
+                    length = local_BLE.shape[1] * self._sequence_shards
+                    share = 1 / (length * loss.global_batch_size)
+                    total, scale = per_token_BL.sum(), share
+                else:
+                    share = tokens.token_share_BL
+                    total, scale = (per_token_BL * share).sum(), 1.0
                 if not is_recomputation():
-                    record.losses_A[index].add_(per_token_BL.sum(), alpha=scale)
+                    record.losses_A[index].add_(total, alpha=scale)
                 weight = record.weights_A[index]
-            attached_BLE = attach_to_logits(local_BLE, loss, saved, weight, scale)
+            attached_BLE = attach_to_logits(local_BLE, loss, saved, weight, share)
             logits_BLE = placed_as(logits_BLE, attached_BLE)
         return logits_BLE
 
     def coefficients(
         self,
         scores_BLE: torch.Tensor,
-        counts_SBE: torch.Tensor,
+        counts_SQE: torch.Tensor,
         inverse_sums_BL: torch.Tensor | None,
+        tokens: BatchTokens | None,
         record: RouterRecord,
         kept: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
@@ -100,52 +134,86 @@ class RouterLosses(ModuleDict):
 
         Args:
             scores_BLE: local scores.
-            counts_SBE: local tokens per source, sequence and expert, int64.
+            counts_SQE: local tokens per source, sequence and expert, int64.
             inverse_sums_BL: as for :func:`titan_moe_lb.losses.injection.gather_scores`.
+            tokens: which are valid, and their sequences; None for whole rows.
             kept: makes a checkpointing policy save a tensor. What a repeated forward must not
                 find out again goes through it before the first forward uses it: a compiler
                 would otherwise leave it all to the backward.
 
         Returns:
-            ``(B, E)`` or ``(1, E)``, float32; None without such a loss.
+            ``(B, E)`` or ``(1, E)``, float32, with documents ``(B, D, E)``; None without such
+            a loss.
         """
         if not self._of_sums:
             return None
-        length = scores_BLE.shape[1] * self._sequence_shards
-        own_BE = probability_sums(
-            scores_BLE, sums_to_one=inverse_sums_BL is None, inverse_sums_BL=inverse_sums_BL
+        num_rows = scores_BLE.shape[0]
+        documents = self.num_documents > 1
+        own_QE = probability_sums(
+            scores_BLE,
+            sums_to_one=inverse_sums_BL is None,
+            inverse_sums_BL=inverse_sums_BL,
+            document_BL=tokens.document_BL if documents and tokens is not None else None,
+            num_documents=self.num_documents,
         ).float()
-        whole_BE = own_BE
+        whole_QE = own_QE
         if not all(loss.linear for _index, loss in self._of_sums):
-            whole_BE = self._whole_sequences(own_BE)
+            whole_QE = self._whole_sequences(own_QE)
         if any(loss.needs_counts for _index, loss in self._of_sums):
-            counts_SBE = self._whole_sequences(counts_SBE)
-        total_BE = None
+            counts_SQE = self._whole_sequences(counts_SQE)
+        total = None
         for index, loss in self._of_sums:
-            _require_announced_batch(loss, scores_BLE.shape[0])
+            _require_announced_batch(loss, num_rows)
+            of_documents = loss.max_documents is not None and documents
+            rows_of = _same if of_documents or not documents else self._rows
+            sequences = self._sequences(loss, scores_BLE.shape[1], tokens)
+            sums_BE = rows_of(own_QE if loss.linear else whole_QE)
             counts_BE = None
             if loss.needs_counts:
-                counts_BE = counts_SBE[self.count_sources.index(loss.count_from)]
-            sums_BE = own_BE if loss.linear else whole_BE
-            coefficients_BE = kept(loss.coefficients(sums_BE, counts_BE, length).float())
+                counts_BE = rows_of(counts_SQE[self.source_index(loss)])
+            if not loss.linear and tokens is not None:
+                balanced = sequences.share == 0
+                sums_BE = sums_BE.masked_fill(balanced, 1 / sums_BE.shape[-1])
+            coefficients_BE = kept(loss.coefficients(sums_BE, counts_BE, sequences).float())
             if not is_recomputation():
                 if loss.linear:
-                    record.add_dot(index, coefficients_BE, own_BE)
+                    record.add_dot(index, coefficients_BE, sums_BE)
                 else:
-                    value = loss.value(whole_BE, counts_BE, length)
+                    value = loss.value(sums_BE, counts_BE, sequences)
                     record.losses_A[index].add_(value, alpha=1 / self._sequence_shards)
+            if documents:  # (B, D, E), or broadcasting to it
+                shape = (num_rows, -1) if of_documents else (-1, 1)
+                coefficients_BE = coefficients_BE.unflatten(0, shape)
             weight = record.weights_A[index]
-            if total_BE is None:
-                total_BE = coefficients_BE * weight
+            if total is None:
+                total = coefficients_BE * weight
             else:
-                total_BE = torch.addcmul(total_BE, coefficients_BE, weight)
-        return total_BE
+                total = torch.addcmul(total, coefficients_BE, weight)
+        if documents and total is not None:
+            total = total.expand(num_rows, self.num_documents, -1)
+        return total
+
+    def _sequences(
+        self, loss: SumsLoss, local_length: int, tokens: BatchTokens | None
+    ) -> Sequences:
+        if tokens is None:
+            return Sequences(local_length * self._sequence_shards, 1 / loss.global_batch_size)
+        if loss.max_documents is not None and tokens.documents is not None:
+            return tokens.documents
+        return tokens.rows
+
+    def _rows(self, table_QE: torch.Tensor) -> torch.Tensor:
+        return table_QE.unflatten(0, (-1, self.num_documents)).sum(dim=1)
 
     def _whole_sequences(self, table: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold parts of the same sequences."""
         for group in self._sequence_groups:
             table = funcol.all_reduce(table, "sum", group)
         return table
+
+
+def _same(table: torch.Tensor) -> torch.Tensor:
+    return table
 
 
 def _require_announced_batch(loss: AuxLoss, num_sequences: int) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses.base import SumsLoss
 
 
@@ -15,7 +16,8 @@ class SequenceWiseAuxLoss(SumsLoss):
 
     Over the L tokens of one sequence, f_i = E / (K L) * #{t : i selected} and
     P_i = 1 / L * sum_t p(t,i); 1.0 at perfect balance. Source: DeepSeek-V3, arXiv
-    2412.19437, Eqs. 17 to 20.
+    2412.19437, Eqs. 17 to 20; the expert-level loss of DeepSeek-V2, arXiv 2405.04434,
+    Eqs. 23 to 25.
     """
 
     type_name: ClassVar[str] = "sequence_wise"
@@ -24,14 +26,30 @@ class SequenceWiseAuxLoss(SumsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
-        pass
+        over: Literal["row", "document"] = "row"
+        """What a sequence is: a row of the batch, or each of the documents packed into it,
+        which weigh as many tokens as they have."""
 
-    def value(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
-        f_BE = counts_BE * (self.num_experts / (self.top_k * sequence_length))
-        P_BE = sums_BE / sequence_length
-        return (f_BE * P_BE).sum() / self.global_batch_size
+        max_documents: int = 64
+        """Documents of a row that are told apart; what comes after joins the last."""
 
-    def coefficients(self, sums_BE, counts_BE, sequence_length) -> torch.Tensor:
-        """f_i / (L G)."""
-        scale = self.top_k * sequence_length**2 * self.global_batch_size
-        return counts_BE * (self.num_experts / scale)
+        def __post_init__(self) -> None:
+            SumsLoss.Config.__post_init__(self)
+            if self.max_documents < 1:
+                raise JobError(
+                    f"sequence_wise max_documents is {self.max_documents}; it must be at least 1"
+                )
+
+    @property
+    def max_documents(self) -> int | None:
+        return self.config.max_documents if self.config.over == "document" else None
+
+    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        f_BE = counts_BE * (self.num_experts / (self.top_k * sequences.tokens))
+        P_BE = sums_BE / sequences.tokens
+        return (f_BE * P_BE * sequences.share).sum()
+
+    def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        """f_i / L, times the share of the sequence."""
+        scale = self.num_experts / self.top_k
+        return counts_BE * (scale * sequences.share / sequences.tokens**2)

@@ -1,8 +1,8 @@
 """What the routers of a rank note during a step, on the device and without a host read.
 
 Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = sources that
-are counted, A = losses, B = sequences and L = tokens of a sequence in a micro-batch,
-E = experts, K = top_k.
+are counted, A = losses, B = rows and L = tokens of a row in a micro-batch, Q = sequences
+(rows, or documents in them), E = experts, K = top_k, H = bins of a histogram.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RouterRecord(nn.Module):
     forward, and put back what it has done to the buffers of a stage.
 
     Attributes:
-        counts_MSE, losses_A, expert_ids_MBLK: see :class:`StepRecord`.
+        counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
         micro_batch: forwards of the running step so far, int64 ``(1,)``.
         weights_A: what the gradient of each loss is multiplied by, float32.
         steps: finished steps, int64 ``(1,)``.
@@ -31,6 +31,7 @@ class RouterRecord(nn.Module):
 
     counts_MSE: torch.Tensor
     losses_A: torch.Tensor
+    histogram_EH: torch.Tensor | None
     expert_ids_MBLK: torch.Tensor | None
     micro_batch: torch.Tensor
     weights_A: torch.Tensor
@@ -46,18 +47,18 @@ class RouterRecord(nn.Module):
         """Forwards of this router before this one since training began, int64 ``()``."""
         return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
 
-    def note(self, counts_SBE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
+    def note(self, counts_SQE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
         """Add one forward. What comes after the M-th joins the last.
 
         Args:
-            counts_SBE: tokens per source, sequence and expert, int64; sources beyond those
+            counts_SQE: tokens per source, sequence and expert, int64; sources beyond those
                 that are recorded are left out.
             expert_ids_BLK: selected experts.
         """
         num_micro_batches, num_sources, _E = self.counts_MSE.shape
         slot = self.micro_batch.clamp(max=num_micro_batches - 1)
-        counts_BSE = counts_SBE[:num_sources].transpose(0, 1)
-        self.counts_MSE.index_add_(0, slot.expand(counts_BSE.shape[0]), counts_BSE)
+        counts_QSE = counts_SQE[:num_sources].transpose(0, 1)
+        self.counts_MSE.index_add_(0, slot.expand(counts_QSE.shape[0]), counts_QSE)
         if self.expert_ids_MBLK is not None:
             ids_1BLK = expert_ids_BLK.to(self.expert_ids_MBLK.dtype).unsqueeze(0)
             self.expert_ids_MBLK.index_copy_(0, slot, ids_1BLK)
@@ -82,6 +83,8 @@ class StepSums:
     """Tokens per expert, int64."""
     losses_NA: torch.Tensor
     """Raw values of the losses, float64."""
+    histogram_NEH: torch.Tensor | None
+    """What the rule of the expert bias has observed, int64."""
 
 
 class StepRecord:
@@ -92,9 +95,12 @@ class StepRecord:
 
     Attributes:
         counts_NMSE: tokens per expert of the running step, int64: for each micro-batch a
-            row for each source that someone needs at the end of a step, selected experts first.
+            row for each source that someone needs at the end of a step, what was dispatched
+            first (:mod:`titan_moe_lb.losses.counting`).
         losses_NA: raw values of the losses, float32, as this rank's share of the mean over
             the global batch.
+        histogram_NEH: what the rule of the expert bias observes of the running step, int32;
+            None where it has no bins.
         expert_ids_NMBLK: experts of each token of the running step, uint8 up to 256 experts,
             else int32; None unless ``token_shape``.
         step_counts_NMSE, step_losses_NA: the same of the last finished step.
@@ -111,6 +117,7 @@ class StepRecord:
         num_sources: int,
         num_experts: int,
         num_losses: int,
+        num_bins: int = 0,
         token_shape: tuple[int, int, int] | None,
         device: torch.device,
     ) -> None:
@@ -133,6 +140,7 @@ class StepRecord:
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
         self.sums: StepSums | None = None
         self.bias_delta_NE: torch.Tensor | None = None
+        self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
         self.expert_ids_NMBLK = None
         if token_shape is not None:
             ids_type = torch.uint8 if num_experts <= 256 else torch.int32
@@ -140,7 +148,7 @@ class StepRecord:
 
     def router(self, index: int) -> RouterRecord:
         """The rows of one router."""
-        ids = self.expert_ids_NMBLK
+        ids, histogram = self.expert_ids_NMBLK, self.histogram_NEH
         return RouterRecord(
             counts_MSE=self.counts_NMSE[index],
             losses_A=self.losses_NA[index],
@@ -148,6 +156,7 @@ class StepRecord:
             weights_A=self.weights_A,
             steps=self._steps,
             one=self._one,
+            histogram_EH=None if histogram is None else histogram[index],
             expert_ids_MBLK=None if ids is None else ids[index],
         )
 
@@ -160,6 +169,11 @@ class StepRecord:
         self._steps.add_(1)
         self.sums = None
 
+    def forget_histogram(self) -> None:
+        """Start the histogram anew, once the finished step has been summed."""
+        if self.histogram_NEH is not None:
+            self.histogram_NEH.zero_()
+
     def reduce(self, groups: Sequence[dist.ProcessGroup]) -> StepSums:
         """The finished step over all micro-batches and ranks, summed once. Collective.
 
@@ -167,16 +181,22 @@ class StepRecord:
             groups: one for each mesh axis whose ranks route different tokens.
         """
         if self.sums is None:
-            counts_NSE = self.step_counts_NMSE.sum(dim=1)
+            parts = [self.step_counts_NMSE.sum(dim=1), self.step_losses_NA]
+            if self.histogram_NEH is not None:
+                parts.append(self.histogram_NEH)
             # float64 holds the counts exactly up to 2**53 and takes the losses along.
-            fused = torch.cat(
-                [counts_NSE.flatten().double(), self.step_losses_NA.flatten().double()]
-            )
+            fused = torch.cat([part.flatten().double() for part in parts])
             for group in groups:
                 dist.all_reduce(fused, group=group)
-            counts, losses = fused.split([counts_NSE.numel(), self.step_losses_NA.numel()])
+            counts, losses, *histogram = (
+                whole.view(part.shape)
+                for whole, part in zip(
+                    fused.split([part.numel() for part in parts]), parts, strict=True
+                )
+            )
             self.sums = StepSums(
-                counts_NSE=counts.view_as(counts_NSE).long(),
-                losses_NA=losses.view(self.step_losses_NA.shape),
+                counts_NSE=counts.long(),
+                losses_NA=losses,
+                histogram_NEH=histogram[0].long() if histogram else None,
             )
         return self.sums

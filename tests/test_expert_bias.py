@@ -1,0 +1,160 @@
+"""The rules of the expert bias against values derived by hand, and quantiles found by sorting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias import (
+    BiasStep,
+    ExpertBias,
+    MomentumBias,
+    ProportionalBias,
+    QuantileBias,
+    SignBias,
+)
+
+COUNTS = torch.tensor([[4, 10, 1, 1]])  # mean 4, sum 16
+
+
+def built(config: ExpertBias.Config, num_experts: int = 4, top_k: int = 2) -> ExpertBias:
+    config.update_from_config(config=None, num_experts=num_experts, top_k=top_k)
+    return config.build()
+
+
+def step_of(counts: torch.Tensor, **others) -> BiasStep:
+    return BiasStep(bias_NE=torch.zeros(counts.shape), counts_NE=counts, **others)
+
+
+def test_sign_by_hand():
+    """Signs 0, -1, +1, +1 of the deviation, their mean 0.25 taken off."""
+    delta = built(SignBias.Config(speed=0.1)).delta(step_of(COUNTS))
+    assert delta[0].tolist() == pytest.approx([-0.025, -0.125, 0.075, 0.075])
+
+
+def test_proportional_by_hand():
+    """1/4 less the shares 4/16, 10/16, 1/16, 1/16."""
+    delta = built(ProportionalBias.Config(speed=0.8)).delta(step_of(COUNTS))
+    assert delta[0].tolist() == pytest.approx([0.0, -0.3, 0.15, 0.15])
+
+
+def test_momentum_by_hand():
+    """Violations 0, -1.5, 0.75, 0.75; the second step is half the first one and half its own."""
+    rule = built(MomentumBias.Config(speed=0.1, scale=2.0, momentum=0.5))
+    momentum = torch.zeros(1, 4)
+    clamped = np.tanh(2 * np.array([0.0, -1.5, 0.75, 0.75])) * 0.1
+    centered = clamped - clamped.mean()
+    first = rule.delta(step_of(COUNTS, state={"momentum_E": momentum}))
+    assert first[0].tolist() == pytest.approx(centered / 2)
+    second = rule.delta(step_of(COUNTS, state={"momentum_E": momentum}))
+    assert second[0].tolist() == pytest.approx(centered * 0.75)
+    assert momentum[0].tolist() == pytest.approx(centered * 0.75)
+    assert list(dict(rule.named_buffers())) == list(rule.state_dict()) == ["momentum_E"]
+
+
+def test_rules_rest_at_balance():
+    even = torch.full((2, 4), 7)
+    for config in (SignBias.Config(), ProportionalBias.Config(speed=1.0), MomentumBias.Config()):
+        rule = built(config)
+        state = {name: torch.zeros(2, 4) for name in rule.state_names}
+        assert not rule.delta(step_of(even, state=state)).any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_quantile_against_sorting(data):
+    """The new bias is the K/E-quantile of what each token requires, to one bin width."""
+    groups = data.draw(st.sampled_from([1, 2, 4]), "groups")
+    num_experts = groups * data.draw(st.integers(2, 6), "experts of a group")
+    limit = data.draw(st.integers(1, groups), "groups of a token")
+    top_k = data.draw(st.integers(1, limit * (num_experts // groups)), "K")
+    num_tokens = data.draw(st.integers(1, 60), "tokens")
+    seed = data.draw(st.integers(0, 10**6), "seed")
+    random = np.random.default_rng(seed)
+    scores = random.random((num_tokens, num_experts)).astype(np.float32)
+    if data.draw(st.booleans(), "ties"):
+        scores = scores.round(1)
+    if data.draw(st.booleans(), "an expert nobody likes"):
+        scores[:, 0] = 0
+    bias = (random.standard_normal(num_experts) / 4).astype(np.float32)
+    num_bins = data.draw(st.sampled_from([10, 1000]), "bins")
+    valid = random.random(num_tokens) < 0.7
+    valid[0] = True
+
+    rule = built(QuantileBias.Config(num_bins=num_bins), num_experts, top_k)
+    if top_k == num_experts:
+        assert rule.num_bins == 0
+        assert not rule.delta(step_of(torch.ones(1, num_experts))).any()
+        return
+    choice = _limited(scores + bias, groups, limit)
+    threshold = np.sort(choice, axis=1)[:, -top_k - 1]
+    required = np.where(np.isneginf(choice), np.inf, threshold[:, None] - scores)
+
+    histogram = torch.zeros(num_experts, num_bins, dtype=torch.int32)
+    rule.observe(
+        histogram,
+        torch.from_numpy(required.astype(np.float32)).view(1, num_tokens, num_experts),
+        torch.from_numpy(bias),
+        torch.from_numpy(valid).view(1, -1, 1).int(),
+    )
+    assert (histogram.sum(dim=1) == valid.sum()).all()
+    step = BiasStep(torch.from_numpy(bias)[None], torch.ones(1, num_experts), histogram[None].long())
+    found = (step.bias_NE + rule.delta(step))[0].double().numpy()
+
+    low, high = bias.min() - 1.0, bias.max() + 1.0
+    # The least value that at least K/E of the tokens require at most.
+    rank = int(np.ceil(valid.sum() * top_k / num_experts - 1e-9)) - 1
+    exact = np.sort(required[valid].clip(low, high), axis=0)[rank]
+    width = (high - low) / num_bins
+    # Each within a width of its own, up to one constant for all experts: the mean taken off.
+    difference = found - exact
+    assert np.ptp(difference) / 2 <= width * (1 + 1e-3) + 1e-6
+    assert abs(found.mean()) < 1e-6
+
+
+def _limited(choice: np.ndarray, groups: int, limit: int) -> np.ndarray:
+    """Group-limited routing: the groups with the largest sums of their two best experts stay."""
+    grouped = choice.reshape(len(choice), groups, -1)
+    best_two = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+    out = np.argsort(-best_two, axis=1, kind="stable")[:, limit:]
+    limited = grouped.copy()
+    for token, left_out in enumerate(out):
+        limited[token, left_out] = -np.inf
+    return limited.reshape(choice.shape)
+
+
+def test_ema_keeps_a_share_of_the_bias():
+    bias = torch.tensor([[0.3, -0.3]])
+    histogram = torch.zeros(1, 2, 4, dtype=torch.int64)
+    histogram[0, :, 1] = 8  # both quantiles in the same place: the new bias is 0
+    step = BiasStep(bias, torch.tensor([[4, 4]]), histogram)
+    for ema in (0.0, 0.9):
+        delta = built(QuantileBias.Config(num_bins=4, ema=ema), 2, 1).delta(step)
+        assert (bias + delta).tolist()[0] == pytest.approx((ema * bias).tolist()[0])
+
+
+def test_no_token_moves_nothing():
+    step = BiasStep(
+        torch.tensor([[0.3, -0.3]]), torch.zeros(1, 2), torch.zeros(1, 2, 4, dtype=torch.int64)
+    )
+    assert not built(QuantileBias.Config(num_bins=4), 2, 1).delta(step).any()
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: QuantileBias.Config(num_bins=0), "num_bins 0; it must be at least 2"),
+        (lambda: QuantileBias.Config(ema=1.0), r"ema 1.0; it must be in \[0, 1\)"),
+        (lambda: MomentumBias.Config(momentum=1.0), r"momentum 1.0; it must be in \[0, 1\)"),
+        (lambda: MomentumBias.Config(scale=0.0), "scale 0.0; it must be a finite number above 0"),
+        (lambda: ProportionalBias.Config(speed=0.0), "speed is 0.0; it must be a finite number"),
+    ],
+)
+def test_bad_input_is_one_line(build, says):
+    with pytest.raises(JobError, match=says) as error:
+        build()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,86 @@
+"""Quantile balancing: the bias with which the step would have been balanced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.expert_bias.base import BiasStep, ExpertBias
+
+
+class QuantileBias(ExpertBias):
+    """``b_i`` becomes the K/E-quantile, over the tokens of a step, of the bias that a token
+    requires to select expert i; less the mean over the experts.
+
+    With ``alpha(t)`` the (K+1)-th largest of ``s(t,.) + b``, a token selects expert i
+    where ``b_i`` is above ``r(t,i) = alpha(t) - s(t,i)``, or nearly so: the other experts
+    are taken as they are. Experts that a group limit rules out for a token have r = inf.
+    Source: Kimi K3 technical report, section 2.3.3, Eqs. 13 and 14, appendices C and D.
+    The quantile is found in a histogram of ``num_bins`` uniform bins on
+    ``[min b - 1, max b + 1]``, outside which no r can be, and interpolated within its bin:
+    counts of tokens are summed over the ranks, not quantiles averaged.
+
+    Fixed point: every expert is selected by K/E of the tokens. No speed has to be chosen.
+    With K = E there is no choice, and the bias rests.
+    """
+
+    type_name: ClassVar[str] = "quantile"
+    filled_by_job: ClassVar[frozenset[str]] = ExpertBias.filled_by_job | {"changes"}
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ExpertBias.Config):
+        num_bins: int = 1000
+        """Bins of each expert's histogram. Memory: 4 E num_bins bytes a layer."""
+
+        ema: float = 0.0
+        """Share of the bias that is kept, in [0, 1): the rest is the new quantile."""
+
+        def __post_init__(self) -> None:
+            if self.num_bins < 2:
+                raise JobError(
+                    f"expert_bias quantile has num_bins {self.num_bins}; it must be at least 2 "
+                    "(the Kimi K3 report takes 1000)"
+                )
+            if not 0 <= self.ema < 1:
+                raise JobError(f"expert_bias quantile has ema {self.ema}; it must be in [0, 1)")
+
+    @property
+    def num_bins(self) -> int:
+        return self.config.num_bins if self.config.top_k != self.config.num_experts else 0
+
+    def observe(self, histogram_EH, required_BLE, bias_E, number) -> None:
+        num_experts, num_bins = histogram_EH.shape
+        low, width = _bins(bias_E, num_bins)
+        bins_BLE = ((required_BLE - low) / width).clamp_(0, num_bins - 1)
+        bins_BLE = bins_BLE.nan_to_num_(0).long()
+        bins_BLE += torch.arange(num_experts, device=bins_BLE.device) * num_bins
+        number_N = number.expand_as(bins_BLE).flatten()
+        histogram_EH.view(-1).scatter_add_(0, bins_BLE.flatten(), number_N)
+
+    def delta(self, step: BiasStep) -> torch.Tensor:
+        if step.histogram_NEH is None:
+            return torch.zeros_like(step.bias_NE)
+        num_experts, num_bins = step.histogram_NEH.shape[1:]
+        low_N1, width_N1 = _bins(step.bias_NE.double(), num_bins)
+        below_NEH = step.histogram_NEH.cumsum(dim=-1)
+        total_NE1 = below_NEH[..., -1:]
+        target_NE1 = total_NE1 * (self.config.top_k / num_experts)
+        # The first bin at whose end the target is reached.
+        bin_NE1 = (below_NEH < target_NE1).sum(dim=-1, keepdim=True)
+        bin_NE1 = bin_NE1.clamp_(max=num_bins - 1)
+        in_bin_NE1 = step.histogram_NEH.gather(-1, bin_NE1)
+        before_NE1 = below_NEH.gather(-1, bin_NE1) - in_bin_NE1
+        within_NE1 = (target_NE1 - before_NE1) / in_bin_NE1.clamp(min=1)
+        quantile_NE = low_N1 + (bin_NE1 + within_NE1).squeeze(-1) * width_N1
+        quantile_NE -= quantile_NE.mean(dim=-1, keepdim=True)
+        delta_NE = (quantile_NE - step.bias_NE) * (1 - self.config.ema)
+        return torch.where(total_NE1.squeeze(-1) > 0, delta_NE, 0).float()
+
+
+def _bins(bias: torch.Tensor, num_bins: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the first bin begins, and how wide each is, ``(..., 1)``."""
+    low, high = bias.aminmax(dim=-1, keepdim=True)
+    return low - 1, (high - low + 2) / num_bins

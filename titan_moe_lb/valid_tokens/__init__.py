@@ -1,0 +1,1 @@
+"""Which tokens may teach a router, and the sequences that they form."""

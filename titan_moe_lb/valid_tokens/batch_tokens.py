@@ -1,0 +1,128 @@
+"""The tokens of a forward that teach, and their sequences. Torch alone.
+
+Shape suffixes: B = rows of a micro-batch, S = tokens of a whole row, L = those of it that
+this rank holds, D = documents of a row that are told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Sequences(NamedTuple):
+    """What a loss of sequences knows of each of them.
+
+    Where all are alike, as without padding, both are plain numbers and cost no operator.
+    """
+
+    tokens: int | torch.Tensor
+    """Valid tokens of each whole sequence, at least 1; float32 ``(B, 1)`` or one number."""
+
+    share: float | torch.Tensor
+    """Weight of each sequence in the mean over the global batch, 0 for one without a valid
+    token; float32 ``(B, 1)`` or one number."""
+
+    def together(self, number: int) -> Sequences:
+        """All of them as one; ``number``: how many they are."""
+        if not isinstance(self.tokens, torch.Tensor):
+            return Sequences(self.tokens * number, self.share * number)
+        assert isinstance(self.share, torch.Tensor)
+        tokens_11 = (self.tokens * (self.share > 0)).sum(dim=0, keepdim=True)
+        return Sequences(tokens_11.clamp(min=1), self.share.sum(dim=0, keepdim=True))
+
+
+class BatchTokens(NamedTuple):
+    """The tokens of one forward on a rank. Rows weigh alike in a mean over the global batch,
+    and within a row its valid tokens do."""
+
+    valid_BL: torch.Tensor
+    """1 for a token that may teach, 0 for padding, int64 ``(B, L)``."""
+
+    rows: Sequences
+    """Each row as one sequence."""
+
+    document_BL: torch.Tensor | None = None
+    """Number of each token's document in its row, int64 ``(B, L)``; None where nobody asks."""
+
+    documents: Sequences | None = None
+    """The documents of all rows, ``(B D, 1)``."""
+
+    def kept(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> BatchTokens:
+        """The same, every tensor through an operator that a checkpointing policy saves."""
+
+        def kept(sequences: Sequences) -> Sequences:
+            return Sequences(keep(sequences.tokens), keep(sequences.share))  # type: ignore[arg-type]
+
+        return BatchTokens(
+            keep(self.valid_BL),
+            kept(self.rows),
+            None if self.document_BL is None else keep(self.document_BL),
+            None if self.documents is None else kept(self.documents),
+        )
+
+    @property
+    def token_share_BL(self) -> torch.Tensor:
+        """Weight of each token in the mean over the global batch, float32 ``(B, L)``."""
+        return self.valid_BL * (self.rows.share / self.rows.tokens)
+
+
+def batch_tokens(
+    valid_BS: torch.Tensor,
+    document_BS: torch.Tensor | None,
+    *,
+    global_batch_size: int,
+    max_documents: int,
+    slices: Sequence[tuple[int, int]],
+) -> BatchTokens:
+    """What the routers of a rank need, from whole rows.
+
+    Args:
+        valid_BS: tokens that may teach, bool ``(B, S)``.
+        document_BS: number of each token's document in its row, from 0, int64 ``(B, S)``.
+        global_batch_size: rows of an optimizer step.
+        max_documents: D; what comes after joins the last.
+        slices: (start, length) of the parts of a row that this rank holds, in order.
+    """
+    valid_BS = valid_BS.long()
+    rows = _sequences(valid_BS.sum(dim=1, keepdim=True), 1 / global_batch_size)
+    document_BL, documents = None, None
+    if document_BS is not None:
+        document_BS = document_BS.clamp(max=max_documents - 1)
+        lengths_BD = valid_BS.new_zeros(valid_BS.shape[0], max_documents)
+        lengths_BD.scatter_add_(1, document_BS, valid_BS)
+        share_BD = lengths_BD * (rows.share / rows.tokens)
+        documents = _sequences(lengths_BD.reshape(-1, 1), share_BD.reshape(-1, 1))
+        document_BL = _held(document_BS, slices)
+    return BatchTokens(_held(valid_BS, slices), rows, document_BL, documents)
+
+
+def _sequences(lengths_B1: torch.Tensor, share: float | torch.Tensor) -> Sequences:
+    return Sequences(tokens=lengths_B1.clamp(min=1).float(), share=(lengths_B1 > 0) * share)
+
+
+def _held(whole_BS: torch.Tensor, slices: Sequence[tuple[int, int]]) -> torch.Tensor:
+    return torch.cat([whole_BS.narrow(1, start, length) for start, length in slices], dim=1)
+
+
+def document_numbers(positions_BS: torch.Tensor) -> torch.Tensor:
+    """Number of each token's document in its row, from 0.
+
+    Args:
+        positions_BS: position of each token in its document, int64 ``(B, S)``: a document
+            begins where it does not go on by one.
+    """
+    begins_BS = positions_BS.diff(dim=1) != 1
+    return torch.nn.functional.pad(begins_BS.long(), (1, 0)).cumsum(dim=1)
+
+
+def before_padding(labels_BS: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The tokens before the run of ignored labels at the end of a row, bool ``(B, S)``.
+
+    torchtitan's chat data set fills a row with such a run. Ignored labels before it belong
+    to prompts, which are no padding: every example ends in a label that counts.
+    """
+    counts_BS = (labels_BS != ignore_index).flip(1).long().cumsum(dim=1).flip(1)
+    return counts_BS > 0
