@@ -17,7 +17,9 @@ from titan_moe_lb.expert_bias import (
     QuantileBias,
     SignBias,
 )
+from titan_moe_lb.expert_bias.required import required_bias
 
+NO_GROUPS = {"num_groups": None, "num_limited_groups": None}
 COUNTS = torch.tensor([[4, 10, 1, 1]])  # mean 4, sum 16
 
 
@@ -90,19 +92,24 @@ def test_quantile_against_sorting(data):
         assert rule.num_bins == 0
         assert not rule.delta(step_of(torch.ones(1, num_experts))).any()
         return
-    choice = _limited(scores + bias, groups, limit)
-    threshold = np.sort(choice, axis=1)[:, -top_k - 1]
-    required = np.where(np.isneginf(choice), np.inf, threshold[:, None] - scores)
+    limits = {"num_groups": groups, "num_limited_groups": limit} if groups > 1 else NO_GROUPS
+    chosen = _limited(scores + bias, groups, limit)
+    runner_up = np.sort(chosen, axis=1)[:, [-top_k - 1]]
+    required = required_bias(
+        *map(torch.from_numpy, (scores, scores + bias, runner_up)), **limits
+    ).numpy()
 
     histogram = torch.zeros(num_experts, num_bins, dtype=torch.int32)
     rule.observe(
         histogram,
-        torch.from_numpy(required.astype(np.float32)).view(1, num_tokens, num_experts),
+        torch.from_numpy(required).view(1, num_tokens, num_experts),
         torch.from_numpy(bias),
         torch.from_numpy(valid).view(1, -1, 1).int(),
     )
     assert (histogram.sum(dim=1) == valid.sum()).all()
-    step = BiasStep(torch.from_numpy(bias)[None], torch.ones(1, num_experts), histogram[None].long())
+    step = BiasStep(
+        torch.from_numpy(bias)[None], torch.ones(1, num_experts), histogram[None].long()
+    )
     found = (step.bias_NE + rule.delta(step))[0].double().numpy()
 
     low, high = bias.min() - 1.0, bias.max() + 1.0
@@ -114,6 +121,44 @@ def test_quantile_against_sorting(data):
     difference = found - exact
     assert np.ptp(difference) / 2 <= width * (1 + 1e-3) + 1e-6
     assert abs(found.mean()) < 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_required_bias_by_trying_every_bias(data):
+    """A token selects an expert above it and not below, found by bisection for the selected;
+    and of the others it requires more than they have."""
+    groups = data.draw(st.sampled_from([1, 2, 4]), "groups")
+    size = data.draw(st.integers(2, 4), "experts of a group")
+    limit = data.draw(st.integers(1, groups), "groups of a token")
+    top_k = data.draw(st.integers(1, min(limit * size, groups * size - 1)), "K")
+    random = np.random.default_rng(data.draw(st.integers(0, 10**6), "seed"))
+    scores = random.random((1, groups * size)).astype(np.float32)
+    bias = (random.standard_normal(groups * size) / 4).astype(np.float32)
+    limits = {"num_groups": groups, "num_limited_groups": limit} if groups > 1 else NO_GROUPS
+    runner_up = np.sort(_limited(scores + bias, groups, limit), axis=1)[:, [-top_k - 1]]
+    required = required_bias(
+        *map(torch.from_numpy, (scores, scores + bias, runner_up)), **limits
+    ).numpy()[0]
+
+    def selects(expert: int, with_bias: float) -> bool:
+        tried = bias.astype(np.float64)
+        tried[expert] = with_bias
+        chosen = _limited(scores + tried, groups, limit)[0]
+        return expert in np.argsort(-chosen, kind="stable")[:top_k] and chosen[expert] > -np.inf
+
+    for expert in range(groups * size):
+        if not selects(expert, bias[expert]):
+            assert required[expert] >= bias[expert] - 1e-6
+            continue
+        low, high = -10.0, float(bias[expert])
+        if selects(expert, low):
+            assert required[expert] == -np.inf
+            continue
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if selects(expert, middle) else (middle, high)
+        assert required[expert] == pytest.approx(high, abs=1e-5)
 
 
 def _limited(choice: np.ndarray, groups: int, limit: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import ExpertBias
+from titan_moe_lb.expert_bias.required import required_bias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import counting
 from titan_moe_lb.losses.base import AuxLoss
@@ -131,7 +132,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.needs_tokens = config.padded or self.aux_losses.num_documents > 1
         self.tokens: BatchTokens | None = None
         """Of the running forward, where batches say which tokens are valid or a loss asks for
-        documents (:mod:`titan_moe_lb.valid_tokens.model_input`)."""
+        documents (:mod:`titan_moe_lb.valid_tokens.model_input`); None: all tokens are valid."""
         self.num_bins = self.expert_bias.num_bins if self.expert_bias is not None else 0
         self.decides_by_operator = False
         """The decision passes through an operator that a checkpointing policy saves."""
@@ -244,15 +245,15 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """The tensor, through an operator that a checkpointing policy saves, where it needs one."""
         return keep(tensor) if self.decides_by_operator else tensor
 
-    def _kept_tokens(self) -> BatchTokens:
+    def _kept_tokens(self) -> BatchTokens | None:
         """Those of the running forward: a repeated one may run after others have begun."""
-        if self.tokens is None:
-            raise JobError(
-                "a router that needs to know its valid tokens or documents was not told: call the "
-                "whole model, with valid_tokens=... or document_ids=... of the batch"
-            )
         tokens = self.tokens
-        if self.decides_by_operator:
+        if self.aux_losses.num_documents > 1 and (tokens is None or tokens.documents is None):
+            raise JobError(
+                'an aux loss has over = "document", and the batch does not say which tokens are '
+                "of one document: call the whole model, with document_ids=..."
+            )
+        if tokens is not None and self.decides_by_operator:
             tokens = tokens.kept(self._kept)
         return tokens
 
@@ -269,19 +270,22 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             return self.forced_routing(scores_BLE, number, self._limit_groups)
         if self._debug_force_load_balance:
             return self._debug_force_load_balance_routing(scores_BLE)[0]
-        choice_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
-        choice_BLE = self._limit_groups(choice_BLE)
+        biased_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
+        choice_BLE = self._limit_groups(biased_BLE)
         histogram_EH = None if self.record is None else self.record.histogram_EH
         if histogram_EH is None or not self.training or is_recomputation():
             return choice_BLE.topk(self.top_k, dim=-1, sorted=False).indices
-        # The runner-up says what a token requires of an expert that it does not select.
         best_BLK1, ids_BLK1 = choice_BLE.topk(self.top_k + 1, dim=-1)
-        required_BLE = best_BLK1[..., -1:] - scores_BLE
-        if self.num_expert_groups is not None:
-            required_BLE.masked_fill_(choice_BLE == -torch.inf, torch.inf)
+        required_BLE = required_bias(
+            scores_BLE,
+            biased_BLE,
+            best_BLK1[..., -1:],
+            num_groups=self.num_expert_groups,
+            num_limited_groups=self.num_limited_groups,
+        )
         number = self.record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
         self.expert_bias.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
-        return ids_BLK1[..., : self.top_k]
+        return ids_BLK1[..., : self.top_k].contiguous()
 
     def _limit_groups(self, choice_BLE: torch.Tensor) -> torch.Tensor:
         if self.num_expert_groups is None:

@@ -11,7 +11,7 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb.expert_bias import BiasStep
-from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording.step_record import StepRecord
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
@@ -28,20 +28,13 @@ def register_load_balancing(
     update, whose counts are doubled by activation checkpointing and miss the layers of
     multi-token prediction; both would reduce the same counts.
     """
+    for part in model_parts:
+        hand_on_tokens(part, routers_of([part]), parallel_dims)
     layers = moe_layers_of(model_parts)
     if not layers:
         return
     routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
     record = wire(routers, parallel_dims)
-    cut = routers[0].config.cut
-    for part in model_parts:
-        if cut is not None and (own := routers_of([part])):
-            hand_on_tokens(
-                part,
-                own,
-                global_batch_size=cut.global_batch_size,
-                slices=batch_cut.token_slices(cut, parallel_dims),
-            )
     _announce_forced_routing(routers)
     if record is None:
         return

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.parity.gradients import Recorded, layout_gradients, save_seed
+from tests.parity.gradients import (
+    GLOBAL_BATCH_SIZE,
+    Padding,
+    Recorded,
+    layout_gradients,
+    save_seed,
+)
 from tests.parity.layout import Layout
 from tests.rank_pool import RankPool
 
@@ -41,6 +47,8 @@ class Parity:
     with_main_loss: bool = False
     alone: tuple[str, ...] = ("",)
     """Losses to compare one at a time; the empty string: all together."""
+    padded: bool = False
+    """The batch has padding. The reference is the same batch without it, row by row."""
 
     _folder: TemporaryDirectory = field(default_factory=TemporaryDirectory)
     _reference: dict[str, tuple[Gradients, Recorded]] | None = None
@@ -60,19 +68,27 @@ class Parity:
         """Gradients and log of the single process, by loss."""
         if self._reference is None:
             self.pool.run(1, save_seed, self.seed_folder, self.module, self.config, self.model)
-            self._reference = self.gradients(Layout())
+            if self.padded:
+                row_by_row = Layout(accumulate=GLOBAL_BATCH_SIZE)
+                self._reference = self.gradients(row_by_row, self.alone, "cut")
+            else:
+                self._reference = self.gradients(Layout(), self.alone)
         return self._reference
 
-    def compare(self, layout: Layout) -> list[Comparison]:
-        """One comparison for each entry of ``alone``."""
+    def compare(self, layout: Layout, alone: tuple[str, ...] | None = None) -> list[Comparison]:
+        """One comparison for each entry of ``alone``; by default that of the reference."""
         self.pool.need(layout.num_ranks)
         reference = self.reference
+        gradients = self.gradients(layout, alone or self.alone, "masked" if self.padded else "none")
         return [
-            relative_error(layout, loss, gradients, reference[loss][0], recorded)
-            for loss, (gradients, recorded) in self.gradients(layout).items()
+            relative_error(layout, loss, found, reference[loss][0], recorded)
+            for loss, (found, recorded) in gradients.items()
         ]
 
-    def gradients(self, layout: Layout) -> dict[str, tuple[Gradients, Recorded]]:
+    def gradients(
+        self, layout: Layout, alone: tuple[str, ...] | None = None, padding: Padding = "none"
+    ) -> dict[str, tuple[Gradients, Recorded]]:
+        alone = alone or self.alone
         with TemporaryDirectory(dir=self._folder.name) as out:
             by_rank = self.pool.run(
                 layout.num_ranks,
@@ -84,12 +100,17 @@ class Parity:
                 config=self.config,
                 model=self.model,
                 with_main_loss=self.with_main_loss,
-                alone=self.alone,
+                alone=alone,
+                padding=padding,
             )
             assert all(recorded == by_rank[0] for recorded in by_rank), "ranks log different values"
+            for passes in zip(*by_rank, strict=True):
+                for other in passes[1:]:
+                    passes[0].bias |= other.bias
+                    passes[0].histograms |= other.histograms
             return {
                 loss: (_merge(out, loss, layout.num_ranks), recorded)
-                for loss, recorded in zip(self.alone, by_rank[0], strict=True)
+                for loss, recorded in zip(alone, by_rank[0], strict=True)
             }
 
 

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config.override import derive
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import AuxLoss
-from titan_moe_lb.router import moe_layers_of
+from titan_moe_lb.router import moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
+from titan_moe_lb.valid_tokens.batch_tokens import document_numbers
+from titan_moe_lb.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 
 GLOBAL_BATCH_SIZE = 8
 SEQUENCE_LENGTH = 256
+ROW_LENGTHS = (256, 200, 96, 32, 184, 120, 240, 104)
+"""Of the rows before their padding, where there is any: 40 % of all tokens. torchtitan's
+chunked loss wants multiples of 8."""
 # A gate of ordinary size leaves many tokens with two experts almost tied, and the
 # rounding of a layout would decide between them.
 GATE_SCALE = 40.0
@@ -69,16 +76,28 @@ def layout_gradients(
     model: dict[str, Any],
     with_main_loss: bool,
     alone: tuple[str, ...] = ("",),
+    padding: Padding = "none",
 ) -> list[Recorded]:
     """Save this rank's parameter gradients to ``out_folder`` and return what was logged.
 
     Args:
+        padding: what is done about the padding of the batch.
         alone: for each of these types of loss, one pass in which it alone has its weight;
             the empty string stands for all losses together.
     """
-    trainer = build_from_seed(seed_folder, out_folder, layout, module, config, model)
+
+    def adapt(trainer_config: Trainer.Config) -> None:
+        if padding == "masked":
+            loader = trainer_config.dataloader
+            trainer_config.dataloader = derive(loader, LoaderThatTells.Config)
+
+    trainer = build_from_seed(seed_folder, out_folder, layout, module, config, model, adapt)
+
+    def run() -> None:
+        run_batch(trainer, layout, with_main_loss=with_main_loss, padding=padding)
+
     # A first pass gives the expert bias and the previous step's counts something to hold.
-    run_batch(trainer, layout, with_main_loss=with_main_loss)
+    run()
     trainer.optimizers.step()
     layers = moe_layers_of(trainer.model_parts)
     names = list(layers[0].router.aux_losses) if layers else []
@@ -88,7 +107,7 @@ def layout_gradients(
     for kind in alone:
         chosen = torch.tensor([kind in ("", name) for name in names], dtype=torch.float32)
         weights_A.copy_(whole_A * chosen.to(whole_A.device))
-        run_batch(trainer, layout, with_main_loss=with_main_loss)
+        run()
         gradients = gather_gradients(trainer)
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
         trainer.optimizers.step()
@@ -98,8 +117,34 @@ def layout_gradients(
             name: values_M.tolist() for name, values_M in load.figures.items() if name in metrics
         }
         recorded.append(Recorded(losses_M, load.counts_ME.tolist(), load.layers))
+        recorded[-1].bias = {
+            layer.router.layer: whole(layer.expert_bias_E)
+            for layer in layers
+            if layer.expert_bias_E is not None
+        }
+        histogram_NEH = layers[0].router.step_record.sums.histogram_NEH if layers else None
+        if histogram_NEH is not None:
+            recorded[-1].histograms = {
+                layer.router.layer: whole(histogram_EH)
+                for layer, histogram_EH in zip(layers, histogram_NEH, strict=True)
+            }
     trainer.close()
     return recorded
+
+
+Padding = Literal["none", "masked", "cut"]
+"""No padding in the batch; padding that is told; or every row cut to its own length, which
+needs a layout of one row a micro-batch."""
+
+
+class LoaderThatTells(HuggingFaceTextDataLoader):
+    """In place of a loader whose batches have padding. The harness feeds batches itself."""
+
+    gives_valid_tokens = True
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(HuggingFaceTextDataLoader.Config):
+        pass
 
 
 @dataclass
@@ -109,6 +154,15 @@ class Recorded:
     losses: dict[str, list[float]]
     counts: list[list[int]]
     layers: tuple[int, ...]
+    bias: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
+    """After the pass, of the layers of this rank by number."""
+    histograms: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
+    """Of the pass, where the rule of the bias has any."""
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to("cpu", copy=True)
 
 
 def build_from_seed(
@@ -133,21 +187,24 @@ def build_from_seed(
 def gather_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Whole gradients of this rank's pipeline stages, by parameter name."""
     return {
-        canonical(name): (
-            parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        )
-        .detach()
-        .to("cpu", copy=True)
+        canonical(name): whole(parameter.grad)
         for part in trainer.model_parts
         for name, parameter in part.named_parameters()
         if parameter.grad is not None
     }
 
 
-def run_batch(trainer: Trainer, layout: Layout, *, with_main_loss: bool) -> None:
+def run_batch(
+    trainer: Trainer, layout: Layout, *, with_main_loss: bool, padding: Padding = "none"
+) -> None:
     """Forward and backward of this rank's part of the fixed batch, as ``train_step`` does."""
     tokens, labels, positions = (part.to(trainer.device) for part in global_batch())
-    valid = labels.numel()
+    lengths = torch.tensor(ROW_LENGTHS, device=trainer.device).unsqueeze(1)
+    mask = torch.arange(SEQUENCE_LENGTH, device=trainer.device) < lengths
+    documents = document_numbers(positions)
+    if padding != "none":
+        labels = labels.masked_fill(~mask, IGNORE_INDEX)
+    valid = int((labels != IGNORE_INDEX).sum())
     if not with_main_loss:
         labels = torch.full_like(labels, IGNORE_INDEX)
         valid = 1
@@ -155,17 +212,17 @@ def run_batch(trainer: Trainer, layout: Layout, *, with_main_loss: bool) -> None
         dist.get_rank(trainer.parallel_dims.get_mesh("batch").get_group()) if layout.dp > 1 else 0
     )
     local = GLOBAL_BATCH_SIZE // layout.dp
-    mine = slice(dp_rank * local, (dp_rank + 1) * local)
     size = layout.microbatch if layout.pp > 1 else local // layout.accumulate
-    batches = [
-        ({"input": x, "positions": p}, y)
-        for x, p, y in zip(
-            tokens[mine].split(size),
-            positions[mine].split(size),
-            labels[mine].split(size),
-            strict=True,
-        )
-    ]
+    told = {"input": tokens, "positions": positions}
+    if padding == "masked":
+        told[VALID_TOKENS] = mask
+    if any(router.aux_losses.num_documents > 1 for router in routers_of(trainer.model_parts)):
+        told[DOCUMENT_IDS] = documents
+    batches = []
+    for rows in range(local * dp_rank, local * (dp_rank + 1), size):
+        length = ROW_LENGTHS[rows] if padding == "cut" else SEQUENCE_LENGTH
+        part = slice(rows, rows + size), slice(length)
+        batches.append(({name: table[part] for name, table in told.items()}, labels[part]))
     trainer.optimizers.zero_grad()
     per_pass = len(batches) // layout.accumulate
     for start in range(0, len(batches), per_pass):

@@ -124,9 +124,9 @@ class ExpertBias(Component):
 
         Args:
             histogram_EH: int32, to be added to in place.
-            required_BLE: the bias with which each token would just select each expert,
-                float32; inf where a group limit rules the expert out, -inf where the token
-                selects all that it can reach.
+            required_BLE: the bias that each token requires of each expert, float32
+                (:func:`titan_moe_lb.expert_bias.required.required_bias`); -inf where it
+                selects the expert whatever its bias.
             bias_E: that of the forward, float32.
             number: int32, 1 for a valid token and 0 for padding ``(B, L, 1)``, or 1 for all.
         """

@@ -12,14 +12,13 @@ from titan_moe_lb.expert_bias.base import BiasStep, ExpertBias
 
 
 class QuantileBias(ExpertBias):
-    """``b_i`` becomes the K/E-quantile, over the tokens of a step, of the bias that a token
-    requires to select expert i; less the mean over the experts.
+    """``b_i`` becomes the K/E-quantile, over the tokens of a step, of the bias ``r(t,i)`` that a
+    token requires to select expert i; less the mean over the experts.
 
-    With ``alpha(t)`` the (K+1)-th largest of ``s(t,.) + b``, a token selects expert i
-    where ``b_i`` is above ``r(t,i) = alpha(t) - s(t,i)``, or nearly so: the other experts
-    are taken as they are. Experts that a group limit rules out for a token have r = inf.
-    Source: Kimi K3 technical report, section 2.3.3, Eqs. 13 and 14, appendices C and D.
-    The quantile is found in a histogram of ``num_bins`` uniform bins on
+    ``r(t,i) = alpha(t) - s(t,i)`` with ``alpha(t)`` the (K+1)-th largest of ``s(t,.) + b``:
+    a token selects the experts whose bias is above it. Source: Kimi K3 technical report,
+    section 2.3.3, Eqs. 13 and 14, appendices C and D; with group-limited routing r is
+    ours (:func:`titan_moe_lb.expert_bias.required.required_bias`). The quantile is found in a histogram of ``num_bins`` uniform bins on
     ``[min b - 1, max b + 1]``, outside which no r can be, and interpolated within its bin:
     counts of tokens are summed over the ranks, not quantiles averaged.
 
