@@ -20,7 +20,17 @@ from tests.telemetry_jobs import (
     selected,
     small_router,
 )
-from titan_moe_lb.forced_routing import BiasedNormal, HotRank, RandomBalanced, RoundRobin
+from titan_moe_lb.forced_routing import (
+    BiasedNormal,
+    Burst,
+    HotExperts,
+    HotRank,
+    Ragged,
+    RandomBalanced,
+    Rotating,
+    RoundRobin,
+    ZeroLoad,
+)
 from titan_moe_lb.losses import GlobalBatchAuxLoss, RouterZLoss, SequenceWiseAuxLoss
 from titan_moe_lb.parallel.schedules import one_forward_one_backward
 from titan_moe_lb.step_hook import StepHook, wire
@@ -131,6 +141,11 @@ STRATEGIES = {
     "random_balanced": RandomBalanced.Config(num_experts=8, top_k=2),
     "biased_normal": BiasedNormal.Config(std=1.0, num_experts=8, top_k=2),
     "hot_rank": HotRank.Config(rank=0, fraction=0.5, num_experts=8, top_k=2, expert_parallel=2),
+    "hot_experts": HotExperts.Config(num_hot=2, fraction=0.5, num_experts=8, top_k=2),
+    "ragged": Ragged.Config(fraction=0.5, num_experts=8, top_k=2),
+    "zero_load": ZeroLoad.Config(num_zero=2, num_experts=8, top_k=2),
+    "rotating": Rotating.Config(num_hot=2, fraction=0.5, num_experts=8, top_k=2),
+    "burst": Burst.Config(num_hot=2, fraction=0.5, num_experts=8, top_k=2),
 }
 
 

@@ -109,11 +109,22 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             # partial sum. A DTensor's gradient is whole on every rank.
             plain = config.parallelism.spmd_backend == "spmd_types"
             self.token_replicas = dims.tp if plain and dims.ep == 1 else 1
-            for component in (*self.aux_losses, self.expert_bias, self.forced_routing):
+            for component in (*self.aux_losses, self.expert_bias):
                 if component is not None:
                     component.update_from_config(
                         config=config, num_experts=self.num_experts, top_k=self.top_k
                     )
+            self.bind_forced_routing(config)
+
+        def bind_forced_routing(self, config) -> None:
+            """Tell the strategy of a benchmark what it needs of the router and the job."""
+            if self.forced_routing is None:
+                return
+            if self.num_expert_groups is not None:
+                self.forced_routing.open_groups = self.num_limited_groups
+            self.forced_routing.update_from_config(
+                config=config, num_experts=self.num_experts, top_k=self.top_k
+            )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -64,6 +64,7 @@ def wire(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) -> Step
         num_bins=0 if config.forced_routing is not None else routers[0].num_bins,
         token_shape=(*config.recorded_tokens, config.top_k) if config.recorded_tokens else None,
         device=local_shard(routers[0].gate.weight).device,
+        finished_steps=config.finished_steps,
     )
     for index, router in enumerate(routers):
         router.wire(record, index, parallel_dims)

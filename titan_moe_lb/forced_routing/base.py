@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from titan_moe_lb.component import Component
+from titan_moe_lb.errors import JobError
 
 
 class ForcedRouting(Component):
@@ -22,8 +23,8 @@ class ForcedRouting(Component):
     kinds: ClassVar[dict[str, type[ForcedRouting]]] = {}
     """Every strategy that can be configured, by ``type_name``."""
 
-    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k"})
-    """Fields of the Config that ``update_from_config`` fills."""
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k", "open_groups"})
+    """Fields of the Config that the router and ``update_from_config`` fill."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
@@ -32,6 +33,9 @@ class ForcedRouting(Component):
 
         top_k: int | None = None
         """K of the router. Filled by ``update_from_config``."""
+
+        open_groups: int | None = None
+        """Expert groups that a token may reach; None: all. Filled by the router."""
 
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
             """Take what the strategy needs of a ``Trainer.Config`` and of the router."""
@@ -63,10 +67,18 @@ class ForcedRouting(Component):
 
         Args:
             scores_BLE: local scores ``(B, L, E)``, for their shape and device.
-            forward_number: forwards of this router so far, int64 ``()``.
+            forward_number: forwards of this router so far, int64 ``()``, those before the
+                checkpoint of a resumed job included.
             limit_groups: masks scores ``(B, L, E)`` as group-limited routing does.
 
         Returns:
             ``(B, L, K)`` int64, distinct in a token.
         """
         raise NotImplementedError
+
+
+def require_at_least_one(strategy: str, **values: int) -> None:
+    """Raises ``JobError``: a key is below 1."""
+    for key, value in values.items():
+        if value < 1:
+            raise JobError(f"{strategy} {key} is {value}; it must be at least 1")

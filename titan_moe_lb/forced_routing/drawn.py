@@ -41,10 +41,7 @@ class DrawnRouting(ForcedRouting):
         self._register(buffer_device or self.own_seed.device)
 
     def wire(self, parallel_dims, layer: int) -> None:
-        place = 0
-        for axis in layout.token_axes(parallel_dims):
-            mesh = parallel_dims.get_mesh(axis)
-            place = place * mesh.size() + mesh.get_local_rank()
+        place, _num_places = layout.token_place(parallel_dims)
         self.shared_seed.fill_(hash_seed(self.config.seed, layer))
         self.own_seed.fill_(hash_seed(self.config.seed, layer, place + 1))
 
@@ -53,7 +50,7 @@ class DrawnRouting(ForcedRouting):
 
         Args:
             shape: ``(B, L, E)``.
-            forward_number: forwards of this router so far, int64 ``()``.
+            forward_number: as in :meth:`ForcedRouting.forward`.
         """
         raise NotImplementedError
 

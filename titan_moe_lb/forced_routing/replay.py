@@ -17,7 +17,8 @@ class Replay(ForcedRouting):
     """Sends each token of the global batch where it went in a recorded step.
 
     The recorded steps are replayed in order, and again from the first when they are
-    through. Exact under any layout that holds the same global batch.
+    through; a resumed job goes on with that of its step. Exact under any layout that
+    holds the same global batch.
     """
 
     type_name: ClassVar[str] = "replay"

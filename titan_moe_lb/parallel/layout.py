@@ -72,6 +72,19 @@ def token_axes(dims: ParallelDims) -> list[str]:
     return axes
 
 
+def token_place(dims: ParallelDims) -> tuple[int, int]:
+    """Number of this rank among those that route different tokens, and how many those are.
+
+    The ranks of an EP group follow one another.
+    """
+    place, num_places = 0, 1
+    for axis in token_axes(dims):
+        mesh = dims.get_mesh(axis)
+        place = place * mesh.size() + mesh.get_local_rank()
+        num_places *= mesh.size()
+    return place, num_places
+
+
 def token_groups(dims: ParallelDims) -> list[dist.ProcessGroup]:
     """The process groups of this rank over :func:`token_axes`."""
     return [dims.get_mesh(axis).get_group() for axis in token_axes(dims)]

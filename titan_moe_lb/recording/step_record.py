@@ -25,7 +25,7 @@ class RouterRecord(nn.Module):
         counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
         micro_batch: forwards of the running step so far, int64 ``(1,)``.
         weights_A: what the gradient of each loss is multiplied by, float32.
-        steps: finished steps, int64 ``(1,)``.
+        steps: finished steps, those of the checkpoint included, int64 ``(1,)``.
         one: 1, int64 ``()``: what a token adds to a count.
     """
 
@@ -44,7 +44,8 @@ class RouterRecord(nn.Module):
             self.register_buffer(name, row, persistent=False)
 
     def forward_number(self) -> torch.Tensor:
-        """Forwards of this router before this one since training began, int64 ``()``."""
+        """Forwards of this router before this one, int64 ``()``: ``steps`` M and those of the
+        running step."""
         return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
 
     def note(self, counts_SQE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
@@ -120,10 +121,12 @@ class StepRecord:
         num_bins: int = 0,
         token_shape: tuple[int, int, int] | None,
         device: torch.device,
+        finished_steps: int = 0,
     ) -> None:
         """
         Args:
             token_shape: (B, L, K) of a micro-batch, to keep the experts of each token.
+            finished_steps: of the checkpoint that the job goes on from.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -135,7 +138,7 @@ class StepRecord:
         self.losses_NA = zeros(-(-num_losses // 4) * 4, dtype=torch.float32)[:, :num_losses]
         self.step_losses_NA = torch.zeros_like(self.losses_NA)
         self._micro_batches_N1 = zeros(2)[:, :1]
-        self._steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self._steps = torch.full((1,), finished_steps, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
         self.sums: StepSums | None = None

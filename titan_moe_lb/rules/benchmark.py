@@ -10,7 +10,7 @@ import torch._dynamo
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.forced_routing import DealtRouting, HotRank, Replay
+from titan_moe_lb.forced_routing import DealtRouting, HotRank, HotShare, Replay, ZeroLoad
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -27,7 +27,7 @@ def one_way_to_force_routing(config: Trainer.Config) -> None:
 
 def hot_ranks_exist(config: Trainer.Config) -> None:
     degree = config.parallelism.expert_parallel_degree
-    for fqn, router, forced in _forced(config):
+    for _fqn, _router, forced in _forced(config):
         if not isinstance(forced, HotRank.Config):
             continue
         if degree == 1:
@@ -41,37 +41,75 @@ def hot_ranks_exist(config: Trainer.Config) -> None:
                     f"forced_routing hot_rank has rank {rank}; the ranks of an EP group of "
                     f"{degree} are 0 to {degree - 1}"
                 )
-        hot = len(forced.hot_ranks) * (router.num_experts // degree)
-        low = max(0, router.top_k - (router.num_experts - hot)) / router.top_k
-        high = min(hot, router.top_k) / router.top_k
+
+
+def hot_share_finds_experts(config: Trainer.Config) -> None:
+    for fqn, router, forced in _forced(config):
+        if not isinstance(forced, HotShare.Config):
+            continue
+        what = f"forced_routing {forced.describe()}"
+        total, top_k = router.num_experts, router.top_k
+        hot = len(_bound(forced, router, config).hot_experts())
+        if hot >= total:
+            raise JobError(
+                f"{what} makes {hot} experts hot and {fqn} has {total}: leave at least one cold, "
+                'or take type = "round_robin"'
+            )
+        low = max(0, top_k - (total - hot)) / top_k
+        high = min(hot, top_k) / top_k
         if not low <= forced.fraction <= high:
             raise JobError(
-                f"forced_routing hot_rank has fraction {forced.fraction:g}, but the hot ranks "
-                f"hold {hot} of the {router.num_experts} experts of {fqn} and a token takes "
-                f"{router.top_k} different ones: the fraction must be in [{low:g}, {high:g}]"
+                f"{what}: {hot} of the {total} experts of {fqn} are hot and a token takes {top_k} "
+                f"different ones, so the fraction must be in [{low:g}, {high:g}]"
             )
+
+
+def zero_load_leaves_experts(config: Trainer.Config) -> None:
+    for fqn, router, forced in _forced(config):
+        if not isinstance(forced, ZeroLoad.Config):
+            continue
+        most = router.num_experts - router.top_k
+        if forced.num_zero > most:
+            raise JobError(
+                f"forced_routing zero_load has num_zero {forced.num_zero}, and a token takes "
+                f"{router.top_k} different ones of the {router.num_experts} experts of {fqn}: "
+                f"num_zero must be at most {most}"
+            )
+
+
+TRIED_TOKENS = 2**18
 
 
 def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
-    """The random strategies apply the limit themselves; the dealt ones are tried out."""
+    """The random strategies apply the limit themselves; the dealt ones are tried out.
+
+    On the first tokens of the global batch, ``TRIED_TOKENS`` over all kinds of steps: most
+    deals begin again much sooner.
+    """
     for fqn, router, forced in _forced(config)[:1]:
         if router.num_expert_groups is None or not issubclass(forced._owner, DealtRouting):
             continue
-        forced = copy.deepcopy(forced)
-        forced.update_from_config(config=config, num_experts=router.num_experts, top_k=router.top_k)
+        forced = _bound(forced, router, config)
         cut = batch_cut.cut(config)
-        tokens = cut.micro_batch_size * cut.local_sequence_length
-        tokens *= config.parallelism.expert_parallel_degree
-        ids_TK = forced.build().deal(torch.arange(tokens), tokens)
-        groups_TK = ids_TK // (router.num_experts // router.num_expert_groups)
-        reached_TG = torch.nn.functional.one_hot(groups_TK, router.num_expert_groups).amax(dim=1)
-        most = int(reached_TG.sum(dim=1).max())
+        total_tokens, steps = cut.global_batch_size * cut.seq_len, forced.different_steps()
+        tokens_T = torch.arange(min(total_tokens, TRIED_TOKENS // len(steps)))
+        deal = forced.build().deal
+        most = max(
+            _most_groups(deal(tokens_T, total_tokens, torch.tensor(step)), router) for step in steps
+        )
         if most > router.num_limited_groups:
             raise JobError(
                 f"forced_routing {forced.describe()} sends a token to {most} expert groups and "
-                f"{fqn} allows {router.num_limited_groups}: take another fraction, or type = "
+                f"{fqn} allows {router.num_limited_groups}: take another fraction or placement, or type = "
                 '"random_balanced" or "biased_normal", which keep the limit'
             )
+
+
+def _most_groups(ids_TK: torch.Tensor, router: LoadBalancedRouter.Config) -> int:
+    """Expert groups that a token reaches, at most."""
+    groups_TK = ids_TK // (router.num_experts // router.num_expert_groups)
+    reached_TG = torch.nn.functional.one_hot(groups_TK, router.num_expert_groups).amax(dim=1)
+    return int(reached_TG.sum(dim=1).max())
 
 
 def replayed_trace_fits(config: Trainer.Config) -> None:
@@ -128,9 +166,19 @@ def _forced(config: Trainer.Config) -> list[tuple[str, Any, Any]]:
     ]
 
 
+def _bound(forced: Any, router: LoadBalancedRouter.Config, config: Trainer.Config) -> Any:
+    """A copy of a strategy's Config with all that the router and the job fill."""
+    router = copy.copy(router)
+    router.forced_routing = copy.deepcopy(forced)
+    router.bind_forced_routing(config)
+    return router.forced_routing
+
+
 RULES = (
     one_way_to_force_routing,
     hot_ranks_exist,
+    hot_share_finds_experts,
+    zero_load_leaves_experts,
     forced_routing_keeps_group_limit,
     replayed_trace_fits,
     recorded_routing_can_be_replayed,
