@@ -75,6 +75,6 @@ def check_bias(recorded, expected) -> None:
     assert recorded.bias.keys() == expected.bias.keys() and len(expected.bias) == 3
     for layer, bias in expected.bias.items():
         moved = (recorded.histograms[layer] - expected.histograms[layer]).abs().sum() / 2
-        assert moved <= 1e-3 * expected.histograms[layer].sum()
+        assert moved <= 3e-3 * expected.histograms[layer].sum()
         width = (torch.max(bias) - torch.min(bias) + 2) / NUM_BINS
         assert (recorded.bias[layer] - bias).abs().max() <= width / 1000

@@ -115,6 +115,20 @@ def test_frozen_keeps_the_bits_of_a_learned_bias(ranks, learned, tmp_path, monke
     assert not torch.equal(moved["trained"], learned[1])
 
 
+def test_a_rule_that_remembers_takes_over_from_one_that_does_not(ranks, learned, tmp_path):
+    """Two steps of momentum after two of the sign rule, and two more from its own checkpoint."""
+    folder = copied(learned, tmp_path)
+    momentum = bias_job(folder, '{type = "momentum"}')
+    first = ranks.run(2, biases_of_a_run, momentum)[0]
+    assert torch.equal(first["loaded"], learned[1])
+    assert not torch.equal(first["trained"], learned[1])
+    saved = checkpoints.read_metadata(folder / "checkpoint" / "step-4").state_dict_metadata
+    assert sum("expert_bias.momentum_E" in name for name in saved) == 3
+    longer = ["--training.steps=6", "--lr_scheduler.total_steps=4"]
+    again = ranks.run(2, biases_of_a_run, [*momentum, *longer])[0]
+    assert torch.equal(again["loaded"], first["trained"])
+
+
 def test_reset_is_taken_once(ranks, learned, tmp_path, monkeypatch):
     """A restart before the next checkpoint resets again, a restart after it does not."""
     folder = copied(learned, tmp_path)

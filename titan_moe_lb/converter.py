@@ -19,7 +19,7 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb import checkpoints, rules
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import ExpertBias, SignBias
-from titan_moe_lb.expert_bias.resume import BiasReset
+from titan_moe_lb.expert_bias.resume import BiasReset, remember_once_loaded, start_anew
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.parallel import batch_cut
@@ -117,6 +117,7 @@ class BuildHooks:
         if self.own is not None:
             self.own(optimizers, model_parts, parallel_dims)
         register_load_balancing(optimizers, model_parts, parallel_dims)
+        remember_once_loaded(model_parts)
         if self.reset is not None:
             self.reset.register(model_parts)
 
@@ -150,6 +151,14 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                     track=reports and metrics.track_moe_metrics,
                     record_tokens=reports and bool(metrics.record_routing_steps),
                 )
+            start_anew(
+                config,
+                {
+                    fqn: router.expert_bias
+                    for fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)
+                    if router.expert_bias is not None
+                },
+            )
             if routers:
                 hooks.reset = BiasReset.of(config, routers[0].expert_bias)
             if routers and reports:

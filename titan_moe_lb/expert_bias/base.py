@@ -47,7 +47,7 @@ class ExpertBias(Component):
     kinds: ClassVar[dict[str, type[ExpertBias]]] = {}
     """Every rule that can be configured, by ``type_name``."""
 
-    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k"})
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k", "starts_anew"})
     """Fields of the Config that ``update_from_config`` fills."""
 
     moves: ClassVar[bool] = True
@@ -71,6 +71,10 @@ class ExpertBias(Component):
         top_k: int | None = None
         """K of the router. Filled by ``update_from_config``."""
 
+        starts_anew: bool = False
+        """The checkpoint that the job begins from has not what the rule remembers, because
+        another rule wrote it. Filled by ``update_from_config`` of the model."""
+
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
             """Take what the rule needs of a ``Trainer.Config`` and of the router."""
             self.num_experts = num_experts
@@ -92,7 +96,8 @@ class ExpertBias(Component):
     def _register(self, device: torch.device | None) -> None:
         for name in self.state_names:
             assert self.config.num_experts is not None
-            self.register_buffer(name, torch.zeros(self.config.num_experts, device=device))
+            zeros = torch.zeros(self.config.num_experts, device=device)
+            self.register_buffer(name, zeros, persistent=not self.config.starts_anew)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         for buffer in self.buffers():

@@ -1,4 +1,4 @@
-"""``reset = true``: the bias that a checkpoint holds is set to zero, once."""
+"""Going on from a checkpoint with another rule, or with ``reset = true``."""
 
 from __future__ import annotations
 
@@ -70,3 +70,35 @@ class BiasReset:
             logger.info("The expert bias of the checkpoint was set to zero (reset = true)")
             self.marker.parent.mkdir(parents=True, exist_ok=True)
             self.marker.write_text(json.dumps({"step": self.step}) + "\n")
+
+
+def start_anew(config, rules: dict[str, ExpertBias.Config]) -> None:
+    """Let rules begin with nothing to remember where another rule wrote the checkpoint.
+
+    torchtitan loads all state of a model and ends in a traceback where the checkpoint lacks
+    a part, so that this part is no state until the model is loaded.
+
+    Args:
+        config: a ``Trainer.Config``, before it has loaded anything.
+        rules: of the model's routers, by their names in it.
+    """
+    start = checkpoints.start_of(config)
+    if start is None or not any(rule._owner.state_names for rule in rules.values()):
+        return
+    saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    for fqn, rule in rules.items():
+        names = [f"{fqn}.expert_bias.{name}" for name in rule._owner.state_names]
+        rule.starts_anew = any(name not in saved for name in names)
+
+
+def remember_once_loaded(model_parts: list[nn.Module]) -> None:
+    """What :func:`start_anew` left out is part of the checkpoints that this job writes."""
+
+    def remember(part: nn.Module, _keys: object) -> None:
+        for rule in part.modules():
+            if isinstance(rule, ExpertBias) and rule.config.starts_anew:
+                for name in rule.state_names:
+                    rule.register_buffer(name, getattr(rule, name), persistent=True)
+
+    for part in model_parts:
+        part.register_load_state_dict_post_hook(remember)

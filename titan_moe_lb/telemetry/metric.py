@@ -130,6 +130,22 @@ class MicroBatchMaxViolation(Metric):
         return max_violation(step.counts_NME).mean(axis=1)
 
 
+class PaddingShare(Metric):
+    name = "padding_share"
+    description = "Share of the routed tokens that are padding: dispatched, and not learned from"
+    over_ranks = Reduction.MAX
+    of_step = True
+
+    @classmethod
+    def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        return router.padded
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        if step.valid_counts_NE is None:
+            return None
+        return 1 - step.valid_counts_NE.sum(axis=1) / step.global_counts_NE.sum(axis=1)
+
+
 class _OfBias(Metric):
     over_ranks = Reduction.MAX
 

@@ -108,6 +108,10 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
                 num_extreme_experts=self.config.moe_extreme_experts,
                 per_layer=self.config.moe_per_layer_logging,
             )
+            if metrics.get("moe/padding_share") == 1:
+                logger.warning(
+                    f"step {step} had no valid token: aux losses and expert bias stay as they were"
+                )
             if self._trace is not None:
                 learning = self._learning(float(global_avg_loss), float(grad_norm))
                 load = replace(load, step_figures=load.step_figures | learning)

@@ -30,6 +30,8 @@ class RankStep:
     """Tokens per expert of each micro-batch, over the ranks of the EP group, int64."""
     global_counts_NE: np.ndarray
     """Tokens per expert of the step over all ranks, int64."""
+    valid_counts_NE: np.ndarray | None
+    """The same of the tokens that may teach; None where batches do not say which do."""
     bias_NE: np.ndarray | None
     """Expert biases after the step, float32; None where the layers have none."""
     bias_delta_NE: np.ndarray | None
@@ -69,9 +71,11 @@ def read(
         ep_rank = mesh.get_local_rank()
         dist.all_reduce(counts, group=mesh.get_group())
     assert record.sums is not None
+    losses, padded = routers[0].aux_losses, routers[0].config.padded
     return RankStep(
         counts_NME=counts.cpu().numpy(),
         global_counts_NE=record.sums.counts_NSE[:, 0].cpu().numpy(),
+        valid_counts_NE=_rows(record.sums.counts_NSE[:, losses.valid_source] if padded else None),
         bias_NE=_rows(torch.stack([local_shard(bias) for bias in biases]) if biases else None),
         bias_delta_NE=_rows(record.bias_delta_NE),
         stages=tuple(router.stage for router in routers),
