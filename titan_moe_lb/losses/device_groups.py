@@ -30,12 +30,13 @@ class _OverDeviceGroups(SumsLoss):
             SumsLoss.Config.update_from_config(
                 self, config=config, num_experts=num_experts, top_k=top_k
             )
-            name = self._owner.type_name
-            if not 1 <= self.num_device_groups <= num_experts or (
-                num_experts % self.num_device_groups
-            ):
+            self.check_groups(num_experts)
+
+        def check_groups(self, num_experts: int) -> None:
+            groups = self.num_device_groups
+            if groups < 1 or num_experts % groups:
                 raise JobError(
-                    f"aux loss {name} has num_device_groups {self.num_device_groups}, which must "
+                    f"aux loss {self._owner.type_name} has num_device_groups {groups}, which must "
                     f"divide the {num_experts} experts of a layer"
                 )
 
