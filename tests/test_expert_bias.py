@@ -15,6 +15,7 @@ from titan_moe_lb.expert_bias import (
     MomentumBias,
     ProportionalBias,
     QuantileBias,
+    QuantileTrendBias,
     SignBias,
 )
 from titan_moe_lb.expert_bias.required import required_bias
@@ -180,6 +181,36 @@ def test_ema_keeps_a_share_of_the_bias():
     for ema in (0.0, 0.9):
         delta = built(QuantileBias.Config(num_bins=4, ema=ema), 2, 1).delta(step)
         assert (bias + delta).tolist()[0] == pytest.approx((ema * bias).tolist()[0])
+
+
+def test_trend_goes_on_where_the_quantiles_go():
+    """One expert's quantile is 0.1 higher in every step: after a while the bias of a step is
+    what that step asks for, where that of `quantile` is a step late."""
+    late, ahead = (
+        built(config, 2, 1)
+        for config in (QuantileBias.Config(), QuantileTrendBias.Config(trend_ema=0.5))
+    )
+    late_error, ahead_error, state = 0.0, 0.0, {"trend_E": torch.zeros(1, 2)}
+    biases = {"late": torch.zeros(1, 2), "ahead": torch.zeros(1, 2)}
+    for number in range(1, 12):
+        asked = 0.1 * number
+        late_error = asked - float(biases["late"][0, 0] - biases["late"][0, 1])
+        ahead_error = asked - float(biases["ahead"][0, 0] - biases["ahead"][0, 1])
+        for name, rule in (("late", late), ("ahead", ahead)):
+            bias = biases[name]
+            step = BiasStep(bias, torch.tensor([[4, 4]]), asking(bias, asked), state)
+            biases[name] = bias + rule.delta(step)
+    assert late_error == pytest.approx(0.1, abs=0.01)
+    assert abs(ahead_error) < 0.01
+
+
+def asking(bias: torch.Tensor, difference: float, num_bins: int = 1000) -> torch.Tensor:
+    """A histogram of ten tokens that all require ``difference`` more of expert 0 than of 1."""
+    histogram = torch.zeros(1, 2, num_bins, dtype=torch.int64)
+    low, width = bias.min() - 1, (bias.max() - bias.min() + 2) / num_bins
+    for expert, required in ((0, difference / 2), (1, -difference / 2)):
+        histogram[0, expert, int((required - low) / width)] = 10
+    return histogram
 
 
 def test_no_token_moves_nothing():

@@ -5,6 +5,7 @@ from titan_moe_lb.expert_bias.frozen import FrozenBias
 from titan_moe_lb.expert_bias.momentum import MomentumBias
 from titan_moe_lb.expert_bias.proportional import ProportionalBias
 from titan_moe_lb.expert_bias.quantile import QuantileBias
+from titan_moe_lb.expert_bias.quantile_trend import QuantileTrendBias
 from titan_moe_lb.expert_bias.sign import SignBias
 from titan_moe_lb.expert_bias.speed import SpeedBias
 
@@ -15,6 +16,7 @@ __all__ = [
     "MomentumBias",
     "ProportionalBias",
     "QuantileBias",
+    "QuantileTrendBias",
     "SignBias",
     "SpeedBias",
 ]

@@ -62,6 +62,12 @@ class QuantileBias(ExpertBias):
     def delta(self, step: BiasStep) -> torch.Tensor:
         if step.histogram_NEH is None:
             return torch.zeros_like(step.bias_NE)
+        return (self.quantile(step) - step.bias_NE) * (1 - self.config.ema)
+
+    def quantile(self, step: BiasStep) -> torch.Tensor:
+        """The bias with which the step would have been balanced, less its mean; that of the
+        step itself where no token is valid. float32 ``(N, E)``."""
+        assert step.histogram_NEH is not None
         num_experts, num_bins = step.histogram_NEH.shape[1:]
         low_N1, width_N1 = _bins(step.bias_NE.double(), num_bins)
         below_NEH = step.histogram_NEH.cumsum(dim=-1)
@@ -75,8 +81,7 @@ class QuantileBias(ExpertBias):
         within_NE1 = (target_NE1 - before_NE1) / in_bin_NE1.clamp(min=1)
         quantile_NE = low_N1 + (bin_NE1 + within_NE1).squeeze(-1) * width_N1
         quantile_NE -= quantile_NE.mean(dim=-1, keepdim=True)
-        delta_NE = (quantile_NE - step.bias_NE) * (1 - self.config.ema)
-        return torch.where(total_NE1.squeeze(-1) > 0, delta_NE, 0).float()
+        return torch.where(total_NE1.squeeze(-1) > 0, quantile_NE.float(), step.bias_NE)
 
 
 def _bins(bias: torch.Tensor, num_bins: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,139 @@
+"""The mask from a data loader to the routers, and what does not fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torchtitan.components.dataloader import BaseDataLoader
+
+from tests.chat_jobs import padding_of, train_chats, write_chats
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config
+from titan_moe_lb.rules import validate
+from titan_moe_lb.traces.trace import read_trace
+from titan_moe_lb.valid_tokens.loader import tell_tokens
+from titan_moe_lb.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
+
+MODEL = [
+    "--model.expert_bias={type='quantile'}",
+    "--model.aux_losses=[{type='sequence_wise', weight=0.01, over='document'}]",
+]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chats")
+    write_chats(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("layout", ["pp=2,schedule=Interleaved1F1B,ac=full", "cp=2"])
+def test_padding_of_chats_is_known_on_every_layout(ranks, chats, layout):
+    (expected,) = ranks.run(1, padding_of, chats)
+    logged = ranks.run(2, train_chats, chats, layout, MODEL)[0]
+    assert len(expected) == len(logged) == 3 and sum(padding for padding, _tokens in expected) > 0
+    for step, (padding, tokens) in zip(logged, expected, strict=True):
+        assert step["moe/padding_share"] == pytest.approx(padding / tokens, rel=1e-12)
+        assert step["moe/seq_load_balancing_loss"] > 0
+    figures = {figure.name: figure for figure in read_trace(f"{chats}/run").info.figures}
+    assert figures["padding_share"].per == "step"
+
+
+class Rows(BaseDataLoader):
+    """A loader without positions."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def __iter__(self):
+        yield {"input": torch.zeros(2, 8, dtype=torch.int64)}, torch.zeros(2, 8)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass
+
+
+def test_documents_need_positions():
+    config = tell_tokens(Rows.Config(), documents=True)
+    with pytest.raises(JobError, match='the batches of Rows have no positions.*over = "row"'):
+        next(iter(config.build()))
+
+
+def test_a_loader_with_nothing_to_say_stays_itself():
+    config = Rows.Config()
+    assert tell_tokens(config, documents=False) is config
+    told = tell_tokens(config, documents=True)
+    assert tell_tokens(told, documents=True) is told
+
+
+def bad_masks() -> dict[str, str]:
+    """Of a model that was built for masks, what each wrong batch is answered. One rank."""
+    from torchtitan.config.override import derive
+
+    from tests.parity.gradients import LoaderThatTells
+    from titan_moe_lb.upstream import cpu
+
+    config = job_config.load(["--config=deepseek_v3_tiny", *MODEL]).config
+    config.dataloader = derive(config.dataloader, LoaderThatTells.Config)
+    config.dump_folder, config.metrics.write_moe_trace = "", False
+    if cpu.needed():
+        cpu.adapt(config)
+    trainer = config.build()
+    tokens = torch.zeros(8, 128, dtype=torch.int64, device=trainer.device)
+    positions = torch.arange(128, device=trainer.device).expand(8, -1)
+    masks = {
+        "rows": {VALID_TOKENS: torch.ones(4, 128, dtype=torch.bool)},
+        "length": {VALID_TOKENS: torch.ones(8, 64, dtype=torch.bool)},
+        "dtype": {VALID_TOKENS: torch.ones(8, 128)},
+        "documents": {VALID_TOKENS: torch.ones(8, 128, dtype=torch.bool)},
+        "numbers": {DOCUMENT_IDS: torch.zeros(8, 128)},
+    }
+    answers = {}
+    for name, told in masks.items():
+        told = {key: mask.to(trainer.device) for key, mask in told.items()}
+        try:
+            trainer.forward_backward_step(
+                input_dict={"input": tokens, "positions": positions, **told},
+                labels=tokens,
+                global_valid_tokens=torch.tensor(1024, device=trainer.device),
+            )
+        except JobError as error:
+            answers[name] = str(error)
+    trainer.close()
+    return answers
+
+
+def test_a_wrong_mask_is_one_line(ranks):
+    (answers,) = ranks.run(1, bad_masks)
+    assert answers["rows"].startswith("valid_tokens is bool of shape (4, 128); this batch needs")
+    assert "needs bool of shape (8, 128)" in answers["length"]
+    assert answers["dtype"].startswith("valid_tokens is float32")
+    assert "pass document_ids" in answers["documents"] or "document_ids=" in answers["documents"]
+    assert answers["numbers"].startswith("document_ids is float32")
+    assert not any("\n" in answer for answer in answers.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model.expert_bias=[{type='sign'}, {type='quantile'}]"], "one rule"),
+        (["--model.expert_bias={type='quantile', num_bins=0}"], "num_bins 0"),
+        (
+            ["--model.aux_losses=[{type='device_level', weight=0.1, num_device_groups=3}]"],
+            "num_device_groups 3, which must divide the 8 experts",
+        ),
+        (["--model.aux_losses=[{type='device_level', weight=0.1}]"], "num_device_groups"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_before_any_process(flags, says):
+    with pytest.raises(JobError, match=says) as error:
+        validate(job_config.load(["--config=deepseek_v3_tiny", *flags]).config)
+    assert "\n" not in str(error.value)
