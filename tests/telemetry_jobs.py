@@ -17,6 +17,7 @@ from torchtitan.models.common.config_utils import make_router_config
 from torchtitan.models.common.moe import MoE
 
 from model_registry.deepseek_v3 import model_registry
+from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import SequenceWiseAuxLoss
 from titan_moe_lb.parallel import layout
@@ -167,14 +168,20 @@ def counts_of_a_replayed_graph() -> tuple[np.ndarray, np.ndarray]:
     return router.record.counts_MSE[:, 0].cpu().numpy(), expected
 
 
-def moe_layers(numbers: list[int], aux_losses=None) -> list[MoE]:
+def moe_layers(
+    numbers: list[int], aux_losses=None, *, expert_bias: str | None = None, padded: bool = False
+) -> list[MoE]:
     """MoE layers of the tiny DeepSeek-V3 with their default balancing, 8 experts, top 2,
     bound to one micro-batch of 2 sequences on each rank; not wired."""
     layers = []
     for number in numbers:
-        losses = {} if aux_losses is None else {"aux_losses": aux_losses}
-        config = model_registry("tiny", **losses).model.layers[-1].moe
-        config.router.layer = number
+        model = {} if aux_losses is None else {"aux_losses": aux_losses}
+        if expert_bias is not None:
+            speed = {"speed": 1e-2} if expert_bias == "proportional" else {}
+            model["expert_bias"] = ExpertBias.kinds[expert_bias].Config(**speed)
+        config = model_registry("tiny", **model).model.layers[-1].moe
+        config.router.layer, config.router.padded = number, padded
+        config.router.expert_bias.num_experts, config.router.expert_bias.top_k = 8, 2
         for loss in config.router.aux_losses:
             loss.micro_batch_size, loss.global_batch_size = 2, 2 * _world_size()
             loss.num_experts, loss.top_k = 8, 2

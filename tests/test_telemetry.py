@@ -105,6 +105,30 @@ def test_operators_of_a_step_end_do_not_grow_with_the_layers(num_layers, losses)
     assert layers[0].expert_bias_E.abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("rule", "at_step_end", "in_router"),
+    [
+        ("sign", 21, 35),
+        ("proportional", 18, 35),
+        ("momentum", 26, 35),
+        ("quantile", 44, 68),
+        ("quantile_trend", 52, 68),
+    ],
+)
+def test_operators_of_a_bias_rule(rule, at_step_end, in_router):
+    """Without a loss. What the quantile needs in the router is its histogram and, here, what
+    the group limit asks of an expert."""
+    for num_layers in (1, 4):
+        layers = moe_layers(list(range(num_layers)), [], expert_bias=rule)
+        hook = StepHook(layers, wire([layer.router for layer in layers], None), [])
+        forward_and_backward(layers)
+        with DeviceOperators() as operators:
+            hook.close_step()
+        assert operators.count == at_step_end, operators.names
+    x_BLD = torch.randn(2, 8, 64, requires_grad=True)
+    assert operators_of_a_router(layers[0].router, x_BLD) == in_router
+
+
 def operators_of_a_router(router: torch.nn.Module, x_BLD: torch.Tensor) -> int:
     """Forward and backward, added to gradients that are there already."""
     bias_E = torch.zeros(8)

@@ -124,7 +124,10 @@ def test_a_wrong_mask_is_one_line(ranks):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--model.expert_bias=[{type='sign'}, {type='quantile'}]"], "one rule"),
+        (
+            ["--model.expert_bias=[{type='sign'}, {type='quantile'}]"],
+            "must be one table with a type",
+        ),
         (["--model.expert_bias={type='quantile', num_bins=0}"], "num_bins 0"),
         (
             ["--model.aux_losses=[{type='device_level', weight=0.1, num_device_groups=3}]"],

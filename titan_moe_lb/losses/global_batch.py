@@ -103,7 +103,7 @@ class GlobalBatchAuxLoss(SumsLoss):
             if self._data_parallel_group is not None:
                 batch_E = funcol.all_reduce(batch_E, "sum", self._data_parallel_group)
             self.counts_E.add_(batch_E)
-        return _relative_load(self.counts_E)
+        return _relative_load(self.counts_E, 1.0)
 
     @classmethod
     def finish_step(
@@ -113,14 +113,13 @@ class GlobalBatchAuxLoss(SumsLoss):
             torch._foreach_zero_([loss.counts_E for loss in losses])
         else:
             loads = [local_shard(loss.load_E) for loss in losses]
-            # A step without a valid token leaves f as it is.
-            counted_N1 = counts_NE.sum(dim=-1, keepdim=True) > 0
-            load_NE = torch.where(counted_N1, _relative_load(counts_NE), torch.stack(loads))
+            load_NE = _relative_load(counts_NE, torch.stack(loads))
             torch._foreach_copy_(loads, load_NE.unbind())
 
 
-def _relative_load(counts: torch.Tensor) -> torch.Tensor:
-    """Each expert's share of the tokens in units of the mean share, float32 ``(..., E)``; 1
-    where nothing was counted."""
+def _relative_load(counts: torch.Tensor, otherwise: float | torch.Tensor) -> torch.Tensor:
+    """Each expert's share of the tokens in units of the mean share, float32 ``(..., E)``;
+    ``otherwise`` where no valid token was counted."""
     total = counts.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, counts * counts.shape[-1] / total.clamp_min(1), 1.0).float()
+    load = counts * counts.shape[-1] / total.clamp_min(1)
+    return torch.where(total > 0, load, otherwise).float()
