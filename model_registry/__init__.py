@@ -1,1 +1,1 @@
-"""One room per model: its registry entry, config functions and defaults with their sources."""
+"""One package per model: its registry entry, config functions and defaults with their sources."""

@@ -1,4 +1,4 @@
-"""Train on text what no job file can ask for: models without a room here, many experts."""
+"""Train on text what no job file can ask for: models without a package here, many experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The map of the house holds: no room imports from a floor above it, and none in a circle."""
+"""The layers of pyproject.toml hold: nothing imports from a layer above it, nor in a circle."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_logits_and_checkpoint_of_transformers(ranks, tmp_path, module, make):
 
 
 def test_torchtitans_own_gpt_oss_adapter_loses_the_experts():
-    """Why the room has an adapter of its own. Remove it when this fails."""
+    """Why the package has an adapter of its own. Remove it when this fails."""
     spec = torchtitan_gpt_oss.model_registry("debugmodel")
     with torch.device("meta"):
         state = spec.model.build().state_dict()

@@ -1,4 +1,4 @@
-"""The DeepSeek-V3 entry: checkpoints, multi-token prediction. For all rooms: test_rooms.py."""
+"""The DeepSeek-V3 entry: checkpoints, multi-token prediction. For all models: test_model_packages.py."""
 
 from __future__ import annotations
 

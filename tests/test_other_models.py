@@ -1,4 +1,4 @@
-"""Models of torchtitan that have no room here: one line balances them."""
+"""Models of torchtitan that have no package here: one line balances them."""
 
 from __future__ import annotations
 

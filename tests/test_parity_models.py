@@ -1,4 +1,4 @@
-"""The layout does not change the gradient in any room; test_parity.py goes through DeepSeek-V3."""
+"""The layout does not change the gradient of any model; test_parity.py goes through DeepSeek-V3."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LAYOUTS = [
 @pytest.fixture(scope="module", params=sorted(set(registered_models()) - {"deepseek_v3"}))
 def parity(ranks, request):
     losses = [{"type": kind, "weight": weight} for kind, weight in WEIGHTS.items()]
-    room = request.param
-    with Parity(ranks, {"aux_losses": losses}, module=room, config=f"{room}_tiny") as parity:
+    model = request.param
+    with Parity(ranks, {"aux_losses": losses}, module=model, config=f"{model}_tiny") as parity:
         yield parity
 
 

@@ -1,7 +1,8 @@
 """DeepSeek-V3: Multi-head Latent Attention, shared and routed experts (arXiv 2412.19437).
 
 The flavors are torchtitan's (``debugmodel``, ``16B``, ``236B``, ``671B``) and
-``tiny``, for tests.
+``tiny``, for tests. ``16B`` and ``236B`` are DeepSeek-V2-Lite and DeepSeek-V2 (arXiv
+2405.04434), which route by softmax scores and are balanced by losses alone.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from torchtitan.models import deepseek_v3 as upstream
 from torchtitan.protocols.model_spec import ModelSpec
 
 from model_registry.deepseek_v3.tiny import tiny
-from model_registry.room import Default, registry_entry
+from model_registry.entry import Default, registry_entry
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
-from titan_moe_lb.losses import SequenceWiseAuxLoss
+from titan_moe_lb.losses import CommunicationLoss, DeviceLevelLoss, SequenceWiseAuxLoss
 
 FLAVORS = (*upstream.deepseekv3_configs, "tiny")
 
@@ -29,7 +30,30 @@ AUX_LOSSES = Default(
     [SequenceWiseAuxLoss.Config(weight=1e-4, count_from="scores")],
     "alpha 0.0001, arXiv 2412.19437 section 4.2; unbiased scores are counted, Eq. 18",
 )
-DEFAULTS = (EXPERT_BIAS, AUX_LOSSES)
+V2_EXPERT_BIAS = Default(
+    "expert_bias",
+    None,
+    "arXiv 2405.04434 section 2.2 names no expert bias (torchtitan's own entry: 1e-3)",
+    flavors=("16B", "236B"),
+)
+V2_LITE_AUX_LOSSES = Default(
+    "aux_losses",
+    [SequenceWiseAuxLoss.Config(weight=1e-3)],
+    "DeepSeek-V2-Lite: alpha1 0.001 and no other loss, arXiv 2405.04434 appendix B.1",
+    flavors=("16B",),
+)
+V2_AUX_LOSSES = Default(
+    "aux_losses",
+    [
+        SequenceWiseAuxLoss.Config(weight=0.003),
+        DeviceLevelLoss.Config(weight=0.05, num_device_groups=8),
+        CommunicationLoss.Config(weight=0.02, num_device_groups=8, devices_per_token=3),
+    ],
+    "DeepSeek-V2: alpha1 0.003, alpha2 0.05, alpha3 0.02, D = 8, M = 3, "
+    "arXiv 2405.04434 section 3.1.2; formulas in section 2.2.3",
+    flavors=("236B",),
+)
+DEFAULTS = (EXPERT_BIAS, AUX_LOSSES, V2_EXPERT_BIAS, V2_LITE_AUX_LOSSES, V2_AUX_LOSSES)
 
 
 @registry_entry("deepseek_v3", FLAVORS, DEFAULTS)

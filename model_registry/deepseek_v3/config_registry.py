@@ -38,15 +38,15 @@ def deepseek_v3_debugmodel_mtp() -> Trainer.Config:
 
 
 def deepseek_v3_16b() -> Trainer.Config:
-    """16B parameters, experts over 8 ranks."""
-    config = _pretraining("16B", "./assets/hf/deepseek-moe-16b-base", expert_parallel=8)
+    """16B parameters (DeepSeek-V2-Lite), experts over 8 ranks."""
+    config = _pretraining("16B", "./assets/hf/DeepSeek-V2-Lite", learning_rate=4.2e-4)
     config.training.steps = 1000
     return config
 
 
 def deepseek_v3_236b() -> Trainer.Config:
     """236B parameters (DeepSeek-V2), experts over 8 ranks."""
-    return _pretraining("236B", "./assets/hf/DeepSeek-V2", expert_parallel=8)
+    return _pretraining("236B", "./assets/hf/DeepSeek-V2", learning_rate=2.4e-4)
 
 
 def deepseek_v3_671b() -> Trainer.Config:
@@ -59,11 +59,6 @@ def _debug(flavor: str, *, seq_len: int = 256, **model_arguments) -> Trainer.Con
     return recipes.debug(spec, loss_config(spec), seq_len=seq_len)
 
 
-def _pretraining(flavor: str, assets: str, *, expert_parallel: int) -> Trainer.Config:
+def _pretraining(flavor: str, assets: str, **recipe) -> Trainer.Config:
     spec = model_registry(flavor)
-    return recipes.pretraining(
-        spec,
-        loss_config(spec),
-        assets=assets,
-        expert_parallel=expert_parallel,
-    )
+    return recipes.pretraining(spec, loss_config(spec), assets=assets, **recipe)

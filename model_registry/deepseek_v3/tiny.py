@@ -8,7 +8,7 @@ from torch import nn
 from torchtitan.models import deepseek_v3 as upstream
 from torchtitan.models.common import ComplexRoPE
 
-from model_registry.room import resized
+from model_registry.entry import resized
 
 
 def tiny(

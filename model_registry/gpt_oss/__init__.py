@@ -11,9 +11,9 @@ import dataclasses
 from torchtitan.models import gpt_oss as upstream
 from torchtitan.protocols.model_spec import ModelSpec
 
+from model_registry.entry import Default, registry_entry
 from model_registry.gpt_oss.state_dict_adapter import GptOssStateDictAdapter
 from model_registry.gpt_oss.tiny import tiny
-from model_registry.room import Default, registry_entry
 from titan_moe_lb.losses import BatchWiseAuxLoss
 
 FLAVORS = (*upstream.gptoss_configs, "tiny")

@@ -6,7 +6,7 @@ import dataclasses
 
 from torchtitan.models import gpt_oss as upstream
 
-from model_registry.room import resized
+from model_registry.entry import resized
 
 
 def tiny(attn_backend: str, moe_comm_backend: str) -> upstream.GptOssModel.Config:

@@ -1,6 +1,6 @@
 """Llama 4, text: NoPE layers between chunked RoPE layers, one routed expert per token.
 
-torchtitan 0.3.0 has no Llama 4; this room has the model too.
+torchtitan 0.3.0 has no Llama 4; this package has the model too.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 from torchtitan.protocols.model_spec import ModelSpec
 
+from model_registry.entry import Default, registry_entry
 from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
-from model_registry.room import Default, registry_entry
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.losses import BatchWiseAuxLoss

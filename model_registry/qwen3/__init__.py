@@ -11,8 +11,8 @@ import dataclasses
 from torchtitan.models import qwen3 as upstream
 from torchtitan.protocols.model_spec import ModelSpec
 
+from model_registry.entry import Default, registry_entry
 from model_registry.qwen3.tiny import tiny
-from model_registry.room import Default, registry_entry
 from titan_moe_lb.losses import GlobalBatchAuxLoss
 
 FLAVORS = ("debugmodel_moe", "30B-A3B", "235B-A22B", "tiny")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchtitan.models import qwen3 as upstream
 from torchtitan.models.common import CosSinRoPE
 
-from model_registry.room import resized
+from model_registry.entry import resized
 
 
 def tiny(attn_backend: str, moe_comm_backend: str) -> upstream.Qwen3Model.Config:

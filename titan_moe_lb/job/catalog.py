@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from model_registry.entry import Default, defaults_of
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import module_lookup
 
@@ -22,18 +23,18 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def show(console: Console | None = None) -> None:
-    """Print every room of ``model_registry``: flavors, config functions, jobs, defaults."""
+    """Print every model of ``model_registry``: flavors, config functions, jobs, defaults."""
     console = console or Console(highlight=False)
     for name in module_lookup.registered_models():
-        room = importlib.import_module(f"model_registry.{name}")
+        package = importlib.import_module(f"model_registry.{name}")
         registry = module_lookup.config_registry(name)
         console.print(Text(f"--module {name}", style="bold"))
         parts = [
-            Text(first_paragraph(room)),
-            Text(f"flavors: {', '.join(room.FLAVORS)}"),
+            Text(first_paragraph(package)),
+            Text(f"flavors: {', '.join(package.FLAVORS)}"),
             _configs(registry),
             _jobs(name),
-            _defaults(room),
+            defaults(package),
         ]
         for part in parts:
             console.print(Padding(part, (0, 0, 1, 2), expand=False))
@@ -56,12 +57,24 @@ def _jobs(name: str) -> Table | Group:
     return table if table.row_count else Group()
 
 
-def _defaults(room: ModuleType) -> Table:
-    table = _table("[model] default", "source")
-    for default in room.DEFAULTS:
-        line = f"{default.key} = {toml_tables.inline(default.value)}"
-        table.add_row(Text(line), Text(default.source))
-    return table
+def defaults(package: ModuleType) -> Table | Group:
+    """What [model] is where a job says nothing: of which flavors, and who says so."""
+    table = _table("flavors", "[model] default, and its source")
+    for default in getattr(package, "DEFAULTS", ()):
+        line = Text(f"{default.key} = {toml_tables.inline(default.value)}")
+        source = Text(default.source, style="dim")
+        table.add_row(Text(flavors_with(package, default)), Group(line, source))
+    return table if table.row_count else Group()
+
+
+def flavors_with(package: ModuleType, default: Default) -> str:
+    """The flavors of a model package that take a default of it."""
+    taking = [
+        flavor
+        for flavor in package.FLAVORS
+        if defaults_of(package.DEFAULTS, flavor).get(default.key) is default
+    ]
+    return "all" if len(taking) == len(package.FLAVORS) else ", ".join(taking)
 
 
 def _table(*columns: str) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import docstring_parser
@@ -13,10 +13,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from model_registry.entry import Default
 from titan_moe_lb import toml_tables
 from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.forced_routing import ForcedRouting
-from titan_moe_lb.job import job_config, module_lookup
+from titan_moe_lb.job import catalog, job_config, module_lookup
 from titan_moe_lb.job.catalog import first_paragraph
 from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.model_spec import balanced
@@ -34,9 +35,12 @@ def show(module: str, console: Console | None = None) -> None:
     """Print our flags, the keys of [model], and every kind of loss, bias rule and strategy."""
     console = console or Console(highlight=False)
     print(job_config.OWN_FLAGS)
-    entry = job_config.registry_entry(module_lookup.config_registry(module))
+    registry = module_lookup.config_registry(module)
+    package = module_lookup.model_package(registry)
+    entry = job_config.registry_entry(registry)
     console.print(Text(f"[model] of {module}, on the command line --model.KEY VALUE:"))
-    console.print(_indented(_model_keys(entry)))
+    console.print(_indented(_model_keys(entry, getattr(package, "DEFAULTS", ()))))
+    console.print(_indented(catalog.defaults(package)))
     for heading, kinds in _COMPONENTS.items():
         console.print(Text(heading))
         for name, kind in kinds.items():
@@ -47,12 +51,14 @@ def show(module: str, console: Console | None = None) -> None:
     console.print(Text("Flags of torchtitan:"))
 
 
-def _model_keys(entry: Callable) -> Table:
+def _model_keys(entry: Callable, defaults: Sequence[Default]) -> Table:
     described = _arguments(balanced) | _arguments(entry)
+    by_flavor = {default.key for default in defaults if default.flavors}
     table = _table()
     for name, hint in job_config.model_keys(entry).items():
         default = inspect.signature(entry).parameters[name].default
-        _add(table, name, hint, default, described.get(name, ""))
+        value = "default of the flavor, below" if name in by_flavor else _default(default)
+        _add(table, name, hint, value, described.get(name, ""))
     return table
 
 
@@ -64,15 +70,19 @@ def _keys(cls: type) -> Table:
     }
     table = _table()
     for field, hint in toml_tables.settable(cls).items():
-        _add(table, field.name, hint, toml_tables.default(field), described.get(field.name))
+        value = _default(toml_tables.default(field))
+        _add(table, field.name, hint, value, described.get(field.name))
     return table
 
 
-def _add(table: Table, name: str, hint: Any, default: Any, text: str | None) -> None:
-    required = default in (inspect.Parameter.empty, dataclasses.MISSING)
-    value = "required" if required else f"default {toml_tables.inline(default)}"
+def _add(table: Table, name: str, hint: Any, value: str, text: str | None) -> None:
     words = " ".join((text or "").split())
     table.add_row(Text(name), Text(f"{toml_tables.describe(hint)}; {value}"), Text(words))
+
+
+def _default(value: Any) -> str:
+    required = value in (inspect.Parameter.empty, dataclasses.MISSING)
+    return "required" if required else f"default {toml_tables.inline(value)}"
 
 
 def _arguments(function: Callable) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from titan_moe_lb.errors import JobError, nearest
 
 
 def registered_models() -> list[str]:
-    """The rooms of ``model_registry``: its packages that hold config functions."""
+    """The models of ``model_registry``: its packages that hold config functions."""
     import model_registry
 
     return sorted(
@@ -27,7 +27,7 @@ def config_registry(module: str) -> ModuleType:
     """The module that holds the config functions of ``module``.
 
     ``deepseek_v3`` means ``model_registry.deepseek_v3``; a name of torchtitan's own
-    models that has no room here, and any importable path, work as well.
+    models that has no package here, and any importable path, work as well.
 
     Raises:
         JobError: nothing of that name can be imported, or it needs a package that is
@@ -78,7 +78,7 @@ def config_of_flavor(registry: ModuleType, flavor: str) -> str:
     for name in names:
         if name.lower().endswith(ending):
             return name
-    flavors = getattr(_package(registry), "FLAVORS", names)
+    flavors = getattr(model_package(registry), "FLAVORS", names)
     raise JobError(
         f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, flavors)}"
     )
@@ -86,10 +86,11 @@ def config_of_flavor(registry: ModuleType, flavor: str) -> str:
 
 def entry_point(registry: ModuleType) -> Callable | None:
     """``model_registry`` of the package that the config functions belong to, if any."""
-    return getattr(_package(registry), "model_registry", None)
+    return getattr(model_package(registry), "model_registry", None)
 
 
-def _package(registry: ModuleType) -> ModuleType:
+def model_package(registry: ModuleType) -> ModuleType:
+    """The package that the config functions belong to, or the registry module itself."""
     return importlib.import_module(registry.__name__.removesuffix(".config_registry"))
 
 

@@ -1,6 +1,6 @@
-"""What every room of the registry is made of.
+"""What every model package of the registry is made of.
 
-A room is a package ``model_registry/<model>/`` with
+A model package is ``model_registry/<model>/`` with
 
 - ``__init__.py``: ``FLAVORS``, ``DEFAULTS`` (a :class:`Default` for each balancing
   choice, with its source) and ``model_registry(flavor, ...)``, which builds a torchtitan
@@ -36,24 +36,49 @@ class Default:
     value: Any
     source: str
     """Paper and section, or plainly that nobody published one."""
+    flavors: tuple[str, ...] = ()
+    """The flavors that take it, in place of what all flavors take; empty: all flavors."""
+
+
+def defaults_of(defaults: Iterable[Default], flavor: str) -> dict[str, Default]:
+    """The default of each key in a flavor: its own before that of all flavors."""
+    fitting = [default for default in defaults if not default.flavors or flavor in default.flavors]
+    return {default.key: default for default in sorted(fitting, key=lambda d: bool(d.flavors))}
 
 
 def registry_entry(
-    model: str, flavors: Sequence[str], defaults: Iterable[Default]
+    model: str, flavors: Sequence[str], defaults: Sequence[Default]
 ) -> Callable[[Callable[..., ModelSpec]], Callable[..., BalancedModelSpec]]:
     """Decorator of a function ``(flavor, ...) -> ModelSpec``: balances what it builds.
 
     The entry takes the arguments of :func:`titan_moe_lb.model_spec.balanced` as well,
-    with the room's defaults, and keeps all of them on the spec.
+    with the defaults of the flavor, and keeps all of them on the spec.
 
-    Raises, when it is called:
-        JobError: a flavor that is none of ``flavors``.
+    Raises:
+        JobError: a default is of a flavor or a key that does not exist; or, when the entry is
+            called, the flavor is none of ``flavors``.
     """
-    values = {default.key: default.value for default in defaults}
     shared = [
-        parameter.replace(default=values.get(name, parameter.default))
+        parameter
         for name, parameter in inspect.signature(balanced).parameters.items()
         if name != "spec"
+    ]
+    keys = [parameter.name for parameter in shared]
+    for default in defaults:
+        if default.key not in keys:
+            raise JobError(
+                f"{model} has a default of {default.key!r}; {nearest(default.key, keys)}"
+            )
+        for flavor in default.flavors:
+            if flavor not in flavors:
+                raise JobError(
+                    f"{model} has a default of {default.key} for the flavor {flavor!r}; "
+                    f"{nearest(flavor, flavors)}"
+                )
+    of_all = {default.key: default.value for default in defaults if not default.flavors}
+    shared = [
+        parameter.replace(default=of_all.get(parameter.name, parameter.default))
+        for parameter in shared
     ]
 
     def decorate(build: Callable[..., ModelSpec]) -> Callable[..., BalancedModelSpec]:
@@ -65,10 +90,14 @@ def registry_entry(
         @functools.wraps(build)
         def entry(*args, **kwargs) -> BalancedModelSpec:
             bound = signature.bind(*args, **kwargs)
+            given = set(bound.arguments)
             bound.apply_defaults()
             flavor = bound.arguments["flavor"]
             if flavor not in flavors:
                 raise JobError(f"{model} has no flavor {flavor!r}; {nearest(flavor, flavors)}")
+            for key, default in defaults_of(defaults, flavor).items():
+                if key not in given:
+                    bound.arguments[key] = default.value
             ours = {parameter.name: bound.arguments[parameter.name] for parameter in shared}
             rest = {k: v for k, v in bound.arguments.items() if k not in ours}
             spec = balanced(build(**rest), **ours)
