@@ -18,8 +18,9 @@ class MomentumBias(SpeedBias):
     ``speed * tanh(scale * (1 - n_i / mean_j n_j))`` less its mean over the experts.
 
     SMEBU of Trinity Large, arXiv 2602.17004; speed, scale and momentum are its lambda,
-    kappa and beta. Fixed point: every expert has the mean load and ``m`` is 0; unlike
-    the sign rule it comes to rest there.
+    kappa and beta, and the defaults its values. Both were compared with published notes on
+    the report, not with the report itself. Fixed point: every expert has the mean load and
+    ``m`` is 0; unlike the sign rule it comes to rest there.
     """
 
     type_name: ClassVar[str] = "momentum"

@@ -15,9 +15,9 @@ class EntropyLoss(SumsLoss):
     """log E - H(P) of each sequence, mean over the sequences: 0 at balance, at most log E.
 
     H(P) = - sum_i P_i log P_i in nats, P_i = 1 / L * sum_t p(t,i). Source: the global
-    entropy loss of LIMoE, arXiv 2206.02770, section 2.3 (- H(P), over a batch; over a
-    sequence here). Unlike the local entropy of that paper it does not ask single tokens
-    to be sure.
+    entropy loss of LIMoE, arXiv 2206.02770 (- H(P), over a batch and for each modality, up to
+    a threshold; over a sequence here). Unlike the local entropy of that paper it does not ask
+    single tokens to be sure.
     """
 
     type_name: ClassVar[str] = "entropy"
