@@ -67,6 +67,23 @@ def test_documents_need_positions():
         next(iter(config.build()))
 
 
+class NumberedRows(Rows):
+    """One that numbers the documents itself, and has no positions either."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Rows.Config):
+        pass
+
+    def __iter__(self):
+        for inputs, labels in super().__iter__():
+            yield {**inputs, DOCUMENT_IDS: torch.arange(8).expand(2, -1)}, labels
+
+
+def test_documents_of_a_loader_that_numbers_them_are_its_own():
+    inputs, _labels = next(iter(tell_tokens(NumberedRows.Config(), documents=True).build()))
+    assert torch.equal(inputs[DOCUMENT_IDS], torch.arange(8).expand(2, -1))
+
+
 def test_a_loader_with_nothing_to_say_stays_itself():
     config = Rows.Config()
     assert tell_tokens(config, documents=False) is config

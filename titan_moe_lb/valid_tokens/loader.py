@@ -51,7 +51,7 @@ def _telling(loader: type[Any]) -> type[Any]:
             for inputs, labels in super().__iter__():
                 if issubclass(loader, PADDING):
                     inputs[VALID_TOKENS] = before_padding(labels, IGNORE_INDEX)
-                if self._numbers_documents:
+                if self._numbers_documents and DOCUMENT_IDS not in inputs:
                     if "positions" not in inputs:
                         raise JobError(
                             'an aux loss has over = "document", and the batches of '
