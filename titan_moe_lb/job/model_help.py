@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import docstring_parser
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -101,5 +101,5 @@ def _table() -> Table:
     return table
 
 
-def _indented(table: Table, by: int = 2) -> Padding:
+def _indented(table: RenderableType, by: int = 2) -> Padding:
     return Padding(table, (0, 0, 1, by), expand=False)
