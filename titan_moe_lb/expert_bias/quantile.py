@@ -18,9 +18,14 @@ class QuantileBias(ExpertBias):
     ``r(t,i) = alpha(t) - s(t,i)`` with ``alpha(t)`` the (K+1)-th largest of ``s(t,.) + b``:
     a token selects the experts whose bias is above it. Source: Kimi K3 technical report,
     section 2.3.3, Eqs. 13 and 14, appendices C and D; with group-limited routing r is
-    ours (:func:`titan_moe_lb.expert_bias.required.required_bias`). The quantile is found in a histogram of ``num_bins`` uniform bins on
-    ``[min b - 1, max b + 1]``, outside which no r can be, and interpolated within its bin:
-    counts of tokens are summed over the ranks, not quantiles averaged.
+    ours (:func:`titan_moe_lb.expert_bias.required.required_bias`).
+
+    The quantile is found in a histogram of ``num_bins`` bins on ``b_i +- (max b - min b + 2)``,
+    outside which no r can be, and interpolated within its bin: counts of tokens are summed
+    over the ranks, not quantiles averaged. The report's bins are uniform. Here they are so
+    in ``asinh((r - b_i) / 1e-4)``: as fine as 2e-6 where the bias is and the quantile goes,
+    and coarser away from it. Uniform ones of 2e-3 are wider than what separates the scores of a
+    softmax over many experts.
 
     Fixed point: every expert is selected by K/E of the tokens. No speed has to be chosen.
     With K = E there is no choice, and the bias rests.
@@ -52,8 +57,8 @@ class QuantileBias(ExpertBias):
 
     def observe(self, histogram_EH, required_BLE, bias_E, number) -> None:
         num_experts, num_bins = histogram_EH.shape
-        low, width = _bins(bias_E, num_bins)
-        bins_BLE = ((required_BLE - low) / width).clamp_(0, num_bins - 1)
+        place_BLE = torch.asinh((required_BLE - bias_E) / _FINE) / _reach(bias_E)
+        bins_BLE = (place_BLE + 1).mul_(num_bins / 2).clamp_(0, num_bins - 1)
         bins_BLE = bins_BLE.nan_to_num_(0).long()
         bins_BLE += torch.arange(num_experts, device=bins_BLE.device) * num_bins
         number_N = number.expand_as(bins_BLE).flatten()
@@ -69,7 +74,6 @@ class QuantileBias(ExpertBias):
         step itself where no token is valid. float32 ``(N, E)``."""
         assert step.histogram_NEH is not None
         num_experts, num_bins = step.histogram_NEH.shape[1:]
-        low_N1, width_N1 = _bins(step.bias_NE.double(), num_bins)
         below_NEH = step.histogram_NEH.cumsum(dim=-1)
         total_NE1 = below_NEH[..., -1:]
         target_NE1 = total_NE1 * (self.config.top_k / num_experts)
@@ -79,12 +83,20 @@ class QuantileBias(ExpertBias):
         in_bin_NE1 = step.histogram_NEH.gather(-1, bin_NE1)
         before_NE1 = below_NEH.gather(-1, bin_NE1) - in_bin_NE1
         within_NE1 = (target_NE1 - before_NE1) / in_bin_NE1.clamp(min=1)
-        quantile_NE = low_N1 + (bin_NE1 + within_NE1).squeeze(-1) * width_N1
+        # Where the bin begins and ends, relative to the bias.
+        edges_NE2 = torch.cat([bin_NE1, bin_NE1 + 1], dim=-1).double() * (2 / num_bins) - 1
+        edges_NE2 = torch.sinh(edges_NE2 * _reach(step.bias_NE.double()).unsqueeze(-1)) * _FINE
+        begin_NE, end_NE = edges_NE2.unbind(dim=-1)
+        quantile_NE = step.bias_NE + begin_NE.lerp(end_NE, within_NE1.squeeze(-1).double())
         quantile_NE -= quantile_NE.mean(dim=-1, keepdim=True)
         return torch.where(total_NE1.squeeze(-1) > 0, quantile_NE.float(), step.bias_NE)
 
 
-def _bins(bias: torch.Tensor, num_bins: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the first bin begins, and how wide each is, ``(..., 1)``."""
+_FINE = 1e-4
+"""How far from the bias the bins begin to grow."""
+
+
+def _reach(bias: torch.Tensor) -> torch.Tensor:
+    """asinh of the largest distance of a required bias from any bias, ``(..., 1)``."""
     low, high = bias.aminmax(dim=-1, keepdim=True)
-    return low - 1, (high - low + 2) / num_bins
+    return torch.asinh((high - low + 2) / _FINE)
