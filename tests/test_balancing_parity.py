@@ -59,6 +59,25 @@ def test_padding_and_compilation_change_nothing(padded, layout):
     check_bias(comparisons[0].recorded, padded.reference[""][1])
 
 
+@pytest.mark.parametrize(
+    ("rule", "layout"),
+    [
+        ({"type": "proportional", "speed": 0.01}, "pp=2,schedule=ZBVZeroBubble"),
+        ({"type": "momentum"}, "tp=2,ep=2"),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else value,
+)
+def test_a_rule_of_counts_keeps_every_bit(ranks, rule, layout):
+    """The bias after two steps, which are functions of counts, and counts are whole numbers."""
+    model = {"aux_losses": [], "expert_bias": rule}
+    with Parity(ranks, model, with_main_loss=True, padded=True) as parity:
+        (comparison,) = parity.compare(parse(layout))
+        expected = parity.reference[""][1].bias
+    assert len(expected) == 3
+    for layer, bias in expected.items():
+        assert bias.any() and torch.equal(comparison.recorded.bias[layer], bias)
+
+
 def check_gradients(parity, comparisons) -> None:
     """Values to 1e-6, or 1e-7 where they are differences: the entropy's from log E."""
     for comparison in comparisons:

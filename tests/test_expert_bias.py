@@ -136,8 +136,9 @@ def test_quantile_against_sorting(data):
 
 def bin_edges(bias: np.ndarray, expert: int, num_bins: int) -> np.ndarray:
     span = float(bias.max() - bias.min()) + 2
-    places = np.linspace(-1, 1, num_bins + 1) * np.arcsinh(span / 1e-4)
-    return float(bias[expert]) + 1e-4 * np.sinh(places)
+    middle = num_bins // 2 + 0.5
+    places = (np.arange(num_bins + 1) - middle) * 2 / (num_bins - 1)
+    return float(bias[expert]) + 1e-3 * np.sinh(places * np.arcsinh(span / 1e-3))
 
 
 @settings(max_examples=100, deadline=None)

@@ -98,6 +98,10 @@ def check(parity: Parity, layout: str) -> None:
         expected: Recorded = parity.reference[comparison.loss][1]
         assert len(expected.layers) == 3
         assert_same_log(comparison.recorded, expected)
+        assert all(
+            torch.equal(comparison.recorded.bias[layer], bias)
+            for layer, bias in expected.bias.items()
+        )
 
 
 @pytest.fixture(scope="module")

@@ -93,21 +93,23 @@ def layout_gradients(
 
     trainer = build_from_seed(seed_folder, out_folder, layout, module, config, model, adapt)
 
-    def run() -> None:
-        run_batch(trainer, layout, with_main_loss=with_main_loss, padding=padding)
+    def run(number: int) -> None:
+        # A bias made of the quantiles of a batch leaves tokens of the same batch on the fence.
+        batch = global_batch() if padding == "none" else global_batch(7 + number)
+        run_batch(trainer, layout, batch, with_main_loss=with_main_loss, padding=padding)
 
     # A first pass gives the expert bias and the previous step's counts something to hold.
-    run()
+    run(0)
     trainer.optimizers.step()
     layers = moe_layers_of(trainer.model_parts)
     names = list(layers[0].router.aux_losses) if layers else []
     weights_A = layers[0].router.record.weights_A if layers else torch.zeros(0)
     whole_A = weights_A.clone()
     recorded = []
-    for kind in alone:
+    for number, kind in enumerate(alone, start=1):
         chosen = torch.tensor([kind in ("", name) for name in names], dtype=torch.float32)
         weights_A.copy_(whole_A * chosen.to(whole_A.device))
-        run()
+        run(number)
         gradients = gather_gradients(trainer)
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
         trainer.optimizers.step()
@@ -195,10 +197,15 @@ def gather_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def run_batch(
-    trainer: Trainer, layout: Layout, *, with_main_loss: bool, padding: Padding = "none"
+    trainer: Trainer,
+    layout: Layout,
+    batch: tuple[torch.Tensor, ...],
+    *,
+    with_main_loss: bool,
+    padding: Padding = "none",
 ) -> None:
-    """Forward and backward of this rank's part of the fixed batch, as ``train_step`` does."""
-    tokens, labels, positions = (part.to(trainer.device) for part in global_batch())
+    """Forward and backward of this rank's part of a global batch, as ``train_step`` does."""
+    tokens, labels, positions = (part.to(trainer.device) for part in batch)
     lengths = torch.tensor(ROW_LENGTHS, device=trainer.device).unsqueeze(1)
     mask = torch.arange(SEQUENCE_LENGTH, device=trainer.device) < lengths
     documents = document_numbers(positions)
@@ -239,8 +246,9 @@ def canonical(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
+def global_batch(seed: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and positions ``(8, 256)``."""
+    generator = torch.Generator().manual_seed(seed)
     shape = (GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
     # Few distinct tokens, unevenly: loads differ between sequences and experts.
     tokens = torch.randint(0, 2048, shape, generator=generator) // torch.randint(

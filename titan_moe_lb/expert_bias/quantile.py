@@ -23,8 +23,9 @@ class QuantileBias(ExpertBias):
     The quantile is found in a histogram of ``num_bins`` bins on ``b_i +- (max b - min b + 2)``,
     outside which no r can be, and interpolated within its bin: counts of tokens are summed
     over the ranks, not quantiles averaged. The report's bins are uniform. Here they are so
-    in ``asinh((r - b_i) / 1e-4)``: as fine as 2e-6 where the bias is and the quantile goes,
-    and coarser away from it. Uniform ones of 2e-3 are wider than what separates the scores of a
+    in ``asinh((r - b_i) / 1e-3)``: as fine as 2e-5 where the bias is and the quantile goes,
+    and coarser away from it. The bias itself is the middle of a bin, because every runner-up
+    requires just that. Uniform ones of 2e-3 are wider than what separates the scores of a
     softmax over many experts.
 
     Fixed point: every expert is selected by K/E of the tokens. No speed has to be chosen.
@@ -58,7 +59,8 @@ class QuantileBias(ExpertBias):
     def observe(self, histogram_EH, required_BLE, bias_E, number) -> None:
         num_experts, num_bins = histogram_EH.shape
         place_BLE = torch.asinh((required_BLE - bias_E) / _FINE) / _reach(bias_E)
-        bins_BLE = (place_BLE + 1).mul_(num_bins / 2).clamp_(0, num_bins - 1)
+        bins_BLE = place_BLE.mul_((num_bins - 1) / 2).add_(num_bins // 2 + 0.5)
+        bins_BLE = bins_BLE.clamp_(0, num_bins - 1)
         bins_BLE = bins_BLE.nan_to_num_(0).long()
         bins_BLE += torch.arange(num_experts, device=bins_BLE.device) * num_bins
         number_N = number.expand_as(bins_BLE).flatten()
@@ -83,16 +85,14 @@ class QuantileBias(ExpertBias):
         in_bin_NE1 = step.histogram_NEH.gather(-1, bin_NE1)
         before_NE1 = below_NEH.gather(-1, bin_NE1) - in_bin_NE1
         within_NE1 = (target_NE1 - before_NE1) / in_bin_NE1.clamp(min=1)
-        # Where the bin begins and ends, relative to the bias.
-        edges_NE2 = torch.cat([bin_NE1, bin_NE1 + 1], dim=-1).double() * (2 / num_bins) - 1
-        edges_NE2 = torch.sinh(edges_NE2 * _reach(step.bias_NE.double()).unsqueeze(-1)) * _FINE
-        begin_NE, end_NE = edges_NE2.unbind(dim=-1)
-        quantile_NE = step.bias_NE + begin_NE.lerp(end_NE, within_NE1.squeeze(-1).double())
+        place_NE = (bin_NE1 + within_NE1).squeeze(-1) - (num_bins // 2 + 0.5)
+        place_NE *= 2 / (num_bins - 1)
+        quantile_NE = step.bias_NE + torch.sinh(place_NE * _reach(step.bias_NE.double())) * _FINE
         quantile_NE -= quantile_NE.mean(dim=-1, keepdim=True)
         return torch.where(total_NE1.squeeze(-1) > 0, quantile_NE.float(), step.bias_NE)
 
 
-_FINE = 1e-4
+_FINE = 1e-3
 """How far from the bias the bins begin to grow."""
 
 
