@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.config.override import derive
+from torchtitan.tools.logging import logger
 
 from tests.chat_jobs import padding_of, train_chats, write_chats
+from tests.parity.gradients import LoaderThatTells
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
+from titan_moe_lb.router import moe_layers_of
 from titan_moe_lb.rules import validate
 from titan_moe_lb.traces.trace import read_trace
+from titan_moe_lb.upstream import cpu
 from titan_moe_lb.valid_tokens.loader import tell_tokens
 from titan_moe_lb.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 
 MODEL = [
     "--model.expert_bias={type='quantile'}",
     "--model.aux_losses=[{type='sequence_wise', weight=0.01, over='document'}]",
+]
+EVERY_PATH = [
+    "--model.expert_bias={type='quantile'}",
+    "--model.aux_losses=[{type='sequence_wise', weight=0.01, over='document'}, "
+    "{type='communication', weight=0.01, num_device_groups=4, devices_per_token=2}, "
+    "{type='entropy', weight=0.01}, {type='z_loss', weight=0.01}]",
 ]
 
 
@@ -29,10 +41,12 @@ def chats(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("layout", ["pp=2,schedule=Interleaved1F1B,ac=full", "cp=2"])
+@pytest.mark.parametrize("layout", ["pp=2,schedule=Interleaved1F1B,ac=full", "cp=2", "tp=2,ep=2"])
 def test_padding_of_chats_is_known_on_every_layout(ranks, chats, layout):
+    """Under torchtitan's SPMD type checker, which has to accept what masks and losses do."""
     (expected,) = ranks.run(1, padding_of, chats)
-    logged = ranks.run(2, train_chats, chats, layout, MODEL)[0]
+    model = [*EVERY_PATH, "--debug.spmd_typechecking"]
+    logged = ranks.run(2, train_chats, chats, layout, model)[0]
     assert len(expected) == len(logged) == 3 and sum(padding for padding, _tokens in expected) > 0
     for step, (padding, tokens) in zip(logged, expected, strict=True):
         assert step["moe/padding_share"] == pytest.approx(padding / tokens, rel=1e-12)
@@ -93,10 +107,6 @@ def test_a_loader_with_nothing_to_say_stays_itself():
 
 def bad_masks() -> dict[str, str]:
     """Of a model that was built for masks, what each wrong batch is answered. One rank."""
-    from torchtitan.config.override import derive
-
-    from tests.parity.gradients import LoaderThatTells
-    from titan_moe_lb.upstream import cpu
 
     config = job_config.load(["--config=deepseek_v3_tiny", *MODEL]).config
     config.dataloader = derive(config.dataloader, LoaderThatTells.Config)
@@ -126,6 +136,59 @@ def bad_masks() -> dict[str, str]:
             answers[name] = str(error)
     trainer.close()
     return answers
+
+
+REMEMBERED = ("expert_bias_E", "trend_E", "load_E")
+
+
+def a_step_without_a_valid_token() -> tuple[
+    list[torch.Tensor], list[torch.Tensor], float, list[str]
+]:
+    """What rules and losses remember before and after it; its loss values; what the log says."""
+    config = job_config.load(
+        [
+            "--config=deepseek_v3_tiny",
+            "--model.expert_bias={type='quantile_trend'}",
+            "--model.aux_losses=[{type='global_batch', weight=0.01}]",
+            "--training.local_batch_size=4",
+        ]
+    ).config
+    config.dataloader = derive(config.dataloader, LoaderThatTells.Config)
+    config.metrics.write_moe_trace = False
+    if cpu.needed():
+        cpu.adapt(config)
+    trainer = config.build()
+    tokens = torch.randint(2048, (4, 128), device=trainer.device)
+    positions = torch.arange(128, device=trainer.device).expand(4, -1)
+
+    def step(valid: bool) -> list[torch.Tensor]:
+        mask = torch.full((4, 128), valid, device=trainer.device)
+        batch = {"input": tokens, "positions": positions, VALID_TOKENS: mask}
+        trainer.step += 1
+        trainer.metrics_processor.ntokens_since_last_log += tokens.numel()
+        trainer.train_step(iter([(batch, tokens)]))
+        state = trainer.model_parts[0].state_dict()
+        return [v.clone() for k, v in state.items() if k.endswith(REMEMBERED)]
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    step(True)
+    before = step(True)
+    after = step(False)
+    logger.removeHandler(handler)
+    losses = moe_layers_of(trainer.model_parts)[0].router.step_record.step_losses_NA
+    trainer.close()
+    return before, after, float(losses.abs().max()), said
+
+
+def test_a_step_without_a_valid_token_changes_nothing_and_says_so(ranks):
+    ((before, after, loss, said),) = ranks.run(1, a_step_without_a_valid_token)
+    assert len(before) == 3 * len(REMEMBERED) and all(table.any() for table in before)
+    assert all(torch.equal(*tables) for tables in zip(before, after, strict=True))
+    assert loss == 0
+    assert sum("step 3 had no valid token" in line for line in said) == 1
 
 
 def test_a_wrong_mask_is_one_line(ranks):
