@@ -2,8 +2,8 @@
 
 Upstream facts: FlexAttention has no CPU backward, and torchtitan compiles both
 the kernel and the construction of its block mask, which costs seconds on a CPU
-before the first step. Here a block mask skips nothing (``unsparse_block_mask``)
-and is evaluated to a boolean matrix that
+before the first step. Here a block mask skips nothing (``dense_block_mask``) and is
+evaluated where it is made, once for all layers, to the boolean matrix that
 ``scaled_dot_product_attention`` takes.
 
 Shape suffixes: B = batch, L = query length, N = heads, H = head dimension,
@@ -19,6 +19,9 @@ import spmd_types as spmd
 import torch
 import torch.nn.functional as F
 from spmd_types.runtime import get_local_type, get_partition_spec
+from torch.distributed.tensor.experimental._context_parallel import (
+    _attention as context_parallel,
+)
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torchtitan.config.override import derive, override
 from torchtitan.distributed.utils import get_spmd_backend
@@ -26,7 +29,19 @@ from torchtitan.models.common import attention as upstream
 from torchtitan.models.common.attention import FlexAttention
 
 
-def unsparse_block_mask(
+class DenseMask:
+    """A mask function that was evaluated at every query and key."""
+
+    def __init__(self, mask_BNLS: torch.Tensor) -> None:
+        self.mask_BNLS = mask_BNLS
+
+    def __call__(
+        self, b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
+    ) -> torch.Tensor:
+        return self.mask_BNLS[b, h, q_idx, kv_idx]
+
+
+def dense_block_mask(
     mask_mod: Callable[..., torch.Tensor],
     B: int | None,
     H: int | None,
@@ -36,10 +51,13 @@ def unsparse_block_mask(
     BLOCK_SIZE: int | tuple[int, int] = 128,
     **ignored: object,
 ) -> BlockMask:
-    """A block mask that names every block, so that none of it is evaluated yet.
+    """A block mask that names every block and whose ``mask_mod`` is a :class:`DenseMask`.
 
     Takes the arguments of ``torch.nn.attention.flex_attention.create_block_mask``.
     """
+    # A mask's integer arithmetic has no SPMD rule.
+    with spmd.no_typecheck():
+        mask_BNLS = create_mask(mask_mod, B, H, Q_LEN, KV_LEN, device=device)
     query_block, key_block = (
         BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
     )
@@ -51,19 +69,21 @@ def unsparse_block_mask(
         torch.full(shape, key_blocks, dtype=torch.int32, device=device),
         key_indices.expand(*shape, key_blocks).contiguous(),
         BLOCK_SIZE=(query_block, key_block),
-        mask_mod=mask_mod,
+        mask_mod=DenseMask(mask_BNLS),
         seq_lengths=(Q_LEN, KV_LEN),
     )
 
 
 def use_uncompiled_block_mask() -> None:
-    """Monkeypatch: replace torchtitan's compiled ``create_block_mask``.
+    """Monkeypatch: replace the compiled ``create_block_mask`` of torchtitan and of torch.
 
-    Upstream fact: ``create_attention_mask`` always calls the module's
-    ``_compiled_create_block_mask``; there is no setting that turns the
-    compilation off. Only this package's dense attention reads the result.
+    Upstream fact: ``create_attention_mask``, and torch where it cuts a mask for context
+    parallelism, always call their module's ``_compiled_create_block_mask``; there is no
+    setting that turns the compilation off. Only this package's dense attention reads the
+    result.
     """
-    upstream._compiled_create_block_mask = unsparse_block_mask
+    for module in (upstream, context_parallel):
+        module._compiled_create_block_mask = dense_block_mask  # type: ignore[union-attr]
 
 
 class DenseMaskAttention(FlexAttention):
@@ -91,10 +111,10 @@ class DenseMaskAttention(FlexAttention):
         if score_mod is not None:
             raise NotImplementedError("score_mod is not supported by the host attention")
         q_BNLH, k_BNSH, v_BNSH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
-        # The dense mask's integer arithmetic has no SPMD rule, so the region is
-        # typed at its boundary, as torchtitan does around its own flex kernel.
+        assert isinstance(attention_masks.mask_mod, DenseMask)
+        mask_BNLS = attention_masks.mask_mod.mask_BNLS
+        # Typed at its boundary, as torchtitan does around its own flex kernel.
         with spmd.no_typecheck():
-            mask_BNLS = _dense_mask(attention_masks, q_BNLH, k_BNSH)
             if out_transform is None:
                 out_BNLH = F.scaled_dot_product_attention(
                     q_BNLH, k_BNSH, v_BNSH, attn_mask=mask_BNLS, scale=scale, enable_gqa=enable_gqa
@@ -121,18 +141,6 @@ class DenseMaskAttention(FlexAttention):
                 None if spec is None else spmd.PartitionSpec(*spec[:-1]),
             )
         return out_transform(out_BLNH, logsumexp_BLN)
-
-
-def _dense_mask(block_mask: BlockMask, q_BNLH: torch.Tensor, k_BNSH: torch.Tensor) -> torch.Tensor:
-    batch = block_mask.kv_num_blocks.shape[0]
-    return create_mask(
-        block_mask.mask_mod,
-        batch if batch > 1 else q_BNLH.shape[0],
-        1,
-        q_BNLH.shape[-2],
-        k_BNSH.shape[-2],
-        device=q_BNLH.device,
-    )
 
 
 def _softmax_attention(
