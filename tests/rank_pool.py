@@ -1,15 +1,14 @@
 """Processes that stay up and run one function after another as the ranks of a job.
 
 Importing torch and torchtitan takes longer than most checks, so the processes are
-started once. Each call makes a fresh process group of as many ranks as it needs: gloo
-on the host, or NCCL with one GPU a rank.
+started once, on the host by forking one that has imported both. Each call makes a fresh
+process group of as many ranks as it needs: gloo on the host, or NCCL with one GPU a rank.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
+from torch.distributed import TCPStore
 
 TIMEOUT_SECONDS = 300
 
@@ -50,11 +50,12 @@ class RankPool:
         self.need(num_ranks)
         if not self._workers:
             self._start()
-        port = _free_port()
+        # Hosted here, as torchrun does: a rank that asks before its server is up waits a second.
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         path = (function.__module__, function.__qualname__)
         busy = {}
         for rank, (_process, connection) in enumerate(self._workers[:num_ranks]):
-            connection.send((rank, num_ranks, port, path, args, kwargs))
+            connection.send((rank, num_ranks, store.port, path, args, kwargs))
             busy[connection] = rank
         results: list[Any] = [None] * num_ranks
         while busy:
@@ -75,7 +76,10 @@ class RankPool:
         return results
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # CUDA does not survive a fork.
+        context = multiprocessing.get_context("spawn" if self.gpus else "forkserver")
+        if not self.gpus:
+            context.set_forkserver_preload(["tests.host_imports"])
         visible = ",".join(self.gpus or ())
         for _ in range(self.size):
             ours, theirs = context.Pipe()
@@ -92,14 +96,11 @@ class RankPool:
 
 
 def _serve(connection: Connection, visible_gpus: str) -> None:
+    if not visible_gpus:
+        import tests.host_imports  # noqa: F401
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     import gc
-
-    from titan_moe_lb.upstream import cpu
-
-    if cpu.needed():
-        cpu.use_host()
     import logging
     import warnings
 
@@ -128,6 +129,7 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
             WORLD_SIZE=str(num_ranks),
             MASTER_ADDR="localhost",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         try:
             function = getattr(importlib.import_module(module), name)
@@ -156,9 +158,3 @@ def _sleep_unless_the_trainer_asks(seconds: float) -> None:
     waits for their results."""
     if sys._getframe(1).f_globals["__name__"] != "torchtitan.trainer":
         _sleep(seconds)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
