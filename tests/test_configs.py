@@ -37,6 +37,14 @@ def tiny(job: dict) -> list[str]:
     return ["--module", module, "--config", f"{module}_tiny", "--training.steps=5", *model]
 
 
+def graphs(job: dict) -> list[str]:
+    """Compiled blocks as traced; their kernels only where a backward in two passes needs them."""
+    schedule = job.get("parallelism", {}).get("pipeline_parallel_schedule")
+    if not job.get("compile", {}).get("enable") or schedule == "ZBVZeroBubble":
+        return []
+    return ["--compile.backend=aot_eager"]
+
+
 @pytest.fixture(scope="module")
 def data_parallel(ranks, tmp_path_factory):
     """Seed checkpoint folder, and what FSDP alone logs from it on the same text, by degree."""
@@ -63,7 +71,7 @@ def test_job_file_trains(ranks, data_parallel, path, tmp_path):
     degrees, batch = degrees_of(job), local_batch(job)
     degree = degrees["dp_replicate"] * degrees["dp_shard"]
     seed_folder, expected = data_parallel(tiny(job), degree, batch)
-    arguments = ["--job-config", str(path), *tiny(job), f"--dump_folder={tmp_path}"]
+    arguments = ["--job-config", str(path), *tiny(job), *graphs(job), f"--dump_folder={tmp_path}"]
     by_rank = ranks.run(job["job"]["ranks"], train, arguments, seed_folder=seed_folder)
 
     # A rank without the last pipeline stage reports a negative placeholder.

@@ -106,6 +106,7 @@ def test_an_apple_gpu_is_no_accelerator_to_torchtitan(monkeypatch, kind, needed)
 
 def test_validation_of_a_debug_job_needs_no_network(ranks):
     flags = ["--training.steps=2", "--validator.enable", "--validator.freq=2"]
+    flags += ["--validator.steps=10"]
     ((first, second),) = ranks.run(1, train, ["--config", "deepseek_v3_tiny", *flags])
     losses = [step["validation_metrics/loss"] for step in (first, second)]
     assert losses[1] < losses[0] < 9.0
