@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Run the tests: ./run_tests.sh [--device cuda] [PYTEST ARGUMENTS]      (see docs/tests.md)
-# Sets up .venv on first use.
+# Sets up .venv on first use. Without arguments: all, a file at a time in each of two processes,
+# because the ranks of one test spend half their time waiting for each other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 "${PYTHON:-python3}" bootstrap.py test
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile
 exec .venv/bin/python -m pytest "$@"
