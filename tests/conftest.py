@@ -7,6 +7,8 @@ import os
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that wait for each other by spinning take the cores from the tests beside.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.gpus import GPUS
 from tests.rank_pool import RankPool
