@@ -283,9 +283,11 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             return self._debug_force_load_balance_routing(scores_BLE)[0]
         biased_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
         choice_BLE = self._limit_groups(biased_BLE)
-        histogram_EH = None if self.record is None else self.record.histogram_EH
+        record, rule = self.record, self.expert_bias
+        histogram_EH = None if record is None else record.histogram_EH
         if histogram_EH is None or not self.training or is_recomputation():
             return choice_BLE.topk(self.top_k, dim=-1, sorted=False).indices
+        assert record is not None and rule is not None and expert_bias_E is not None
         best_BLK1, ids_BLK1 = choice_BLE.topk(self.top_k + 1, dim=-1)
         required_BLE = required_bias(
             scores_BLE,
@@ -294,8 +296,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             num_groups=self.num_expert_groups,
             num_limited_groups=self.num_limited_groups,
         )
-        number = self.record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
-        self.expert_bias.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
+        number = record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
+        rule.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
         return ids_BLK1[..., : self.top_k].contiguous()
 
     def _limit_groups(self, choice_BLE: torch.Tensor) -> torch.Tensor:

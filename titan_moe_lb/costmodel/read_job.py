@@ -8,6 +8,7 @@ pipelining and parallelizing functions: nothing is typed again, nothing is alloc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -114,7 +115,9 @@ def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
 
 
 def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> Stage:
-    num_layers = len(part.layers) + len(getattr(part, "mtp_layers", None) or ())
+    num_layers = len(cast(nn.ModuleDict, part.layers)) + len(
+        getattr(part, "mtp_layers", None) or ()
+    )
     matrix_parameters = 0
     kept = 0.0
     for name, module in part.named_modules():

@@ -75,6 +75,7 @@ class QuantileBias(ExpertBias):
         """The bias with which the step would have been balanced, less its mean; that of the
         step itself where no token is valid. float32 ``(N, E)``."""
         assert step.histogram_NEH is not None
+        assert self.config.top_k is not None
         num_experts, num_bins = step.histogram_NEH.shape[1:]
         below_NEH = step.histogram_NEH.cumsum(dim=-1)
         total_NE1 = below_NEH[..., -1:]

@@ -171,9 +171,9 @@ class RouterLosses(ModuleDict):
             counts_BE = None
             if loss.needs_counts:
                 counts_BE = rows_of(counts_SQE[self.source_index(loss)])
-            if not loss.linear and tokens is not None:
-                balanced = sequences.share == 0
-                sums_BE = sums_BE.masked_fill(balanced, 1 / sums_BE.shape[-1])
+            if not loss.linear and isinstance(sequences.share, torch.Tensor):
+                # A formula may divide by what an empty sequence has none of.
+                sums_BE = sums_BE.masked_fill(sequences.share == 0, 1 / sums_BE.shape[-1])
             coefficients_BE = kept(loss.coefficients(sums_BE, counts_BE, sequences).float())
             if not is_recomputation():
                 if loss.linear:

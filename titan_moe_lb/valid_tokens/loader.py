@@ -39,7 +39,7 @@ def _telling(loader: type[Any]) -> type[Any]:
         )
 
         @dataclass(kw_only=True, slots=True)
-        class Config(loader.Config):
+        class Config(loader.Config):  # type: ignore[name-defined]
             documents: bool = False
             """Number the documents of each row. Filled by ``update_from_config``."""
 
