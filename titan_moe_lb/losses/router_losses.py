@@ -64,6 +64,8 @@ class RouterLosses(ModuleDict):
         self.needs_step_counts = bool(at_step_end)
         self.needs_probabilities = bool(of_sums)
         self.num_documents = max([loss.max_documents or 1 for loss in of_sums], default=1)
+        self._needs_whole_sums = not all(loss.linear for loss in of_sums)
+        self._needs_whole_counts = any(loss.needs_counts for loss in of_sums)
         self._sequence_shards = sequence_shards
         self._sequence_groups: list = []
 
@@ -157,9 +159,9 @@ class RouterLosses(ModuleDict):
             num_documents=self.num_documents,
         ).float()
         whole_QE = own_QE
-        if not all(loss.linear for _index, loss in self._of_sums):
+        if self._needs_whole_sums:
             whole_QE = self._whole_sequences(own_QE)
-        if any(loss.needs_counts for _index, loss in self._of_sums):
+        if self._needs_whole_counts:
             counts_SQE = self._whole_sequences(counts_SQE)
         total = None
         for index, loss in self._of_sums:
