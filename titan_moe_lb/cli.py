@@ -32,10 +32,10 @@ class Report:
 
     run_dir: RunDir
     """Folder of the run, or its moe_load.arrow."""
-    compare: Annotated[Path | None, _optional("RUN_DIR")] = None
-    """A second run of the same model, shown beside the first."""
+    compare: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], _optional("RUN_DIR")] = ()
+    """Another run of the same model, shown beside the first; give it once for each."""
     output: Annotated[Path | None, _optional("FILE", "-o")] = None
-    """File to write; default: report.html in the run's folder."""
+    """File to write; default: report.html in the run's folder, compare.html for several."""
 
     def run(self) -> None:
         from titan_moe_lb.report.command import write_report

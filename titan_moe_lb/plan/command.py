@@ -19,11 +19,12 @@ from titan_moe_lb.costmodel.known_hardware import hardware
 from titan_moe_lb.costmodel.load import WORST
 from titan_moe_lb.costmodel.plan import heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.pages import output_file
 from titan_moe_lb.plan.page import write_page
 from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
 from titan_moe_lb.plan.question import Question
 from titan_moe_lb.plan.table import print_plan
-from titan_moe_lb.traces.trace import Trace, read_trace
+from titan_moe_lb.traces.trace import Trace, read_trace, trace_file
 
 
 def make_plan(question: Question) -> Plan:
@@ -206,6 +207,9 @@ def _quiet_host() -> Iterator[None]:
 
 def run(question: Question) -> None:
     """Answer on the terminal."""
+    if question.output:
+        named = (question.job_config, question.hardware, question.from_run)
+        output_file.check(question.output, [trace_file(path) for path in named if path])
     plan = make_plan(question)
     if question.json:
         print(json.dumps(plan.as_json(), indent=2, default=str))
