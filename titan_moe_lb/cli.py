@@ -6,14 +6,15 @@ it runs, so that ``--help`` is instant.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from titan_moe_lb import command_line
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.plan.question import Question
 
@@ -68,18 +69,35 @@ class Plan(Question):
         run(self)
 
 
-SUBCOMMANDS: dict[str, Callable[..., Any]] = {"report": Report, "watch": Watch, "plan": Plan}
+SUBCOMMANDS: dict[str, type] = {"report": Report, "watch": Watch, "plan": Plan}
+
+
+def _valid(arguments: list[str]) -> list[str]:
+    """What may stand in a command line: the flags of its command, or a command."""
+    command = SUBCOMMANDS.get(arguments[0]) if arguments else None
+    if command is None:
+        return list(SUBCOMMANDS)
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(command)]
+    return [*(f"--{name}" for name in names), "-o", "--help"]
+
+
+def _flag_of_a_job(flag: str) -> str | None:
+    if flag in ("--module", "--config") or "." in flag:
+        return f"the flags of a job come last, after --, as in: plan --hardware h100 -- {flag} ..."
+    return None
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the program. A mistake of the user is one line and status 2."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS,
-        prog="titan-moe-lb",
-        description="Reports, live view and planning from the trace of a run.",
-        args=arguments,
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        with command_line.in_one_line(arguments, lambda: _valid(arguments), _flag_of_a_job):
+            command: Any = tyro.extras.subcommand_cli_from_dict(
+                SUBCOMMANDS,
+                prog="titan-moe-lb",
+                description="Reports, live view and planning from the trace of a run.",
+                args=arguments,
+            )
         command.run()
     except JobError as error:
         print(f"titan_moe_lb: error: {error}", file=sys.stderr)

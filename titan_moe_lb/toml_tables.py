@@ -33,7 +33,7 @@ def read(path: str, flag: str) -> dict[str, Any]:
         JobError: it is missing or cannot be read, or its syntax is bad.
     """
     try:
-        return tomli.loads(Path(path).read_text())
+        return tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise JobError(f"{flag} {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -216,6 +216,11 @@ def inline(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
     return json.dumps(NONE if value is None else value)
+
+
+def kinds(hint: Any) -> list[str]:
+    """The types that a table of this annotation can have."""
+    return list(_choices(_members(hint)))
 
 
 def describe(hint: Any) -> str:
