@@ -141,6 +141,11 @@ def draft(arguments: list[str]) -> Draft:
     command = parse_command_line(arguments)
     source = command.job_config or "command line"
     tables = toml_tables.read(command.job_config, "--job-config") if command.job_config else {}
+    if command.job_config and not tables:
+        raise JobError(
+            f"--job-config {source} sets nothing: begin it with a model, as in "
+            f'[job] module = "{DEFAULT_MODULE}"'
+        )
     table = JobTable()
     job = tables.pop("job", {})
     if not isinstance(job, dict):
