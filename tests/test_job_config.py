@@ -180,7 +180,7 @@ WRONG_FILES = {
     "two of one kind": (
         JOB
         + '[model]\naux_losses = [{type = "sequence_wise", weight = 1.0}, {type = "sequence_wise", weight = 2.0}]\n',
-        "two losses of type SequenceWiseAuxLoss",
+        '[model] aux_losses has two of type "sequence_wise"',
     ),
     "no MoE layer": (
         '[job]\nmodule = "llama3"\nconfig = "llama3_debugmodel"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 1.0\n',
@@ -295,7 +295,7 @@ WRONG_FILES = {
     "processes": (JOB + "[parallelism]\ndata_parallel_replicate_degree = 3\n", "NGPU=3"),
     "experts": (
         JOB + "[parallelism]\ndata_parallel_shard_degree = 3\nexpert_parallel_degree = 3\n",
-        "expert_parallel_degree 3 does not divide the 8 experts",
+        "expert_parallel_degree 3 does not divide the 8 experts of layer 1",
     ),
     "global batch": (
         JOB + "[training]\nglobal_batch_size = 12\n",
