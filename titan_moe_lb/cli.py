@@ -77,7 +77,9 @@ def _valid(arguments: list[str]) -> list[str]:
     command = SUBCOMMANDS.get(arguments[0]) if arguments else None
     if command is None:
         return list(SUBCOMMANDS)
-    names = [field.name.replace("_", "-") for field in dataclasses.fields(command)]
+    fields = dataclasses.fields(command)
+    names = [field.name.replace("_", "-") for field in fields]
+    names += [f"no-{field.name}" for field in fields if isinstance(field.default, bool)]
     return [*(f"--{name}" for name in names), "-o", "--help"]
 
 

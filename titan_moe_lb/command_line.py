@@ -42,14 +42,26 @@ def in_one_line(
     except SystemExit as stop:
         if stop.code != 2:  # --help
             raise
-        box = [line.strip("│ ") for line in said.getvalue().splitlines() if line[:1] == "│"]
-        raise JobError(_sentence(box, list(arguments), list(valid()), elsewhere)) from None
+        raise JobError(
+            _sentence(_in_box(said.getvalue()), list(arguments), list(valid()), elsewhere)
+        ) from None
     sys.stderr.write(said.getvalue())
+
+
+def _in_box(said: str) -> list[str]:
+    """The lines in tyro's box: drawn in colour on a terminal, and without Unicode as a title
+    over dashes."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()
+    lines = iter([line.strip("│ ") for line in plain])
+    for line in lines:
+        if line.startswith("╭") or (line and not line.strip("-")):
+            break
+    return list(lines)
 
 
 def _sentence(box: list[str], arguments: list[str], valid: list[str], elsewhere) -> str:
     """The lines in the box, as one that names what the user typed."""
-    lines = list(itertools.takewhile(lambda line: line.strip("─"), box))
+    lines = list(itertools.takewhile(lambda line: line.strip("─-"), box))
     text = " ".join(lines)
     if found := re.match(r"Unrecognized options: ([^\s,]+)", text):
         return _unknown(found[1], arguments, valid, elsewhere)

@@ -27,6 +27,8 @@ def check(output: Path, inputs: Iterable[Path] = ()) -> None:
     """
     try:
         target = _target(output)
+        if target.is_symlink():
+            raise _refusal(output, "is a symlink that ends nowhere")
         if target.exists():
             if any(same.exists() and target.samefile(same) for same in inputs):
                 raise _refusal(output, "is an input of this command")
