@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.errors import JobError, near, nearest
 
 _KINDS = {
     "INT": "an integer",
@@ -79,8 +79,8 @@ def _sentence(box: list[str], arguments: list[str], valid: list[str], elsewhere)
         return f"{_as_typed(found[1], arguments)} needs a value"
     if found := re.match(r"invalid choice '(.*?)' for argument '(.*?)'.*?\((.*?),?\)", text):
         value, flag, choices = found.groups()
-        remedy = nearest(value, re.findall(r"'(.*?)'", choices))
-        return f"{_as_typed(flag, arguments)} is {value!r}; it must be one of {choices}; {remedy}"
+        guess = near(value, re.findall(r"'(.*?)'", choices))
+        return f"{_as_typed(flag, arguments)} is {value!r}; it must be one of {choices}{guess}"
     if found := re.match(r"Error parsing (--\S+): (.*)", text):
         flag, reason = found.groups()
         value = " ".join(re.findall(r"'([^']*)'", reason))

@@ -17,12 +17,17 @@ class JobError(ValueError):
 _MOST_LISTED = 40
 
 
+def near(name: str, valid: Iterable[str]) -> str:
+    """What follows a list of the valid names: the nearest one, if one is near."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The remedy of a misspelt name: the nearest valid one, or all of them if they are few."""
     valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if guess := near(name, valid):
+        return guess.removeprefix("; ")
     if not valid:
         return "there is none"
-    if close:
-        return f"did you mean {close[0]!r}?"
     return f"valid: {', '.join(sorted(valid))}" if len(valid) <= _MOST_LISTED else "see --help"

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union
 import tomli
 import typeguard
 
-from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.errors import JobError, near, nearest
 
 NONE = "none"
 
@@ -185,8 +185,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         typeguard.check_type(value, hint, collection_check_strategy=every)
     except typeguard.TypeCheckError:
         literals = _literals(members)
-        remedy = f"; {nearest(value, literals)}" if literals and isinstance(value, str) else ""
-        raise _wrong(where, value, describe(hint) + remedy) from None
+        guess = near(value, literals) if isinstance(value, str) else ""
+        raise _wrong(where, value, describe(hint) + guess) from None
     return value
 
 
@@ -218,9 +218,9 @@ def inline(value: Any) -> str:
     return json.dumps(NONE if value is None else value)
 
 
-def kinds(hint: Any) -> list[str]:
-    """The types that a table of this annotation can have."""
-    return list(_choices(_members(hint)))
+def kinds(hint: Any) -> dict[str, type | None]:
+    """The types that a table of this annotation can have, and their classes."""
+    return _choices(_members(hint))
 
 
 def describe(hint: Any) -> str:

@@ -14,8 +14,11 @@ def flags_of(config: Any, prefix: str = "--") -> Iterator[str]:
     for field, hint in toml_tables.settable(type(config)).items():
         value = getattr(config, field.name)
         kinds = toml_tables.kinds(hint)
-        yield from (f"{prefix[2:]}{field.name.replace('_', '-')}:{kind}" for kind in kinds)
-        if dataclasses.is_dataclass(value) or not kinds:
+        for kind, cls in kinds.items():
+            yield f"{prefix[2:]}{field.name.replace('_', '-')}:{kind}"
+            parts = toml_tables.settable(cls) if cls else ()
+            yield from (f"{prefix}{field.name}.{part.name}" for part in parts)
+        if not kinds:
             yield from _flags(value, f"{prefix}{field.name}")
         if isinstance(value, bool):
             yield f"{prefix}no-{field.name}"

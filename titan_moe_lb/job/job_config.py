@@ -196,6 +196,8 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         if not ours:
             command.rest.append(argument)
         elif key in _SWITCHES:
+            if has_value:
+                raise JobError(f"{name} takes no value, not even {value!r}")
             setattr(command, _SWITCHES[key], True)
         else:
             if not has_value:
@@ -235,7 +237,7 @@ def _complete(table: JobTable, source: str) -> JobTable:
         if not config:
             raise JobError(
                 f"--module {module} has no debug job: name a config with --config; "
-                f"valid: {', '.join(module_lookup.config_names(registry))}"
+                f"{nearest('', module_lookup.config_names(registry))}"
             )
     return dataclasses.replace(table, module=module, config=config, flavor="")
 
@@ -310,7 +312,7 @@ class _ResolvedConfigManager(ConfigManager):
 
     def valid(self) -> list[str]:
         """Every flag: torchtitan's and our own."""
-        own = re.findall(r"^  (--[a-z-]+)", OWN_FLAGS, re.MULTILINE)
+        own = re.findall(r"^  (--[a-z-]+(?:\.KEY)?)", OWN_FLAGS, re.MULTILINE)
         return [*flags.flags_of(self._loaded), *own, "--help"]
 
     def _load_config(self, args: list[str]) -> tuple[object, list[str]]:

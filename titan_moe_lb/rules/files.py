@@ -6,6 +6,7 @@ import copy
 import os
 
 import torch
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
@@ -33,6 +34,13 @@ def assets_are_here(config: Trainer.Config) -> None:
         raise JobError(
             f"hf_assets_path {config.hf_assets_path!r} is not a folder: download the model's "
             "tokenizer files there, or name a folder that holds a tokenizer.json"
+        )
+    files = ("tokenizer.json", "vocab.json", "vocab.txt")
+    found = [name for name in files if os.path.isfile(os.path.join(config.hf_assets_path, name))]
+    if isinstance(config.tokenizer, HuggingFaceTokenizer.Config) and not found:
+        raise JobError(
+            f"hf_assets_path {config.hf_assets_path!r} holds no tokenizer: none of "
+            f"{', '.join(files)}"
         )
 
 

@@ -15,6 +15,10 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
 
+_AT_LEAST_ZERO = (
+    "lr_scheduler.warmup_steps",
+    "dataloader.num_workers",
+)
 _AT_LEAST_ONE = (
     "training.local_batch_size",
     "training.seq_len",
@@ -24,11 +28,12 @@ _AT_LEAST_ONE = (
 
 
 def sizes_are_positive(config: Trainer.Config) -> None:
-    for path in _AT_LEAST_ONE:
-        section, name = path.split(".")
-        value = getattr(getattr(config, section), name)
-        if value < 1:
-            raise JobError(f"{path} is {value}; it must be at least 1")
+    for least, paths in enumerate((_AT_LEAST_ZERO, _AT_LEAST_ONE)):
+        for path in paths:
+            section, name = path.split(".")
+            value = getattr(getattr(config, section), name, least)
+            if value < least:
+                raise JobError(f"{path} is {value}; it must be at least {least}")
     total = config.training.global_batch_size
     if total != -1 and total < 1:
         raise JobError(
