@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,7 @@ class Plan(Question):
         run(self)
 
 
-SUBCOMMANDS: dict[str, type] = {"report": Report, "watch": Watch, "plan": Plan}
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"report": Report, "watch": Watch, "plan": Plan}
 
 
 def _valid(arguments: list[str]) -> list[str]:
@@ -77,7 +78,7 @@ def _valid(arguments: list[str]) -> list[str]:
     command = SUBCOMMANDS.get(arguments[0]) if arguments else None
     if command is None:
         return list(SUBCOMMANDS)
-    fields = dataclasses.fields(command)
+    fields = dataclasses.fields(command)  # type: ignore[arg-type]
     names = [field.name.replace("_", "-") for field in fields]
     names += [f"no-{field.name}" for field in fields if isinstance(field.default, bool)]
     return [*(f"--{name}" for name in names), "-o", "--help"]

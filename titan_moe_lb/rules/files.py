@@ -6,6 +6,7 @@ import copy
 import os
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
@@ -118,7 +119,8 @@ def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
     for name, value in state.items():
         if ".expert_bias" in name or ".aux_losses." in name or not torch.is_tensor(value):
             continue
-        there = tuple(saved[name].size) if hasattr(saved.get(name), "size") else None
+        stored = saved.get(name)
+        there = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
         if there != tuple(value.shape):
             has = f"has {name} of shape {there}" if there else f"has no {name}"
             raise JobError(
