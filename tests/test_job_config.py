@@ -180,7 +180,7 @@ WRONG_FILES = {
     "two of one kind": (
         JOB
         + '[model]\naux_losses = [{type = "sequence_wise", weight = 1.0}, {type = "sequence_wise", weight = 2.0}]\n',
-        "two losses of type SequenceWiseAuxLoss",
+        '[model] aux_losses has two of type "sequence_wise"',
     ),
     "no MoE layer": (
         '[job]\nmodule = "llama3"\nconfig = "llama3_debugmodel"\n[model.aux_losses]\ntype = "sequence_wise"\nweight = 1.0\n',
@@ -295,7 +295,7 @@ WRONG_FILES = {
     "processes": (JOB + "[parallelism]\ndata_parallel_replicate_degree = 3\n", "NGPU=3"),
     "experts": (
         JOB + "[parallelism]\ndata_parallel_shard_degree = 3\nexpert_parallel_degree = 3\n",
-        "expert_parallel_degree 3 does not divide the 8 experts",
+        "expert_parallel_degree 3 does not divide the 8 experts of layer 1",
     ),
     "global batch": (
         JOB + "[training]\nglobal_batch_size = 12\n",
@@ -382,8 +382,6 @@ def test_missing_file_and_missing_value():
         job_config.load(["--module"])
 
 
-def test_unknown_flag_leaves_with_status_2(capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_unknown_flag_gets_as_good_a_guess_as_a_key():
+    with pytest.raises(JobError, match=r"there is no flag --training.stepps; .*'--training.steps'"):
         job_config.load(["--config", "deepseek_v3_tiny", "--training.stepps", "3"])
-    assert stop.value.code == 2
-    assert "--training.steps" in capsys.readouterr().err

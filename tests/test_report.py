@@ -237,6 +237,20 @@ def test_two_runs_side_by_side(tmp_path):
     assert "no such figure" in json.dumps(charts[4][1]["layout"]["annotations"])
 
 
+def test_more_runs_than_two_and_the_page_of_one_is_kept(tmp_path):
+    runs = [write_run(tmp_path / name, run_info(), 4, seed=n) for n, name in enumerate("xyz")]
+    page_of(runs[0])
+    alone = (runs[0] / "report.html").read_bytes()
+    report(runs[0], "--compare", runs[1], "--compare", runs[2])
+    page = Page((runs[0] / "compare.html").read_text())
+    for index, run in enumerate(runs):
+        expected = balanced_load(read_trace(run).counts_SME)
+        np.testing.assert_allclose(page.loads(index), expected, rtol=0.045)
+    assert [curve["name"] for curve in page.data["course"]["data"]] == ["A", "B", "C"]
+    assert all(len(figures) == 3 for figures in page.charts)
+    assert (runs[0] / "report.html").read_bytes() == alone
+
+
 def test_two_models_are_refused(tmp_path, capsys):
     one = write_run(tmp_path / "one", run_info(), 2)
     other = write_run(tmp_path / "other", run_info(4, 16, model="qwen3"), 2)

@@ -99,7 +99,8 @@ def copied(learned, tmp_path) -> Path:
 
 def files_of(folder, rule: str, *flags: str) -> None:
     """What the launcher asks before it starts a process."""
-    validate_files(job_config.load([*bias_job(folder, rule), *flags]).config)
+    longer = "--training.steps=9"
+    validate_files(job_config.load([*bias_job(folder, rule), longer, *flags]).config)
 
 
 def test_frozen_keeps_the_bits_of_a_learned_bias(ranks, learned, tmp_path, monkeypatch):
@@ -220,13 +221,23 @@ def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path, caplog):
     assert "training goes on from step 2, the last good one (checkpoint.load_step" in caplog.text
     message = one_line(two_steps, "--checkpoint.load_step=4")
     assert "set checkpoint.load_step = 2" in message
-    assert "step-7/.metadata is missing" in one_line(two_steps, "--checkpoint.load_step=7")
+    message = one_line(two_steps, "--checkpoint.load_step=7")
+    assert f"load_step is 7, and {two_steps} has no such step; it has: 2, 4" in message
     # It would silently begin again where no step has metadata.
     (two_steps / "step-2" / ".metadata").unlink()
     assert "step-4/.metadata is missing" in one_line(two_steps)
     initial = f"--checkpoint.initial_load_path={tmp_path}/other/step-2"
     shutil.copytree(learned[0] / "checkpoint", tmp_path / "other")
     files_of(two_steps.parent, SIGN, initial)
+
+
+def test_steps_that_are_done_and_another_model_are_one_line(two_steps):
+    assert "training.steps is 4, and" in one_line(two_steps, "--training.steps=4")
+    assert "step-4 has done 4" in one_line(two_steps, "--training.steps=4")
+    message = one_line(two_steps, "--config=deepseek_v3_debugmodel")
+    assert "step-4 has tok_embeddings.weight of shape" in message
+    assert message.endswith("in deepseek_v3 debugmodel: it is of another model or flavor")
+    files_of(two_steps.parent, SIGN)
 
 
 def test_cut_weights_of_another_run(two_steps, tmp_path):

@@ -6,6 +6,7 @@ it runs, so that ``--help`` is instant.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from titan_moe_lb import command_line
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.plan.question import Question
 
@@ -32,10 +34,10 @@ class Report:
 
     run_dir: RunDir
     """Folder of the run, or its moe_load.arrow."""
-    compare: Annotated[Path | None, _optional("RUN_DIR")] = None
-    """A second run of the same model, shown beside the first."""
+    compare: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], _optional("RUN_DIR")] = ()
+    """Another run of the same model, shown beside the first; give it once for each."""
     output: Annotated[Path | None, _optional("FILE", "-o")] = None
-    """File to write; default: report.html in the run's folder."""
+    """File to write; default: report.html in the run's folder, compare.html for several."""
 
     def run(self) -> None:
         from titan_moe_lb.report.command import write_report
@@ -71,15 +73,34 @@ class Plan(Question):
 SUBCOMMANDS: dict[str, Callable[..., Any]] = {"report": Report, "watch": Watch, "plan": Plan}
 
 
+def _valid(arguments: list[str]) -> list[str]:
+    """What may stand in a command line: the flags of its command, or a command."""
+    command = SUBCOMMANDS.get(arguments[0]) if arguments else None
+    if command is None:
+        return list(SUBCOMMANDS)
+    fields = dataclasses.fields(command)  # type: ignore[arg-type]
+    names = [field.name.replace("_", "-") for field in fields]
+    names += [f"no-{field.name}" for field in fields if isinstance(field.default, bool)]
+    return [*(f"--{name}" for name in names), "-o", "--help"]
+
+
+def _flag_of_a_job(flag: str) -> str | None:
+    if flag in ("--module", "--config") or "." in flag:
+        return f"the flags of a job come last, after --, as in: plan --hardware h100 -- {flag} ..."
+    return None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the program. A mistake of the user is one line and status 2."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS,
-        prog="titan-moe-lb",
-        description="Reports, live view and planning from the trace of a run.",
-        args=arguments,
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        with command_line.in_one_line(arguments, lambda: _valid(arguments), _flag_of_a_job):
+            command: Any = tyro.extras.subcommand_cli_from_dict(
+                SUBCOMMANDS,
+                prog="titan-moe-lb",
+                description="Reports, live view and planning from the trace of a run.",
+                args=arguments,
+            )
         command.run()
     except JobError as error:
         print(f"titan_moe_lb: error: {error}", file=sys.stderr)

@@ -14,8 +14,20 @@ class JobError(ValueError):
     """
 
 
+_MOST_LISTED = 40
+
+
+def near(name: str, valid: Iterable[str]) -> str:
+    """What follows a list of the valid names: the nearest one, if one is near."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The remedy of a misspelt name: the nearest valid one, or all of them."""
+    """The remedy of a misspelt name: the nearest valid one, or all of them if they are few."""
     valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+    if guess := near(name, valid):
+        return guess.removeprefix("; ")
+    if not valid:
+        return "there is none"
+    return f"valid: {', '.join(sorted(valid))}" if len(valid) <= _MOST_LISTED else "see --help"

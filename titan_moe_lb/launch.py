@@ -8,9 +8,13 @@ process; ``NNODES``, ``NODE_RANK`` and ``RDZV_ENDPOINT`` for several nodes.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 
 import torch
 from torch.distributed import run as torchrun
@@ -22,7 +26,7 @@ if cpu.needed():
 
 from titan_moe_lb import train
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import catalog, job_config, model_help
+from titan_moe_lb.job import catalog, environment, job_config, model_help, run_folder
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.rules.files import validate_files
 
@@ -33,16 +37,20 @@ def main(arguments: list[str] | None = None) -> None:
         if job_config.parse_command_line(arguments).list_models:
             catalog.show()
             return
-        draft = job_config.draft(arguments)
-        if {"-h", "--help"} & set(draft.command.rest):
-            model_help.show(draft.table.module)
-        nodes = _positive("NNODES", 1)
-        _check_environment(nodes)
-        here = _processes_on_this_node(draft.table, nodes)
-        os.environ["WORLD_SIZE"] = str(here * nodes)
-        job = draft.resolve()
-        if not draft.command.print_config and job.config.comm.mode == "default":
-            validate_files(job.config)
+        environment.check_mode()
+        with _said_once():
+            draft = job_config.draft(arguments)
+            if {"-h", "--help"} & set(draft.command.rest):
+                model_help.show(draft.table.module)
+            nodes = environment.positive("NNODES", 1)
+            environment.check_nodes(nodes)
+            here = _processes_on_this_node(draft.table, nodes)
+            environment.check_shown_ranks(here * nodes)
+            os.environ["WORLD_SIZE"] = str(here * nodes)
+            job = draft.resolve()
+            if not draft.command.print_config and job.config.comm.mode == "default":
+                validate_files(job.config)
+                run_folder.claim(job.config.dump_folder, nodes)
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:
@@ -53,6 +61,19 @@ def main(arguments: list[str] | None = None) -> None:
         _run_here(job, world_size=1)
     else:
         _run_processes(job, arguments, here, nodes)
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Show what is logged meanwhile, each line once, and none of it where the job is refused."""
+    held = BufferingHandler(sys.maxsize)
+    logging.root.addHandler(held)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(held)
+    for record in {record.getMessage(): record for record in held.buffer}.values():
+        logging.root.handle(record)
 
 
 def _with_environment(arguments: list[str]) -> list[str]:
@@ -73,7 +94,7 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
     devices = 0 if cpu.needed() else torch.accelerator.device_count()
     dry_run = bool(os.environ.get("COMM_MODE"))
     if os.environ.get("NGPU"):
-        here = _positive("NGPU", 1)
+        here = environment.positive("NGPU", 1)
         if devices and here > devices and not dry_run:
             raise JobError(f"NGPU={here} but this node has {devices} GPU(s): set NGPU={devices}")
         return here
@@ -89,13 +110,6 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
             "rank of it here"
         )
     return here
-
-
-def _positive(variable: str, default: int) -> int:
-    text = os.environ.get(variable) or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise JobError(f"{variable}={text} must be a whole number of at least 1")
-    return int(text)
 
 
 def _run_here(job: job_config.Job, world_size: int) -> None:
@@ -146,16 +160,6 @@ def _rendezvous(nodes: int) -> list[str]:
         f"--master-addr={address}",
         f"--master-port={port or '29500'}",
     ]
-
-
-def _check_environment(nodes: int) -> None:
-    if nodes > 1 and not os.environ.get("RDZV_ENDPOINT"):
-        raise JobError(
-            f"NNODES={nodes} needs RDZV_ENDPOINT=HOST:PORT of one node, the same on every node"
-        )
-    ranks = os.environ.get("LOG_RANK", "")
-    if ranks and not all(rank.isdecimal() for rank in ranks.split(",")):
-        raise JobError(f"LOG_RANK={ranks} must be ranks with commas between them, as in 0,1")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union
 import tomli
 import typeguard
 
-from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.errors import JobError, near, nearest
 
 NONE = "none"
 
@@ -33,7 +33,7 @@ def read(path: str, flag: str) -> dict[str, Any]:
         JobError: it is missing or cannot be read, or its syntax is bad.
     """
     try:
-        return tomli.loads(Path(path).read_text())
+        return tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise JobError(f"{flag} {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -185,8 +185,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         typeguard.check_type(value, hint, collection_check_strategy=every)
     except typeguard.TypeCheckError:
         literals = _literals(members)
-        remedy = f"; {nearest(value, literals)}" if literals and isinstance(value, str) else ""
-        raise _wrong(where, value, describe(hint) + remedy) from None
+        guess = near(value, literals) if isinstance(value, str) else ""
+        raise _wrong(where, value, describe(hint) + guess) from None
     return value
 
 
@@ -216,6 +216,11 @@ def inline(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
     return json.dumps(NONE if value is None else value)
+
+
+def kinds(hint: Any) -> dict[str, type | None]:
+    """The types that a table of this annotation can have, and their classes."""
+    return _choices(_members(hint))
 
 
 def describe(hint: Any) -> str:

@@ -16,7 +16,7 @@ Array = Any
 WORST = -1.0
 """The imbalance factor that stands for the worst case, E/K."""
 
-_TOLERANCE = 1e-9
+TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class ExpertLoad:
         """
         others = self.experts_on_device - self.hot_experts_on_device
         rows = _ceil(self.remaining_tokens)
-        sparse = self.remaining_tokens < 1 - _TOLERANCE
+        sparse = self.remaining_tokens < 1 - TOLERANCE
         return (
             self.hot_experts_on_device,
             np.maximum(1.0, _ceil(self.hot_tokens)),
@@ -108,7 +108,7 @@ def expert_load(
     given = np.asarray(imbalance_factor, dtype=np.float64)
     factor = np.where(given == WORST, worst, given)
     # Written so that not-a-number is outside too.
-    outside = ~((factor >= 1 - _TOLERANCE) & (factor <= worst * (1 + _TOLERANCE)))
+    outside = ~((factor >= 1 - TOLERANCE) & (factor <= worst * (1 + TOLERANCE)))
     if outside.any():
         raise JobError(
             f"imbalance_factor {_first(given, outside):g} is outside "
@@ -180,7 +180,7 @@ def _whole(name: str, value: ArrayLike) -> Array:
 
 def _ceil(value: Array) -> Array:
     """Round up, but not 8.000000000001 to 9."""
-    return np.ceil(value - _TOLERANCE * np.maximum(1.0, value))
+    return np.ceil(value - TOLERANCE * np.maximum(1.0, value))
 
 
 def _first(array: Array, where: Array) -> float:

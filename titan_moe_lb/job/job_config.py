@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,9 +23,9 @@ from torchtitan.config import ConfigManager
 from torchtitan.config.override import derive
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import rules, toml_tables
+from titan_moe_lb import command_line, rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.job import module_lookup
+from titan_moe_lb.job import flags, module_lookup
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
@@ -117,12 +118,13 @@ class Draft:
 
         Raises:
             JobError: the first thing that is wrong, in one line.
-            SystemExit: from tyro, for an unknown flag or ``--help``.
+            SystemExit: from tyro, for ``--help``.
         """
         try:
             # replace() runs the checks that torchtitan makes when a config is constructed.
             manager = _ResolvedConfigManager(dataclasses.replace(self.build()))
-            config = manager.parse_args(self.command.rest)
+            with command_line.in_one_line(self.command.rest, manager.valid):
+                config = manager.parse_args(self.command.rest)
             rules.validate(config)
             # And those that it makes of the model before it is built.
             bound = copy.deepcopy(config)
@@ -139,6 +141,11 @@ def draft(arguments: list[str]) -> Draft:
     command = parse_command_line(arguments)
     source = command.job_config or "command line"
     tables = toml_tables.read(command.job_config, "--job-config") if command.job_config else {}
+    if command.job_config and not tables:
+        raise JobError(
+            f"--job-config {source} sets nothing: begin it with a model, as in "
+            f'[job] module = "{DEFAULT_MODULE}"'
+        )
     table = JobTable()
     job = tables.pop("job", {})
     if not isinstance(job, dict):
@@ -184,9 +191,13 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         ours = name.startswith("--") and (
             key in ("module", "config", "job_config", *_SWITCHES) or key.startswith("model.")
         )
+        if name == "--flavor":
+            raise JobError("--flavor is a key of [job] in a job file; here --config chooses it")
         if not ours:
             command.rest.append(argument)
         elif key in _SWITCHES:
+            if has_value:
+                raise JobError(f"{name} takes no value, not even {value!r}")
             setattr(command, _SWITCHES[key], True)
         else:
             if not has_value:
@@ -226,7 +237,7 @@ def _complete(table: JobTable, source: str) -> JobTable:
         if not config:
             raise JobError(
                 f"--module {module} has no debug job: name a config with --config; "
-                f"valid: {', '.join(module_lookup.config_names(registry))}"
+                f"{nearest('', module_lookup.config_names(registry))}"
             )
     return dataclasses.replace(table, module=module, config=config, flavor="")
 
@@ -298,6 +309,11 @@ class _ResolvedConfigManager(ConfigManager):
     def __init__(self, config: Trainer.Config) -> None:
         super().__init__()
         self._loaded = config
+
+    def valid(self) -> list[str]:
+        """Every flag: torchtitan's and our own."""
+        own = re.findall(r"^  (--[a-z-]+(?:\.KEY)?)", OWN_FLAGS, re.MULTILINE)
+        return [*flags.flags_of(self._loaded), *own, "--help"]
 
     def _load_config(self, args: list[str]) -> tuple[object, list[str]]:
         return self._loaded, args

@@ -16,14 +16,15 @@ import numpy as np
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.known_hardware import hardware
-from titan_moe_lb.costmodel.load import WORST
+from titan_moe_lb.costmodel.load import TOLERANCE, WORST
 from titan_moe_lb.costmodel.plan import heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.pages import output_file
 from titan_moe_lb.plan.page import write_page
 from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
 from titan_moe_lb.plan.question import Question
 from titan_moe_lb.plan.table import print_plan
-from titan_moe_lb.traces.trace import Trace, read_trace
+from titan_moe_lb.traces.trace import Trace, read_trace, trace_file
 
 
 def make_plan(question: Question) -> Plan:
@@ -32,17 +33,23 @@ def make_plan(question: Question) -> Plan:
     Raises:
         JobError: the first thing that is wrong, in one line.
     """
+    factors = _imbalances(question.imbalance)
+    if question.hot_experts < 1:
+        raise JobError(f"--hot-experts {question.hot_experts} must be at least 1")
+    for name in ("compute_efficiency", "network_efficiency"):
+        share = getattr(question, name)
+        if not 0 < share <= 1:
+            raise JobError(
+                f"--{name.replace('_', '-')} {share} must be above 0 and at most 1: it is a share"
+            )
     device = hardware(question.hardware)
     derated = device.derated(
         compute_efficiency=question.compute_efficiency,
         network_efficiency=question.network_efficiency,
     )
-    factors = _imbalances(question.imbalance)
-    if question.hot_experts < 1:
-        raise JobError(f"--hot-experts {question.hot_experts} must be at least 1")
     trace = read_trace(question.from_run) if question.from_run else None
     with _quiet_host():
-        jobs = _read_jobs(question, derated)
+        jobs = _read_jobs(question, derated, factors)
     run, first, last = _measured(trace, jobs[0]) if trace else (None, None, None)
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     return Plan(
@@ -78,9 +85,25 @@ def _imbalances(text: str) -> list[float]:
             raise JobError(
                 f"--imbalance {text}: {word.strip()!r} is neither a number nor 'worst'"
             ) from None
-        if factors[-1] < 1:
+        if not factors[-1] >= 1:
             raise JobError(f"--imbalance {word.strip()} is below 1, which is balance")
     return factors
+
+
+def _fit_model(question: Question, factors: list[float], job: JobModel) -> None:
+    """Whether the model's layers can be as unbalanced as is asked."""
+    for number, layer in job.moe_layers.items():
+        if question.hot_experts > layer.top_k:
+            raise JobError(
+                f"--hot-experts {question.hot_experts} is above the {layer.top_k} experts that a "
+                f"token takes in layer {number}: no more can be the most loaded at once"
+            )
+        worst = layer.num_experts / layer.top_k
+        if max(factors) > worst * (1 + TOLERANCE):
+            raise JobError(
+                f"--imbalance {max(factors):g} is above {worst:g}, the worst of layer {number}, "
+                f"where every token takes the same {layer.top_k} of {layer.num_experts} experts"
+            )
 
 
 def _degrees(text: str) -> list[int]:
@@ -90,7 +113,7 @@ def _degrees(text: str) -> list[int]:
     return list(dict.fromkeys(int(word) for word in words))
 
 
-def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
+def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> list[JobModel]:
     """The job at every degree, the first one with all of its pipeline ranks."""
     from titan_moe_lb.costmodel.read_job import read_job
     from titan_moe_lb.job import job_config
@@ -118,6 +141,7 @@ def _read_jobs(question: Question, derated: Hardware) -> list[JobModel]:
         config = job_config.load(flags).config
         if not jobs:
             jobs.append(read_job(config))
+            _fit_model(question, factors, jobs[0])
             heaviest = heaviest_pipeline_ranks(jobs[0], derated, question.hot_experts)
         else:
             jobs.append(read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages))
@@ -206,6 +230,9 @@ def _quiet_host() -> Iterator[None]:
 
 def run(question: Question) -> None:
     """Answer on the terminal."""
+    if question.output:
+        named = (question.job_config, question.hardware, question.from_run)
+        output_file.check(question.output, [trace_file(path) for path in named if path])
     plan = make_plan(question)
     if question.json:
         print(json.dumps(plan.as_json(), indent=2, default=str))

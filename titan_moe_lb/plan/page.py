@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from titan_moe_lb.pages import html_page
+from titan_moe_lb.pages import html_page, output_file
 from titan_moe_lb.plan import table
 from titan_moe_lb.plan.figures import charts
 from titan_moe_lb.plan.plan import Plan
@@ -13,7 +13,7 @@ from titan_moe_lb.plan.plan import Plan
 
 def write_page(plan: Plan, output: Path) -> None:
     """Write the page. Raises ``JobError`` where the file cannot be written."""
-    html_page.write(render(plan), output)
+    output_file.write(render(plan), output)
 
 
 def render(plan: Plan) -> str:

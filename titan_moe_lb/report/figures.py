@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import string
+
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -23,7 +26,11 @@ DEAD = -2.5
 LOAD_COLORS = ("#0b3c7d", "#5b9bd0", "#f1eee6", "#e8825b", "#8f1020")
 """Evenly spread over the octaves: blue below balance, red above."""
 DEAD_COLOR = "#15171a"
+MARKS = string.ascii_uppercase
+"""What the runs of a page are called, in their order."""
+
 _BLUE, _ORANGE, _RED, _GREY, _GREEN = "#2a5d9f", "#d9822b", "#b3261e", "#7a7f87", "#3d7d5a"
+_OF_RUNS = (_BLUE, _RED, _GREEN, _ORANGE, _GREY)
 
 _CHARTS = (
     (
@@ -158,7 +165,7 @@ def heatmap(trace: Trace) -> go.Figure:
 def course(traces: list[Trace]) -> go.Figure:
     """One expert over the steps, one curve per run: the page's script fills in its loads."""
     figure = blank_figure(height=240)
-    for mark, color, _trace in zip("AB", (_BLUE, _RED), traces, strict=False):
+    for mark, color, _trace in zip(MARKS, itertools.cycle(_OF_RUNS), traces, strict=False):
         figure.add_scatter(name=mark, line={"color": color}, hovertemplate="%{y:.2f} ×")
     figure.update_yaxes(title="load / balanced", rangemode="tozero")
     figure.update_layout(showlegend=len(traces) > 1)

@@ -46,7 +46,7 @@ const start = async () => {
       const frame = nearest(run.frames, step);
       const { z, customdata } = heatmapAt(run, index, frame);
       Plotly.restyle(`heatmap-${index}`, { z: [z], customdata: [customdata] });
-      return (data.runs.length > 1 ? `${"AB"[index]}: ` : "") + `step ${run.frames[frame]}`;
+      return (data.runs.length > 1 ? `${data.course.data[index].name}: ` : "") + `step ${run.frames[frame]}`;
     });
     document.getElementById("step").textContent = shown.join(", ");
     slider.setAttribute("aria-valuetext", shown.join(", "));

@@ -20,14 +20,17 @@ _MARKUP_BYTES = 60_000
 
 
 def render(traces: list[Trace]) -> str:
-    """The page of one run, or of two runs of one model side by side."""
+    """The page of one run, or of runs of one model side by side."""
     charts = figures.charts(traces)
     drawings = html_page.packed(
         json.dumps([[_plain(figure) for figure in chart.figures] for chart in charts])
     )
     rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(html_page.packed_plotly())
     most_load_bytes = rest * 3 // 4 // len(traces)  # base64 makes 4 bytes of 3
-    runs = [_run(mark, trace, most_load_bytes) for mark, trace in zip("AB", traces, strict=False)]
+    runs = [
+        _run(mark, trace, most_load_bytes)
+        for mark, trace in zip(figures.MARKS, traces, strict=False)
+    ]
     data = {
         "lowestOctave": load_codes.LOWEST_OCTAVE,
         "levelsPerOctave": load_codes.LEVELS_PER_OCTAVE,

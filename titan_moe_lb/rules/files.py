@@ -6,19 +6,26 @@ import copy
 import os
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
-from titan_moe_lb.errors import JobError
+from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 
 
 def validate_files(config: Trainer.Config) -> None:
     """Raises ``JobError``: the first thing about the job's files that cannot work."""
     assets_are_here(config)
+    datasets_are_known(config)
+    checkpoint_is_there(config)
     checkpoint_is_whole(config)
+    checkpoint_has_steps_to_go(config)
+    checkpoint_is_of_this_model(config)
     checkpoint_has_router_state(config)
     check_initial_weights(config)
 
@@ -29,6 +36,38 @@ def assets_are_here(config: Trainer.Config) -> None:
             f"hf_assets_path {config.hf_assets_path!r} is not a folder: download the model's "
             "tokenizer files there, or name a folder that holds a tokenizer.json"
         )
+    files = ("tokenizer.json", "vocab.json", "vocab.txt")
+    found = [name for name in files if os.path.isfile(os.path.join(config.hf_assets_path, name))]
+    if isinstance(config.tokenizer, HuggingFaceTokenizer.Config) and not found:
+        raise JobError(
+            f"hf_assets_path {config.hf_assets_path!r} holds no tokenizer: none of "
+            f"{', '.join(files)}"
+        )
+
+
+def datasets_are_known(config: Trainer.Config) -> None:
+    loaders = {"dataloader": config.dataloader}
+    if config.validator.enable:
+        loaders["validator.dataloader"] = config.validator.dataloader
+    for place, loader in loaders.items():
+        if isinstance(loader, HuggingFaceTextDataLoader.Config) and loader.dataset not in DATASETS:
+            raise JobError(
+                f"{place}.dataset {loader.dataset!r} does not exist; "
+                f"{nearest(loader.dataset, DATASETS)}"
+            )
+
+
+def checkpoint_is_there(config: Trainer.Config) -> None:
+    start = checkpoints.start_of(config)
+    if start is None or start.path.is_dir():
+        return
+    if start.step is None:
+        raise JobError(f"checkpoint.initial_load_path {start.path}: there is no such folder")
+    folder = checkpoints.own_folder(config)
+    steps = ", ".join(map(str, checkpoints.steps_in(folder))) or "none"
+    raise JobError(
+        f"checkpoint.load_step is {start.step}, and {folder} has no such step; it has: {steps}"
+    )
 
 
 def checkpoint_is_whole(config: Trainer.Config) -> None:
@@ -56,6 +95,38 @@ def checkpoint_is_whole(config: Trainer.Config) -> None:
             f"titan_moe_lb: note: {checkpoints.damage(steps[max(steps)])}; training goes on from "
             f"step {start.step}, the last good one (checkpoint.load_step chooses another)"
         )
+
+
+def checkpoint_has_steps_to_go(config: Trainer.Config) -> None:
+    start, steps = checkpoints.start_of(config), config.training.steps
+    if start is not None and start.step is not None and start.step >= steps:
+        raise JobError(
+            f"training.steps is {steps}, and {start.path} has done {start.step}: set it higher to "
+            "go on, or begin again in another dump_folder"
+        )
+
+
+def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
+    """Names and shapes of all weights, except what :func:`checkpoint_has_router_state` asks."""
+    start, spec = checkpoints.start_of(config), config.model_spec
+    if start is None or spec is None:
+        return
+    saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    model_config = copy.deepcopy(spec.model)
+    model_config.update_from_config(config=config)
+    with torch.device("meta"):
+        state = model_config.build().state_dict()
+    for name, value in state.items():
+        if ".expert_bias" in name or ".aux_losses." in name or not torch.is_tensor(value):
+            continue
+        stored = saved.get(name)
+        there = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
+        if there != tuple(value.shape):
+            has = f"has {name} of shape {there}" if there else f"has no {name}"
+            raise JobError(
+                f"{start.path} {has}, which has shape {tuple(value.shape)} in {spec.name} "
+                f"{spec.flavor}: it is of another model or flavor"
+            )
 
 
 def checkpoint_has_router_state(config: Trainer.Config) -> None:

@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch._dynamo
+from torchtitan.distributed import pipeline_parallel
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.trainer import Trainer
 
@@ -14,6 +15,10 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
 
+_AT_LEAST_ZERO = (
+    "lr_scheduler.warmup_steps",
+    "dataloader.num_workers",
+)
 _AT_LEAST_ONE = (
     "training.local_batch_size",
     "training.seq_len",
@@ -23,11 +28,12 @@ _AT_LEAST_ONE = (
 
 
 def sizes_are_positive(config: Trainer.Config) -> None:
-    for path in _AT_LEAST_ONE:
-        section, name = path.split(".")
-        value = getattr(getattr(config, section), name)
-        if value < 1:
-            raise JobError(f"{path} is {value}; it must be at least 1")
+    for least, paths in enumerate((_AT_LEAST_ZERO, _AT_LEAST_ONE)):
+        for path in paths:
+            section, name = path.split(".")
+            value = getattr(getattr(config, section), name, least)
+            if value < least:
+                raise JobError(f"{path} is {value}; it must be at least {least}")
     total = config.training.global_batch_size
     if total != -1 and total < 1:
         raise JobError(
@@ -39,6 +45,12 @@ def sizes_are_positive(config: Trainer.Config) -> None:
         raise JobError(f"metrics.moe_extreme_experts is {extreme}; it must be at least 0")
     if not config.training.max_norm > 0:
         raise JobError(f"training.max_norm is {config.training.max_norm}; it must be above 0")
+
+
+def seed_is_one(config: Trainer.Config) -> None:
+    seed = config.debug.seed
+    if seed is not None and not 0 <= seed < 2**64:
+        raise JobError(f"debug.seed is {seed}; it must be at least 0 and below 2**64")
 
 
 def optimizer_arguments_fit(config: Trainer.Config) -> None:
@@ -113,6 +125,33 @@ def schedule_is_known(config: Trainer.Config) -> None:
         )
 
 
+def stages_have_layers(config: Trainer.Config) -> None:
+    """What torchtitan finds only when every process has built its model."""
+    parallelism, spec = config.parallelism, config.model_spec
+    dims = layout.resolve(parallelism)
+    if dims.pp == 1 or spec is None or parallelism.module_fqns_per_model_part is not None:
+        return
+    if spec.pipelining_fn is None:
+        raise JobError(
+            f"parallelism.pipeline_parallel_degree is {dims.pp}, and torchtitan has no pipeline "
+            f"for {spec.name}: set it to 1"
+        )
+    try:
+        stages, layers, *weights = pipeline_parallel._get_pipeline_metadata(
+            dims, parallelism, spec.model
+        )
+        if stages <= layers + sum(weights):
+            pipeline_parallel._generate_llm_fqn_per_model_part(stages, layers, *weights)
+            return
+    except ValueError as error:
+        raise JobError(f"parallelism: {' '.join(str(error).split())}") from None
+    raise JobError(
+        f"parallelism.pipeline_parallel_degree {dims.pp} with the "
+        f"{parallelism.pipeline_parallel_schedule} schedule makes {stages} stages of a model of "
+        f"{layers} layers: take a smaller degree or a deeper model"
+    )
+
+
 def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
     schedule = config.parallelism.pipeline_parallel_schedule
     if (
@@ -129,11 +168,13 @@ def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
 
 RULES = (
     sizes_are_positive,
+    seed_is_one,
     optimizer_arguments_fit,
     layout_fits_processes,
     global_batch_divides_over_ranks,
     sequence_divides_over_ranks,
     compile_backend_is_known,
     schedule_is_known,
+    stages_have_layers,
     zero_bubble_needs_whole_recompute,
 )

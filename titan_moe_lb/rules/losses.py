@@ -9,6 +9,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, SumsLoss
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.rules.places import place
 
 
 def loss_sees_the_whole_batch(config: Trainer.Config) -> None:
@@ -44,8 +45,8 @@ def one_loss_of_each_kind(config: Trainer.Config) -> None:
         for kind in kinds:
             if kinds.count(kind) > 1:
                 raise JobError(
-                    f"{fqn} has two losses of type {kind.__qualname__.removesuffix('.Config')}: "
-                    "their weights would add up; keep one"
+                    f'[model] aux_losses has two of type "{kind._owner.type_name}" for '  # type: ignore[attr-defined]
+                    f"{place(fqn)}: their weights would add up; keep one"
                 )
 
 

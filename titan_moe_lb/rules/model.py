@@ -9,6 +9,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.rules.places import place
 
 
 def expert_biases_are_added_once(config: Trainer.Config) -> None:
@@ -33,28 +34,30 @@ def experts_divide_over_ranks(config: Trainer.Config) -> None:
         if moe.num_experts % degree:
             raise JobError(
                 f"parallelism.expert_parallel_degree {degree} does not divide the "
-                f"{moe.num_experts} experts of {fqn}"
+                f"{moe.num_experts} experts of {place(fqn)}"
             )
 
 
 def expert_groups_fit_router(config: Trainer.Config) -> None:
     for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
         if not 1 <= router.top_k <= router.num_experts:
-            raise JobError(f"{fqn}.top_k {router.top_k} is outside [1, {router.num_experts}]")
+            raise JobError(
+                f"top_k {router.top_k} of {place(fqn)} is outside [1, {router.num_experts}]"
+            )
         groups, limited = router.num_expert_groups, router.num_limited_groups
         if groups is None:
             continue
         if router.num_experts % groups or router.num_experts // groups < 2:
             raise JobError(
-                f"{fqn}.num_expert_groups {groups} must divide the {router.num_experts} experts "
+                f"num_expert_groups {groups} of {place(fqn)} must divide the {router.num_experts} experts "
                 "into groups of at least 2"
             )
         if limited is None or not 1 <= limited <= groups:
-            raise JobError(f"{fqn}.num_limited_groups {limited} is outside [1, {groups}]")
+            raise JobError(f"num_limited_groups {limited} of {place(fqn)} is outside [1, {groups}]")
         reachable = limited * (router.num_experts // groups)
         if router.top_k > reachable:
             raise JobError(
-                f"{fqn}.top_k {router.top_k} exceeds the {reachable} experts of "
+                f"top_k {router.top_k} of {place(fqn)} exceeds the {reachable} experts of "
                 f"{limited} of {groups} groups"
             )
 
@@ -63,7 +66,7 @@ def score_function_is_known(config: Trainer.Config) -> None:
     for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
         if router.score_func not in ("softmax", "sigmoid"):
             raise JobError(
-                f"{fqn}.score_func is {router.score_func!r}; the router knows 'softmax' and "
+                f"score_func of {place(fqn)} is {router.score_func!r}; the router knows 'softmax' and "
                 "'sigmoid'"
             )
 

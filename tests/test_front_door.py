@@ -1,0 +1,329 @@
+"""Wrong first contacts, as they are typed: one line, status 2, and no file touched."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.synthetic_trace import run_info, write_run
+from tests.test_launch import JOB_VARIABLES
+from titan_moe_lb import cli, launch
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config, run_folder
+from titan_moe_lb.pages import output_file
+
+# TINY stands for the flags of a small model, HERE for the folder that all this is in.
+WRONG_OUTPUT = {
+    "report run -o run/moe_load.arrow": "run/moe_load.arrow is an input of this command",
+    "report run/moe_load.arrow -o run/moe_load.arrow": "is an input of this command",
+    "report run --compare twin -o twin/moe_load.arrow": "is an input of this command",
+    "report run -o link_to_trace": "link_to_trace is an input of this command",
+    "report run -o hard_link_to_trace": "is an input of this command",
+    "report run -o notes.txt": "notes.txt exists and is not a page of titan_moe_lb: name another",
+    "report run -o own.html": "own.html exists and is not a page of titan_moe_lb",
+    "report run -o empty.html": "empty.html exists and is not a page",
+    "report run -o link_to_notes": "link_to_notes exists and is not a page",
+    "report run -o folder": "folder is a folder: name another file with --output",
+    "report run -o fifo": "fifo is not a plain file",
+    "report run -o /dev/null": "/dev/null is not a plain file",
+    "report run -o link_to_device": "link_to_device is not a plain file",
+    "report run -o loop": "loop is a symlink that ends nowhere",
+    "report run -o nowhere/page.html": "nowhere/page.html cannot be written (No such file",
+    "report run -o notes.txt/page.html": "cannot be written (Not a directory)",
+    "report run -o /proc/page.html": "/proc/page.html cannot be written",
+    f"report run -o {'n' * 300}.html": "cannot be written (File name too long)",
+    "report run --output ''": " is a folder: name another file",
+    "report occupied": "occupied/report.html exists and is not a page",
+    "report occupied --compare run": "occupied/compare.html exists and is not a page",
+    "plan --hardware h100 -o notes.txt": "notes.txt exists and is not a page",
+    "plan --hardware h100 --job-config job.toml -o job.toml": "job.toml is an input",
+    "plan --hardware device.toml -o device.toml": "device.toml is an input",
+    "plan --hardware h100 --from-run run -o run/moe_load.arrow": "is an input",
+    "plan --hardware h100 -o /dev/null": "/dev/null is not a plain file",
+    "plan --hardware h100 -o folder": "folder is a folder",
+}
+WRONG_COMMAND = {
+    "": "a command is missing; valid: plan, report, watch",
+    "reprot run": "'reprot' is not expected here; did you mean 'report'?",
+    "report": "RUN_DIR is missing: Folder of the run",
+    "report --comapre twin": "there is no flag --comapre; did you mean '--compare'?",
+    "report run --ouput page.html": "there is no flag --ouput; did you mean '--output'?",
+    "report run --compare": "--compare needs a value",
+    "report run twin": "'twin' is not expected here; a flag begins with --",
+    "report run -x": "there is no flag -x",
+    "report nowhere": "nowhere: there is no such folder or file: name the folder of a run",
+    "report folder": "folder has no moe_load.arrow",
+    "report notes.txt": "notes.txt",
+    "report run --compare nowhere": "nowhere: there is no such folder or file",
+    "report run --compare qwen": "take two runs of one model",
+    "report run --compare twin --compare qwen": "take two runs of one model",
+    "watch": "RUN_DIR is missing: Folder of the run",
+    "watch nowhere --once": "nowhere: there is no such folder or file",
+    "watch folder --onec": "there is no flag --onec; did you mean '--once'?",
+    "watch run --once=yes": "--once takes no value, not even 'yes': its opposite is --no-once",
+    "watch folder --once": "folder has no moe_load.arrow",
+    "watch notes.txt --once": "notes.txt",
+}
+WRONG_PLAN = {
+    "plan": "--hardware is missing: h100, h200",
+    "plan --hardware": "--hardware needs a value",
+    "plan --hardware h10": "did you mean 'h100'?",
+    "plan --hardware nothing.toml": "--hardware nothing.toml: there is no such file",
+    "plan --hardware bad.toml": "--hardware bad.toml: not valid TOML",
+    "plan --hardware job.toml": "job.toml: no figure 'job'",
+    "plan --hardwrae h100": "there is no flag --hardwrae; did you mean '--hardware'?",
+    "plan --hardware h100 --training.steps 3": "flags of a job come last, after --, as in: plan",
+    "plan --hardware h100 --module qwen3": "flags of a job come last, after --",
+    "plan --hardware h100 --ranks two": "--ranks is 'two'; it must be an integer",
+    "plan --hardware h100 --ranks 0": "--ranks 0 must be at least 1",
+    "plan --hardware h100 --ep two": "--ep two must be whole numbers",
+    "plan --hardware h100 --ep 8 --ranks 4 -- TINY": "--ep 8 is above the job's 4 rank(s)",
+    "plan --hardware h100 --imbalance much": "'much' is neither a number nor 'worst'",
+    "plan --hardware h100 --imbalance 0.5": "--imbalance 0.5 is below 1, which is balance",
+    "plan --hardware h100 --imbalance 4.5 -- TINY": "--imbalance 4.5 is above 4, the worst of layer",
+    "plan --hardware h100 --hot-experts 0": "--hot-experts 0 must be at least 1",
+    "plan --hardware h100 --hot-experts 3 -- TINY": "--hot-experts 3 is above the 2 experts that a",
+    "plan --hardware h100 --compute-efficiency 1.5": "--compute-efficiency 1.5 must be above 0",
+    "plan --hardware h100 --network-efficiency half": "--network-efficiency is 'half'; it must be a",
+    "plan --hardware h100 --from-run nowhere": "nowhere: there is no such folder or file",
+    "plan --hardware h100 --from-run qwen -- TINY": "take a run of the job's model",
+    "plan --hardware h100 --job-config none.toml": "--job-config none.toml: there is no such file",
+    "plan --hardware h100 -- --training.stpes 3": "did you mean '--training.steps'?",
+    "NGPU=two plan --hardware h100": "NGPU=two must be a whole number",
+    "plan --hardware h100 -- --module llama3 --config llama3_debugmodel": "has no MoE layers",
+}
+WRONG_JOB = {
+    "train --module deepseek_v4": "did you mean 'deepseek_v3'?",
+    "train --module": "--module needs a value",
+    "train --config deepseek_v3_tinny": "did you mean 'deepseek_v3_tiny'?",
+    "train --flavor 16B": "--flavor is a key of [job] in a job file; here --config chooses it",
+    "train TINY --training.stpes 3": "there is no flag --training.stpes; did you mean '--training.s",
+    "train TINY --steps 3": "there is no flag --steps",
+    "train TINY -s 3": "there is no flag -s",
+    "train TINY --training.steps ten": "--training.steps is 'ten'; it must be an integer",
+    "train TINY --training.steps": "--training.steps needs a value",
+    "train TINY --training.steps 0": "training.steps is 0; it must be at least 1",
+    "train TINY --training.max-norm x": "--training.max-norm is 'x'; it must be a number",
+    "train TINY --training.dtype float31": "it must be one of 'bfloat16', 'float32'; did you mean",
+    "train TINY --compile.enable=maybe": "--compile.enable takes no value, not even 'maybe'",
+    "train TINY --compile.enable yes": "--compile.enable takes no value, not even 'yes'",
+    "train TINY extra": "'extra' is not expected here; a flag begins with --",
+    "train TINY activation-checkpoint:ful": "did you mean 'activation-checkpoint:full'?",
+    "train TINY --model.aux_loses []": "has no key 'aux_loses'; did you mean 'aux_losses'?",
+    "train TINY --model.aux_losses '[{'": "--model.aux_losses [{: not a TOML value",
+    "train TINY --model.expert_bias sing": "did you mean 'sign'?",
+    "train TINY --debug.seed -1": "debug.seed is -1; it must be at least 0",
+    "train TINY --debug.seed x": "--debug.seed is 'x'; it must be an integer or None",
+    "train TINY --dataloader.dataset c5": "dataloader.dataset 'c5' does not exist; did you mean 'c4",
+    "train TINY --hf_assets_path nowhere": "hf_assets_path 'nowhere' is not a folder",
+    "train TINY --checkpoint.keep_latest_k 1": "checkpoint: We need to maintain at least 2",
+    "train TINY --lr_scheduler.decay_type foo": "it must be one of 'linear', 'sqrt', 'cosine'",
+    "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps is -3; it must be at le",
+    "train TINY --dataloader.num_workers -1": "dataloader.num_workers is -1; it must be at least 0",
+    "train TINY --hf_assets_path folder": "hf_assets_path 'folder' holds no tokenizer: none of toke",
+    "train TINY --print-config=yes": "--print-config takes no value, not even 'yes'",
+    "train TINY --model 3": "there is no flag --model; did you mean '--module'?",
+    "train TINY activation-checkpoint:full --activation-checkpoint.preserv_rng_state": "did you mean "
+    "'--activation_checkpoint.preserve_rng_state'?",
+    "train --module os": "--module os has no debug job: name a config with --config; there is none",
+    "train --job-config none.toml": "--job-config none.toml: there is no such file",
+    "train --job-config folder": "--job-config folder: cannot be read",
+    "train --job-config bad.toml": "--job-config bad.toml: not valid TOML",
+    "train --job-config latin1.toml": "--job-config latin1.toml: cannot be read",
+    "train --job-config empty.html": "--job-config empty.html sets nothing: begin it with a model",
+    "train --job-config comment.toml": "--job-config comment.toml sets nothing",
+    "train --job-config typo.toml": "typo.toml: [training] has no key 'stpes'; did you mean 'steps'?",
+}
+WRONG_START = {
+    "NGPU=two train TINY": "NGPU=two must be a whole number of at least 1",
+    "NGPU=0 train TINY": "NGPU=0 must be a whole number of at least 1",
+    "NNODES=2 train TINY": "NNODES=2 needs RDZV_ENDPOINT=HOST:PORT",
+    "NNODES=2 RDZV_ENDPOINT=localhost:0 train TINY": "RDZV_ENDPOINT=localhost:0 must be HOST:PORT",
+    "NNODES=2 RDZV_ENDPOINT=localhost:x train TINY": "RDZV_ENDPOINT=localhost:x must be HOST:PORT",
+    "RDZV_ENDPOINT=localhost:70000 train TINY": "RDZV_ENDPOINT=localhost:70000 must be HOST:PORT",
+    "RDZV_ENDPOINT=http://localhost:1 train TINY": "must be HOST:PORT, as in node0:29500",
+    "NNODES=2 RDZV_ENDPOINT=:29500 train TINY": "RDZV_ENDPOINT=:29500 must be HOST:PORT",
+    "NODE_RANK=1 train TINY": "NODE_RANK=1 must be the number of this node, from 0 to 0",
+    "NODE_RANK=first train TINY": "NODE_RANK=first must be the number of this node",
+    "NNODES=2 NODE_RANK=2 RDZV_ENDPOINT=localhost:1 train TINY": "from 0 to 1 with NNODES=2",
+    "LOG_RANK=all train TINY": "LOG_RANK=all must be ranks with commas between them",
+    "LOG_RANK=1 train TINY": "LOG_RANK=1: there is no rank 1; the job has 1 process(es)",
+    "LOG_RANK=0,4 NGPU=4 train TINY": "LOG_RANK=0,4: there is no rank 4",
+    "COMM_MODE=fake train TINY": "COMM_MODE=fake does not exist; did you mean 'fake_backend'?",
+    "NGPU=3 train TINY --parallelism.pipeline_parallel_degree 2": "set NGPU=2",
+    "NGPU=8 train TINY --parallelism.pipeline_parallel_degree 8": "makes 8 stages of a model of 4 lay",
+    "NGPU=4 train TINY --parallelism.pipeline_parallel_degree 4 "
+    "--parallelism.pipeline_parallel_schedule Interleaved1F1B": "makes 8 stages of a model of 4 layers",
+    "NGPU=3 train TINY --parallelism.expert_parallel_degree 3": "does not divide the 8 experts of lay",
+    "NGPU=2 train --module llama4 --parallelism.pipeline_parallel_degree 16": "set NGPU=16",
+    "train TINY --dump_folder ''": "dump_folder is empty: name a folder",
+    "train TINY --dump_folder notes.txt": "dump_folder notes.txt cannot be written",
+    "train TINY --dump_folder notes.txt/out": "notes.txt/out cannot be written (Not a directory)",
+    "train TINY --dump_folder /proc/out": "dump_folder /proc/out cannot be written",
+    "train TINY --checkpoint.enable --checkpoint.initial_load_path /nowhere": "load_path "
+    "/nowhere: there is no such folder",
+    "train TINY --checkpoint.enable --checkpoint.load_step 7": "has no such step; it has: none",
+    "train TINY --checkpoint.enable --checkpoint.initial_load_path HERE/folder": "folder/.metadata is mis",
+    "train TINY --checkpoint.enable --checkpoint.initial_load_path HERE/saved/checkpoint/step-5": "has no "
+    "tok_embeddings.weight, which has shape",
+    "train TINY --checkpoint.enable --dump_folder saved --training.steps 5": "saved/checkpoint/step-5 "
+    "has done 5",
+    "train TINY --checkpoint.enable --dump_folder saved": "is of another model or flavor",
+    "train TINY --checkpoint.enable --dump_folder cut": "cut/checkpoint/step-5/__0_0.distcp is cut",
+    "train TINY --checkpoint.enable --checkpoint.initial_load_in_hf "
+    "--checkpoint.initial_load_path HERE/folder": "folder' holds no *.safetensors file",
+}
+WRONG = WRONG_OUTPUT | WRONG_COMMAND | WRONG_PLAN | WRONG_JOB | WRONG_START
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Path:
+    """A user's folder: runs, jobs, checkpoints, and files that are none of ours."""
+    folder = tmp_path_factory.mktemp("scene")
+    for name, info in {
+        "run": run_info(),
+        "twin": run_info(),
+        "occupied": run_info(),
+        "qwen": run_info(4, 16, model="qwen3"),
+    }.items():
+        write_run(folder / name, info, 2)
+    files = {
+        "notes.txt": "mine\n",
+        "own.html": "<!doctype html><title>mine</title>",
+        "empty.html": "",
+        "occupied/report.html": "mine",
+        "occupied/compare.html": "mine",
+        "job.toml": '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n',
+        "device.toml": 'name = "mine"\n',
+        "bad.toml": "[job\n",
+        "comment.toml": "# [job]\n",
+        "typo.toml": "[training]\nstpes = 3\n",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (folder / "latin1.toml").write_bytes('[job]\ndescription = "\xe9"\n'.encode("latin1"))
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
+    for link, target in {
+        "link_to_notes": "notes.txt",
+        "link_to_trace": "run/moe_load.arrow",
+        "link_to_device": "/dev/null",
+        "loop": "loop",
+    }.items():
+        (folder / link).symlink_to(target)
+    os.link(folder / "run/moe_load.arrow", folder / "hard_link_to_trace")
+    for name in ("saved", "cut"):
+        step = folder / name / "checkpoint" / "step-5"
+        dcp.save({"of_another_model": torch.zeros(3, 4)}, checkpoint_id=step, no_dist=True)
+    weights = folder / "cut/checkpoint/step-5/__0_0.distcp"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    return folder
+
+
+def state(folder: Path) -> dict[str, tuple]:
+    """Every file and what would change if it were written."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        times = () if stat.S_ISDIR(status.st_mode) else (status.st_size, status.st_mtime_ns)
+        found[str(path)] = (status.st_mode, status.st_ino, *times)
+    return found
+
+
+def type_in(line: str, monkeypatch) -> None:
+    """Run what a user typed: variables, command, arguments."""
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    line = line.replace("TINY", "--config deepseek_v3_tiny").replace("HERE", os.getcwd())
+    words = shlex.split(line)
+    while words and words[0].partition("=")[0].isupper():
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    if words[:1] == ["train"]:
+        launch.main(words[1:])
+    else:
+        cli.main(words)
+
+
+def no_start(*_arguments, **_more) -> None:
+    raise AssertionError("the job was started")
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_one_line_and_nothing_touched(line, scene, monkeypatch, capsys):
+    monkeypatch.chdir(scene)
+    monkeypatch.setattr(launch, "_run_here", no_start)
+    monkeypatch.setattr(launch, "_run_processes", no_start)
+    before = state(scene)
+    with pytest.raises(SystemExit) as stop:
+        type_in(line, monkeypatch)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1, said
+    assert said.startswith("titan_moe_lb: error: ") and WRONG[line] in said
+    for internal in ("model_spec", "imbalance_factor", "num_hot_experts", "Traceback"):
+        assert internal not in said
+    assert state(scene) == before
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_one_line_on_any_terminal(on_terminal, locale):
+    """What tyro draws depends on it."""
+    terminal, output = pty.openpty() if on_terminal else os.pipe()
+    command = [sys.executable, "-m", "titan_moe_lb.cli", "plan", "--hardware", "h100", "--ranks=x"]
+    environment = {**os.environ, "TERM": "xterm", **locale}
+    result = subprocess.run(
+        command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(terminal)
+    os.close(output)
+    expected = "titan_moe_lb: error: --ranks is 'x'; it must be an integer or None\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+
+
+def test_our_own_page_is_replaced_also_through_a_symlink(tmp_path):
+    run = write_run(tmp_path / "run", run_info(), 2)
+    (tmp_path / "link.html").symlink_to("page.html")
+    for _again in range(2):
+        cli.main(["report", str(run), "-o", str(tmp_path / "link.html")])
+        assert (tmp_path / "link.html").is_symlink()
+        assert output_file.MARK in (tmp_path / "page.html").read_text()[:1024]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "page.html", "run"]
+
+
+def test_a_write_that_fails_leaves_the_earlier_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    output_file.write(output_file.MARK, page)
+
+    def fail(*_paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(JobError, match="page.html cannot be written .No space left on device"):
+        output_file.write(output_file.MARK + "more", page)
+    assert page.read_text() == output_file.MARK
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(tmp_path):
+    """The lock is that of an open folder: a second opening is like a second process."""
+    folder = str(tmp_path / "out")
+    run_folder.claim(folder, nodes=2)
+    run_folder.claim(folder, nodes=1)
+    with pytest.raises(JobError, match="out is that of a run at work: .*--dump_folder"):
+        run_folder.claim(folder, nodes=1)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text('[job]\nconfig = "deepseek_v3_tiny"\n', encoding="utf-8-sig")
+    assert job_config.draft(["--job-config", str(file)]).table.config == "deepseek_v3_tiny"
