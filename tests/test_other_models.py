@@ -103,7 +103,9 @@ def test_unknown_score_function_is_one_line():
     for _fqn, router, *_ in spec.model.traverse(LoadBalancedRouter.Config):
         router.score_func = "sqrtsoftplus"
     config = recipes.debug(spec, recipes.language_model_loss(spec))
-    with pytest.raises(JobError, match="score_func of layer .* is 'sqrtsoftplus'; the router knows"):
+    with pytest.raises(
+        JobError, match="score_func of layer .* is 'sqrtsoftplus'; the router knows"
+    ):
         spec.model.update_from_config(config=config)
 
 
