@@ -100,7 +100,7 @@ def train(name: str, run: Path, arguments: Arguments) -> None:
         start = arguments.folder / f"quantile-seed{arguments.seed}" / "checkpoint" / "step-140"
         flags += ["--checkpoint.enable", "--checkpoint.interval=1000"]
         flags += [f"--checkpoint.initial_load_path={start}"]
-        flags += ["--lr_scheduler.warmup_steps=1000000000"]
+        flags += ["--optimizer.param_groups.0.optimizer_kwargs.lr=0.0"]
     with open(run / "log", "w") as log:
         subprocess.run(
             [sys.executable, "-m", "titan_moe_lb.launch", *flags],
