@@ -90,10 +90,13 @@ def check_gradients(parity, comparisons) -> None:
 
 
 def check_bias(recorded, expected) -> None:
-    """The histograms but for scores that round across an edge, the bias to 1/1000 of a bin."""
+    """Counts bitwise, the histograms but for scores that round across an edge, the bias to 1/1000
+    of a uniform bin."""
     assert recorded.bias.keys() == expected.bias.keys() and len(expected.bias) == 3
+    for layer, counts in expected.valid_counts.items():
+        assert torch.equal(recorded.valid_counts[layer], counts)
     for layer, bias in expected.bias.items():
         moved = (recorded.histograms[layer] - expected.histograms[layer]).abs().sum() / 2
-        assert moved <= 3e-3 * expected.histograms[layer].sum()
+        assert moved <= 1e-3 * expected.histograms[layer].sum()
         width = (torch.max(bias) - torch.min(bias) + 2) / NUM_BINS
         assert (recorded.bias[layer] - bias).abs().max() <= width / 1000

@@ -83,7 +83,7 @@ def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
     second = write_run(tmp_path / "b", run_info(), 4, seed=3, every=3)
     cli.main(["report", str(first), "--compare", str(second)])
     shown = browser.act(
-        first / "report.html",
+        first / "compare.html",
         READ + 'slider.value = 4; slider.dispatchEvent(new Event("input")); return read();',
     )
     assert shown["step"] == "A: step 5, B: step 4"

@@ -107,6 +107,7 @@ class Parity:
             for passes in zip(*by_rank, strict=True):
                 for other in passes[1:]:
                     passes[0].bias |= other.bias
+                    passes[0].valid_counts |= other.valid_counts
                     passes[0].histograms |= other.histograms
             return {
                 loss: (_merge(out, loss, layout.num_ranks), recorded)

@@ -124,7 +124,14 @@ def layout_gradients(
             for layer in layers
             if layer.expert_bias_E is not None
         }
-        histogram_NEH = layers[0].router.step_record.sums.histogram_NEH if layers else None
+        sums = layers[0].router.step_record.sums if layers else None
+        if sums is not None:
+            valid = layers[0].router.aux_losses.valid_source
+            recorded[-1].valid_counts = {
+                layer.router.layer: whole(counts_E)
+                for layer, counts_E in zip(layers, sums.counts_NSE[:, valid], strict=True)
+            }
+        histogram_NEH = None if sums is None else sums.histogram_NEH
         if histogram_NEH is not None:
             recorded[-1].histograms = {
                 layer.router.layer: whole(histogram_EH)
@@ -158,6 +165,8 @@ class Recorded:
     layers: tuple[int, ...]
     bias: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
     """After the pass, of the layers of this rank by number."""
+    valid_counts: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
+    """Tokens of each expert that may teach, which all rules and losses count."""
     histograms: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
     """Of the pass, where the rule of the bias has any."""
 
