@@ -134,7 +134,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             config.dataloader = tell_tokens(
                 config.dataloader,
                 documents=any(
-                    getattr(loss, "over", "row") == "document"
+                    loss.documents is not None
                     for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)
                     for loss in router.aux_losses
                 ),

@@ -63,6 +63,12 @@ class AuxLoss(Component):
         top_k: int | None = None
         """K of the router. Filled by ``update_from_config``."""
 
+        @property
+        def documents(self) -> int | None:
+            """Where the documents of a row are its sequences: how many are told apart. None
+            where a row is one sequence. A loss of sums may override it."""
+            return None
+
         def __post_init__(self) -> None:
             if not math.isfinite(self.weight) or self.weight <= 0:
                 raise JobError(
@@ -152,12 +158,6 @@ class SumsLoss(AuxLoss):
     def needs_counts(self) -> bool:
         """Whether the tokens at hand have to be counted."""
         return True
-
-    @property
-    def max_documents(self) -> int | None:
-        """Where the documents of a row are its sequences: how many are told apart. None
-        where a row is one sequence."""
-        return None
 
     def value(
         self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequences: Sequences

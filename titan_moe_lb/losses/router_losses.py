@@ -63,7 +63,7 @@ class RouterLosses(ModuleDict):
         }
         self.needs_step_counts = bool(at_step_end)
         self.needs_probabilities = bool(of_sums)
-        self.num_documents = max([loss.max_documents or 1 for loss in of_sums], default=1)
+        self.num_documents = max([loss.config.documents or 1 for loss in of_sums], default=1)
         self._needs_whole_sums = not all(loss.linear for loss in of_sums)
         self._needs_whole_counts = any(loss.needs_counts for loss in of_sums)
         self._sequence_shards = sequence_shards
@@ -166,7 +166,7 @@ class RouterLosses(ModuleDict):
         total = None
         for index, loss in self._of_sums:
             _require_announced_batch(loss, num_rows)
-            of_documents = loss.max_documents is not None and documents
+            of_documents = loss.config.documents is not None and documents
             rows_of = _same if of_documents or not documents else self._rows
             sequences = self._sequences(loss, scores_BLE.shape[1], tokens)
             sums_BE = rows_of(own_QE if loss.linear else whole_QE)
@@ -200,7 +200,7 @@ class RouterLosses(ModuleDict):
     ) -> Sequences:
         if tokens is None:
             return Sequences(local_length * self._sequence_shards, 1 / loss.global_batch_size)
-        if loss.max_documents is not None and tokens.documents is not None:
+        if loss.config.documents is not None and tokens.documents is not None:
             return tokens.documents
         return tokens.rows
 

@@ -33,16 +33,16 @@ class SequenceWiseAuxLoss(SumsLoss):
         max_documents: int = 64
         """Documents of a row that are told apart; what comes after joins the last."""
 
+        @property
+        def documents(self) -> int | None:
+            return self.max_documents if self.over == "document" else None
+
         def __post_init__(self) -> None:
             SumsLoss.Config.__post_init__(self)
             if self.max_documents < 1:
                 raise JobError(
                     f"sequence_wise max_documents is {self.max_documents}; it must be at least 1"
                 )
-
-    @property
-    def max_documents(self) -> int | None:
-        return self.config.max_documents if self.config.over == "document" else None
 
     def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         f_BE = counts_BE * (self.num_experts / (self.top_k * sequences.tokens))

@@ -16,6 +16,7 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.rules.hugging_face import check_initial_weights
+from titan_moe_lb.rules.meta_model import meta_state
 
 
 def validate_files(config: Trainer.Config) -> None:
@@ -112,10 +113,7 @@ def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
     if start is None or spec is None:
         return
     saved = checkpoints.read_metadata(start.path).state_dict_metadata
-    model_config = copy.deepcopy(spec.model)
-    model_config.update_from_config(config=config)
-    with torch.device("meta"):
-        state = model_config.build().state_dict()
+    _model_config, state = meta_state(config)
     for name, value in state.items():
         if ".expert_bias" in name or ".aux_losses." in name or not torch.is_tensor(value):
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import safetensors
@@ -12,6 +11,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.rules.meta_model import meta_state
 
 
 def check_initial_weights(config: Trainer.Config) -> None:
@@ -97,10 +97,7 @@ def _biases_without_use(config: Trainer.Config) -> list[str]:
 def _expected_shapes(config: Trainer.Config) -> dict[str, tuple[int, ...]]:
     spec = config.model_spec
     assert spec is not None and spec.state_dict_adapter is not None
-    model_config = copy.deepcopy(spec.model)
-    model_config.update_from_config(config=config)
-    with torch.device("meta"):
-        state = model_config.build().state_dict()
+    model_config, state = meta_state(config)
     # As torchtitan makes it: an adapter may choose names by the index in that folder.
     adapter = spec.state_dict_adapter(model_config, config.hf_assets_path)
     return {name: tuple(value.shape) for name, value in adapter.to_hf(state).items()}

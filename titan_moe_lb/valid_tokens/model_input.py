@@ -33,15 +33,17 @@ def hand_on_tokens(part: nn.Module, routers: Sequence[Any], parallel_dims: Paral
         routers: of the part, each a :class:`titan_moe_lb.router.LoadBalancedRouter`.
     """
 
+    needed = any(router.needs_tokens for router in routers)
+
     def hook(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         valid, documents = kwargs.pop(VALID_TOKENS, None), kwargs.pop(DOCUMENT_IDS, None)
         told = part.training and not (valid is None and documents is None)
-        if told and not all(router.needs_tokens for router in routers):
+        if told and routers and not needed:
             raise JobError(
                 "the batch says which tokens are valid, and the routers were built for batches "
                 "without padding: the class of the data loader needs gives_valid_tokens = True"
             )
-        if routers:
+        if needed:
             tokens = _read(routers, args[0], valid, documents, parallel_dims) if told else None
             for router in routers:
                 router.tokens = tokens
