@@ -186,8 +186,6 @@ def _router(
     if loss is not None:
         bound = loss.Config(
             weight=WEIGHT,
-            micro_batch_size=SEQUENCES,
-            global_batch_size=SEQUENCES,
             num_experts=num_experts,
             top_k=top_k,
         )
@@ -196,7 +194,7 @@ def _router(
     torch.manual_seed(0)
     torch.nn.init.normal_(router.gate.weight, std=dim**-0.5)
     if loss is not None:
-        wire([router], None).weights_A.fill_(WEIGHT)
+        wire([router], None).weights_A.fill_(WEIGHT / SEQUENCES)
     return router
 
 

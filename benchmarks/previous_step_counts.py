@@ -58,7 +58,7 @@ def main() -> None:
             )
             true = _aux_gradient(trainer, inputs, labels)
             torch._foreach_copy_(_loads(routers), previous)
-            record.finish_step()
+            record.finish_step(trainer.config.training.local_batch_size)
             cosines.append(torch.cosine_similarity(late, true, dim=0).item())
             ratios.append((late.norm() / true.norm()).item())
         trainer.step = step

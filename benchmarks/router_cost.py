@@ -32,6 +32,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from tests.telemetry_jobs import DeviceOperators
 from titan_moe_lb.losses import AuxLoss, GlobalBatchAuxLoss, RouterZLoss, SequenceWiseAuxLoss
+from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.step_hook import wire
 
@@ -76,8 +77,7 @@ def main() -> None:
 
 
 def _routers() -> dict[str, TokenChoiceTopKRouter]:
-    bound = {"micro_batch_size": SEQUENCES, "global_batch_size": SEQUENCES}
-    bound |= {"num_experts": EXPERTS, "top_k": TOP_K}
+    bound = {"num_experts": EXPERTS, "top_k": TOP_K}
     sequence_wise = SequenceWiseAuxLoss.Config(weight=1e-4, count_from="scores", **bound)
     three = [
         sequence_wise,
@@ -111,10 +111,11 @@ def _router() -> TokenChoiceTopKRouter:
 
 
 def _balanced(losses: list[AuxLoss.Config]) -> LoadBalancedRouter:
-    config = derive(_config(), LoadBalancedRouter.Config, aux_losses=losses, num_micro_batches=4)
+    loop = TrainingLoop(num_micro_batches=4)
+    config = derive(_config(), LoadBalancedRouter.Config, aux_losses=losses, loop=loop)
     router = _initialised(config.build())
     record = wire([router], None)
-    record.weights_A.copy_(torch.tensor([loss.weight for loss in losses]))
+    record.weights_A.copy_(torch.tensor([loss.weight / SEQUENCES for loss in losses]))
     return router
 
 

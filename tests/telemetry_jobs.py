@@ -20,7 +20,7 @@ from model_registry.deepseek_v3 import model_registry
 from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import SequenceWiseAuxLoss
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.step_hook import StepHook, wire
 from titan_moe_lb.telemetry.reduction import reduce_step
@@ -116,15 +116,21 @@ def _peak(order: list[tuple[str, int, int]], tokens: dict) -> float:
     return peak
 
 
-def small_router(layer: int = 0, **options) -> LoadBalancedRouter:
+def small_router(
+    layer: int = 0, num_micro_batches: int = 1, track: bool = True, **options
+) -> LoadBalancedRouter:
     """A wired router of 8 experts on 16 features with a loss, alone in its process."""
     config = make_router_config(
         dim=16, num_experts=8, gate_param_init={}, top_k=2, score_func="softmax"
     )
-    loss = SequenceWiseAuxLoss.Config(
-        weight=0.1, micro_batch_size=2, global_batch_size=2, num_experts=8, top_k=2
-    )
+    loss = SequenceWiseAuxLoss.Config(weight=0.1, num_experts=8, top_k=2)
     options.setdefault("aux_losses", [loss])
+    options["loop"] = TrainingLoop(
+        track=track,
+        num_micro_batches=num_micro_batches,
+        micro_batch_size=2,
+        global_batch_size=2,
+    )
     router = derive(config, LoadBalancedRouter.Config, layer=layer, **options).build()
     generator = torch.Generator(router.gate.weight.device).manual_seed(layer)
     torch.nn.init.normal_(router.gate.weight, generator=generator)
@@ -159,7 +165,7 @@ def counts_of_a_replayed_graph() -> tuple[np.ndarray, np.ndarray]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         torch.autograd.grad(router(static)[0].sum(), static)
-    router.step_record.finish_step()
+    router.step_record.finish_step(2)
     for x_BLD in inputs[1:]:
         with torch.no_grad():
             static.copy_(x_BLD)
@@ -180,11 +186,10 @@ def moe_layers(
             speed = {"speed": 1e-2} if expert_bias == "proportional" else {}
             model["expert_bias"] = ExpertBias.kinds[expert_bias].Config(**speed)
         config = model_registry("tiny", **model).model.layers[-1].moe
-        config.router.layer, config.router.padded = number, padded
-        config.router.expert_bias.num_experts, config.router.expert_bias.top_k = 8, 2
-        for loss in config.router.aux_losses:
-            loss.micro_batch_size, loss.global_batch_size = 2, 2 * _world_size()
-            loss.num_experts, loss.top_k = 8, 2
+        config.router.layer = number
+        config.router.loop = TrainingLoop(
+            micro_batch_size=2, global_batch_size=2 * _world_size(), padded=padded
+        )
         layer = config.build()
         generator = torch.Generator().manual_seed(number)
         torch.nn.init.normal_(layer.router.gate.weight, generator=generator)
@@ -222,7 +227,7 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
     of_bias_update = CommDebugMode()
     if layers:
         record = wire([layer.router for layer in layers], parallel_dims)
-        hook = StepHook(layers, record, layout.token_groups(parallel_dims))
+        hook = StepHook(layers, record, parallel_dims)
         forward_and_backward(layers)
         with of_bias_update:
             hook.close_step()

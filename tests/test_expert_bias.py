@@ -25,7 +25,7 @@ COUNTS = torch.tensor([[4, 10, 1, 1]])  # mean 4, sum 16
 
 
 def built(config: ExpertBias.Config, num_experts: int = 4, top_k: int = 2) -> ExpertBias:
-    config.update_from_config(config=None, num_experts=num_experts, top_k=top_k)
+    config.bind(num_experts=num_experts, top_k=top_k)
     return config.build()
 
 

@@ -19,6 +19,7 @@ from titan_moe_lb.losses import (
     SequenceWiseAuxLoss,
     SumsLoss,
 )
+from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.step_hook import wire
 from titan_moe_lb.valid_tokens.batch_tokens import (
@@ -48,7 +49,6 @@ DOCUMENTS = document_numbers(
 
 
 def built(loss, score_func: str, padded: bool) -> LoadBalancedRouter:
-    loss.micro_batch_size = loss.global_batch_size = ROWS
     loss.num_experts, loss.top_k = EXPERTS, TOP_K
     config = derive(
         make_router_config(
@@ -61,18 +61,16 @@ def built(loss, score_func: str, padded: bool) -> LoadBalancedRouter:
         ),
         LoadBalancedRouter.Config,
         aux_losses=[loss],
-        padded=padded,
+        loop=TrainingLoop(padded=padded),
     )
     router = config.build()
     torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(3))
-    wire([router], None).weights_A.fill_(WEIGHT)
+    wire([router], None).weights_A.fill_(WEIGHT / ROWS)
     return router
 
 
 def told(valid: torch.Tensor, documents: torch.Tensor | None):
-    return batch_tokens(
-        valid, documents, global_batch_size=ROWS, max_documents=3, slices=[(0, LENGTH)]
-    )
+    return batch_tokens(valid, documents, max_documents=3, slices=[(0, LENGTH)])
 
 
 def textbook(name: str, logits, scores, ids) -> torch.Tensor:
@@ -108,7 +106,8 @@ def check(router: LoadBalancedRouter, expected) -> None:
     scores = logits.softmax(-1) if router.score_func == "softmax" else logits.sigmoid()
     loss = expected(logits, scores, scores.topk(TOP_K, dim=-1).indices)
     (WEIGHT * loss).backward()
-    assert router.record.losses_A.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    mean = router.record.losses_A.item() / ROWS
+    assert mean == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     for gradient, reference in zip(ours, [x.grad, router.gate.weight.grad], strict=True):
         error = (gradient - reference).abs().max() / reference.abs().max()
         assert error <= 1e-5
@@ -203,13 +202,12 @@ def test_documents_beyond_the_last_that_is_told_apart_join_it():
     tokens = batch_tokens(
         torch.ones(1, 8, dtype=torch.bool),
         numbers,
-        global_batch_size=2,
         max_documents=3,
         slices=[(0, 2), (6, 2)],
     )
     assert tokens.document_BL.tolist() == [[0, 1, 2, 2]]
     assert tokens.documents.tokens.flatten().tolist() == [1, 2, 5]
-    assert tokens.documents.share.flatten().tolist() == [1 / 16, 2 / 16, 5 / 16]
+    assert tokens.documents.share.flatten().tolist() == [1 / 8, 2 / 8, 5 / 8]
 
 
 def test_padding_is_the_run_of_ignored_labels_at_the_end():
@@ -226,7 +224,7 @@ def test_groups_that_do_not_divide_the_experts_are_one_line():
 
 
 def test_previous_step_without_a_valid_token_keeps_its_load():
-    loss = GlobalBatchAuxLoss.Config(weight=0.1, global_batch_size=4, num_experts=4, top_k=1)
+    loss = GlobalBatchAuxLoss.Config(weight=0.1, num_experts=4, top_k=1)
     built_loss = loss.build()
     GlobalBatchAuxLoss.finish_step([built_loss], torch.tensor([[4, 0, 0, 0]]))
     GlobalBatchAuxLoss.finish_step([built_loss], torch.zeros(1, 4, dtype=torch.int64))

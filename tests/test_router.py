@@ -24,12 +24,7 @@ from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.step_hook import wire
 
 DIM, EXPERTS, TOP_K, BATCH, LENGTH = 32, 8, 2, 3, 20
-BOUND = {
-    "micro_batch_size": BATCH,
-    "global_batch_size": BATCH,
-    "num_experts": EXPERTS,
-    "top_k": TOP_K,
-}
+BOUND = {"num_experts": EXPERTS, "top_k": TOP_K}
 GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
 
 
@@ -52,22 +47,15 @@ def router(losses=(), score_func="sigmoid", cls=LoadBalancedRouter, **options):
 
 
 def wired(built: LoadBalancedRouter) -> LoadBalancedRouter:
-    """Alone in its process, with the weights of its losses."""
+    """Alone in its process, with the weights of its losses over the rows of a batch."""
     record = wire([built], None)
-    weights = [loss.config.weight for loss in built.aux_losses.values()]
+    weights = [loss.config.weight / BATCH for loss in built.aux_losses.values()]
     record.weights_A.copy_(torch.tensor(weights))
     return built
 
 
-def sequence_wise(count_from="selected", weight=0.5, global_batch_size=BATCH):
-    return SequenceWiseAuxLoss.Config(
-        weight=weight,
-        count_from=count_from,
-        micro_batch_size=BATCH,
-        global_batch_size=global_batch_size,
-        num_experts=EXPERTS,
-        top_k=TOP_K,
-    )
+def sequence_wise(count_from="selected", weight=0.5):
+    return SequenceWiseAuxLoss.Config(weight=weight, count_from=count_from, **BOUND)
 
 
 def inputs(dtype=torch.float32):
@@ -108,7 +96,7 @@ def test_gradient_is_that_of_main_plus_weighted_loss(score_func, count_from, opt
     # The coefficients are float32.
     for ours, expected in ((built.gate.weight.grad, reference.gate.weight.grad), (x.grad, y.grad)):
         assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
-    assert built.record.losses_A[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert built.record.losses_A[0].item() / BATCH == pytest.approx(loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
@@ -142,7 +130,8 @@ def test_all_losses_together_are_their_sum(score_func):
 
     for ours, expected in ((built.gate.weight.grad, reference.gate.weight.grad), (x.grad, y.grad)):
         assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
-    assert built.record.losses_A.tolist() == pytest.approx([v.item() for v in values], rel=1e-6)
+    means = (built.record.losses_A / BATCH).tolist()
+    assert means == pytest.approx([v.item() for v in values], rel=1e-6)
 
 
 def test_global_batch_has_no_gradient_in_the_first_step():
@@ -151,7 +140,7 @@ def test_global_batch_has_no_gradient_in_the_first_step():
     x, bias = inputs()
     (0.0 * built(x, bias)[0].sum()).backward()
     assert x.grad.abs().max() < 1e-7
-    assert built.record.losses_A.item() == pytest.approx(1.0)
+    assert built.record.losses_A.item() == pytest.approx(BATCH)
 
 
 def test_compiled_without_graph_breaks():
@@ -161,7 +150,7 @@ def test_compiled_without_graph_breaks():
     explanation = torch._dynamo.explain(built)(x, bias)
     assert explanation.graph_break_count == 0, explanation.break_reasons
     torch._dynamo.reset()
-    built.step_record.finish_step()
+    built.step_record.finish_step(BATCH)
     y, _ = inputs()
     torch.compile(built, fullgraph=True)(x, bias)[0].sum().backward()
     eager(y, bias)[0].sum().backward()
@@ -175,9 +164,6 @@ def test_block_with_losses_compiles_fullgraph():
 
     spec = model_registry("tiny")
     moe_config = spec.model.layers[-1].moe
-    for loss in moe_config.router.aux_losses:
-        loss.micro_batch_size = loss.global_batch_size = loss.top_k = 2
-        loss.num_experts = 8
     moe = moe_config.build()
     with torch.no_grad():
         moe.init_states(buffer_device=torch.device("cpu"))
@@ -198,29 +184,21 @@ def test_each_forward_is_recorded_once(recompute):
         out.sum().backward()
     assert built.record.counts_MSE.sum() == 2 * BATCH * LENGTH * TOP_K
     value = built.record.losses_A.clone()
-    built.step_record.finish_step()
+    built.step_record.finish_step(BATCH)
     assert built.record.counts_MSE.sum() == 0
-    assert torch.equal(built.step_record.step_losses_NA[0], value)
+    assert torch.equal(built.step_record.step_losses_NA[0], value * (1 / BATCH))
     with torch.no_grad():
         built.eval()(x, bias)
     assert built.record.counts_MSE.sum() == 0
 
 
 def test_building_before_binding_says_what_is_missing():
-    with pytest.raises(JobError, match=r"update_from_config"):
+    with pytest.raises(JobError, match=r"use titan_moe_lb\.balanced\(spec, aux_losses"):
         router([SequenceWiseAuxLoss.Config(weight=1.0)])
-
-
-def test_a_batch_that_was_not_announced_is_refused():
-    """Twice the sequences would double the loss without a word."""
-    built = router([sequence_wise()])
-    with pytest.raises(JobError, match="micro-batches of 3 sequences and get 6"):
-        built(torch.randn(2 * BATCH, LENGTH, DIM))
-    built.eval()(torch.randn(2 * BATCH, LENGTH, DIM))
 
 
 def test_an_unwired_router_with_a_loss_is_refused():
     built = router([sequence_wise()])
     built.record = None
-    with pytest.raises(JobError, match="is not wired"):
+    with pytest.raises(JobError, match="before it knows its loop: call titan_moe_lb.attach"):
         built(inputs()[0])

@@ -85,7 +85,7 @@ def test_stage_without_moe_layers_neither_hangs_nor_dilutes(ranks):
     assert 0.9 < 2 * by_rank[0]["figures"]["seq_load_balancing_loss"][0] < 2
 
 
-BOUND = {"micro_batch_size": 2, "global_batch_size": 2, "num_experts": 8, "top_k": 2}
+BOUND = {"num_experts": 8, "top_k": 2}
 THREE_LOSSES = (
     SequenceWiseAuxLoss.Config(weight=1e-4, count_from="scores"),
     GlobalBatchAuxLoss.Config(weight=1e-3),
@@ -97,7 +97,7 @@ THREE_LOSSES = (
 @pytest.mark.parametrize("num_layers", [4, 61])
 def test_operators_of_a_step_end_do_not_grow_with_the_layers(num_layers, losses):
     layers = moe_layers(list(range(num_layers)), losses and list(losses))
-    hook = StepHook(layers, wire([layer.router for layer in layers], None), [])
+    hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
     forward_and_backward(layers)
     with DeviceOperators() as operators:
         hook.close_step()
@@ -120,7 +120,7 @@ def test_operators_of_a_bias_rule(rule, at_step_end, in_router):
     the group limit asks of an expert."""
     for num_layers in (1, 4):
         layers = moe_layers(list(range(num_layers)), [], expert_bias=rule)
-        hook = StepHook(layers, wire([layer.router for layer in layers], None), [])
+        hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
         forward_and_backward(layers)
         with DeviceOperators() as operators:
             hook.close_step()
@@ -227,7 +227,7 @@ def test_a_replayed_step_records_without_its_python():
         return torch.autograd.grad(router(x_BLD)[0].sum(), x_BLD)[0]
 
     captured = make_fx(forward_and_backward)(inputs[0])
-    router.step_record.finish_step()
+    router.step_record.finish_step(2)
     original, router.forward = router.forward, None  # no Python of the router from here on
     for x_BLD in inputs[1:]:
         captured(x_BLD)

@@ -24,6 +24,7 @@ from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
+from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.step_hook import register_load_balancing
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -90,6 +91,7 @@ class LoadBalanceConverter(ModelConfigConverter):
                 forced_routing=copy.deepcopy(self.config.forced_routing),
                 layer=numbers[fqn],
             )
+            moe.router.bind_components()
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
 
@@ -129,6 +131,9 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
     @dataclass(kw_only=True, slots=True)
     class Config(model_config_cls):
         def update_from_config(self, *, config, **kwargs) -> None:
+            if not isinstance(config, Trainer.Config):  # a loop of one's own, which attaches
+                model_config_cls.update_from_config(self, config=config, **kwargs)
+                return
             hooks = _step_hooks(config)
             rules.validate(config)
             config.dataloader = tell_tokens(
@@ -144,13 +149,10 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
             routers = [router for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)]
             start = checkpoints.start_of(config)
+            loop = _loop(config, finished_steps=(start and start.step) or 0)
             for router in routers:
-                router.update_from_config(
-                    config=config,
-                    finished_steps=(start and start.step) or 0,
-                    track=reports and metrics.track_moe_metrics,
-                    record_tokens=reports and bool(metrics.record_routing_steps),
-                )
+                router.loop = loop
+                router.bind_forced_routing(config)
             start_anew(
                 config,
                 {
@@ -167,6 +169,27 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
 
     Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
     return Config
+
+
+def _loop(config: Trainer.Config, finished_steps: int) -> TrainingLoop:
+    """What torchtitan's trainer does with a job."""
+    cut, metrics = batch_cut.cut(config), config.metrics
+    reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
+    recorded_tokens = None
+    if reports and metrics.record_routing_steps:
+        recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
+    loader = getattr(config.dataloader, "_owner", None)
+    return TrainingLoop(
+        track=reports and metrics.track_moe_metrics,
+        num_micro_batches=cut.num_micro_batches,
+        micro_batch_size=cut.micro_batch_size,
+        global_batch_size=cut.global_batch_size,
+        tokens_per_step=cut.global_batch_size * cut.seq_len,
+        padded=getattr(loader, "gives_valid_tokens", False),
+        recorded_tokens=recorded_tokens,
+        context_parallel_load_balancer=cut.context_parallel_load_balancer,
+        finished_steps=finished_steps,
+    )
 
 
 def _step_hooks(config: Trainer.Config) -> BuildHooks:

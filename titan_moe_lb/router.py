@@ -25,11 +25,11 @@ from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.losses.functional import inverse_sums
 from titan_moe_lb.losses.injection import gather_scores
 from titan_moe_lb.losses.router_losses import RouterLosses
-from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.schedules import Action
 from titan_moe_lb.recording.recomputation import decide, is_recomputation, keep
 from titan_moe_lb.recording.step_record import RouterRecord, StepRecord
+from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.valid_tokens.batch_tokens import BatchTokens
 
 
@@ -37,9 +37,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     """Token-choice top-k routing with auxiliary losses, forced routing and a record.
 
     Parameter names and, with neither losses nor forced routing, every bit of the
-    result are those of ``TokenChoiceTopKRouter``. It reads which mesh axes split a
-    sequence from its config, and gets the meshes themselves and its rows of the rank's
-    record from :meth:`wire`.
+    result are those of ``TokenChoiceTopKRouter``. It gets the meshes from :meth:`wire`
+    and its rows of the rank's record from :meth:`note_in`. It records and teaches in a
+    forward that learns: in training mode and with gradients.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -55,66 +55,14 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         layer: int = 0
         """Number of the router's layer in the whole model."""
 
-        track: bool = True
-        """Keep what the metrics show: the counts of each micro-batch."""
+        loop: TrainingLoop = field(default_factory=TrainingLoop)
+        """What the training loop says of its steps."""
 
-        num_micro_batches: int = 1
-        """Forwards of the router in an optimizer step."""
-
-        recorded_tokens: tuple[int, int] | None = None
-        """(B, L) of a micro-batch on a rank, to keep the experts of each token."""
-
-        sequence_axes: tuple[str, ...] = ()
-        """Mesh axes over which the tokens of one sequence are split."""
-
-        sequence_shards: int = 1
-        """Ranks that hold one sequence: the product of the sizes of ``sequence_axes``."""
-
-        token_replicas: int = 1
-        """Ranks that see the same tokens and whose gradients are summed (TP without EP)."""
-
-        padded: bool = False
-        """Batches say which of their tokens are valid."""
-
-        cut: batch_cut.Cut | None = None
-        """How the job cuts its global batch."""
-
-        finished_steps: int = 0
-        """Optimizer steps of the checkpoint that the job goes on from."""
-
-        tokens_per_step: int = 0
-        """Tokens of a global batch."""
-
-        def update_from_config(
-            self, *, config, finished_steps: int, track: bool, record_tokens: bool
-        ) -> None:
-            """Bind the router, its losses and its strategy to a ``Trainer.Config``."""
-            self.finished_steps = finished_steps
-            dims = layout.resolve(config.parallelism)
-            cut = batch_cut.cut(config)
-            self.track = track
-            loader = getattr(config.dataloader, "_owner", None)
-            self.padded = getattr(loader, "gives_valid_tokens", False)
-            self.cut = cut
-            self.num_micro_batches = cut.num_micro_batches
-            self.tokens_per_step = cut.global_batch_size * cut.seq_len
-            if record_tokens:
-                self.recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
-            # With EP, torchtitan shards the tokens of a sequence over TP ranks before
-            # the gate; without, every TP rank routes the same tokens.
-            shards = {"cp": dims.cp, "tp": dims.tp if dims.ep > 1 else 1}
-            self.sequence_axes = tuple(axis for axis, size in shards.items() if size > 1)
-            self.sequence_shards = shards["cp"] * shards["tp"]
-            # spmd_types keeps plain tensors, whose gradient on a replicated axis is a
-            # partial sum. A DTensor's gradient is whole on every rank.
-            plain = config.parallelism.spmd_backend == "spmd_types"
-            self.token_replicas = dims.tp if plain and dims.ep == 1 else 1
+        def bind_components(self) -> None:
+            """Tell losses and bias rule the router that they are of."""
             for component in (*self.aux_losses, self.expert_bias):
                 if component is not None:
-                    component.update_from_config(
-                        config=config, num_experts=self.num_experts, top_k=self.top_k
-                    )
-            self.bind_forced_routing(config)
+                    component.bind(num_experts=self.num_experts, top_k=self.top_k)
 
         def bind_forced_routing(self, config) -> None:
             """Tell the strategy of a benchmark what it needs of the router and the job."""
@@ -130,9 +78,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         super().__init__(config)
         self.config = config
         self.layer = config.layer
-        self.aux_losses = RouterLosses(
-            config.aux_losses, config.sequence_shards, padded=config.padded
-        )
+        self.aux_losses = RouterLosses(config.aux_losses)
         self.expert_bias = config.expert_bias.build() if config.expert_bias is not None else None
         self.forced_routing = (
             config.forced_routing.build() if config.forced_routing is not None else None
@@ -140,7 +86,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.needs_step_counts = self.aux_losses.needs_step_counts or (
             self.expert_bias is not None and self.expert_bias.moves
         )
-        self.needs_tokens = config.padded or self.aux_losses.num_documents > 1
+        self.needs_tokens = False
         self.tokens: BatchTokens | None = None
         """Of the running forward, where batches say which tokens are valid or a loss asks for
         documents (:mod:`titan_moe_lb.valid_tokens.model_input`); None: all tokens are valid."""
@@ -154,19 +100,21 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.actions: Sequence[Action] | None = None
         """What its pipeline rank does in a pass; None without pipeline parallelism."""
 
-    def wire(self, step_record: StepRecord, index: int, parallel_dims) -> None:
-        """Take the rows to record in and the process groups. Once, before training.
+    def wire(self, parallel_dims) -> None:
+        """Take the loop of the config and the process groups. Once, before training.
 
         Args:
-            step_record: of all routers of the rank.
-            index: of this router in it.
             parallel_dims: torchtitan's ``ParallelDims``; None in a process without a mesh.
         """
-        self.step_record, self.record = step_record, step_record.router(index)
-        groups = [parallel_dims.get_mesh(axis).get_group() for axis in self.config.sequence_axes]
-        self.aux_losses.wire(groups, parallel_dims)
+        padded = self.config.loop.padded
+        self.aux_losses.wire(parallel_dims, padded=padded)
+        self.needs_tokens = padded or self.aux_losses.num_documents > 1
         if self.forced_routing is not None and parallel_dims is not None:
             self.forced_routing.wire(parallel_dims, self.layer)
+
+    def note_in(self, step_record: StepRecord, index: int) -> None:
+        """Take the ``index``-th rows of the record of all routers of the rank."""
+        self.step_record, self.record = step_record, step_record.router(index)
 
     def forward(
         self, x_BLD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
@@ -184,7 +132,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
         tokens = None
-        if self.training:
+        learns = self.training and torch.is_grad_enabled()
+        if learns:
             if self.needs_tokens:
                 with spmd.no_typecheck(), torch.no_grad():
                     tokens = decide(self._kept_tokens)
@@ -192,10 +141,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         scores_BLE = self._score(logits_BLE)
         with spmd.no_typecheck(), torch.no_grad():
             local_scores_BLE = local_shard(scores_BLE)
-            inverse_BL = self._inverse_sums(local_scores_BLE, tokens)
+            inverse_BL = self._inverse_sums(local_scores_BLE, tokens) if learns else None
             local_bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
             ids_BLK, coefficients_BE = decide(
-                lambda: self._decide(local_scores_BLE, local_bias_E, inverse_BL, tokens)
+                lambda: self._decide(local_scores_BLE, local_bias_E, inverse_BL, tokens, learns)
             )
         topk_expert_ids_BLK = placed_as(scores_BLE, ids_BLK)
         if coefficients_BE is None:
@@ -222,7 +171,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self, scores_BLE: torch.Tensor, tokens: BatchTokens | None
     ) -> torch.Tensor | None:
         """What makes probabilities of the scores, where a loss needs it; 0 for padding."""
-        if not (self.training and self.aux_losses.needs_probabilities):
+        if not self.aux_losses.needs_probabilities:
             return None
         if self.score_func == "softmax":  # whose sums are 1
             return None if tokens is None else tokens.valid_BL.float()
@@ -235,15 +184,16 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         expert_bias_E: torch.Tensor | None,
         inverse_BL: torch.Tensor | None,
         tokens: BatchTokens | None,
+        learns: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All that must not happen again when the forward is repeated. On local tensors.
 
         Returns:
             Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
         """
-        ids_BLK = self._kept(self._choose(scores_BLE, expert_bias_E, tokens))
+        ids_BLK = self._kept(self._choose(scores_BLE, expert_bias_E, tokens, learns))
         coefficients_BE = None
-        if self.training and self.record is not None:
+        if learns and self.record is not None:
             counts_SQE = self._count(ids_BLK, scores_BLE, tokens, biased=expert_bias_E is not None)
             coefficients_BE = self.aux_losses.coefficients(
                 scores_BLE, counts_SQE, inverse_BL, tokens, self.record, self._kept
@@ -273,6 +223,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         scores_BLE: torch.Tensor,
         expert_bias_E: torch.Tensor | None,
         tokens: BatchTokens | None,
+        learns: bool,
     ) -> torch.Tensor:
         """The experts of every token ``(B, L, K)``, int64."""
         if self.forced_routing is not None:
@@ -285,7 +236,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         choice_BLE = self._limit_groups(biased_BLE)
         record, rule = self.record, self.expert_bias
         histogram_EH = None if record is None else record.histogram_EH
-        if histogram_EH is None or not self.training or is_recomputation():
+        if histogram_EH is None or not learns or is_recomputation():
             return choice_BLE.topk(self.top_k, dim=-1, sorted=False).indices
         assert record is not None and rule is not None and expert_bias_E is not None
         best_BLK1, ids_BLK1 = choice_BLE.topk(self.top_k + 1, dim=-1)

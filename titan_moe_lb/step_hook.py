@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,6 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import BiasStep
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
@@ -28,89 +31,225 @@ def register_load_balancing(
     update, whose counts are doubled by activation checkpointing and miss the layers of
     multi-token prediction; both would reduce the same counts.
     """
+    hook = wire_parts(model_parts, parallel_dims)
+    _announce_forced_routing(routers_of(model_parts))
+    if hook is not None:
+        optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
+
+
+def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> StepHook | None:
+    """Wire the routers of this rank's pipeline stages to their loop. Once, before training.
+
+    Returns:
+        What closes a step; None where nothing asks for one.
+    """
+    layers = moe_layers_of(model_parts)
+    record = None
+    if layers:
+        record = wire([layer.router for layer in layers], parallel_dims)  # type: ignore[misc]
     for part in model_parts:
         hand_on_tokens(part, routers_of([part]), parallel_dims)
-    layers = moe_layers_of(model_parts)
-    if not layers:
-        return
-    routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
-    record = wire(routers, parallel_dims)
-    _announce_forced_routing(routers)
     if record is None:
-        return
-    hook = StepHook(layers, record, layout.token_groups(parallel_dims))
-    optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
+        return None
+    hook = StepHook(layers, record, parallel_dims)
+    # A pipeline finds out shapes by a forward that nobody announces; its batches are all alike.
+    if not parallel_dims.pp_enabled:
+        model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
+    return hook
 
 
-def wire(routers: list[LoadBalancedRouter], parallel_dims: ParallelDims) -> StepRecord | None:
-    """Give the routers of a rank one record, and the process groups. Once, before training.
+def wire(
+    routers: list[LoadBalancedRouter], parallel_dims: ParallelDims | None
+) -> StepRecord | None:
+    """Give the routers of a rank one record, and the process groups.
 
     Returns:
         The record; None where nothing asks for one.
     """
-    config = routers[0].config
+    config, loop = routers[0].config, routers[0].config.loop
+    for router in routers:
+        router.wire(parallel_dims)
     losses = routers[0].aux_losses
     by_micro_batch = (
-        config.track or config.recorded_tokens is not None or config.forced_routing is not None
+        loop.track or loop.recorded_tokens is not None or config.forced_routing is not None
     )
     if not (by_micro_batch or len(losses) or routers[0].needs_step_counts):
         return None
     record = StepRecord(
         num_routers=len(routers),
-        num_micro_batches=config.num_micro_batches if by_micro_batch else 1,
+        num_micro_batches=loop.num_micro_batches if by_micro_batch else 1,
         num_sources=losses.num_step_sources,
         num_experts=config.num_experts,
         num_losses=len(losses),
         num_bins=0 if config.forced_routing is not None else routers[0].num_bins,
-        token_shape=(*config.recorded_tokens, config.top_k) if config.recorded_tokens else None,
+        token_shape=(*loop.recorded_tokens, config.top_k) if loop.recorded_tokens else None,
         device=local_shard(routers[0].gate.weight).device,
-        finished_steps=config.finished_steps,
+        finished_steps=loop.finished_steps,
+        varying=loop.varying,
     )
     for index, router in enumerate(routers):
-        router.wire(record, index, parallel_dims)
+        router.note_in(record, index)
     return record
 
 
 class StepHook:
-    """Closes the steps of a rank's MoE layers. The number of operators does not depend on
-    how many layers there are."""
+    """Opens and closes the steps of a rank's MoE layers. The number of operators does not depend
+    on how many layers there are.
+
+    Attributes:
+        finished_steps: those of the checkpoint included.
+    """
 
     def __init__(
-        self, layers: list[MoE], record: StepRecord, token_groups: list[dist.ProcessGroup]
+        self, layers: list[MoE], record: StepRecord, parallel_dims: ParallelDims | None
     ) -> None:
         """
         Args:
             record: of the routers of these layers, in this order.
-            token_groups: of the mesh axes whose ranks route different tokens.
+            parallel_dims: torchtitan's; None in a process without a mesh.
         """
         self._layers = layers
         self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
         self._record = record
-        self._token_groups = token_groups
-        self._finished_steps = self._routers[0].config.finished_steps
+        self._token_groups: list[dist.ProcessGroup] = []
+        self._token_replicas = 1
+        self._batch_group: dist.ProcessGroup | None = None
+        if parallel_dims is not None:
+            if parallel_dims.dp_enabled:
+                self._batch_group = parallel_dims.get_mesh("batch").get_group()
+            self._token_groups = layout.token_groups(parallel_dims)
+            self._token_replicas = layout.token_replicas(parallel_dims)
+        self._loop = self._routers[0].config.loop
+        self.finished_steps = self._loop.finished_steps
+        self._global_rows: int | None = None
+        self._closed_rows = self._announced_rows = 0
         self._weights: list[float] | None = None
-        self._set_weights()
+        if self._loop.global_batch_size is not None:
+            self.begin_step(self._loop.global_batch_size)
+
+    def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
+        """Say how large the global batch is, before its first forward.
+
+        The gradient of a loss is that of ``weight * sum over the rows / num_rows``. A loop whose
+        steps are alike needs no call: the step that ends begins the next.
+
+        Args:
+            num_rows: rows of the global batch, over all ranks.
+            loss_scale: what the loop divides the gradients by before it steps, besides the
+                ``gradient_divisor`` of every step.
+        """
+        self._global_rows = num_rows
+        weights = [
+            loss.weight_at(self.finished_steps + 1, self._tokens_seen)
+            * (loss_scale * self._loop.gradient_divisor)
+            / (num_rows * self._token_replicas)
+            for loss in self._routers[0].aux_losses.values()
+        ]
+        # A copy to the device where they change.
+        if weights != self._weights:
+            self._weights = weights
+            self._record.weights_A.copy_(torch.tensor(weights))
+
+    def forward_begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model, where there is no pipeline.
+
+        Raises:
+            JobError: the step has more rows or forwards than the loop has announced.
+        """
+        if not (part.training and torch.is_grad_enabled()):
+            return
+        rows = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)).shape[0]
+        record = self._record
+        record.rows += rows
+        record.forwards += 1
+        if len(self._routers[0].aux_losses):
+            self._check_rows(rows)
+        if self._loop.track and record.forwards > self._loop.num_micro_batches:
+            raise JobError(
+                f"forward {record.forwards} of one optimizer step, and its loop announced "
+                f"{self._loop.num_micro_batches}: a step that was skipped needs skip_step(), one "
+                "of many micro-batches attach(..., max_micro_batches=...)"
+            )
+
+    def _check_rows(self, rows: int) -> None:
+        if rows != (self._loop.micro_batch_size or rows):
+            raise JobError(
+                f"the aux losses were bound to micro-batches of {self._loop.micro_batch_size} "
+                f"sequences and get {rows}: their weight would be wrong; set "
+                "training.local_batch_size (or parallelism.pipeline_parallel_microbatch_size) to "
+                "what the loop feeds"
+            )
+        if self._global_rows is None:
+            raise JobError(
+                "the aux losses are a mean over the rows of a step, and it has not said how many "
+                "it has: call begin_step(rows) before its first forward, or "
+                "attach(..., rows_per_step=...)"
+            )
+        if self._record.rows > self._global_rows:
+            raise JobError(
+                f"the step has {self._record.rows} rows on this rank and announced {self._global_rows} on "
+                "all: the weight of the aux losses would be wrong; call begin_step(rows) with "
+                "what the step has, and skip_step() after one that is skipped"
+            )
 
     def close_step(self) -> None:
         """The optimizer is about to step. Collective over the token groups."""
+        self._closed_rows, self._announced_rows = self._record.rows, self._global_rows or 0
+        if self._batch_group is None:
+            self.check_announced_rows()
         with torch.no_grad():
-            self._record.finish_step()
+            self._record.finish_step(self._global_rows or 1)
             if self._routers[0].needs_step_counts:
                 self._record.reduce(self._token_groups)
                 self._record.forget_histogram()
             self._move_bias()
             self._finish_losses()
-            # Counted by torchtitan's MoE.forward, and read by nobody here.
-            torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])
-        self._finished_steps += 1
-        self._set_weights()
+            self._forget_torchtitans_counts()
+        self.finished_steps += 1
+        self._global_rows = None
+        if self._loop.global_batch_size is not None:
+            self.begin_step(self._loop.global_batch_size)
+
+    def check_announced_rows(self) -> None:
+        """Of the last closed step, in a loop whose rows are counted. Collective over the ranks
+        that have other rows.
+
+        Raises:
+            JobError: an aux loss was divided by another number than there were.
+        """
+        if not (self._loop.varying and self._announced_rows):
+            return
+        rows = self._closed_rows
+        if self._batch_group is not None:
+            total = torch.tensor([rows], device=self._record.counts_NMSE.device)
+            dist.all_reduce(total, group=self._batch_group)
+            rows = int(total)
+        if rows != self._announced_rows and len(self._routers[0].aux_losses):
+            raise JobError(
+                f"the step had {rows} rows and announced {self._announced_rows}: the weight of the "
+                "aux losses was wrong; call begin_step(rows) with what each step has, and "
+                "skip_step() after one that is skipped"
+            )
+
+    def skip_step(self) -> None:
+        """The optimizer will not step: what the step has counted is forgotten."""
+        with torch.no_grad():
+            self._record.discard_step()
+            for name, loss in self._routers[0].aux_losses.items():
+                if not loss.needs_step_counts:
+                    loss.finish_step([router.aux_losses[name] for router in self._routers], None)
+            self._forget_torchtitans_counts()
+
+    def _forget_torchtitans_counts(self) -> None:
+        """Counted by torchtitan's MoE.forward, and read by nobody here."""
+        torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])
 
     def _move_bias(self) -> None:
         rule = self._routers[0].expert_bias
         if rule is None or not rule.moves:
             return
         assert self._record.sums is not None
-        rule.set_progress(self._finished_steps + 1, self._tokens_seen)
+        rule.set_progress(self.finished_steps + 1, self._tokens_seen)
         sums = self._record.sums
         biases = [local_shard(layer.expert_bias_E) for layer in self._layers]
         state = {
@@ -125,7 +264,7 @@ class StepHook:
             state={name: torch.stack(rows) for name, rows in state.items()},
         )
         delta_NE = rule.delta(step)
-        if self._routers[0].config.padded:  # a step without a valid token moves nothing
+        if self._loop.padded:  # a step without a valid token moves nothing
             taught_N1 = step.counts_NE.sum(dim=-1, keepdim=True) > 0
             delta_NE = torch.where(taught_N1, delta_NE, 0)
             for name, rows in state.items():
@@ -144,20 +283,9 @@ class StepHook:
                 counts_NE = self._record.sums.counts_NSE[:, losses.source_index(loss)]
             loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
 
-    def _set_weights(self) -> None:
-        """The weights of the step that begins: a copy to the device where they change."""
-        weights = [
-            loss.weight_at(self._finished_steps + 1, self._tokens_seen)
-            / self._routers[0].config.token_replicas
-            for loss in self._routers[0].aux_losses.values()
-        ]
-        if weights != self._weights:
-            self._weights = weights
-            self._record.weights_A.copy_(torch.tensor(weights))
-
     @property
     def _tokens_seen(self) -> int:
-        return self._finished_steps * self._routers[0].config.tokens_per_step
+        return self.finished_steps * (self._loop.tokens_per_step or 0)
 
 
 def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:

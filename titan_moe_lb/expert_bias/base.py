@@ -48,7 +48,7 @@ class ExpertBias(Component):
     """Every rule that can be configured, by ``type_name``."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k", "starts_anew"})
-    """Fields of the Config that ``update_from_config`` fills."""
+    """Fields of the Config that :meth:`Config.bind` and the model's ``update_from_config`` fill."""
 
     moves: ClassVar[bool] = True
     """Whether the rule ever changes the bias, so that it needs the counts of every step."""
@@ -66,17 +66,17 @@ class ExpertBias(Component):
         """When the value that the rule is tuned by changes, and to what."""
 
         num_experts: int | None = None
-        """E of the router. Filled by ``update_from_config``."""
+        """E of the router. Filled by :meth:`bind`."""
 
         top_k: int | None = None
-        """K of the router. Filled by ``update_from_config``."""
+        """K of the router. Filled by :meth:`bind`."""
 
         starts_anew: bool = False
         """The checkpoint that the job begins from has not what the rule remembers, because
         another rule wrote it. Filled by ``update_from_config`` of the model."""
 
-        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
-            """Take what the rule needs of a ``Trainer.Config`` and of the router."""
+        def bind(self, *, num_experts: int, top_k: int) -> None:
+            """Take what the rule needs of its router."""
             self.num_experts = num_experts
             self.top_k = top_k
             if self._owner.state_names:

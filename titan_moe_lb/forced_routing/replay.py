@@ -59,7 +59,9 @@ class Replay(ForcedRouting):
         positions = np.concatenate(
             [
                 np.arange(start, start + length)
-                for start, length in batch_cut.token_slices(cut, parallel_dims)
+                for start, length in batch_cut.token_slices(
+                    cut.seq_len, parallel_dims, cut.context_parallel_load_balancer
+                )
             ]
         )
         parts = [

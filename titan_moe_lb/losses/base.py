@@ -11,7 +11,6 @@ import torch
 
 from titan_moe_lb.component import Component, require_formula
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.valid_tokens.batch_tokens import Sequences
 from titan_moe_lb.value_schedule import Change, check_changes, value_at
 
@@ -20,9 +19,10 @@ class AuxLoss(Component):
     """A loss on the router, normalised so that a global batch can be cut anywhere.
 
     torchtitan 0.3.0 sums gradients over data-parallel ranks, accumulation steps and
-    pipeline micro-batches, and divides by nothing. A loss that is a mean over the G
-    sequences of the global batch is therefore what each micro-batch contributes as the
-    sum over its own sequences, divided by G: the same whichever way the batch was cut.
+    pipeline micro-batches, and divides by nothing. A loss that is a mean over the G rows
+    of the global batch is therefore what each micro-batch contributes as the sum over its
+    own, divided by G: the same whichever way the batch was cut. A loss is that sum; what
+    divides by G stands in one place, :meth:`titan_moe_lb.step_hook.StepHook.begin_step`.
 
     A loss of one's own derives from one of the two kinds below, names itself in
     ``type_name`` and ``metric_name``, and writes down its formula; docs/extending.md has
@@ -38,10 +38,8 @@ class AuxLoss(Component):
     kinds: ClassVar[dict[str, type[AuxLoss]]] = {}
     """Every loss that can be configured, by ``type_name``."""
 
-    filled_by_job: ClassVar[frozenset[str]] = frozenset(
-        {"micro_batch_size", "global_batch_size", "num_experts", "top_k"}
-    )
-    """Fields of the Config that ``update_from_config`` fills."""
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k"})
+    """Fields of the Config that :meth:`Config.bind` fills."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
@@ -51,17 +49,11 @@ class AuxLoss(Component):
         changes: list[Change] = field(default_factory=list)
         """When the weight changes, and to what."""
 
-        micro_batch_size: int | None = None
-        """Sequences of one forward. Filled by ``update_from_config``."""
-
-        global_batch_size: int | None = None
-        """Sequences of one optimizer step. Filled by ``update_from_config``."""
-
         num_experts: int | None = None
-        """E of the router. Filled by ``update_from_config``."""
+        """E of the router. Filled by :meth:`bind`."""
 
         top_k: int | None = None
-        """K of the router. Filled by ``update_from_config``."""
+        """K of the router. Filled by :meth:`bind`."""
 
         @property
         def documents(self) -> int | None:
@@ -77,24 +69,19 @@ class AuxLoss(Component):
                 )
             check_changes("aux loss", self.changes)
 
-        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
-            """Take the batch sizes from a ``Trainer.Config``, E and K from the router."""
-            cut = batch_cut.cut(config)
-            self.micro_batch_size = cut.micro_batch_size
-            self.global_batch_size = cut.global_batch_size
+        def bind(self, *, num_experts: int, top_k: int) -> None:
+            """Take what the loss needs of its router."""
             self.num_experts = num_experts
             self.top_k = top_k
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.global_batch_size is None or config.num_experts is None or config.top_k is None:
+        if config.num_experts is None or config.top_k is None:
             raise JobError(
-                f"{type(self).__name__} was built before it was bound to a job: the model config's "
-                "update_from_config(config=...) has to run before build()"
+                f"{type(self).__name__} was built before it was bound to a router: use "
+                "titan_moe_lb.balanced(spec, aux_losses=[...])"
             )
         self.config = config
-        self.micro_batch_size = config.micro_batch_size
-        self.global_batch_size = config.global_batch_size
         self.num_experts = config.num_experts
         self.top_k = config.top_k
 
@@ -162,14 +149,15 @@ class SumsLoss(AuxLoss):
     def value(
         self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequences: Sequences
     ) -> torch.Tensor:
-        """The formula: what these sequences contribute to the loss of the global batch.
+        """The formula: what these sequences contribute, before it is divided by the rows of the
+        global batch.
 
         Args:
             sums_BE: ``sum_t p(t,i)`` over the valid tokens of whole sequences, float32
                 ``(B, E)``. A sequence without any has those of one balanced token.
             counts_BE: valid tokens that count for each expert in whole sequences, int64
                 ``(B, E)``; None unless ``needs_counts``.
-            sequences: how many valid tokens each has, and its share of the mean.
+            sequences: how many valid tokens each has, and its share of a row.
 
         Returns:
             Scalar, unweighted, differentiable in the sums: the sum over the sequences of

@@ -26,10 +26,8 @@ class _OverDeviceGroups(SumsLoss):
         num_device_groups: int
         """D: how many groups the experts are in."""
 
-        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
-            SumsLoss.Config.update_from_config(
-                self, config=config, num_experts=num_experts, top_k=top_k
-            )
+        def bind(self, *, num_experts: int, top_k: int) -> None:
+            SumsLoss.Config.bind(self, num_experts=num_experts, top_k=top_k)
             self.check_groups(num_experts)
 
         def check_groups(self, num_experts: int) -> None:

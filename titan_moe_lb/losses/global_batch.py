@@ -47,10 +47,8 @@ class GlobalBatchAuxLoss(SumsLoss):
         counts: Literal["previous_step", "running"] = "previous_step"
         """Where f comes from; see the class."""
 
-        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
-            SumsLoss.Config.update_from_config(
-                self, config=config, num_experts=num_experts, top_k=top_k
-            )
+        def bind(self, *, num_experts: int, top_k: int) -> None:
+            SumsLoss.Config.bind(self, num_experts=num_experts, top_k=top_k)
             if self.counts == "previous_step":
                 # The same on every rank; torchtitan asks for a layout of all state.
                 self.sharding_config = ShardingConfig(

@@ -99,7 +99,7 @@ def attach_to_logits(
         logits_BLE: gate outputs ``(B, L, E)``.
         saved: of ``loss.per_token_and_saved(logits)``.
         weight: float32 ``()``, on the device.
-        share: of a token in the mean over the global batch: a number where all are alike,
+        share: of a token in its row: a number where all are alike,
             else float32 ``(B, L)``.
     """
     if isinstance(share, torch.Tensor):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import spmd_types as spmd
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb.errors import JobError
@@ -14,6 +17,7 @@ from titan_moe_lb.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
 from titan_moe_lb.losses.counting import DISPATCHED, SELECTED, CountSource
 from titan_moe_lb.losses.functional import at_least_float32, probability_sums
 from titan_moe_lb.losses.injection import attach_to_logits
+from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.recording.recomputation import is_recomputation
 from titan_moe_lb.recording.step_record import RouterRecord
@@ -34,14 +38,7 @@ class RouterLosses(ModuleDict):
         num_documents: D; 1 where every row is one sequence.
     """
 
-    def __init__(
-        self, configs: Sequence[AuxLoss.Config], sequence_shards: int, *, padded: bool
-    ) -> None:
-        """
-        Args:
-            sequence_shards: ranks that hold one sequence.
-            padded: batches say which tokens are valid.
-        """
+    def __init__(self, configs: Sequence[AuxLoss.Config]) -> None:
         for config in configs:
             check_kind(config._owner)
         super().__init__({config._owner.type_name: config.build() for config in configs})
@@ -49,6 +46,26 @@ class RouterLosses(ModuleDict):
         self._of_logits: list[tuple[int, LogitsLoss]] = []
         for index, loss in enumerate(self.values()):
             (self._of_sums if isinstance(loss, SumsLoss) else self._of_logits).append((index, loss))
+        of_sums = [loss for _index, loss in self._of_sums]
+        self.needs_step_counts = any(loss.needs_step_counts for loss in of_sums)
+        self.needs_probabilities = bool(of_sums)
+        self.num_documents = max([loss.config.documents or 1 for loss in of_sums], default=1)
+        self._needs_whole_sums = not all(loss.linear for loss in of_sums)
+        self._needs_whole_counts = any(loss.needs_counts for loss in of_sums)
+
+    def wire(self, parallel_dims: ParallelDims | None, *, padded: bool) -> None:
+        """Take the process groups, and find out what has to be counted. Once, before training.
+
+        Args:
+            padded: batches say which tokens are valid.
+        """
+        self._sequence_groups = []
+        if parallel_dims is not None:
+            axes = layout.sequence_axes(parallel_dims)
+            self._sequence_groups = [parallel_dims.get_mesh(axis).get_group() for axis in axes]
+        self._sequence_shards = math.prod(map(dist.get_world_size, self._sequence_groups))
+        for loss in self.values():
+            loss.wire_meshes(parallel_dims)
         self._padded = padded
         of_sums = [loss for _index, loss in self._of_sums]
         at_step_end = [self._source(loss) for loss in of_sums if loss.needs_step_counts]
@@ -61,24 +78,6 @@ class RouterLosses(ModuleDict):
             for name, loss in self.items()
             if isinstance(loss, SumsLoss) and (loss.needs_counts or loss.needs_step_counts)
         }
-        self.needs_step_counts = bool(at_step_end)
-        self.needs_probabilities = bool(of_sums)
-        self.num_documents = max([loss.config.documents or 1 for loss in of_sums], default=1)
-        self._needs_whole_sums = not all(loss.linear for loss in of_sums)
-        self._needs_whole_counts = any(loss.needs_counts for loss in of_sums)
-        self._sequence_shards = sequence_shards
-        self._sequence_groups: list = []
-
-    def wire(self, sequence_groups: list, parallel_dims) -> None:
-        """Take the process groups. Once, before training.
-
-        Args:
-            sequence_groups: over which the tokens of a sequence are split.
-            parallel_dims: torchtitan's ``ParallelDims``.
-        """
-        self._sequence_groups = sequence_groups
-        for loss in self.values():
-            loss.wire_meshes(parallel_dims)
 
     @property
     def valid_source(self) -> int:
@@ -99,19 +98,18 @@ class RouterLosses(ModuleDict):
         """Add the gradients of the losses of each token; records their raw values."""
         if len(self) and record is None:
             raise JobError(
-                "a router with aux losses is not wired: use titan_moe_lb.balanced(spec) for the "
-                "ModelSpec, or call titan_moe_lb.step_hook.wire(routers, parallel_dims)"
+                "a router with aux losses trains before it knows its loop: call "
+                "titan_moe_lb.attach(model, optimizer) before the first forward"
             )
         for index, loss in self._of_logits:
             assert record is not None
             local_BLE = local_shard(logits_BLE)
-            _require_announced_batch(loss, local_BLE.shape[0])
             with spmd.no_typecheck(), torch.no_grad():
                 per_token_BL, saved = loss.per_token_and_saved(at_least_float32(local_BLE))
                 share: float | torch.Tensor
                 if tokens is None:
                     length = local_BLE.shape[1] * self._sequence_shards
-                    share = 1 / (length * loss.global_batch_size)
+                    share = 1 / length
                     total, scale = per_token_BL.sum(), share
                 else:
                     share = tokens.token_share_BL
@@ -165,7 +163,6 @@ class RouterLosses(ModuleDict):
             counts_SQE = self._whole_sequences(counts_SQE)
         total = None
         for index, loss in self._of_sums:
-            _require_announced_batch(loss, num_rows)
             of_documents = loss.config.documents is not None and documents
             rows_of = _same if of_documents or not documents else self._rows
             sequences = self._sequences(loss, scores_BLE.shape[1], tokens)
@@ -199,7 +196,7 @@ class RouterLosses(ModuleDict):
         self, loss: SumsLoss, local_length: int, tokens: BatchTokens | None
     ) -> Sequences:
         if tokens is None:
-            return Sequences(local_length * self._sequence_shards, 1 / loss.global_batch_size)
+            return Sequences(local_length * self._sequence_shards, 1.0)
         if loss.config.documents is not None and tokens.documents is not None:
             return tokens.documents
         return tokens.rows
@@ -216,13 +213,3 @@ class RouterLosses(ModuleDict):
 
 def _same(table: torch.Tensor) -> torch.Tensor:
     return table
-
-
-def _require_announced_batch(loss: AuxLoss, num_sequences: int) -> None:
-    """A loss is a mean over the sequences that the job has announced."""
-    if loss.micro_batch_size is not None and num_sequences != loss.micro_batch_size:
-        raise JobError(
-            f"the aux losses were bound to micro-batches of {loss.micro_batch_size} sequences and "
-            f"get {num_sequences}: their weight would be wrong; set training.local_batch_size (or "
-            "parallelism.pipeline_parallel_microbatch_size) to what the loop feeds"
-        )

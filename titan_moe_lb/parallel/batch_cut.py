@@ -73,20 +73,22 @@ def first_sequences(cut: Cut, parallel_dims: ParallelDims) -> list[int]:
     ]
 
 
-def token_slices(cut: Cut, parallel_dims: ParallelDims) -> list[tuple[int, int]]:
-    """(start, length) in the sequence of the positions that a router of this rank sees.
+def token_slices(
+    length: int, parallel_dims: ParallelDims, load_balancer: str | None
+) -> list[tuple[int, int]]:
+    """(start, length) in a row of ``length`` tokens of those that a router of this rank sees.
 
     Context parallelism's "headtail" balancer gives rank r of n the r-th slice of 2 n and
     the r-th last; tensor parallelism then splits what a rank has.
     """
-    pieces = [(0, cut.seq_len)]
+    pieces = [(0, length)]
     if parallel_dims.cp > 1:
         rank = parallel_dims.get_mesh("cp").get_local_rank()
-        if cut.context_parallel_load_balancer == "headtail":
-            length = cut.seq_len // (2 * parallel_dims.cp)
+        if load_balancer == "headtail":
+            length = length // (2 * parallel_dims.cp)
             pieces = [(rank * length, length), ((2 * parallel_dims.cp - 1 - rank) * length, length)]
         else:
-            length = cut.seq_len // parallel_dims.cp
+            length = length // parallel_dims.cp
             pieces = [(rank * length, length)]
     if parallel_dims.ep_enabled and parallel_dims.tp > 1:
         rank = parallel_dims.get_mesh("tp").get_local_rank()

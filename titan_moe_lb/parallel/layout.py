@@ -72,6 +72,22 @@ def token_axes(dims: ParallelDims) -> list[str]:
     return axes
 
 
+def sequence_axes(dims: ParallelDims) -> list[str]:
+    """Mesh axes over which a router sees the tokens of one row split. With EP, torchtitan shards
+    them over TP ranks before the gate; without, every TP rank routes the same tokens."""
+    axes = ["cp"] if dims.cp_enabled else []
+    if dims.ep_enabled and dims.tp_enabled:
+        axes.append("tp")
+    return axes
+
+
+def token_replicas(dims: ParallelDims) -> int:
+    """Ranks that route the same tokens and whose gradients are summed: under TP without EP,
+    where spmd_types keeps plain tensors, whose gradient on a replicated axis is a partial
+    sum. A DTensor's gradient is whole on every rank."""
+    return dims.tp if dims.spmd_backend == "spmd_types" and not dims.ep_enabled else 1
+
+
 def token_place(dims: ParallelDims) -> tuple[int, int]:
     """Number of this rank among those that route different tokens, and how many those are.
 

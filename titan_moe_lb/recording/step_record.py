@@ -98,15 +98,19 @@ class StepRecord:
         counts_NMSE: tokens per expert of the running step, int64: for each micro-batch a
             row for each source that someone needs at the end of a step, what was dispatched
             first (:mod:`titan_moe_lb.losses.counting`).
-        losses_NA: raw values of the losses, float32, as this rank's share of the mean over
-            the global batch.
+        losses_NA: raw values of the losses, float32, summed over the rows of this rank.
         histogram_NEH: what the rule of the expert bias observes of the running step, int32;
             None where it has no bins.
         expert_ids_NMBLK: experts of each token of the running step, uint8 up to 256 experts,
             else int32; None unless ``token_shape``.
-        step_counts_NMSE, step_losses_NA: the same of the last finished step.
+        step_counts_NMSE, step_losses_NA: the same of the last finished step, the losses divided
+            by the rows of its global batch.
+        step_micro_batches: forwards in the last finished step, int64 ``(1,)``; None where every
+            step has as many.
         sums: of the last finished step over all ranks, once someone has asked :meth:`reduce`.
         weights_A: see :class:`RouterRecord`.
+        rows, forwards: of the running step on this rank, as the host counts them when a forward
+            begins: nothing is read from the device.
         bias_delta_NE: what the last step has added to the expert biases, float32; None before.
     """
 
@@ -122,11 +126,14 @@ class StepRecord:
         token_shape: tuple[int, int, int] | None,
         device: torch.device,
         finished_steps: int = 0,
+        varying: bool = False,
     ) -> None:
         """
         Args:
+            num_micro_batches: of a step; the most where they vary.
             token_shape: (B, L, K) of a micro-batch, to keep the experts of each token.
             finished_steps: of the checkpoint that the job goes on from.
+            varying: the steps differ in their number of micro-batches.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -138,9 +145,11 @@ class StepRecord:
         self.losses_NA = zeros(-(-num_losses // 4) * 4, dtype=torch.float32)[:, :num_losses]
         self.step_losses_NA = torch.zeros_like(self.losses_NA)
         self._micro_batches_N1 = zeros(2)[:, :1]
+        self.step_micro_batches = torch.zeros_like(self._micro_batches_N1[0]) if varying else None
         self._steps = torch.full((1,), finished_steps, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
+        self.rows = self.forwards = 0
         self.sums: StepSums | None = None
         self.bias_delta_NE: torch.Tensor | None = None
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
@@ -163,14 +172,29 @@ class StepRecord:
             expert_ids_MBLK=None if ids is None else ids[index],
         )
 
-    def finish_step(self) -> None:
-        """Keep the running step as the finished one and start anew."""
+    def finish_step(self, num_rows: int) -> None:
+        """Keep the running step as the finished one and start anew, but for the histogram.
+
+        Args:
+            num_rows: of the global batch.
+        """
         self.step_counts_NMSE.copy_(self.counts_NMSE)
-        self.step_losses_NA.copy_(self.losses_NA)
-        for running in (self.counts_NMSE, self.losses_NA, self._micro_batches_N1):
-            running.zero_()
+        torch.mul(self.losses_NA, 1 / num_rows, out=self.step_losses_NA)
+        if self.step_micro_batches is not None:
+            self.step_micro_batches.copy_(self._micro_batches_N1[0])
+        self._start_anew()
         self._steps.add_(1)
         self.sums = None
+
+    def discard_step(self) -> None:
+        """Forget the running step."""
+        self._start_anew()
+        self.forget_histogram()
+
+    def _start_anew(self) -> None:
+        for running in (self.counts_NMSE, self.losses_NA, self._micro_batches_N1):
+            running.zero_()
+        self.rows = self.forwards = 0
 
     def forget_histogram(self) -> None:
         """Start the histogram anew, once the finished step has been summed."""

@@ -39,14 +39,7 @@ def describe_run(config) -> RunInfo:
         top_k=router.top_k,
         layers=tuple(sorted(router.layer for router in routers)),
         losses={name: loss.weight for name, loss in losses.items()},
-        figures=(
-            *(
-                Figure(name, is_aux_loss=True, description=_first_line(loss._owner.__doc__))
-                for name, loss in losses.items()
-            ),
-            *(kind.figure() for kind in Metric.kinds.values() if kind.applies_to(router)),
-            *LEARNING,
-        ),
+        figures=(*figures_of(router), *LEARNING),
         world_size=dims.world_size,
         pp=dims.pp,
         dp_replicate=dims.dp_replicate,
@@ -63,6 +56,18 @@ def describe_run(config) -> RunInfo:
         expert_bias=bias.describe() if bias is not None else None,
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=titan_moe_lb.__version__,
+    )
+
+
+def figures_of(router: LoadBalancedRouter.Config) -> tuple[Figure, ...]:
+    """What is measured of the routers of a model: raw losses and metrics."""
+    losses = [loss._owner for loss in router.aux_losses]
+    return (
+        *(
+            Figure(loss.metric_name, is_aux_loss=True, description=_first_line(loss.__doc__))
+            for loss in losses
+        ),
+        *(kind.figure() for kind in Metric.kinds.values() if kind.applies_to(router)),
     )
 
 

@@ -138,7 +138,7 @@ class PaddingShare(Metric):
 
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
-        return router.padded
+        return router.loop.padded
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         if step.valid_counts_NE is None:

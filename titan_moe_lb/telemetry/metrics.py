@@ -155,7 +155,10 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
     def _record_routing(self, step: int, routers: list[LoadBalancedRouter]) -> None:
         assert self._routing is not None and self.config.cut is not None
         sequences = batch_cut.first_sequences(self.config.cut, self.parallel_dims)
-        slices = batch_cut.token_slices(self.config.cut, self.parallel_dims)
+        cut = self.config.cut
+        slices = batch_cut.token_slices(
+            cut.seq_len, self.parallel_dims, cut.context_parallel_load_balancer
+        )
         for router in routers:
             record = router.record
             assert record is not None and record.expert_ids_MBLK is not None

@@ -65,13 +65,14 @@ def read(
     Args:
         biases: of the layers, none where they have none.
     """
-    counts, ep_rank = record.step_counts_NMSE[:, :, 0].clone(), 0
+    ran = record.step_micro_batches
+    counts, ep_rank = record.step_counts_NMSE[:, : None if ran is None else int(ran), 0].clone(), 0
     if parallel_dims.ep_enabled:
         mesh = parallel_dims.get_mesh("ep")
         ep_rank = mesh.get_local_rank()
         dist.all_reduce(counts, group=mesh.get_group())
     assert record.sums is not None
-    losses, padded = routers[0].aux_losses, routers[0].config.padded
+    losses, padded = routers[0].aux_losses, routers[0].config.loop.padded
     return RankStep(
         counts_NME=counts.cpu().numpy(),
         global_counts_NE=record.sums.counts_NSE[:, 0].cpu().numpy(),

@@ -22,8 +22,8 @@ class Sequences(NamedTuple):
     """Valid tokens of each whole sequence, at least 1; float32 ``(B, 1)`` or one number."""
 
     share: float | torch.Tensor
-    """Weight of each sequence in the mean over the global batch, 0 for one without a valid
-    token; float32 ``(B, 1)`` or one number."""
+    """Its share of its row, by tokens: 1 where a row is one sequence, 0 without a valid token;
+    float32 ``(B, 1)`` or one number."""
 
     def together(self, number: int) -> Sequences:
         """All of them as one; ``number``: how many they are."""
@@ -35,8 +35,8 @@ class Sequences(NamedTuple):
 
 
 class BatchTokens(NamedTuple):
-    """The tokens of one forward on a rank. Rows weigh alike in a mean over the global batch,
-    and within a row its valid tokens do."""
+    """The tokens of one forward on a rank. Rows weigh alike, and within a row its valid tokens
+    do."""
 
     valid_BL: torch.Tensor
     """1 for a token that may teach, 0 for padding, int64 ``(B, L)``."""
@@ -65,7 +65,7 @@ class BatchTokens(NamedTuple):
 
     @property
     def token_share_BL(self) -> torch.Tensor:
-        """Weight of each token in the mean over the global batch, float32 ``(B, L)``."""
+        """Each token's share of its row, float32 ``(B, L)``."""
         return self.valid_BL * (self.rows.share / self.rows.tokens)
 
 
@@ -73,7 +73,6 @@ def batch_tokens(
     valid_BS: torch.Tensor,
     document_BS: torch.Tensor | None,
     *,
-    global_batch_size: int,
     max_documents: int,
     slices: Sequence[tuple[int, int]],
 ) -> BatchTokens:
@@ -82,12 +81,11 @@ def batch_tokens(
     Args:
         valid_BS: tokens that may teach, bool ``(B, S)``.
         document_BS: number of each token's document in its row, from 0, int64 ``(B, S)``.
-        global_batch_size: rows of an optimizer step.
         max_documents: D; what comes after joins the last.
         slices: (start, length) of the parts of a row that this rank holds, in order.
     """
     valid_BS = valid_BS.long()
-    rows = _sequences(valid_BS.sum(dim=1, keepdim=True), 1 / global_batch_size)
+    rows = _sequences(valid_BS.sum(dim=1, keepdim=True), 1.0)
     document_BL, documents = None, None
     if document_BS is not None:
         document_BS = document_BS.clamp(max=max_documents - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,11 +36,13 @@ def hand_on_tokens(part: nn.Module, routers: Sequence[Any], parallel_dims: Paral
 
     def hook(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         valid, documents = kwargs.pop(VALID_TOKENS, None), kwargs.pop(DOCUMENT_IDS, None)
-        told = part.training and not (valid is None and documents is None)
+        learns = part.training and torch.is_grad_enabled()
+        told = learns and not (valid is None and documents is None)
         if told and routers and not needed:
             raise JobError(
-                "the batch says which tokens are valid, and the routers were built for batches "
-                "without padding: the class of the data loader needs gives_valid_tokens = True"
+                "the batch says which tokens are valid, and the loop has announced batches without "
+                "padding: attach(..., padded=True), or gives_valid_tokens = True in the class of "
+                "a job's data loader"
             )
         if needed:
             tokens = _read(routers, args[0], valid, documents, parallel_dims) if told else None
@@ -71,14 +72,14 @@ def _read(
     num_documents = max(router.aux_losses.num_documents for router in routers)
     if documents is not None:
         documents = _checked(DOCUMENT_IDS, documents, torch.int64, shape)
-    cut = replace(routers[0].config.cut, seq_len=length)
     with torch.no_grad():
         return batch_tokens(
             _checked(VALID_TOKENS, valid, torch.bool, shape),
             documents if num_documents > 1 else None,
-            global_batch_size=cut.global_batch_size,
             max_documents=num_documents,
-            slices=batch_cut.token_slices(cut, parallel_dims),
+            slices=batch_cut.token_slices(
+                length, parallel_dims, routers[0].config.loop.context_parallel_load_balancer
+            ),
         )
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 if TYPE_CHECKING:
+    from torchtitan.protocols.model_spec import ModelSpec
     from torchtitan.trainer import Trainer
 
-_DENSE_ATTENTION = "titan_moe_lb.upstream.cpu.attention.dense_mask_attention"
+DENSE_ATTENTION = "titan_moe_lb.upstream.cpu.attention.dense_mask_attention"
 
 
 def needed() -> bool:
@@ -44,13 +45,18 @@ def use_host() -> None:
 
 def adapt(config: Trainer.Config) -> None:
     """Adapt one job, in place: dense attention, sum reduction, no CUDA graphs."""
+    config.training.disable_cuda_graphs = True
+    if DENSE_ATTENTION not in config.override.imports:
+        config.override.imports.append(DENSE_ATTENTION)
+    assert config.model_spec is not None
+    adapt_spec(config.model_spec)
+
+
+def adapt_spec(spec: ModelSpec) -> None:
+    """Adapt how a model is parallelized, in place: sum reduction."""
     from titan_moe_lb.upstream.cpu.fsdp import with_sum_reduction
 
-    config.training.disable_cuda_graphs = True
-    if _DENSE_ATTENTION not in config.override.imports:
-        config.override.imports.append(_DENSE_ATTENTION)
-    assert config.model_spec is not None
-    config.model_spec.parallelize_fn = with_sum_reduction(config.model_spec.parallelize_fn)
+    spec.parallelize_fn = with_sum_reduction(spec.parallelize_fn)
 
 
 def leave() -> NoReturn:

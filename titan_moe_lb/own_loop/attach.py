@@ -1,0 +1,195 @@
+"""Balance in a training loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.moe import MoE
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.recording.training_loop import TrainingLoop
+from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.step_hook import StepHook, wire_parts
+from titan_moe_lb.telemetry.describe_run import figures_of
+from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.telemetry.step_metrics import step_metrics
+from titan_moe_lb.traces.step_load import StepLoad
+
+
+def attach(
+    model: nn.Module | Sequence[nn.Module],
+    optimizer: Any = None,
+    parallel_dims: ParallelDims | None = None,
+    *,
+    rows_per_step: int | None = None,
+    padded: bool = False,
+    gradients: Literal["sum", "mean"] = "sum",
+    max_micro_batches: int = 64,
+    context_parallel_load_balancer: str | None = None,
+    finished_steps: int = 0,
+) -> Balance:
+    """Give the balance of a model to a training loop. Once, before its first forward.
+
+    What counts is every forward in training mode and with gradients; those of an evaluation,
+    of a reference model or of log-probabilities under ``torch.no_grad()`` leave no trace. An
+    aux loss reaches the routers by the backward of such a forward: nothing is added to the
+    loop's own loss.
+
+    Args:
+        model: of a spec that :func:`titan_moe_lb.balanced` returned; or this rank's parts of it.
+        optimizer: a torch optimizer or torchtitan's container; its ``step()`` closes a step of the
+            balance just before. A sequence of several: the first of them does. None: the loop calls
+            :meth:`Balance.close_step`.
+        parallel_dims: torchtitan's. None: every process of the job holds the whole model and
+            other rows.
+        rows_per_step: rows of the global batch over all ranks, where each step has as many;
+            None where :meth:`Balance.begin_step` says it. Without an aux loss nobody asks.
+        padded: batches come with padding, and forwards say which tokens are valid:
+            ``model(tokens, valid_tokens=mask)``, a bool mask of whole rows.
+        gradients: how the loop puts the gradients of the data-parallel ranks together. torchtitan
+            sums; torch's DistributedDataParallel and FSDP take the mean unless told otherwise.
+        max_micro_batches: the most forwards of a step; the record has a row for each.
+        context_parallel_load_balancer: how context parallelism deals the tokens of a row.
+        finished_steps: of the checkpoint that the loop goes on from.
+
+    Raises:
+        JobError: the model has no balanced routers, or they have a loop already.
+    """
+    parts = [model] if isinstance(model, nn.Module) else list(model)
+    dims = _every_process_alone() if parallel_dims is None else parallel_dims
+    routers = routers_of(parts)
+    _check(parts, routers, dims)
+    loop = TrainingLoop(
+        num_micro_batches=max_micro_batches,
+        varying=True,
+        global_batch_size=rows_per_step,
+        padded=padded,
+        context_parallel_load_balancer=context_parallel_load_balancer,
+        gradient_divisor=dims.dp_replicate * dims.dp_shard * dims.cp if gradients == "mean" else 1,
+        finished_steps=finished_steps,
+    )
+    for router in routers:
+        router.config.loop = loop
+    balance = Balance(parts, wire_parts(parts, dims), dims)
+    if optimizer is not None:
+        first = optimizer[0] if isinstance(optimizer, Sequence) else optimizer
+        first.register_step_pre_hook(lambda *args, **kwargs: balance.close_step())
+    return balance
+
+
+class Balance:
+    """The balance of a model in a loop that is not torchtitan's trainer."""
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        hook: StepHook | None,
+        parallel_dims: ParallelDims,
+    ) -> None:
+        """
+        Args:
+            hook: of the MoE layers; None on a pipeline stage without any.
+        """
+        self._parts = model_parts
+        self._hook = hook
+        self._dims = parallel_dims
+        self._closed = False
+
+    def begin_step(self, rows: int, *, loss_scale: float = 1.0) -> None:
+        """Say what the step that begins has, before its first forward. What was counted since the
+        last closed step is forgotten: it was skipped.
+
+        Args:
+            rows: of the global batch, over all ranks.
+            loss_scale: what a gradient scaler multiplies the loop's own loss by.
+        """
+        if self._hook is not None:
+            self.skip_step()
+            self._hook.begin_step(rows, loss_scale)
+
+    def skip_step(self) -> None:
+        """The optimizer does not step, as after gradients that are not finite."""
+        if self._hook is not None:
+            self._hook.skip_step()
+
+    def close_step(self) -> None:
+        """The optimizer is about to step. Collective over the ranks that route other tokens."""
+        if self._hook is not None:
+            self._hook.close_step()
+        self._closed = True
+
+    def load(self) -> StepLoad:
+        """Tokens of every expert and figures of every layer in the last closed step.
+        Collective: call on every rank.
+
+        Raises:
+            JobError: no step was closed, or it had other rows than announced.
+        """
+        if not self._closed:
+            raise JobError(
+                "no optimizer step has ended yet: ask for metrics() after optimizer.step() (or "
+                "close_step(), without an optimizer)"
+            )
+        if self._hook is not None:
+            self._hook.check_announced_rows()
+        return reduce_step(moe_layers_of(self._parts), self._dims)
+
+    def metrics(self, *, per_layer: bool = False, num_extreme_experts: int = 0) -> dict[str, float]:
+        """The numbers of the last closed step over all ranks and micro-batches, by name
+        (docs/telemetry.md). Collective: call on every rank.
+
+        Args:
+            per_layer: also every layer's own, ``moe/<name>_layer_<number>``.
+            num_extreme_experts: name that many of the hottest and of the coldest experts.
+
+        Raises:
+            JobError: as :meth:`load`.
+        """
+        load = self.load()
+        routers = routers_of(self._parts)
+        figures = figures_of(routers[0].config) if routers else ()
+        return step_metrics(
+            load, figures, per_layer=per_layer, num_extreme_experts=num_extreme_experts
+        )
+
+
+def _every_process_alone() -> ParallelDims:
+    """Each process holds the whole model and rows of its own."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return ParallelDims(dp_replicate=ranks, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=ranks)
+
+
+def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: ParallelDims) -> None:
+    if any(router.record is not None for router in routers):
+        raise JobError(
+            "the model has its training loop already: attach() it once, and not to a model that "
+            "torchtitan's Trainer trains"
+        )
+    if not routers and not dims.pp_enabled:
+        modules = [module for part in parts for module in part.modules()]
+        if any(isinstance(module, MoE) for module in modules):
+            raise JobError(
+                "the routers of the model are torchtitan's own: build it from the spec that "
+                "titan_moe_lb.balanced(spec) returns"
+            )
+        raise JobError(
+            f"{type(parts[0]).__name__} has no MoE layer of torchtitan: a layer is balanced where "
+            "it is a torchtitan.models.common.moe.MoE; for a router of another kind, "
+            "titan_moe_lb.losses.functional has the losses of plain tensors"
+        )
+    for router in routers[:1]:
+        if router.forced_routing is not None:
+            raise JobError(
+                "forced routing follows how a job cuts its batch: it needs torchtitan's Trainer"
+            )
+        values = [*router.config.aux_losses, router.config.expert_bias]
+        for value in values:
+            if value is not None and any(change.tokens is not None for change in value.changes):
+                raise JobError(
+                    f"{value._owner.type_name} changes after a number of tokens, which nobody "
+                    "counts in a loop of one's own: give its changes in steps"
+                )

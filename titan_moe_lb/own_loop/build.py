@@ -1,0 +1,121 @@
+"""A model of torchtitan, parallelized and initialized, for a training loop of one's own."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torchtitan.config import (
+    TORCH_DTYPE_MAP,
+    CommConfig,
+    CompileConfig,
+    OverrideConfig,
+    ParallelismConfig,
+    TrainingConfig,
+    apply_overrides,
+)
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools import utils
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import layout
+from titan_moe_lb.upstream import cpu
+
+
+class BuiltModel(NamedTuple):
+    """What a loop needs of its model."""
+
+    model: BaseModel
+    """In training mode, on this rank's device."""
+
+    parallel_dims: ParallelDims
+    """How it is split."""
+
+    train_context: Callable[[], AbstractContextManager[None]]
+    """Around each forward and its backward."""
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    seq_len: int,
+    parallelism: ParallelismConfig | None = None,
+    dtype: str = "float32",
+    compile: CompileConfig | None = None,
+    activation_checkpoint: ActivationCheckpointing.Config | None = None,
+    seed: int | None = None,
+) -> BuiltModel:
+    """Build a model as torchtitan's trainer does, without one. Initializes ``torch.distributed``
+    where nobody has, also for a single process.
+
+    Args:
+        spec: of torchtitan, or of :func:`titan_moe_lb.balanced`; it stays as it is.
+        seq_len: the longest row.
+        parallelism: degrees; without pipeline parallelism, which needs torchtitan's trainer.
+        dtype: of the parameters, "float32" or "bfloat16".
+        seed: of the weights; None for another in every run.
+
+    Raises:
+        JobError: the degrees do not fit the processes.
+    """
+    parallelism = parallelism or ParallelismConfig()
+    if parallelism.pipeline_parallel_degree > 1:
+        raise JobError(
+            "build_model makes no pipeline: leave pipeline_parallel_degree at 1, or train with "
+            "torchtitan's Trainer"
+        )
+    if "WORLD_SIZE" not in os.environ:
+        _be_the_only_process()
+    dims = layout.resolve(parallelism)
+    dist_utils.set_spmd_backend(parallelism.spmd_backend)
+    if not torch.distributed.is_initialized():
+        dist_utils.init_distributed(CommConfig())
+    if seed is not None:
+        torch.manual_seed(seed)
+    device = utils.get_local_device()
+    utils.device_module.set_device(device)
+    spec = copy.deepcopy(spec)
+    config = spec.model
+    config.update_from_config(config=SimpleNamespace(parallelism=parallelism))
+    for layer in config.layers:  # type: ignore[attr-defined]
+        rope = getattr(layer.attention, "rope", None)
+        if rope is not None:
+            rope.max_seq_len = seq_len
+    if cpu.needed():
+        apply_overrides(OverrideConfig(imports=[cpu.DENSE_ATTENTION]), config)
+        cpu.adapt_spec(spec)
+    training = TrainingConfig(seq_len=seq_len, dtype=dtype)
+    with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[dtype]):
+        model = config.build()
+    model = spec.parallelize_fn(
+        model,
+        parallel_dims=dims,
+        training=training,
+        parallelism=parallelism,
+        compile_config=compile or CompileConfig(),
+        ac_config=activation_checkpoint,
+        dump_folder="",
+    )
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.init_weights(buffer_device=None)
+    model.train()
+    return BuiltModel(model, dims, dist_utils.get_spmd_context(parallel_dims=dims))
+
+
+def _be_the_only_process() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
