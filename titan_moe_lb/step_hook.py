@@ -185,6 +185,12 @@ class StepHook:
                 "it has: call begin_step(rows) before its first forward, or "
                 "attach(..., rows_per_step=...)"
             )
+        whole = [loss for loss in self._routers[0].aux_losses.values() if not loss.additive]
+        if whole and self._record.forwards > 1:
+            raise JobError(
+                f"{whole[0].type_name} is a loss of a rank's whole batch and is no sum over "
+                "micro-batches: feed the rows of a step in one forward, or take another loss"
+            )
         if self._record.rows > self._global_rows:
             raise JobError(
                 f"the step has {self._record.rows} rows on this rank and announced {self._global_rows} on "

@@ -44,7 +44,10 @@ class ForcedRouting(Component):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        assert config.num_experts is not None and config.top_k is not None
+        if config.num_experts is None or config.top_k is None:
+            raise JobError(
+                "forced routing follows how a job cuts its batch: it needs torchtitan's Trainer"
+            )
         self.config = config
         self.num_experts = config.num_experts
         self.top_k = config.top_k

@@ -32,6 +32,10 @@ class AuxLoss(Component):
     K = top_k, G = sequences of the global batch.
     """
 
+    additive: ClassVar[bool] = True
+    """The loss of a batch is the sum of what its sequences contribute. Where it is not, it
+    is refused under pipeline parallelism and gradient accumulation, which cut the batch."""
+
     metric_name: ClassVar[str]
     """Name of the raw, unweighted value in the metrics, without the ``moe/`` prefix."""
 
@@ -122,10 +126,6 @@ class SumsLoss(AuxLoss):
     linear: ClassVar[bool] = False
     """The coefficients do not depend on the sums. Then a rank that holds a part of a
     sequence needs no one else's sums; else they are summed over the ranks that share it."""
-
-    additive: ClassVar[bool] = True
-    """The loss of a batch is the sum of what its sequences contribute. Where it is not, it
-    is refused under pipeline parallelism and gradient accumulation, which cut the batch."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(AuxLoss.Config):

@@ -182,10 +182,6 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
             "titan_moe_lb.losses.functional has the losses of plain tensors"
         )
     for router in routers[:1]:
-        if router.forced_routing is not None:
-            raise JobError(
-                "forced routing follows how a job cuts its batch: it needs torchtitan's Trainer"
-            )
         values = [*router.config.aux_losses, router.config.expert_bias]
         for value in values:
             if value is not None and any(change.tokens is not None for change in value.changes):

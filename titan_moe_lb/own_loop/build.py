@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -48,11 +48,11 @@ class BuiltModel(NamedTuple):
 def build_model(
     spec: ModelSpec,
     *,
-    seq_len: int,
+    training: TrainingConfig,
     parallelism: ParallelismConfig | None = None,
-    dtype: str = "float32",
     compile: CompileConfig | None = None,
     activation_checkpoint: ActivationCheckpointing.Config | None = None,
+    override_imports: Sequence[str] = (),
     seed: int | None = None,
 ) -> BuiltModel:
     """Build a model as torchtitan's trainer does, without one. Initializes ``torch.distributed``
@@ -60,9 +60,9 @@ def build_model(
 
     Args:
         spec: of torchtitan, or of :func:`titan_moe_lb.balanced`; it stays as it is.
-        seq_len: the longest row.
+        training: ``seq_len``, the longest row, and the dtypes.
         parallelism: degrees; without pipeline parallelism, which needs torchtitan's trainer.
-        dtype: of the parameters, "float32" or "bfloat16".
+        override_imports: torchtitan's config overrides, as in ``[override] imports``.
         seed: of the weights; None for another in every run.
 
     Raises:
@@ -90,12 +90,13 @@ def build_model(
     for layer in config.layers:  # type: ignore[attr-defined]
         rope = getattr(layer.attention, "rope", None)
         if rope is not None:
-            rope.max_seq_len = seq_len
+            rope.max_seq_len = training.seq_len
+    overrides = list(override_imports)
     if cpu.needed():
-        apply_overrides(OverrideConfig(imports=[cpu.DENSE_ATTENTION]), config)
+        overrides.append(cpu.DENSE_ATTENTION)
         cpu.adapt_spec(spec)
-    training = TrainingConfig(seq_len=seq_len, dtype=dtype)
-    with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[dtype]):
+    apply_overrides(OverrideConfig(imports=overrides), config)
+    with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
         model = config.build()
     model = spec.parallelize_fn(
         model,

@@ -1,0 +1,200 @@
+"""Training loops of one's own, run on the ranks of a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torchtitan.config import (
+    OverrideConfig,
+    ParallelismConfig,
+    TrainingConfig,
+    apply_overrides,
+)
+from torchtitan.protocols.model_spec import ModelSpec
+
+from model_registry.deepseek_v3 import model_registry
+from titan_moe_lb.job import job_config
+from titan_moe_lb.losses import (
+    EntropyLoss,
+    GlobalBatchAuxLoss,
+    ImportanceLoss,
+    RouterZLoss,
+    SequenceWiseAuxLoss,
+)
+from titan_moe_lb.own_loop.attach import Balance, attach
+from titan_moe_lb.own_loop.build import BuiltModel, build_model
+from titan_moe_lb.router import moe_layers_of, routers_of
+from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.upstream import cpu
+
+SEQ_LEN = 64
+FLOAT32 = "tests.parity.float32_experts.float32_experts"
+LOSSES = (SequenceWiseAuxLoss, GlobalBatchAuxLoss, ImportanceLoss, EntropyLoss, RouterZLoss)
+LENGTHS = (64, 64, 40, 24)
+"""Tokens of the rows of one global batch."""
+
+
+def rows() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 256, (length,), generator=generator) for length in LENGTHS]
+
+
+def built(parallelism: ParallelismConfig | None = None) -> BuiltModel:
+    """The tiny DeepSeek-V3 with losses of every kind; the same weights in every layout."""
+    built = build_model(
+        _spec(),
+        training=TrainingConfig(seq_len=SEQ_LEN, mixed_precision_param="float32"),
+        parallelism=parallelism,
+        override_imports=[FLOAT32],
+    )
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(built.model, plain_model().state_dict(), options=options)
+    return built
+
+
+def plain_model() -> nn.Module:
+    """The same without anything of torchtitan's parallelism."""
+    spec = _spec()
+    spec.model.update_from_config(config=SimpleNamespace(parallelism=ParallelismConfig()))
+    host = [cpu.DENSE_ATTENTION] if cpu.needed() else []
+    apply_overrides(OverrideConfig(imports=[FLOAT32, *host]), spec.model)
+    torch.manual_seed(0)
+    model = spec.model.build()
+    with torch.no_grad():
+        model.init_weights(buffer_device=None)
+    return model.train()
+
+
+def _spec() -> ModelSpec:
+    return model_registry("tiny", aux_losses=[loss.Config(weight=0.1) for loss in LOSSES])
+
+
+def forward(
+    model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    if positions is None:
+        positions = torch.arange(tokens.shape[1]).expand(*tokens.shape)
+    masks = plain.get_attention_masks(positions)
+    return model(tokens, attention_masks=masks, positions=positions, **kwargs)
+
+
+def _report(model: nn.Module, balance: Balance, gradients: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of the routers' losses alone, valid tokens of each expert, and metrics."""
+    router = routers_of([model])[0]
+    sums = router.step_record.reduce([])
+    return {
+        "gradients": gradients,
+        "counts": sums.counts_NSE[:, router.aux_losses.valid_source].tolist(),
+        "metrics": balance.metrics(),
+    }
+
+
+def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    whole = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            whole[name.removeprefix("module.")] = (
+                gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+            )
+    return whole
+
+
+def padded_batch() -> dict[str, Any]:
+    """One forward of all rows, filled up to one length. One rank."""
+    model, dims, context = built()
+    balance = attach(model, None, dims, rows_per_step=len(LENGTHS), padded=True)
+    tokens = torch.zeros(len(LENGTHS), SEQ_LEN, dtype=torch.int64)
+    for row, filled in zip(rows(), tokens, strict=True):
+        filled[: len(row)] = row
+    mask = torch.arange(SEQ_LEN) < torch.tensor(LENGTHS).unsqueeze(1)
+    with context():
+        (0.0 * forward(model, tokens, valid_tokens=mask)).sum().backward()
+    balance.close_step()
+    return _report(model, balance, _gradients(model))
+
+
+def unequal_micro_batches(
+    cut: Sequence[Sequence[Sequence[int]]], parallelism: ParallelismConfig, ddp: bool = False
+) -> dict[str, Any]:
+    """The same rows in micro-batches of their own lengths.
+
+    Args:
+        cut: by rank, by micro-batch: numbers of the rows, of one length.
+        ddp: torch's DistributedDataParallel, which takes the mean of the gradients.
+    """
+    model: nn.Module
+    dims, context = None, nullcontext
+    if ddp:
+        dist.init_process_group()
+        model = DistributedDataParallel(plain_model())
+    else:
+        model, dims, context = built(parallelism)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balance = attach(model, optimizer, dims, gradients="mean" if ddp else "sum")
+    whole = rows()
+    # A step that is skipped, and forwards that teach nothing.
+    balance.begin_step(len(LENGTHS))
+    with context():
+        (0.0 * forward(model, torch.stack([whole[0]]))).sum().backward()
+        optimizer.zero_grad()
+        balance.begin_step(len(LENGTHS))
+        with torch.no_grad():
+            forward(model, torch.stack([whole[2]]))
+        model.eval()
+        forward(model, torch.stack([whole[3]]))
+        model.train()
+        mine = cut[dist.get_rank()]
+        for number, micro_batch in enumerate(mine):
+            tokens = torch.stack([whole[row] for row in micro_batch])
+            if ddp:
+                model.require_backward_grad_sync = number == len(mine) - 1
+            (0.0 * forward(model, tokens)).sum().backward()
+    gradients = _gradients(model)
+    optimizer.step()
+    report = _report(model, balance, gradients)
+    counts = torch.tensor(report["counts"])
+    dist.all_reduce(counts)
+    # Summed over ranks once already where the bias moves.
+    report["counts"] = (counts // dist.get_world_size()).tolist()
+    return report
+
+
+def as_the_trainer(arguments: list[str], steps: int) -> tuple[list[Any], list[Any]]:
+    """Counts and metrics of torchtitan's trainer and of a loop, on the same batches and weights."""
+    flags = ["--optimizer.param_groups.0.optimizer_kwargs.lr=0.0", f"--training.steps={steps}"]
+    config = job_config.load([*arguments, *flags]).config
+    config.metrics.write_moe_trace = False
+    spec = model_registry("tiny")
+    if cpu.needed():
+        cpu.adapt(config)
+    trainer = config.build()
+    model, dims, context = build_model(spec, training=config.training)
+    model.load_state_dict(trainer.model_parts[0].state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balance = attach(model, optimizer, dims, rows_per_step=config.training.local_batch_size)
+    batches = trainer.batch_generator(trainer.dataloader)
+    theirs, ours = [], []
+    for step in range(1, steps + 1):
+        inputs, labels = next(batches)
+        trainer.step = step
+        trainer.train_step(iter([(inputs, labels)]))
+        load = reduce_step(moe_layers_of(trainer.model_parts), trainer.parallel_dims)
+        theirs.append((load.counts_ME.tolist(), load.figures))
+        with context():
+            forward(model, inputs["input"], inputs["positions"]).sum().mul(0.0).backward()
+        optimizer.step()
+        load = balance.load()
+        ours.append((load.counts_ME.tolist(), load.figures))
+    trainer.close()
+    return theirs, ours

@@ -1,0 +1,184 @@
+"""Balance in a training loop that is not torchtitan's: steps cut unevenly, skipped, and refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchtitan.config import ParallelismConfig
+from torchtitan.models.deepseek_v3 import model_registry as torchtitans_registry
+
+from model_registry.deepseek_v3 import model_registry
+from tests.own_loop_jobs import as_the_trainer, padded_batch, unequal_micro_batches
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.forced_routing import RoundRobin
+from titan_moe_lb.losses import BatchWiseAuxLoss, RouterZLoss
+from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.value_schedule import Change
+
+
+@pytest.fixture(scope="module")
+def whole(ranks):
+    return ranks.run(1, padded_batch)[0]
+
+
+CUTS = {
+    "one rank": ([[[0, 1], [2], [3]]], ParallelismConfig(), {}),
+    "one rank, other order": ([[[3], [1], [0], [2]]], ParallelismConfig(), {}),
+    "two ranks, EP": (
+        [[[0], [2]], [[1], [3]]],
+        ParallelismConfig(data_parallel_shard_degree=2, expert_parallel_degree=2),
+        {},
+    ),
+    "DistributedDataParallel": ([[[0], [2]], [[1], [3]]], None, {"ddp": True}),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_micro_batches_of_unequal_length_are_the_one_batch(ranks, whole, cut):
+    """Of four rows, each with its own number of tokens; a skipped step before, and forwards that
+    teach nothing between."""
+    by_rank, parallelism, options = CUTS[cut]
+    for found in ranks.run(len(by_rank), unequal_micro_batches, by_rank, parallelism, **options):
+        assert found["counts"] == whole["counts"]
+        for name, expected in whole["gradients"].items():
+            error = (found["gradients"][name] - expected).abs().max() / expected.abs().max()
+            assert error <= 1e-5 or expected.abs().max() == 0, name
+        for name in ("seq_load_balancing_loss", "importance_loss", "entropy_loss", "z_loss"):
+            expected = whole["metrics"][f"moe/{name}"]
+            assert found["metrics"][f"moe/{name}"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_counts_are_those_of_the_trainer(ranks):
+    """Bit for bit, over steps in which the bias moves."""
+    flags = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--debug.seed=0"]
+    ((theirs, ours),) = ranks.run(1, as_the_trainer, flags, 3)
+    assert [counts for counts, _figures in theirs] == [counts for counts, _figures in ours]
+    assert theirs[0][0] != theirs[2][0]
+    for (_counts, expected), (_same, figures) in zip(theirs, ours, strict=True):
+        assert figures.keys() == expected.keys()
+        for name, values in figures.items():
+            assert values == pytest.approx(expected[name], rel=1e-6, abs=1e-9)
+
+
+class Layer(nn.Module):
+    """One MoE layer as a model; its input stands for tokens."""
+
+    def __init__(self, loss=None, **options):
+        super().__init__()
+        config = model_registry("tiny", aux_losses=[loss] if loss else [], **options)
+        self.moe = config.model.layers[-1].moe.build()
+        with torch.no_grad():
+            self.moe.init_states(buffer_device=torch.device("cpu"))
+
+    def forward(self, x_BLD):
+        return self.moe(x_BLD)
+
+
+def step(model, rows=2):
+    model(torch.randn(rows, 8, 64)).sum().backward()
+
+
+def z_loss(**options):
+    return RouterZLoss.Config(weight=1e-3, **options)
+
+
+def loop(**options):
+    model = Layer(z_loss())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, attach(model, optimizer, **options)
+
+
+def test_metrics_before_a_step():
+    balance = loop(rows_per_step=2)[2]
+    with pytest.raises(JobError, match=r"ask for metrics\(\) after optimizer.step\(\)"):
+        balance.metrics()
+
+
+def test_every_step_counts_its_own():
+    """The average over however many micro-batches ran; a new name for every layer if asked."""
+    model, optimizer, balance = loop()
+    for forwards in (1, 3):
+        balance.begin_step(2 * forwards)
+        for _ in range(forwards):
+            step(model)
+        optimizer.step()
+        load = balance.load()
+        assert load.counts_ME.sum() == forwards * 2 * 8 * 2
+    metrics = balance.metrics(per_layer=True)
+    assert metrics["moe/z_loss_layer_3"] == metrics["moe/z_loss"] > 0
+    assert metrics["moe/avg_overload_factor"] == 1
+
+
+def test_rows_have_to_be_known_and_true():
+    model, optimizer, balance = loop()
+    with pytest.raises(JobError, match=r"call begin_step\(rows\) before its first forward"):
+        step(model)
+    balance.begin_step(4)
+    step(model)
+    with pytest.raises(JobError, match="the step had 2 rows and announced 4"):
+        optimizer.step()
+    balance.begin_step(2)
+    step(model)
+    with pytest.raises(JobError, match="4 rows on this rank and announced 2 on all"):
+        step(model)
+    balance.begin_step(2)
+    step(model)
+    optimizer.step()
+    assert balance.load().counts_ME.sum() == 2 * 8 * 2
+
+
+def test_more_forwards_than_announced():
+    model, _optimizer, balance = loop(max_micro_batches=2)
+    balance.begin_step(6)
+    step(model)
+    step(model)
+    with pytest.raises(JobError, match=r"forward 3 of one optimizer step.*max_micro_batches"):
+        step(model)
+
+
+def test_a_loss_of_the_whole_batch_is_refused_in_parts():
+    model = Layer(BatchWiseAuxLoss.Config(weight=1e-3))
+    balance = attach(model)
+    balance.begin_step(4)
+    step(model)
+    with pytest.raises(JobError, match="batch_wise .* is no sum over micro-batches"):
+        step(model)
+
+
+def test_a_scaled_loss_scales_the_balance():
+    model = Layer(z_loss())
+    balance = attach(model)
+    x = torch.randn(2, 8, 64)
+    gradients = []
+    for loss_scale in (1.0, 1024.0):
+        model.zero_grad()
+        balance.begin_step(2, loss_scale=loss_scale)
+        (0.0 * model(x)).sum().backward()
+        gradients.append(model.moe.router.gate.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], 1024 * gradients[0])
+
+
+def test_models_that_cannot_be_attached():
+    model = loop()[0]
+    with pytest.raises(JobError, match="has its training loop already"):
+        attach(model)
+    with pytest.raises(
+        JobError, match="Linear has no MoE layer of torchtitan: .*losses.functional"
+    ):
+        attach(nn.Linear(2, 2))
+    upstream = nn.Sequential(torchtitans_registry("debugmodel").model.layers[-1].moe.build())
+    with pytest.raises(JobError, match="routers of the model are torchtitan's own"):
+        attach(upstream)
+    change = Change(tokens=1e9, value=0.0)
+    with pytest.raises(JobError, match="give its changes in steps"):
+        attach(Layer(z_loss(changes=[change])))
+    with pytest.raises(JobError, match="needs torchtitan's Trainer"):
+        Layer(forced_routing=RoundRobin.Config())
+
+
+def test_padding_has_to_be_announced():
+    model, _optimizer, balance = loop(rows_per_step=2)
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    with pytest.raises(JobError, match=r"attach\(..., padded=True\)"):
+        model(torch.randn(2, 8, 64), valid_tokens=mask)
