@@ -28,6 +28,7 @@ from titan_moe_lb.losses.router_losses import RouterLosses
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.schedules import Action
 from titan_moe_lb.recording.recomputation import decide, is_recomputation, keep
+from titan_moe_lb.recording.replayed import RouterReplay
 from titan_moe_lb.recording.step_record import RouterRecord, StepRecord
 from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.valid_tokens.batch_tokens import BatchTokens
@@ -91,6 +92,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Of the running forward, where batches say which tokens are valid or a loss asks for
         documents (:mod:`titan_moe_lb.valid_tokens.model_input`); None: all tokens are valid."""
         self.num_bins = self.expert_bias.num_bins if self.expert_bias is not None else 0
+        self.replay: RouterReplay | None = None
+        """Experts of an earlier forward that take the place of the choice."""
         self.decides_by_operator = False
         """The decision passes through an operator that a checkpointing policy saves."""
         self.record: RouterRecord | None = None
@@ -191,7 +194,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         Returns:
             Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
         """
-        ids_BLK = self._kept(self._choose(scores_BLE, expert_bias_E, tokens, learns))
+        ids_BLK = self._choose(scores_BLE, expert_bias_E, tokens, learns)
+        if self.replay is not None:
+            ids_BLK = self.replay(ids_BLK)
+        ids_BLK = self._kept(ids_BLK)
         coefficients_BE = None
         if learns and self.record is not None:
             counts_SQE = self._count(ids_BLK, scores_BLE, tokens, biased=expert_bias_E is not None)

@@ -74,7 +74,7 @@ def attach(
     )
     for router in routers:
         router.config.loop = loop
-    balance = Balance(parts, wire_parts(parts, dims), dims)
+    balance = Balance(parts, wire_parts(parts, dims), dims, finished_steps)
     if optimizer is not None:
         first = optimizer[0] if isinstance(optimizer, Sequence) else optimizer
         first.register_step_pre_hook(lambda *args, **kwargs: balance.close_step())
@@ -89,15 +89,22 @@ class Balance:
         model_parts: list[nn.Module],
         hook: StepHook | None,
         parallel_dims: ParallelDims,
+        finished_steps: int,
     ) -> None:
         """
         Args:
             hook: of the MoE layers; None on a pipeline stage without any.
         """
-        self._parts = model_parts
+        self.model_parts = model_parts
+        self.parallel_dims = parallel_dims
         self._hook = hook
-        self._dims = parallel_dims
-        self._closed = False
+        self._first_step = finished_steps
+        self._closed_steps = 0
+
+    @property
+    def finished_steps(self) -> int:
+        """Optimizer steps so far, those of the checkpoint included."""
+        return self._first_step + self._closed_steps
 
     def begin_step(self, rows: int, *, loss_scale: float = 1.0) -> None:
         """Say what the step that begins has, before its first forward. What was counted since the
@@ -120,7 +127,7 @@ class Balance:
         """The optimizer is about to step. Collective over the ranks that route other tokens."""
         if self._hook is not None:
             self._hook.close_step()
-        self._closed = True
+        self._closed_steps += 1
 
     def load(self) -> StepLoad:
         """Tokens of every expert and figures of every layer in the last closed step.
@@ -129,14 +136,14 @@ class Balance:
         Raises:
             JobError: no step was closed, or it had other rows than announced.
         """
-        if not self._closed:
+        if not self._closed_steps:
             raise JobError(
                 "no optimizer step has ended yet: ask for metrics() after optimizer.step() (or "
                 "close_step(), without an optimizer)"
             )
         if self._hook is not None:
             self._hook.check_announced_rows()
-        return reduce_step(moe_layers_of(self._parts), self._dims)
+        return reduce_step(moe_layers_of(self.model_parts), self.parallel_dims)
 
     def metrics(self, *, per_layer: bool = False, num_extreme_experts: int = 0) -> dict[str, float]:
         """The numbers of the last closed step over all ranks and micro-batches, by name
@@ -150,7 +157,7 @@ class Balance:
             JobError: as :meth:`load`.
         """
         load = self.load()
-        routers = routers_of(self._parts)
+        routers = routers_of(self.model_parts)
         figures = figures_of(routers[0].config) if routers else ()
         return step_metrics(
             load, figures, per_layer=per_layer, num_extreme_experts=num_extreme_experts
