@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.hf_datasets.text_datasets import ChatDataLoader
 from torchtitan.trainer import Trainer
 
+from examples.chat_data import loader_config
 from tests.parity.layout import parse
 from tests.train_jobs import train_config
-from titan_moe_lb.data import TOKENIZER_PATH, documents
 from titan_moe_lb.job import job_config
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 ROWS, LENGTH, STEPS = 4, 256, 3
-
-
-def write_chats(folder: Path) -> None:
-    """A tokenizer with a chat template, and questions about the topics of Python's help."""
-    shutil.copytree(TOKENIZER_PATH, folder / "tokenizer")
-    (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
-    with open(folder / "chats.jsonl", "w") as file:
-        for number, text in enumerate(documents()):
-            answer = text[: 80 + 37 * (number % 11)]
-            file.write(json.dumps({"question": f"Topic {number}?", "answer": answer}) + "\n")
-
-
-def messages(sample: dict) -> list[dict[str, str]]:
-    return [
-        {"role": "user", "content": sample["question"]},
-        {"role": "assistant", "content": sample["answer"]},
-    ]
-
-
-def loader_config(folder: str) -> ChatDataLoader.Config:
-    return ChatDataLoader.Config(
-        dataset_path="json",
-        load_dataset_kwargs={"data_files": f"{folder}/chats.jsonl", "split": "train"},
-        sample_processor=messages,
-    )
 
 
 def train_chats(folder: str, layout: str, model: list[str]) -> list[dict[str, float]]:

@@ -41,6 +41,10 @@ _MODULES = {
         "RoundRobin",
         "ZeroLoad",
     ),
+    "own_loop.attach": ("Balance", "attach"),
+    "own_loop.build": ("BuiltModel", "build_model"),
+    "own_loop.routing_replay": ("RoutingReplay",),
+    "train": ("trainer_config",),
     "value_schedule": ("Change",),
     "telemetry.metric": ("Metric", "Reduction"),
     "telemetry.metrics": ("LoadBalanceMetricsProcessor",),
@@ -53,6 +57,8 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOME[name] != "errors":  # the only one without torchtitan
+        importlib.import_module(f"{__name__}.upstream.cpu").prepare()
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

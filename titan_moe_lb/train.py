@@ -14,9 +14,11 @@ if cpu.needed():
     cpu.use_host()
 
 from torchtitan import train as torchtitan_train
+from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import dry_run, job_config
+from titan_moe_lb.parallel import processes
 from titan_moe_lb.upstream import zero_bubble
 
 
@@ -29,11 +31,31 @@ def main(arguments: list[str] | None = None) -> None:
     run(job)
 
 
+def trainer_config(*arguments: str) -> Trainer.Config:
+    """A job for torchtitan's own Trainer: ``trainer_config(...).build().train()``.
+
+    Args:
+        arguments: the command line of a job, as for ``run_train.sh``.
+
+    Raises:
+        JobError: the job does not hold.
+    """
+    processes.alone()
+    config = job_config.load(list(arguments)).config
+    _adapt(config)
+    return config
+
+
+def _adapt(config: Trainer.Config) -> None:
+    """To this machine, and to what torchtitan 0.3.0 needs of us."""
+    if cpu.needed():
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+
+
 def run(job: job_config.Job) -> None:
     """Train a resolved job in this process."""
-    if cpu.needed():
-        cpu.adapt(job.config)
-    zero_bubble.adapt(job.config)
+    _adapt(job.config)
     if job.config.comm.mode == "fake_backend":
         dry_run.run(job.config)
         return

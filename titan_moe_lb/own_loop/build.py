@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -28,7 +26,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools import utils
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel import layout, processes
 from titan_moe_lb.upstream import cpu
 
 
@@ -74,8 +72,7 @@ def build_model(
             "build_model makes no pipeline: leave pipeline_parallel_degree at 1, or train with "
             "torchtitan's Trainer"
         )
-    if "WORLD_SIZE" not in os.environ:
-        _be_the_only_process()
+    processes.alone()
     dims = layout.resolve(parallelism)
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
     if not torch.distributed.is_initialized():
@@ -112,11 +109,3 @@ def build_model(
         model.init_weights(buffer_device=None)
     model.train()
     return BuiltModel(model, dims, dist_utils.get_spmd_context(parallel_dims=dims))
-
-
-def _be_the_only_process() -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))

@@ -1,12 +1,13 @@
 """The host backend: what torchtitan 0.3.0 needs to run where there is no accelerator.
 
-``use_host()`` comes before the first torchtitan import of the process,
-``adapt(config)`` after the job's config is complete. On a machine with an
+``use_host()`` comes before torchtitan is used, ``adapt(config)`` after the job's
+config is complete. On a machine with an
 accelerator neither is called, and nothing in this package is imported.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -27,8 +28,16 @@ def needed() -> bool:
     return accelerator is None or accelerator.type == "mps"
 
 
+def prepare() -> None:
+    """Use the host where it is needed: what the public face and the registry do when they are
+    imported."""
+    if needed():
+        use_host()
+
+
+@functools.cache
 def use_host() -> None:
-    """Prepare this process. Must run before any other torchtitan import."""
+    """Prepare this process."""
     from titan_moe_lb.upstream.cpu.device import use_host_device
 
     use_host_device()

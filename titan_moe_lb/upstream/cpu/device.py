@@ -9,6 +9,7 @@ and this machine.
 from __future__ import annotations
 
 import platform
+import sys
 import threading
 from types import ModuleType, SimpleNamespace
 
@@ -79,13 +80,18 @@ class HostDevice(ModuleType):
 
 
 def use_host_device() -> None:
-    """Point torchtitan at the host. Must run before any other torchtitan import.
+    """Point torchtitan at the host.
 
     Upstream fact: ``torchtitan.tools.utils`` binds ``device_type`` and
     ``device_module`` at import, to ``cuda`` where no accelerator is found, and
-    other modules copy both names from it.
+    other modules copy both names from it: those that are imported already, too.
     """
     from torchtitan.tools import utils
 
-    utils.device_type = "cpu"
-    utils.device_module = HostDevice()
+    host = {"device_type": "cpu", "device_module": HostDevice()}
+    bound = {name: getattr(utils, name) for name in host}
+    modules = [module for name, module in sys.modules.items() if name.startswith("torchtitan.")]
+    for module in modules:
+        for name, value in bound.items():
+            if vars(module).get(name) is value:
+                setattr(module, name, host[name])

@@ -1,0 +1,21 @@
+"""What torch.distributed has to know of a process that no launcher has started."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def alone(num_processes: int = 1) -> None:
+    """Announce this process as rank 0, unless a launcher has announced it.
+
+    Args:
+        num_processes: of the job; the others exist in a dry run alone.
+    """
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(num_processes))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
