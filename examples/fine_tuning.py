@@ -27,11 +27,11 @@ SEQ_LEN, ROWS = 128, 4
 
 def main(steps: int = 10) -> list[dict[str, float]]:
     """Train on answers; returns loss and balance of each step."""
-    spec = model_registry("tiny", aux_losses=[GlobalBatchAuxLoss.Config(weight=1e-2)])
+    spec = model_registry("tiny", aux_losses=[GlobalBatchAuxLoss.Config(weight=0.1)])
     training = TrainingConfig(seq_len=SEQ_LEN, mixed_precision_param="float32")
     model, parallel_dims, train_context = build_model(spec, training=training, seed=0)
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     balance = attach(model, optimizer, parallel_dims, rows_per_step=ROWS * ranks, padded=True)
     batches = chats(rank, ranks)
     history = []

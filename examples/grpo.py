@@ -15,7 +15,7 @@ from torchtitan.config import TrainingConfig
 from model_registry.qwen3 import model_registry
 from titan_moe_lb import GlobalBatchAuxLoss, RoutingReplay, attach, build_model
 
-PROMPT, NEW, GROUPS, GROUP_SIZE, EPOCHS, CLIP = 4, 8, 2, 8, 2, 0.2
+PROMPT, NEW, GROUPS, GROUP_SIZE, EPOCHS, CLIP = 4, 8, 2, 16, 2, 0.3
 ROWS = GROUPS * GROUP_SIZE
 REWARDED = range(0, 1024)
 """Tokens that are worth something."""
@@ -27,7 +27,7 @@ def main(steps: int = 8) -> list[dict[str, float]]:
     training = TrainingConfig(seq_len=PROMPT + NEW, mixed_precision_param="float32")
     model, parallel_dims, train_context = build_model(spec, training=training, seed=0)
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     balance = attach(model, optimizer, parallel_dims)
     replay = RoutingReplay(balance)
     dice = torch.Generator().manual_seed(rank)
@@ -45,7 +45,7 @@ def main(steps: int = 8) -> list[dict[str, float]]:
         for _ in range(EPOCHS):
             balance.begin_step(ROWS * ranks)
             loss = torch.zeros(())
-            for rows in lengths.argsort().split(4):  # as long as the longest of four
+            for rows in lengths.argsort().split(8):  # as long as the longest of eight
                 end = PROMPT + int(lengths[rows].max())
                 with train_context(), replay.replay():
                     after = log_probabilities(model, tokens[rows, :end], sample_ids=ids[rows, :end])
