@@ -17,7 +17,7 @@ READ = """
 const read = () => ({
   step: document.getElementById("step").textContent,
   heatmaps: [...document.querySelectorAll("[id^=heatmap-]")].map((plot) => plot.data[0]).map(
-    ({ z, customdata }) => ({ z, loads: customdata.map((row) => row.map(Number)) })),
+    ({ z, text }) => ({ z, loads: text.map((row) => row.map(Number)) })),
 });
 const slider = document.getElementById("slider");
 await until(() => document.getElementById("step").textContent);
@@ -54,14 +54,27 @@ def test_slider_buttons_and_a_click(tmp_path):
         document.getElementById("previous").click(); states.push(read());
 
         const heatmap = document.getElementById("heatmap-0");
+        const follow = () => ({
+          y: [...document.getElementById("course").data[0].y],
+          x: document.getElementById("course").data[0].x,
+          frame: heatmap.layout.shapes.map(({ x0, x1, y0, y1 }) => [x0, x1, y0, y1]),
+          picked: document.getElementById("picked").textContent,
+        });
+        const hottest = follow();
         heatmap.emit("plotly_click", { points: [{ pointIndex: [2, 5] }] });
-        const { x, y } = document.getElementById("course").data[0];
-        const picked = document.getElementById("picked").textContent;
+        const clicked = follow();
+        const [layer, expert] = ["layer", "expert"].map((id) => document.getElementById(id));
+        const fields = [layer.selectedOptions[0].textContent, expert.value];
+        layer.value = 0; layer.dispatchEvent(new Event("input"));
+        expert.stepUp(); expert.dispatchEvent(new Event("input"));
+        const typed = follow();
+        expert.value = 8; expert.dispatchEvent(new Event("input"));
+        const beyond = follow();
 
         const plots = [...document.querySelectorAll(".plot")];
         await until(() => plots.every((plot) => plot.querySelector("svg.main-svg")));
         const warnings = document.querySelectorAll("p.warning").length;
-        return { states, x, y, picked, plots: plots.length, warnings };
+        return { states, hottest, clicked, fields, typed, beyond, plots: plots.length, warnings };
         """,
     )
     expected_SME = loads(folder)
@@ -71,9 +84,20 @@ def test_slider_buttons_and_a_click(tmp_path):
         check(heatmap, expected_SME[index])
     assert not np.allclose(expected_SME[0], expected_SME[5], rtol=0.2), "the steps differ"
 
-    assert shown["picked"] == "Layer 3, expert 5, over the steps"
-    assert shown["x"] == list(range(1, 112, 10))
-    np.testing.assert_allclose(shown["y"], expected_SME[:, 2, 5], rtol=ROUNDING)
+    mean_ME = expected_SME.mean(axis=0)
+    hottest = np.unravel_index(mean_ME.argmax(), mean_ME.shape)
+    assert shown["fields"] == ["3", "5"]
+    for state, (layer, expert) in (
+        (shown["hottest"], hottest),
+        (shown["clicked"], (2, 5)),
+        (shown["typed"], (0, 6)),
+        (shown["beyond"], (0, 6)),  # there is no expert 8
+    ):
+        assert state["x"] == list(range(1, 112, 10))
+        np.testing.assert_allclose(state["y"], expected_SME[:, layer, expert], rtol=ROUNDING)
+        assert state["frame"] == 2 * [[expert - 0.5, expert + 0.5, layer - 0.5, layer + 0.5]]
+        now = float(state["picked"].removesuffix(" × balanced"))
+        assert now == pytest.approx(expected_SME[4, layer, expert], rel=ROUNDING + 0.05)
     assert shown["plots"] > 2 and shown["warnings"] == 0
 
 
