@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.synthetic_trace import FIGURES, LOSS, run_info, step_loads, write_run
+from tests.synthetic_trace import FIGURES, LOSS, rewritten, run_info, step_loads, write_run
 from titan_moe_lb import cli
 from titan_moe_lb.report.run_names import run_names
 from titan_moe_lb.traces.figure import Figure
@@ -180,17 +180,6 @@ def test_needs_no_network(small):
     html = "".join(value or "" for _tag, _name, value in page.attributes) + page.visible
     assert "://" not in html + page.styles
     assert b"Plotly" in page.inflated("plotly")
-
-
-def rewritten(folder, counts_SME):
-    """The run in ``folder`` with other counts."""
-    trace = read_trace(folder)
-    writer = TraceWriter(folder / "other", trace.info)
-    for index, counts_ME in enumerate(counts_SME):
-        load = dataclasses.replace(trace.load(index), counts_ME=counts_ME)
-        writer.write(index + 1, load)
-    writer.close()
-    return folder / "other"
 
 
 @pytest.mark.parametrize("kind, smallest_form", [("drifting", 1), ("independent", 0)])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from tests import browser
-from tests.synthetic_trace import run_info, write_run
+from tests.synthetic_trace import rewritten, run_info, write_run
 from titan_moe_lb import cli
+from titan_moe_lb.pages import palette
 from titan_moe_lb.traces.trace import read_trace
 
 # The page promises colours and values to within 4.5%; half of that each way.
@@ -115,6 +118,53 @@ def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
         shown["heatmaps"], (loads(first)[4], loads(second)[1]), strict=True
     ):
         check(heatmap, expected_ME)
+
+
+def hex_of(color: str) -> str:
+    """``rgb(1, 2, 3)``, as a browser says it."""
+    return "#" + bytes(map(int, re.findall(r"\d+", color)[:3])).hex()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_colours_are_those_of_the_theme_and_a_narrow_page_does_not_scroll_sideways(tmp_path, dark):
+    first = write_run(tmp_path / "a", run_info(2, 8), 10)
+    loads_SME = read_trace(first).counts_SME.copy()
+    loads_SME[-1, 1, 3] = 0
+    second = rewritten(first, loads_SME)
+    cli.main(["report", str(first), "--compare", str(second)])
+    shown = browser.act(
+        first / "compare.html",
+        READ
+        + """
+        const plots = [...document.querySelectorAll(".plot")];
+        await until(() => plots.every((plot) => plot.querySelector("svg.main-svg")));
+        const of = (element, property) => getComputedStyle(element)[property];
+        const [map, crosses] = document.getElementById("heatmap-1").data;
+        document.documentElement.style.width = "400px";
+        dispatchEvent(new Event("resize"));
+        await until(() => document.querySelector("main").clientWidth <= 400);
+        await new Promise((resized) => setTimeout(resized, 1000));
+        const wide = [...document.querySelectorAll("main *")].filter((element) =>
+          !element.closest(".wide > *") && element.getBoundingClientRect().right > 401);
+        return {
+          paper: of(document.body, "backgroundColor"), ink: of(document.body, "color"),
+          line: of(document.querySelector("#chart-0-1 .scatterlayer .js-line"), "stroke"),
+          label: of(document.querySelector("#chart-0-1 .annotation-text"), "fill"),
+          middle: map.colorscale[4][1], crosses: [crosses.x, crosses.y],
+          wide: wide.map((element) => element.className.baseVal ?? element.className),
+          named: [...document.querySelectorAll("input, select, button, .plot, .wide")].every(
+            (element) => element.ariaLabel || element.labels?.length),
+        };
+        """,
+        dark=dark,
+    )
+    colors = palette.DARK if dark else palette.LIGHT
+    assert hex_of(shown["paper"]) == colors["paper"]
+    assert hex_of(shown["ink"]) == colors["ink"]
+    assert hex_of(shown["line"]) == hex_of(shown["label"]) == colors["blue"]
+    assert shown["middle"] == colors["load-2"]
+    assert shown["crosses"] == [[3], ["2"]], "the expert that got nothing"
+    assert shown["wide"] == [] and shown["named"]
 
 
 def test_an_error_on_the_page_fails_the_test(tmp_path):
