@@ -111,7 +111,7 @@ def add_bars(figure: go.Figure, name: str, x: Sequence[Any], y: Sequence[float],
 
 
 def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
-    """Write names at the ends of curves, far enough apart to be read.
+    """Write names at the ends of curves, far enough apart to be read; sets the ranges of the axes.
 
     Args:
         figure: has all its curves; the axes of x may be logarithmic.
@@ -126,6 +126,10 @@ def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
     low, high = low - margin, high + margin
     figure.update_yaxes(range=[low, high])
     logarithmic = figure.layout.xaxis.type == "log"
+    all_x = np.concatenate([curve.x for curve in curves])
+    left, right = (float(np.log10(x) if logarithmic else x) for x in (all_x.min(), all_x.max()))
+    pad = 0.01 * ((right - left) or 1.0)
+    figure.update_xaxes(range=[left - pad, right + pad])
     named = [curve for curve in curves if labelled is None or curve.name in labelled]
     ends = [int(np.flatnonzero(np.isfinite(curve.y))[-1]) for curve in named]
     xs = np.array([float(curve.x[end]) for curve, end in zip(named, ends, strict=True)])

@@ -140,9 +140,11 @@ def number(value: float) -> str:
     """Three digits that matter; a dash for a figure that is missing."""
     if not np.isfinite(value):
         return "–"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(abs(value), 0.1)))))}f}"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, 2 - int(np.floor(np.log10(abs(value)))))}f}"
 
 
 def _peak(values_S: np.ndarray, steps: np.ndarray) -> str:
