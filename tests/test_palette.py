@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import titan_moe_lb
 from titan_moe_lb.pages import palette
-from titan_moe_lb.pages.charts import PENS
+from titan_moe_lb.pages.charts import PENS, add_curve, blank_figure, label_curves
 
 PACKAGE = Path(titan_moe_lb.__file__).parent
 THEMES = {"light": palette.LIGHT, "dark": palette.DARK}
@@ -84,6 +85,16 @@ def test_pages_name_colours_by_role_alone():
     files = [path for room in ("pages", "report", "plan") for path in (PACKAGE / room).rglob("*.*")]
     literal = {path.name for path in files if colored.search(path.read_text(errors="ignore"))}
     assert literal <= {"palette.py"}
+
+
+def test_names_of_many_curves_stay_in_the_figure_and_apart():
+    figure = blank_figure("y")
+    for number, pen in enumerate(PENS):
+        add_curve(figure, str(number), np.array([1, 2]), np.array([0.0, number % 3]), pen)
+    label_curves(figure)
+    heights = np.sort([note.y for note in figure.layout.annotations])
+    assert len(heights) == 26 and heights[0] >= 0 and heights[-1] <= 1
+    assert np.diff(heights).min() > 0.03
 
 
 def test_pens_are_told_apart_without_their_hue():

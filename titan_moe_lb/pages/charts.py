@@ -138,7 +138,7 @@ def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
     for x in set(xs):  # curves that end elsewhere are not in the way
         here = np.flatnonzero(xs == x)
         here = here[heights[here].argsort(kind="stable")]
-        heights[here] = _apart(heights[here], _LABEL_HEIGHT)
+        heights[here] = _apart(heights[here], min(_LABEL_HEIGHT, 1 / len(here)))
     for curve, x, height in zip(named, xs, heights, strict=True):
         figure.add_annotation(
             text=curve.name,
