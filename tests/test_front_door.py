@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.synthetic_trace import run_info, write_run
 from tests.test_launch import JOB_VARIABLES
-from titan_moe_lb import cli, launch
+from titan_moe_lb import cli, launch, processes
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config, run_folder
 from titan_moe_lb.pages import output_file
@@ -262,7 +262,7 @@ def no_start(*_arguments, **_more) -> None:
 def test_one_line_and_nothing_touched(line, scene, monkeypatch, capsys):
     monkeypatch.chdir(scene)
     monkeypatch.setattr(launch, "_run_here", no_start)
-    monkeypatch.setattr(launch, "_run_processes", no_start)
+    monkeypatch.setattr(processes, "run", no_start)
     before = state(scene)
     with pytest.raises(SystemExit) as stop:
         type_in(line, monkeypatch)

@@ -317,18 +317,3 @@ class _ResolvedConfigManager(ConfigManager):
 
     def _load_config(self, args: list[str]) -> tuple[object, list[str]]:
         return self._loaded, args
-
-
-_resolved: Job | None = None
-
-
-def set_resolved(job: Job) -> None:
-    """Name the job that :func:`resolved_config` returns in this process."""
-    global _resolved
-    _resolved = job
-
-
-def resolved_config() -> Trainer.Config:
-    """The config of the resolved job: a config function for torchtitan's own ``main``."""
-    assert _resolved is not None
-    return _resolved.config
