@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from typing import NoReturn, TextIO
 
 from torch.distributed import DistError, TCPStore
@@ -31,7 +33,6 @@ from titan_moe_lb.job import environment
 from titan_moe_lb.train import stopped
 
 _RUN_ID = "titan_moe_lb"
-_DEFAULT_PORT = 29500
 
 
 def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> None:
@@ -46,7 +47,8 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
     console = rank_log.divert_errors(logs / "launcher.log")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     shown = summary.ranks_shown(config)
-    print(f"starting {here} processes{f' of {here * nodes}' if nodes > 1 else ''}", flush=True)
+    where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
+    print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
     with (
         tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
         _Meeting(console, nodes) as meeting,
@@ -85,8 +87,9 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
         except SignalException as error:
             line = stopped(signal.Signals(error.sigval), saved.in_words(config, begun))
             status = 128 + error.sigval
-        except (RendezvousError, DistError) as error:
-            line = f"error: {meeting.failed(error)}"
+        except (RendezvousError, DistError):
+            traceback.print_exc()
+            line = f"error: {meeting.failed()}"
             status = 1
     _end(console, line, status)
 
@@ -119,11 +122,15 @@ class _Meeting:
         self._endpoint = os.environ.get("RDZV_ENDPOINT", "")
         self._signals = ended_by(self._stop)
         self._patience = Patience(self._say, self._waits)
+        # torch's own timeouts do not hold where a stranger listens at the port.
+        self._limit = threading.Timer(self._timeout, self._give_up)
+        self._limit.daemon = True
 
     def __enter__(self) -> _Meeting:
         self._signals.__enter__()
         if self._nodes > 1:
             self._patience.__enter__()
+            self._limit.start()
         self._is_open = True
         return self
 
@@ -131,16 +138,21 @@ class _Meeting:
         if self._is_open:
             self._is_open = False
             self._patience.end()
+            self._limit.cancel()
             self._signals.__exit__(None, None, None)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def failed(self, error: Exception) -> str:
+    def failed(self) -> str:
         return (
-            f"RDZV_ENDPOINT={self._endpoint}: the {self._nodes} nodes did not meet: {self._seen()} "
-            f"({type(error).__name__}; RDZV_TIMEOUT={self._timeout} seconds)"
+            f"RDZV_ENDPOINT={self._endpoint}: the {self._nodes} nodes have not found each other in "
+            f"RDZV_TIMEOUT={self._timeout} s: {self._seen()}"
         )
+
+    def _give_up(self) -> NoReturn:
+        self._say(f"error: {self.failed()}")
+        os._exit(1)
 
     def _waits(self, seconds: int) -> str:
         return (
@@ -150,14 +162,12 @@ class _Meeting:
 
     def _seen(self) -> str:
         """What a look at the endpoint shows."""
-        host, port = parse_rendezvous_endpoint(self._endpoint, _DEFAULT_PORT)
+        host, port = parse_rendezvous_endpoint(self._endpoint, environment.DEFAULT_PORT)
         try:
             socket.create_connection((host, port), timeout=3).close()
         except OSError as error:
             return f"nothing answers there ({error.strerror or error}), is that node started?"
-        try:
-            TCPStore(host, port, timeout=timedelta(seconds=3), wait_for_workers=False)
-        except DistError:
+        if not _is_store(host, port):
             return "what answers there is no node of a job: free that port, or take another"
         return f"not all of the {self._nodes} nodes (NNODES) are there"
 
@@ -169,13 +179,26 @@ class _Meeting:
         print(f"titan_moe_lb: {line}", file=self._console, flush=True)
 
 
+def _is_store(host: str, port: int) -> bool:
+    """Whether torch's store answers. Its client waits for ever for one that says nothing."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(DistError):
+            TCPStore(host, port, wait_for_workers=False)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(5)
+
+
 def _rendezvous(nodes: int) -> dict:
     """How the nodes find each other: a node rank counts in a static rendezvous alone."""
     endpoint = os.environ.get("RDZV_ENDPOINT")
     if nodes == 1:
         return {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint or "localhost:0"}
-    host, port = parse_rendezvous_endpoint(endpoint, _DEFAULT_PORT)
-    seconds = environment.positive("RDZV_TIMEOUT", 900)
+    host, port = parse_rendezvous_endpoint(endpoint, environment.DEFAULT_PORT)
+    seconds = environment.positive("RDZV_TIMEOUT", 900) + 60  # _Meeting gives up before
     found = {"rdzv_endpoint": f"[{host}]:{port}" if ":" in host else f"{host}:{port}"}
     rank = os.environ.get("NODE_RANK")
     if not rank:
