@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         job = draft.resolve()
         if not draft.command.print_config and job.config.comm.mode == "default":
             validate_files(job.config)
-            run_folder.claim(job.config.dump_folder, nodes)
+            run_folder.claim(job.config.dump_folder, environment.run_name(nodes))
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:

@@ -6,11 +6,11 @@ import os
 import re
 import socket
 import typing
+import uuid
 
 from torchtitan.config import CommConfig
 
 from titan_moe_lb.errors import JobError, nearest
-
 
 DEFAULT_PORT = 29500
 
@@ -65,6 +65,13 @@ def check_nodes(nodes: int) -> None:
                 f"RDZV_ENDPOINT={endpoint}: the port cannot be opened here "
                 f"({os.strerror(error.errno or 0)}): stop what holds it, or take another"
             ) from None
+
+
+def run_name(nodes: int) -> str:
+    """What the nodes of a run have in common, and two runs at one time have not."""
+    if nodes > 1:
+        return f"NNODES={nodes} RDZV_ENDPOINT={os.environ['RDZV_ENDPOINT']}"
+    return f"process {os.getpid()} of {socket.gethostname()}, {uuid.uuid4()}"
 
 
 def check_shown_ranks(processes: int) -> None:

@@ -27,6 +27,7 @@ from titan_moe_lb import command_line, rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job import flags, module_lookup
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
+from titan_moe_lb.rules import places
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
 DEFAULT_MODULE = "deepseek_v3"
@@ -131,8 +132,8 @@ class Draft:
             bound.model_spec.model.update_from_config(config=bound)
         except JobError:
             raise
-        except (ValueError, NotImplementedError) as error:
-            raise JobError(f"{self.source}: {' '.join(str(error).split())}") from None
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            raise JobError(f"{self.source}: {_for_users(str(error))}") from None
         return Job(config=config, table=self.table)
 
 
@@ -283,6 +284,12 @@ def _rebuild_model(
     loss_config = getattr(registry, "loss_config", None)
     if loss_config is not None:
         config.loss = loss_config(config.model_spec)
+
+
+def _for_users(text: str) -> str:
+    """What torchtitan says of a config, in one line and without its names for parts of it."""
+    line = " ".join(text.split()).removeprefix("Config: ")
+    return re.sub(r"\bmodel_spec\.model(\.\w+)+", lambda found: places.place(found[0]), line)
 
 
 def model_keys(entry: Callable[..., BalancedModelSpec]) -> dict[str, Any]:
