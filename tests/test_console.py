@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import logging
 import os
@@ -130,14 +131,21 @@ def test_a_rank_that_is_killed_is_named_and_not_the_one_that_lost_it(tmp_path):
     assert str(tmp_path / "logs/rank1.log") in err and "trace up to step" in err
 
 
-def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(tmp_path):
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        ("bug", "error: RuntimeError: a bug; saved: no checkpoint"),
+        ("checkpoint", "error: a checkpoint failed (ValueError: cut); saved: no checkpoint"),
+    ],
+)
+def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(failure, line, tmp_path):
     job = ["--module=tests.failing_jobs", "--config=tiny", "--training.steps=5"]
-    status, out, err = end(start(tmp_path, *job, FAILURE="bug"))
+    status, out, err = end(start(tmp_path, *job, FAILURE=failure))
     assert status == 1 and err.count("\n") == 1, err
-    assert err.startswith("titan_moe_lb: error: RuntimeError: a bug; saved: no checkpoint")
+    assert err.startswith(f"titan_moe_lb: {line}")
     log = tmp_path / "logs/rank0.log"
     assert f"traceback: {log}" in err and "Traceback" not in "".join(out)
-    assert "Traceback" in log.read_text() and "of two lines" in log.read_text()
+    assert "Traceback (most recent call last)" in log.read_text()
 
 
 def test_two_nodes_meet_and_only_the_one_that_knows_the_loss_shows_it(tmp_path):
@@ -245,6 +253,17 @@ def test_cause_of_an_exception(error, expected, status, config):
     assert found.line.startswith(expected) and "\n" not in found.line
     assert found.status == status and found.has_traceback == (status == 1)
     assert found.is_echo == ("connection" in expected)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(config, tmp_path):
+    config = copy.deepcopy(config)
+    config.checkpoint.enable = True
+    config.dump_folder = str(tmp_path)
+    (tmp_path / "checkpoint/step-3").mkdir(parents=True)
+    (tmp_path / "checkpoint/step-3/.metadata").touch()
+    found = cause.of_error(FAILURES["checkpoint"](), config, at_start=True)
+    assert found.line.startswith(f"{tmp_path}/checkpoint/step-3 cannot be loaded (ValueError: cut)")
+    assert found.status == 2 and found.has_traceback
 
 
 def test_a_full_disk_under_a_checkpoint_is_the_cause(config):

@@ -21,6 +21,7 @@ if cpu.needed():
     cpu.use_host()
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 from torchtitan.observability import structured_logger
 from torchtitan.trainer import Trainer
 
@@ -92,7 +93,7 @@ class _Rank:
                 stack.enter_context(waits)
             try:
                 self._train()
-            except Exception as error:  # noqa: BLE001  whatever it is, it is said in one line
+            except (Exception, CheckpointException) as error:  # the second is a BaseException
                 self._fail(error)
         if is_shown:
             _say(summary.after(self._config, self._begun))
@@ -120,7 +121,7 @@ class _Rank:
         compiles = ", which compiles it" if self._config.compile.enable else ""
         return f"{doing}{compiles} since {seconds} s"
 
-    def _fail(self, error: Exception) -> NoReturn:
+    def _fail(self, error: BaseException) -> NoReturn:
         at_start = self._trainer is None or self._trainer.step == 0
         found = cause.of_error(error, self._config, at_start=at_start)
         with contextlib.suppress(OSError):  # the disk of the log may be full
@@ -151,7 +152,7 @@ def _build(config: Trainer.Config) -> None:
     try:
         with Patience(_say, lambda seconds: f"builds one rank since {seconds} s"):
             dry_run.run(config)
-    except Exception as error:  # noqa: BLE001  whatever it is, it is said in one line
+    except Exception as error:
         found = cause.of_error(error, config, at_start=True)
         traceback.print_exception(error)
         print(f"titan_moe_lb: error: {found.sentence('nothing', log)}", file=errors)

@@ -83,9 +83,12 @@ def of_error(error: BaseException, config: Trainer.Config, *, at_start: bool) ->
         if not at_start and _free(config) < _NO_ROOM:
             return _full(config, None)
         start = checkpoints.start_of(config) if at_start else None
-        what = f"{start.path} cannot be loaded" if start else "a checkpoint failed"
-        remedy = ": choose another with checkpoint.load_step" if start else ""
-        return Cause(line=f"{what} ({_short(chain[-1])}){remedy}", status=1, has_traceback=True)
+        if start is not None:
+            line = f"{start.path} cannot be loaded ({_short(chain[-1])}): choose another with "
+            line += "checkpoint.load_step or checkpoint.initial_load_path"
+            return Cause(line=line, status=2, has_traceback=True)
+        line = f"a checkpoint failed ({_short(chain[-1])})"
+        return Cause(line=line, status=1, has_traceback=True)
     if isinstance(error, OSError) and error.filename is not None:
         line = f"{os.fspath(error.filename)}: {error.strerror}"
         return Cause(line=line, status=1, has_traceback=True)
@@ -127,7 +130,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _short(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
-    text = text if len(text) <= 300 else f"{text[:300]}..."
+    text = text if len(text) <= 200 else f"{text[:200]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
