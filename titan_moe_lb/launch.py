@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
             catalog.show()
             return
         environment.check_mode()
-        # What torchtitan warns of while it reads a job, each rank writes to its log.
+        # What torchtitan warns of while it reads a job, it says again when it builds it.
         logging.root.addHandler(_UNSAID)
         draft = job_config.draft(arguments)
         if {"-h", "--help"} & set(draft.command.rest):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Resolve the job and train it."""
     # Whoever started this process hears Ctrl-C too, and has the last word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # What torchtitan warns of while it reads a job, it says again when it builds it.
+    logging.root.addHandler(logging.NullHandler())
     try:
         job = job_config.load(sys.argv[1:] if arguments is None else arguments)
     except JobError as error:
@@ -117,9 +120,10 @@ class _Rank:
         torch.distributed.destroy_process_group()
 
     def _first_step_takes(self, seconds: int) -> str:
-        doing = "builds the model" if self._trainer is None else "is in its first step"
-        compiles = ", which compiles it" if self._config.compile.enable else ""
-        return f"{doing}{compiles} since {seconds} s"
+        if self._trainer is None:
+            return f"building the model: {seconds} s so far"
+        compiles = ", which compiles the model" if self._config.compile.enable else ""
+        return f"still in the first step{compiles}: {seconds} s so far"
 
     def _fail(self, error: BaseException) -> NoReturn:
         at_start = self._trainer is None or self._trainer.step == 0
@@ -150,7 +154,7 @@ def _build(config: Trainer.Config) -> None:
     errors = rank_log.divert_errors(log)
     rank_log.begin(shown=True, known=rank_log.Known())
     try:
-        with Patience(_say, lambda seconds: f"builds one rank since {seconds} s"):
+        with Patience(_say, lambda seconds: f"building one rank: {seconds} s so far"):
             dry_run.run(config)
     except Exception as error:
         found = cause.of_error(error, config, at_start=True)

@@ -54,7 +54,7 @@ def make_plan(question: Question) -> Plan:
         _quiet_host(),
         Patience(
             lambda line: print(line, file=sys.stderr),
-            lambda seconds: f"builds one rank of each pipeline position since {seconds} s",
+            lambda seconds: f"building one rank of each pipeline position: {seconds} s so far",
         ),
     ):
         jobs = _read_jobs(question, derated, factors)
