@@ -91,6 +91,14 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
             traceback.print_exc()
             line = f"error: {meeting.failed()}"
             status = 1
+        except KeyboardInterrupt:  # between the meeting and torch's own handlers
+            line = stopped(signal.SIGINT, saved.in_words(config, begun))
+            status = 128 + signal.SIGINT
+        except Exception as error:
+            traceback.print_exc()
+            found = cause.of_error(error, config, at_start=True)
+            line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
+            status = found.status
     _end(console, line, status)
 
 
@@ -108,7 +116,7 @@ class _Logs(DefaultLogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Called when every node is there, before this one starts its processes."""
-        self._met([int(environment["RANK"]) for environment in envs.values()])
+        self._met([int(of_rank["RANK"]) for of_rank in envs.values()])
         return super().reify(envs)
 
 

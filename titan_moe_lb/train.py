@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from titan_moe_lb.upstream import cpu
 
@@ -170,11 +170,11 @@ def stopped(number: signal.Signals, saved: str) -> str:
     return f"stopped by {name}; saved: {saved}; status {128 + number}"
 
 
-def exit_with(error: JobError, errors: TextIO | None = None) -> NoReturn:
+def exit_with(error: JobError) -> NoReturn:
     """Print the one line of a user's mistake and leave with status 2."""
     found = cause.Cause(line=str(error), status=2, has_traceback=False)
     if not cause.tell_launcher(found):
-        print(f"titan_moe_lb: error: {error}", file=errors or sys.stderr)
+        print(f"titan_moe_lb: error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 
