@@ -27,7 +27,8 @@ def main(steps: int = 10) -> list[dict[str, float]]:
     spec = model_registry("tiny", aux_losses=[SequenceWiseAuxLoss.Config(weight=1e-3)])
     training = TrainingConfig(seq_len=SEQ_LEN, mixed_precision_param="float32")
     policy, parallel_dims, train_context = build_model(spec, training=training, seed=0)
-    reference = build_model(spec, training=training, seed=0).model.requires_grad_(False)
+    same = build_model(spec, training=training, parallel_dims=parallel_dims, seed=0)
+    reference = same.model.requires_grad_(False)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     # A pair is two rows; rows of unequal length are filled up.

@@ -21,6 +21,7 @@ from torchtitan.config import (
 )
 from torchtitan.protocols.model_spec import ModelSpec
 
+from examples.chat_data import loader_config
 from model_registry.deepseek_v3 import model_registry
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import (
@@ -170,11 +171,20 @@ def unequal_micro_batches(
     return report
 
 
-def as_the_trainer(arguments: list[str], steps: int) -> tuple[list[Any], list[Any]]:
-    """Counts and metrics of torchtitan's trainer and of a loop, on the same batches and weights."""
+def as_the_trainer(
+    arguments: list[str], steps: int, chats: str | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Counts and metrics of torchtitan's trainer and of a loop, on the same batches and weights.
+
+    Args:
+        chats: folder of a chat data set, whose rows are padded.
+    """
     flags = ["--optimizer.param_groups.0.optimizer_kwargs.lr=0.0", f"--training.steps={steps}"]
     config = job_config.load([*arguments, *flags]).config
     config.metrics.write_moe_trace = False
+    if chats is not None:
+        config.dataloader = loader_config(chats)
+        config.hf_assets_path = f"{chats}/tokenizer"
     spec = model_registry("tiny")
     if cpu.needed():
         cpu.adapt(config)
@@ -182,7 +192,8 @@ def as_the_trainer(arguments: list[str], steps: int) -> tuple[list[Any], list[An
     model, dims, context = build_model(spec, training=config.training)
     model.load_state_dict(trainer.model_parts[0].state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    balance = attach(model, optimizer, dims, rows_per_step=config.training.local_batch_size)
+    rows = config.training.local_batch_size
+    balance = attach(model, optimizer, dims, rows_per_step=rows, padded=chats is not None)
     batches = trainer.batch_generator(trainer.dataloader)
     theirs, ours = [], []
     for step in range(1, steps + 1):
@@ -190,11 +201,11 @@ def as_the_trainer(arguments: list[str], steps: int) -> tuple[list[Any], list[An
         trainer.step = step
         trainer.train_step(iter([(inputs, labels)]))
         load = reduce_step(moe_layers_of(trainer.model_parts), trainer.parallel_dims)
-        theirs.append((load.counts_ME.tolist(), load.figures))
+        theirs.append((load.counts_ME.tolist(), load.figures, load.step_figures))
         with context():
-            forward(model, inputs["input"], inputs["positions"]).sum().mul(0.0).backward()
+            forward(model, inputs.pop("input"), **inputs).sum().mul(0.0).backward()
         optimizer.step()
         load = balance.load()
-        ours.append((load.counts_ME.tolist(), load.figures))
+        ours.append((load.counts_ME.tolist(), load.figures, load.step_figures))
     trainer.close()
     return theirs, ours

@@ -8,6 +8,7 @@ from torch import nn
 from torchtitan.config import ParallelismConfig
 from torchtitan.models.deepseek_v3 import model_registry as torchtitans_registry
 
+from examples.chat_data import write_chats
 from model_registry.deepseek_v3 import model_registry
 from tests.own_loop_jobs import as_the_trainer, padded_batch, unequal_micro_batches
 from titan_moe_lb.errors import JobError
@@ -49,13 +50,18 @@ def test_micro_batches_of_unequal_length_are_the_one_batch(ranks, whole, cut):
             assert found["metrics"][f"moe/{name}"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-def test_counts_are_those_of_the_trainer(ranks):
+@pytest.mark.parametrize("padded", [False, True], ids=["text", "padded chats"])
+def test_counts_are_those_of_the_trainer(ranks, tmp_path, padded):
     """Bit for bit, over steps in which the bias moves."""
     flags = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--debug.seed=0"]
-    ((theirs, ours),) = ranks.run(1, as_the_trainer, flags, 3)
-    assert [counts for counts, _figures in theirs] == [counts for counts, _figures in ours]
+    write_chats(tmp_path)
+    chats = str(tmp_path) if padded else None
+    ((theirs, ours),) = ranks.run(1, as_the_trainer, flags, 3, chats)
+    assert ("padding_share" in theirs[0][2]) == padded
+    assert [step[0] for step in theirs] == [step[0] for step in ours]
+    assert [step[2] for step in theirs] == [step[2] for step in ours]
     assert theirs[0][0] != theirs[2][0]
-    for (_counts, expected), (_same, figures) in zip(theirs, ours, strict=True):
+    for (_counts, expected, _of_step), (_same, figures, _its) in zip(theirs, ours, strict=True):
         assert figures.keys() == expected.keys()
         for name, values in figures.items():
             assert values == pytest.approx(expected[name], rel=1e-6, abs=1e-9)

@@ -26,7 +26,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools import utils
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import layout, processes
+from titan_moe_lb.parallel import layout, single_process
 from titan_moe_lb.upstream import cpu
 
 
@@ -48,6 +48,7 @@ def build_model(
     *,
     training: TrainingConfig,
     parallelism: ParallelismConfig | None = None,
+    parallel_dims: ParallelDims | None = None,
     compile: CompileConfig | None = None,
     activation_checkpoint: ActivationCheckpointing.Config | None = None,
     override_imports: Sequence[str] = (),
@@ -60,6 +61,8 @@ def build_model(
         spec: of torchtitan, or of :func:`titan_moe_lb.balanced`; it stays as it is.
         training: ``seq_len``, the longest row, and the dtypes.
         parallelism: degrees; without pipeline parallelism, which needs torchtitan's trainer.
+        parallel_dims: of a model that this process has built before, as a policy's for its
+            reference: the two share their meshes.
         override_imports: torchtitan's config overrides, as in ``[override] imports``.
         seed: of the weights; None for another in every run.
 
@@ -72,8 +75,8 @@ def build_model(
             "build_model makes no pipeline: leave pipeline_parallel_degree at 1, or train with "
             "torchtitan's Trainer"
         )
-    processes.alone()
-    dims = layout.resolve(parallelism)
+    single_process.announce()
+    dims = layout.resolve(parallelism) if parallel_dims is None else parallel_dims
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
     if not torch.distributed.is_initialized():
         dist_utils.init_distributed(CommConfig())

@@ -6,11 +6,11 @@ import os
 import socket
 
 
-def alone(num_processes: int = 1) -> None:
-    """Announce this process as rank 0, unless a launcher has announced it.
+def announce(num_processes: int = 1) -> None:
+    """Announce this process as rank 0, unless a launcher has.
 
     Args:
-        num_processes: of the job; the others exist in a dry run alone.
+        num_processes: of the job; in a dry run the others are not there.
     """
     if "RANK" in os.environ:
         return

@@ -1,0 +1,63 @@
+"""Each example trains, on one process and on two; all ranks tell the same."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+LOOPS = ("plain_loop", "fine_tuning", "dpo", "grpo")
+
+
+def run_example(name: str, steps: int) -> tuple[list[dict[str, float]], int]:
+    """Its history, and the choices that the last step counted in a layer. Every rank."""
+    example = importlib.import_module(f"examples.{name}")
+    balances = []
+    attach = example.attach
+
+    def attach_and_keep(*args: Any, **kwargs: Any):
+        balances.append(attach(*args, **kwargs))
+        return balances[-1]
+
+    example.attach = attach_and_keep
+    try:
+        history = example.main(steps)
+    finally:
+        example.attach = attach
+    return history, int(balances[0].load().counts_ME[0].sum())
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_learns(ranks, name):
+    ((history, _counted),) = ranks.run(1, run_example, name, 8)
+    better = [step["reward"] if name == "grpo" else -step["loss"] for step in history]
+    assert np.mean(better[-3:]) > np.mean(better[:3])
+    assert all(np.isfinite(list(step.values())).all() for step in history)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_two_ranks_tell_the_same(ranks, name):
+    (first, counted), (second, same) = ranks.run(2, run_example, name, 2)
+    assert first == second and counted == same
+    assert first[-1]["moe/avg_overload_factor"] == 1  # no expert parallelism
+
+
+def test_reference_and_rollout_forwards_are_not_counted(ranks):
+    """2 experts a token: of DPO's 6 rows of 64 tokens, and of GRPO's 32 rows, cut by length, in one
+    epoch."""
+    ((_history, of_dpo),) = ranks.run(1, run_example, "dpo", 1)
+    assert of_dpo == 6 * 64 * 2
+    ((_history, of_grpo),) = ranks.run(1, run_example, "grpo", 1)
+    assert 32 * (4 + 4) * 2 <= of_grpo <= 32 * (4 + 8) * 2
+
+
+def train_by_script(steps: int) -> None:
+    importlib.import_module("examples.trainer").main(steps)
+    assert not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def test_trainer_in_a_script(ranks, tmp_path, monkeypatch):
+    ranks.run(1, train_by_script, 1)
