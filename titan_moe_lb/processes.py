@@ -27,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.console import cause, rank_log, saved, summary
+from titan_moe_lb.console.neighbours import Neighbours
 from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.console.signals import ended_by
 from titan_moe_lb.job import environment
@@ -46,17 +47,24 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
     logs = rank_log.folder_of(config.dump_folder)
     console = rank_log.divert_errors(logs / "launcher.log")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if nodes > 1:
+        environment.choose_network()
     shown = summary.ranks_shown(config)
     where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
     print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
     with (
         tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
         _Meeting(console, nodes) as meeting,
+        Neighbours(lambda: os.kill(os.getpid(), signal.SIGTERM)) as neighbours,
     ):
 
-        def met(ranks: list[int]) -> None:
+        def met(processes: list[dict[str, str]]) -> None:
             meeting.close()
-            if nodes > 1 and not set(shown) & set(ranks):
+            if nodes == 1:
+                return
+            neighbours.meet(processes[0])
+            ranks = [int(one["RANK"]) for one in processes]
+            if not set(shown) & set(ranks):
                 print(
                     f"ranks {ranks[0]} to {ranks[-1]} work here; the node of rank {shown[0]} shows "
                     f"the steps; logs: {logs}",
@@ -82,11 +90,21 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
             return
         except ChildFailedError as error:
             found, log = cause.of_processes(error, logs)
+            found = (neighbours.blame() if found.is_echo else None) or found
             line = f"error: {found.sentence(saved.in_words(config, begun), log)}"
             status = found.status
+            neighbours.tell(found)
         except SignalException as error:
-            line = stopped(signal.Signals(error.sigval), saved.in_words(config, begun))
-            status = 128 + error.sigval
+            number = signal.Signals(error.sigval)
+            if neighbours.loss is None:
+                line = stopped(number, saved.in_words(config, begun))
+                status = 128 + number
+                told = cause.Cause(line=f"stopped by {number.name}", status=1, has_traceback=False)
+            else:
+                found = told = neighbours.loss
+                line = f"error: {found.sentence(saved.in_words(config, begun), logs)}"
+                status = found.status
+            neighbours.tell(told)
         except (RendezvousError, DistError):
             traceback.print_exc()
             line = f"error: {meeting.failed()}"
@@ -110,13 +128,13 @@ def _end(console: TextIO, line: str, status: int) -> NoReturn:
 class _Logs(DefaultLogsSpecs):
     """Each rank keeps its own log: here are only the files that tell why one failed."""
 
-    def __init__(self, folder: str, met: Callable[[list[int]], None]) -> None:
+    def __init__(self, folder: str, met: Callable[[list[dict[str, str]]], None]) -> None:
         super().__init__(folder)
         self._met = met
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Called when every node is there, before this one starts its processes."""
-        self._met([int(of_rank["RANK"]) for of_rank in envs.values()])
+        self._met(list(envs.values()))
         return super().reify(envs)
 
 

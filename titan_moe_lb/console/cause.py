@@ -161,7 +161,8 @@ def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
         name = failure.signal_name()
         hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
         line = f"rank {rank} was killed by {name}{hint}; its log: {log}"
-        cause = Cause(line=line, status=1, has_traceback=False)
+        is_echo = failure.exitcode == -signal.SIGABRT
+        cause = Cause(line=line, status=1, has_traceback=False, is_echo=is_echo)
     elif ours is None:
         line = f"rank {rank} ended with status {failure.exitcode} and no word: see {log} and "
         line += str(logs / "launcher.log")
@@ -172,6 +173,7 @@ def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
             line=words if ours["status"] == 2 else f"rank {rank}: {words}",
             status=ours["status"],
             has_traceback=ours["has_traceback"],
+            is_echo=ours["is_echo"],
         )
     return cause, log
 

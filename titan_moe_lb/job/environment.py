@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import typing
 import uuid
 
+import psutil
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torchtitan.config import CommConfig
 
 from titan_moe_lb.errors import JobError, nearest
@@ -65,6 +68,22 @@ def check_nodes(nodes: int) -> None:
                 f"RDZV_ENDPOINT={endpoint}: the port cannot be opened here "
                 f"({os.strerror(error.errno or 0)}): stop what holds it, or take another"
             ) from None
+
+
+def choose_network() -> None:
+    """Let gloo talk to the other nodes by the network that RDZV_ENDPOINT is in.
+
+    It takes the address of this machine's name otherwise, which is often 127.0.0.1 or
+    127.0.1.1, where no other node can reach it. NCCL finds a network by itself.
+    """
+    host, port = parse_rendezvous_endpoint(os.environ["RDZV_ENDPOINT"], DEFAULT_PORT)
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: it asks for the route alone
+        here = probe.getsockname()[0]
+        for interface, addresses in psutil.net_if_addrs().items():
+            if here in [one.address.partition("%")[0] for one in addresses]:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def run_name(nodes: int) -> str:
