@@ -2,9 +2,9 @@
 
 Does nothing when the environment already holds what ``pyproject.toml`` asks for.
 An installation that was interrupted is started over, and one that another process
-is making is waited for. The extra ``test`` has a part that pip cannot install, a
-browser: root on Debian or Ubuntu, as in a container of CI, gets it from apt-get;
-everyone else is left to decide, and the tests that need one say so.
+is making is waited for. The extra ``test`` has parts that pip cannot install, a browser
+and ``ip``: root on Debian or Ubuntu, as in a container of CI, gets them from apt-get;
+everyone else is left to decide, and the tests that need them say so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed.json"
 MINIMUM_PYTHON = (3, 11)
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PROGRAMS = {
+    "chromium": ("chromium", "chromium-browser", "google-chrome", "chrome"),
+    "iproute2": ("ip",),
+}
+"""Packages of Debian that the tests need, with the programs that make one unnecessary."""
 
 
 def main() -> None:
@@ -34,8 +38,8 @@ def main() -> None:
             f"{sys.version.split()[0]}: set PYTHON to a newer interpreter"
         )
     extras = set(sys.argv[1:])
-    if "test" in extras and not any(map(shutil.which, BROWSERS)):
-        _install_browser()
+    if "test" in extras:
+        _install_programs()
     if _installed(extras):
         return
     with open(ROOT / ".venv.lock", "a+") as lock:
@@ -74,13 +78,14 @@ def _install(extras: set[str]) -> None:
     _say(f"ready after {time.monotonic() - started:.0f} s")
 
 
-def _install_browser() -> None:
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
+def _install_programs() -> None:
+    missing = [name for name, any_of in PROGRAMS.items() if not any(map(shutil.which, any_of))]
+    if not missing or os.geteuid() != 0 or not shutil.which("apt-get"):
         return
-    _say("installing chromium, for the tests of the HTML pages")
+    _say(f"installing {' and '.join(missing)}, for the tests")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     _run(["apt-get", "update", "-qq"], quiet)
-    _run(["apt-get", "install", "-qq", "--no-install-recommends", "chromium"], quiet)
+    _run(["apt-get", "install", "-qq", "--no-install-recommends", *missing], quiet)
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bootstrap import BROWSERS
+from bootstrap import PROGRAMS
 
 FLAGS = (
     "--headless",
@@ -50,7 +50,7 @@ def act(page: Path, script: str, dark: bool = False) -> Any:
 
     With ``dark`` the reader prefers a dark theme. The script may wait with ``await until(() => condition)``. An error on the page fails the test.
     """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser = next(filter(None, map(shutil.which, PROGRAMS["chromium"])), None)
     if browser is None:
         pytest.skip(
             "needs a browser: sudo apt-get install chromium (./run_tests.sh does so as root on Debian)"

@@ -33,13 +33,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in host_only]
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Every case that did not run and why; pytest itself folds those of one reason."""
-    if config.getoption("--device") == "cuda":
-        for report in terminalreporter.stats.get("skipped", ()):
-            terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
+    for report in terminalreporter.stats.get("skipped", ()):
+        terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
 
 
 class Ranks(RankPool):

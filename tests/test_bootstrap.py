@@ -95,19 +95,22 @@ def test_interrupted_installation_is_started_over(checkout):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="installs for root alone")
-def test_root_gets_a_browser_where_none_is(checkout):
+def test_root_gets_the_programs_that_are_missing(checkout):
     assert run(checkout)[1] == 0
-    assert not (checkout / "apt-get.log").exists(), "only the tests need a browser"
+    assert not (checkout / "apt-get.log").exists(), "only the tests need them"
     assert run(checkout, "test")[1] == 0
     update, install = (checkout / "apt-get.log").read_text().splitlines()
-    assert update.startswith("update") and install.endswith("chromium")
-    (checkout / "programs" / "chromium").symlink_to("/bin/true")
+    assert update.startswith("update") and install.endswith(" chromium iproute2")
+    (checkout / "programs" / "chrome").symlink_to("/bin/true")
+    assert run(checkout, "test")[1] == 0
+    assert (checkout / "apt-get.log").read_text().splitlines()[-1].endswith("recommends iproute2")
+    (checkout / "programs" / "ip").symlink_to("/bin/true")
     assert run(checkout, "test") == ("", 0)
-    assert len((checkout / "apt-get.log").read_text().splitlines()) == 2
+    assert len((checkout / "apt-get.log").read_text().splitlines()) == 4
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="installs for root alone")
-def test_browser_that_cannot_be_installed_is_one_line(checkout):
+def test_a_program_that_cannot_be_installed_is_one_line(checkout):
     (checkout / "status").write_text("100")
     said, status = run(checkout, "test")
     assert status == 1 and "bootstrap: error: the installation did not finish" in said

@@ -29,7 +29,7 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb.console import cause, rank_log, saved, summary
 from titan_moe_lb.console.neighbours import Neighbours
 from titan_moe_lb.console.patience import Patience
-from titan_moe_lb.console.signals import ended_by
+from titan_moe_lb.console.signals import ENDING, ended_by
 from titan_moe_lb.job import environment
 from titan_moe_lb.train import stopped
 
@@ -85,26 +85,27 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
             ),
             sys.executable,
         )
+        told: cause.Cause | None = None
         try:
             launch("-u", "-m", "titan_moe_lb.train", *arguments)
             return
         except ChildFailedError as error:
+            _be_deaf()
             found, log = cause.of_processes(error, logs)
-            found = (neighbours.blame() if found.is_echo else None) or found
-            line = f"error: {found.sentence(saved.in_words(config, begun), log)}"
-            status = found.status
-            neighbours.tell(found)
+            told = (neighbours.blame() if found.is_echo else None) or found
+            line = f"error: {told.sentence(saved.in_words(config, begun), log)}"
+            status = told.status
         except SignalException as error:
+            _be_deaf()
             number = signal.Signals(error.sigval)
             if neighbours.loss is None:
                 line = stopped(number, saved.in_words(config, begun))
                 status = 128 + number
                 told = cause.Cause(line=f"stopped by {number.name}", status=1, has_traceback=False)
             else:
-                found = told = neighbours.loss
-                line = f"error: {found.sentence(saved.in_words(config, begun), logs)}"
-                status = found.status
-            neighbours.tell(told)
+                told = neighbours.loss
+                line = f"error: {told.sentence(saved.in_words(config, begun), logs)}"
+                status = told.status
         except (RendezvousError, DistError):
             traceback.print_exc()
             line = f"error: {meeting.failed()}"
@@ -117,12 +118,16 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
             found = cause.of_error(error, config, at_start=True)
             line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
             status = found.status
-    _end(console, line, status)
-
-
-def _end(console: TextIO, line: str, status: int) -> NoReturn:
-    print(f"titan_moe_lb: {line}", file=console, flush=True)
+        print(f"titan_moe_lb: {line}", file=console, flush=True)
+        if told is not None:
+            neighbours.tell(told)
     raise SystemExit(status)
+
+
+def _be_deaf() -> None:
+    """The run has ended: a second signal must not cut its last word short."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Logs(DefaultLogsSpecs):

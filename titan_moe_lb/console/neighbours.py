@@ -25,6 +25,8 @@ _SILENCE = 30.0
 """Seconds without one after which a node is lost: a busy machine may miss several."""
 _SUSPICION = 10.0
 """The same where a collective has failed already."""
+_GRACE = 6.0
+"""Seconds in which this node may end by itself, by a collective or a signal to all nodes."""
 _FAILED = "failed"
 
 
@@ -115,9 +117,11 @@ class Neighbours:
                 self._heard = dataclasses.replace(cause, line=line, has_traceback=False)
 
     def _watch(self) -> None:
-        while self.loss is None and not self._over.wait(_BEAT):
-            self.loss = self._verdict(_SILENCE)
-        if self.loss is not None:
+        found = None
+        while found is None and not self._over.wait(_BEAT):
+            found = self._verdict(_SILENCE)
+        if found is not None and not self._over.wait(_GRACE):
+            self.loss = found
             self._on_loss()
 
     def _verdict(self, silence: float) -> Cause | None:
