@@ -162,7 +162,12 @@ def _rendezvous(nodes: int) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
-    main()
+def command(arguments: list[str] | None = None) -> None:
+    """Run as a program: :func:`main`, and the end of the process."""
+    main(arguments)
     if cpu.needed():
         cpu.leave()
+
+
+if __name__ == "__main__":
+    command()
