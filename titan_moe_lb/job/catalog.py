@@ -45,6 +45,7 @@ def _configs(registry: ModuleType) -> Table:
 
 def _jobs(name: str) -> Table | Group:
     table = _table("--job-config", "ranks", "")
+    table.columns[0].no_wrap = True  # what is typed is not cut
     for job_name in job_files.names(name):
         job = tomli.loads(job_files.find(job_name).read_text()).get("job", {})
         ranks, description = job.get("ranks", ""), job.get("description", "")
