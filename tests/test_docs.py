@@ -7,19 +7,24 @@ read, and its jobs are not built. A block that no rule here covers fails.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli
+import torchtitan.models.deepseek_v3
 import tyro
+import yaml
 from torchtitan.components.dataloader import BaseDataLoader
 
-import model_registry.deepseek_v3
+import titan_moe_lb
 from model_registry import recipes
 from model_registry.entry import Default, registry_entry
 from tests import doc_examples, other_torch
@@ -36,9 +41,17 @@ from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import AuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.plan import command as plan_command
 from titan_moe_lb.plan.question import Question
+from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 
 BLOCKS = doc_examples.blocks()
-START = '[job]\nmodule = "deepseek_v3"\nflavor = "tiny"\n'
+START = """
+[job]
+module = "deepseek_v3"
+flavor = "tiny"
+ranks = 2
+[parallelism]
+expert_parallel_degree = 2
+"""
 PROMPT = "$ "
 # Files that a page names before it shows them, and which block holds them.
 FILES = {"my_job.toml": "# my_job.toml\n", "my_cluster.toml": 'name = "my cluster"\n'}
@@ -59,8 +72,23 @@ def home(tmp_path_factory) -> Path:
         (folder / name).symlink_to(source)
     for name in RUNS:
         write_run(folder / name, run_info(5, 8, 3), 3)
+    record_routing(folder / "outputs")
     write_run(folder / "example", run_info(48, 128, 8, model="qwen3", flavor="30B-A3B"), 1)
     return folder
+
+
+def record_routing(run: Path) -> None:
+    """One step of the job of README.md: eight sequences of 256 tokens."""
+    info = run_info(5, 8, 3, world_size=1)
+    writer = RoutingTraceWriter(run, info, rank=0)
+    shape = (info.global_batch_size, info.seq_len, info.top_k)
+    ids_BLK = np.broadcast_to(np.arange(info.top_k), shape)
+    for layer in info.layers:
+        whole = [(0, info.seq_len)]
+        writer.write(
+            step=1, layer=layer, first_sequence=0, token_slices=whole, expert_ids_BLK=ids_BLK
+        )
+    writer.close()
 
 
 @pytest.fixture
@@ -236,7 +264,7 @@ def run_python(block: Block, _monkeypatch, _capsys) -> None:
     if block.example:
         assert block.example in doc_examples.names()
         return
-    spec = model_registry.deepseek_v3.model_registry("tiny", aux_losses=[])
+    spec = torchtitan.models.deepseek_v3.model_registry("debugmodel")
     names: dict = {
         "BaseDataLoader": BaseDataLoader,
         "Default": Default,
@@ -244,12 +272,12 @@ def run_python(block: Block, _monkeypatch, _capsys) -> None:
         "ModelSpec": object,
         "PADDING": 0,
         "SignBias": SignBias,
-        "config": recipes.debug(spec),
-        "my_torchtitan_spec": model_registry.deepseek_v3.model_registry.__wrapped__,
+        "config": recipes.debug(copy.deepcopy(spec)),
+        "my_torchtitan_spec": lambda flavor: copy.deepcopy(spec),
         "recipes": recipes,
         "registry_entry": registry_entry,
         "spec": spec,
-        "titan_moe_lb": __import__("titan_moe_lb"),
+        "titan_moe_lb": titan_moe_lb,
     }
     exec(compile(block.text, str(block), "exec"), names)
     if "debug_config" in names:
@@ -296,6 +324,25 @@ def test_block(block, at_home, capsys):
 )
 def test_a_wrong_block_fails(block, at_home, capsys):
     with pytest.raises((AssertionError, SystemExit, JobError, AttributeError, OSError)):
-        test_block.__wrapped__(block, at_home, capsys) if hasattr(
-            test_block, "__wrapped__"
-        ) else test_block(block, at_home, capsys)
+        test_block(block, at_home, capsys)
+
+
+def test_nav_and_pages_and_api_agree():
+    """What ``mkdocs build --strict`` would refuse; mkdocs itself is in the extra ``docs``."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert sorted(leaves(site["nav"])) == sorted(pages)
+    for page in pages:
+        text = (ROOT / "docs" / page).read_text()
+        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+            assert (ROOT / "docs" / link).is_file(), f"{page}: {link}"
+    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert documented and all(pkgutil.resolve_name(name) for name in documented)
+
+
+def leaves(nav: list | dict | str) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [
+        leaf for part in (nav.values() if isinstance(nav, dict) else nav) for leaf in leaves(part)
+    ]
