@@ -118,12 +118,16 @@ def read_plan(question: Question) -> None:
 
 
 def run_cli(arguments: list[str], monkeypatch) -> None:
-    if arguments[:1] == ["train"]:
-        launch.main(arguments[1:])
-    elif arguments[:1] == ["doctor"]:
-        assert isinstance(cli._command(arguments), cli.Doctor)
-    else:
-        cli.main([*arguments, "--once"] if arguments[0] == "watch" else arguments)
+    try:
+        if arguments[:1] == ["train"]:
+            launch.main(arguments[1:])
+        elif arguments[:1] == ["doctor"]:
+            assert isinstance(cli._command(arguments), cli.Doctor)
+        else:
+            cli.main([*arguments, "--once"] if arguments[0] == "watch" else arguments)
+    except SystemExit as stop:
+        if stop.code:  # 0 or None: --help, a completion
+            raise
 
 
 def run_pytest(arguments: list[str], _monkeypatch) -> None:

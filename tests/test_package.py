@@ -140,6 +140,20 @@ def test_doctor_ends_with_status_1_where_something_is_missing(monkeypatch, capsy
     assert line == "MISSING devices     OSError: libtorch.so: cut: install titan-moe-lb again"
 
 
+def test_threads_wait_without_spinning_unless_the_user_says():
+    """Chosen before torch is loaded, which reads it once: the command line has not loaded it."""
+    program = (
+        "import os, sys; from titan_moe_lb import cli, host_threads; assert 'torch' not in sys.modules;"
+        "host_threads.wait_without_spinning(); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, expected in ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"):
+        clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        said = subprocess.check_output(
+            [sys.executable, "-c", program], env=clean | given, cwd=ROOT, text=True
+        )
+        assert said.strip() == expected
+
+
 def test_public_face_is_the_same_to_a_type_checker():
     """Each name is re-exported by its own alias, from where it is imported when it is used."""
     tree = ast.parse(Path(titan_moe_lb.__file__).read_text())

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from titan_moe_lb import command_line
+from titan_moe_lb import command_line, host_threads
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.plan.question import Question
@@ -41,6 +41,7 @@ class Train:
             print(f"usage: titan-moe-lb train [FLAGS]\n\n{OWN_FLAGS}")
             print("Every flag, those of torchtitan too: titan-moe-lb train --module NAME --help")
             return
+        host_threads.wait_without_spinning()
         from titan_moe_lb import launch
 
         launch.command(list(self.flags))
