@@ -166,7 +166,7 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
 def _show_last(said: list[str], done: threading.Event) -> None:
     started = time.monotonic()
     while not done.wait(SECONDS_BETWEEN_LINES):
-        _say(f"{time.monotonic() - started:.0f} s: {said[-1].strip()[:100]}")
+        _say(f"{time.monotonic() - started:.0f} s: {said[-1].strip()[:100] or 'at work'}")
 
 
 def _cause(said: list[str]) -> str:
