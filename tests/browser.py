@@ -45,10 +45,10 @@ document.body.append(result);
 """
 
 
-def act(page: Path, script: str) -> Any:
+def act(page: Path, script: str, dark: bool = False) -> Any:
     """What ``script`` returns, as JSON: the body of an async function, run on the loaded page.
 
-    It may wait with ``await until(() => condition)``. An error on the page fails the test.
+    With ``dark`` the reader prefers a dark theme. The script may wait with ``await until(() => condition)``. An error on the page fails the test.
     """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -62,6 +62,7 @@ def act(page: Path, script: str) -> Any:
         [
             browser,
             *FLAGS,
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
             f"--user-data-dir={page.parent / 'browser'}",
             f"--virtual-time-budget={VIRTUAL_MILLISECONDS}",
             "--dump-dom",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace import TraceWriter
+from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
 LOSS = "seq_load_balancing_loss"
 FIGURES = (
@@ -114,3 +115,14 @@ def write_run(
         writer.write(1 + index * every, load)
     writer.close()
     return folder
+
+
+def rewritten(folder: Path, counts_SME: np.ndarray) -> Path:
+    """The run in ``folder`` with other counts."""
+    trace = read_trace(folder)
+    writer = TraceWriter(folder / "other", trace.info)
+    for index, counts_ME in enumerate(counts_SME):
+        load = dataclasses.replace(trace.load(index), counts_ME=counts_ME)
+        writer.write(index + 1, load)
+    writer.close()
+    return folder / "other"

@@ -99,9 +99,9 @@ def at_home(home, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(launch, "_run_here", lambda *job, **more: None)
-    monkeypatch.setattr(launch, "_run_processes", lambda *job: None)
+    monkeypatch.setattr(launch.processes, "run", lambda *job: None)
     # Or one block would hold the folder of the next.
-    monkeypatch.setattr(launch.run_folder, "claim", lambda folder, nodes: None)
+    monkeypatch.setattr(launch.run_folder, "claim", lambda folder, run: None)
     monkeypatch.setattr(plan_command, "run", read_plan)
     with contextlib.ExitStack() as stack:
         for name in doc_examples.names():

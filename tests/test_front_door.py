@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import shlex
+import socket
 import stat
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import torch.distributed.checkpoint as dcp
 
 from tests.synthetic_trace import run_info, write_run
 from tests.test_launch import JOB_VARIABLES
-from titan_moe_lb import cli, launch
+from titan_moe_lb import cli, launch, processes
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config, run_folder
 from titan_moe_lb.pages import output_file
 
-# TINY stands for the flags of a small model, HERE for the folder that all this is in.
+HELD = socket.create_server(("", 0))
+# TINY stands for the flags of a small model, HERE for the folder that all this is in, HELD for
+# a port that is not free.
 WRONG_OUTPUT = {
     "report run -o run/moe_load.arrow": "run/moe_load.arrow is an input of this command",
     "report run/moe_load.arrow -o run/moe_load.arrow": "is an input of this command",
@@ -131,6 +134,16 @@ WRONG_JOB = {
     "train TINY --lr_scheduler.decay_type foo": "it must be one of 'linear', 'sqrt', 'cosine'",
     "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps is -3; it must be at le",
     "train TINY --dataloader.num_workers -1": "dataloader.num_workers is -1; it must be at least 0",
+    "train TINY --training.gc_freq -1": "training.gc_freq is -1; it must be at least 1",
+    "train TINY --comm.init_timeout_seconds 0": "comm.init_timeout_seconds is 0; it must be at lea",
+    "train TINY --comm.train_timeout_seconds -5": "comm.train_timeout_seconds is -5; it must be at",
+    "train TINY --validator.freq 0": "validator.freq is 0; it must be at least 1",
+    "train TINY --validator.enable --validator.steps 0": "validation steps must be positive or -1",
+    "train TINY --profiler.profile_freq 0": "profiler.profile_freq is 0; it must be at least 1",
+    "train TINY --lr_scheduler.decay_ratio 3": "lr_scheduler.decay_ratio is 3.0; it must be from 0",
+    "train TINY --lr_scheduler.min_lr_factor -1": "lr_scheduler.min_lr_factor is -1.0; it must be",
+    "train TINY --parallelism.pipeline_parallel_microbatch_size 0": "error: parallelism.pipeline_par",
+    "train TINY --training.seq_len 100000": "exceeds attention RoPE maximum supported sequence length",
     "train TINY --hf_assets_path folder": "hf_assets_path 'folder' holds no tokenizer: none of toke",
     "train TINY --print-config=yes": "--print-config takes no value, not even 'yes'",
     "train TINY --model 3": "there is no flag --model; did you mean '--module'?",
@@ -174,6 +187,21 @@ WRONG_START = {
     "train TINY --dump_folder /proc/out": "dump_folder /proc/out cannot be written",
     "CXX=/nowhere/g++ train TINY --compile.enable": "compile.enable needs a C++ compiler on the host, "
     "and none is here: install one (apt-get install g++), or name it in CXX",
+    "NNODES=2 RDZV_ENDPOINT=[::1 train TINY": "must be HOST:PORT, as in node0:29500 or [::1]:29500",
+    "NNODES=2 RDZV_ENDPOINT=::1:29500 train TINY": "must be HOST:PORT, as in node0:29500 or [::1]",
+    "NNODES=2 RDZV_ENDPOINT=[::1]:0 train TINY": "RDZV_ENDPOINT=[::1]:0 must be HOST:PORT",
+    "RDZV_TIMEOUT=soon train TINY": "RDZV_TIMEOUT=soon must be a whole number of at least 1",
+    "NGPU=2 RDZV_ENDPOINT=localhost:HELD train TINY": "the port cannot be opened here (Address alr",
+    "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=localhost:HELD train TINY": "stop what holds it, or take",
+    "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=[::1]:HELD train TINY": "the port cannot be opened here",
+    "train TINY --checkpoint.enable --dump_folder unfinished": "step-7/.metadata is missing",
+    "NGPU=2 train TINY --checkpoint.enable --checkpoint.create_seed_checkpoint": "needs one process",
+    "train TINY --checkpoint.create_seed_checkpoint": "needs checkpoint.enable = true",
+    "train TINY --override.imports nope.f": "override.imports nope.f: No module named 'nope'",
+    "train TINY --override.imports os.path.nope": "os.path has no 'nope'",
+    "train TINY --override.imports nope": "override.imports nope",
+    "train TINY --dataloader.dataset_path /nowhere": "dataloader.dataset_path /nowhere: there is no",
+    "train TINY --training.local_batch_size 1000000000": "GiB for their ids alone, and this machine",
     "train TINY --checkpoint.enable --checkpoint.initial_load_path /nowhere": "load_path "
     "/nowhere: there is no such folder",
     "train TINY --checkpoint.enable --checkpoint.load_step 7": "has no such step; it has: none",
@@ -226,9 +254,10 @@ def scene(tmp_path_factory) -> Path:
     }.items():
         (folder / link).symlink_to(target)
     os.link(folder / "run/moe_load.arrow", folder / "hard_link_to_trace")
-    for name in ("saved", "cut"):
+    for name in ("saved", "cut", "unfinished"):
         step = folder / name / "checkpoint" / "step-5"
         dcp.save({"of_another_model": torch.zeros(3, 4)}, checkpoint_id=step, no_dist=True)
+    (folder / "unfinished/checkpoint/step-7").mkdir()
     weights = folder / "cut/checkpoint/step-5/__0_0.distcp"
     weights.write_bytes(weights.read_bytes()[:-10])
     return folder
@@ -250,6 +279,7 @@ def type_in(line: str, monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     line = line.replace("TINY", "--config deepseek_v3_tiny").replace("HERE", os.getcwd())
+    line = line.replace("HELD", str(HELD.getsockname()[1]))
     words = shlex.split(line)
     while words and words[0].partition("=")[0].isupper():
         monkeypatch.setenv(*words.pop(0).split("=", 1))
@@ -267,7 +297,7 @@ def no_start(*_arguments, **_more) -> None:
 def test_one_line_and_nothing_touched(line, scene, monkeypatch, capsys):
     monkeypatch.chdir(scene)
     monkeypatch.setattr(launch, "_run_here", no_start)
-    monkeypatch.setattr(launch, "_run_processes", no_start)
+    monkeypatch.setattr(processes, "run", no_start)
     before = state(scene)
     with pytest.raises(SystemExit) as stop:
         type_in(line, monkeypatch)
@@ -319,13 +349,24 @@ def test_a_write_that_fails_leaves_the_earlier_page(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [page]
 
 
-def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(tmp_path):
-    """The lock is that of an open folder: a second opening is like a second process."""
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("2 nodes at x", "2 nodes at y")])
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(first, second, tmp_path):
+    """The lock is that of an open file: a second opening is like a second process."""
     folder = str(tmp_path / "out")
-    run_folder.claim(folder, nodes=2)
-    run_folder.claim(folder, nodes=1)
+    run_folder.claim(folder, first)
+    run_folder.claim(folder, first)  # another node of it
     with pytest.raises(JobError, match="out is that of a run at work: .*--dump_folder"):
-        run_folder.claim(folder, nodes=1)
+        run_folder.claim(folder, second)
+    run_folder.claim(folder, first)
+
+
+def test_a_folder_is_free_when_the_run_has_ended(tmp_path):
+    process = os.fork()
+    if not process:
+        run_folder.claim(str(tmp_path), "earlier")
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+    run_folder.claim(str(tmp_path), "later")
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):

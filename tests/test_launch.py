@@ -33,7 +33,7 @@ JOB_VARIABLES = (
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     return subprocess.run(
-        [sys.executable, "-m", "titan_moe_lb.launch", *arguments],
+        [sys.executable, "-m", "titan_moe_lb.cli", "train", *arguments],
         env={**clean, **environment},
         capture_output=True,
         text=True,
@@ -117,23 +117,3 @@ def test_wrong_job_is_no_traceback_for_the_shell():
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("titan_moe_lb: error: --module 'deepseek_v4'")
     assert "Traceback" not in result.stderr + result.stdout
-
-
-def test_two_processes_show_the_rank_that_sees_the_loss(tmp_path):
-    """MODULE and CONFIG from the environment, as torchtitan's users type them."""
-    result = run(
-        "--training.steps=2",
-        "--parallelism.pipeline_parallel_degree=2",
-        f"--dump_folder={tmp_path}",
-        "--metrics.disable_color_printing",
-        MODULE="deepseek_v3",
-        CONFIG="deepseek_v3_tiny",
-        NGPU="2",
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-3000:]
-    lines = [line for line in output.splitlines() if "step:  2" in line]
-    assert len(lines) == 1 and lines[0].startswith("[rank1]:")
-    assert "loss: -" not in lines[0]
-    assert "seq_load_balancing_loss: 1." in output
-    assert "Pipeline Parallel loss is not visible" not in output

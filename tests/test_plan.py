@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +277,21 @@ def test_table_and_page(ranks, device, tmp_path):
     # The layout's own degree is 1; 2 is the other one that it allows.
     assert "EP 1: fits up to imbalance 4.00" in out and "EP 2: fits up to imbalance" in out
     assert "greedy" in out
+    # Without exchange the step is shortest, though every degree is at 1.00 of its own balance.
+    assert re.search(r"^Fastest of those that fit: EP 1 at imbalance 1.00 \([\d.]+ ms", out, re.M)
+    assert re.search(r"EP 2: a step took 1.00 x balance \([\d.]+ ms\) at first", out)
     text = page.read_text()
+    assert text.count('<th scope="col">step s</th><th scope="col">step x</th>') == 2
+    measured = text.partition("<h2>Measured load</h2>")[2]
+    rows = re.findall(r"<tr.*?><td>(\d)</td><td>(\w+)</td><td>(\w+)</td>", measured)
+    placed = [(how, when) for how in ("contiguous", "greedy") for when in ("first", "last")]
+    assert rows == [(ep, *one) for ep in "12" for one in placed]
+    packed = re.search(r'id="drawings">([^<]*)', text)[1]
+    drawings = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert [len(figures) for figures in drawings] == [2, 1, 1, 2]
+    for figure in (figure for figures in drawings for figure in figures):
+        assert figure["layout"]["xaxis"]["title"]["text"]
+        assert figure["layout"]["yaxis"]["title"]["text"]
     assert "What the run&#39;s own load costs" in text
     assert "http" not in text.split('<script type="text/plain"')[0].split("<footer>")[0]
 

@@ -8,12 +8,14 @@ import json
 import re
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.synthetic_trace import FIGURES, LOSS, run_info, step_loads, write_run
+from tests.synthetic_trace import FIGURES, LOSS, rewritten, run_info, step_loads, write_run
 from titan_moe_lb import cli
+from titan_moe_lb.report.run_names import run_names
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
@@ -25,6 +27,7 @@ class Page(HTMLParser):
         super().__init__()
         self.by_id, self.attributes, self.visible, self.styles = {}, [], "", ""
         self._open = []
+        self.html = html
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -110,7 +113,7 @@ def test_heatmap_is_the_trace(small):
 
 def test_curves_are_the_trace(small):
     page, trace = small
-    (learning,), (pace,), (violation,), (overload,), (loss,), (bias,) = page.charts
+    learning, pace, (violation,), (overload,), (loss,), (bias,) = page.charts
     violation_SM = trace.counts_SME.max(axis=2) / trace.counts_SME.mean(axis=2) - 1
     ordered_SM = np.sort(violation_SM, axis=1)
     for figure, name, expected_S in (
@@ -122,10 +125,10 @@ def test_curves_are_the_trace(small):
         (overload, "maximum", trace.figures["max_overload_factor"].max(axis=1)),
         (overload, "cumulative", trace.step_figures["max_cum_overload_factor"]),
         (loss, "layer 3", trace.figures[LOSS][:, 2]),
-        (learning, "loss", trace.step_figures["loss"]),
-        (learning, "MaxVio", violation_SM.mean(axis=1)),
-        (pace, "grad norm", trace.step_figures["grad_norm"]),
-        (pace, "tokens per second", trace.step_figures["tokens_per_second"]),
+        (learning[0], "loss", trace.step_figures["loss"]),
+        (learning[1], "MaxVio", violation_SM.mean(axis=1)),
+        (pace[0], "grad norm", trace.step_figures["grad_norm"]),
+        (pace[1], "tokens per second", trace.step_figures["tokens_per_second"]),
         (bias, "maximum", trace.figures["bias_range"].max(axis=1)),
         (loss, "mean", trace.figures[LOSS].mean(axis=1)),
     ):
@@ -149,9 +152,11 @@ def test_numbers_and_tables_are_the_trace(small):
         for counts in trace.counts_SME[[0, -1]]
     )
     loss_S = trace.step_figures["loss"]
-    found = re.findall(r"([\d.]+) → ([\d.]+)", page.visible)
+    found = re.findall(r"(?:Loss|MaxVio), first → last ([\d.]+) → ([\d.]+)", spaced(page))
+    captions = re.findall(r"(?:loss|MaxVio): ([\d.]+) → ([\d.]+)", page.visible)
     expected = [(loss_S[0], loss_S[-1]), (first, last)]
     np.testing.assert_allclose(np.array(found, dtype=float), expected, rtol=5e-3)
+    assert captions == found, "above their curves too"
 
 
 def spaced(page):
@@ -175,17 +180,6 @@ def test_needs_no_network(small):
     html = "".join(value or "" for _tag, _name, value in page.attributes) + page.visible
     assert "://" not in html + page.styles
     assert b"Plotly" in page.inflated("plotly")
-
-
-def rewritten(folder, counts_SME):
-    """The run in ``folder`` with other counts."""
-    trace = read_trace(folder)
-    writer = TraceWriter(folder / "other", trace.info)
-    for index, counts_ME in enumerate(counts_SME):
-        load = dataclasses.replace(trace.load(index), counts_ME=counts_ME)
-        writer.write(index + 1, load)
-    writer.close()
-    return folder / "other"
 
 
 @pytest.mark.parametrize("kind, smallest_form", [("drifting", 1), ("independent", 0)])
@@ -229,12 +223,38 @@ def test_two_runs_side_by_side(tmp_path):
     np.testing.assert_allclose(
         page.loads(1), balanced_load(read_trace(other).counts_SME), rtol=0.045
     )
-    charts = page.charts
-    assert len(charts) == 7, "two of learning, MaxVio, overload, the losses of either run, the bias"
-    for figures in charts:
-        ranges = {tuple(figure["layout"]["yaxis"]["range"]) for figure in figures}
-        assert len(figures) == 2 and len(ranges) == 1
-    assert "no such figure" in json.dumps(charts[4][1]["layout"]["annotations"])
+    *_, z_loss, bias = page.charts
+    assert len(page.charts) == 7, (
+        "two of learning, MaxVio, overload, the losses of either, the bias"
+    )
+    for figures in page.charts:
+        for figure in figures:
+            titles = figure["layout"]["xaxis"]["title"], figure["layout"]["yaxis"]["title"]
+            assert all(title["text"] for title in titles)
+    for (figure,), trace in ((z_loss, read_trace(other)), (bias, read_trace(one))):
+        drawn = curve(figure, "B" if figure is z_loss[0] else "A")
+        name, summary = ("z_loss", np.mean) if figure is z_loss[0] else ("bias_range", np.max)
+        np.testing.assert_allclose(drawn[1], summary(trace.figures[name], axis=1), rtol=1e-6)
+    assert [one["name"] for one in z_loss[0]["data"]] == ["B"]
+    assert "mean (not recorded by A)" in page.visible
+    assert [one["name"] for one in bias[0]["data"]] == ["A", "B"]
+    dashes = [one["line"]["dash"] for one in bias[0]["data"]]
+    assert len(set(dashes)) == 2, "not told apart by hue alone"
+    assert [note["text"] for note in bias[0]["layout"]["annotations"]] == ["A", "B"]
+
+
+def test_names_of_runs_tell_them_apart():
+    def names(*folders):
+        return run_names([Path("/runs", folder, "moe_load.arrow") for folder in folders])
+
+    assert names("exp1/outputs") == ["outputs"]
+    assert names("exp1/outputs", "exp2/outputs") == ["exp1", "exp2"]
+    assert names("a/out", "b/out", "b/other") == ["a/out", "b/out", "other"]
+    assert names("a", "a/b") == ["a", "b"]
+    assert names("b/out", "b") == ["out", "b"]
+    assert names("same", "same") == ["same", "same"]
+    assert names("same", "same", "x") == ["same", "same", "x"]
+    assert run_names([Path("/runs/a.arrow"), Path("/runs/b.arrow")]) == ["a.arrow", "b.arrow"]
 
 
 def test_more_runs_than_two_and_the_page_of_one_is_kept(tmp_path):
@@ -247,7 +267,10 @@ def test_more_runs_than_two_and_the_page_of_one_is_kept(tmp_path):
         expected = balanced_load(read_trace(run).counts_SME)
         np.testing.assert_allclose(page.loads(index), expected, rtol=0.045)
     assert [curve["name"] for curve in page.data["course"]["data"]] == ["A", "B", "C"]
-    assert all(len(figures) == 3 for figures in page.charts)
+    assert all(len(figure["data"]) == 3 for figures in page.charts for figure in figures)
+    assert "Expert load: x, y, z" in page.visible
+    columns = re.findall(r"<th scope=\"col\"><span class=\"mark\">(\w)</span> (\w)</th>", page.html)
+    assert columns == [("A", "x"), ("B", "y"), ("C", "z")]
     assert (runs[0] / "report.html").read_bytes() == alone
 
 

@@ -210,15 +210,16 @@ def test_cut_checkpoint_names_the_last_good_one(two_steps, file):
     assert f"no other step in {two_steps} is whole" in one_line(two_steps)
 
 
-def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path, caplog):
+def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path):
     (two_steps / "step-4" / "__0_0.distcp").unlink()
     message = one_line(two_steps)
     assert "step-4/__0_0.distcp is missing; the last good step" in message
-    # Without metadata torchtitan goes on from the step before, as after a kill during a save.
+    # Without metadata torchtitan would go on from the step before, as after a kill during a save.
     (two_steps / "step-4" / ".metadata").unlink()
-    files_of(two_steps.parent, SIGN)
-    assert "step-4/.metadata is missing" in caplog.text
-    assert "training goes on from step 2, the last good one (checkpoint.load_step" in caplog.text
+    message = one_line(two_steps)
+    assert "step-4/.metadata is missing" in message
+    assert "is 2: set checkpoint.load_step = 2, or remove" in message
+    files_of(two_steps.parent, SIGN, "--checkpoint.load_step=2")
     message = one_line(two_steps, "--checkpoint.load_step=4")
     assert "set checkpoint.load_step = 2" in message
     message = one_line(two_steps, "--checkpoint.load_step=7")

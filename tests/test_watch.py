@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -22,8 +25,12 @@ from titan_moe_lb import cli
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
+from titan_moe_lb.watch import pulse
 from titan_moe_lb.watch.follower import Follower
-from titan_moe_lb.watch.frame import BARS, frame
+from titan_moe_lb.watch.frame import frame
+from titan_moe_lb.watch.glyphs import ASCII, UNICODE, glyphs_of
+
+BARS = UNICODE.bars
 
 
 def drawn(follower, width, most_layers=None):
@@ -136,35 +143,130 @@ def test_once_prints_one_frame(tmp_path, capsys):
     assert "step 5" in capsys.readouterr().out
 
 
-def test_waits_with_one_line_then_follows(tmp_path):
-    """In a terminal of its own: the run appears after the program."""
-    controller, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "titan_moe_lb.cli", "watch", str(tmp_path / "run")],
-        stdout=terminal,
-        stderr=terminal,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
-        # A suite that a shell runs in the background ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    os.close(terminal)
-    seen = b""
+class Terminal:
+    """The program in a terminal of its own, of 80 columns and 24 lines."""
 
-    def read_until(text, seconds=20):
-        nonlocal seen
+    def __init__(self, folder, **environment):
+        self.controller, self.terminal = pty.openpty()
+        self.resize(24, 80)
+        self.settings = termios.tcgetattr(self.terminal)
+        self.seen, self.read = b"", 0
+        kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "titan_moe_lb.cli", "watch", str(folder)],
+            stdin=self.terminal,
+            stdout=self.terminal,
+            stderr=self.terminal,
+            env={**kept, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environment},
+            # A suite that a shell runs in the background ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.controller)
+        os.close(self.terminal)
+
+    def resize(self, lines, columns):
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+
+    def read_until(self, text, seconds=20):
+        """What was drawn since the last call until ``text``, and ``text``."""
         deadline = time.monotonic() + seconds
-        while text not in seen and time.monotonic() < deadline:
-            if select.select([controller], [], [], 0.5)[0]:
-                seen += os.read(controller, 65536)
-        assert text in seen, seen[-2000:]
+        while text not in self.seen[self.read :] and time.monotonic() < deadline:
+            if select.select([self.controller], [], [], 0.5)[0]:
+                self.seen += os.read(self.controller, 65536)
+        assert text in self.seen[self.read :], self.seen[-2000:]
+        start, self.read = self.read, self.seen.index(text, self.read) + len(text)
+        return self.seen[start : self.read]
 
-    read_until(b"waiting for")
-    write_run(tmp_path / "run", run_info(), 5)
-    read_until(b"step 5")
-    process.send_signal(2)
-    assert process.wait(timeout=20) == 130
-    os.close(controller)
-    assert b"Traceback" not in seen
+    def end(self):
+        """The status, once the terminal is as it was: own screen left, cursor and settings back."""
+        status = self.process.wait(timeout=20)
+        while select.select([self.controller], [], [], 0)[0]:
+            self.seen += os.read(self.controller, 65536)
+        assert self.seen.rindex(b"\x1b[?1049l") > self.seen.rindex(b"\x1b[?1049h")
+        assert self.seen.rindex(b"\x1b[?25h") > self.seen.rindex(b"\x1b[?25l")
+        assert termios.tcgetattr(self.terminal) == self.settings
+        assert b"Traceback" not in self.seen
+        return status
+
+
+def test_waits_then_follows_a_resized_terminal_until_q(tmp_path):
+    """The run appears after the program."""
+    with Terminal(tmp_path / "run") as terminal:
+        terminal.read_until(b"waiting for")
+        terminal.read_until(b"q quits")
+        write_run(tmp_path / "run", run_info(), 5)
+        terminal.read_until(b"step 5")
+        terminal.read_until(b"quits")
+        terminal.resize(24, 50)
+        # A picture of the old size may be on its way.
+        for _ in range(10):
+            picture = terminal.read_until(b"quits").rpartition(b"\x1b[H")[2].decode()
+            lines = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", picture).splitlines()
+            if max(map(len, lines)) <= 50:
+                break
+        assert {len(line) for line in lines[:-1]} == {50}
+        os.write(terminal.controller, b"xq")
+        assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_terminal_is_put_back_when_a_signal_ends_it(tmp_path, number):
+    with Terminal(write_run(tmp_path, run_info(), 5)) as terminal:
+        terminal.read_until(b"quits")
+        assert termios.tcgetattr(terminal.terminal) != terminal.settings
+        terminal.process.send_signal(number)
+        assert terminal.end() == 128 + number
+
+
+def test_terminal_that_knows_ascii_alone_and_no_colour(tmp_path):
+    info = run_info(model="d\N{LATIN SMALL LETTER E WITH ACUTE}ep")
+    with Terminal(write_run(tmp_path, info, 5), LANG="C", NO_COLOR="1") as terminal:
+        drawn = terminal.read_until(b"quits")
+    assert drawn.isascii() and b"d?ep" in drawn and b"= 1 " in drawn
+    styles = re.findall(rb"\x1b\[([0-9;]*)m", drawn)
+    assert not {code for style in styles for code in style.split(b";")} & {b"38", b"31", b"33"}
+
+
+def test_encoding_that_knows_no_bars():
+    for encoding, glyphs in (("utf-8", UNICODE), ("iso-8859-1", ASCII), ("ascii", ASCII)):
+        console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert glyphs_of(console) is glyphs
+
+
+def test_run_whose_next_step_is_far_too_late_looks_dead(tmp_path):
+    """Logged every 5 steps of about 0.5 s: dead after a minute; a run of 10 s a step later."""
+    info = run_info()
+    folder = write_run(tmp_path, info, 9, every=5)
+    follower = Follower(folder)
+    follower.look()
+    seconds_S = read_trace(folder).step_figures["step_seconds"]
+    assert follower.seconds_between_steps == pytest.approx(5 * np.median(seconds_S[1:]))
+    assert pulse.age(follower, follower.written + 12) == "12 s ago"
+    assert pulse.age(follower, follower.written - 5) == "0 s ago", "of another clock"
+    assert pulse.verdict(follower, follower.written + 59) is None
+    assert "no step for 3 min, it was one every" in pulse.verdict(follower, follower.written + 180)
+    os.utime(folder / "moe_load.arrow", (0, time.time() - 7200))
+    follower = Follower(folder)
+    follower.look()
+    assert re.search(r"^no step for 2 h, .* ended or is dead$", drawn(follower, 80), re.MULTILINE)
+
+    slow = tmp_path / "slow"
+    writer, steps = TraceWriter(slow, info), list(step_loads(info, 4))
+    follower = Follower(slow)
+    for step, load in enumerate(steps, start=1):
+        own = load.step_figures | {"step_seconds": 10.0}
+        writer.write(step, dataclasses.replace(load, step_figures=own))
+        follower.look()  # one at a time, as it is followed
+    assert follower.seconds_between_steps == 10
+    assert pulse.verdict(follower, follower.written + 99) is None
+    assert pulse.verdict(follower, follower.written + 101)
 
 
 def test_rest_of_the_package_agrees_on_the_last_step(tmp_path):

@@ -50,6 +50,11 @@ def steps_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def is_finished(path: Path) -> bool:
+    """Whether the save of a step came to its end: what torchtitan takes for one that it can load."""
+    return any((path / name).is_file() for name in _FINISHED)
+
+
 def start_of(config) -> Checkpoint | None:
     """The distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
 
@@ -66,7 +71,7 @@ def start_of(config) -> Checkpoint | None:
         path = folder / f"step-{checkpoint.load_step}"
         return Checkpoint(path=path, step=checkpoint.load_step)
     steps = steps_in(folder)
-    finished = {s: p for s, p in steps.items() if any((p / name).is_file() for name in _FINISHED)}
+    finished = {step: path for step, path in steps.items() if is_finished(path)}
     if not finished and checkpoint.initial_load_in_hf:
         return None
     if not finished and checkpoint.initial_load_path:

@@ -7,6 +7,7 @@ it runs, so that ``--help`` is instant.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Train:
             print(f"usage: titan-moe-lb train [FLAGS]\n\n{OWN_FLAGS}")
             print("Every flag, those of torchtitan too: titan-moe-lb train --module NAME --help")
             return
+        # The imports take seconds: Ctrl-C ends them without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         host_threads.wait_without_spinning()
         from titan_moe_lb import launch
 

@@ -87,7 +87,7 @@ def _sentence(box: list[str], arguments: list[str], valid: list[str], elsewhere)
         kinds = [line[len(flag) :].strip() for line in box[1:] if line.startswith(f"{flag} ")]
         kind = "".join(kinds[:1])
         return f"{_as_typed(flag, arguments)} is {value!r}; it must be {_KINDS.get(kind, kind)}"
-    return text.removeprefix("Error parsing ")
+    return text.removeprefix("Error parsing ").removeprefix("Config: ")
 
 
 def _unknown(token: str, arguments: list[str], valid: list[str], elsewhere) -> str:

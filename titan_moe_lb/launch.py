@@ -1,34 +1,31 @@
-"""Check a job, then start its processes: what ``run_train.sh`` calls.
+"""Check a job, then start its processes: ``titan-moe-lb train``, which ``run_train.sh`` calls.
 
 Environment, as in torchtitan's own script: ``NGPU`` processes on this node,
-``MODULE`` and ``CONFIG`` as defaults of the flags, ``LOG_RANK`` the local ranks to
-show (default: the rank that sees the loss), ``COMM_MODE`` for a dry run in one
-process; ``NNODES``, ``NODE_RANK`` and ``RDZV_ENDPOINT`` for several nodes.
+``MODULE`` and ``CONFIG`` as defaults of the flags, ``LOG_RANK`` the ranks to show
+(default: the one that sees the loss), ``COMM_MODE`` for a dry run in one process; ``NNODES``,
+``NODE_RANK``, ``RDZV_ENDPOINT`` and ``RDZV_TIMEOUT`` (seconds) for several nodes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from logging.handlers import BufferingHandler
 
 import torch
-from torch.distributed import run as torchrun
 
 from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
     cpu.use_host()
 
-from titan_moe_lb import train
+from titan_moe_lb import processes, train
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import catalog, environment, job_config, model_help, run_folder
-from titan_moe_lb.parallel import layout
 from titan_moe_lb.rules.files import validate_files
+
+_UNSAID = logging.NullHandler()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,19 +35,20 @@ def main(arguments: list[str] | None = None) -> None:
             catalog.show()
             return
         environment.check_mode()
-        with _said_once():
-            draft = job_config.draft(arguments)
-            if {"-h", "--help"} & set(draft.command.rest):
-                model_help.show(draft.table.module)
-            nodes = environment.positive("NNODES", 1)
-            environment.check_nodes(nodes)
-            here = _processes_on_this_node(draft.table, nodes)
-            environment.check_shown_ranks(here * nodes)
-            os.environ["WORLD_SIZE"] = str(here * nodes)
-            job = draft.resolve()
-            if not draft.command.print_config and job.config.comm.mode == "default":
-                validate_files(job.config)
-                run_folder.claim(job.config.dump_folder, nodes)
+        # What torchtitan warns of while it reads a job, it says again when it builds it.
+        logging.root.addHandler(_UNSAID)
+        draft = job_config.draft(arguments)
+        if {"-h", "--help"} & set(draft.command.rest):
+            model_help.show(draft.table.module)
+        nodes = environment.positive("NNODES", 1)
+        environment.check_nodes(nodes)
+        here = _processes_on_this_node(draft.table, nodes)
+        environment.check_shown_ranks(here * nodes)
+        os.environ["WORLD_SIZE"] = str(here * nodes)
+        job = draft.resolve()
+        if not draft.command.print_config and job.config.comm.mode == "default":
+            validate_files(job.config)
+            run_folder.claim(job.config.dump_folder, environment.run_name(nodes))
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:
@@ -60,20 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif here * nodes == 1:
         _run_here(job, world_size=1)
     else:
-        _run_processes(job, arguments, here, nodes)
-
-
-@contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """Show what is logged meanwhile, each line once, and none of it where the job is refused."""
-    held = BufferingHandler(sys.maxsize)
-    logging.root.addHandler(held)
-    try:
-        yield
-    finally:
-        logging.root.removeHandler(held)
-    for record in {record.getMessage(): record for record in held.buffer}.values():
-        logging.root.handle(record)
+        processes.run(job.config, arguments, here, nodes)
 
 
 def _with_environment(arguments: list[str]) -> list[str]:
@@ -120,46 +105,8 @@ def _run_here(job: job_config.Job, world_size: int) -> None:
     # torchtitan reads the size of a fake process group from NGPU.
     size = str(world_size)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=size, NGPU=size)
-    os.environ.setdefault("LOG_RANK", "0")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    train.run(job)
-
-
-def _run_processes(job: job_config.Job, arguments: list[str], here: int, nodes: int) -> None:
-    """Start torchrun in this process, which has torch loaded already."""
-    dims = layout.resolve(job.config.parallelism)
-    shown = layout.metrics_rank(dims, job.config.parallelism.pipeline_parallel_schedule)
-    # torchtitan warns when LOG_RANK does not show the loss.
-    os.environ["LOG_RANK"] = os.environ.get("LOG_RANK") or str(shown)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    local = ",".join(str(int(rank) % here) for rank in os.environ["LOG_RANK"].split(","))
-    command = [
-        f"--nnodes={nodes}",
-        f"--nproc-per-node={here}",
-        *_rendezvous(nodes),
-        f"--local-ranks-filter={local}",
-        "--role=rank",
-        "--tee=3",
-    ]
-    del os.environ["WORLD_SIZE"]
-    torchrun.main([*command, "-m", "titan_moe_lb.train", *arguments])
-
-
-def _rendezvous(nodes: int) -> list[str]:
-    """How the nodes find each other: torchrun honours a node rank in a static rendezvous alone."""
-    endpoint = os.environ.get("RDZV_ENDPOINT")
-    if nodes == 1:
-        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint or 'localhost:0'}"]
-    assert endpoint is not None
-    if not os.environ.get("NODE_RANK"):
-        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
-    address, _, port = endpoint.partition(":")
-    return [
-        "--rdzv-backend=static",
-        f"--node-rank={os.environ['NODE_RANK']}",
-        f"--master-addr={address}",
-        f"--master-port={port or '29500'}",
-    ]
+    train.run(job, alone=True)
 
 
 def command(arguments: list[str] | None = None) -> None:
@@ -167,7 +114,3 @@ def command(arguments: list[str] | None = None) -> None:
     main(arguments)
     if cpu.needed():
         cpu.leave()
-
-
-if __name__ == "__main__":
-    command()

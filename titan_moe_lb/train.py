@@ -5,7 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import signal
 import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
 from typing import NoReturn
 
 from titan_moe_lb.upstream import cpu
@@ -13,15 +21,25 @@ from titan_moe_lb.upstream import cpu
 if cpu.needed():
     cpu.use_host()
 
-from torchtitan import train as torchtitan_train
+import torch
+from torch.distributed.checkpoint import CheckpointException
+from torchtitan.observability import structured_logger
+from torchtitan.trainer import Trainer
 
+from titan_moe_lb.console import cause, rank_log, saved, summary
+from titan_moe_lb.console.patience import Patience
+from titan_moe_lb.console.signals import ended_by
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import dry_run, job_config
 from titan_moe_lb.upstream import zero_bubble
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Resolve the job and hand it to torchtitan's own ``main``."""
+    """Resolve the job and train it."""
+    # Whoever started this process hears Ctrl-C too, and has the last word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # What torchtitan warns of while it reads a job, it says again when it builds it.
+    logging.root.addHandler(logging.NullHandler())
     try:
         job = job_config.load(sys.argv[1:] if arguments is None else arguments)
     except JobError as error:
@@ -29,25 +47,147 @@ def main(arguments: list[str] | None = None) -> None:
     run(job)
 
 
-def run(job: job_config.Job) -> None:
-    """Train a resolved job in this process."""
+def run(job: job_config.Job, *, alone: bool = False) -> None:
+    """Train a resolved job in this process, or build it if that is all that is asked.
+
+    Args:
+        alone: nobody else watches over this process: it says itself what a signal ended.
+    """
+    config = job.config
     if cpu.needed():
-        cpu.adapt(job.config)
-    zero_bubble.adapt(job.config)
-    if job.config.comm.mode == "fake_backend":
-        dry_run.run(job.config)
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+    if config.comm.mode == "default":
+        _Rank(config, alone=alone).train()
+    else:
+        _build(config)
+
+
+class _Rank:
+    """This process of a run."""
+
+    def __init__(self, config: Trainer.Config, *, alone: bool) -> None:
+        self._config = config
+        self._alone = alone
+        self._rank = int(os.environ["RANK"])
+        self._begun = time.time()
+        self._log = rank_log.folder_of(config.dump_folder) / f"rank{self._rank}.log"
+        self._errors = rank_log.divert_errors(self._log)
+        self._trainer: Trainer | None = None
+
+    def train(self) -> None:
+        shown = summary.ranks_shown(self._config)
+        is_shown = self._rank in shown
+        with contextlib.ExitStack() as stack:
+            if self._alone:
+                stack.enter_context(ended_by(self._stop))
+            waits = Patience(_say, self._first_step_takes)
+            rank_log.begin(
+                shown=is_shown,
+                prefix=f"[rank{self._rank}] " if len(shown) > 1 else "",
+                known=rank_log.Known(
+                    loss=summary.knows_loss(self._config, self._rank),
+                    peak_flops=not cpu.needed(),
+                ),
+                first_step=waits.end,
+            )
+            if is_shown:
+                _say(summary.before(self._config, self._rank))
+                stack.enter_context(waits)
+            try:
+                self._train()
+            except (Exception, CheckpointException) as error:  # the second is a BaseException
+                self._fail(error)
+        if is_shown:
+            _say(summary.after(self._config, self._begun))
+
+    def _train(self) -> None:
+        """As torchtitan's ``main``, which reads the job again and has a console of its own."""
+        config = self._config
+        structured_logger.init_structured_logger(
+            source="training",
+            output_dir=config.dump_folder,
+            enable=config.debug.enable_structured_logging,
+        )
+        trainer = self._trainer = config.build()
+        try:
+            if config.checkpoint.create_seed_checkpoint:
+                trainer.checkpointer.save(curr_step=0, last_step=True)
+            else:
+                trainer.train()
+        finally:
+            trainer.close()
+        torch.distributed.destroy_process_group()
+
+    def _first_step_takes(self, seconds: int) -> str:
+        if self._trainer is None:
+            return f"building the model: {seconds} s so far"
+        compiles = ", which compiles the model" if self._config.compile.enable else ""
+        return f"still in the first step{compiles}: {seconds} s so far"
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        at_start = self._trainer is None or self._trainer.step == 0
+        found = cause.of_error(error, self._config, at_start=at_start)
+        with contextlib.suppress(OSError):  # the disk of the log may be full
+            traceback.print_exception(error)
+        if not cause.tell_launcher(found):
+            self._last_word(f"error: {found.sentence(self._saved(), self._log)}")
+        _leave(found.status)
+
+    def _stop(self, number: signal.Signals) -> NoReturn:
+        self._last_word(stopped(number, self._saved()))
+        _leave(128 + number)
+
+    def _saved(self) -> str:
+        return saved.in_words(self._config, self._begun)
+
+    def _last_word(self, line: str) -> None:
+        print(f"titan_moe_lb: {line}", file=self._errors, flush=True)
+
+
+def _build(config: Trainer.Config) -> None:
+    """A dry run."""
+    if config.comm.mode == "local_tensor":
+        _say("torchtitan 0.3.0 trains nothing in the local_tensor mode")
         return
-    # torchtitan's main reads a config function by module path and name from the
-    # command line. The job is resolved, so it is the function's whole result.
-    job_config.set_resolved(job)
-    sys.argv[1:] = ["--module", job_config.__name__, "--config", "resolved_config"]
-    torchtitan_train.main()
+    log = Path(tempfile.gettempdir(), f"titan_moe_lb-dry-run-{os.getpid()}.log")
+    errors = rank_log.divert_errors(log)
+    rank_log.begin(shown=True, known=rank_log.Known())
+    try:
+        with Patience(_say, lambda seconds: f"building one rank: {seconds} s so far"):
+            dry_run.run(config)
+    except Exception as error:
+        found = cause.of_error(error, config, at_start=True)
+        traceback.print_exception(error)
+        print(f"titan_moe_lb: error: {found.sentence('nothing', log)}", file=errors)
+        _leave(found.status)
+    log.unlink()
+
+
+def stopped(number: signal.Signals, saved: str) -> str:
+    """What is said of a run that a signal has ended."""
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    return f"stopped by {name}; saved: {saved}; status {128 + number}"
 
 
 def exit_with(error: JobError) -> NoReturn:
     """Print the one line of a user's mistake and leave with status 2."""
-    print(f"titan_moe_lb: error: {error}", file=sys.stderr)
+    found = cause.Cause(line=str(error), status=2, has_traceback=False)
+    if not cause.tell_launcher(found):
+        print(f"titan_moe_lb: error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(line, flush=True)
+
+
+def _leave(status: int) -> NoReturn:
+    """Without waiting for threads and process groups that others have left in the middle."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.module import Module
-from torchtitan.tools.logging import init_logger, logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.data import CORPUS, TOKENIZER_PATH
 from titan_moe_lb.parallel.local_shard import local_shard
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: Trainer.Config) -> int:
@@ -20,7 +22,6 @@ def run(config: Trainer.Config) -> int:
     No step is run: torch's pipeline schedules cannot run on a fake process group, and
     the numbers of a rank without its peers mean nothing.
     """
-    init_logger()
     _stand_in_for_missing_assets(config)
     _leave_weights_unset(config)
     trainer = config.build()

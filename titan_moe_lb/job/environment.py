@@ -6,10 +6,13 @@ import os
 import re
 import socket
 import typing
+import uuid
 
 from torchtitan.config import CommConfig
 
 from titan_moe_lb.errors import JobError, nearest
+
+DEFAULT_PORT = 29500
 
 
 def positive(variable: str, default: int) -> int:
@@ -29,6 +32,7 @@ def check_mode() -> None:
 
 def check_nodes(nodes: int) -> None:
     """NODE_RANK and RDZV_ENDPOINT: how the nodes of a job find each other."""
+    positive("RDZV_TIMEOUT", 900)
     endpoint, rank = os.environ.get("RDZV_ENDPOINT"), os.environ.get("NODE_RANK")
     if nodes > 1 and not endpoint:
         raise JobError(
@@ -41,15 +45,33 @@ def check_nodes(nodes: int) -> None:
         )
     if not endpoint:
         return
-    found = re.fullmatch(r"([^\s:/]+)(?::(\d+))?", endpoint)
-    if found is None or not int(nodes > 1) <= int(found[2] or 1) < 2**16:
-        raise JobError(f"RDZV_ENDPOINT={endpoint} must be HOST:PORT, as in node0:29500")
+    found = re.fullmatch(r"(?:([^\s:/\[\]]+)|\[([\da-fA-F:.]+)\])(?::(\d+))?", endpoint)
+    if found is None or not int(nodes > 1) <= int(found[3] or 1) < 2**16:
+        raise JobError(
+            f"RDZV_ENDPOINT={endpoint} must be HOST:PORT, as in node0:29500 or [::1]:29500"
+        )
+    host = found[1] or found[2]
     try:
-        socket.getaddrinfo(found[1], None)
+        socket.getaddrinfo(host, None)
     except OSError as error:
         raise JobError(
-            f"RDZV_ENDPOINT={endpoint}: the host {found[1]!r} is not known here ({error.strerror})"
+            f"RDZV_ENDPOINT={endpoint}: the host {host!r} is not known here ({error.strerror})"
         ) from None
+    if nodes == 1 or rank == "0":  # this node opens the port; without ranks the nodes find out
+        try:
+            socket.create_server(("", int(found[3] or DEFAULT_PORT))).close()
+        except OSError as error:
+            raise JobError(
+                f"RDZV_ENDPOINT={endpoint}: the port cannot be opened here "
+                f"({os.strerror(error.errno or 0)}): stop what holds it, or take another"
+            ) from None
+
+
+def run_name(nodes: int) -> str:
+    """What the nodes of a run have in common, and two runs at one time have not."""
+    if nodes > 1:
+        return f"NNODES={nodes} RDZV_ENDPOINT={os.environ['RDZV_ENDPOINT']}"
+    return f"process {os.getpid()} of {socket.gethostname()}, {uuid.uuid4()}"
 
 
 def check_shown_ranks(processes: int) -> None:

@@ -28,6 +28,7 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job import flags, job_files, module_lookup
 from titan_moe_lb.job.own_flags import DEFAULT_MODULE, OWN_FLAGS
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
+from titan_moe_lb.rules import places
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
 _SWITCHES = {"print_config": "print_config", "list": "list_models"}
@@ -118,8 +119,8 @@ class Draft:
             bound.model_spec.model.update_from_config(config=bound)
         except JobError:
             raise
-        except (ValueError, NotImplementedError) as error:
-            raise JobError(f"{self.source}: {' '.join(str(error).split())}") from None
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            raise JobError(f"{self.source}: {_for_users(str(error))}") from None
         return Job(config=config, table=self.table)
 
 
@@ -274,6 +275,12 @@ def _rebuild_model(
         config.loss = loss_config(config.model_spec)
 
 
+def _for_users(text: str) -> str:
+    """What torchtitan says of a config, in one line and without its names for parts of it."""
+    line = " ".join(text.split()).removeprefix("Config: ")
+    return re.sub(r"\bmodel_spec\.model(\.\w+)+", lambda found: places.place(found[0]), line)
+
+
 def model_keys(entry: Callable[..., BalancedModelSpec]) -> dict[str, Any]:
     """The keys of [model] and their annotations."""
     hints = typing.get_type_hints(entry, include_extras=True)
@@ -306,18 +313,3 @@ class _ResolvedConfigManager(ConfigManager):
 
     def _load_config(self, args: list[str]) -> tuple[object, list[str]]:
         return self._loaded, args
-
-
-_resolved: Job | None = None
-
-
-def set_resolved(job: Job) -> None:
-    """Name the job that :func:`resolved_config` returns in this process."""
-    global _resolved
-    _resolved = job
-
-
-def resolved_config() -> Trainer.Config:
-    """The config of the resolved job: a config function for torchtitan's own ``main``."""
-    assert _resolved is not None
-    return _resolved.config

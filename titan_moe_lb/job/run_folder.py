@@ -10,11 +10,14 @@ from torchtitan.tools import filesystem
 
 from titan_moe_lb.errors import JobError
 
+_LOCK = ".run.lock"
 
-def claim(folder: str, nodes: int) -> None:
-    """Make ``dump_folder`` and keep it for the run of this process, until the process ends.
 
-    Only of a run on one node: the others of a run share the folder, and may share the lock.
+def claim(folder: str, run: str) -> None:
+    """Make ``dump_folder`` and keep it for a run until this process ends.
+
+    Args:
+        run: what the processes have in common that may share the folder: the nodes of one run.
 
     Raises:
         JobError: nothing can be written there, or another run holds it.
@@ -27,20 +30,33 @@ def claim(folder: str, nodes: int) -> None:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
-        directory = os.open(folder, os.O_RDONLY)
+        lock = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise JobError(
             f"dump_folder {folder} cannot be written ({error.strerror}): "
             "name another with --dump_folder"
         ) from None
-    if nodes == 1:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(directory)
-            raise JobError(
-                f"dump_folder {folder} is that of a run at work: give this run another with "
-                "--dump_folder"
-            ) from None
-        except OSError:  # a file system without locks
-            os.close(directory)
+    try:
+        held_by = _hold(lock, run.encode())
+    except OSError:  # a file system without locks
+        os.close(lock)
+        return
+    if held_by != run.encode():
+        os.close(lock)
+        raise JobError(
+            f"dump_folder {folder} is that of a run at work: give this run another with "
+            "--dump_folder"
+        )
+
+
+def _hold(lock: int, run: bytes) -> bytes:
+    """Whose lock it is: ours if nobody held it, else that of who came first."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(lock, 0)
+        os.pwrite(lock, run, 0)
+    except BlockingIOError:
+        pass
+    # Who writes the name holds the lock alone; who waits here reads a name that is whole.
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return os.pread(lock, 4096, 0)

@@ -1,24 +1,64 @@
-"""A chart: a plotly figure in the style of the pages, with its title and its sentence."""
+"""A chart: plotly figures in the style of the pages, under one title and one sentence.
+
+What is drawn is told apart by more than its hue: curves by dash and by their name at their end.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
-INK, _GRID = "#2b2f36", "#e6e3dc"
+from titan_moe_lb.pages.palette import color
+
+MOST_LABELS = 10
+"""Names that fit beside a figure."""
+_LABEL_HEIGHT = 0.055
+_LETTER_WIDTH = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One figure and what stands above it."""
+
+    caption: str
+    figure: go.Figure
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart: the figure of each run, under one title and one sentence."""
+    """Figures that belong together, side by side where the page is wide enough."""
 
     title: str
     text: str
-    figures: list[go.Figure]
+    panels: list[Panel]
 
 
-def blank_figure(height: int = 320) -> go.Figure:
+@dataclass(frozen=True, slots=True)
+class Pen:
+    """How a curve is drawn; ``color`` is a role of the palette, as a chart names it."""
+
+    color: str
+    dash: str = "solid"
+    width: float = 1.8
+
+
+_HUES = ("blue", "orange", "green", "violet", "grey")
+_PATTERNS = ("", "/", ".", "x")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+PENS = [
+    Pen(color(hue), dash)
+    for hue, dash in itertools.islice(zip(itertools.cycle(_HUES), itertools.cycle(_DASHES)), 26)
+]
+"""For things without an order, as runs are: no two alike, neighbours differ in hue and dash."""
+
+
+def blank_figure(y_title: str, x_title: str = "step", height: int = 300) -> go.Figure:
+    """A figure with its axes and nothing in it."""
     figure = go.Figure(
         layout={
             "template": "none",
@@ -26,11 +66,97 @@ def blank_figure(height: int = 320) -> go.Figure:
             "margin": {"l": 52, "r": 12, "t": 8, "b": 40},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},
+            "font": {"family": "system-ui, sans-serif", "size": 12, "color": color("ink")},
             "hovermode": "x unified",
+            "hoverlabel": {"bgcolor": color("surface"), "bordercolor": color("edge")},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "showlegend": False,
         }
     )
-    figure.update_xaxes(title="step", gridcolor=_GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
+    style = {"gridcolor": color("grid"), "zeroline": False, "automargin": True}
+    figure.update_xaxes(title=x_title, **style)
+    figure.update_yaxes(title=y_title, **style)
     return figure
+
+
+def add_curve(figure: go.Figure, name: str, x: np.ndarray, y: np.ndarray, pen: Pen) -> None:
+    """Add one curve; a single point is a marker."""
+    figure.add_scatter(
+        x=x,
+        y=y,
+        name=name,
+        mode="lines" if len(x) > 1 else "markers",
+        line={"color": pen.color, "width": pen.width, "dash": pen.dash},
+        marker={"color": pen.color},
+        hovertemplate=f"{name}: %{{y:.4g}}<extra></extra>",
+    )
+
+
+def add_bars(figure: go.Figure, name: str, x: Sequence[Any], y: Sequence[float], pen: int) -> None:
+    """Add one series of bars in the hue of a pen and with a pattern; the legend has both."""
+    pattern = {"shape": _PATTERNS[pen], "fillmode": "overlay", "fgcolor": color("surface")}
+    figure.add_bar(
+        x=x,
+        y=y,
+        name=name,
+        marker={
+            "color": PENS[pen].color,
+            "line": {"color": color("surface"), "width": 1},
+            "pattern": pattern | {"size": 7, "solidity": 0.3},
+        },
+        hovertemplate=f"{name}: %{{y:.3g}}<extra></extra>",
+    )
+    figure.update_layout(showlegend=True)
+    figure.update_xaxes(showgrid=False)
+
+
+def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
+    """Write names at the ends of curves, far enough apart to be read; sets the ranges of the axes.
+
+    Args:
+        figure: has all its curves; the axes of x may be logarithmic.
+        labelled: names of the curves to label; default: all.
+    """
+    curves = [curve for curve in figure.data if np.isfinite(curve.y).any()]
+    if not curves:
+        return
+    values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves])
+    low, high = float(values.min()), float(values.max())
+    margin = 0.06 * ((high - low) or abs(high) or 1.0)
+    low, high = low - margin, high + margin
+    figure.update_yaxes(range=[low, high])
+    logarithmic = figure.layout.xaxis.type == "log"
+    all_x = np.concatenate([curve.x for curve in curves])
+    left, right = (float(np.log10(x) if logarithmic else x) for x in (all_x.min(), all_x.max()))
+    pad = 0.01 * ((right - left) or 1.0)
+    figure.update_xaxes(range=[left - pad, right + pad])
+    named = [curve for curve in curves if labelled is None or curve.name in labelled]
+    ends = [int(np.flatnonzero(np.isfinite(curve.y))[-1]) for curve in named]
+    xs = np.array([float(curve.x[end]) for curve, end in zip(named, ends, strict=True)])
+    ys = np.array([float(curve.y[end]) for curve, end in zip(named, ends, strict=True)])
+    heights = (ys - low) / (high - low)
+    for x in set(xs):  # curves that end elsewhere are not in the way
+        here = np.flatnonzero(xs == x)
+        here = here[heights[here].argsort(kind="stable")]
+        heights[here] = _apart(heights[here], min(_LABEL_HEIGHT, 1 / len(here)))
+    for curve, x, height in zip(named, xs, heights, strict=True):
+        figure.add_annotation(
+            text=curve.name,
+            x=float(np.log10(x)) if logarithmic else float(x),
+            y=float(height),
+            yref="paper",
+            xanchor="left",
+            xshift=4,
+            showarrow=False,
+            font={"color": curve.line.color},
+        )
+    longest = max((len(curve.name) for curve in named), default=0)
+    figure.update_layout(margin_r=16 + _LETTER_WIDTH * longest)
+
+
+def _apart(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Ascending heights in [0, 1], moved as little as makes each ``gap`` above the one before."""
+    steps = gap * np.arange(len(heights))
+    upwards = np.maximum.accumulate(heights - steps) + steps
+    top = 1 - gap * np.arange(len(heights))[::-1]
+    return np.minimum(upwards, top)

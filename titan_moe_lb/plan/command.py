@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.known_hardware import hardware
@@ -48,7 +50,13 @@ def make_plan(question: Question) -> Plan:
         network_efficiency=question.network_efficiency,
     )
     trace = read_trace(question.from_run) if question.from_run else None
-    with _quiet_host():
+    with (
+        _quiet_host(),
+        Patience(
+            lambda line: print(line, file=sys.stderr),
+            lambda seconds: f"building one rank of each pipeline position: {seconds} s so far",
+        ),
+    ):
         jobs = _read_jobs(question, derated, factors)
     run, first, last = _measured(trace, jobs[0]) if trace else (None, None, None)
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)

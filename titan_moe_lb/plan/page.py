@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from titan_moe_lb.pages import html_page, output_file
@@ -18,16 +17,16 @@ def write_page(plan: Plan, output: Path) -> None:
 
 def render(plan: Plan) -> str:
     made = charts(plan)
-    figures = [json.loads(chart.figures[0].to_json()) for chart in made]
     return html_page.render(
         "plan/page.html.jinja",
         plan=plan,
         headline=table.headline(plan),
         columns=table.COLUMNS,
         cells=table.cells,
+        fastest=table.fastest(plan),
         verdict=table.verdict,
         bought=table.bought,
         run_line=table.run_line(plan) if plan.run else None,
         charts=made,
-        data=html_page.packed(json.dumps(figures)),
+        drawings=html_page.drawings(made),
     )

@@ -19,6 +19,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for line in headline(plan):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_analytic(plan))
+    console.print(fastest(plan), highlight=False, soft_wrap=True)
     for degree in plan.degrees:
         console.print(verdict(degree), highlight=False, soft_wrap=True)
     if plan.run:
@@ -104,6 +105,33 @@ def _styled(outcome: Outcome) -> list[str]:
     return [*others, memory if outcome.fits else f"[red]{memory}[/red]"]
 
 
+def duration(seconds: float) -> str:
+    """Seconds, or milliseconds where there are few."""
+    return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(seconds * 1e3)} ms"
+
+
+def fastest(plan: Plan) -> str:
+    """Which degree has the shortest step at the least and at the most imbalance asked for.
+
+    The slowdowns cannot say it: each is against balance at its own degree.
+    """
+    found = []
+    rows = list(zip(*(degree.rows for degree in plan.degrees), strict=True))
+    for row in sorted({0, len(rows) - 1}, key=lambda row: rows[row][0].imbalance_factor):
+        imbalance = f"imbalance {rows[row][0].imbalance_factor:.2f}"
+        fitting = [
+            (one.outcome.step_seconds, degree.ep_degree)
+            for degree, one in zip(plan.degrees, rows[row], strict=True)
+            if one.outcome.fits
+        ]
+        if fitting:
+            seconds, ep_degree = min(fitting)
+            found.append(f"EP {ep_degree} at {imbalance} ({duration(seconds)} a step)")
+        else:
+            found.append(f"none fits at {imbalance}")
+    return f"Fastest of those that fit: {', '.join(found)}. Each x is against balance at its own EP"
+
+
 def verdict(degree: DegreePlan) -> str:
     """What still fits, in a sentence."""
     largest = degree.largest_imbalance_that_fits
@@ -128,10 +156,13 @@ def run_line(plan: Plan) -> str:
 def bought(degree: DegreePlan) -> str:
     """What balancing has bought during the run, and what moving experts could buy."""
     contiguous, greedy = degree.measured
+    first, last, moved = (
+        f"{one.step_slowdown:.2f} x balance ({duration(one.step_seconds)})"
+        for one in (contiguous.first, contiguous.last, greedy.last)
+    )
     return (
-        f"EP {degree.ep_degree}: a step took {contiguous.first.step_slowdown:.2f} x balance at "
-        f"first and takes {contiguous.last.step_slowdown:.2f} x at last; with experts placed "
-        f"greedily {greedy.last.step_slowdown:.2f} x"
+        f"EP {degree.ep_degree}: a step took {first} at first and takes {last} at last; "
+        f"with experts placed greedily {moved}"
     )
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
-from titan_moe_lb.report.figures import MARKS
 from titan_moe_lb.report.page import render
+from titan_moe_lb.report.run_names import MARKS
 from titan_moe_lb.traces.trace import read_trace, trace_file
 
 

@@ -1,9 +1,4 @@
-// Inflates what is embedded, draws the charts and moves the heatmaps with the slider.
-const inflate = (id) => {
-  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
-};
-
+// Moves the maps with the slider, and follows the expert that is picked.
 // Codes are stored plain or as differences from step to step, modulo 256; see load_codes.py.
 const loadsOf = async (index, run) => {
   const form = new Uint8Array(await (await inflate(`loads-${index}`)).arrayBuffer());
@@ -19,66 +14,68 @@ const rows = (values, run) =>
 const nearest = (frames, step) =>
   frames.reduce((best, frame, i) => (Math.abs(frame - step) < Math.abs(frames[best] - step) ? i : best), 0);
 
-const start = async () => {
-  // A plain script, so that plotly finds the window.
-  const script = document.createElement("script");
-  script.textContent = await (await inflate("plotly")).text();
-  document.head.append(script);
-  const data = JSON.parse(await (await inflate("data")).text());
-  const { lowestOctave, levelsPerOctave, dead, colorRange } = data;
+drawPage(async () => {
+  const [slider, layer, expert] = ["slider", "layer", "expert"].map((id) => document.getElementById(id));
+  const text = await textOf("data");
+  const data = JSON.parse(text);
+  const { runs, lowestOctave, levelsPerOctave, dead, colorRange } = data;
   const octaves = (code) => (code - 1) / levelsPerOctave + lowestOctave;
   const load = (code) => (code === 0 ? 0 : 2 ** octaves(code));
   const color = Array.from({ length: 256 }, (_, code) =>
     code === 0 ? dead : Math.max(-colorRange, Math.min(colorRange, octaves(code))));
   const label = Array.from({ length: 256 }, (_, code) => load(code).toPrecision(2));
-  const config = { responsive: true, displayModeBar: false };
-  const loads = await Promise.all(data.runs.map((run, index) => loadsOf(index, run)));
-  const slider = document.getElementById("slider");
+  const loads = await Promise.all(runs.map((run, index) => loadsOf(index, run)));
+  let figures;
 
-  const heatmapAt = (run, index, frame) => {
+  const of = (index) => (runs.length > 1 ? `${data.course.data[index].name}: ` : "");
+  const framesNow = () => runs.map((run) => nearest(run.frames, runs[0].frames[slider.value]));
+  const codeOf = (index, frame) => {
+    const run = runs[index];
+    return loads[index][(frame * run.layers.length + Number(layer.value)) * run.numExperts + Number(expert.value)];
+  };
+  // Around the picked expert; the frame is seen on every colour, for it has two.
+  const framed = (layout) => ({ ...layout, shapes: layout.shapes.map((shape) => ({
+    ...shape,
+    x0: Number(expert.value) - 0.5, x1: Number(expert.value) + 0.5,
+    y0: Number(layer.value) - 0.5, y1: Number(layer.value) + 0.5,
+  })) });
+
+  const showMap = (run, index, frame) => {
     const size = run.layers.length * run.numExperts;
     const codes = Array.from(loads[index].subarray(frame * size, (frame + 1) * size));
-    return { z: rows(codes.map((code) => color[code]), run), customdata: rows(codes.map((code) => label[code]), run) };
+    const empty = codes.flatMap((code, at) => (code === 0 ? [at] : []));
+    const { data: [map, crosses], layout } = figures.runs[index].heatmap;
+    draw(`heatmap-${index}`, [
+      { ...map, z: rows(codes.map((code) => color[code]), run), text: rows(codes.map((code) => label[code]), run) },
+      { ...crosses, x: empty.map((at) => at % run.numExperts), y: empty.map((at) => String(run.layers[Math.floor(at / run.numExperts)])) },
+    ], framed(layout));
   };
+  const showCourse = (step) => draw("course", runs.map((run, index) => ({
+    ...figures.course.data[index], x: run.frames, y: run.frames.map((_, frame) => load(codeOf(index, frame))),
+  })), {
+    ...figures.course.layout, shapes: figures.course.layout.shapes.map((line) => ({ ...line, x0: step, x1: step })),
+  });
+
   const show = () => {
-    const step = data.runs[0].frames[slider.value];
-    const shown = data.runs.map((run, index) => {
-      const frame = nearest(run.frames, step);
-      const { z, customdata } = heatmapAt(run, index, frame);
-      Plotly.restyle(`heatmap-${index}`, { z: [z], customdata: [customdata] });
-      return (data.runs.length > 1 ? `${data.course.data[index].name}: ` : "") + `step ${run.frames[frame]}`;
-    });
-    document.getElementById("step").textContent = shown.join(", ");
-    slider.setAttribute("aria-valuetext", shown.join(", "));
+    const frames = framesNow();
+    const steps = runs.map((run, index) => `${of(index)}step ${run.frames[frames[index]]}`).join(", ");
+    const picked = runs.map((_, index) => `${of(index)}${label[codeOf(index, frames[index])]} × balanced`).join(", ");
+    document.getElementById("step").textContent = steps;
+    document.getElementById("picked").textContent = picked;
+    slider.setAttribute("aria-valuetext", steps);
+    runs.forEach((run, index) => showMap(run, index, frames[index]));
+    showCourse(runs[0].frames[slider.value]);
   };
   const move = (by) => { slider.value = Number(slider.value) + by; show(); };
 
-  const follow = (layer, expert) => {
-    const curves = data.runs.map((run, index) => ({
-      ...data.course.data[index],
-      x: run.frames,
-      y: run.frames.map((_, frame) => load(loads[index][(frame * run.layers.length + layer) * run.numExperts + expert])),
-    }));
-    document.getElementById("picked").textContent = `Layer ${data.runs[0].layers[layer]}, expert ${expert}, over the steps`;
-    Plotly.react("course", curves, data.course.layout, config);
-  };
-
-  data.runs.forEach((run, index) => {
-    Plotly.newPlot(`heatmap-${index}`, run.heatmap.data, run.heatmap.layout, config);
-    document.getElementById(`heatmap-${index}`).on("plotly_click", ({ points: [point] }) => follow(...point.pointIndex));
-  });
-  show();
+  inEveryTheme(() => { figures = themed(text); show(); });
+  runs.forEach((_, index) => document.getElementById(`heatmap-${index}`).on("plotly_click", ({ points: [point] }) => {
+    [layer.value, expert.value] = point.pointIndex;
+    show();
+  }));
   slider.addEventListener("input", show);
+  layer.addEventListener("input", show);
+  expert.addEventListener("input", () => expert.checkValidity() && show());
   document.getElementById("previous").addEventListener("click", () => move(-1));
   document.getElementById("next").addEventListener("click", () => move(1));
-  const drawings = JSON.parse(await (await inflate("drawings")).text());
-  drawings.forEach((figures, chart) =>
-    figures.forEach((figure, index) => Plotly.newPlot(`chart-${chart}-${index}`, figure.data, figure.layout, config)));
-};
-
-start().catch((error) => {
-  const warning = document.createElement("p");
-  warning.className = "warning";
-  warning.textContent = `The charts cannot be drawn (${error}): open this page in a browser of 2023 or later.`;
-  document.querySelector("main").prepend(warning);
-});
+}).catch(explain);

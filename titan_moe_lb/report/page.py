@@ -6,10 +6,9 @@ import base64
 import json
 from typing import Any
 
-import plotly.graph_objects as go
-
 from titan_moe_lb.pages import html_page
-from titan_moe_lb.report import figures, load_codes, summary
+from titan_moe_lb.report import figures, load_codes, load_map, summary
+from titan_moe_lb.report.run_names import MARKS, run_names
 from titan_moe_lb.traces.trace import Trace
 
 MOST_FRAMES = 400
@@ -22,27 +21,26 @@ _MARKUP_BYTES = 60_000
 def render(traces: list[Trace]) -> str:
     """The page of one run, or of runs of one model side by side."""
     charts = figures.charts(traces)
-    drawings = html_page.packed(
-        json.dumps([[_plain(figure) for figure in chart.figures] for chart in charts])
-    )
+    drawings = html_page.drawings(charts)
     rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(html_page.packed_plotly())
     most_load_bytes = rest * 3 // 4 // len(traces)  # base64 makes 4 bytes of 3
+    names = run_names([trace.path for trace in traces])
     runs = [
-        _run(mark, trace, most_load_bytes)
-        for mark, trace in zip(figures.MARKS, traces, strict=False)
+        _run(mark, name, trace, most_load_bytes)
+        for mark, name, trace in zip(MARKS, names, traces, strict=False)
     ]
     data = {
         "lowestOctave": load_codes.LOWEST_OCTAVE,
         "levelsPerOctave": load_codes.LEVELS_PER_OCTAVE,
-        "dead": figures.DEAD,
-        "colorRange": figures.COLOR_RANGE,
-        "course": _plain(figures.course(traces)),
+        "dead": load_map.DEAD,
+        "colorRange": load_map.COLOR_RANGE,
+        "course": html_page.plain(load_map.course(traces)),
         "runs": [
             {
                 "frames": run["frames"],
                 "layers": trace.layers,
                 "numExperts": trace.info.num_experts,
-                "heatmap": _plain(figures.heatmap(trace)),
+                "heatmap": html_page.plain(load_map.heatmap(trace)),
             }
             for run, trace in zip(runs, traces, strict=True)
         ],
@@ -51,29 +49,24 @@ def render(traces: list[Trace]) -> str:
         "report/page.html.jinja",
         runs=runs,
         charts=charts,
-        load_colors=figures.LOAD_COLORS,
-        dead_color=figures.DEAD_COLOR,
         data=html_page.packed(json.dumps(data)),
         drawings=drawings,
     )
 
 
-def _run(mark: str, trace: Trace, most_load_bytes: int) -> dict[str, Any]:
+def _run(mark: str, name: str, trace: Trace, most_load_bytes: int) -> dict[str, Any]:
     """What the template shows of one run."""
     loads, frames = load_codes.pack_within(trace.counts_SME, MOST_FRAMES, most_load_bytes)
     hottest, coldest = summary.hottest_and_coldest(trace)
     return {
         "mark": mark,
         "trace": trace,
-        "folder": trace.path.parent.resolve().name,
+        "name": name,
+        "facts": summary.facts(trace),
         "cards": summary.cards(trace, hottest[0]),
+        "hottest": hottest[0],
         "tables": [("Hottest experts", hottest), ("Coldest experts", coldest)],
         "frames": trace.steps[frames].tolist(),
         "thinned": len(frames) < len(trace.steps),
         "loads": base64.b64encode(loads).decode(),
     }
-
-
-def _plain(figure: go.Figure) -> dict[str, Any]:
-    """The figure as plotly's script takes it."""
-    return json.loads(figure.to_json())

@@ -38,6 +38,20 @@ class Expert:
     highest: str
 
 
+def facts(trace: Trace) -> dict[str, str]:
+    """What the run is, by name."""
+    info, steps = trace.info, trace.steps
+    resumed = f", resumed at {', '.join(map(str, info.resumed_at))}" if info.resumed_at else ""
+    losses = ", ".join(f"{name} × {weight}" for name, weight in info.losses.items())
+    return {
+        "Layout": info.layout,
+        "Steps": f"{steps[0]} to {steps[-1]}, {len(steps)} logged{resumed}",
+        "Batch": f"{info.global_batch_size} sequences of {info.seq_len} tokens",
+        "Aux losses": losses or "none",
+        "Expert bias": info.expert_bias or "off",
+    }
+
+
 def cards(trace: Trace, hottest: Expert) -> list[Card]:
     """The head of the page."""
     steps = trace.steps
@@ -49,23 +63,22 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
     peak_S = trace.over_steps("max_overload_factor")
     cumulative_S = trace.over_steps("max_cum_overload_factor")
     loss_S = trace.over_steps("loss")
-    learning = [
+    return [
         Card(
             "Loss, first → last",
             f"{number(loss_S[0])} → {number(loss_S[-1])}",
             f"{number(trace.over_steps('tokens_per_second')[-1])} tokens/s per device, "
-            f"{number(trace.over_steps('step_seconds')[-1])} s per step",
-        )
-    ]
-    return [
-        *(learning if np.isfinite(loss_S).any() else []),
+            f"{number(trace.over_steps('step_seconds')[-1])} s per step"
+            if np.isfinite(loss_S).any()
+            else "not recorded",
+        ),
         Card(
             "MaxVio, first → last",
             f"{number(violation_S[0])} → {number(violation_S[-1])}",
             f"worst layer now: {trace.layers[worst]} with {number(violation_SM[-1, worst])}",
         ),
         Card(
-            "Overload, mean / maximum",
+            "Overload, mean / max",
             f"{number(average_S[-1])} / {number(peak_S[-1])}",
             f"last step; {_peak(peak_S, steps)}",
         ),
@@ -127,9 +140,11 @@ def number(value: float) -> str:
     """Three digits that matter; a dash for a figure that is missing."""
     if not np.isfinite(value):
         return "–"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(abs(value), 0.1)))))}f}"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, 2 - int(np.floor(np.log10(abs(value)))))}f}"
 
 
 def _peak(values_S: np.ndarray, steps: np.ndarray) -> str:

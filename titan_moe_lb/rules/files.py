@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 
+import psutil
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
-from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
@@ -25,6 +26,8 @@ def validate_files(config: Trainer.Config) -> None:
     compiler_is_here(config)
     assets_are_here(config)
     datasets_are_known(config)
+    batch_fits_in_memory(config)
+    overrides_are_there(config)
     checkpoint_is_there(config)
     checkpoint_is_whole(config)
     checkpoint_has_steps_to_go(config)
@@ -58,6 +61,34 @@ def datasets_are_known(config: Trainer.Config) -> None:
                 f"{place}.dataset {loader.dataset!r} does not exist; "
                 f"{nearest(loader.dataset, DATASETS)}"
             )
+        path = getattr(loader, "dataset_path", None)
+        if path and path.startswith(("/", ".", "~")) and not os.path.exists(path):
+            raise JobError(f"{place}.dataset_path {path}: there is no such file or folder")
+
+
+def batch_fits_in_memory(config: Trainer.Config) -> None:
+    """The ids of the tokens alone: what the model needs, nobody knows before it has run."""
+    training = config.training
+    size = training.local_batch_size * training.seq_len * torch.int64.itemsize
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise JobError(
+            f"training.local_batch_size {training.local_batch_size:,} x training.seq_len "
+            f"{training.seq_len:,} tokens need {size / 2**30:,.0f} GiB for their ids alone, and "
+            f"this machine has {memory / 2**30:,.0f} GiB: take a smaller one"
+        )
+
+
+def overrides_are_there(config: Trainer.Config) -> None:
+    for entry in config.override.imports:
+        target = entry if isinstance(entry, str) else entry[0]
+        module, _dot, function = target.rpartition(".")
+        try:
+            found = hasattr(importlib.import_module(module or function), function)
+        except ImportError as error:
+            raise JobError(f"override.imports {target}: {error}") from None
+        if not found:
+            raise JobError(f"override.imports {target}: {module} has no {function!r}")
 
 
 def checkpoint_is_there(config: Trainer.Config) -> None:
@@ -94,9 +125,11 @@ def checkpoint_is_whole(config: Trainer.Config) -> None:
             "checkpoint.initial_load_path, or begin again in another checkpoint.folder"
         )
     if start.step is not None and config.checkpoint.load_step == -1 and start.step < max(steps):
-        logger.warning(
-            f"titan_moe_lb: note: {checkpoints.damage(steps[max(steps)])}; training goes on from "
-            f"step {start.step}, the last good one (checkpoint.load_step chooses another)"
+        # torchtitan would take the older step without a word.
+        newest = steps[max(steps)]
+        raise JobError(
+            f"{checkpoints.damage(newest)}; the last good step in {folder} is {start.step}: set "
+            f"checkpoint.load_step = {start.step}, or remove {newest}"
         )
 
 

@@ -23,7 +23,12 @@ _AT_LEAST_ONE = (
     "training.local_batch_size",
     "training.seq_len",
     "training.steps",
+    "training.gc_freq",
     "metrics.log_freq",
+    "comm.init_timeout_seconds",
+    "comm.train_timeout_seconds",
+    "validator.freq",
+    "profiler.profile_freq",
 )
 
 
@@ -45,6 +50,26 @@ def sizes_are_positive(config: Trainer.Config) -> None:
         raise JobError(f"metrics.moe_extreme_experts is {extreme}; it must be at least 0")
     if not config.training.max_norm > 0:
         raise JobError(f"training.max_norm is {config.training.max_norm}; it must be above 0")
+
+
+def learning_rate_shrinks(config: Trainer.Config) -> None:
+    for name in ("decay_ratio", "min_lr_factor"):
+        value = getattr(config.lr_scheduler, name)
+        if value is not None and not 0 <= value <= 1:
+            raise JobError(f"lr_scheduler.{name} is {value}; it must be from 0 to 1")
+
+
+def seed_checkpoint_is_of_one_process(config: Trainer.Config) -> None:
+    if not config.checkpoint.create_seed_checkpoint:
+        return
+    processes = layout.world_size()
+    if processes > 1:
+        raise JobError(
+            f"checkpoint.create_seed_checkpoint needs one process, and there are {processes}: set "
+            "NGPU=1 and every degree of [parallelism] to 1"
+        )
+    if not config.checkpoint.enable:
+        raise JobError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true")
 
 
 def seed_is_one(config: Trainer.Config) -> None:
@@ -168,6 +193,8 @@ def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
 
 RULES = (
     sizes_are_positive,
+    learning_rate_shrinks,
+    seed_checkpoint_is_of_one_process,
     seed_is_one,
     optimizer_arguments_fit,
     layout_fits_processes,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
+
+import numpy as np
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.balance_statistics import max_violation
@@ -17,18 +20,27 @@ class Follower:
     Attributes:
         info: of the run.
         step, load: the last whole step; valid once :meth:`look` has returned True.
+        written: when the trace last grew, in seconds since the epoch; valid likewise.
         max_violations: MaxVio of every step read, mean over the layers.
     """
 
     info: RunInfo
     step: int
     load: StepLoad
+    written: float
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._reader: TraceReader | None = None
         self._file: tuple[int, int] | None = None
         self.max_violations: list[float] = []
+        self._intervals: list[float] = []
+        self._previous = np.nan
+
+    @property
+    def seconds_between_steps(self) -> float | None:
+        """Between two logged steps, in the median; None where the trace does not say it."""
+        return median(self._intervals) if self._intervals else None
 
     def look(self, must_exist: bool = False) -> bool:
         """Read what came since the last look.
@@ -50,8 +62,16 @@ class Follower:
             self._reader = TraceReader(self._run_dir)
             self._file = _identity(file)
             self.max_violations.clear()
+            self._intervals.clear()
+            self._previous = np.nan
         news = self._reader.read()
         if len(news.steps):
+            self.written = file.stat().st_mtime
+            seconds_S = np.diff(news.steps, prepend=self._previous) * news.over_steps(
+                "step_seconds"
+            )
+            self._intervals += seconds_S[np.isfinite(seconds_S)].tolist()
+            self._previous = float(news.steps[-1])
             self.info, self.step, self.load = news.info, int(news.steps[-1]), news.load(-1)
             self.max_violations += max_violation(news.counts_SME).mean(axis=1).tolist()
         elif must_exist:

@@ -11,16 +11,16 @@ from titan_moe_lb.traces.balance_statistics import (
     num_dead_experts,
     relative_load,
 )
+from titan_moe_lb.watch import pulse
 from titan_moe_lb.watch.follower import Follower
+from titan_moe_lb.watch.glyphs import UNICODE, Glyphs
 
-# Low bars starve, high bars are overloaded, the fourth is balance: readable without colour.
-BARS = "▁▂▃▄▅▆▇█"
+# Of Glyphs.bars.
 BALANCED = 3
 BARS_PER_OCTAVE = 2
 # Colours are finer than bars: red, green and blue at these octaves of the load.
 _OCTAVES = (-1.25, 0.0, 1.25)
 _RGB = ((31, 150, 222), (100, 150, 80), (235, 155, 35))
-DEAD = "·"
 _LINES = (
     (
         "learning",
@@ -46,13 +46,16 @@ _LABEL, _FIGURE = 6, 7
 """Columns before the strip (layer number) and after it (MaxVio)."""
 
 
-def frame(follower: Follower, width: int, most_layers: int | None = None) -> Group:
+def frame(
+    follower: Follower, width: int, most_layers: int | None = None, glyphs: Glyphs = UNICODE
+) -> Group:
     """Headline numbers and one strip per layer.
 
     Args:
         follower: has read a step.
         width: columns of the terminal.
         most_layers: rows for layers; those with the highest MaxVio are shown. None: all.
+        glyphs: what the terminal can show.
     """
     load = follower.load
     violation_M = max_violation(load.counts_ME)
@@ -60,26 +63,33 @@ def frame(follower: Follower, width: int, most_layers: int | None = None) -> Gro
     if most_layers is not None and len(shown) > most_layers:
         shown = np.sort(np.argsort(-violation_M, kind="stable")[:most_layers])
     strips = [
-        _strip(load.layers[row], load.counts_ME[row], violation_M[row], width) for row in shown
+        _strip(load.layers[row], load.counts_ME[row], violation_M[row], width, glyphs)
+        for row in shown
     ]
-    return Group(*_head(follower, violation_M, width), *strips, _scale(len(shown), follower, width))
+    head = _head(follower, violation_M, width, glyphs)
+    return Group(*head, *strips, _scale(len(shown), follower, width, glyphs))
 
 
-def _head(follower: Follower, violation_M: np.ndarray, width: int) -> list[Text]:
+def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyphs) -> list[Text]:
     load, info = follower.load, follower.info
     worst = int(violation_M.argmax())
     dead = int(num_dead_experts(load.counts_ME).sum())
     numbers = _numbers(follower)
-    title = Text(_inert(f"{info.model} {info.flavor}"), style="bold")
-    title.append(f"  {_inert(info.layout)}", style="default not bold")
+    title = Text(glyphs.inert(f"{info.model} {info.flavor}"), style="bold")
+    title.append(f"  {glyphs.inert(info.layout)}", style="default not bold")
     if info.forced_routing:
-        title.append(f"  forced routing: {_inert(info.forced_routing)}", style="bold red")
+        title.append(f"  forced routing: {glyphs.inert(info.forced_routing)}", style="bold red")
     step = Text(f"step {follower.step}", style="bold")
+    step.append(f"  {pulse.age(follower)}", style="not bold")
     step.append(f"  dead experts {dead}", style="bold red" if dead else "not bold")
     for figure in info.figures:
         if figure.is_aux_loss and figure.name in numbers:
-            step.append(f"  {_inert(figure.name)} {numbers[figure.name]:.4f}", style="not bold")
+            step.append(
+                f"  {glyphs.inert(figure.name)} {numbers[figure.name]:.4f}", style="not bold"
+            )
     lines = [title, step]
+    if late := pulse.verdict(follower):
+        lines.append(Text(late, style="bold yellow"))
     for label, shown in _LINES:
         words = [form.format(numbers[name]) for name, form in shown.items() if name in numbers]
         if words:
@@ -88,10 +98,10 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int) -> list[Text]
         f"MaxVio    mean {violation_M.mean():.3f}"
         f"  worst {violation_M[worst]:.3f} (layer {load.layers[worst]})  "
     )
-    violation.append(_history(follower.max_violations, width - len(violation) - 1))
+    violation.append(_history(follower.max_violations, width - len(violation) - 1, glyphs))
     lines.append(violation)
     for line in lines:
-        line.truncate(width, overflow="ellipsis")
+        line.truncate(width, overflow=glyphs.overflow)
     columns = (
         f"layer {'load of each expert':<{max(0, width - _LABEL - _FIGURE)}}{'MaxVio':>{_FIGURE}}"
     )
@@ -110,24 +120,19 @@ def _numbers(follower: Follower) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if np.isfinite(number)}
 
 
-def _inert(text: str) -> str:
-    """Without what a terminal would obey."""
-    return "".join(letter for letter in text if letter.isprintable())
-
-
-def _strip(layer: int, counts_E: np.ndarray, violation: float, width: int) -> Text:
+def _strip(layer: int, counts_E: np.ndarray, violation: float, width: int, glyphs: Glyphs) -> Text:
     line = Text(f"{layer:>{_LABEL - 2}}  ", style="default")
     load_E = relative_load(counts_E)
     room = max(1, width - _LABEL - _FIGURE)
     columns = max(1, min(_WIDEST_EXPERT, room // len(load_E)))
     for load in _most_uneven(load_E, room):
         if load == 0:
-            line.append(DEAD * columns, style="bold red")
+            line.append(glyphs.dead * columns, style="bold red")
         else:
             octaves = float(np.log2(load))
             bar = BALANCED + round(BARS_PER_OCTAVE * octaves)
-            bar = min(max(bar, 0), len(BARS) - 1)
-            line.append(BARS[bar] * columns, style=_color(octaves))
+            bar = min(max(bar, 0), len(glyphs.bars) - 1)
+            line.append(glyphs.bars[bar] * columns, style=_color(octaves))
     line.append(f"{violation:>{width - len(line)}.2f}")
     return line
 
@@ -148,13 +153,13 @@ def _color(octaves: float) -> str:
     return f"rgb({red},{green},{blue})"
 
 
-def _scale(num_shown: int, follower: Follower, width: int) -> Text:
+def _scale(num_shown: int, follower: Follower, width: int, glyphs: Glyphs) -> Text:
     num_layers, num_experts = follower.load.counts_ME.shape
     line = Text(" " * _LABEL)
-    for bar, glyph in enumerate(BARS):
+    for bar, glyph in enumerate(glyphs.bars):
         octaves = (bar - BALANCED) / BARS_PER_OCTAVE
         line.append(glyph, style=_color(octaves)).append(f" {2**octaves:.2g}  ")
-    line.append(DEAD, style="bold red").append(" none")
+    line.append(glyphs.dead, style="bold red").append(" none")
     neighbours = -(-num_experts // max(1, width - _LABEL - _FIGURE))
     if neighbours > 1:
         line.append(
@@ -165,11 +170,11 @@ def _scale(num_shown: int, follower: Follower, width: int) -> Text:
     return line
 
 
-def _history(values: list[float], room: int) -> str:
+def _history(values: list[float], room: int, glyphs: Glyphs) -> str:
     """The course of a figure since the first step, as bars from zero to its maximum."""
     if len(values) < 2 or room < 1:
         return ""
     columns = np.array_split(np.asarray(values), min(room, 40, len(values)))
     means = np.array([column.mean() for column in columns])
-    bars = np.rint(means / max(means.max(), 1e-9) * (len(BARS) - 1)).astype(int)
-    return "".join(BARS[bar] for bar in bars)
+    bars = np.rint(means / max(means.max(), 1e-9) * (len(glyphs.bars) - 1)).astype(int)
+    return "".join(glyphs.bars[bar] for bar in bars)

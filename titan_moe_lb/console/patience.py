@@ -1,0 +1,49 @@
+"""A sign of life while nothing else can be said."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+
+class Patience:
+    """Says ``what(seconds)`` after a while, and again each time twice as long has passed.
+
+    Args:
+        say: prints a line.
+        what: the line; called with the seconds since the start, in a thread of its own.
+        after: seconds until the first line.
+    """
+
+    def __init__(
+        self, say: Callable[[str], None], what: Callable[[int], str], after: float = 15
+    ) -> None:
+        self._say, self._what, self._after = say, what, after
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+
+    def __enter__(self) -> Patience:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """There is something to see: no more lines."""
+        self._over.set()
+
+    def _wait(self) -> None:
+        start, due = time.monotonic(), self._after
+        while not self._over.wait(start + due - time.monotonic()):
+            line = self._what(round(due))
+            if not self._over.is_set():
+                self._say(line)
+            due *= 2

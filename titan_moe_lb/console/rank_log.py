@@ -1,0 +1,150 @@
+"""Where the words of a process go: all of them to a log file, a few lines to the console.
+
+The console is standard output: the lines of the steps, what titan_moe_lb says itself, and
+torchtitan's warnings once training is under way. What it warns of before that is what it
+chose by itself. Standard error is the log file, because torch, gloo and NCCL write there
+past Python's logging.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from torchtitan.components import metrics
+from torchtitan.tools import filesystem
+
+import titan_moe_lb
+
+_OURS = os.path.dirname(titan_moe_lb.__file__) + os.sep
+_COLOR = re.compile(r"\x1b\[[\d;]*m")
+_LOSS = re.compile(r"(\x1b\[[\d;]*m)?loss: +-?[\d.]+ *")
+_MFU = re.compile(r" *(\x1b\[[\d;]*m)?mfu: +[\d.]+%")
+
+
+@dataclass(kw_only=True)
+class Known:
+    """What a rank can say of a step."""
+
+    loss: bool = True
+    """It holds a part of the last pipeline stage."""
+
+    peak_flops: bool = True
+    """torchtitan has a figure for the device; it takes that of an A100 where it has none."""
+
+
+def folder_of(dump_folder: str) -> Path:
+    """Where the log files of a run are: under the working folder if the run's is remote."""
+    return Path("logs") if filesystem.is_remote(dump_folder) else Path(dump_folder, "logs")
+
+
+def divert_errors(path: Path) -> TextIO:
+    """Send standard error of this process to a file; returns what it was, for a last word."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console = os.fdopen(os.dup(2), "w", buffering=1)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 2)
+    os.close(file)
+    return console
+
+
+def begin(
+    *,
+    shown: bool,
+    prefix: str = "",
+    known: Known,
+    first_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Take over Python's logging in this process.
+
+    Args:
+        shown: whether the user sees this rank; else standard output is the log file too.
+        prefix: before each line on the console.
+        known: what the lines of a step may say.
+        first_step: called at the first line of a step.
+    """
+    logging.raiseExceptions = False  # a full disk fails each line of a log anew
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    # torchtitan logs through the root, so this sees what it says, before any handler.
+    root.filters[:] = [_HonestSteps(known)]
+    file = logging.StreamHandler(sys.stderr)
+    file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
+    root.handlers[:] = [file]
+    if not shown:
+        os.dup2(2, 1)
+        return
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(_ForUsers(prefix))
+    console.addFilter(_OfInterest(first_step))
+    root.addHandler(console)
+
+
+def _is_of_a_step(record: logging.LogRecord) -> bool:
+    return record.pathname == metrics.__file__ and record.funcName in ("log", "log_validation")
+
+
+class _HonestSteps(logging.Filter):
+    """Takes out of torchtitan's line of a step what this rank cannot know."""
+
+    def __init__(self, known: Known) -> None:
+        super().__init__()
+        self._known = known
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _is_of_a_step(record):
+            if not self._known.loss:
+                record.msg = _LOSS.sub("", record.msg)
+            if not self._known.peak_flops:
+                record.msg = _MFU.sub("", record.msg)
+        return True
+
+
+class _OfInterest(logging.Filter):
+    def __init__(self, first_step: Callable[[], None]) -> None:
+        super().__init__()
+        self._first_step = first_step
+        self._training = False
+        self._warned: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _is_of_a_step(record):
+            if not self._training:
+                self._first_step()
+            self._training = True
+            return True
+        ours = record.pathname.startswith(_OURS)
+        if record.levelno < logging.WARNING:
+            return ours
+        new = record.getMessage() not in self._warned
+        self._warned.add(record.getMessage())
+        return new and (ours or self._training or record.levelno >= logging.ERROR)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _COLOR.sub("", super().format(record))
+
+
+class _ForUsers(logging.Formatter):
+    """The message alone; in colour on a terminal that has it, unless NO_COLOR is set."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+        terminal = Console(file=sys.stdout)
+        self._in_color = terminal.color_system is not None and not terminal.no_color
+
+    def format(self, record: logging.LogRecord) -> str:
+        word = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        line = f"{self._prefix}{word}{record.getMessage()}"
+        if record.exc_info:
+            line += " (the traceback is in the log)"
+        return line if self._in_color else _COLOR.sub("", line)

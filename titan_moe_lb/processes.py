@@ -1,0 +1,219 @@
+"""The processes of a job on this node: torchrun's agent, with a console of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn, TextIO
+
+from torch.distributed import DistError, TCPStore
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    LogsDest,
+    SignalException,
+)
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.console import cause, rank_log, saved, summary
+from titan_moe_lb.console.patience import Patience
+from titan_moe_lb.console.signals import ended_by
+from titan_moe_lb.job import environment
+from titan_moe_lb.train import stopped
+
+_RUN_ID = "titan_moe_lb"
+
+
+def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> None:
+    """Train in ``here`` processes of this node. Leaves with a status where they fail.
+
+    Args:
+        arguments: the command line of the job.
+        nodes: how many nodes the job has.
+    """
+    begun = time.time()
+    logs = rank_log.folder_of(config.dump_folder)
+    console = rank_log.divert_errors(logs / "launcher.log")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    shown = summary.ranks_shown(config)
+    where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
+    print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
+        _Meeting(console, nodes) as meeting,
+    ):
+
+        def met(ranks: list[int]) -> None:
+            meeting.close()
+            if nodes > 1 and not set(shown) & set(ranks):
+                print(
+                    f"ranks {ranks[0]} to {ranks[-1]} work here; the node of rank {shown[0]} shows "
+                    f"the steps; logs: {logs}",
+                    flush=True,
+                )
+
+        launch = elastic_launch(
+            LaunchConfig(
+                min_nodes=nodes,
+                max_nodes=nodes,
+                nproc_per_node=here,
+                run_id=_RUN_ID,
+                role="rank",
+                max_restarts=0,
+                shutdown_timeout=5,
+                logs_specs=_Logs(errors, met),
+                **_rendezvous(nodes),
+            ),
+            sys.executable,
+        )
+        try:
+            launch("-u", "-m", "titan_moe_lb.train", *arguments)
+            return
+        except ChildFailedError as error:
+            found, log = cause.of_processes(error, logs)
+            line = f"error: {found.sentence(saved.in_words(config, begun), log)}"
+            status = found.status
+        except SignalException as error:
+            line = stopped(signal.Signals(error.sigval), saved.in_words(config, begun))
+            status = 128 + error.sigval
+        except (RendezvousError, DistError):
+            traceback.print_exc()
+            line = f"error: {meeting.failed()}"
+            status = 1
+        except KeyboardInterrupt:  # between the meeting and torch's own handlers
+            line = stopped(signal.SIGINT, saved.in_words(config, begun))
+            status = 128 + signal.SIGINT
+        except Exception as error:
+            traceback.print_exc()
+            found = cause.of_error(error, config, at_start=True)
+            line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
+            status = found.status
+    _end(console, line, status)
+
+
+def _end(console: TextIO, line: str, status: int) -> NoReturn:
+    print(f"titan_moe_lb: {line}", file=console, flush=True)
+    raise SystemExit(status)
+
+
+class _Logs(DefaultLogsSpecs):
+    """Each rank keeps its own log: here are only the files that tell why one failed."""
+
+    def __init__(self, folder: str, met: Callable[[list[int]], None]) -> None:
+        super().__init__(folder)
+        self._met = met
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Called when every node is there, before this one starts its processes."""
+        self._met([int(of_rank["RANK"]) for of_rank in envs.values()])
+        return super().reify(envs)
+
+
+class _Meeting:
+    """Until all nodes have found each other: says what is waited for, and ends at a signal."""
+
+    def __init__(self, console: TextIO, nodes: int) -> None:
+        self._console = console
+        self._nodes = nodes
+        self._timeout = environment.positive("RDZV_TIMEOUT", 900)
+        self._endpoint = os.environ.get("RDZV_ENDPOINT", "")
+        self._signals = ended_by(self._stop)
+        self._patience = Patience(self._say, self._waits)
+        # torch's own timeouts do not hold where a stranger listens at the port.
+        self._limit = threading.Timer(self._timeout, self._give_up)
+        self._limit.daemon = True
+
+    def __enter__(self) -> _Meeting:
+        self._signals.__enter__()
+        if self._nodes > 1:
+            self._patience.__enter__()
+            self._limit.start()
+        self._is_open = True
+        return self
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._patience.end()
+            self._limit.cancel()
+            self._signals.__exit__(None, None, None)
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def failed(self) -> str:
+        return (
+            f"RDZV_ENDPOINT={self._endpoint}: the {self._nodes} nodes have not found each other in "
+            f"RDZV_TIMEOUT={self._timeout} s: {self._seen()}"
+        )
+
+    def _give_up(self) -> NoReturn:
+        self._say(f"error: {self.failed()}")
+        os._exit(1)
+
+    def _waits(self, seconds: int) -> str:
+        return (
+            f"waiting for the other nodes at RDZV_ENDPOINT={self._endpoint} since {seconds} s: "
+            f"{self._seen()}; it is given up after RDZV_TIMEOUT={self._timeout} s"
+        )
+
+    def _seen(self) -> str:
+        """What a look at the endpoint shows."""
+        host, port = parse_rendezvous_endpoint(self._endpoint, environment.DEFAULT_PORT)
+        try:
+            socket.create_connection((host, port), timeout=3).close()
+        except OSError as error:
+            return f"nothing answers there ({error.strerror or error}), is that node started?"
+        if not _is_store(host, port):
+            return "what answers there is no node of a job: free that port, or take another"
+        return f"not all of the {self._nodes} nodes (NNODES) are there"
+
+    def _stop(self, number: signal.Signals) -> NoReturn:
+        self._say(stopped(number, "nothing, no process was started"))
+        os._exit(128 + number)
+
+    def _say(self, line: str) -> None:
+        print(f"titan_moe_lb: {line}", file=self._console, flush=True)
+
+
+def _is_store(host: str, port: int) -> bool:
+    """Whether torch's store answers. Its client waits for ever for one that says nothing."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(DistError):
+            TCPStore(host, port, wait_for_workers=False)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(5)
+
+
+def _rendezvous(nodes: int) -> dict:
+    """How the nodes find each other: a node rank counts in a static rendezvous alone."""
+    endpoint = os.environ.get("RDZV_ENDPOINT")
+    if nodes == 1:
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint or "localhost:0"}
+    host, port = parse_rendezvous_endpoint(endpoint, environment.DEFAULT_PORT)
+    seconds = environment.positive("RDZV_TIMEOUT", 900) + 60  # _Meeting gives up before
+    found = {"rdzv_endpoint": f"[{host}]:{port}" if ":" in host else f"{host}:{port}"}
+    rank = os.environ.get("NODE_RANK")
+    if not rank:
+        waits = {"join_timeout": seconds, "read_timeout": seconds}
+        return {"rdzv_backend": "c10d", "rdzv_configs": waits, **found}
+    return {
+        "rdzv_backend": "static",
+        "rdzv_configs": {"rank": int(rank), "timeout": seconds},
+        **found,
+    }

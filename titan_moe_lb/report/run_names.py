@@ -1,0 +1,30 @@
+"""What the runs of a page are called: a letter, and what of its path tells a run apart."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+MARKS = string.ascii_uppercase
+"""Of the runs of a page, in their order."""
+
+
+def run_names(files: Sequence[Path]) -> list[str]:
+    """The shortest part of each trace's path that no other one has.
+
+    ``exp1/outputs/moe_load.arrow`` and ``exp2/outputs/moe_load.arrow`` are ``exp1`` and
+    ``exp2``. A run that is alone, or compared with itself, has the name of its folder.
+    """
+    paths = [file.resolve().parts for file in files]
+    if len(set(paths)) == 1:
+        return [paths[0][-2]] * len(paths)
+    while len({path[-1] for path in paths}) == 1:
+        paths = [path[:-1] for path in paths]
+    return [_shortest(path, [other for other in paths if other != path]) for path in paths]
+
+
+def _shortest(path: tuple[str, ...], others: list[tuple[str, ...]]) -> str:
+    tails = (path[-length:] for length in range(1, len(path) + 1))
+    alone = next(tail for tail in tails if all(other[-len(tail) :] != tail for other in others))
+    return "/".join(alone)
