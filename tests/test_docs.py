@@ -44,6 +44,7 @@ from titan_moe_lb.plan.question import Question
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 
 BLOCKS = doc_examples.blocks()
+OWN_LOOPS = "docs/own_loops.md"
 START = """
 [job]
 module = "deepseek_v3"
@@ -268,6 +269,8 @@ def run_python(block: Block, _monkeypatch, _capsys) -> None:
     if block.example:
         assert block.example in doc_examples.names()
         return
+    if block.page == OWN_LOOPS:  # one program, in a process with a process group of its own
+        return
     spec = torchtitan.models.deepseek_v3.model_registry("debugmodel")
     names: dict = {
         "BaseDataLoader": BaseDataLoader,
@@ -302,6 +305,18 @@ RULES = {
     "text": read_text,
     "toml": run_toml,
 }
+
+
+def run_together(program: str) -> None:
+    """One rank."""
+    exec(compile(program, OWN_LOOPS, "exec"), {})
+
+
+def test_loops_of_ones_own(ranks):
+    """The blocks of the page are one program, from top to bottom."""
+    texts = [b.text for b in BLOCKS if b.page == OWN_LOOPS and b.language == "python"]
+    assert len(texts) == 3
+    ranks.run(1, run_together, "\n".join(texts))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
