@@ -13,11 +13,10 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.override import derive
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
-from torchtitan.models.common.param_init import skip_param_init
-from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
+from tests.train_jobs import leave_weights_to_the_seed
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import AuxLoss
@@ -196,13 +195,7 @@ def build_from_seed(
     """A trainer under a layout that holds the weights of :func:`save_seed`."""
     trainer_config = _cut_config(out_folder, layout, module, config, model)
     adapt(trainer_config)
-    assert trainer_config.model_spec is not None
-    for _fqn, part, _parent, _name in trainer_config.model_spec.traverse(
-        Module.Config, recurse=True
-    ):
-        # The seed has every weight.
-        if part.param_init is not None:
-            part.param_init = dict.fromkeys(part.param_init, skip_param_init)
+    leave_weights_to_the_seed(trainer_config)
     trainer_config.checkpoint.load_only = True
     trainer_config.checkpoint.initial_load_path = os.path.join(seed_folder, "checkpoint", "step-0")
     trainer = _build(trainer_config)
