@@ -33,14 +33,15 @@ def train(
         ]
     job = job_config.load(["--debug.no-enable-structured-logging", *arguments])
     if seed_folder is not None:
-        leave_weights_to_the_seed(job.config)
+        skip_initialisation(job.config)
     if "--dump_folder" not in " ".join(arguments):
         job.config.metrics.write_moe_trace = False
     return train_config(job.config, first_step=first_step)
 
 
-def leave_weights_to_the_seed(config: Trainer.Config) -> None:
-    """Initialise no parameter: a seed checkpoint has them all, and DTensors are slow at it."""
+def skip_initialisation(config: Trainer.Config) -> None:
+    """Leave parameters as they are: for a job that has them from a seed, or needs their sizes
+    alone. DTensors are slow at it."""
     assert config.model_spec is not None
     for _fqn, module, _parent, _name in config.model_spec.traverse(Module.Config, recurse=True):
         if module.param_init is not None:

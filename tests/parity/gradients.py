@@ -16,7 +16,7 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
-from tests.train_jobs import leave_weights_to_the_seed
+from tests.train_jobs import skip_initialisation
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import AuxLoss
@@ -195,7 +195,7 @@ def build_from_seed(
     """A trainer under a layout that holds the weights of :func:`save_seed`."""
     trainer_config = _cut_config(out_folder, layout, module, config, model)
     adapt(trainer_config)
-    leave_weights_to_the_seed(trainer_config)
+    skip_initialisation(trainer_config)
     trainer_config.checkpoint.load_only = True
     trainer_config.checkpoint.initial_load_path = os.path.join(seed_folder, "checkpoint", "step-0")
     trainer = _build(trainer_config)
