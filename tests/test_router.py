@@ -46,10 +46,10 @@ def router(losses=(), score_func="sigmoid", cls=LoadBalancedRouter, **options):
     return built
 
 
-def wired(built: LoadBalancedRouter) -> LoadBalancedRouter:
+def wired(built: LoadBalancedRouter, rows: int = BATCH) -> LoadBalancedRouter:
     """Alone in its process, with the weights of its losses over the rows of a batch."""
     record = wire([built], None)
-    weights = [loss.config.weight / BATCH for loss in built.aux_losses.values()]
+    weights = [loss.config.weight / rows for loss in built.aux_losses.values()]
     record.weights_A.copy_(torch.tensor(weights))
     return built
 
