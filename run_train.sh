@@ -5,4 +5,4 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 "${PYTHON:-python3}" "$here/bootstrap.py"
-exec "$here/.venv/bin/python" -m titan_moe_lb.launch "$@"
+exec "$here/.venv/bin/python" -m titan_moe_lb.cli train "$@"

@@ -103,7 +103,7 @@ def train(name: str, run: Path, arguments: Arguments) -> None:
         flags += ["--optimizer.param_groups.0.optimizer_kwargs.lr=0.0"]
     with open(run / "log", "w") as log:
         subprocess.run(
-            [sys.executable, "-m", "titan_moe_lb.launch", *flags],
+            [sys.executable, "-m", "titan_moe_lb.cli", "train", *flags],
             check=True,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -6,7 +6,7 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.validate import Validator
-from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
@@ -31,7 +31,7 @@ def debug(
     local_batch_size: int = 8,
     seq_len: int = 256,
 ) -> Trainer.Config:
-    """Ten steps on text that comes with Python, every step logged."""
+    """Ten steps on text that comes with Python, every step logged, the same in every run."""
     return Trainer.Config(
         loss=loss or language_model_loss(spec),
         hf_assets_path=TOKENIZER_PATH,
@@ -56,6 +56,7 @@ def debug(
         parallelism=ParallelismConfig(),
         checkpoint=CheckpointManager.Config(interval=10, last_save_model_only=False),
         activation_checkpoint=None,
+        debug=DebugConfig(seed=42),
     )
 
 

@@ -25,7 +25,7 @@ SMOKE = (
     f"{PARITY}_the_layout[dp_shard=4,ep=4]",
     f"{PARITY}_the_layout[cp=2]",
     f"{PARITY}_the_layout[ac=selective]",
-    f"{PARITY}_compilation[compile=true]",
+    f"{PARITY}_compilation[accumulate=8,compile=true]",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -209,3 +210,17 @@ def as_the_trainer(
         ours.append((load.counts_ME.tolist(), load.figures, load.step_figures))
     trainer.close()
     return theirs, ours
+
+
+def train_on_rows_of_another_number(arguments: list[str]) -> None:
+    """Six rows in each forward of the trainer, whatever the job says."""
+    flags = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--training.local_batch_size=2"]
+    config = job_config.load([*flags, *arguments]).config
+    config.metrics.write_moe_trace = False
+    if cpu.needed():
+        cpu.adapt(config)
+    trainer = config.build()
+    tokens = torch.zeros(6, config.training.seq_len, dtype=torch.int64)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    batch = {"input": tokens, "positions": positions}
+    trainer.train_step(itertools.repeat((batch, tokens)))

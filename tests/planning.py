@@ -29,11 +29,13 @@ def built_state(arguments: list[str]) -> dict[str, Any]:
     """What this rank of a real process group holds of a job, after one optimizer step."""
     import torch
 
+    from tests.train_jobs import skip_initialisation
     from titan_moe_lb.parallel.local_shard import local_shard
 
     job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
     if cpu.needed():
         cpu.adapt(job.config)
+    skip_initialisation(job.config)
     trainer = job.config.build()
     local = []
     for part in trainer.model_parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+import bootstrap
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +23,7 @@ import sys, time, pathlib
 root = pathlib.Path({root!r})
 with open(root / "pip.log", "a") as log:
     log.write(" ".join(sys.argv[1:]) + chr(10))
+print("installing", *sys.argv[-2:], flush=True)
 time.sleep(float((root / "seconds").read_text()))
 sys.exit(int((root / "status").read_text()))
 """
@@ -31,9 +35,18 @@ exit $(cat {root}/status)
 """
 
 
+def write(checkout, **constants):
+    """bootstrap.py, with other constants."""
+    text = (ROOT / "bootstrap.py").read_text()
+    for name, value in constants.items():
+        text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", text, flags=re.MULTILINE)
+        assert count == 1
+    (checkout / "bootstrap.py").write_text(text)
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    shutil.copy(ROOT / "bootstrap.py", tmp_path)
+    write(tmp_path, NEEDED_SPACE="1e6")
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     (tmp_path / "seconds").write_text("0")
     (tmp_path / "status").write_text("0")
@@ -92,6 +105,49 @@ def test_interrupted_installation_is_started_over(checkout):
     assert run(checkout)[1] == 0
     assert not leftover.exists()
     assert json.loads((checkout / ".venv" / "installed.json").read_text())["extras"] == []
+
+
+def test_what_has_gone_is_noticed_and_installed_again(checkout):
+    write(checkout, NEEDED_SPACE="1e6", SECONDS_BETWEEN_LINES="0.3")
+    (checkout / "seconds").write_text("0.5")
+    said = run(checkout)[0]
+    assert "0 s: installing -e ." in said, "a line while it lasts"
+    stamp = json.loads((checkout / ".venv" / "installed.json").read_text())
+    (package,) = (name for name in stamp["packages"] if name.startswith("pip=="))
+    (folder,) = (checkout / ".venv" / "lib").glob("*/site-packages/pip")
+    shutil.rmtree(folder)
+    said, status = run(checkout)
+    assert status == 0 and f"gone from .venv, and installed again: {package}\n" in said
+    assert installs(checkout) == [".", package, "."]
+
+    shutil.rmtree(checkout / ".venv" / "bin")
+    said, status = run(checkout)
+    assert status == 0 and "creating .venv" in said
+    assert os.access(checkout / ".venv" / "bin" / "python", os.X_OK)
+
+
+def test_what_hinders_it_is_one_line(checkout, monkeypatch, capsys):
+    write(checkout, NEEDED_SPACE="1e18")
+    said, status = run(checkout)
+    assert status == 1 and said.count("\n") == 1 and "make room" in said
+    write(checkout, MINIMUM_PYTHON="(9, ")
+    said, status = run(checkout)
+    assert status == 1 and said.count("\n") == 1
+    assert "bootstrap: error: Python 9.11 or newer is needed, this is 3" in said
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("ERROR: Could not install: [Errno 28] No space left on device\n", "the disk is full"),
+        ("WARNING: Retrying after NameResolutionError\nERROR: No match\n", "index can be reached"),
+        ("Collecting x\nERROR: No match for x\nhint: none\n", "ERROR: No match for x (.venv/inst"),
+        ("", "it said nothing"),
+    ],
+)
+def test_cause_of_a_failed_installation(said, cause):
+    assert cause in bootstrap._cause(said.splitlines(keepends=True))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="installs for root alone")

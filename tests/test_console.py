@@ -41,7 +41,7 @@ TINY = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--metrics.log_freq
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     return subprocess.Popen(
-        [sys.executable, "-m", "titan_moe_lb.launch", *arguments, f"--dump_folder={folder}"],
+        [sys.executable, "-m", "titan_moe_lb.cli", "train", *arguments, f"--dump_folder={folder}"],
         env={**clean, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -55,7 +55,7 @@ WRONG_OUTPUT = {
     "plan --hardware h100 -o folder": "folder is a folder",
 }
 WRONG_COMMAND = {
-    "": "a command is missing; valid: plan, report, watch",
+    "": "a command is missing; valid: doctor, plan, report, train, watch",
     "reprot run": "'reprot' is not expected here; did you mean 'report'?",
     "report": "RUN_DIR is missing: Folder of the run",
     "report --comapre twin": "there is no flag --comapre; did you mean '--compare'?",
@@ -69,6 +69,7 @@ WRONG_COMMAND = {
     "report run --compare nowhere": "nowhere: there is no such folder or file",
     "report run --compare qwen": "take two runs of one model",
     "report run --compare twin --compare qwen": "take two runs of one model",
+    "doctor now": "'now' is not expected here; a flag begins with --",
     "watch": "RUN_DIR is missing: Folder of the run",
     "watch nowhere --once": "nowhere: there is no such folder or file",
     "watch folder --onec": "there is no flag --onec; did you mean '--once'?",
@@ -100,6 +101,7 @@ WRONG_PLAN = {
     "plan --hardware h100 --from-run nowhere": "nowhere: there is no such folder or file",
     "plan --hardware h100 --from-run qwen -- TINY": "take a run of the job's model",
     "plan --hardware h100 --job-config none.toml": "--job-config none.toml: there is no such file",
+    "plan --hardware h100 --job-config deepseek_v3/debgu": "did you mean 'deepseek_v3/debug'?",
     "plan --hardware h100 -- --training.stpes 3": "did you mean '--training.steps'?",
     "NGPU=two plan --hardware h100": "NGPU=two must be a whole number",
     "plan --hardware h100 -- --module llama3 --config llama3_debugmodel": "has no MoE layers",
@@ -149,6 +151,7 @@ WRONG_JOB = {
     "'--activation_checkpoint.preserve_rng_state'?",
     "train --module os": "--module os has no debug job: name a config with --config; there is none",
     "train --job-config none.toml": "--job-config none.toml: there is no such file",
+    "train --job-config deepseek_v3/debgu": "no such file, and no job of that name; did you mean 'deep",
     "train --job-config folder": "--job-config folder: cannot be read",
     "train --job-config bad.toml": "--job-config bad.toml: not valid TOML",
     "train --job-config latin1.toml": "--job-config latin1.toml: cannot be read",
@@ -182,6 +185,8 @@ WRONG_START = {
     "train TINY --dump_folder notes.txt": "dump_folder notes.txt cannot be written",
     "train TINY --dump_folder notes.txt/out": "notes.txt/out cannot be written (Not a directory)",
     "train TINY --dump_folder /proc/out": "dump_folder /proc/out cannot be written",
+    "CXX=/nowhere/g++ train TINY --compile.enable": "compile.enable needs a C++ compiler on the host, "
+    "and none is here: install one (apt-get install g++), or name it in CXX",
     "NNODES=2 RDZV_ENDPOINT=[::1 train TINY": "must be HOST:PORT, as in node0:29500 or [::1]:29500",
     "NNODES=2 RDZV_ENDPOINT=::1:29500 train TINY": "must be HOST:PORT, as in node0:29500 or [::1]",
     "NNODES=2 RDZV_ENDPOINT=[::1]:0 train TINY": "RDZV_ENDPOINT=[::1]:0 must be HOST:PORT",

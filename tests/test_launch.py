@@ -33,7 +33,7 @@ JOB_VARIABLES = (
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     return subprocess.run(
-        [sys.executable, "-m", "titan_moe_lb.launch", *arguments],
+        [sys.executable, "-m", "titan_moe_lb.cli", "train", *arguments],
         env={**clean, **environment},
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from model_registry.entry import Default, registry_entry
 from titan_moe_lb import launch, toml_tables
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
-from titan_moe_lb.job import catalog, job_config, module_lookup
+from titan_moe_lb.job import catalog, job_config, job_files, module_lookup
 from titan_moe_lb.router import LoadBalancedRouter
 
 MODELS = module_lookup.registered_models()
@@ -120,7 +120,7 @@ def test_list_shows_every_model_job_and_default(width):
     for model in MODELS:
         assert f"--module {model}" in lines
         registry = module_lookup.config_registry(model)
-        names = [path.name for path in (catalog.CONFIGS / model).glob("*.toml")]
+        names = job_files.names(model)
         assert names, model
         for name in [*module_lookup.config_names(registry), *names]:
             assert re.search(rf"^  {re.escape(name)} ", shown, re.MULTILINE), name

@@ -122,7 +122,7 @@ def test_qwen3_5():
 
     moe = spec.model.layers[0].moe.build()
     moe.init_states()
-    wired(moe.router)
+    wired(moe.router, rows=2)
     theirs = upstream_spec("qwen3_5", "debugmodel_moe").model.layers[0].moe.build()
     theirs.load_state_dict(moe.state_dict(), strict=False)
     seen = []

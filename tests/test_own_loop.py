@@ -10,7 +10,12 @@ from torchtitan.models.deepseek_v3 import model_registry as torchtitans_registry
 
 from examples.chat_data import write_chats
 from model_registry.deepseek_v3 import model_registry
-from tests.own_loop_jobs import as_the_trainer, padded_batch, unequal_micro_batches
+from tests.own_loop_jobs import (
+    as_the_trainer,
+    padded_batch,
+    train_on_rows_of_another_number,
+    unequal_micro_batches,
+)
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing import RoundRobin
 from titan_moe_lb.losses import BatchWiseAuxLoss, RouterZLoss
@@ -188,3 +193,10 @@ def test_padding_has_to_be_announced():
     mask = torch.ones(2, 8, dtype=torch.bool)
     with pytest.raises(JobError, match=r"attach\(..., padded=True\)"):
         model(torch.randn(2, 8, 64), valid_tokens=mask)
+
+
+def test_a_batch_that_a_job_has_not_announced_is_refused(ranks):
+    """Twice the sequences would double the loss without a word; also in a pipeline."""
+    for num_ranks, flags in ((1, []), (2, ["--parallelism.pipeline_parallel_degree=2"])):
+        with pytest.raises(RuntimeError, match="micro-batches of . sequences and get 6"):
+            ranks.run(num_ranks, train_on_rows_of_another_number, flags)

@@ -46,10 +46,10 @@ def router(losses=(), score_func="sigmoid", cls=LoadBalancedRouter, **options):
     return built
 
 
-def wired(built: LoadBalancedRouter) -> LoadBalancedRouter:
+def wired(built: LoadBalancedRouter, rows: int = BATCH) -> LoadBalancedRouter:
     """Alone in its process, with the weights of its losses over the rows of a batch."""
     record = wire([built], None)
-    weights = [loss.config.weight / BATCH for loss in built.aux_losses.values()]
+    weights = [loss.config.weight / rows for loss in built.aux_losses.values()]
     record.weights_A.copy_(torch.tensor(weights))
     return built
 
@@ -144,7 +144,8 @@ def test_global_batch_has_no_gradient_in_the_first_step():
 
 
 def test_compiled_without_graph_breaks():
-    built = router([sequence_wise("scores")], route_norm=True, **GROUPS)
+    losses = [sequence_wise("scores"), BatchWiseAuxLoss.Config(weight=0.5, **BOUND)]
+    built = router(losses, route_norm=True, **GROUPS)
     eager = wired(copy.deepcopy(built))
     x, bias = inputs()
     explanation = torch._dynamo.explain(built)(x, bias)
@@ -155,6 +156,7 @@ def test_compiled_without_graph_breaks():
     torch.compile(built, fullgraph=True)(x, bias)[0].sum().backward()
     eager(y, bias)[0].sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(built.record.losses_A, eager.record.losses_A)
     assert torch.equal(built.record.counts_MSE, eager.record.counts_MSE)
 
 

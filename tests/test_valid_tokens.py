@@ -11,7 +11,8 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config.override import derive
 from torchtitan.tools.logging import logger
 
-from tests.chat_jobs import padding_of, train_chats, write_chats
+from examples.chat_data import write_chats
+from tests.chat_jobs import padding_of, train_chats
 from tests.parity.gradients import LoaderThatTells
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.job import dry_run, job_config
@@ -30,9 +32,20 @@ def train(
             *arguments,
         ]
     job = job_config.load(["--debug.no-enable-structured-logging", *arguments])
+    if seed_folder is not None:
+        skip_initialisation(job.config)
     if "--dump_folder" not in " ".join(arguments):
         job.config.metrics.write_moe_trace = False
     return train_config(job.config, first_step=first_step)
+
+
+def skip_initialisation(config: Trainer.Config) -> None:
+    """Leave parameters as they are: for a job that has them from a seed, or needs their sizes
+    alone. DTensors are slow at it."""
+    assert config.model_spec is not None
+    for _fqn, module, _parent, _name in config.model_spec.traverse(Module.Config, recurse=True):
+        if module.param_init is not None:
+            module.param_init = dict.fromkeys(module.param_init, skip_param_init)
 
 
 def train_config(

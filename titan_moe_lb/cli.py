@@ -1,4 +1,4 @@
-"""``titan-moe-lb``: what to do with a run once it has left a trace.
+"""``titan-moe-lb``: train, plan, and look at a run.
 
 Subcommands are listed here; each lives in a module of its own that is imported when
 it runs, so that ``--help`` is instant.
@@ -7,6 +7,7 @@ it runs, so that ``--help`` is instant.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from titan_moe_lb import command_line
+from titan_moe_lb import command_line, host_threads
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.plan.question import Question
 
 
@@ -26,6 +28,26 @@ def _optional(metavar: str, *aliases: str) -> Any:
 
 
 RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a job, as run_train.sh does."""
+
+    flags: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Flags of the job; train --help shows them."""
+
+    def run(self) -> None:
+        if self.flags in (("--help",), ("-h",)):
+            print(f"usage: titan-moe-lb train [FLAGS]\n\n{OWN_FLAGS}")
+            print("Every flag, those of torchtitan too: titan-moe-lb train --module NAME --help")
+            return
+        # The imports take seconds: Ctrl-C ends them without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        host_threads.wait_without_spinning()
+        from titan_moe_lb import launch
+
+        launch.command(list(self.flags))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +92,23 @@ class Plan(Question):
         run(self)
 
 
-SUBCOMMANDS: dict[str, Callable[..., Any]] = {"report": Report, "watch": Watch, "plan": Plan}
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Say what is here, how a job would run on it, and what is missing."""
+
+    def run(self) -> None:
+        from titan_moe_lb import doctor
+
+        doctor.main()
+
+
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "plan": Plan,
+    "watch": Watch,
+    "report": Report,
+    "doctor": Doctor,
+}
 
 
 def _valid(arguments: list[str]) -> list[str]:
@@ -90,18 +128,23 @@ def _flag_of_a_job(flag: str) -> str | None:
     return None
 
 
+def _command(arguments: list[str]) -> Any:
+    if arguments[:1] == ["train"]:  # whose flags are those of its job
+        return Train(flags=tuple(arguments[1:]))
+    with command_line.in_one_line(arguments, lambda: _valid(arguments), _flag_of_a_job):
+        return tyro.extras.subcommand_cli_from_dict(
+            SUBCOMMANDS,
+            prog="titan-moe-lb",
+            description="Train with balanced experts, plan a job, look at a run.",
+            args=arguments,
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the program. A mistake of the user is one line and status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        with command_line.in_one_line(arguments, lambda: _valid(arguments), _flag_of_a_job):
-            command: Any = tyro.extras.subcommand_cli_from_dict(
-                SUBCOMMANDS,
-                prog="titan-moe-lb",
-                description="Reports, live view and planning from the trace of a run.",
-                args=arguments,
-            )
-        command.run()
+        _command(arguments).run()
     except JobError as error:
         print(f"titan_moe_lb: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,4 +1,4 @@
-"""Check a job, then start its processes: what ``run_train.sh`` calls.
+"""Check a job, then start its processes: ``titan-moe-lb train``, which ``run_train.sh`` calls.
 
 Environment, as in torchtitan's own script: ``NGPU`` processes on this node,
 ``MODULE`` and ``CONFIG`` as defaults of the flags, ``LOG_RANK`` the ranks to show
@@ -10,13 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
-
-if __name__ == "__main__":
-    # The imports take seconds: Ctrl-C ends them without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -114,7 +109,8 @@ def _run_here(job: job_config.Job, world_size: int) -> None:
     train.run(job, alone=True)
 
 
-if __name__ == "__main__":
-    main()
+def command(arguments: list[str] | None = None) -> None:
+    """Run as a program: :func:`main`, and the end of the process."""
+    main(arguments)
     if cpu.needed():
         cpu.leave()

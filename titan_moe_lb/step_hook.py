@@ -52,9 +52,7 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
     if record is None:
         return None
     hook = StepHook(layers, record, parallel_dims)
-    # A pipeline finds out shapes by a forward that nobody announces; its batches are all alike.
-    if not parallel_dims.pp_enabled:
-        model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
+    model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
     return hook
 
 
@@ -114,6 +112,8 @@ class StepHook:
         self._token_groups: list[dist.ProcessGroup] = []
         self._token_replicas = 1
         self._batch_group: dist.ProcessGroup | None = None
+        # A pipeline finds out shapes by a forward that nobody announces.
+        self._counts_rows = parallel_dims is None or not parallel_dims.pp_enabled
         if parallel_dims is not None:
             if parallel_dims.dp_enabled:
                 self._batch_group = parallel_dims.get_mesh("batch").get_group()
@@ -151,7 +151,7 @@ class StepHook:
             self._record.weights_A.copy_(torch.tensor(weights))
 
     def forward_begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the model, where there is no pipeline.
+        """A forward pre-hook of the first model part of the rank.
 
         Raises:
             JobError: the step has more rows or forwards than the loop has announced.
@@ -159,11 +159,21 @@ class StepHook:
         if not (part.training and torch.is_grad_enabled()):
             return
         rows = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)).shape[0]
+        has_losses = len(self._routers[0].aux_losses) > 0
+        if has_losses and rows != (self._loop.micro_batch_size or rows):
+            raise JobError(
+                f"the aux losses were bound to micro-batches of {self._loop.micro_batch_size} "
+                f"sequences and get {rows}: their weight would be wrong; set "
+                "training.local_batch_size (or parallelism.pipeline_parallel_microbatch_size) to "
+                "what the loop feeds"
+            )
+        if not self._counts_rows:
+            return
         record = self._record
         record.rows += rows
         record.forwards += 1
-        if len(self._routers[0].aux_losses):
-            self._check_rows(rows)
+        if has_losses:
+            self._check_step()
         if self._loop.track and record.forwards > self._loop.num_micro_batches:
             raise JobError(
                 f"forward {record.forwards} of one optimizer step, and its loop announced "
@@ -171,14 +181,7 @@ class StepHook:
                 "of many micro-batches attach(..., max_micro_batches=...)"
             )
 
-    def _check_rows(self, rows: int) -> None:
-        if rows != (self._loop.micro_batch_size or rows):
-            raise JobError(
-                f"the aux losses were bound to micro-batches of {self._loop.micro_batch_size} "
-                f"sequences and get {rows}: their weight would be wrong; set "
-                "training.local_batch_size (or parallelism.pipeline_parallel_microbatch_size) to "
-                "what the loop feeds"
-            )
+    def _check_step(self) -> None:
         if self._global_rows is None:
             raise JobError(
                 "the aux losses are a mean over the rows of a step, and it has not said how many "
@@ -193,8 +196,8 @@ class StepHook:
             )
         if self._record.rows > self._global_rows:
             raise JobError(
-                f"the step has {self._record.rows} rows on this rank and announced {self._global_rows} on "
-                "all: the weight of the aux losses would be wrong; call begin_step(rows) with "
+                f"the step has {self._record.rows} rows on this rank and announced "
+                f"{self._global_rows} on all: the weight of the aux losses would be wrong; call begin_step(rows) with "
                 "what the step has, and skip_step() after one that is skipped"
             )
 
@@ -223,7 +226,7 @@ class StepHook:
         Raises:
             JobError: an aux loss was divided by another number than there were.
         """
-        if not (self._loop.varying and self._announced_rows):
+        if not (self._counts_rows and self._loop.varying and self._announced_rows):
             return
         rows = self._closed_rows
         if self._batch_group is not None:

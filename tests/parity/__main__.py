@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ import tyro
 
 from tests.gpus import GPUS
 from tests.parity.compare import Parity
-from tests.parity.gradients import GLOBAL_BATCH_SIZE, make_config
+from tests.parity.gradients import make_config
 from tests.parity.layout import parse
 from tests.rank_pool import RankPool
 from titan_moe_lb.errors import JobError
@@ -24,7 +22,7 @@ from titan_moe_lb.rules import validate
 class Arguments:
     layout: str = ""
     """Keys: pp, schedule, dp_shard, dp_replicate, tp, cp, ep, microbatch, accumulate, ac
-    (none, full, selective), compile, backend (of compile), spmd_backend, sequence_parallel."""
+    (none, full, selective), compile, backend (of compile), spmd_backend, sequence_parallel, length (tokens of a sequence)."""
 
     loss: str = "sequence_wise"
     """Type of the aux loss; several with commas."""
@@ -52,9 +50,7 @@ def main() -> None:
     model = {"aux_losses": losses}
     os.environ["WORLD_SIZE"] = str(layout.num_ranks)
     try:
-        config = make_config(arguments.module, arguments.config, model)
-        layout.apply(config, global_batch_size=GLOBAL_BATCH_SIZE)
-        validate(config)
+        validate(make_config(layout, arguments.module, arguments.config, model))
     except JobError as error:
         sys.exit(f"tests.parity: error: {error}")
     gpus = GPUS if arguments.device == "cuda" else None
@@ -74,7 +70,7 @@ def main() -> None:
     ):
         (comparison,) = parity.compare(layout)
     comparison.loss = arguments.loss
-    print(json.dumps(dataclasses.asdict(comparison)))
+    print(comparison.line())
     sys.exit(comparison.max_relative_error > arguments.tolerance)
 
 

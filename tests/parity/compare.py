@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -31,13 +33,24 @@ class Comparison:
     worst_parameter: str
     num_parameters: int
     recorded: Recorded
+    expected: Recorded
+    """What the reference logs."""
+
+    def line(self) -> str:
+        """JSON, without the tables that are compared bit by bit."""
+        answer = dataclasses.asdict(self)
+        del answer["expected"]
+        for table in ("bias", "valid_counts", "histograms"):
+            del answer["recorded"][table]
+        return json.dumps(answer)
 
 
 @dataclass
 class Parity:
     """Compare layouts of one model and its losses with a single-process run.
 
-    The reference is computed once and kept. Use as a context manager.
+    The reference is computed once for each length of the sequences and kept. Use as a context
+    manager.
     """
 
     pool: RankPool
@@ -51,7 +64,7 @@ class Parity:
     """The batch has padding. The reference is the same batch without it, row by row."""
 
     _folder: TemporaryDirectory = field(default_factory=TemporaryDirectory)
-    _reference: dict[str, tuple[Gradients, Recorded]] | None = None
+    _references: dict[int, dict[str, tuple[Gradients, Recorded]]] = field(default_factory=dict)
 
     def __enter__(self) -> Parity:
         return self
@@ -63,25 +76,24 @@ class Parity:
     def seed_folder(self) -> str:
         return os.path.join(self._folder.name, "seed")
 
-    @property
-    def reference(self) -> dict[str, tuple[Gradients, Recorded]]:
-        """Gradients and log of the single process, by loss."""
-        if self._reference is None:
-            self.pool.run(1, save_seed, self.seed_folder, self.module, self.config, self.model)
+    def reference(self, layout: Layout) -> dict[str, tuple[Gradients, Recorded]]:
+        """Gradients and log of the single process on the layout's batch, by loss."""
+        length = layout.sequence_length
+        if length not in self._references:
             if self.padded:
-                row_by_row = Layout(accumulate=GLOBAL_BATCH_SIZE)
-                self._reference = self.gradients(row_by_row, self.alone, "cut")
+                row_by_row = Layout(accumulate=GLOBAL_BATCH_SIZE, length=length)
+                self._references[length] = self.gradients(row_by_row, self.alone, "cut")
             else:
-                self._reference = self.gradients(Layout(), self.alone)
-        return self._reference
+                self._references[length] = self.gradients(Layout(length=length), self.alone)
+        return self._references[length]
 
     def compare(self, layout: Layout, alone: tuple[str, ...] | None = None) -> list[Comparison]:
         """One comparison for each entry of ``alone``; by default that of the reference."""
         self.pool.need(layout.num_ranks)
-        reference = self.reference
+        reference = self.reference(layout)
         gradients = self.gradients(layout, alone or self.alone, "masked" if self.padded else "none")
         return [
-            relative_error(layout, loss, found, reference[loss][0], recorded)
+            relative_error(layout, loss, (found, recorded), reference[loss])
             for loss, (found, recorded) in gradients.items()
         ]
 
@@ -89,6 +101,8 @@ class Parity:
         self, layout: Layout, alone: tuple[str, ...] | None = None, padding: Padding = "none"
     ) -> dict[str, tuple[Gradients, Recorded]]:
         alone = alone or self.alone
+        if not os.path.exists(self.seed_folder):
+            self.pool.run(1, save_seed, self.seed_folder, self.module, self.config, self.model)
         with TemporaryDirectory(dir=self._folder.name) as out:
             by_rank = self.pool.run(
                 layout.num_ranks,
@@ -116,20 +130,25 @@ class Parity:
 
 
 def relative_error(
-    layout: Layout, loss: str, gradients: Gradients, reference: Gradients, recorded: Recorded
+    layout: Layout,
+    loss: str,
+    found: tuple[Gradients, Recorded],
+    reference: tuple[Gradients, Recorded],
 ) -> Comparison:
     """Largest error over the parameters, relative to the largest entry of each reference."""
-    missing = gradients.keys() ^ reference.keys()
+    gradients, recorded = found
+    expected_gradients, expected_log = reference
+    missing = gradients.keys() ^ expected_gradients.keys()
     assert not missing, f"only one side has a gradient of {sorted(missing)}"
     errors = {}
-    for name, expected in reference.items():
+    for name, expected in expected_gradients.items():
         size = expected.abs().max()
         error = (gradients[name] - expected).abs().max()
         assert size > 0 or error == 0, f"{name} has a gradient where the reference has none"
         if size > 0:
             errors[name] = (error / size).item()
     worst = max(errors, key=lambda name: errors[name])
-    return Comparison(layout, loss, errors[worst], worst, len(errors), recorded)
+    return Comparison(layout, loss, errors[worst], worst, len(errors), recorded, expected_log)
 
 
 def assert_same_log(recorded: Recorded, expected: Recorded, relative: float = 1e-6) -> None:

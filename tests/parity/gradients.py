@@ -16,6 +16,7 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
+from tests.train_jobs import skip_initialisation
 from titan_moe_lb import toml_tables
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import AuxLoss
@@ -26,21 +27,21 @@ from titan_moe_lb.valid_tokens.batch_tokens import document_numbers
 from titan_moe_lb.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 
 GLOBAL_BATCH_SIZE = 8
-SEQUENCE_LENGTH = 256
-ROW_LENGTHS = (256, 200, 96, 32, 184, 120, 240, 104)
-"""Of the rows before their padding, where there is any: 40 % of all tokens. torchtitan's
-chunked loss wants multiples of 8."""
+ROW_SIXTEENTHS = (16, 13, 6, 2, 11, 8, 15, 6)
+"""Of each row before its padding, where there is any: 40 % of all tokens. torchtitan's
+chunked loss wants multiples of 8 tokens."""
 # A gate of ordinary size leaves many tokens with two experts almost tied, and the
 # rounding of a layout would decide between them.
 GATE_SCALE = 40.0
 
 
-def make_config(module: str, config: str, model: dict[str, Any]) -> Trainer.Config:
-    """A registry config in float32, for the fixed batch."""
+def make_config(layout: Layout, module: str, config: str, model: dict[str, Any]) -> Trainer.Config:
+    """A registry config in float32, for the fixed batch as the layout cuts it."""
     flags = [f"--model.{key}={toml_tables.inline(value)}" for key, value in model.items()]
     draft = job_config.draft(["--module", module, "--config", config, *flags])
     trainer_config = draft.build()
-    trainer_config.training.seq_len = SEQUENCE_LENGTH
+    layout.apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
+    trainer_config.training.seq_len = layout.sequence_length
     trainer_config.training.mixed_precision_param = "float32"
     # The step between the two passes may move the expert bias and the counts of the
     # previous step, which are integers' work, but no weight.
@@ -95,12 +96,18 @@ def layout_gradients(
 
     def run(number: int) -> None:
         # A bias made of the quantiles of a batch leaves tokens of the same batch on the fence.
-        batch = global_batch() if padding == "none" else global_batch(7 + number)
+        seed = 7 if padding == "none" else 7 + number
+        batch = global_batch(layout.sequence_length, seed)
         run_batch(trainer, layout, batch, with_main_loss=with_main_loss, padding=padding)
+
+    def step() -> None:
+        # No weight moves, and without gradients Adam does not go through them to find that out.
+        trainer.optimizers.zero_grad()
+        trainer.optimizers.step()
 
     # A first pass gives the expert bias and the previous step's counts something to hold.
     run(0)
-    trainer.optimizers.step()
+    step()
     layers = moe_layers_of(trainer.model_parts)
     names = list(layers[0].router.aux_losses) if layers else []
     weights_A = layers[0].router.record.weights_A if layers else torch.zeros(0)
@@ -112,7 +119,7 @@ def layout_gradients(
         run(number)
         gradients = gather_gradients(trainer)
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
-        trainer.optimizers.step()
+        step()
         load = reduce_step(layers, trainer.parallel_dims)
         metrics = [loss.metric_name for loss in AuxLoss.kinds.values()]
         losses_M = {
@@ -188,6 +195,7 @@ def build_from_seed(
     """A trainer under a layout that holds the weights of :func:`save_seed`."""
     trainer_config = _cut_config(out_folder, layout, module, config, model)
     adapt(trainer_config)
+    skip_initialisation(trainer_config)
     trainer_config.checkpoint.load_only = True
     trainer_config.checkpoint.initial_load_path = os.path.join(seed_folder, "checkpoint", "step-0")
     trainer = _build(trainer_config)
@@ -215,8 +223,9 @@ def run_batch(
 ) -> None:
     """Forward and backward of this rank's part of a global batch, as ``train_step`` does."""
     tokens, labels, positions = (part.to(trainer.device) for part in batch)
-    lengths = torch.tensor(ROW_LENGTHS, device=trainer.device).unsqueeze(1)
-    mask = torch.arange(SEQUENCE_LENGTH, device=trainer.device) < lengths
+    row_lengths = [part * layout.sequence_length // 16 for part in ROW_SIXTEENTHS]
+    lengths = torch.tensor(row_lengths, device=trainer.device).unsqueeze(1)
+    mask = torch.arange(layout.sequence_length, device=trainer.device) < lengths
     documents = document_numbers(positions)
     if padding != "none":
         labels = labels.masked_fill(~mask, IGNORE_INDEX)
@@ -236,7 +245,7 @@ def run_batch(
         told[DOCUMENT_IDS] = documents
     batches = []
     for rows in range(local * dp_rank, local * (dp_rank + 1), size):
-        length = ROW_LENGTHS[rows] if padding == "cut" else SEQUENCE_LENGTH
+        length = row_lengths[rows] if padding == "cut" else layout.sequence_length
         part = slice(rows, rows + size), slice(length)
         batches.append(({name: table[part] for name, table in told.items()}, labels[part]))
     trainer.optimizers.zero_grad()
@@ -255,17 +264,17 @@ def canonical(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def global_batch(seed: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels and positions ``(8, 256)``."""
+def global_batch(length: int, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and positions ``(8, length)``."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
+    shape = (GLOBAL_BATCH_SIZE, length)
     # Few distinct tokens, unevenly: loads differ between sequences and experts.
     tokens = torch.randint(0, 2048, shape, generator=generator) // torch.randint(
         1, 40, shape, generator=generator
     )
     labels = tokens.roll(-1, dims=1)
     # Two documents in each sequence.
-    positions = torch.arange(SEQUENCE_LENGTH).remainder(SEQUENCE_LENGTH // 2 + 8).expand(shape)
+    positions = torch.arange(length).remainder(length // 2 + 8).expand(shape)
     return tokens, labels, positions.contiguous()
 
 
@@ -273,8 +282,7 @@ def _cut_config(
     folder: str, layout: Layout, module: str, config: str, model: dict[str, Any]
 ) -> Trainer.Config:
     """The fixed batch cut by a layout, with checkpoints and logs in ``folder``."""
-    trainer_config = make_config(module, config, model)
-    layout.apply(trainer_config, global_batch_size=GLOBAL_BATCH_SIZE)
+    trainer_config = make_config(layout, module, config, model)
     trainer_config.dump_folder = folder
     trainer_config.checkpoint.enable = True
     return trainer_config

@@ -31,6 +31,8 @@ class Layout:
     backend: str = "inductor"
     spmd_backend: str = "spmd_types"
     sequence_parallel: bool = True
+    length: int = 0
+    """Tokens of a sequence; 0: a block of attention for each rank of context parallelism."""
 
     @property
     def num_ranks(self) -> int:
@@ -39,6 +41,10 @@ class Layout:
     @property
     def dp(self) -> int:
         return self.dp_shard * self.dp_replicate
+
+    @property
+    def sequence_length(self) -> int:
+        return self.length or 128 * self.cp
 
     def apply(self, config: Trainer.Config, *, global_batch_size: int) -> None:
         """Cut ``global_batch_size`` sequences this way, in place."""

@@ -69,7 +69,8 @@ def _forward(trainer: Trainer, routers: list) -> tuple[torch.Tensor, list[tuple]
     logits, outputs = [], []
     hooks = [r.gate.register_forward_hook(lambda _m, _i, out: logits.append(out)) for r in routers]
     hooks += [r.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for r in routers]
-    tokens, labels, positions = (part.to(trainer.device) for part in global_batch())
+    batch = global_batch(Layout().sequence_length)
+    tokens, labels, positions = (part.to(trainer.device) for part in batch)
     inputs, targets, extra = trainer.post_dataloading_process(
         {"input": tokens, "positions": positions}, labels
     )

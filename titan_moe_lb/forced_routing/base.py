@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from titan_moe_lb.component import Component
 from titan_moe_lb.errors import JobError
+
+if TYPE_CHECKING:
+    from torchtitan.distributed import ParallelDims
 
 
 class ForcedRouting(Component):
@@ -52,7 +55,7 @@ class ForcedRouting(Component):
         self.num_experts = config.num_experts
         self.top_k = config.top_k
 
-    def wire(self, parallel_dims, layer: int) -> None:
+    def wire(self, parallel_dims: ParallelDims, layer: int) -> None:
         """Take this rank's place in the job. Once, when the model is built.
 
         Args:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-from pathlib import Path
 from types import ModuleType
 
 import tomli
@@ -16,10 +14,7 @@ from rich.text import Text
 
 from model_registry.entry import Default, defaults_of
 from titan_moe_lb import toml_tables
-from titan_moe_lb.job import module_lookup
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-"""The job files of the repository; not part of an installed package."""
+from titan_moe_lb.job import job_files, module_lookup
 
 
 def show(console: Console | None = None) -> None:
@@ -49,11 +44,12 @@ def _configs(registry: ModuleType) -> Table:
 
 
 def _jobs(name: str) -> Table | Group:
-    table = _table(f"--job-config {os.path.relpath(CONFIGS / name)}/...", "ranks", "")
-    for path in sorted((CONFIGS / name).glob("*.toml")):
-        job = tomli.loads(path.read_text()).get("job", {})
+    table = _table("--job-config", "ranks", "")
+    table.columns[0].no_wrap = True  # what is typed is not cut
+    for job_name in job_files.names(name):
+        job = tomli.loads(job_files.find(job_name).read_text()).get("job", {})
         ranks, description = job.get("ranks", ""), job.get("description", "")
-        table.add_row(Text(path.name), Text(str(ranks)), Text(description))
+        table.add_row(Text(job_name), Text(str(ranks)), Text(description))
     return table if table.row_count else Group()
 
 

@@ -25,24 +25,11 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb import command_line, rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.job import flags, module_lookup
+from titan_moe_lb.job import flags, job_files, module_lookup
+from titan_moe_lb.job.own_flags import DEFAULT_MODULE, OWN_FLAGS
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 from titan_moe_lb.rules import places
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
-
-DEFAULT_MODULE = "deepseek_v3"
-
-OWN_FLAGS = """\
-Flags of titan_moe_lb:
-  --list              print the models, their jobs and their defaults, and stop
-  --module NAME       model (model_registry/NAME) or any importable path;
-                      default deepseek_v3
-  --config NAME       config function of the module; default: its debug job
-  --job-config FILE   job as TOML; the flags below beat it
-  --model.KEY VALUE   argument of the model's registry entry, VALUE in TOML syntax:
-                      --model.aux_losses '[{type = "z_loss", weight = 1e-4}]'
-  --print-config      print the resolved job as TOML and stop
-"""
 
 _SWITCHES = {"print_config": "print_config", "list": "list_models"}
 
@@ -141,7 +128,9 @@ def draft(arguments: list[str]) -> Draft:
     """Read the command line and the job file. Raises ``JobError``."""
     command = parse_command_line(arguments)
     source = command.job_config or "command line"
-    tables = toml_tables.read(command.job_config, "--job-config") if command.job_config else {}
+    tables = {}
+    if command.job_config:
+        tables = toml_tables.read(str(job_files.find(command.job_config)), "--job-config")
     if command.job_config and not tables:
         raise JobError(
             f"--job-config {source} sets nothing: begin it with a model, as in "

@@ -19,6 +19,7 @@ from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.job import catalog, job_config, module_lookup
 from titan_moe_lb.job.catalog import first_paragraph
+from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.losses import AuxLoss
 from titan_moe_lb.model_spec import balanced
 from titan_moe_lb.value_schedule import Change
@@ -34,7 +35,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
 def show(module: str, console: Console | None = None) -> None:
     """Print our flags, the keys of [model], and every kind of loss, bias rule and strategy."""
     console = console or Console(highlight=False)
-    print(job_config.OWN_FLAGS)
+    print(OWN_FLAGS)
     registry = module_lookup.config_registry(module)
     package = module_lookup.model_package(registry)
     entry = job_config.registry_entry(registry)

@@ -16,7 +16,7 @@ class Question:
     hardware: str
     """h100, h200, b200, gb200_nvl72, mi300x, tpu_v5p, host (measured), or a TOML file."""
     job_config: str | None = None
-    """The job's TOML file, as for run_train.sh; without it, the default debug job."""
+    """The job's TOML file or its name, as for train; without it, the default debug job."""
     job_flags: tyro.conf.Positional[tuple[str, ...]] = ()
     """Other flags of the job, after --, as in: -- --training.local_batch_size 4"""
     ranks: int | None = None

@@ -1,4 +1,4 @@
-"""Files that a job starts from. Asked where it runs, before any process starts."""
+"""Files and programs that a job starts from. Asked where it runs, before any process starts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 from titan_moe_lb.rules.meta_model import meta_state
 
 
 def validate_files(config: Trainer.Config) -> None:
     """Raises ``JobError``: the first thing about the job's files that cannot work."""
+    compiler_is_here(config)
     assets_are_here(config)
     datasets_are_known(config)
     batch_fits_in_memory(config)

@@ -1,0 +1,76 @@
+"""How OpenMP's threads should wait in a job of one process: ``python -m benchmarks.host_threads``.
+
+One process for each setting, all of them alive and taking turns, so that each meets the same
+other work on the machine; prints the median and the worst seconds of a step of a small MoE-sized
+model (2,048 tokens, 256 wide, many short operators), and the CPU seconds that it took.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+SETTINGS = {
+    "as torch does": {},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "short spin": {"GOMP_SPINCOUNT": "10000"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+KEYS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+LAYERS, TOKENS, DIM, HEADS = 4, 2048, 256, 16
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    clean = {name: value for name, value in os.environ.items() if name not in KEYS}
+    command = [sys.executable, "-m", "benchmarks.host_threads", "--worker"]
+    workers = {
+        name: subprocess.Popen(
+            command, env=clean | setting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name, setting in SETTINGS.items()
+    }
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
+    for _round in range(rounds):
+        for name, worker in workers.items():
+            assert worker.stdin and worker.stdout
+            worker.stdin.write("step\n")
+            worker.stdin.flush()
+            wall, cpu = map(float, worker.stdout.readline().split())
+            steps[name].append((wall, cpu))
+    for name, worker in workers.items():
+        worker.communicate()
+        wall, cpu = zip(*steps[name][2:], strict=True)
+        print(
+            f"{name:15} median {statistics.median(wall):7.3f} s  worst {max(wall):7.3f} s  "
+            f"CPU {statistics.median(cpu):6.3f} s"
+        )
+
+
+def work() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, 0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    tokens = torch.randn(TOKENS // 256, 256, DIM)
+    for _line in sys.stdin:
+        started, before = time.perf_counter(), _cpu()
+        model(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(time.perf_counter() - started, _cpu() - before, flush=True)
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    work() if sys.argv[1:] == ["--worker"] else main()

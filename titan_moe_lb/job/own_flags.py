@@ -1,0 +1,15 @@
+"""The flags of a job that are not torchtitan's. Imports nothing, so that help is instant."""
+
+DEFAULT_MODULE = "deepseek_v3"
+
+OWN_FLAGS = f"""\
+Flags of titan_moe_lb:
+  --list              print the models, their jobs and their defaults, and stop
+  --module NAME       model (model_registry/NAME) or any importable path;
+                      default {DEFAULT_MODULE}
+  --config NAME       config function of the module; default: its debug job
+  --job-config JOB    job as TOML, a file or a name of --list; the flags below beat it
+  --model.KEY VALUE   argument of the model's registry entry, VALUE in TOML syntax:
+                      --model.aux_losses '[{{type = "z_loss", weight = 1e-4}}]'
+  --print-config      print the resolved job as TOML and stop
+"""

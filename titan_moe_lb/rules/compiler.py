@@ -1,0 +1,30 @@
+"""The C++ compiler of ``torch.compile`` on the host. Asked where a job runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+
+import torch
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+
+REMEDY = "install one (apt-get install g++), or name it in CXX"
+
+
+def cpp_compiler() -> str | None:
+    """The program that inductor would start, or None where it is not here."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return shutil.which(words[0])
+
+
+def compiler_is_here(config: Trainer.Config) -> None:
+    """Raises ``JobError`` where inductor would look for a compiler in vain."""
+    on_host = torch.accelerator.current_accelerator(check_available=True) is None
+    compiled = config.compile.enable and config.compile.backend == "inductor"
+    if compiled and on_host and cpp_compiler() is None:
+        raise JobError(
+            f"compile.enable needs a C++ compiler on the host, and none is here: {REMEDY}"
+        )
