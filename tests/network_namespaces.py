@@ -21,17 +21,16 @@ class Machine:
     name: str
     address: str
 
-    def command(self, *command: str) -> list[str]:
-        return ["ip", "netns", "exec", self.name, *command]
+    @property
+    def enter(self) -> tuple[str, ...]:
+        """What comes before a command that is to run there."""
+        return "ip", "netns", "exec", self.name
 
     def pull_the_plug(self) -> None:
         """Every process is gone at once, and nobody is told."""
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
-
-    def cut_the_cable(self) -> None:
-        _ip("-n", self.name, "link", "set", "cable", "down")
 
     def is_idle(self) -> bool:
         due = time.monotonic() + 10

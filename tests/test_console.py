@@ -38,10 +38,14 @@ from titan_moe_lb.job import job_config
 TINY = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--metrics.log_freq=1"]
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+def start(
+    folder: Path, *arguments: str, within: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen:
+    """A run; ``within`` is the command of a place to start it in."""
     clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
+    train = [sys.executable, "-m", "titan_moe_lb.cli", "train"]
     return subprocess.Popen(
-        [sys.executable, "-m", "titan_moe_lb.cli", "train", *arguments, f"--dump_folder={folder}"],
+        [*within, *train, *arguments, f"--dump_folder={folder}"],
         env={**clean, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
