@@ -110,6 +110,9 @@ class BuildHooks:
     reset: BiasReset | None = None
     """Filled by ``update_from_config`` of the model."""
 
+    of_trainer: bool = False
+    """The same: it was torchtitan's trainer that filled the model. Another loop attaches."""
+
     def __call__(
         self,
         optimizers: OptimizersContainer,
@@ -118,6 +121,8 @@ class BuildHooks:
     ) -> None:
         if self.own is not None:
             self.own(optimizers, model_parts, parallel_dims)
+        if not self.of_trainer:
+            return
         register_load_balancing(optimizers, model_parts, parallel_dims)
         remember_once_loaded(model_parts)
         if self.reset is not None:
@@ -135,6 +140,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                 model_config_cls.update_from_config(self, config=config, **kwargs)
                 return
             hooks = _step_hooks(config)
+            hooks.of_trainer = True
             rules.validate(config)
             config.dataloader = tell_tokens(
                 config.dataloader,

@@ -1,0 +1,50 @@
+"""Trainers of torchtitan's experiments: counts, aux gradient and bias against its own model there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchtitan.config import ParallelismConfig
+
+from tests.other_trainers import (
+    MICRO_BATCHES,
+    STEPS,
+    fault_tolerant_trainer,
+    forge_engine,
+    forge_engine_as_it_is,
+    graph_trainer,
+    policy_trainer,
+)
+
+EP2 = ParallelismConfig(data_parallel_shard_degree=2, expert_parallel_degree=2)
+CASES = {
+    "reinforcement learning, EP": (2, policy_trainer, (EP2,), (EP2,)),
+    "graph trainer, eager": (1, graph_trainer, (), (None,)),
+    "graph trainer, aot_fx_trace": (1, graph_trainer, (), ("aot_fx_trace",)),
+    "fault-tolerant": (1, fault_tolerant_trainer, (), ()),
+    "forge": (1, forge_engine, (), ()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trainer_balances(ranks, case):
+    """The routers of torchtitan's own model in the same trainer say what is to be counted."""
+    num_ranks, train, own_arguments, arguments = CASES[case]
+    own = ranks.run(num_ranks, train, False, *own_arguments)
+    found = ranks.run(num_ranks, train, True, *arguments)
+    assert len(own[0].counts) == STEPS and own[0].counts[0] != own[0].counts[1]
+    for seen in found:
+        assert seen.counts == own[0].counts
+        assert seen.biases == own[0].biases
+        assert max(map(max, seen.biases[-1])) > 0
+    textbooks = torch.stack([torch.stack(seen.textbook_gradients) for seen in own])
+    expected = textbooks.mean(dim=0).unflatten(0, (STEPS, MICRO_BATCHES)).mean(dim=1)
+    added = torch.stack(found[0].gate_gradients) - torch.stack(own[0].gate_gradients)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_forge_asks_for_a_loss_that_no_spec_has(ranks):
+    """Nobody's model runs there as it is; when this fails, docs/own_loops.md has to say so."""
+    (said,) = ranks.run(1, forge_engine_as_it_is)
+    assert said == "'ModelSpec' object has no attribute 'loss'"
