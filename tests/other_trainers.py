@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchtitan import experiments
 from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import default_adamw, register_moe_load_balancing_hook
 from torchtitan.config import (
     CompileConfig,
@@ -34,6 +35,8 @@ from torchtitan.models import deepseek_v3
 from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model_registry import recipes
 from tests.other_models import tiny
@@ -42,6 +45,7 @@ from tests.parity.textbook import sequence_counts, textbook_loss
 from titan_moe_lb.losses import SequenceWiseAuxLoss
 from titan_moe_lb.model_spec import balanced
 from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.own_loop.transformers_backend import balanced_transformers
 from titan_moe_lb.router import moe_layers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu
@@ -96,7 +100,9 @@ def watch(parts: list[nn.Module], optimizers: Any, dims: ParallelDims) -> Seen:
 
     def note_textbook(inputs: tuple, out: tuple[torch.Tensor, ...]) -> None:
         weight = whole(gate.weight).detach().clone().requires_grad_()
-        scores = torch.sigmoid(inputs[0].detach() @ weight.T)
+        logits = inputs[0].detach() @ weight.T
+        softmax = layers[-1].router.score_func == "softmax"
+        scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()
         textbook_loss("sequence_wise", None, scores, out[1], None).backward()
         seen.textbook_gradients.append(weight.grad)
 
@@ -202,8 +208,8 @@ def _without_actors() -> tuple[Any, Any]:
     return trainer.PolicyTrainer, types.TrainingMicrobatch
 
 
-def _job(model_spec: ModelSpec) -> Trainer.Config:
-    config = recipes.debug(model_spec, local_batch_size=ROWS, seq_len=SEQ_LEN)
+def _job(model_spec: ModelSpec, loss: CrossEntropyLoss.Config | None = None) -> Trainer.Config:
+    config = recipes.debug(model_spec, loss, local_batch_size=ROWS, seq_len=SEQ_LEN)
     config.optimizer = default_adamw(lr=0.0)
     config.training.steps = STEPS
     config.training.global_batch_size = ROWS * MICRO_BATCHES
@@ -244,11 +250,55 @@ def fault_tolerant_trainer(ours: bool) -> Seen:
     trainer_class = importlib.import_module(f"{folder}.trainer").FaultTolerantTrainer
     checkpoint = importlib.import_module(f"{folder}.checkpoint").TorchFTCheckpointManager.Config()
     model_spec = on_host(spec(ours))
-    job = _job(model_spec)
-    # What torchtitan's own trainer prepares, and this one does not.
+    # Not the chunked loss, nor the backend: this trainer prepares neither, torchtitan's does.
+    loss = CrossEntropyLoss.Config(global_vocab_size=model_spec.model.vocab_size)
+    job = _job(model_spec, loss)
     set_spmd_backend(job.parallelism.spmd_backend)
-    job.loss = CrossEntropyLoss.Config(global_vocab_size=model_spec.model.vocab_size)
     return _train(trainer_class.Config(**_fields_of(job) | {"checkpoint": checkpoint}))
+
+
+def transformers_trainer(ours: bool, folder: str) -> Seen:
+    """A Hugging Face model with torchtitan's MoE layers. One rank.
+
+    Args:
+        folder: of the model's ``config.json``.
+    """
+    package = "torchtitan.experiments.transformers_modeling_backend"
+    backend = importlib.import_module(package)
+    config_class = importlib.import_module(f"{package}.configs").TransformersBackendConfig
+    model = backend.HFTransformerModel.Config(model_config=backend.TitanMoeModelConfig())
+    model_spec = dataclasses.replace(backend.model_registry("debugmodel_moe"), model=model)
+    if ours:
+        model_spec = balanced_transformers(model_spec, aux_losses=LOSSES)
+    else:
+        model_spec.post_optimizer_build_fn = _initialize_and_move_bias
+    job = _job(model_spec, CrossEntropyLoss.Config())
+    job.metrics = MetricsProcessor.Config()
+    if cpu.needed():
+        cpu.adapt(job)
+        job.override.imports.clear()  # which know torchtitan's own attention
+        AttentionInterface.register(model.attn_implementation, _dense_attention)
+    trainer = config_class(**_fields_of(job), hf_model=folder).build()
+    parts, optimizers, dims = trainer.model_parts, trainer.optimizers, trainer.parallel_dims
+    if ours:
+        attach(parts, optimizers, dims, rows_per_step=ROWS * MICRO_BATCHES)
+    seen = watch(parts, optimizers, dims)
+    trainer.train()
+    trainer.close()
+    return seen
+
+
+def _initialize_and_move_bias(optimizers: Any, parts: list[nn.Module], dims: ParallelDims) -> None:
+    for module in parts[0].modules():
+        if isinstance(module, MoE):
+            module.init_states()
+    register_moe_load_balancing_hook(optimizers, parts, dims)
+
+
+def _dense_attention(module, query, key, value, attention_mask, *, scaling, **_):
+    """FlexAttention has no backward on the host."""
+    (mask,) = attention_mask.mask_mod.args
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
 
 def _train(config: Trainer.Config) -> Seen:

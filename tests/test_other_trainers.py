@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torchtitan.config import ParallelismConfig
+from transformers import Qwen3MoeConfig
 
 from tests.other_trainers import (
     MICRO_BATCHES,
     STEPS,
+    Seen,
     fault_tolerant_trainer,
     forge_engine,
     forge_engine_as_it_is,
     graph_trainer,
     policy_trainer,
+    transformers_trainer,
 )
 
 EP2 = ParallelismConfig(data_parallel_shard_degree=2, expert_parallel_degree=2)
@@ -28,10 +31,13 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_trainer_balances(ranks, case):
-    """The routers of torchtitan's own model in the same trainer say what is to be counted."""
     num_ranks, train, own_arguments, arguments = CASES[case]
     own = ranks.run(num_ranks, train, False, *own_arguments)
-    found = ranks.run(num_ranks, train, True, *arguments)
+    check(own, ranks.run(num_ranks, train, True, *arguments))
+
+
+def check(own: list[Seen], found: list[Seen]) -> None:
+    """The routers of torchtitan's own model in the same trainer say what is to be counted."""
     assert len(own[0].counts) == STEPS and own[0].counts[0] != own[0].counts[1]
     for seen in found:
         assert seen.counts == own[0].counts
@@ -42,6 +48,25 @@ def test_trainer_balances(ranks, case):
     added = torch.stack(found[0].gate_gradients) - torch.stack(own[0].gate_gradients)
     assert expected.abs().max() > 0
     torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_hugging_face_model_balances(ranks, tmp_path):
+    Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        vocab_size=2048,
+    ).save_pretrained(tmp_path)
+    own = ranks.run(1, transformers_trainer, False, str(tmp_path))
+    check(own, ranks.run(1, transformers_trainer, True, str(tmp_path)))
 
 
 def test_forge_asks_for_a_loss_that_no_spec_has(ranks):

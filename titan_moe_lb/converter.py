@@ -74,26 +74,34 @@ class LoadBalanceConverter(ModelConfigConverter):
         numbers = layer_numbers(model_config)
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
-            if type(moe.router) is not TokenChoiceTopKRouter.Config:
-                raise JobError(
-                    f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
-                    "TokenChoiceTopKRouter can be replaced"
-                )
-            bias = self._expert_bias(moe)
-            # torchtitan's layer has the buffer of the bias where this is a number; its own
-            # update, whose speed the number is, does not run.
-            moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
-            moe.router = derive(
-                moe.router,
-                LoadBalancedRouter.Config,
-                aux_losses=copy.deepcopy(self.config.aux_losses),
-                expert_bias=bias,
-                forced_routing=copy.deepcopy(self.config.forced_routing),
-                layer=numbers[fqn],
-            )
-            moe.router.bind_components()
+            self.convert_layer(fqn, moe, numbers[fqn])
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
+
+    def convert_layer(self, fqn: str, moe: MoE.Config, number: int) -> None:
+        """Convert one layer in place.
+
+        Args:
+            number: of the layer in the whole model.
+        """
+        if type(moe.router) is not TokenChoiceTopKRouter.Config:
+            raise JobError(
+                f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
+                "TokenChoiceTopKRouter can be replaced"
+            )
+        bias = self._expert_bias(moe)
+        # torchtitan's layer has the buffer of the bias where this is a number; its own
+        # update, whose speed the number is, does not run.
+        moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
+        moe.router = derive(
+            moe.router,
+            LoadBalancedRouter.Config,
+            aux_losses=copy.deepcopy(self.config.aux_losses),
+            expert_bias=bias,
+            forced_routing=copy.deepcopy(self.config.forced_routing),
+            layer=number,
+        )
+        moe.router.bind_components()
 
     def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
         if self.config.expert_bias == "keep":
