@@ -225,11 +225,12 @@ def _fields_of(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
-def graph_trainer(ours: bool, mode: str | None = None) -> Seen:
+def graph_trainer(ours: bool, mode: str | None = None, passes: bool = False) -> Seen:
     """The graph trainer's DeepSeek-V3. One rank.
 
     Args:
-        mode: of its compilation, without the passes that ask for a GPU; None: eager.
+        mode: of its compilation; None: eager.
+        passes: its graph passes as well, among them the one that recomputes activations.
     """
     configs = importlib.import_module("torchtitan.experiments.graph_trainer.configs")
     package = importlib.import_module("torchtitan.experiments.graph_trainer.deepseek_v3")
@@ -237,7 +238,11 @@ def graph_trainer(ours: bool, mode: str | None = None) -> Seen:
     if ours:
         config.model_spec = balanced(config.model_spec, aux_losses=LOSSES)
     config.compile = configs.GraphTrainerCompileConfig(
-        enable=mode is not None, mode=mode, enable_passes=False
+        enable=mode is not None,
+        mode=mode,
+        enable_passes=passes,
+        # Asks Triton for the memory bandwidth of a GPU.
+        disable_passes=["joint_transformer_block_bucketing_reordering_pass"],
     )
     if cpu.needed():
         cpu.adapt(config)
@@ -282,6 +287,14 @@ def transformers_trainer(ours: bool, folder: str) -> Seen:
     parts, optimizers, dims = trainer.model_parts, trainer.optimizers, trainer.parallel_dims
     if ours:
         attach(parts, optimizers, dims, rows_per_step=ROWS * MICRO_BATCHES)
+    # The backend leaves some weights, and the frequencies, to what the memory held.
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in parts[0].parameters():
+            parameter.fill_(1) if parameter.ndim == 1 else parameter.normal_(std=0.02)
+        for name, buffer in parts[0].named_buffers():
+            if name.endswith("inv_freq"):
+                buffer.fill_(0.1)
     seen = watch(parts, optimizers, dims)
     trainer.train()
     trainer.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torchtitan.config import ParallelismConfig
@@ -18,12 +21,14 @@ from tests.other_trainers import (
     policy_trainer,
     transformers_trainer,
 )
+from titan_moe_lb import JobError, balanced, balanced_transformers
 
 EP2 = ParallelismConfig(data_parallel_shard_degree=2, expert_parallel_degree=2)
 CASES = {
     "reinforcement learning, EP": (2, policy_trainer, (EP2,), (EP2,)),
     "graph trainer, eager": (1, graph_trainer, (), (None,)),
     "graph trainer, aot_fx_trace": (1, graph_trainer, (), ("aot_fx_trace",)),
+    "graph trainer, graph passes": (1, graph_trainer, (), ("aot_fx_trace", True)),
     "fault-tolerant": (1, fault_tolerant_trainer, (), ()),
     "forge": (1, forge_engine, (), ()),
 }
@@ -67,6 +72,23 @@ def test_hugging_face_model_balances(ranks, tmp_path):
     ).save_pretrained(tmp_path)
     own = ranks.run(1, transformers_trainer, False, str(tmp_path))
     check(own, ranks.run(1, transformers_trainer, True, str(tmp_path)))
+
+
+def test_dense_hugging_face_model_is_refused():
+    backend = importlib.import_module("torchtitan.experiments.transformers_modeling_backend")
+    spec = backend.model_registry("debugmodel")
+    with pytest.raises(JobError, match="no MoE layer.*titan_moe_lb.balanced_transformers"):
+        balanced(spec)
+    model = SimpleNamespace(
+        layers={"0": object()}, config=SimpleNamespace(architectures=["Qwen3ForCausalLM"])
+    )
+    with pytest.raises(JobError, match="finds no MoE layer in Qwen3ForCausalLM: choose a MoE"):
+        balanced_transformers(spec).parallelize_fn(
+            model,
+            compile_config=SimpleNamespace(enable=False),
+            ac_config=None,
+            parallel_dims=SimpleNamespace(pp_enabled=False),
+        )
 
 
 def test_forge_asks_for_a_loss_that_no_spec_has(ranks):

@@ -66,7 +66,8 @@ class LoadBalanceConverter(ModelConfigConverter):
         if not layers:
             raise JobError(
                 f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
-                "aux loss: leave out [model] aux_losses or choose a MoE flavor"
+                "aux loss: leave out [model] aux_losses or choose a MoE flavor "
+                "(a Hugging Face model: titan_moe_lb.balanced_transformers)"
             )
         rule = self.config.expert_bias
         if rule not in (None, "keep") and not isinstance(rule, ExpertBias.Config):
