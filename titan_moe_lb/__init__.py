@@ -56,6 +56,7 @@ _MODULES = {
     "own_loop.attach": ("Balance", "attach"),
     "own_loop.build": ("BuiltModel", "build_model"),
     "own_loop.routing_replay": ("RoutingReplay",),
+    "own_loop.transformers_backend": ("balanced_transformers",),
     "train": ("trainer_config",),
     "value_schedule": ("Change",),
     "telemetry.metric": ("Metric", "Reduction"),

@@ -66,7 +66,8 @@ class LoadBalanceConverter(ModelConfigConverter):
         if not layers:
             raise JobError(
                 f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
-                "aux loss: leave out [model] aux_losses or choose a MoE flavor"
+                "aux loss: leave out [model] aux_losses or choose a MoE flavor "
+                "(a Hugging Face model: titan_moe_lb.balanced_transformers)"
             )
         rule = self.config.expert_bias
         if rule not in (None, "keep") and not isinstance(rule, ExpertBias.Config):
@@ -74,26 +75,34 @@ class LoadBalanceConverter(ModelConfigConverter):
         numbers = layer_numbers(model_config)
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
-            if type(moe.router) is not TokenChoiceTopKRouter.Config:
-                raise JobError(
-                    f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
-                    "TokenChoiceTopKRouter can be replaced"
-                )
-            bias = self._expert_bias(moe)
-            # torchtitan's layer has the buffer of the bias where this is a number; its own
-            # update, whose speed the number is, does not run.
-            moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
-            moe.router = derive(
-                moe.router,
-                LoadBalancedRouter.Config,
-                aux_losses=copy.deepcopy(self.config.aux_losses),
-                expert_bias=bias,
-                forced_routing=copy.deepcopy(self.config.forced_routing),
-                layer=numbers[fqn],
-            )
-            moe.router.bind_components()
+            self.convert_layer(fqn, moe, numbers[fqn])
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
+
+    def convert_layer(self, fqn: str, moe: MoE.Config, number: int) -> None:
+        """Convert one layer in place.
+
+        Args:
+            number: of the layer in the whole model.
+        """
+        if type(moe.router) is not TokenChoiceTopKRouter.Config:
+            raise JobError(
+                f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
+                "TokenChoiceTopKRouter can be replaced"
+            )
+        bias = self._expert_bias(moe)
+        # torchtitan's layer has the buffer of the bias where this is a number; its own
+        # update, whose speed the number is, does not run.
+        moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
+        moe.router = derive(
+            moe.router,
+            LoadBalancedRouter.Config,
+            aux_losses=copy.deepcopy(self.config.aux_losses),
+            expert_bias=bias,
+            forced_routing=copy.deepcopy(self.config.forced_routing),
+            layer=number,
+        )
+        moe.router.bind_components()
 
     def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
         if self.config.expert_bias == "keep":
@@ -110,6 +119,9 @@ class BuildHooks:
     reset: BiasReset | None = None
     """Filled by ``update_from_config`` of the model."""
 
+    of_trainer: bool = False
+    """The same: it was torchtitan's trainer that filled the model. Another loop attaches."""
+
     def __call__(
         self,
         optimizers: OptimizersContainer,
@@ -118,6 +130,8 @@ class BuildHooks:
     ) -> None:
         if self.own is not None:
             self.own(optimizers, model_parts, parallel_dims)
+        if not self.of_trainer:
+            return
         register_load_balancing(optimizers, model_parts, parallel_dims)
         remember_once_loaded(model_parts)
         if self.reset is not None:
@@ -135,6 +149,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                 model_config_cls.update_from_config(self, config=config, **kwargs)
                 return
             hooks = _step_hooks(config)
+            hooks.of_trainer = True
             rules.validate(config)
             config.dataloader = tell_tokens(
                 config.dataloader,

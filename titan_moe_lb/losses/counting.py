@@ -54,12 +54,14 @@ def count(
         int64 ``(S, Q, E)``.
     """
     num_rows = ids_BLK.shape[0]
-    counts_SQE = ids_BLK.new_zeros(len(sources), num_rows * num_documents, num_experts)
+    # What was added is read off the sums' own result: a graph that recomputes a tensor for its
+    # backward repeats the operators that lead to it, and not what was done to it in place.
+    counted: list[torch.Tensor] = []
     document_BL1 = None
     if num_documents > 1:
         assert tokens is not None and tokens.document_BL is not None
         document_BL1 = tokens.document_BL.unsqueeze(-1)
-    for source, counts_QE in zip(sources, counts_SQE, strict=True):
+    for source in sources:
         counted_BLK = unbiased_ids_BLK() if source.choice == "scores" else ids_BLK
         valid_BL1 = one
         if tokens is not None and source.choice != "dispatched":
@@ -70,16 +72,17 @@ def count(
             valid_BL1 = valid_BL1 * reached
         if document_BL1 is not None:
             counted_BLK = counted_BLK + document_BL1 * num_experts
-        add_tokens_(counts_QE.view(num_rows, -1), counted_BLK, valid_BL1)
-    return counts_SQE
+        zeros_BE = ids_BLK.new_zeros(num_rows, num_documents * num_experts)
+        counted.append(add_tokens_(zeros_BE, counted_BLK, valid_BL1))
+    shape = (len(sources), num_rows * num_documents, num_experts)
+    return (counted[0] if len(counted) == 1 else torch.stack(counted)).view(shape)
 
 
 def _experts_of_reached_groups(
     ids_BLK: torch.Tensor, groups: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All experts, and whether each token has one of the same group, both ``(B, L, E)`` int64."""
-    reached_BLG = ids_BLK.new_zeros(*ids_BLK.shape[:2], groups)
-    reached_BLG.scatter_(-1, ids_BLK // size, 1)
+    reached_BLG = ids_BLK.new_zeros(*ids_BLK.shape[:2], groups).scatter_(-1, ids_BLK // size, 1)
     experts_E = torch.arange(groups * size, device=ids_BLK.device)
     reached_BLE = reached_BLG.repeat_interleave(size, dim=-1)
     return experts_E.expand_as(reached_BLE), reached_BLE

@@ -12,6 +12,7 @@ S = key length (differs from L under context parallelism).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,16 +30,15 @@ from torchtitan.models.common import attention as upstream
 from torchtitan.models.common.attention import FlexAttention
 
 
-class DenseMask:
-    """A mask function that was evaluated at every query and key."""
-
-    def __init__(self, mask_BNLS: torch.Tensor) -> None:
-        self.mask_BNLS = mask_BNLS
-
-    def __call__(
-        self, b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
-    ) -> torch.Tensor:
-        return self.mask_BNLS[b, h, q_idx, kv_idx]
+def look_up(
+    mask_BNLS: torch.Tensor,
+    b: torch.Tensor,
+    h: torch.Tensor,
+    q_idx: torch.Tensor,
+    kv_idx: torch.Tensor,
+) -> torch.Tensor:
+    """A mask function that was evaluated at every query and key, once its first is bound."""
+    return mask_BNLS[b, h, q_idx, kv_idx]
 
 
 def dense_block_mask(
@@ -51,7 +51,10 @@ def dense_block_mask(
     BLOCK_SIZE: int | tuple[int, int] = 128,
     **ignored: object,
 ) -> BlockMask:
-    """A block mask that names every block and whose ``mask_mod`` is a :class:`DenseMask`.
+    """A block mask that names every block and whose ``mask_mod`` is a :func:`look_up`.
+
+    A partial function, because torch finds the tensor in it where a block mask is an input of a
+    traced graph.
 
     Takes the arguments of ``torch.nn.attention.flex_attention.create_block_mask``.
     """
@@ -69,7 +72,7 @@ def dense_block_mask(
         torch.full(shape, key_blocks, dtype=torch.int32, device=device),
         key_indices.expand(*shape, key_blocks).contiguous(),
         BLOCK_SIZE=(query_block, key_block),
-        mask_mod=DenseMask(mask_BNLS),
+        mask_mod=functools.partial(look_up, mask_BNLS),
         seq_lengths=(Q_LEN, KV_LEN),
     )
 
@@ -111,8 +114,8 @@ class DenseMaskAttention(FlexAttention):
         if score_mod is not None:
             raise NotImplementedError("score_mod is not supported by the host attention")
         q_BNLH, k_BNSH, v_BNSH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
-        assert isinstance(attention_masks.mask_mod, DenseMask)
-        mask_BNLS = attention_masks.mask_mod.mask_BNLS
+        assert isinstance(attention_masks.mask_mod, functools.partial)
+        (mask_BNLS,) = attention_masks.mask_mod.args
         # Typed at its boundary, as torchtitan does around its own flex kernel.
         with spmd.no_typecheck():
             if out_transform is None:
