@@ -158,7 +158,8 @@ class StepHook:
         """
         if not (part.training and torch.is_grad_enabled()):
             return
-        rows = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)).shape[0]
+        given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        rows = local_shard(given).shape[0]
         has_losses = len(self._routers[0].aux_losses) > 0
         if has_losses and rows != (self._loop.micro_batch_size or rows):
             raise JobError(
