@@ -55,7 +55,7 @@ WRONG_OUTPUT = {
     "plan --hardware h100 -o folder": "folder is a folder",
 }
 WRONG_COMMAND = {
-    "": "a command is missing; valid: doctor, plan, report, train, watch",
+    "": "a command is missing; valid: diagnose, doctor, plan, report, train, watch",
     "reprot run": "'reprot' is not expected here; did you mean 'report'?",
     "report": "RUN_DIR is missing: Folder of the run",
     "report --comapre twin": "there is no flag --comapre; did you mean '--compare'?",
@@ -71,6 +71,9 @@ WRONG_COMMAND = {
     "report run --compare twin --compare qwen": "take two runs of one model",
     "doctor now": "'now' is not expected here; a flag begins with --",
     "watch": "RUN_DIR is missing: Folder of the run",
+    "diagnose": "RUN_DIR is missing: Folder of the run",
+    "diagnose nowhere": "nowhere: there is no such folder or file: name the folder of a run",
+    "diagnose run --fail-on eror": "--fail-on is 'eror'; it must be one of 'note', 'warning', 'fault'",
     "watch nowhere --once": "nowhere: there is no such folder or file",
     "watch folder --onec": "there is no flag --onec; did you mean '--once'?",
     "watch run --once=yes": "--once takes no value, not even 'yes': its opposite is --no-once",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -83,6 +83,27 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Diagnose:
+    """Say what is wrong with the balance of a run, and what to change."""
+
+    run_dir: RunDir
+    """Folder of the run, or its moe_load.arrow."""
+    json: bool = False
+    """Print an object instead of sentences."""
+    fail_on: Annotated[
+        Literal["note", "warning", "fault"] | None, _optional("{note,warning,fault}")
+    ] = None
+    """Status 1 where something at least as bad is found."""
+
+    def run(self) -> None:
+        from titan_moe_lb.diagnose.command import diagnose
+
+        status = diagnose(self.run_dir, as_json=self.json, fail_on=self.fail_on)
+        if status:
+            raise SystemExit(status)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan(Question):
     """Plan a job before it runs: what imbalance costs in time and memory, by EP degree."""
 
@@ -107,6 +128,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "plan": Plan,
     "watch": Watch,
     "report": Report,
+    "diagnose": Diagnose,
     "doctor": Doctor,
 }
 

@@ -1,0 +1,1 @@
+"""``titan-moe-lb diagnose``: what is wrong with the balance of a run, and what to change."""
