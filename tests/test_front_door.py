@@ -73,7 +73,7 @@ WRONG_COMMAND = {
     "watch": "RUN_DIR is missing: Folder of the run",
     "diagnose": "RUN_DIR is missing: Folder of the run",
     "diagnose nowhere": "nowhere: there is no such folder or file: name the folder of a run",
-    "diagnose run --fail-on eror": "--fail-on is 'eror'; it must be one of 'note', 'warning', 'fault'",
+    "diagnose run --fail-on eror": "--fail-on is 'eror'; it must be one of 'never', 'note', 'warning', 'fault'",
     "watch nowhere --once": "nowhere: there is no such folder or file",
     "watch folder --onec": "there is no flag --onec; did you mean '--once'?",
     "watch run --once=yes": "--once takes no value, not even 'yes': its opposite is --no-once",

@@ -90,10 +90,8 @@ class Diagnose:
     """Folder of the run, or its moe_load.arrow."""
     json: bool = False
     """Print an object instead of sentences."""
-    fail_on: Annotated[
-        Literal["note", "warning", "fault"] | None, _optional("{note,warning,fault}")
-    ] = None
-    """Status 1 where something at least as bad is found."""
+    fail_on: Literal["never", "note", "warning", "fault"] = "never"
+    """Status 1 where something at least as bad is found, or the run is too short to say."""
 
     def run(self) -> None:
         from titan_moe_lb.diagnose.command import diagnose

@@ -12,13 +12,13 @@ from titan_moe_lb.diagnose.finding import Finding, Severity
 from titan_moe_lb.traces.trace import Trace, read_trace
 
 
-def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str | None = None) -> int:
+def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") -> int:
     """Print what is wrong with a run.
 
     Args:
         run_dir: folder of the run, or its trace.
         as_json: an object with ``steps`` and ``findings`` instead of sentences.
-        fail_on: the least severity that the status tells.
+        fail_on: the least severity that the status tells; "never": none.
 
     Returns:
         1 where something at least as bad as ``fail_on`` was found, or the run is too short to say
@@ -31,7 +31,7 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str | None = None
     enough = len(trace.steps) >= FEWEST_STEPS
     found = findings(trace) if enough else []
     print(_json(trace, found) if as_json else _sentences(trace, found, enough))
-    if fail_on is None:
+    if fail_on == "never":
         return 0
     bad = [finding for finding in found if finding.severity >= Severity[fail_on.upper()]]
     return int(bool(bad) or not enough)
