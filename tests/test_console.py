@@ -300,7 +300,9 @@ def tell(line, status=1, is_echo=False):
     with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
         json.dump(dict(message=message, titan_moe_lb=ours), file)
     os._exit(status)
-if kind == "echo": tell("echo", is_echo=True)
+if kind == "echo":
+    time.sleep(0.3 * int(os.environ["RANK"]))  # or two that start at once would race
+    tell("echo", is_echo=True)
 if kind == "bug": time.sleep(0.02); tell("a bug")
 if kind == "user": tell("[training] steps", status=2)
 if kind == "kill": os.kill(os.getpid(), signal.SIGKILL)

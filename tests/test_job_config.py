@@ -55,7 +55,8 @@ def test_values_that_change_come_from_tables_and_flags(tmp_path):
     text += "[[model.expert_bias.changes]]\ntokens = 14.3e12\nvalue = 0.0\n"
     arguments = job_file(tmp_path, text)
     job = job_config.load(arguments)
-    rule = SignBias.Config(speed=0.01, changes=[Change(tokens=14.3e12, value=0.0)])
+    changes = [Change(tokens=14.3e12, value=0.0)]
+    rule = SignBias.Config(speed=0.01, changes=changes, num_experts=8, top_k=2)
     assert job.config.model_spec.model.layers[-1].moe.router.expert_bias == rule
     assert (
         rule.changes
@@ -73,7 +74,8 @@ def test_a_foreign_model_keeps_its_own_bias(tmp_path):
     """torchtitan's coefficient is the speed of the sign rule."""
     module = ["--module", "torchtitan.models.deepseek_v3", "--config", "deepseek_v3_debugmodel"]
     flags = [*module, "--training.disable_cuda_graphs", "--model.aux_losses=[]"]
-    for given, rule in (([], SignBias.Config(speed=1e-3)), (["--model.expert_bias=none"], None)):
+    sign = SignBias.Config(speed=1e-3, num_experts=8, top_k=3)
+    for given, rule in (([], sign), (["--model.expert_bias=none"], None)):
         moe = job_config.load([*flags, *given]).config.model_spec.model.layers[-1].moe
         assert moe.router.expert_bias == rule
         assert (moe.load_balance_coeff is None) == (rule is None)

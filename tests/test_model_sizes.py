@@ -8,9 +8,9 @@ import pytest
 import tomli
 import torch
 
+from tests.test_configs import CONFIGS
 from tests.train_jobs import build_one_rank
 from titan_moe_lb.job import job_config
-from titan_moe_lb.job.catalog import CONFIGS
 
 
 def deepseek_v3() -> int:

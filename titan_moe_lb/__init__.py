@@ -112,6 +112,9 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names
     from titan_moe_lb.own_loop.attach import Balance as Balance, attach as attach
     from titan_moe_lb.own_loop.build import BuiltModel as BuiltModel, build_model as build_model
     from titan_moe_lb.own_loop.routing_replay import RoutingReplay as RoutingReplay
+    from titan_moe_lb.own_loop.transformers_backend import (
+        balanced_transformers as balanced_transformers,
+    )
     from titan_moe_lb.telemetry.metric import Metric as Metric, Reduction as Reduction
     from titan_moe_lb.telemetry.metrics import (
         LoadBalanceMetricsProcessor as LoadBalanceMetricsProcessor,

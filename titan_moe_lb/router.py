@@ -200,9 +200,11 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         ids_BLK = self._kept(ids_BLK)
         coefficients_BE = None
         if learns and self.record is not None:
-            counts_SQE = self._count(ids_BLK, scores_BLE, tokens, biased=expert_bias_E is not None)
+            counts_SQE, counts_by_source = self._count(
+                ids_BLK, scores_BLE, tokens, biased=expert_bias_E is not None
+            )
             coefficients_BE = self.aux_losses.coefficients(
-                scores_BLE, counts_SQE, inverse_BL, tokens, self.record, self._kept
+                scores_BLE, counts_by_source, inverse_BL, tokens, self.record, self._kept
             )
             if not is_recomputation():
                 self.record.note(counts_SQE, ids_BLK)
@@ -269,8 +271,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         tokens: BatchTokens | None,
         *,
         biased: bool,
-    ) -> torch.Tensor:
-        """Local tokens per source, sequence and expert, int64 ``(S, Q, E)``."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Local tokens per source, sequence and expert: see :func:`counting.count`."""
         assert self.record is not None
         forced = self.forced_routing is not None or self._debug_force_load_balance
 

@@ -39,7 +39,7 @@ def count(
     tokens: BatchTokens | None,
     num_documents: int,
     one: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Local tokens per source, sequence and expert.
 
     Args:
@@ -51,17 +51,18 @@ def count(
         one: 1, int64 ``()``.
 
     Returns:
-        int64 ``(S, Q, E)``.
+        int64 ``(S, Q, E)``, and its S rows. A backward needs the rows: they are the results of the
+        additions, and a graph that recomputes a tensor for its backward repeats the operators
+        that lead to it, and not what was done in place to a tensor that it is a part of.
     """
     num_rows = ids_BLK.shape[0]
-    # What was added is read off the sums' own result: a graph that recomputes a tensor for its
-    # backward repeats the operators that lead to it, and not what was done to it in place.
-    counted: list[torch.Tensor] = []
+    counts_SQE = ids_BLK.new_zeros(len(sources), num_rows * num_documents, num_experts)
+    by_source: list[torch.Tensor] = []
     document_BL1 = None
     if num_documents > 1:
         assert tokens is not None and tokens.document_BL is not None
         document_BL1 = tokens.document_BL.unsqueeze(-1)
-    for source in sources:
+    for source, counts_QE in zip(sources, counts_SQE.unbind(), strict=True):
         counted_BLK = unbiased_ids_BLK() if source.choice == "scores" else ids_BLK
         valid_BL1 = one
         if tokens is not None and source.choice != "dispatched":
@@ -72,10 +73,9 @@ def count(
             valid_BL1 = valid_BL1 * reached
         if document_BL1 is not None:
             counted_BLK = counted_BLK + document_BL1 * num_experts
-        zeros_BE = ids_BLK.new_zeros(num_rows, num_documents * num_experts)
-        counted.append(add_tokens_(zeros_BE, counted_BLK, valid_BL1))
-    shape = (len(sources), num_rows * num_documents, num_experts)
-    return (counted[0] if len(counted) == 1 else torch.stack(counted)).view(shape)
+        sums_BE = add_tokens_(counts_QE.view(num_rows, -1), counted_BLK, valid_BL1)
+        by_source.append(sums_BE.view_as(counts_QE))
+    return counts_SQE, by_source
 
 
 def _experts_of_reached_groups(

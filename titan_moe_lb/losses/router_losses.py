@@ -124,7 +124,7 @@ class RouterLosses(ModuleDict):
     def coefficients(
         self,
         scores_BLE: torch.Tensor,
-        counts_SQE: torch.Tensor,
+        counts_by_source: list[torch.Tensor],
         inverse_sums_BL: torch.Tensor | None,
         tokens: BatchTokens | None,
         record: RouterRecord,
@@ -134,7 +134,7 @@ class RouterLosses(ModuleDict):
 
         Args:
             scores_BLE: local scores.
-            counts_SQE: local tokens per source, sequence and expert, int64.
+            counts_by_source: local tokens per sequence and expert, int64 ``(Q, E)``.
             inverse_sums_BL: as for :func:`titan_moe_lb.losses.injection.gather_scores`.
             tokens: which are valid, and their sequences; None for whole rows.
             kept: makes a checkpointing policy save a tensor. What a repeated forward must not
@@ -160,7 +160,7 @@ class RouterLosses(ModuleDict):
         if self._needs_whole_sums:
             whole_QE = self._whole_sequences(own_QE)
         if self._needs_whole_counts:
-            counts_SQE = self._whole_sequences(counts_SQE)
+            counts_by_source = self._whole_counts(counts_by_source)
         total = None
         for index, loss in self._of_sums:
             of_documents = loss.config.documents is not None and documents
@@ -169,7 +169,7 @@ class RouterLosses(ModuleDict):
             sums_BE = rows_of(own_QE if loss.linear else whole_QE)
             counts_BE = None
             if loss.needs_counts:
-                counts_BE = rows_of(counts_SQE[self.source_index(loss)])
+                counts_BE = rows_of(counts_by_source[self.source_index(loss)])
             if not loss.linear and isinstance(sequences.share, torch.Tensor):
                 # A formula may divide by what an empty sequence has none of.
                 sums_BE = sums_BE.masked_fill(sequences.share == 0, 1 / sums_BE.shape[-1])
@@ -203,6 +203,11 @@ class RouterLosses(ModuleDict):
 
     def _rows(self, table_QE: torch.Tensor) -> torch.Tensor:
         return table_QE.unflatten(0, (-1, self.num_documents)).sum(dim=1)
+
+    def _whole_counts(self, counts_by_source: list[torch.Tensor]) -> list[torch.Tensor]:
+        if not self._sequence_groups:
+            return counts_by_source
+        return list(self._whole_sequences(torch.stack(counts_by_source)).unbind())
 
     def _whole_sequences(self, table: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold parts of the same sequences."""
