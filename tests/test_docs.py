@@ -128,7 +128,8 @@ def run_cli(arguments: list[str], monkeypatch) -> None:
         else:
             cli.main([*arguments, "--once"] if arguments[0] == "watch" else arguments)
     except SystemExit as stop:
-        if stop.code:  # 0 or None: --help, a completion
+        found = arguments[0] == "diagnose" and stop.code == 1
+        if stop.code and not found:  # 0 or None: --help, a completion
             raise
 
 
