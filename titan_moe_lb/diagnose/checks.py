@@ -7,83 +7,16 @@ Shape suffixes: S = steps of that window, M = MoE layers, E = experts, R = exper
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from titan_moe_lb.diagnose.finding import Finding, Severity
-from titan_moe_lb.traces.balance_statistics import max_violation, relative_load
+from titan_moe_lb.diagnose.window import FEWEST_STEPS, Window
+from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.trace import Trace
 
-FEWEST_STEPS = 5
 QUANTILE_BIAS = 'expert_bias = {type = "quantile"}'
-
-
-@dataclass(frozen=True)
-class Window:
-    """The end of a run."""
-
-    trace: Trace
-
-    @cached_property
-    def first(self) -> int:
-        """Index of its first step."""
-        steps = len(self.trace.steps)
-        return steps - max(FEWEST_STEPS, steps // 4)
-
-    @cached_property
-    def counts_SME(self) -> np.ndarray:
-        return self.trace.counts_SME[self.first :]
-
-    @cached_property
-    def load_SME(self) -> np.ndarray:
-        """Relative to balance."""
-        return relative_load(self.counts_SME)
-
-    @cached_property
-    def violation_M(self) -> np.ndarray:
-        """MaxVio of each layer, mean over the window."""
-        return max_violation(self.counts_SME).mean(axis=0)
-
-    def figure_SM(self, name: str) -> np.ndarray | None:
-        """A figure of the layers; None where the trace lacks it."""
-        values_SM = self.trace.figures.get(name)
-        if values_SM is None or np.isnan(values_SM[self.first :]).all():
-            return None
-        return values_SM[self.first :]
-
-    def step_figure_S(self, name: str) -> np.ndarray | None:
-        values_S = self.trace.step_figures.get(name)
-        if values_S is None or np.isnan(values_S[self.first :]).all():
-            return None
-        return values_S[self.first :]
-
-    def chance_violation(self, tokens: float) -> float:
-        """MaxVio that chance alone leaves of so many balanced tokens: the largest of E Poisson
-        counts of mean ``tokens K / E`` is about ``sqrt(2 ln E)`` deviations above the mean."""
-        info = self.trace.info
-        mean = max(tokens * info.top_k / info.num_experts, 1.0)
-        return math.sqrt(2 * math.log(max(info.num_experts, 2)) / mean)
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.trace.info.global_batch_size * self.trace.info.seq_len
-
-    @property
-    def is_forced(self) -> bool:
-        return self.trace.info.forced_routing is not None
-
-    def layers(self, chosen_M: np.ndarray) -> str:
-        """Numbers of some layers, in words."""
-        numbers = [self.trace.layers[i] for i in np.flatnonzero(chosen_M)]
-        if len(numbers) == len(self.trace.layers) > 1:
-            return f"all {len(numbers)} layers"
-        shown = ", ".join(map(str, numbers[:6]))
-        more = f" and {len(numbers) - 6} more" if len(numbers) > 6 else ""
-        return f"layer{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
 def loss_is_not_finite(window: Window) -> Finding | None:
@@ -140,20 +73,18 @@ def dead_experts(window: Window) -> Finding | None:
 
 
 def collapse(window: Window) -> Finding | None:
-    info = window.trace.info
-    worst = info.num_experts / info.top_k - 1
-    if worst <= 0:
-        return None
-    collapsed_M = window.violation_M > 0.5 * worst
+    num_experts = window.trace.info.num_experts
+    effective_M = window.effective_experts_M
+    collapsed_M = effective_M < num_experts / 2
     if not collapsed_M.any() or window.is_forced:
         return None
     return Finding(
         kind="collapse",
         severity=Severity.FAULT,
         what=f"routing collapses in {window.layers(collapsed_M)}",
-        evidence=f"MaxVio {window.violation_M.max():.2f} of at most {worst:.2f}",
-        reason="beyond half of what is possible, most tokens share the same few experts and the "
-        "others do not learn",
+        evidence=f"the load is as concentrated as on {effective_M.min():.1f} balanced experts of "
+        f"{num_experts} (MaxVio {window.violation_M[collapsed_M].max():.2f})",
+        reason="below half of the experts, the others hardly learn, and fall further behind",
         remedy="balance harder, from a checkpoint before the collapse",
         toml=QUANTILE_BIAS,
     )

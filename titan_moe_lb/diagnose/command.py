@@ -7,8 +7,9 @@ import json
 import textwrap
 from pathlib import Path
 
-from titan_moe_lb.diagnose.checks import FEWEST_STEPS, findings
+from titan_moe_lb.diagnose.checks import findings
 from titan_moe_lb.diagnose.finding import Finding, Severity
+from titan_moe_lb.diagnose.window import FEWEST_STEPS
 from titan_moe_lb.traces.trace import Trace, read_trace
 
 
