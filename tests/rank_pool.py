@@ -41,6 +41,10 @@ class RankPool:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
+    def start_anew(self) -> None:
+        """Let the next call have new processes: one before has changed these for good."""
+        self._stop()
+
     def need(self, num_ranks: int) -> None:
         """Fails at once if a call of as many ranks would; says it before other work is done."""
         assert num_ranks <= self.size, f"{num_ranks} ranks of {self.size}"

@@ -34,6 +34,14 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes_of_their_own(ranks):
+    """graph_trainer makes torch's BlockMask a pytree when it is imported, and context parallelism
+    then takes it apart."""
+    yield
+    ranks.start_anew()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_trainer_balances(ranks, case):
     num_ranks, train, own_arguments, arguments = CASES[case]
