@@ -24,7 +24,6 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from examples.chat_data import loader_config
 from model_registry.deepseek_v3 import model_registry
-from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import (
     EntropyLoss,
     GlobalBatchAuxLoss,
@@ -36,6 +35,7 @@ from titan_moe_lb.own_loop.attach import Balance, attach
 from titan_moe_lb.own_loop.build import BuiltModel, build_model
 from titan_moe_lb.router import moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.train import trainer_config
 from titan_moe_lb.upstream import cpu
 
 SEQ_LEN = 64
@@ -181,14 +181,12 @@ def as_the_trainer(
         chats: folder of a chat data set, whose rows are padded.
     """
     flags = ["--optimizer.param_groups.0.optimizer_kwargs.lr=0.0", f"--training.steps={steps}"]
-    config = job_config.load([*arguments, *flags]).config
+    config = trainer_config(*arguments, *flags)
     config.metrics.write_moe_trace = False
     if chats is not None:
         config.dataloader = loader_config(chats)
         config.hf_assets_path = f"{chats}/tokenizer"
     spec = model_registry("tiny")
-    if cpu.needed():
-        cpu.adapt(config)
     trainer = config.build()
     model, dims, context = build_model(spec, training=config.training)
     model.load_state_dict(trainer.model_parts[0].state_dict())
@@ -215,10 +213,8 @@ def as_the_trainer(
 def train_on_rows_of_another_number(arguments: list[str]) -> None:
     """Six rows in each forward of the trainer, whatever the job says."""
     flags = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--training.local_batch_size=2"]
-    config = job_config.load([*flags, *arguments]).config
+    config = trainer_config(*flags, *arguments)
     config.metrics.write_moe_trace = False
-    if cpu.needed():
-        cpu.adapt(config)
     trainer = config.build()
     tokens = torch.zeros(6, config.training.seq_len, dtype=torch.int64)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

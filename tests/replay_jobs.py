@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_moe_lb.job import job_config
 from titan_moe_lb.own_loop.attach import Balance
 from titan_moe_lb.own_loop.routing_replay import RoutingReplay
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.router import routers_of
-from titan_moe_lb.upstream import cpu, zero_bubble
+from titan_moe_lb.train import trainer_config
 
 ROWS, LENGTH = 4, 64
 LENGTHS = {10: 64, 11: 40, 12: 24, 13: 30, 14: 34, 15: 20, 16: 44}
@@ -46,12 +45,9 @@ def rollout_and_training(
         What the routers of this rank have answered: ``rollout``, ``own`` (training without replay),
         ``replayed``; the metrics and the bytes remembered.
     """
-    job = job_config.load(arguments)
-    job.config.metrics.write_moe_trace = False
-    if cpu.needed():
-        cpu.adapt(job.config)
-    zero_bubble.adapt(job.config)
-    trainer = job.config.build()
+    config = trainer_config(*arguments)
+    config.metrics.write_moe_trace = False
+    trainer = config.build()
     replay = RoutingReplay(Balance(trainer.model_parts, None, trainer.parallel_dims, 0))
     trainer.metrics_processor.should_log = lambda step: False
     answers: Choices = {}

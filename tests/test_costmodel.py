@@ -21,10 +21,10 @@ from titan_moe_lb.costmodel.hardware import FIGURES, Hardware
 from titan_moe_lb.costmodel.known_hardware import hardware, known_hardware
 from titan_moe_lb.costmodel.layer import MoELayer, Placement, measured_layer_time, moe_layer_time
 from titan_moe_lb.costmodel.makespan import makespan
-from titan_moe_lb.costmodel.placement import contiguous, greedy, tokens_of_experts
 from titan_moe_lb.costmodel.roofline import gemm_time
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.schedules import one_forward_one_backward
+from titan_moe_lb.traces.placement import contiguous, greedy, tokens_of_experts
 
 DEVICE = Hardware(
     name="round numbers",

@@ -13,6 +13,7 @@ from tests.synthetic_trace import FIGURES, run_info
 from titan_moe_lb import cli
 from titan_moe_lb.diagnose import checks
 from titan_moe_lb.diagnose.command import diagnose
+from titan_moe_lb.traces import placement
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
@@ -155,5 +156,6 @@ def test_a_run_that_is_too_short_says_so(tmp_path, capsys):
 
 def test_overload_of_the_best_order_by_hand():
     """4, 3, 2, 1 on two ranks of two: 4 + 1 and 3 + 2."""
-    assert checks._packed(np.array([4.0, 3.0, 2.0, 1.0]), 2) == 1
-    assert checks._packed(np.array([9.0, 1.0, 1.0, 1.0]), 2) == 10 / 6
+    for load_E, expected in (([4.0, 3.0, 2.0, 1.0], 1), ([9.0, 1.0, 1.0, 1.0], 10 / 6)):
+        best = placement.greedy(np.array(load_E), 2)
+        assert checks.overload(np.array(load_E), best) == expected

@@ -200,3 +200,20 @@ def test_a_batch_that_a_job_has_not_announced_is_refused(ranks):
     for num_ranks, flags in ((1, []), (2, ["--parallelism.pipeline_parallel_degree=2"])):
         with pytest.raises(RuntimeError, match="micro-batches of . sequences and get 6"):
             ranks.run(num_ranks, train_on_rows_of_another_number, flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"gradients": "average"}, r"attach\(gradients='average'\): it must be .sum. or .mean."),
+        ({"rows_per_step": 0}, r"attach\(rows_per_step\) is 0; a step has at least one row"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, line):
+    with pytest.raises(JobError, match=line):
+        loop(**arguments)
+
+
+def test_a_step_without_rows_is_refused():
+    with pytest.raises(JobError, match=r"begin_step\(rows\) is 0"):
+        loop()[2].begin_step(0)

@@ -147,8 +147,7 @@ def _attention() -> str:
 def _trainer() -> str:
     from titan_moe_lb.upstream import cpu
 
-    if cpu.needed():
-        cpu.use_host()
+    cpu.prepare()
     from titan_moe_lb.job import module_lookup
 
     models = module_lookup.registered_models()

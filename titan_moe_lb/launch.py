@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 
 import torch
@@ -23,6 +22,7 @@ if cpu.needed():
 from titan_moe_lb import processes, train
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import catalog, environment, job_config, model_help, run_folder
+from titan_moe_lb.parallel import single_process
 from titan_moe_lb.rules.files import validate_files
 
 _UNSAID = logging.NullHandler()
@@ -99,13 +99,9 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
 
 def _run_here(job: job_config.Job, world_size: int) -> None:
     """Train in this process: a single rank needs no launcher."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # torchtitan reads the size of a fake process group from NGPU.
-    size = str(world_size)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=size, NGPU=size)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    single_process.announce(world_size)
+    # torchtitan reads the size of a fake process group from here.
+    os.environ["NGPU"] = str(world_size)
     train.run(job, alone=True)
 
 

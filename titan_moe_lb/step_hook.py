@@ -241,6 +241,11 @@ class StepHook:
                 "skip_step() after one that is skipped"
             )
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the running step has counted a forward, or may have."""
+        return self._record.forwards > 0 or not self._counts_rows
+
     def skip_step(self) -> None:
         """The optimizer will not step: what the step has counted is forgotten."""
         with torch.no_grad():

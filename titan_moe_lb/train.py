@@ -57,7 +57,7 @@ def trainer_config(*arguments: str) -> Trainer.Config:
     Raises:
         JobError: the job does not hold.
     """
-    single_process.announce()
+    single_process.announce_unless_launched()
     config = job_config.load(list(arguments)).config
     _adapt(config)
     return config

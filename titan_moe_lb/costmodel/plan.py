@@ -18,8 +18,8 @@ from titan_moe_lb.costmodel.layer import (
     moe_layer_time,
 )
 from titan_moe_lb.costmodel.load import WORST
-from titan_moe_lb.costmodel.placement import contiguous, greedy, tokens_of_experts
 from titan_moe_lb.costmodel.step import step_time
+from titan_moe_lb.traces.placement import contiguous, greedy, tokens_of_experts
 
 CURVE_POINTS = 17
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from titan_moe_lb.diagnose.finding import Finding, Severity
 from titan_moe_lb.diagnose.window import FEWEST_STEPS, Window
+from titan_moe_lb.traces import placement
 from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.trace import Trace
 
@@ -177,9 +178,9 @@ def hot_rank(window: Window) -> Finding | None:
     if info.ep == 1 or info.num_experts % info.ep:
         return None
     mean_ME = window.counts_SME.mean(axis=0)
-    ranks_MR = mean_ME.reshape(len(mean_ME), info.ep, -1).sum(axis=-1)
-    factor_M = ranks_MR.max(axis=-1) / np.maximum(ranks_MR.mean(axis=-1), 1e-12)
-    best_M = np.array([_packed(load_E, info.ep) for load_E in mean_ME])
+    as_placed = placement.contiguous(info.num_experts, info.ep)
+    factor_M = np.array([overload(load_E, as_placed) for load_E in mean_ME])
+    best_M = np.array([overload(load_E, placement.greedy(load_E, info.ep)) for load_E in mean_ME])
     hot_M = (factor_M > 1.2) & (best_M < 1 + (factor_M - 1) / 2)
     if not hot_M.any():
         return None
@@ -189,7 +190,8 @@ def hot_rank(window: Window) -> Finding | None:
         severity=Severity.WARNING,
         what=f"one expert-parallel rank is hot because of what is placed on it, in "
         f"{window.layers(hot_M)}",
-        evidence=f"layer {window.trace.layers[worst]}: rank {int(ranks_MR[worst].argmax())} gets "
+        evidence=f"layer {window.trace.layers[worst]}: rank "
+        f"{int(mean_ME[worst][as_placed].sum(axis=-1).argmax())} gets "
         f"{factor_M[worst]:.2f} times its share; the same experts in another order would give "
         f"{best_M[worst]:.2f}",
         reason="above 1.2 every rank waits a fifth of the time of its experts",
@@ -199,13 +201,13 @@ def hot_rank(window: Window) -> Finding | None:
     )
 
 
-def _packed(load_E: np.ndarray, ranks: int) -> float:
-    """The overload of the fullest rank where the heaviest expert goes to the emptiest one."""
-    room_R, load_R = np.full(ranks, len(load_E) // ranks), np.zeros(ranks)
-    for load in -np.sort(-load_E):
-        rank = int(np.argmin(np.where(room_R > 0, load_R, np.inf)))
-        load_R[rank] += load
-        room_R[rank] -= 1
+def overload(load_E: np.ndarray, placement_Rn: np.ndarray) -> float:
+    """What the fullest rank gets, in balanced shares.
+
+    Args:
+        placement_Rn: expert ids of each rank.
+    """
+    load_R = load_E[placement_Rn].sum(axis=-1)
     return float(load_R.max() / max(load_R.mean(), 1e-12))
 
 

@@ -57,8 +57,13 @@ def attach(
         finished_steps: of the checkpoint that the loop goes on from.
 
     Raises:
-        JobError: the model has no balanced routers, or they have a loop already.
+        JobError: the model has no balanced routers, or they have a loop already; an argument that
+            cannot be.
     """
+    if gradients not in ("sum", "mean"):
+        raise JobError(f'attach(gradients={gradients!r}): it must be "sum" or "mean"')
+    if rows_per_step is not None:
+        _require_rows("attach(rows_per_step)", rows_per_step)
     parts = [model] if isinstance(model, nn.Module) else list(model)
     dims = _every_process_alone() if parallel_dims is None else parallel_dims
     routers = routers_of(parts)
@@ -113,9 +118,14 @@ class Balance:
         Args:
             rows: of the global batch, over all ranks.
             loss_scale: what a gradient scaler multiplies the loop's own loss by.
+
+        Raises:
+            JobError: there are no rows.
         """
+        _require_rows("begin_step(rows)", rows)
         if self._hook is not None:
-            self.skip_step()
+            if self._hook.has_begun:
+                self._hook.skip_step()
             self._hook.begin_step(rows, loss_scale)
 
     def skip_step(self) -> None:
@@ -162,6 +172,11 @@ class Balance:
         return step_metrics(
             load, figures, per_layer=per_layer, num_extreme_experts=num_extreme_experts
         )
+
+
+def _require_rows(where: str, rows: int) -> None:
+    if rows < 1:
+        raise JobError(f"{where} is {rows}; a step has at least one row")
 
 
 def _every_process_alone() -> ParallelDims:

@@ -75,7 +75,7 @@ def build_model(
             "build_model makes no pipeline: leave pipeline_parallel_degree at 1, or train with "
             "torchtitan's Trainer"
         )
-    single_process.announce()
+    single_process.announce_unless_launched()
     dims = layout.resolve(parallelism) if parallel_dims is None else parallel_dims
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
     if not torch.distributed.is_initialized():

@@ -6,14 +6,18 @@ import os
 import socket
 
 
+def announce_unless_launched() -> None:
+    """Announce this process as the only one, unless a launcher has announced it."""
+    if "RANK" not in os.environ:
+        announce()
+
+
 def announce(num_processes: int = 1) -> None:
-    """Announce this process as rank 0, unless a launcher has.
+    """Announce this process as rank 0.
 
     Args:
         num_processes: of the job; in a dry run the others are not there.
     """
-    if "RANK" in os.environ:
-        return
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -214,8 +214,7 @@ def _quiet_host() -> Iterator[None]:
     """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
     from titan_moe_lb.upstream import cpu
 
-    if cpu.needed():
-        cpu.use_host()
+    cpu.prepare()
     world_size = os.environ.get("WORLD_SIZE")
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
