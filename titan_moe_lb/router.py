@@ -96,6 +96,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Experts of an earlier forward that take the place of the choice."""
         self.decides_by_operator = False
         """The decision passes through an operator that a checkpointing policy saves."""
+        self.held_out_counts_E: torch.Tensor | None = None
+        """Where forwards that do not learn add their tokens, int64 ``(E,)``; None: nowhere."""
         self.record: RouterRecord | None = None
         self.step_record: StepRecord | None = None
         self.stage = 0
@@ -208,6 +210,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             )
             if not is_recomputation():
                 self.record.note(counts_SQE, ids_BLK)
+        elif not learns and self.held_out_counts_E is not None:
+            ids = ids_BLK.flatten()
+            self.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
         return ids_BLK, coefficients_BE
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:

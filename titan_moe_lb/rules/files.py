@@ -25,6 +25,7 @@ def validate_files(config: Trainer.Config) -> None:
     compiler_is_here(config)
     assets_are_here(config)
     datasets_are_known(config)
+    domains_are_known(config)
     batch_fits_in_memory(config)
     overrides_are_there(config)
     checkpoint_is_there(config)
@@ -63,6 +64,24 @@ def datasets_are_known(config: Trainer.Config) -> None:
         path = getattr(loader, "dataset_path", None)
         if path and path.startswith(("/", ".", "~")) and not os.path.exists(path):
             raise JobError(f"{place}.dataset_path {path}: there is no such file or folder")
+
+
+def domains_are_known(config: Trainer.Config) -> None:
+    domains = getattr(config.validator, "domains", [])
+    if not config.validator.enable or not domains:
+        return
+    if not isinstance(config.validator.dataloader, HuggingFaceTextDataLoader.Config):
+        raise JobError(
+            "validator.domains takes the place of validator.dataloader.dataset, and this loader "
+            "has none: leave domains empty"
+        )
+    for domain in domains:
+        if domain not in DATASETS:
+            raise JobError(
+                f"validator.domains {domain!r} does not exist; {nearest(domain, DATASETS)}"
+            )
+    if len(set(domains)) < len(domains):
+        raise JobError(f"validator.domains names one dataset twice: {', '.join(domains)}")
 
 
 def batch_fits_in_memory(config: Trainer.Config) -> None:

@@ -35,6 +35,19 @@ def reduce_step(layers: list[MoE], parallel_dims: ParallelDims) -> StepLoad:
     return _over_stages(table, parallel_dims)
 
 
+def reduce_counts(
+    layers: list[int], counts_NE: np.ndarray | None, parallel_dims: ParallelDims
+) -> StepLoad:
+    """Counts alone, of other tokens than a step's. Collective over the stages.
+
+    Args:
+        layers: numbers of this rank's layers; none for a stage without.
+        counts_NE: tokens per expert over the ranks that route the tokens of the stage.
+    """
+    table = None if counts_NE is None else _Table(layers, counts_NE, {})
+    return _over_stages(table, parallel_dims)
+
+
 @dataclass
 class _Table:
     """What one stage has of each of its layers."""
