@@ -112,6 +112,30 @@ class Plan(Question):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Study:
+    """Run a job under many settings, and show what each costs and brings."""
+
+    study: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY.toml")]
+    """The job and its axes; docs/studies.md describes the file."""
+    output: Annotated[Path | None, _optional("FOLDER", "-o")] = None
+    """Where the runs and the page go; default: outputs/ and the name of the file."""
+    processes: Annotated[int | None, _optional("NUMBER")] = None
+    """Runs at once; default: as the file says."""
+    retry_failed: bool = False
+    """Run again what failed or diverged."""
+
+    def run(self) -> None:
+        from titan_moe_lb.study.command import run_study
+
+        run_study(
+            self.study,
+            output=self.output,
+            processes=self.processes,
+            retry_failed=self.retry_failed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Say what is here, how a job would run on it, and what is missing."""
 
@@ -127,6 +151,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "watch": Watch,
     "report": Report,
     "diagnose": Diagnose,
+    "study": Study,
     "doctor": Doctor,
 }
 

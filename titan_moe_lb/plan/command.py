@@ -51,7 +51,7 @@ def make_plan(question: Question) -> Plan:
     )
     trace = read_trace(question.from_run) if question.from_run else None
     with (
-        _quiet_host(),
+        quiet_host(),
         Patience(
             lambda line: print(line, file=sys.stderr),
             lambda seconds: f"building one rank of each pipeline position: {seconds} s so far",
@@ -210,7 +210,7 @@ def _measured(trace: Trace, job: JobModel) -> tuple[dict[str, Any], np.ndarray, 
 
 
 @contextmanager
-def _quiet_host() -> Iterator[None]:
+def quiet_host() -> Iterator[None]:
     """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
     from titan_moe_lb.upstream import cpu
 

@@ -1,0 +1,150 @@
+"""``titan-moe-lb study``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_moe_lb.console.patience import Patience
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.pages import output_file
+from titan_moe_lb.study import results
+from titan_moe_lb.study.cell import Cell, CellFolder, Record
+from titan_moe_lb.study.design import Study, read_study
+from titan_moe_lb.study.measure import measure
+from titan_moe_lb.study.progress import Display
+from titan_moe_lb.study.run import Runner
+from titan_moe_lb.study.search import Search
+from titan_moe_lb.study.table import print_table
+
+PAGE = "study.html"
+
+
+def run_study(
+    path: Path,
+    *,
+    output: Path | None = None,
+    processes: int | None = None,
+    retry_failed: bool = False,
+) -> None:
+    """Run what of a study has not been run, and write what it has found.
+
+    Args:
+        path: its file.
+        output: its folder; default: ``outputs/`` and the name of the file.
+        processes: cells at once; default: as the file says.
+        retry_failed: run cells again that failed or diverged.
+
+    Raises:
+        JobError: the first thing that is wrong, in one line. Cells that have ended are kept.
+    """
+    study = read_study(path)
+    folder = (output or Path("outputs") / path.stem).absolute()
+    if processes is not None and processes < 1:
+        raise JobError(f"--processes {processes} must be at least 1")
+    _claim(folder)
+    output_file.check(folder / PAGE)
+    found: list[CellFolder] = []
+    search = None if study.settings.sampler == "grid" else Search(study)
+    grid = study.grid() if search is None else []
+    total = len(grid) or study.settings.trials
+    if search is None:
+        _check_jobs([cell for cell in grid if CellFolder(folder, cell).record() is None])
+    with Display(total) as display:
+
+        def open_cells() -> Iterator[CellFolder]:
+            for cell in grid if search is None else search.cells():
+                at = CellFolder(folder, cell)
+                found.append(at)
+                record = at.record()
+                if record is None or (retry_failed and record.status != "done"):
+                    if search is not None:
+                        _check_jobs([cell])
+                    yield at
+                else:
+                    display.known(record)
+                    tell(at, record)
+
+        def tell(at: CellFolder, record: Record) -> None:
+            if search is None:
+                return
+            loss = violation = float("nan")
+            if record.status == "done":
+                measured, _course = measure(at.path, study.settings.balanced_below)
+                loss, violation = measured.validation_loss, measured.max_violation
+                if loss != loss:
+                    loss = measured.training_loss
+            search.tell(at.cell, loss, violation)
+
+        def ended(at: CellFolder, record: Record) -> None:
+            display.ended(at, record)
+            tell(at, record)
+
+        Runner(processes or study.settings.processes, study.settings.threads).run(
+            open_cells(), began=display.began, ended=ended
+        )
+    _conclude(study, folder, found)
+
+
+def _conclude(study: Study, folder: Path, found: list[CellFolder]) -> None:
+    cells = results.read_results(study, found)
+    good = [cell for cell in cells if cell.measured is not None]
+    if study.plan is not None and good:
+        from titan_moe_lb.study.predict import step_seconds
+
+        pairs = [(cell.folder, cell.measured) for cell in good]
+        predicted = step_seconds(study.plan, pairs)  # type: ignore[arg-type]
+        times = {id(cell): time for cell, time in zip(good, predicted, strict=True)}
+        cells = [
+            dataclasses.replace(
+                cell, step_seconds=times[id(cell)][0], step_slowdown=times[id(cell)][1]
+            )
+            if id(cell) in times
+            else cell
+            for cell in cells
+        ]
+    groups = results.by_model(study, cells)
+    try:
+        results.write_json(study, groups, folder / results.FILE_NAME)
+    except OSError as error:
+        raise JobError(f"{folder} cannot be written ({error.strerror}): make room") from None
+    from titan_moe_lb.study.page import write_page
+
+    write_page(study, groups, folder / PAGE)
+    print_table(groups)
+    print(f"{folder / PAGE}\n{folder / results.FILE_NAME}")
+
+
+def _claim(folder: Path) -> None:
+    from titan_moe_lb.job import run_folder
+
+    try:
+        run_folder.claim(str(folder), f"study {os.getpid()}")
+    except JobError as error:
+        if "at work" in str(error):
+            raise JobError(f"a study is at work in {folder}: name another with --output") from None
+        raise JobError(str(error).replace("dump_folder", "--output")) from None
+
+
+def _check_jobs(cells: list[Cell]) -> None:
+    """Every setting once, before anything starts: a key that no job has is found here.
+
+    Raises:
+        JobError: of the first cell whose job does not hold.
+    """
+    from titan_moe_lb.plan.command import quiet_host
+
+    settings = {tuple(v for k, v in cell.labels.items() if k != "seed"): cell for cell in cells}
+    if not settings:
+        return
+    with quiet_host(), Patience(print, lambda seconds: f"reading the jobs: {seconds} s so far"):
+        from titan_moe_lb.job import job_config
+
+        for cell in settings.values():
+            os.environ["WORLD_SIZE"] = str(cell.ranks)
+            try:
+                job_config.load([*cell.flags, "--training.disable_cuda_graphs"])
+            except JobError as error:
+                raise JobError(f"cell {cell.name}: {error}") from None

@@ -1,0 +1,76 @@
+"""The settings of a study as rows: on the terminal and on its page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from titan_moe_lb.study.results import Group, Setting, Spread
+
+COLUMNS = {
+    "validation_loss": "validation loss",
+    "training_loss": "training loss",
+    "max_violation": "MaxVio",
+    "micro_batch_max_violation": "MaxVio of a micro-batch",
+    "steps_until_balanced": "steps until balanced",
+    "specialisation": "specialisation",
+    "step_slowdown": "step x",
+    "step_seconds": "step s",
+}
+"""Numbers of a setting and their titles."""
+
+
+def columns(group: Group) -> dict[str, str]:
+    """Those that some setting has."""
+
+    def known(number: str) -> bool:
+        return any(not math.isnan(setting.spread(number).mean) for setting in group.settings)
+
+    return {number: title for number, title in COLUMNS.items() if known(number)}
+
+
+def row(setting: Setting, numbers: Sequence[str]) -> list[str]:
+    """The mean over the seeds, and the lowest and highest where they differ."""
+    return [in_words(setting.spread(number)) for number in numbers]
+
+
+def in_words(spread: Spread) -> str:
+    if math.isnan(spread.mean):
+        return "–"
+    if math.isinf(spread.high):
+        return "never" if math.isinf(spread.low) else f"{_number(spread.low)} or never"
+    if _number(spread.low) == _number(spread.high):
+        return _number(spread.mean)
+    return f"{_number(spread.mean)} ({_number(spread.low)} to {_number(spread.high)})"
+
+
+def outcome(setting: Setting) -> str:
+    """What became of its cells, where not all came to a good end."""
+    bad = [result.record.status for result in setting.results if result.measured is None]
+    return ", ".join(f"{bad.count(status)} {status}" for status in dict.fromkeys(bad))
+
+
+def print_table(groups: Sequence[Group]) -> None:
+    """On the terminal, the settings of one model below one another."""
+    console = Console()
+    for group in groups:
+        shown = columns(group)
+        table = Table(box=box.SIMPLE, title=group.name or None, title_justify="left")
+        table.add_column("setting", overflow="fold")
+        for title in shown.values():
+            table.add_column(title, justify="right")
+        for setting in group.settings:
+            note = outcome(setting)
+            name = f"{setting.name} [{note}]" if note else setting.name
+            table.add_row(name.replace("[", r"\["), *row(setting, list(shown)))
+        console.print(table)
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "never"
+    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
