@@ -15,6 +15,8 @@ from titan_moe_lb.errors import JobError
 
 RECORD = "cell.json"
 LOG = "log"
+CELLS = "cells"
+"""Folder of the cells in that of their study."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class CellFolder:
 
     def __init__(self, study_folder: Path, cell: Cell) -> None:
         self.cell = cell
-        self.path = study_folder / "cells" / cell.name
+        self.path = study_folder / CELLS / cell.name
 
     @property
     def log(self) -> Path:

@@ -11,11 +11,12 @@ from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
 from titan_moe_lb.study import results
-from titan_moe_lb.study.cell import Cell, CellFolder, Record
+from titan_moe_lb.study.cell import CELLS, Cell, CellFolder, Record
 from titan_moe_lb.study.design import Study, read_study
 from titan_moe_lb.study.measure import measure
+from titan_moe_lb.study.page import write_page
 from titan_moe_lb.study.progress import Display
-from titan_moe_lb.study.run import Runner
+from titan_moe_lb.study.run import Runner, stop_leftovers
 from titan_moe_lb.study.search import Search
 from titan_moe_lb.study.table import print_table
 
@@ -45,6 +46,7 @@ def run_study(
     if processes is not None and processes < 1:
         raise JobError(f"--processes {processes} must be at least 1")
     _claim(folder)
+    stop_leftovers(folder / CELLS)
     output_file.check(folder / PAGE)
     found: list[CellFolder] = []
     search = None if study.settings.sampler == "grid" else Search(study)
@@ -110,8 +112,6 @@ def _conclude(study: Study, folder: Path, found: list[CellFolder]) -> None:
         results.write_json(study, groups, folder / results.FILE_NAME)
     except OSError as error:
         raise JobError(f"{folder} cannot be written ({error.strerror}): make room") from None
-    from titan_moe_lb.study.page import write_page
-
     write_page(study, groups, folder / PAGE)
     print_table(groups)
     print(f"{folder / PAGE}\n{folder / results.FILE_NAME}")

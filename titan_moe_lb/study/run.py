@@ -71,7 +71,6 @@ class Runner:
                 raise
 
     def _run_cell(self, folder: CellFolder) -> Record:
-        stop_leftovers(folder.path)
         try:
             folder.clear()
             with open(folder.log, "wb") as log:
@@ -141,12 +140,17 @@ def command(folder: CellFolder) -> list[str]:
     return [*train, *folder.cell.flags, f"--dump_folder={folder.path}"]
 
 
-def stop_leftovers(path: Path) -> None:
-    """End the processes of a cell whose study was killed: they would write into its folder."""
-    flag = f"--dump_folder={path}"
+def stop_leftovers(cells: Path) -> None:
+    """End the processes of a study that was killed: they would write into the folders of its
+    cells.
+
+    Args:
+        cells: the folder of all cells.
+    """
+    flag = f"--dump_folder={cells}{os.sep}"
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if flag in (process.info["cmdline"] or ()):
+        if any(word.startswith(flag) for word in process.info["cmdline"] or ()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
                 found.append(process)

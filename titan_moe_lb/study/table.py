@@ -1,4 +1,4 @@
-"""The settings of a study as rows: on the terminal and on its page."""
+"""The settings of a study as rows: on its page, and shorter on the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from titan_moe_lb.study.results import Group, Setting, Spread
 
@@ -22,6 +23,8 @@ COLUMNS = {
     "step_seconds": "step s",
 }
 """Numbers of a setting and their titles."""
+
+_ON_TERMINAL = ("max_violation", "steps_until_balanced", "step_slowdown")
 
 
 def columns(group: Group) -> dict[str, str]:
@@ -55,19 +58,28 @@ def outcome(setting: Setting) -> str:
 
 
 def print_table(groups: Sequence[Group]) -> None:
-    """On the terminal, the settings of one model below one another."""
+    """On the terminal, the settings of one model below one another: what decides alone."""
     console = Console()
     for group in groups:
-        shown = columns(group)
+        known = columns(group)
+        numbers = [name for name in (group.loss, *_ON_TERMINAL) if name in known]
         table = Table(box=box.SIMPLE, title=group.name or None, title_justify="left")
-        table.add_column("setting", overflow="fold")
-        for title in shown.values():
-            table.add_column(title, justify="right")
+        table.add_column("setting", overflow="fold", min_width=16)
+        for name in numbers:
+            table.add_column(known[name], justify="right")
         for setting in group.settings:
             note = outcome(setting)
-            name = f"{setting.name} [{note}]" if note else setting.name
-            table.add_row(name.replace("[", r"\["), *row(setting, list(shown)))
+            title = f"{setting.name} ({note})" if note else setting.name
+            table.add_row(Text(title), *(_short(setting.spread(name)) for name in numbers))
         console.print(table)
+
+
+def _short(spread: Spread) -> str:
+    """The mean, and half of the range of the seeds."""
+    half = (spread.high - spread.low) / 2
+    if not math.isfinite(half) or _number(spread.low) == _number(spread.high):
+        return in_words(spread)
+    return f"{_number(spread.mean)} ±{half:.1g}"
 
 
 def _number(value: float) -> str:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
@@ -31,6 +33,9 @@ class DomainValidator(Validator):
         domains: list[str] = field(default_factory=list)
         """Datasets to validate on, one after the other, each in place of dataloader.dataset."""
 
+    metrics_processor: MetricsProcessor | _Caught
+    dl_config: HuggingFaceTextDataLoader.Config
+
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """As ``Validator.validate``. Collective: torchtitan calls it on every rank."""
         domains = self.config.domains
@@ -47,7 +52,7 @@ class DomainValidator(Validator):
         loads: dict[str, DomainLoad] = {}
         for domain in domains:
             caught = _Caught(metrics)
-            self.metrics_processor = caught  # type: ignore[assignment]
+            self.metrics_processor = caught
             self.dl_config = replace(dataloader, dataset=domain)
             for router in routers:
                 device = local_shard(router.gate.weight).device
