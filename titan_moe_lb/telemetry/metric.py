@@ -177,3 +177,28 @@ class BiasLargestStep(_OfBias):
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         return None if step.bias_delta_NE is None else np.abs(step.bias_delta_NE).max(axis=1)
+
+
+class _OfGradient(Metric):
+    over_ranks = Reduction.SUM
+    column: ClassVar[int]
+
+    @classmethod
+    def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        return router.loop.gradients
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        squares_N2 = step.gradient_squares_N2
+        return None if squares_N2 is None else squares_N2[:, self.column].astype(np.float64)
+
+
+class MainGradient(_OfGradient):
+    name = "main_gradient_squared"
+    description = "Squared norm of the gradient of the model's loss in the logits of the router"
+    column = 0
+
+
+class AuxGradient(_OfGradient):
+    name = "aux_gradient_squared"
+    description = "Squared norm of the gradient of the aux losses in the logits of the router"
+    column = 1

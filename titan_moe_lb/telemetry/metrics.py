@@ -39,6 +39,9 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         moe_extreme_experts: int = 4
         """How many of the hottest and of the coldest experts each logged step names; 0: none."""
 
+        router_gradients: bool = False
+        """Measure how strong the model's loss and the aux losses pull at each router."""
+
         write_moe_trace: bool = True
         """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
 

@@ -99,6 +99,22 @@ class Trace:
                 return figure.over_layers(self.figures[name])
         return np.full(len(self.steps), np.nan)
 
+    def followed_by(self, later: Trace, most: int) -> Trace:
+        """The last ``most`` steps of this and a later part of one run."""
+
+        def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            return np.concatenate([first, second])[-most:]
+
+        return dataclasses.replace(
+            later,
+            steps=joined(self.steps, later.steps),
+            counts_SME=joined(self.counts_SME, later.counts_SME),
+            figures={k: joined(self.figures[k], v) for k, v in later.figures.items()},
+            step_figures={
+                k: joined(self.step_figures[k], v) for k, v in later.step_figures.items()
+            },
+        )
+
     def load(self, index: int) -> StepLoad:
         """The load of ``steps[index]``."""
         return StepLoad(
