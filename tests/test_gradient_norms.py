@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from tests.parity.compare import Parity, assert_same_log, relative_error
+from tests.parity.layout import parse
 from tests.test_router import (
     BATCH,
     BOUND,
@@ -18,7 +20,6 @@ from tests.test_router import (
     router,
     sequence_wise,
 )
-from tests.train_jobs import save_seed, train
 from titan_moe_lb.losses import RouterZLoss
 from titan_moe_lb.step_hook import wire
 
@@ -91,71 +92,36 @@ def weights_in_order(weights, built, x, bias, ids):
     return weights.gather(-1, place)
 
 
-JOB = [
-    "--module=deepseek_v3",
-    "--config=deepseek_v3_tiny",
-    "--training.steps=2",
-    "--training.global_batch_size=8",
-    "--debug.seed=1",
-    "--metrics.router_gradients",
-    '--model.aux_losses=[{type = "sequence_wise", weight = 1e-2}, {type = "z_loss", weight = 1e-3}]',
+LAYOUTS = [
+    "accumulate=4",
+    "dp_shard=2,ac=full",
+    "pp=2,schedule=Interleaved1F1B",
+    "tp=2,ep=2",
+    "cp=2",
+    "dp_shard=2,ep=2,ac=selective,compile=true,backend=aot_eager",
 ]
-LAYOUTS = {
-    "accumulation": (1, ["--training.local_batch_size=2"]),
-    "dp2 with full AC": (
-        2,
-        [
-            "--training.local_batch_size=4",
-            "--parallelism.data_parallel_shard_degree=2",
-            "activation-checkpoint:full",
-        ],
-    ),
-    "pp2 interleaved": (
-        2,
-        [
-            "--training.local_batch_size=8",
-            "--parallelism.pipeline_parallel_degree=2",
-            "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
-            "--parallelism.pipeline_parallel_microbatch_size=2",
-        ],
-    ),
-    "tp2 ep2": (
-        2,
-        [
-            "--training.local_batch_size=8",
-            "--parallelism.tensor_parallel_degree=2",
-            "--parallelism.expert_parallel_degree=2",
-        ],
-    ),
-    "cp2": (2, ["--training.local_batch_size=8", "--parallelism.context_parallel_degree=2"]),
-    "compiled": (
-        1,
-        [
-            "--training.local_batch_size=8",
-            "--compile.enable",
-            "--compile.components=model",
-            "--compile.backend=aot_eager",
-        ],
-    ),
-}
 
 
 @pytest.fixture(scope="module")
-def one_process(ranks, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("seed"))
-    ranks.run(1, save_seed, JOB, folder)
-    flags = [*JOB, "--training.local_batch_size=8"]
-    return folder, ranks.run(1, train, flags, seed_folder=folder)[0]
+def measured_parity(ranks):
+    losses = [{"type": "sequence_wise", "weight": 0.1}, {"type": "z_loss", "weight": 1e-3}]
+    with Parity(
+        ranks, {"aux_losses": losses}, with_main_loss=True, router_gradients=True
+    ) as parity:
+        yield parity
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_measures_the_same(ranks, one_process, layout):
-    folder, expected = one_process
-    num_ranks, flags = LAYOUTS[layout]
-    by_rank = ranks.run(num_ranks, train, [*JOB, *flags], seed_folder=folder)
-    assert len(expected) == 2
-    for logged in by_rank:
-        for found, wanted in zip(logged, expected, strict=True):
-            for name in ("moe/main_gradient_squared", "moe/aux_gradient_squared"):
-                assert wanted[name] > 0
-                assert found[name] == pytest.approx(wanted[name], rel=2e-4), name
+def test_every_layout_measures_the_same_and_learns_the_same(measured_parity, layout):
+    (comparison,) = measured_parity.compare(parse(layout))
+    assert comparison.max_relative_error <= 1e-5, comparison
+    assert_same_log(comparison.recorded, comparison.expected, relative=1e-5)
+    for name in ("main_gradient_squared", "aux_gradient_squared"):
+        assert min(comparison.expected.losses[name]) > 0
+
+
+def test_what_is_learned_is_what_is_learned_unmeasured(ranks, measured_parity):
+    with Parity(ranks, measured_parity.model, with_main_loss=True) as plain:
+        expected = plain.reference(parse(""))[""]
+    comparison = relative_error(parse(""), "", measured_parity.reference(parse(""))[""], expected)
+    assert comparison.max_relative_error <= 1e-6, comparison
