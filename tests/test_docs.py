@@ -42,6 +42,9 @@ from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import AuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.plan import command as plan_command
 from titan_moe_lb.plan.question import Question
+from titan_moe_lb.study import command as study_command
+from titan_moe_lb.study.design import read_study
+from titan_moe_lb.study.search import Search
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 
 BLOCKS = doc_examples.blocks()
@@ -56,7 +59,11 @@ expert_parallel_degree = 2
 """
 PROMPT = "$ "
 # Files that a page names before it shows them, and which block holds them.
-FILES = {"my_job.toml": "# my_job.toml\n", "my_cluster.toml": 'name = "my cluster"\n'}
+FILES = {
+    "my_job.toml": "# my_job.toml\n",
+    "my_cluster.toml": 'name = "my cluster"\n',
+    "my_study.toml": "# my_study.toml\n",
+}
 COPIES = {"other_layout.toml": "my_job.toml"}
 RUNS = ("outputs", "outputs_b", "RUN_DIR", "runs/with", "runs/without")
 
@@ -105,6 +112,7 @@ def at_home(home, monkeypatch):
     # Or one block would hold the folder of the next.
     monkeypatch.setattr(launch.run_folder, "claim", lambda folder, run: None)
     monkeypatch.setattr(plan_command, "run", read_plan)
+    monkeypatch.setattr(study_command, "run_study", check_study)
     with contextlib.ExitStack() as stack:
         for name in doc_examples.names():
             stack.enter_context(doc_examples.imported(name))
@@ -117,6 +125,10 @@ def read_plan(question: Question) -> None:
     draft.resolve()
     hardware(question.hardware)
     assert question.from_run is None or question.from_run.is_dir()
+
+
+def check_study(path: Path, **_options) -> None:
+    study_command.check_jobs(read_study(path).grid())
 
 
 def run_cli(arguments: list[str], monkeypatch) -> None:
@@ -258,6 +270,9 @@ def run_console(block: Block, monkeypatch, capsys) -> None:
 def run_toml(block: Block, monkeypatch, _capsys) -> None:
     """A job, or a part of one for a small model; or a device."""
     path = Path("of_a_page.toml")
+    if {"study", "axis", "plan"} & tomli.loads(block.text).keys():
+        run_study_toml(block, path)
+        return
     whole = "[job]" in block.text or "bf16_flops" in block.text
     path.write_text(block.text if whole else f"{block.text}\n{START}")
     if "bf16_flops" in block.text:
@@ -268,6 +283,19 @@ def run_toml(block: Block, monkeypatch, _capsys) -> None:
     refused = re.match(r"# refused: (.*)\n", block.text)
     with pytest.raises(JobError, match=re.escape(refused[1])) if refused else nothing():
         job_config.load(["--job-config", str(path)])
+
+
+def run_study_toml(block: Block, path: Path) -> None:
+    """A study, or a part of one."""
+    text, tables = block.text, tomli.loads(block.text)
+    if "axis" not in tables:
+        text += '[[axis]]\nkey = "debug.seed"\nvalues = [1]\n'
+    searches = any("low" in axis for axis in tables.get("axis", ()))
+    if searches:
+        text += '[study]\nsampler = "tpe"\ntrials = 2\n'
+    path.write_text(text)
+    study = read_study(path)
+    study_command.check_jobs(list(Search(study).cells()) if searches else study.grid())
 
 
 def nothing() -> contextlib.nullcontext:

@@ -46,7 +46,7 @@ def quick(monkeypatch):
         return [sys.executable, "-m", "tests.study_cells", *flags]
 
     monkeypatch.setattr(run, "command", of_cell)
-    monkeypatch.setattr(command, "_check_jobs", lambda cells: None)
+    monkeypatch.setattr(command, "check_jobs", lambda cells: None)
 
 
 def write(folder: Path, text: str, name: str = "study") -> Path:
@@ -136,7 +136,7 @@ from titan_moe_lb.study import command, run
 run.command = lambda folder: [
     sys.executable, "-m", "tests.study_cells", *folder.cell.flags, f"--dump_folder={folder.path}"
 ]
-command._check_jobs = lambda cells: None
+command.check_jobs = lambda cells: None
 command.run_study(Path(sys.argv[1]), output=Path(sys.argv[2]))
 """
 

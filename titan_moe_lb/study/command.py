@@ -12,7 +12,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
 from titan_moe_lb.study import results
 from titan_moe_lb.study.cell import CELLS, Cell, CellFolder, Record
-from titan_moe_lb.study.design import Study, read_study
+from titan_moe_lb.study.design import SEED, Study, read_study
 from titan_moe_lb.study.measure import measure
 from titan_moe_lb.study.page import write_page
 from titan_moe_lb.study.progress import Display
@@ -53,7 +53,7 @@ def run_study(
     grid = study.grid() if search is None else []
     total = len(grid) or study.settings.trials
     if search is None:
-        _check_jobs([cell for cell in grid if CellFolder(folder, cell).record() is None])
+        check_jobs([cell for cell in grid if CellFolder(folder, cell).record() is None])
     with Display(total) as display:
 
         def open_cells() -> Iterator[CellFolder]:
@@ -63,7 +63,7 @@ def run_study(
                 record = at.record()
                 if record is None or (retry_failed and record.status != "done"):
                     if search is not None:
-                        _check_jobs([cell])
+                        check_jobs([cell])
                     yield at
                 else:
                     display.known(record)
@@ -128,7 +128,7 @@ def _claim(folder: Path) -> None:
         raise JobError(str(error).replace("dump_folder", "--output")) from None
 
 
-def _check_jobs(cells: list[Cell]) -> None:
+def check_jobs(cells: list[Cell]) -> None:
     """Every setting once, before anything starts: a key that no job has is found here.
 
     Raises:
@@ -136,7 +136,10 @@ def _check_jobs(cells: list[Cell]) -> None:
     """
     from titan_moe_lb.plan.command import quiet_host
 
-    settings = {tuple(v for k, v in cell.labels.items() if k != "seed"): cell for cell in cells}
+    settings = {
+        tuple(word for word in cell.flags if not word.startswith(f"--{SEED}=")): cell
+        for cell in cells
+    }
     if not settings:
         return
     with quiet_host(), Patience(print, lambda seconds: f"reading the jobs: {seconds} s so far"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from titan_moe_lb.study.cell import CellFolder, Record
 from titan_moe_lb.traces.trace import read_trace
 
 _STOP_SECONDS = 30
+_NOT_FINITE = "Loss is not finite"
+"""With which torchtitan 0.3.0 ends such a run."""
 
 
 class Runner:
@@ -93,6 +96,8 @@ class Runner:
             seconds=round(time.monotonic() - begun, 1),
             error=_last_line(folder.log) if status else "",
         )
+        if _NOT_FINITE in record.error:
+            record = dataclasses.replace(record, status="diverged")
         folder.write(record)
         return record
 
