@@ -55,7 +55,7 @@ WRONG_OUTPUT = {
     "plan --hardware h100 -o folder": "folder is a folder",
 }
 WRONG_COMMAND = {
-    "": "a command is missing; valid: diagnose, doctor, plan, report, train, watch",
+    "": "a command is missing; valid: diagnose, doctor, plan, report, study, train, watch",
     "reprot run": "'reprot' is not expected here; did you mean 'report'?",
     "report": "RUN_DIR is missing: Folder of the run",
     "report --comapre twin": "there is no flag --comapre; did you mean '--compare'?",
