@@ -365,8 +365,6 @@ def group_of(**settings: list[tuple[float, float]]) -> results.Group:
             steps=np.array([1, 2]),
             violation_S=np.array([1.0, violation]),
             loss_S=np.array([7.0, loss]),
-            load_DME=None,
-            domains=(),
         )
         return results.Result(
             folder=CellFolder(Path("/study"), cell), record=record, measured=measured, course=course

@@ -14,7 +14,7 @@ from __future__ import annotations
 import spmd_types as spmd
 import torch
 
-from titan_moe_lb.losses.functional import load_balance_score_grad
+from titan_moe_lb.losses.injection import gradient_of_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 
 
@@ -67,11 +67,5 @@ class _Taught(torch.autograd.Function):
         scores_BLE, coefficients_BE, inverse_sums_BL, document_BL = ctx.saved_tensors
         if coefficients_BE is None:
             return grad_BLK, torch.zeros_like(scores_BLE), None, None, None
-        grad_BLE = load_balance_score_grad(
-            scores_BLE,
-            coefficients_BE,
-            sums_to_one=inverse_sums_BL is None,
-            inverse_sums_BL=inverse_sums_BL,
-            document_BL=document_BL,
-        ).contiguous()
+        grad_BLE = gradient_of_sums(scores_BLE, coefficients_BE, inverse_sums_BL, document_BL)
         return grad_BLK, grad_BLE, None, None, None

@@ -18,6 +18,7 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 from titan_moe_lb.rules.meta_model import meta_state
+from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
 
 def validate_files(config: Trainer.Config) -> None:
@@ -80,6 +81,11 @@ def domains_are_known(config: Trainer.Config) -> None:
             raise JobError(
                 f"validator.domains {domain!r} does not exist; {nearest(domain, DATASETS)}"
             )
+    if not isinstance(config.metrics, LoadBalanceMetricsProcessor.Config):
+        raise JobError(
+            "validator.domains needs LoadBalanceMetricsProcessor.Config as the job's metrics: "
+            "its sinks are where the load of the domains goes"
+        )
     if len(set(domains)) < len(domains):
         raise JobError(f"validator.domains names one dataset twice: {', '.join(domains)}")
 

@@ -38,13 +38,9 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Cell):
     """What became of a cell. Written when it has ended: a folder without one was cut short."""
 
-    labels: dict[str, str]
-    seed: int | None
-    flags: list[str]
-    ranks: int
     status: Literal["done", "diverged", "failed"]
     """``diverged``: it ran to its end, and its loss is not a number."""
     seconds: float
@@ -90,7 +86,7 @@ class CellFolder:
         return record
 
     def clear(self) -> None:
-        """Make the folder anew."""
+        """Make the folder anew. Raises ``OSError``."""
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
@@ -104,7 +100,11 @@ class CellFolder:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            raise JobError(
-                f"{self.path} cannot be written ({error.strerror}): what has ended is kept; make "
-                "room and start the study again"
-            ) from None
+            raise self.unwritable(error) from None
+
+    def unwritable(self, error: OSError) -> JobError:
+        """What is said of a full disk."""
+        return JobError(
+            f"{self.path} cannot be written ({error.strerror}): what has ended is kept; make "
+            "room and start the study again"
+        )

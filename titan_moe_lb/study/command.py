@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +47,9 @@ def run_study(
     folder = (output or Path("outputs") / path.stem).absolute()
     if processes is not None and processes < 1:
         raise JobError(f"--processes {processes} must be at least 1")
-    _claim(folder)
+    from titan_moe_lb.job import run_folder
+
+    run_folder.claim(str(folder), f"study {os.getpid()}", name="output", kind="study")
     stop_leftovers(folder / CELLS)
     output_file.check(folder / PAGE)
     found: list[CellFolder] = []
@@ -54,7 +58,7 @@ def run_study(
     total = len(grid) or study.settings.trials
     if search is None:
         check_jobs([cell for cell in grid if CellFolder(folder, cell).record() is None])
-    with Display(total) as display:
+    with contextlib.closing(Display(total)) as display:
 
         def open_cells() -> Iterator[CellFolder]:
             for cell in grid if search is None else search.cells():
@@ -66,7 +70,7 @@ def run_study(
                         check_jobs([cell])
                     yield at
                 else:
-                    display.known(record)
+                    display.known()
                     tell(at, record)
 
         def tell(at: CellFolder, record: Record) -> None:
@@ -76,7 +80,7 @@ def run_study(
             if record.status == "done":
                 measured, _course = measure(at.path, study.settings.balanced_below)
                 loss, violation = measured.validation_loss, measured.max_violation
-                if loss != loss:
+                if math.isnan(loss):
                     loss = measured.training_loss
             search.tell(at.cell, loss, violation)
 
@@ -115,17 +119,6 @@ def _conclude(study: Study, folder: Path, found: list[CellFolder]) -> None:
     write_page(study, groups, folder / PAGE)
     print_table(groups)
     print(f"{folder / PAGE}\n{folder / results.FILE_NAME}")
-
-
-def _claim(folder: Path) -> None:
-    from titan_moe_lb.job import run_folder
-
-    try:
-        run_folder.claim(str(folder), f"study {os.getpid()}")
-    except JobError as error:
-        if "at work" in str(error):
-            raise JobError(f"a study is at work in {folder}: name another with --output") from None
-        raise JobError(str(error).replace("dump_folder", "--output")) from None
 
 
 def check_jobs(cells: list[Cell]) -> None:

@@ -64,7 +64,7 @@ def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
             "Steps until balanced",
             f"The first logged step after which MaxVio stays below {balanced_below:g}: mean over the "
             "seeds, with the lowest and highest. No bar: never, in some seed.",
-            [Panel(group.name, _until_balanced(group)) for group in groups],
+            [Panel(group.name, _bars(group, "steps_until_balanced", "step")) for group in groups],
         ),
         Chart(
             "Load by domain",
@@ -79,7 +79,7 @@ def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
             [
                 Panel(group.name, _bars(group, "specialisation", "distance"))
                 for group in groups
-                if _knows(group, "specialisation")
+                if group.knows("specialisation")
             ],
         ),
     ]
@@ -87,7 +87,7 @@ def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
 
 
 def _fronts(groups: Sequence[Group], cost: str, x_title: str, title: str, text: str) -> Chart:
-    panels = [Panel(g.name, _front(g, cost, x_title)) for g in groups if _knows(g, cost)]
+    panels = [Panel(g.name, _front(g, cost, x_title)) for g in groups if g.knows(cost)]
     return Chart(title, text, panels)
 
 
@@ -162,10 +162,6 @@ def _stretches(values_S: np.ndarray) -> np.ndarray:
     return np.array([part.mean() for part in parts], dtype=np.float32)
 
 
-def _until_balanced(group: Group) -> go.Figure:
-    return _bars(group, "steps_until_balanced", "step")
-
-
 def _by_domain(group: Group) -> go.Figure:
     figure = _over_settings(group, "experts")
     for pen, domain in enumerate(_domains(group)):
@@ -213,7 +209,3 @@ def _domains(group: Group) -> list[str]:
             if result.measured is not None:
                 found |= dict.fromkeys(result.measured.effective_experts_of)
     return list(found)
-
-
-def _knows(group: Group, number: str) -> bool:
-    return any(not math.isnan(setting.spread(number).mean) for setting in group.settings)

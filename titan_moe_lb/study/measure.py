@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from titan_moe_lb.traces.balance_statistics import max_violation, normalized_entropy, relative_load
+from titan_moe_lb.traces.balance_statistics import max_violation, normalized_entropy
 from titan_moe_lb.traces.domain_trace import DomainTrace, read_domain_trace
 from titan_moe_lb.traces.trace import Trace, read_trace
 
@@ -26,9 +26,6 @@ class Course:
     """MaxVio of the global batch, mean over layers."""
     loss_S: np.ndarray
     """Of the language model, in training."""
-    load_DME: np.ndarray | None
-    """Load of every expert at the last validation, relative to balance."""
-    domains: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +70,7 @@ def measure(folder: Path, balanced_below: float) -> tuple[Measured, Course]:
         steps_until_balanced=until_balanced(trace, violation_S, balanced_below),
         **_by_domain(domains),
     )
-    course = Course(
-        steps=trace.steps,
-        violation_S=violation_S,
-        loss_S=loss_S,
-        load_DME=relative_load(domains.counts_VDME[-1]) if domains else None,
-        domains=domains.domains if domains else (),
-    )
-    return measured, course
+    return measured, Course(steps=trace.steps, violation_S=violation_S, loss_S=loss_S)
 
 
 def until_balanced(trace: Trace, violation_S: np.ndarray, bound: float) -> float:

@@ -41,10 +41,26 @@ def _of_job(prediction: Prediction, cells: Sequence[Measured]) -> list[tuple[flo
 
 
 def _of_cell(prediction: Prediction, folder: CellFolder) -> tuple[float, float]:
-    flags = [word for word in folder.cell.flags if not word.startswith("--parallelism.")]
+    flags = _without_layout(folder.cell.flags)
     plan = make_plan(_question(prediction, flags, from_run=folder.path))
     outcome = plan.degrees[0].measured[0].last
     return outcome.step_seconds, outcome.step_slowdown
+
+
+def _without_layout(flags: Sequence[str]) -> list[str]:
+    """The prediction has a layout of its own. A flag and its value may be two words."""
+    kept: list[str] = []
+    drops_value = False
+    for word in flags:
+        is_flag = word.startswith("--")
+        if word.startswith("--parallelism."):
+            drops_value = "=" not in word
+        elif is_flag or not drops_value:
+            kept.append(word)
+            drops_value = False
+        else:
+            drops_value = False
+    return kept
 
 
 def _question(prediction: Prediction, flags: Sequence[str], **asked) -> Question:

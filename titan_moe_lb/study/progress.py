@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from types import TracebackType
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,7 +17,7 @@ from titan_moe_lb.study.cell import CellFolder, Record
 
 
 class Display:
-    """Of one start of a study."""
+    """Of one start of a study, until it is closed."""
 
     def __init__(self, total: int) -> None:
         """
@@ -46,23 +43,14 @@ class Display:
                 speed_estimate_period=1e9,
             )
             self._task = self._bar.add_task("", total=total)
+            self._bar.start()
         self._running: list[str] = []
 
-    def __enter__(self) -> Display:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def known(self, record: Record) -> None:
+    def known(self) -> None:
         """A cell that ended in an earlier start."""
         self._known += 1
         if self._bar is not None:
@@ -76,8 +64,7 @@ class Display:
 
     def ended(self, folder: CellFolder, record: Record) -> None:
         self._ended += 1
-        with contextlib.suppress(ValueError):
-            self._running.remove(folder.cell.name)
+        self._running.remove(folder.cell.name)
         if self._bar is not None:
             self._bar.advance(self._task)
             self._describe()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Result:
     """Of the planned job; see :mod:`titan_moe_lb.study.predict`."""
     step_slowdown: float = math.nan
 
-    @property
+    @cached_property
     def numbers(self) -> dict[str, float]:
         """Everything that is one number, by name."""
         if self.measured is None:
@@ -95,6 +96,10 @@ class Group:
         """The loss by which settings are judged: on held-out text where every cell has it."""
         has = [not math.isnan(s.spread("validation_loss").mean) for s in self.settings]
         return "validation_loss" if all(has) else "training_loss"
+
+    def knows(self, number: str) -> bool:
+        """Whether some setting has it."""
+        return any(not math.isnan(setting.spread(number).mean) for setting in self.settings)
 
     def front(self, cost: str) -> list[Setting]:
         """Settings than which none is better in the loss and not worse in ``cost``, or the other

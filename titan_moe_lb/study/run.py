@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -80,24 +81,16 @@ class Runner:
                 begun = time.monotonic()
                 status = self._train(folder, log)
         except OSError as error:
-            raise JobError(
-                f"{folder.path} cannot be written ({error.strerror}): what has ended is kept; "
-                "make room and start the study again"
-            ) from None
+            raise folder.unwritable(error) from None
         if self._stopped:
             raise JobError("the study was stopped")
-        cell = folder.cell
+        error = _last_line(folder.log) if status else ""
         record = Record(
-            labels=cell.labels,
-            seed=cell.seed,
-            flags=cell.flags,
-            ranks=cell.ranks,
-            status=_status(folder.path) if status == 0 else "failed",
+            **dataclasses.asdict(folder.cell),
+            status=_status(folder.path, error),
             seconds=round(time.monotonic() - begun, 1),
-            error=_last_line(folder.log) if status else "",
+            error=error,
         )
-        if _NOT_FINITE in record.error:
-            record = dataclasses.replace(record, status="diverged")
         folder.write(record)
         return record
 
@@ -162,8 +155,10 @@ def stop_leftovers(cells: Path) -> None:
     psutil.wait_procs(found, timeout=_STOP_SECONDS)
 
 
-def _status(path: Path):
-    """Of a run that came to its end."""
+def _status(path: Path, error: str) -> Literal["done", "diverged", "failed"]:
+    """Of a run that has ended, with this error if with any."""
+    if error:
+        return "diverged" if _NOT_FINITE in error else "failed"
     try:
         loss_S = read_trace(path).step_figures.get("loss", np.zeros(1))
     except JobError:  # a job that writes no trace has nothing to say of it

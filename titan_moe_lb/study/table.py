@@ -29,11 +29,7 @@ _ON_TERMINAL = ("max_violation", "steps_until_balanced", "step_slowdown")
 
 def columns(group: Group) -> dict[str, str]:
     """Those that some setting has."""
-
-    def known(number: str) -> bool:
-        return any(not math.isnan(setting.spread(number).mean) for setting in group.settings)
-
-    return {number: title for number, title in COLUMNS.items() if known(number)}
+    return {number: title for number, title in COLUMNS.items() if group.knows(number)}
 
 
 def row(setting: Setting, numbers: Sequence[str]) -> list[str]:
