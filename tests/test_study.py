@@ -227,6 +227,7 @@ BAD = {
     '[study]\nsampler = "tpe"\n[[axis]]\nkey = "a"\nlow = 0.5\nhigh = 1.0': "trials is 0; at least 1",
     '[[axis]]\nkey = "a"\nvalues = [1]\n' * 2: "two axes are called 'a'",
     '[[axis]]\nname = "m"\nsettings = {"x 1" = {a = 1}, "x_1" = {a = 2}}': "two cells are called 'x_1'",
+    '[[axis]]\nkey = "ranks"\nvalues = ["two"]': "ranks is 'two'; it must be an integer of at least 1",
     "[plan]\nhardware = 'h100'\nep = 2" + AXES: "[plan] needs 'ranks'",
 }
 
@@ -425,6 +426,30 @@ def test_the_page_draws_in_a_browser(tmp_path, quick):
     assert seen["rows"] == ["0", "0.01"]
     assert "Loss against imbalance" in seen["charts"] and "Load by domain" in seen["charts"]
     assert seen["wide"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (
+            "hardware = 'h101'\nep = 1\nranks = 1",
+            "[plan]: --hardware 'h101' is unknown; did you mean",
+        ),
+        (
+            "hardware = 'h100'\nep = 3\nranks = 2\njob = ['--config=deepseek_v3_tiny']",
+            "[plan]: parallelism.expert_parallel_degree 3 must divide",
+        ),
+    ],
+)
+def test_a_prediction_that_cannot_be_made_is_found_before_anything_starts(
+    tmp_path, capsys, plan, said
+):
+    text = f"[study]\njob = ['--config=deepseek_v3_tiny']\n[plan]\n{plan}\n"
+    text += '[[axis]]\nkey = "debug.seed"\nvalues = [1]'
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["study", str(write(tmp_path, text)), "-o", str(tmp_path / "out")])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cells").exists()
 
 
 @pytest.mark.slow

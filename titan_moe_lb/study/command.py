@@ -14,7 +14,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
 from titan_moe_lb.study import results
 from titan_moe_lb.study.cell import CELLS, Cell, CellFolder, Record
-from titan_moe_lb.study.design import SEED, Study, read_study
+from titan_moe_lb.study.design import SEED, Prediction, Study, read_study
 from titan_moe_lb.study.measure import measure
 from titan_moe_lb.study.page import write_page
 from titan_moe_lb.study.progress import Display
@@ -58,6 +58,8 @@ def run_study(
     total = len(grid) or study.settings.trials
     if search is None:
         check_jobs([cell for cell in grid if CellFolder(folder, cell).record() is None])
+    if study.plan is not None:
+        check_prediction(study.plan)
     with contextlib.closing(Display(total)) as display:
 
         def open_cells() -> Iterator[CellFolder]:
@@ -136,11 +138,31 @@ def check_jobs(cells: list[Cell]) -> None:
     if not settings:
         return
     with quiet_host(), Patience(print, lambda seconds: f"reading the jobs: {seconds} s so far"):
-        from titan_moe_lb.job import job_config
-
         for cell in settings.values():
-            os.environ["WORLD_SIZE"] = str(cell.ranks)
-            try:
-                job_config.load([*cell.flags, "--training.disable_cuda_graphs"])
-            except JobError as error:
-                raise JobError(f"cell {cell.name}: {error}") from None
+            _check_job(cell.flags, cell.ranks, f"cell {cell.name}")
+
+
+def check_prediction(plan: Prediction) -> None:
+    """What it names is known before the runs, not after them. Raises ``JobError``."""
+    from titan_moe_lb.costmodel.known_hardware import hardware
+    from titan_moe_lb.plan.command import quiet_host
+
+    try:
+        hardware(plan.hardware)
+    except JobError as error:
+        raise JobError(f"[plan]: {error}") from None
+    if plan.job:
+        degree = f"--parallelism.expert_parallel_degree={plan.ep}"
+        with quiet_host():
+            _check_job([*plan.job, degree], plan.ranks, "[plan]")
+
+
+def _check_job(flags: list[str], ranks: int, where: str) -> None:
+    """In the environment of :func:`quiet_host`, which is put back."""
+    from titan_moe_lb.job import job_config
+
+    os.environ["WORLD_SIZE"] = str(ranks)
+    try:
+        job_config.load([*flags, "--training.disable_cuda_graphs"])
+    except JobError as error:
+        raise JobError(f"{where}: {error}") from None

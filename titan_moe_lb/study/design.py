@@ -103,11 +103,17 @@ class Study:
         return [self.cell(dict(zip(titles, chosen, strict=True))) for chosen in combinations]
 
     def cell(self, chosen: dict[str, tuple[str, dict[str, Any]]]) -> Cell:
-        """Of one value of each axis: its name and what it sets, by the axis."""
+        """Of one value of each axis: its name and what it sets, by the axis.
+
+        Raises:
+            JobError: its number of ranks is none.
+        """
         keys: dict[str, Any] = {}
         for _name, sets in chosen.values():
             keys |= sets
         ranks = keys.pop(RANKS, self.settings.ranks)
+        if type(ranks) is not int or ranks < 1:
+            raise JobError(f"{RANKS} is {ranks!r}; it must be an integer of at least 1")
         words = [word for key, value in keys.items() for word in flag(key, value)]
         return Cell(
             labels={title: name for title, (name, _sets) in chosen.items()},
@@ -158,7 +164,10 @@ def _check(study: Study, path: str) -> None:
         if getattr(settings, name) < 1:
             raise JobError(f"{path}: [study] {name} is {getattr(settings, name)}; at least 1")
     if settings.sampler == "grid":
-        names = [cell.name for cell in study.grid()]
+        try:
+            names = [cell.name for cell in study.grid()]
+        except JobError as error:
+            raise JobError(f"{path}: {error}") from None
         for name in names:
             if names.count(name) > 1:
                 raise JobError(
