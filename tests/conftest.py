@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
 
@@ -10,10 +11,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other by spinning take the cores from the tests beside.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.gpus import GPUS
-from tests.rank_pool import RankPool
+from titan_moe_lb import imports
+
+with imports.uncollected():
+    from tests.gpus import GPUS
+    from tests.rank_pool import RankPool
 
 HOST_RANKS = 4
+# By CPU seconds. With two processes that take a file after another, the last one must be short.
+LONGEST_FIRST = (
+    "test_parity.py",
+    "test_configs.py",
+    "test_forced_routing.py",
+    "test_balancing_parity.py",
+    "test_console.py",
+    "test_telemetry.py",
+    "test_extending.py",
+    "test_resume.py",
+    "test_model_sizes.py",
+    "test_parity_models.py",
+    "test_plan.py",
+    "test_other_models.py",
+    "test_package.py",
+    "test_nodes.py",
+    "test_examples.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,11 +48,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    with imports.uncollected():  # of the test files
+        return (yield)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--device") == "cuda":
         host_only = [item for item in items if "ranks" not in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=host_only)
         items[:] = [item for item in items if item not in host_only]
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
