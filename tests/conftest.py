@@ -18,24 +18,6 @@ with imports.uncollected():
     from tests.rank_pool import RankPool
 
 HOST_RANKS = 4
-# By CPU seconds. With two processes that take a file after another, the last one must be short.
-LONGEST_FIRST = (
-    "test_parity.py",
-    "test_configs.py",
-    "test_forced_routing.py",
-    "test_balancing_parity.py",
-    "test_console.py",
-    "test_telemetry.py",
-    "test_extending.py",
-    "test_resume.py",
-    "test_model_sizes.py",
-    "test_parity_models.py",
-    "test_plan.py",
-    "test_other_models.py",
-    "test_package.py",
-    "test_nodes.py",
-    "test_examples.py",
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,8 +41,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         host_only = [item for item in items if "ranks" not in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=host_only)
         items[:] = [item for item in items if item not in host_only]
-    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

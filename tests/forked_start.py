@@ -1,6 +1,6 @@
 """A run like that of ``./run_train.sh``, but forked from a process that has done the imports.
 
-For what happens after them: a start of its own costs five CPU seconds before the first line.
+For what happens after them: a start of its own costs four CPU seconds before the first line.
 Ranks that a launcher starts are processes of their own all the same.
 """
 

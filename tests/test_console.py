@@ -1,6 +1,7 @@
 """What a person sees of a run that goes well, fails, or is stopped: real processes.
 
-A run of one process and one of two are started as a user does; the others are forked."""
+A run of one process and one of two are started as a user does; the others are forked.
+"""
 
 from __future__ import annotations
 
