@@ -16,23 +16,26 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from titan_moe_lb.upstream import cpu
+from titan_moe_lb import imports
 
-if cpu.needed():
-    cpu.use_host()
+with imports.uncollected():
+    from titan_moe_lb.upstream import cpu
 
-import torch
-from torch.distributed.checkpoint import CheckpointException
-from torchtitan.observability import structured_logger
-from torchtitan.trainer import Trainer
+    if cpu.needed():
+        cpu.use_host()
 
-from titan_moe_lb.console import cause, rank_log, saved, summary
-from titan_moe_lb.console.patience import Patience
-from titan_moe_lb.console.signals import ended_by
-from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import dry_run, job_config
-from titan_moe_lb.parallel import single_process
-from titan_moe_lb.upstream import zero_bubble
+    import torch
+    from torch.distributed.checkpoint import CheckpointException
+    from torchtitan.observability import structured_logger
+    from torchtitan.trainer import Trainer
+
+    from titan_moe_lb.console import cause, rank_log, saved, summary
+    from titan_moe_lb.console.patience import Patience
+    from titan_moe_lb.console.signals import ended_by
+    from titan_moe_lb.errors import JobError
+    from titan_moe_lb.job import dry_run, job_config
+    from titan_moe_lb.parallel import single_process
+    from titan_moe_lb.upstream import zero_bubble
 
 
 def main(arguments: list[str] | None = None) -> None:
