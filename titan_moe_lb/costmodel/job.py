@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.parallel.schedules import Schedule
 
@@ -61,6 +63,8 @@ class JobModel:
     """Tokens of one micro-batch on one rank, before TP splits the sequence."""
     checkpointing: str
     """"none", "selective", "full"."""
+    steps: int
+    """Optimizer steps of the whole job."""
     states: dict[int, RankState]
     """By pipeline rank, for those that were built."""
 
@@ -68,3 +72,12 @@ class JobModel:
     def tokens_per_rank(self) -> int:
         """Tokens that one rank routes: with EP, the ranks of TP route other tokens."""
         return self.tokens_per_microbatch // (self.tp_degree if self.ep_degree > 1 else 1)
+
+    def in_turn(self, num_loads: int) -> np.ndarray:
+        """Which of N recorded loads each micro-batch has, int ``(passes, micro-batches)``.
+
+        As many passes through the schedule as it takes for each to have its turn.
+        """
+        per_pass = 1 + max(micro_batch for _stage, _kind, micro_batch in self.schedule[0])
+        passes = -(-num_loads // per_pass)
+        return np.arange(passes * per_pass).reshape(passes, per_pass) % num_loads

@@ -27,6 +27,12 @@ class MoELayer:
     hidden_dim: int
     shared_hidden_dim: int = 0
     """Hidden size of the shared experts together; 0 without any."""
+    num_groups: int = 1
+    """Expert groups of group-limited routing."""
+
+    @property
+    def parameters_per_expert(self) -> int:
+        return 3 * self.dim * self.hidden_dim
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,7 @@ def read_job(
         accumulation_steps=cut.accumulation_steps,
         tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // dims.cp,
         checkpointing=_checkpointing(config),
+        steps=config.training.steps,
         states=states,
     )
 
@@ -98,6 +99,7 @@ def _moe_layer(moe: MoE.Config) -> MoELayer:
         dim=experts.dim,
         hidden_dim=experts.hidden_dim,
         shared_hidden_dim=shared.w1.out_features if shared is not None else 0,
+        num_groups=moe.router.num_expert_groups or 1,
     )
 
 
