@@ -119,6 +119,8 @@ def test_answers_by_hand(ranks, device):
             + mlp(hot, 64, 32)
             + 3 * mlp(math.ceil(rest), 64, 32)
             + mlp(tokens, 64, 32)
+            # Values of two bytes, moved: 4 D + 3 F of each received token, 5 D of each sent one.
+            + 2 * ((hot + 3 * rest) * (4 * 64 + 3 * 32) + tokens * 2 * 5 * 64) / 1e15
         )
         skew = (hot + 3 * rest) / (4 * mean)
         assert row["imbalance_factor"] == factor

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from titan_moe_lb.costmodel.dispatch import Dispatcher
 from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.parallel.schedules import Schedule
 
@@ -22,6 +23,8 @@ class Stage:
     dense_bytes: float
     """Kept for the backward outside MoE layers without checkpointing: an estimate, the
     inputs and results of the linear layers."""
+    vocabulary: int = 0
+    """Logits of a token, on the stage that has the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,13 @@ class JobModel:
     """Tokens of one micro-batch on one rank, before TP splits the sequence."""
     checkpointing: str
     """"none", "selective", "full"."""
+    tokens_per_step: int
+    """Of the global batch."""
     steps: int
     """Optimizer steps of the whole job."""
     states: dict[int, RankState]
     """By pipeline rank, for those that were built."""
+    dispatcher: Dispatcher = "standard"
 
     @property
     def tokens_per_rank(self) -> int:

@@ -76,6 +76,7 @@ class View:
             tokens_per_rank=job.tokens_per_rank,
             ep_degree=job.ep_degree,
             expert_shards=job.tp_degree if job.ep_degree == 1 else 1,
+            dispatcher=job.dispatcher,
         )
         self.worst = min(layer.num_experts / layer.top_k for layer in job.moe_layers.values())
 

@@ -87,6 +87,7 @@ def read_job(
         tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // dims.cp,
         checkpointing=_checkpointing(config),
         steps=config.training.steps,
+        tokens_per_step=cut.global_batch_size * cut.seq_len,
         states=states,
     )
 
@@ -100,6 +101,7 @@ def _moe_layer(moe: MoE.Config) -> MoELayer:
         hidden_dim=experts.hidden_dim,
         shared_hidden_dim=shared.w1.out_features if shared is not None else 0,
         num_groups=moe.router.num_expert_groups or 1,
+        num_limited_groups=moe.router.num_limited_groups or 1,
     )
 
 
@@ -122,6 +124,7 @@ def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> 
     )
     matrix_parameters = 0
     kept = 0.0
+    vocabulary = 0
     for name, module in part.named_modules():
         if not isinstance(module, nn.Linear) or ".moe." in f".{name}.":
             continue
@@ -129,11 +132,14 @@ def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> 
         matrix_parameters += rows * columns
         if "layers." in name:
             kept += BF16_BYTES * (rows + columns)
+        else:
+            vocabulary += rows
     return Stage(
         moe_layers=tuple(numbers[name] for name, _ in part.named_modules() if name in numbers),
         num_layers=num_layers,
         dense_flops=2.0 * matrix_parameters + attention_flops * num_layers,
         dense_bytes=kept,
+        vocabulary=vocabulary,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -193,19 +194,25 @@ def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> l
     jobs: list[JobModel] = []
     for degree in degrees:
         flags = [
-            *question.job_arguments,
             f"--parallelism.expert_parallel_degree={degree}",
             # Nothing is captured here, and not every degree could be.
             "--training.disable_cuda_graphs",
         ]
-        config = job_config.load(flags).config
+        config = job_config.load(_with_flags(question.job_arguments, flags)).config
         if not jobs:
             jobs.append(read_job(config))
             _fit_model(question, factors, jobs[0])
             heaviest = heaviest_pipeline_ranks(jobs[0], derated, question.hot_experts)
         else:
             jobs.append(read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages))
-    return jobs
+    return [dataclasses.replace(job, dispatcher=question.dispatcher) for job in jobs]
+
+
+def _with_flags(arguments: list[str], flags: list[str]) -> list[str]:
+    """Behind the job's own, and before a subcommand as ``activation-checkpoint:full``."""
+    subcommands = [n for n, word in enumerate(arguments) if word.startswith("activation-")]
+    end = min(subcommands, default=len(arguments))
+    return [*arguments[:end], *flags, *arguments[end:]]
 
 
 def _ranks(question: Question, of_job: int | None) -> int:

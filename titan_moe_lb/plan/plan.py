@@ -51,6 +51,7 @@ class Plan:
                 "hot_experts": self.question.hot_experts,
                 "compute_efficiency": self.question.compute_efficiency,
                 "network_efficiency": self.question.network_efficiency,
+                "dispatcher": self.question.dispatcher,
             },
             "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
             "run": self.run,

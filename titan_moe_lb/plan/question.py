@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from titan_moe_lb.costmodel.dispatch import Dispatcher
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -34,6 +36,8 @@ class Question:
     """Slots for copies of hot experts, as in 16,32: what would EPLB buy? Needs --from-run."""
     drop_share: float | None = None
     """Share of the tokens that a capacity factor may drop; default 0.01. Needs --from-run."""
+    dispatcher: Dispatcher = "standard"
+    """standard sends every copy of a token; deepep one to each node and rank."""
     compute_efficiency: float = 0.5
     """Share of the peak FLOP/s that matrix products reach."""
     network_efficiency: float = 0.8

@@ -60,7 +60,7 @@ def headline(plan: Plan) -> list[str]:
         f"{plan.usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of {device.memory_bytes / GIB:.1f} "
         f"kept free); {plan.question.hot_experts} hot expert(s); "
         f"{plan.question.compute_efficiency:.0%} of peak compute, "
-        f"{plan.question.network_efficiency:.0%} of link bandwidth",
+        f"{plan.question.network_efficiency:.0%} of link bandwidth; {plan.question.dispatcher} dispatch",
     ]
 
 
