@@ -114,8 +114,9 @@ def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
     model_config = config.model_spec.model
     _parameters, flops = model_config.get_nparams_and_flops(model, config.training.seq_len)
     _parameters, without = model_config.get_nparams_and_flops(model, 0)
-    # torchtitan counts the forward once and the backward twice.
-    return (flops - without) / 3 / len(model_config.layers)
+    # torchtitan counts the forward once and the backward twice, and the whole square of
+    # scores, of which a causal mask leaves half.
+    return (flops - without) / 3 / 2 / len(model_config.layers)
 
 
 def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> Stage:

@@ -70,7 +70,8 @@ def _sure(plan: Plan) -> str:
     if run is None:
         said.append("the load is assumed, not measured (--from-run takes a run's)")
     elif run["micro_batches"]:
-        said.append(f"the load is that of {run['micro_batches']:,} recorded micro-batches")
+        number_of_loads = min(run["micro_batches"], len(run["last_steps"]))
+        said.append(f"the load is that of {number_of_loads:,} recorded micro-batches")
     else:
         said.append(
             "the run has recorded whole global batches alone, and single micro-batches are less even"
