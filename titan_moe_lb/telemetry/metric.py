@@ -15,6 +15,7 @@ from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.rank_step import RankStep
 from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.capacity import capacity_factor
 from titan_moe_lb.traces.figure import Figure
 
 
@@ -119,6 +120,19 @@ class CumulativeOverload(Metric):
             step.received_NMR.mean(axis=-1),
         )
         return np.full(len(step.stages), factor)
+
+
+class CapacityFactor(Metric):
+    name = "capacity_factor_1pct"
+    description = (
+        "Room of an expert-parallel rank, over the balanced tokens, with which no "
+        "expert-parallel group would drop more than 1 % of the tokens of the step"
+    )
+    over_ranks = Reduction.MAX
+    over_layers = Reduction.MAX
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        return capacity_factor(step.received_NMR, 0.01)
 
 
 class MicroBatchMaxViolation(Metric):
