@@ -116,6 +116,8 @@ WRONG_JOB = {
     "train --flavor 16B": "--flavor is a key of [job] in a job file; here --config chooses it",
     "train TINY --training.stpes 3": "there is no flag --training.stpes; did you mean '--training.s",
     "train TINY --steps 3": "there is no flag --steps",
+    "train TINY --max-restarts two": "--max-restarts is 'two'; it must be a whole number",
+    "NNODES=2 NODE_RANK=1 RDZV_ENDPOINT=localhost:9 train TINY --max-restarts 1": "max_restarts is 1, and NNODES=2",
     "train TINY -s 3": "there is no flag -s",
     "train TINY --training.steps ten": "--training.steps is 'ten'; it must be an integer",
     "train TINY --training.steps": "--training.steps needs a value",
