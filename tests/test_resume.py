@@ -218,6 +218,22 @@ def test_cut_checkpoint_names_the_last_good_one(two_steps, file):
     assert f"no other step in {two_steps} is whole" in one_line(two_steps)
 
 
+def test_cut_metadata_names_the_last_good_step_to_a_rule_that_remembers(two_steps):
+    """Found by the faults: such a rule reads it before the files are checked."""
+    cut(two_steps / "step-4" / ".metadata")
+    with pytest.raises(JobError, match="it is cut; .* set checkpoint.load_step = 2"):
+        job_config.load(bias_job(two_steps.parent, '{type = "momentum"}'))
+
+
+def test_metadata_of_another_kind_is_one_line(two_steps):
+    """Found by the fuzzing."""
+    file = two_steps / "step-4" / ".metadata"
+    metadata = checkpoints.read_metadata(file.parent)
+    del next(iter(metadata.storage_data.values())).__dict__["length"]
+    file.write_bytes(pickle.dumps(metadata))
+    assert "step-4/.metadata is damaged (AttributeError)" in one_line(two_steps)
+
+
 def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path):
     (two_steps / "step-4" / "__0_0.distcp").unlink()
     message = one_line(two_steps)

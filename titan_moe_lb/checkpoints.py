@@ -143,21 +143,21 @@ def damage(path: Path) -> str | None:
 
     What the files hold is checked by who loads it: :mod:`titan_moe_lb.checked_loading`.
     """
+    sizes: dict[str, int] = {}
     try:
         metadata = read_metadata(path)
         torn = next((name for name in metadata.state_dict_metadata if _torn(metadata, name)), None)
+        for stored in (metadata.storage_data or {}).values():
+            end = stored.offset + stored.length
+            sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+        files = sorted((path / name, size) for name, size in sizes.items())
     except JobError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  a changed pickle holds anything
         return f"{path / _METADATA} is damaged ({type(error).__name__})"
     if torn is not None:
         return f"{path / _METADATA} is damaged: it does not say where all of {torn} is"
-    sizes: dict[str, int] = {}
-    for stored in (metadata.storage_data or {}).values():
-        end = stored.offset + stored.length
-        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    for name, size in sorted(sizes.items()):
-        file = path / name
+    for file, size in files:
         if not file.is_file():
             return f"{file} is missing"
         if os.path.getsize(file) < size:
