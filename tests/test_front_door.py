@@ -199,7 +199,7 @@ WRONG_START = {
     "NGPU=2 RDZV_ENDPOINT=localhost:HELD train TINY": "the port cannot be opened here (Address alr",
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=localhost:HELD train TINY": "stop what holds it, or take",
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=[::1]:HELD train TINY": "the port cannot be opened here",
-    "train TINY --checkpoint.enable --dump_folder unfinished": "step-7/.metadata is missing",
+    "train TINY --checkpoint.enable --dump_folder unfinished": "unfinished/checkpoint/step-5 has no",
     "NGPU=2 train TINY --checkpoint.enable --checkpoint.create_seed_checkpoint": "needs one process",
     "train TINY --checkpoint.create_seed_checkpoint": "needs checkpoint.enable = true",
     "train TINY --override.imports nope.f": "override.imports nope.f: No module named 'nope'",
