@@ -28,8 +28,10 @@ from torchtitan.components.dataloader import BaseDataLoader
 import titan_moe_lb
 from model_registry import recipes
 from model_registry.entry import Default, registry_entry
-from tests import doc_examples, other_torch
+from tests import doc_examples, other_torch, soak
+from tests.chaos import __main__ as chaos
 from tests.doc_examples import ROOT, Block
+from tests.fuzz import __main__ as fuzz
 from tests.parity import __main__ as parity
 from tests.parity.layout import parse
 from tests.synthetic_trace import run_info, write_run
@@ -164,6 +166,15 @@ def run_parity(arguments: list[str], _monkeypatch) -> None:
     assert set(read.loss.split(",")) <= set(AuxLoss.kinds)
 
 
+def run_with(arguments_of: type) -> Callable[[list[str], pytest.MonkeyPatch], None]:
+    """Long programs of ours: their flags alone."""
+
+    def run(arguments: list[str], _monkeypatch) -> None:
+        tyro.cli(arguments_of, args=arguments)
+
+    return run
+
+
 def run_other_torch(arguments: list[str], _monkeypatch) -> None:
     version, *more = arguments
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
@@ -207,6 +218,9 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "./run_tests.sh": run_pytest,
     "python -m pytest": run_pytest,
     "python -m tests.parity": run_parity,
+    "python -m tests.fuzz": run_with(fuzz.Arguments),
+    "python -m tests.chaos": run_with(chaos.Arguments),
+    "python -m tests.soak": run_with(soak.Arguments),
     "python -m tests.other_torch": run_other_torch,
     "python -m pip": run_pip,
     "mkdocs": run_mkdocs,

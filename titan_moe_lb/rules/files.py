@@ -132,28 +132,10 @@ def checkpoint_is_whole(config: Trainer.Config) -> None:
     start = checkpoints.start_of(config)
     if start is None:
         return
-    folder = checkpoints.own_folder(config)
-    steps = checkpoints.steps_in(folder)
     problem = checkpoints.damage(start.path)
     if problem is not None:
-        good = [
-            step
-            for step, path in steps.items()
-            if path != start.path and checkpoints.damage(path) is None
-        ]
         raise JobError(
-            f"{problem}; the last good step in {folder} is {good[-1]}: "
-            f"set checkpoint.load_step = {good[-1]}"
-            if good
-            else f"{problem}; no other step in {folder} is whole: name another checkpoint in "
-            "checkpoint.initial_load_path, or begin again in another checkpoint.folder"
-        )
-    if start.step is not None and config.checkpoint.load_step == -1 and start.step < max(steps):
-        # torchtitan would take the older step without a word.
-        newest = steps[max(steps)]
-        raise JobError(
-            f"{checkpoints.damage(newest)}; the last good step in {folder} is {start.step}: set "
-            f"checkpoint.load_step = {start.step}, or remove {newest}"
+            f"{problem}; {checkpoints.remedy(checkpoints.own_folder(config), start.path)}"
         )
 
 
