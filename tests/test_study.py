@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -403,10 +404,34 @@ def test_front_and_paragraph_by_hand():
 
 def test_table_in_words():
     spread = results.Spread
-    assert table.in_words(spread.of([1.0, 2.0])) == "1.5 (1 to 2)"
-    assert table.in_words(spread.of([math.inf, math.inf])) == "never"
-    assert table.in_words(spread.of([20.0, math.inf])) == "20 or never"
-    assert table.in_words(spread.of([])) == "–"
+
+    def words(*values: float) -> tuple[str, str]:
+        return table.in_words(spread.of(values)), table.range_in_words(spread.of(values))
+
+    assert words(1.0, 2.0) == ("1.5", "1 to 2")
+    assert words(math.inf, math.inf) == ("never", "")
+    assert words(20.0, math.inf) == ("20 or never", "")
+    assert words() == ("–", "")
+    assert words(5.31123, 0.12345) == ("2.717", "0.123 to 5.311")
+
+
+def test_the_tables_of_the_docs_are_of_its_file():
+    """Every row of docs/choosing.md, from the mean and the range of each number in its JSON."""
+    docs = Path(__file__).parents[1] / "docs"
+    rows = re.findall(r"^\| ([a-z][^|]+) \|(.+)\|$", (docs / "choosing.md").read_text(), re.M)
+    settings = json.loads((docs / "choosing.json").read_text())["settings"]
+    rows = [(name, cells) for name, cells in rows if name != "method"]
+    assert [name for name, _cells in rows] == [setting["setting"] for setting in settings]
+    columns = ("validation_loss", "max_violation", "steps_until_balanced", "specialisation")
+    for (_name, cells), setting in zip(rows, settings, strict=True):
+        numbers = [setting["numbers"][name] for name in (*columns, "step_slowdown")]
+        for cell, number, digits in zip(cells.split("|"), numbers, (3, 2, 0, 2, 2), strict=True):
+            low, mean, high = (number[name] for name in ("low", "mean", "high"))
+            if high is None:  # JSON has no infinity: never, in some seed
+                assert cell.strip() == ("never" if low is None else f"{low:.0f} or never")
+            else:
+                expected = f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+                assert cell.strip() == expected
 
 
 def test_the_page_draws_in_a_browser(tmp_path, quick):

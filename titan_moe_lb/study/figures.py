@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import plotly.graph_objects as go
@@ -19,11 +20,14 @@ from titan_moe_lb.pages.charts import (
     label_curves,
 )
 from titan_moe_lb.pages.palette import color
-from titan_moe_lb.study.results import Group
+from titan_moe_lb.study.results import Group, Setting, Spread
 
-MOST_POINTS = 150
+FEW = 4
+"""Settings whose curves can all be told apart."""
+MOST_POINTS = 60
 """Points of a curve: steps are averaged in so many stretches."""
 
+_TICKS = [one * 10.0**power for power in range(-3, 4) for one in (1, 2, 3, 5)]
 _LOSS_TITLES = {"validation_loss": "validation loss", "training_loss": "training loss"}
 
 
@@ -42,23 +46,25 @@ def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
         _fronts(
             groups,
             "step_slowdown",
-            "step, × balance",
+            "step time lost to imbalance, %",
             "Loss against predicted step time",
-            "The same against the time of a step of the planned job, over its time at balance.",
+            "The same against what the imbalance adds to a step of the planned job at balance.",
         ),
-        Chart(
+        _courses(
+            groups,
+            "MaxVio, mean over layers",
+            "violation_S",
             "MaxVio over steps",
-            "Thick: mean over the seeds, thin: each seed. A step counts as balanced below "
-            f"{balanced_below:g}.",
-            [
-                Panel(group.name, _curves(group, "MaxVio, mean over layers", "violation_S"))
-                for group in groups
-            ],
+            f"A step counts as balanced below {balanced_below:g}. In colour, with a thin line for each "
+            "seed: the settings that none beats in loss and MaxVio, and the least even one; in "
+            "grey the means of the others, whose names show where you point.",
         ),
-        Chart(
+        _courses(
+            groups,
+            "training loss",
+            "loss_S",
             "Training loss over steps",
-            "Of the language model, over the global batch.",
-            [Panel(group.name, _curves(group, "training loss", "loss_S")) for group in groups],
+            "Of the language model, over the global batch; the same settings in colour.",
         ),
         Chart(
             "Steps until balanced",
@@ -91,19 +97,23 @@ def _fronts(groups: Sequence[Group], cost: str, x_title: str, title: str, text: 
     return Chart(title, text, panels)
 
 
+def _courses(groups: Sequence[Group], y_title: str, course: str, title: str, text: str) -> Chart:
+    return Chart(title, text, [Panel(g.name, _curves(g, y_title, course)) for g in groups])
+
+
 def _front(group: Group, cost: str, x_title: str) -> go.Figure:
     figure = blank_figure(_LOSS_TITLES[group.loss], x_title=x_title, height=380)
     front = group.front(cost)
     if len(front) > 1:
         figure.add_scatter(
-            x=[setting.spread(cost).mean for setting in front],
+            x=[_x(setting, cost).mean for setting in front],
             y=[setting.spread(group.loss).mean for setting in front],
             mode="lines",
             line={"color": color("accent"), "width": 1.5, "dash": "dot"},
             hoverinfo="skip",
         )
     for number, setting in enumerate(group.settings, start=1):
-        x, y = setting.spread(cost), setting.spread(group.loss)
+        x, y = _x(setting, cost), setting.spread(group.loss)
         if math.isnan(x.mean):
             continue
         hue = color("accent") if setting in front else color("grey")
@@ -126,13 +136,25 @@ def _front(group: Group, cost: str, x_title: str) -> go.Figure:
             hovertemplate=f"{setting.name}<br>{x_title} %{{x:.4g}}<br>loss %{{y:.4g}}<extra></extra>",
         )
     figure.update_layout(hovermode="closest", margin_t=20)
+    # One setting without balance is far from all others.
+    figure.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS])
     return figure
+
+
+def _x(setting: Setting, cost: str) -> Spread:
+    """A cost as it is drawn: what a step takes is drawn as what it loses, in percent."""
+    spread = setting.spread(cost)
+    if cost != "step_slowdown":
+        return spread
+    return Spread(**{name: 100 * (value - 1) for name, value in asdict(spread).items()})
 
 
 def _curves(group: Group, y_title: str, course: str) -> go.Figure:
     figure = blank_figure(y_title, height=420)
-    labelled = []
-    for number, (setting, pen) in enumerate(zip(group.settings, PENS, strict=False), start=1):
+    coloured = _in_colour(group)
+    pens = iter(pen for pen in PENS if pen.color != color("grey"))
+    # Grey first, so that it does not cover what is looked at.
+    for setting in sorted(group.settings, key=lambda setting: setting in coloured):
         seeds = [
             (result.course.steps, getattr(result.course, course))
             for result in setting.results
@@ -143,17 +165,28 @@ def _curves(group: Group, y_title: str, course: str) -> go.Figure:
         shortest = min(len(steps) for steps, _values in seeds)
         steps = _stretches(seeds[0][0][:shortest].astype(float))
         rows = [_stretches(values[:shortest]) for _steps, values in seeds]
-        for row in rows if len(rows) > 1 else ():
+        pen = next(pens) if setting in coloured else Pen(color("grey"), width=0.8)
+        for row in rows if setting in coloured and len(rows) > 1 else ():
             add_curve(figure, setting.name, steps, row, Pen(pen.color, width=0.5))
             figure.data[-1].update(hoverinfo="skip", hovertemplate=None)
-        mean = np.mean(rows, axis=0)
-        add_curve(figure, f"{number} {setting.name}", steps, mean, Pen(pen.color, pen.dash, 2.2))
-        labelled.append(f"{number} {setting.name}")
-    label_curves(figure, labelled)
+        width = 2.2 if setting in coloured else pen.width
+        name = f"{group.settings.index(setting) + 1} {setting.name}"
+        add_curve(figure, name, steps, np.mean(rows, axis=0), Pen(pen.color, pen.dash, width))
+    label_curves(figure, [f"{group.settings.index(one) + 1} {one.name}" for one in coloured])
     for annotation in figure.layout.annotations:  # the number is enough: the table has the name
         annotation.text = annotation.text.partition(" ")[0]
     figure.update_layout(margin_r=34, hovermode="closest")
     return figure
+
+
+def _in_colour(group: Group) -> list[Setting]:
+    """The settings that a reader looks for: the best ones, and the least even; all of a few."""
+    if len(group.settings) <= FEW:
+        return list(group.settings)
+    known = [setting for setting in group.settings if setting.complete]
+    least_even = sorted(known, key=lambda setting: setting.spread("max_violation").mean)[-1:]
+    found = [*group.front("max_violation"), *least_even]
+    return [setting for setting in group.settings if setting in found]
 
 
 def _stretches(values_S: np.ndarray) -> np.ndarray:

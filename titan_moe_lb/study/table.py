@@ -24,7 +24,12 @@ COLUMNS = {
 }
 """Numbers of a setting and their titles."""
 
-_ON_TERMINAL = ("max_violation", "steps_until_balanced", "step_slowdown")
+_ON_TERMINAL = {
+    "max_violation": "MaxVio",
+    "steps_until_balanced": "balanced at",
+    "step_slowdown": "step x",
+}
+"""What decides, in titles that leave room for the names of the settings."""
 
 
 def columns(group: Group) -> dict[str, str]:
@@ -32,19 +37,25 @@ def columns(group: Group) -> dict[str, str]:
     return {number: title for number, title in COLUMNS.items() if group.knows(number)}
 
 
-def row(setting: Setting, numbers: Sequence[str]) -> list[str]:
-    """The mean over the seeds, and the lowest and highest where they differ."""
-    return [in_words(setting.spread(number)) for number in numbers]
+def row(setting: Setting, numbers: Sequence[str]) -> list[tuple[str, str]]:
+    """The mean over the seeds in words, and the lowest and highest where they differ."""
+    spreads = [setting.spread(number) for number in numbers]
+    return [(in_words(spread), range_in_words(spread)) for spread in spreads]
 
 
 def in_words(spread: Spread) -> str:
+    """The mean over the seeds; what never happened to some of them has none."""
     if math.isnan(spread.mean):
         return "–"
     if math.isinf(spread.high):
         return "never" if math.isinf(spread.low) else f"{_number(spread.low)} or never"
-    if _number(spread.low) == _number(spread.high):
-        return _number(spread.mean)
-    return f"{_number(spread.mean)} ({_number(spread.low)} to {_number(spread.high)})"
+    return _number(spread.mean)
+
+
+def range_in_words(spread: Spread) -> str:
+    """The lowest and highest; empty where they do not differ."""
+    low, high = _number(spread.low), _number(spread.high)
+    return f"{low} to {high}" if math.isfinite(spread.high) and low != high else ""
 
 
 def outcome(setting: Setting) -> str:
@@ -57,12 +68,12 @@ def print_table(groups: Sequence[Group]) -> None:
     """On the terminal, the settings of one model below one another: what decides alone."""
     console = Console()
     for group in groups:
-        known = columns(group)
-        numbers = [name for name in (group.loss, *_ON_TERMINAL) if name in known]
+        titles = {group.loss: COLUMNS[group.loss].replace("validation ", "")} | _ON_TERMINAL
+        numbers = [name for name in titles if group.knows(name)]
         table = Table(box=box.SIMPLE, title=group.name or None, title_justify="left")
         table.add_column("setting", overflow="fold", min_width=16)
         for name in numbers:
-            table.add_column(known[name], justify="right")
+            table.add_column(titles[name], justify="right", no_wrap=True)
         for setting in group.settings:
             note = outcome(setting)
             title = f"{setting.name} ({note})" if note else setting.name
@@ -72,13 +83,16 @@ def print_table(groups: Sequence[Group]) -> None:
 
 def _short(spread: Spread) -> str:
     """The mean, and half of the range of the seeds."""
-    half = (spread.high - spread.low) / 2
-    if not math.isfinite(half) or _number(spread.low) == _number(spread.high):
+    if not range_in_words(spread):
         return in_words(spread)
-    return f"{_number(spread.mean)} ±{half:.1g}"
+    half = (spread.high - spread.low) / 2
+    return f"{in_words(spread)} ±{half:.0f}" if half >= 1 else f"{in_words(spread)} ±{half:.1g}"
 
 
 def _number(value: float) -> str:
-    if math.isinf(value):
+    """Three digits after the point of what is 1 or more, as a loss is; else three that count."""
+    if not math.isfinite(value):
         return "never"
-    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
+    if value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"

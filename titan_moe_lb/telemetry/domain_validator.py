@@ -72,7 +72,7 @@ class DomainValidator(Validator):
                 dist.all_reduce(stacked, group=group)
             counts_NE = stacked.cpu().numpy()
         numbers = [router.layer for router in routers]
-        return reduce_counts(numbers, counts_NE, self.parallel_dims).counts_ME
+        return reduce_counts(numbers, counts_NE, self.parallel_dims)
 
 
 class _Caught:

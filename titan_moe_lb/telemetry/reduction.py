@@ -37,15 +37,19 @@ def reduce_step(layers: list[MoE], parallel_dims: ParallelDims) -> StepLoad:
 
 def reduce_counts(
     layers: list[int], counts_NE: np.ndarray | None, parallel_dims: ParallelDims
-) -> StepLoad:
+) -> np.ndarray:
     """Counts alone, of other tokens than a step's. Collective over the stages.
 
     Args:
         layers: numbers of this rank's layers; none for a stage without.
         counts_NE: tokens per expert over the ranks that route the tokens of the stage.
+
+    Returns:
+        ``(M, E)`` int64, the layers of all stages.
     """
-    table = None if counts_NE is None else _Table(layers, counts_NE, {})
-    return _over_stages(table, parallel_dims)
+    nothing = np.zeros_like(counts_NE)
+    table = None if counts_NE is None else _Table(layers, counts_NE, nothing, {})
+    return _over_stages(table, parallel_dims).counts_ME
 
 
 @dataclass
