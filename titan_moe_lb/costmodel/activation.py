@@ -46,8 +46,8 @@ def activation_peak(
     """Bytes of activations at the peak on one pipeline rank.
 
     Under full checkpointing a layer keeps its input, and one layer at a time is whole. The
-    selective policy keeps the results of the all-to-alls and half of the linear layers'
-    (torchtitan: every second one). Activations outside MoE layers are an estimate.
+    selective policy keeps every second linear layer's result and attention's, and on a GPU what
+    the all-to-alls bring.
 
     Args:
         position: the pipeline rank.
@@ -66,38 +66,72 @@ def activation_peak(
         kept=lambda stage, micro_batch: kept[stage][:, micro_batch],
         working=lambda stage, micro_batch: working[stage][:, micro_batch],
     )
-    return float(np.max(most))
+    return float(np.max(most)) + batch_bytes(job) + pipeline_bytes(job, position)
+
+
+def batch_bytes(job: JobModel) -> float:
+    """Inputs, labels and positions of a pass, of which some are there twice: five int64 values
+    a token. On the host the mask of its attention, a byte for each key."""
+    per_token = 5 * 8 + (job.seq_len if job.on_host else 0)
+    return job.num_micro_batches * job.tokens_per_microbatch * per_token
+
+
+def pipeline_bytes(job: JobModel, position: int) -> float:
+    """What torch's pipelining holds of every micro-batch of a pass, D wide, in BF16.
+
+    A stage has a buffer for each input and each gradient that it receives. A rank with several
+    stages waits for what it has sent at the end of the pass; between two stages of its own the
+    sent tensor is the received one.
+    """
+    stages = stages_of(job.schedule[position])
+    last = len(job.stages) - 1
+    boundaries = sum((stage > 0) + (stage < last) for stage in stages)
+    if len(stages) > 1:
+        own = sum(stage + 1 in stages for stage in stages)
+        boundaries = 2 * boundaries - 2 * own
+    tokens = job.num_micro_batches * job.tokens_per_microbatch / job.tp_degree
+    return boundaries * tokens * job.dim * BF16_BYTES
 
 
 def _stage_bytes(
     job: JobModel, placement: Placement, stage: Stage, received: Mapping[int, Array]
 ) -> tuple[Array, Array]:
-    """Kept by one micro-batch of a stage, and needed besides while it runs."""
+    """Kept by one micro-batch of a stage, and needed besides while it runs.
+
+    While a block runs, those behind it are not there yet, or gone.
+    """
     tokens = job.tokens_per_microbatch / job.tp_degree
-    inputs = tokens * job.dim * BF16_BYTES * stage.num_layers
-    dense = tokens * stage.dense_bytes
-    whole: list[Array] = [0.0]
-    arrived: Array = 0.0
-    working: list[Array] = [0.0]
-    for number in stage.moe_layers:
-        layer = job.moe_layers[number]
-        sent = placement.tokens_per_rank * layer.top_k
-        whole.append(
-            received[number] * bytes_per_received_token(layer, placement.expert_shards)
-            + sent * bytes_per_sent_token(layer)
-        )
-        working.append(
-            received[number] * working_bytes_per_received_token(layer, placement.expert_shards)
-        )
-        arrived = arrived + (received[number] + sent) * layer.dim * BF16_BYTES
-    at_work = np.max(np.stack(np.broadcast_arrays(*working)), axis=0)
-    one_layer = np.max(np.stack(np.broadcast_arrays(*whole)), axis=0)
-    dense_layer = dense / max(stage.num_layers, 1)
-    if job.checkpointing == "full":
-        return inputs, at_work + one_layer + dense_layer
-    if job.checkpointing == "selective":
-        return inputs + arrived + 0.5 * dense, at_work + one_layer + 0.5 * dense_layer
-    return sum(whole) + dense, at_work
+    inputs = tokens * job.dim * BF16_BYTES
+    kept: Array = 0.0
+    peaks: list[Array] = []
+    for block in stage.blocks:
+        attention, feed_forward = tokens * block.attention, tokens * block.feed_forward
+        saved = inputs + tokens * block.selective
+        experts: Array = 0.0
+        at_work: Array = 0.0
+        if block.moe_layer is not None:
+            layer = job.moe_layers[block.moe_layer]
+            arrived = received[block.moe_layer]
+            sent = placement.tokens_per_rank * layer.top_k
+            experts = arrived * bytes_per_received_token(layer, placement.expert_shards)
+            experts = experts + sent * bytes_per_sent_token(layer)
+            at_work = arrived * working_bytes_per_received_token(layer, placement.expert_shards)
+            if job.tp_degree > 1 and job.ep_degree > 1:
+                # The router has its own tokens, the shared experts those of all ranks of TP.
+                feed_forward += inputs
+            if not job.on_host:
+                saved = saved + (arrived + sent) * layer.dim * BF16_BYTES
+        whole = attention + feed_forward + experts
+        keeps = {"none": whole, "selective": saved, "full": inputs}[job.checkpointing]
+        again = {"none": 0.0, "selective": whole + inputs - saved, "full": whole}[job.checkpointing]
+        attends = tokens * max(block.attention_forward, block.attention_backward)
+        kept = kept + keeps
+        peaks += [kept + again + at_work, kept + again - feed_forward - experts + attends]
+    if stage.head:
+        kept = kept + tokens * stage.head.norm
+        peaks.append(kept + tokens * stage.head.loss)
+    most = np.max(np.stack(np.broadcast_arrays(kept, *peaks)), axis=0)
+    return kept, most - kept
 
 
 def largest_that_fits(fits: Callable[[float], bool], worst: float) -> float | None:

@@ -12,6 +12,35 @@ from titan_moe_lb.parallel.schedules import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
+class Block:
+    """One transformer block outside its routed experts. Bytes are of one token of the rank,
+    where TP gives a rank 1/TP of the tokens."""
+
+    moe_layer: int | None
+    """Its number in the whole model; None for a dense block."""
+    attention: float
+    """Kept for the backward by attention and the norm before it."""
+    attention_forward: float
+    """There besides while attention runs forward."""
+    attention_backward: float
+    """There besides while it runs backward."""
+    feed_forward: float
+    """Kept by the norm after attention and by what follows: dense or shared experts, router."""
+    selective: float
+    """Of all that, what torchtitan's selective checkpointing keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The last norm, the head and the loss. Bytes are of one token of the rank."""
+
+    norm: float
+    """Kept until the backward."""
+    loss: float
+    """There besides while the loss is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One pipeline stage. FLOPs and bytes are of one token, forward, before TP divides them."""
 
@@ -21,10 +50,12 @@ class Stage:
     dense_flops: float
     """Matrix products outside MoE layers, attention included."""
     dense_bytes: float
-    """Kept for the backward outside MoE layers without checkpointing: an estimate, the
-    inputs and results of the linear layers."""
+    """Inputs and results of the linear layers."""
     vocabulary: int = 0
     """Logits of a token, on the stage that has the head."""
+    blocks: tuple[Block, ...] = ()
+    head: Head | None = None
+    """On the stage that has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +97,9 @@ class JobModel:
     """Tokens of one micro-batch on one rank, before TP splits the sequence."""
     checkpointing: str
     """"none", "selective", "full"."""
+    seq_len: int
+    on_host: bool
+    """Planned for torch's host backend, which composes attention and norms of operators."""
     tokens_per_step: int
     """Of the global batch."""
     steps: int
@@ -79,11 +113,16 @@ class JobModel:
         """Tokens that one rank routes: with EP, the ranks of TP route other tokens."""
         return self.tokens_per_microbatch // (self.tp_degree if self.ep_degree > 1 else 1)
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Of one pass through the schedule."""
+        return 1 + max(micro_batch for _stage, _kind, micro_batch in self.schedule[0])
+
     def in_turn(self, num_loads: int) -> np.ndarray:
         """Which of N recorded loads each micro-batch has, int ``(passes, micro-batches)``.
 
         As many passes through the schedule as it takes for each to have its turn.
         """
-        per_pass = 1 + max(micro_batch for _stage, _kind, micro_batch in self.schedule[0])
+        per_pass = self.num_micro_batches
         passes = -(-num_loads // per_pass)
         return np.arange(passes * per_pass).reshape(passes, per_pass) % num_loads

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import MoE
@@ -19,9 +20,10 @@ from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.costmodel.fake_rank import build_parts, fake_rank
-from titan_moe_lb.costmodel.job import JobModel, RankState, Stage
+from titan_moe_lb.costmodel.job import Head, JobModel, RankState, Stage
 from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.rank_state import rank_state
+from titan_moe_lb.costmodel.read_block import BlockReader
 from titan_moe_lb.costmodel.roofline import BF16_BYTES
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut, layout
@@ -35,6 +37,7 @@ def read_job(
     *,
     pipeline_ranks: Iterable[int] | None = None,
     stages: tuple[Stage, ...] = (),
+    on_host: bool = False,
 ) -> JobModel:
     """Build ranks of the job on the meta device and read them. ``WORLD_SIZE`` is set.
 
@@ -43,6 +46,7 @@ def read_job(
         pipeline_ranks: the pipeline ranks to build; all of them by default.
         stages: of the same job at another expert-parallel degree, which they do not
             depend on; needed where not all pipeline ranks are built.
+        on_host: planned for the host as the device.
 
     Raises:
         JobError: the model has no MoE layers, or its checkpointing cannot be planned.
@@ -63,6 +67,8 @@ def read_job(
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = spec.model.build()
     attention_flops = _attention_flops(config, model)
+    reader = BlockReader(tp_degree=dims.tp, seq_len=cut.seq_len, on_host=on_host)
+    loss_bytes = _loss_bytes(config, dims.tp)
     found: dict[int, Stage] = {}
     states: dict[int, RankState] = {}
     schedule: Schedule = {}
@@ -72,7 +78,7 @@ def read_job(
             schedule, parts = build_parts(config, model, position)
             states[position] = rank_state(rank, config, dims, list(parts.values()))
             for index, part in parts.items():
-                found[index] = _stage(part, numbers, attention_flops)
+                found[index] = _stage(part, numbers, attention_flops, reader, loss_bytes)
     return JobModel(
         model_name=spec.name,
         flavor=spec.flavor,
@@ -86,6 +92,8 @@ def read_job(
         accumulation_steps=cut.accumulation_steps,
         tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // dims.cp,
         checkpointing=_checkpointing(config),
+        seq_len=cut.seq_len,
+        on_host=on_host,
         steps=config.training.steps,
         tokens_per_step=cut.global_batch_size * cut.seq_len,
         states=states,
@@ -119,7 +127,28 @@ def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
     return (flops - without) / 3 / 2 / len(model_config.layers)
 
 
-def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> Stage:
+def _loss_bytes(config: Trainer.Config, tp_degree: int) -> tuple[float, float]:
+    """Of the loss of one token, for each of its D values and for each of its V logits.
+
+    Chunks: the pieces of the hidden state in BF16 and the sum of their gradients in float32, of
+    all tokens on every rank of TP, which TP gathers first. Logits, of one chunk: in BF16, and in
+    float32 their logarithms, the gradient of these and that of the logits; where TP splits the
+    vocabulary the softmax as well.
+    """
+    chunks, of_hidden = 1, 0
+    if isinstance(config.loss, ChunkedLossWrapper.Config):
+        chunks = config.loss.num_chunks
+        of_hidden = tp_degree * (2 + 4) + (2 * tp_degree if tp_degree > 1 else 0)
+    return of_hidden, (2 + 4 * (4 if tp_degree > 1 else 3)) / chunks
+
+
+def _stage(
+    part: nn.Module,
+    numbers: dict[str, int],
+    attention_flops: float,
+    reader: BlockReader,
+    loss_bytes: tuple[float, float],
+) -> Stage:
     num_layers = len(cast(nn.ModuleDict, part.layers)) + len(
         getattr(part, "mtp_layers", None) or ()
     )
@@ -135,12 +164,24 @@ def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> 
             kept += BF16_BYTES * (rows + columns)
         else:
             vocabulary += rows
+    blocks = [
+        (name, module) for name, module in part.named_modules() if hasattr(module, "attention_norm")
+    ]
+    head = None
+    if vocabulary:
+        dim = cast(nn.Module, part.norm).weight.shape[0]
+        head = Head(
+            norm=reader.norm(dim) + BF16_BYTES * dim,
+            loss=loss_bytes[0] * dim + loss_bytes[1] * vocabulary,
+        )
     return Stage(
         moe_layers=tuple(numbers[name] for name, _ in part.named_modules() if name in numbers),
         num_layers=num_layers,
         dense_flops=2.0 * matrix_parameters + attention_flops * num_layers,
         dense_bytes=kept,
         vocabulary=vocabulary,
+        blocks=tuple(reader.read(block, numbers.get(f"{name}.moe")) for name, block in blocks),
+        head=head,
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
-from titan_moe_lb.costmodel.known_hardware import hardware
+from titan_moe_lb.costmodel.known_hardware import HOST, hardware
 from titan_moe_lb.costmodel.load import TOLERANCE, WORST
 from titan_moe_lb.costmodel.plan import heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
@@ -191,6 +191,7 @@ def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> l
         config = draft.resolve().config
         dims = layout.resolve(config.parallelism)
         degrees = _usual_degrees(config, dims.dp_shard * dims.cp * dims.tp)
+    on_host = question.hardware == HOST
     jobs: list[JobModel] = []
     for degree in degrees:
         flags = [
@@ -200,11 +201,15 @@ def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> l
         ]
         config = job_config.load(_with_flags(question.job_arguments, flags)).config
         if not jobs:
-            jobs.append(read_job(config))
+            jobs.append(read_job(config, on_host=on_host))
             _fit_model(question, factors, jobs[0])
             heaviest = heaviest_pipeline_ranks(jobs[0], derated, question.hot_experts)
         else:
-            jobs.append(read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages))
+            jobs.append(
+                read_job(
+                    config, pipeline_ranks=heaviest, stages=jobs[0].stages, on_host=on_host
+                )
+            )
     return [dataclasses.replace(job, dispatcher=question.dispatcher) for job in jobs]
 
 
