@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from titan_moe_lb.errors import JobError
@@ -36,6 +38,42 @@ def greedy(counts_E: np.ndarray, ep_degree: int) -> np.ndarray:
         placed[device].append(int(expert))
         load[device] += counts_E[expert]
     return np.array(placed)
+
+
+def greedy_in_groups(
+    counts_E: np.ndarray, ep_degree: int, groups: Sequence[int], *, roll: int = 0
+) -> np.ndarray:
+    """Expert ids of each device ``(EP, E / EP)``, as :func:`greedy`, where groups of neighbours
+    stay together: those of group-limited routing, or of a loss.
+
+    A device gets whole groups, or a group gets whole devices.
+
+    Args:
+        groups: into how many equal groups the experts are divided, coarse to fine.
+        roll: which device is the first is free; a number for each layer, so that the busiest
+            one is another in every layer.
+
+    Raises:
+        JobError: neither EP divides the number of groups nor it EP.
+    """
+    if not groups:
+        return np.roll(greedy(counts_E, ep_degree), roll, axis=0)
+    experts_Gn = contiguous(len(counts_E), groups[0])
+    if groups[0] % ep_degree == 0:
+        placed = np.roll(greedy(counts_E[experts_Gn].sum(axis=-1), ep_degree), roll, axis=0)
+        return experts_Gn[placed].reshape(ep_degree, -1)
+    if ep_degree % groups[0]:
+        raise JobError(
+            f"expert-parallel degree {ep_degree} does not go with {groups[0]} groups of experts "
+            "that stay together: one has to divide the other"
+        )
+    inside = ep_degree // groups[0], [number // groups[0] for number in groups[1:]]
+    return np.concatenate(
+        [
+            experts_n[greedy_in_groups(counts_E[experts_n], *inside, roll=roll)]
+            for experts_n in experts_Gn
+        ]
+    )
 
 
 def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: float) -> np.ndarray:
