@@ -52,6 +52,12 @@ for package in importlib.metadata.distributions():
 print(json.dumps(inventory))
 """
 
+# The same: on every core what pip does on one. A file that is no Python of its version is left.
+COMPILE = """
+import compileall, sysconfig
+compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)
+"""
+
 # What stands behind pip's own words, and what helps.
 CAUSES = {
     r"No space left on device": "the disk is full: make room",
@@ -124,7 +130,8 @@ def _install(extras: set[str]) -> None:
     else:
         _say("refreshing .venv")
     STAMP.unlink(missing_ok=True)
-    _run([*pip, "-e", target])
+    _run([*pip, "--no-compile", "-e", target])
+    _run([str(PYTHON), "-I", "-c", COMPILE])
     inventory = subprocess.check_output([str(PYTHON), "-I", "-c", INVENTORY])
     stamp = {"digest": _digest(), "extras": sorted(extras), "packages": json.loads(inventory)}
     STAMP.write_text(json.dumps(stamp))

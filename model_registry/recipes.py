@@ -5,7 +5,6 @@ from __future__ import annotations
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
-from torchtitan.components.validate import Validator
 from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
@@ -13,7 +12,8 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.data import CORPUS, TOKENIZER_PATH
+from titan_moe_lb.data import CORPUS, TOKENIZER_PATH, domains
+from titan_moe_lb.telemetry.domain_validator import DomainValidator
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
 
@@ -38,8 +38,10 @@ def debug(
         metrics=LoadBalanceMetricsProcessor.Config(log_freq=1),
         model_spec=spec,
         dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS),
-        validator=Validator.Config(
-            dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS, infinite=False), steps=2
+        validator=DomainValidator.Config(
+            dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS, infinite=False),
+            domains=[domains.held_out(domain) for domain in domains.DOMAINS],
+            steps=2,
         ),
         optimizer=default_adamw(lr=8e-4),
         lr_scheduler=LRSchedulersContainer.Config(
@@ -87,6 +89,7 @@ def pretraining(
         metrics=LoadBalanceMetricsProcessor.Config(),
         model_spec=spec,
         dataloader=HuggingFaceTextDataLoader.Config(dataset="c4"),
+        validator=DomainValidator.Config(),
         optimizer=default_adamw(lr=learning_rate),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=2000, decay_ratio=0.8, decay_type="cosine", min_lr_factor=0.1

@@ -4,21 +4,21 @@ Importing torch and torchtitan takes seconds. One process does it and each rank 
 from it. No thread of torch's runs here yet and no device is in use.
 """
 
-import gc
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from titan_moe_lb.upstream import cpu
+from titan_moe_lb import imports
 
-cpu.use_host()
+with imports.uncollected():
+    from titan_moe_lb.upstream import cpu
 
-import torch  # noqa: E402
+    cpu.use_host()
 
-import tests.parity.gradients  # noqa: E402
-import tests.train_jobs  # noqa: E402, F401
+    import torch
+
+    import tests.parity.gradients
+    import tests.train_jobs  # noqa: F401
 
 torch.set_num_threads(1)
-# What the imports made stays, and need not be looked through by each rank.
-gc.freeze()

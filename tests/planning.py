@@ -4,12 +4,84 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from titan_moe_lb import cli
+from titan_moe_lb.costmodel.hardware import FIGURES
 from titan_moe_lb.job import job_config
+from titan_moe_lb.traces.figure import Figure
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter
 from titan_moe_lb.upstream import cpu
+
+TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
+
+# Round figures, so that the hand can follow: arithmetic is always the limit.
+DEVICE = {
+    "bf16_flops": 1e12,
+    "memory_bytes": 1e8,
+    "memory_bandwidth": 1e15,
+    "scale_up_domain": 8,
+    "scale_up_bandwidth": 1e9,
+    "scale_up_latency": 1e-9,
+    "scale_out_bandwidth": 1e9,
+    "scale_out_latency": 1e-9,
+}
+
+
+def device_file(folder: Path) -> str:
+    assert set(DEVICE) == set(FIGURES)
+    path = folder / "device.toml"
+    path.write_text("\n".join(f"{name} = {value!r}" for name, value in DEVICE.items()))
+    return str(path)
+
+
+def plan(ranks, arguments: list[str], job: list[str]) -> dict:
+    """What a rank of the pool plans for the tiny model."""
+    status, out, err = ranks.run(1, command, ["plan", "--json", *arguments, "--", *TINY, *job])[0]
+    assert status == 0, err
+    return json.loads(out)
+
+
+def write_run(
+    folder: Path, counts_SME: np.ndarray, micro_batches_SME: np.ndarray | None = None, **changes
+) -> None:
+    """A trace of the tiny model with these loads."""
+    facts = {
+        "model": "deepseek_v3",
+        "flavor": "tiny",
+        "num_experts": 8,
+        "top_k": 2,
+        "layers": (1, 2, 3),
+        **dict.fromkeys(("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1),
+        "schedule": None,
+        "local_batch_size": 4,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "seq_len": 128,
+        "started": "2026-01-01T00:00:00+00:00",
+        "version": "0",
+        "figures": (Figure("max_overload_factor", summary="max"),),
+        **changes,
+    }
+    writer = TraceWriter(folder, RunInfo(**facts))
+    layers = facts["layers"]
+    ones = np.ones(len(layers))
+    for index, counts_ME in enumerate(counts_SME):
+        load = StepLoad(
+            layers=layers,
+            counts_ME=counts_ME,
+            micro_batch_counts_ME=None if micro_batches_SME is None else micro_batches_SME[index],
+            figures={"max_overload_factor": ones},
+        )
+        writer.write(index + 1, load)
+    writer.close()
 
 
 def command(arguments: list[str]) -> tuple[int, str, str]:

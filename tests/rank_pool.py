@@ -22,6 +22,13 @@ from torch.distributed import TCPStore
 TIMEOUT_SECONDS = 300
 
 
+def forkserver() -> Any:
+    """A context whose processes are forked from one that has imported torch and torchtitan."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.host_imports"])
+    return context
+
+
 class RankPool:
     """``pool.run(n, function, ...)`` runs ``function(...)`` on n ranks.
 
@@ -81,9 +88,7 @@ class RankPool:
 
     def _start(self) -> None:
         # CUDA does not survive a fork.
-        context = multiprocessing.get_context("spawn" if self.gpus else "forkserver")
-        if not self.gpus:
-            context.set_forkserver_preload(["tests.host_imports"])
+        context = multiprocessing.get_context("spawn") if self.gpus else forkserver()
         visible = ",".join(self.gpus or ())
         for _ in range(self.size):
             ours, theirs = context.Pipe()

@@ -240,6 +240,8 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
         "tokens": load.counts_ME.sum(axis=1).tolist(),
         "figures": {name: values.tolist() for name, values in load.figures.items()},
         "step_figures": load.step_figures,
+        "micro_batch": load.micro_batch_counts_ME.tolist(),
+        "mine": record.step_counts_NMSE[:, 0, 0].tolist() if layers else [],
     }
 
 

@@ -1,4 +1,7 @@
-"""What a person sees of a run that goes well, fails, or is stopped: real processes."""
+"""What a person sees of a run that goes well, fails, or is stopped: real processes.
+
+A run of one process and one of two are started as a user does; the others are forked.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchtitan.components import metrics
 
 from tests.failing_jobs import FAILURES
+from tests.forked_start import ForkedStart
 from tests.test_launch import JOB_VARIABLES
 from titan_moe_lb import processes
 from titan_moe_lb.console import cause, rank_log
@@ -42,18 +46,27 @@ def start(
     folder: Path, *arguments: str, within: tuple[str, ...] = (), **environment: str
 ) -> subprocess.Popen:
     """A run; ``within`` is the command of a place to start it in."""
-    clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     train = [sys.executable, "-m", "titan_moe_lb.cli", "train"]
     return subprocess.Popen(
         [*within, *train, *arguments, f"--dump_folder={folder}"],
-        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        env=of_a_start(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def read_to(process: subprocess.Popen, text: str) -> list[str]:
+def fork(folder: Path, *arguments: str, **environment: str) -> ForkedStart:
+    """The same where it is not the start that is looked at."""
+    return ForkedStart([*arguments, f"--dump_folder={folder}"], of_a_start(environment))
+
+
+def of_a_start(environment: dict[str, str]) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
+    return {**clean, "OMP_NUM_THREADS": "1", **environment}
+
+
+def read_to(process: subprocess.Popen | ForkedStart, text: str) -> list[str]:
     """The lines up to the first one with the text in it."""
     lines = []
     for line in process.stdout:
@@ -63,7 +76,7 @@ def read_to(process: subprocess.Popen, text: str) -> list[str]:
     raise AssertionError(f"no {text!r} in {''.join(lines)}{process.stderr.read()}")
 
 
-def end(process: subprocess.Popen) -> tuple[int, list[str], str]:
+def end(process: subprocess.Popen | ForkedStart) -> tuple[int, list[str], str]:
     """Status, lines of standard output, standard error; and nobody is left behind."""
     out, err = process.communicate(timeout=120)
     (folder,) = process.args[-1:]
@@ -94,7 +107,7 @@ def test_first_command_fits_one_screen_without_colour_and_the_rest_is_in_the_log
 
 
 def test_ctrl_c_of_one_process(tmp_path):
-    process = start(tmp_path, *TINY, "--training.steps=1000")
+    process = fork(tmp_path, *TINY, "--training.steps=1000")
     read_to(process, "step:  3")
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()
@@ -124,7 +137,7 @@ def test_stop_of_two_processes_says_what_is_saved(tmp_path):
 
 
 def test_a_rank_that_is_killed_is_named_and_not_the_one_that_lost_it(tmp_path):
-    process = start(tmp_path, *TINY, "--training.steps=1000", NGPU="2")
+    process = fork(tmp_path, *TINY, "--training.steps=1000", NGPU="2")
     read_to(process, "step:  2")
     ranks = psutil.Process(process.pid).children()
     (second,) = (one for one in ranks if one.environ().get("RANK") == "1")
@@ -144,7 +157,7 @@ def test_a_rank_that_is_killed_is_named_and_not_the_one_that_lost_it(tmp_path):
 )
 def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(failure, line, tmp_path):
     job = ["--module=tests.failing_jobs", "--config=tiny", "--training.steps=5"]
-    status, out, err = end(start(tmp_path, *job, FAILURE=failure))
+    status, out, err = end(fork(tmp_path, *job, FAILURE=failure))
     assert status == 1 and err.count("\n") == 1, err
     assert err.startswith(f"titan_moe_lb: {line}")
     log = tmp_path / "logs/rank0.log"
@@ -158,7 +171,7 @@ def test_two_nodes_meet_and_only_the_one_that_knows_the_loss_shows_it(tmp_path):
         endpoint = f"[::1]:{free.getsockname()[1]}"
     flags = ["--training.steps=2", "--parallelism.pipeline_parallel_degree=2"]
     both = [
-        start(
+        fork(
             tmp_path,
             *flags,
             MODULE="deepseek_v3",
@@ -183,7 +196,7 @@ def test_a_second_node_that_never_comes_is_one_line(tmp_path):
     with socket.create_server(("localhost", 0)) as free:
         endpoint = f"localhost:{free.getsockname()[1]}"
     nodes = {"NNODES": "2", "NODE_RANK": "1", "NGPU": "1", "RDZV_ENDPOINT": endpoint}
-    status, _out, err = end(start(tmp_path, *TINY, **nodes, RDZV_TIMEOUT="1"))
+    status, _out, err = end(fork(tmp_path, *TINY, **nodes, RDZV_TIMEOUT="1"))
     assert status == 1 and err.count("\n") == 1, err
     assert f"RDZV_ENDPOINT={endpoint}: the 2 nodes have not found each other in RDZV_TIME" in err
     assert "nothing answers there (Connection refused)" in err

@@ -28,8 +28,10 @@ from torchtitan.components.dataloader import BaseDataLoader
 import titan_moe_lb
 from model_registry import recipes
 from model_registry.entry import Default, registry_entry
-from tests import doc_examples, other_torch
+from tests import doc_examples, other_torch, soak
+from tests.chaos import __main__ as chaos
 from tests.doc_examples import ROOT, Block
+from tests.fuzz import __main__ as fuzz
 from tests.parity import __main__ as parity
 from tests.parity.layout import parse
 from tests.synthetic_trace import run_info, write_run
@@ -42,6 +44,9 @@ from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import AuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.plan import command as plan_command
 from titan_moe_lb.plan.question import Question
+from titan_moe_lb.study import command as study_command
+from titan_moe_lb.study.design import read_study
+from titan_moe_lb.study.search import Search
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 
 BLOCKS = doc_examples.blocks()
@@ -56,7 +61,11 @@ expert_parallel_degree = 2
 """
 PROMPT = "$ "
 # Files that a page names before it shows them, and which block holds them.
-FILES = {"my_job.toml": "# my_job.toml\n", "my_cluster.toml": 'name = "my cluster"\n'}
+FILES = {
+    "my_job.toml": "# my_job.toml\n",
+    "my_cluster.toml": 'name = "my cluster"\n',
+    "my_study.toml": "# my_study.toml\n",
+}
 COPIES = {"other_layout.toml": "my_job.toml"}
 RUNS = ("outputs", "outputs_b", "RUN_DIR", "runs/with", "runs/without")
 
@@ -105,6 +114,7 @@ def at_home(home, monkeypatch):
     # Or one block would hold the folder of the next.
     monkeypatch.setattr(launch.run_folder, "claim", lambda folder, run: None)
     monkeypatch.setattr(plan_command, "run", read_plan)
+    monkeypatch.setattr(study_command, "run_study", check_study)
     with contextlib.ExitStack() as stack:
         for name in doc_examples.names():
             stack.enter_context(doc_examples.imported(name))
@@ -117,6 +127,10 @@ def read_plan(question: Question) -> None:
     draft.resolve()
     hardware(question.hardware)
     assert question.from_run is None or question.from_run.is_dir()
+
+
+def check_study(path: Path, **_options) -> None:
+    study_command.check_jobs(read_study(path).grid())
 
 
 def run_cli(arguments: list[str], monkeypatch) -> None:
@@ -150,6 +164,15 @@ def run_parity(arguments: list[str], _monkeypatch) -> None:
     read = tyro.cli(parity.Arguments, args=arguments)
     parse(read.layout)
     assert set(read.loss.split(",")) <= set(AuxLoss.kinds)
+
+
+def run_with(arguments_of: type) -> Callable[[list[str], pytest.MonkeyPatch], None]:
+    """Long programs of ours: their flags alone."""
+
+    def run(arguments: list[str], _monkeypatch) -> None:
+        tyro.cli(arguments_of, args=arguments)
+
+    return run
 
 
 def run_other_torch(arguments: list[str], _monkeypatch) -> None:
@@ -195,6 +218,9 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "./run_tests.sh": run_pytest,
     "python -m pytest": run_pytest,
     "python -m tests.parity": run_parity,
+    "python -m tests.fuzz": run_with(fuzz.Arguments),
+    "python -m tests.chaos": run_with(chaos.Arguments),
+    "python -m tests.soak": run_with(soak.Arguments),
     "python -m tests.other_torch": run_other_torch,
     "python -m pip": run_pip,
     "mkdocs": run_mkdocs,
@@ -258,6 +284,9 @@ def run_console(block: Block, monkeypatch, capsys) -> None:
 def run_toml(block: Block, monkeypatch, _capsys) -> None:
     """A job, or a part of one for a small model; or a device."""
     path = Path("of_a_page.toml")
+    if {"study", "axis", "plan"} & tomli.loads(block.text).keys():
+        run_study_toml(block, path)
+        return
     whole = "[job]" in block.text or "bf16_flops" in block.text
     path.write_text(block.text if whole else f"{block.text}\n{START}")
     if "bf16_flops" in block.text:
@@ -268,6 +297,19 @@ def run_toml(block: Block, monkeypatch, _capsys) -> None:
     refused = re.match(r"# refused: (.*)\n", block.text)
     with pytest.raises(JobError, match=re.escape(refused[1])) if refused else nothing():
         job_config.load(["--job-config", str(path)])
+
+
+def run_study_toml(block: Block, path: Path) -> None:
+    """A study, or a part of one."""
+    text, tables = block.text, tomli.loads(block.text)
+    if "axis" not in tables:
+        text += '[[axis]]\nkey = "debug.seed"\nvalues = [1]\n'
+    searches = any("low" in axis for axis in tables.get("axis", ()))
+    if searches:
+        text += '[study]\nsampler = "tpe"\ntrials = 2\n'
+    path.write_text(text)
+    study = read_study(path)
+    study_command.check_jobs(list(Search(study).cells()) if searches else study.grid())
 
 
 def nothing() -> contextlib.nullcontext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from fractions import Fraction
 
@@ -391,6 +392,27 @@ def test_replay_opens_each_file_once(ranks, recorded):
     assert times == {f"rank_{rank:05d}.arrow": 1 for rank in range(4)}
 
 
+def pipelined(schedule: str) -> list[str]:
+    return [
+        *force('type = "biased_normal", std = 1.0'),
+        "--parallelism.pipeline_parallel_degree=2",
+        f"--parallelism.pipeline_parallel_schedule={schedule}",
+        "--debug.seed=3",
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(ranks, tmp_path_factory):
+    """A step in which nothing is recomputed, by schedule."""
+
+    @functools.cache
+    def step(schedule):
+        folder = tmp_path_factory.mktemp("plain")
+        return run(ranks, 2, folder, *pipelined(schedule), "activation-checkpoint:None", steps=1)
+
+    return step
+
+
 @pytest.mark.parametrize(
     ("schedule", "checkpointing", "compile"),
     [
@@ -400,31 +422,17 @@ def test_replay_opens_each_file_once(ranks, recorded):
     ],
     ids=["1F1B selective", "ZBV full", "ZBV full compile"],
 )
-def test_recomputation_takes_the_same_decisions(ranks, tmp_path, schedule, checkpointing, compile):
+def test_recomputation_takes_the_same_decisions(
+    ranks, tmp_path, plain, schedule, checkpointing, compile
+):
     """Other experts in a recomputed forward would change the gradient."""
-    forced = force('type = "biased_normal", std = 1.0')
-    pipeline = [
-        "--parallelism.pipeline_parallel_degree=2",
-        f"--parallelism.pipeline_parallel_schedule={schedule}",
-        "--debug.seed=3",
-    ]
-    plain, plain_log = run(
-        ranks, 2, tmp_path / "plain", *forced, *pipeline, "activation-checkpoint:None", steps=1
-    )
-    trace, log = run(
-        ranks,
-        2,
-        tmp_path / "recomputed",
-        *forced,
-        *pipeline,
-        *compile,
-        f"activation-checkpoint:{checkpointing}",
-        steps=1,
-    )
+    expected, expected_log = plain(schedule)
+    recomputed = [*pipelined(schedule), *compile, f"activation-checkpoint:{checkpointing}"]
+    trace, log = run(ranks, 2, tmp_path, *recomputed, steps=1)
     # A compiled block rounds bfloat16 elsewhere.
     tolerance = 1e-2 if compile else 1e-6
-    assert log[0]["grad_norm"] == pytest.approx(plain_log[0]["grad_norm"], rel=tolerance)
-    assert (trace.counts_SME == plain.counts_SME).all()
+    assert log[0]["grad_norm"] == pytest.approx(expected_log[0]["grad_norm"], rel=tolerance)
+    assert (trace.counts_SME == expected.counts_SME).all()
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ WRONG_OUTPUT = {
     "plan --hardware h100 -o folder": "folder is a folder",
 }
 WRONG_COMMAND = {
-    "": "a command is missing; valid: diagnose, doctor, plan, report, train, watch",
+    "": "a command is missing; valid: diagnose, doctor, plan, report, study, train, watch",
     "reprot run": "'reprot' is not expected here; did you mean 'report'?",
     "report": "RUN_DIR is missing: Folder of the run",
     "report --comapre twin": "there is no flag --comapre; did you mean '--compare'?",
@@ -116,6 +116,8 @@ WRONG_JOB = {
     "train --flavor 16B": "--flavor is a key of [job] in a job file; here --config chooses it",
     "train TINY --training.stpes 3": "there is no flag --training.stpes; did you mean '--training.s",
     "train TINY --steps 3": "there is no flag --steps",
+    "train TINY --max-restarts two": "--max-restarts is 'two'; it must be a whole number",
+    "NNODES=2 NODE_RANK=1 RDZV_ENDPOINT=localhost:9 train TINY --max-restarts 1": "max_restarts is 1, and NNODES=2",
     "train TINY -s 3": "there is no flag -s",
     "train TINY --training.steps ten": "--training.steps is 'ten'; it must be an integer",
     "train TINY --training.steps": "--training.steps needs a value",
@@ -197,7 +199,7 @@ WRONG_START = {
     "NGPU=2 RDZV_ENDPOINT=localhost:HELD train TINY": "the port cannot be opened here (Address alr",
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=localhost:HELD train TINY": "stop what holds it, or take",
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=[::1]:HELD train TINY": "the port cannot be opened here",
-    "train TINY --checkpoint.enable --dump_folder unfinished": "step-7/.metadata is missing",
+    "train TINY --checkpoint.enable --dump_folder unfinished": "unfinished/checkpoint/step-5 has no",
     "NGPU=2 train TINY --checkpoint.enable --checkpoint.create_seed_checkpoint": "needs one process",
     "train TINY --checkpoint.create_seed_checkpoint": "needs checkpoint.enable = true",
     "train TINY --override.imports nope.f": "override.imports nope.f: No module named 'nope'",

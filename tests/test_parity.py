@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.parity.compare import Parity, assert_same_log, relative_error
+from tests.parity import random_layouts
+from tests.parity.balance import faults
+from tests.parity.compare import Comparison, Parity, assert_same_log, relative_error
+from tests.parity.gradients import Recorded
 from tests.parity.layout import Layout, parse
 from tests.parity.textbook import textbook_gradients
+from titan_moe_lb.parallel.schedules import SCHEDULES
 
 TOLERANCE = 1e-5
 WEIGHT = 0.1
@@ -183,3 +189,39 @@ def test_reference_is_autograd_on_the_textbook_loss(ranks, tmp_path):
         assert comparison.max_relative_error <= TOLERANCE, comparison
         assert comparison.num_parameters > 50
         assert json.loads(comparison.line())["recorded"]["layers"] == [1, 2, 3]
+
+
+def test_layouts_that_nobody_chose(ranks):
+    """A short form of ``python -m tests.parity --random 200``."""
+    said: list[str] = []
+    outcome = random_layouts.run(ranks, 3, 2, say=lambda line, flush: said.append(line))
+    assert outcome.layouts == 3 and outcome.failures == [], "\n".join(said)
+    assert 0 < outcome.worst <= TOLERANCE
+
+
+def test_a_drawn_layout_is_repeated_by_its_words():
+    dice = random.Random(0)
+    drawn = [random_layouts.draw_layout(dice, 4) for _ in range(200)]
+    assert all(parse(str(layout)) == layout for layout in drawn)
+    assert {layout.num_ranks for layout in drawn} == {1, 2, 4}
+    assert len({layout.schedule for layout in drawn}) == len(SCHEDULES)
+
+
+def test_what_differs_is_found():
+    """In each of the things that are compared."""
+    expected = Recorded({"loss": [1.0]}, [[1, 2]], (1,), {1: torch.ones(2)}, {1: torch.ones(2)})
+    others = {
+        "gradient of w": {"max_relative_error": 1.0},
+        "layers": {"recorded": replace(expected, layers=(2,))},
+        "counts": {"recorded": replace(expected, counts=[[2, 1]])},
+        "loss": {"recorded": replace(expected, losses={"loss": [1.0 + 1e-5]})},
+        "valid counts of layer 1": {
+            "recorded": replace(expected, valid_counts={1: torch.zeros(2)})
+        },
+        "bias of layer 1": {"recorded": replace(expected, bias={1: torch.ones(2) + 1e-7})},
+        "layers with a bias": {"recorded": replace(expected, bias={})},
+    }
+    same = Comparison(Layout(), "", 1e-7, "w", 1, expected, expected)
+    assert faults(same) == []
+    for name, change in others.items():
+        assert faults(replace(same, **change)) == [name]

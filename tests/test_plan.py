@@ -13,13 +13,7 @@ import numpy as np
 import pytest
 
 from tests import planning
-from titan_moe_lb.costmodel.hardware import FIGURES
-from titan_moe_lb.traces.figure import Figure
-from titan_moe_lb.traces.run_info import RunInfo
-from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace import TraceWriter
-
-TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
+from tests.planning import DEVICE, TINY, device_file, plan, write_run
 
 LAYOUTS = {
     "ep4": ["--parallelism.expert_parallel_degree=4"],
@@ -44,33 +38,10 @@ LAYOUTS = {
     ],
 }
 
-# Round figures, so that the hand can follow: arithmetic is always the limit.
-DEVICE = {
-    "bf16_flops": 1e12,
-    "memory_bytes": 1e8,
-    "memory_bandwidth": 1e15,
-    "scale_up_domain": 8,
-    "scale_up_bandwidth": 1e9,
-    "scale_up_latency": 1e-9,
-    "scale_out_bandwidth": 1e9,
-    "scale_out_latency": 1e-9,
-}
-
 
 @pytest.fixture
 def device(tmp_path) -> str:
-    assert set(DEVICE) == set(FIGURES)
-    path = tmp_path / "device.toml"
-    path.write_text("\n".join(f"{name} = {value!r}" for name, value in DEVICE.items()))
-    return str(path)
-
-
-def plan(ranks, arguments: list[str], job: list[str]) -> dict:
-    status, out, err = ranks.run(
-        1, planning.command, ["plan", "--json", *arguments, "--", *TINY, *job]
-    )[0]
-    assert status == 0, err
-    return json.loads(out)
+    return device_file(tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -148,6 +119,8 @@ def test_answers_by_hand(ranks, device):
             + mlp(hot, 64, 32)
             + 3 * mlp(math.ceil(rest), 64, 32)
             + mlp(tokens, 64, 32)
+            # Values of two bytes, moved: 4 D + 3 F of each received token, 5 D of each sent one.
+            + 2 * ((hot + 3 * rest) * (4 * 64 + 3 * 32) + tokens * 2 * 5 * 64) / 1e15
         )
         skew = (hot + 3 * rest) / (4 * mean)
         assert row["imbalance_factor"] == factor
@@ -188,38 +161,6 @@ def test_memory_decides_what_fits(ranks, tmp_path, device):
     path.write_text(Path(device).read_text().replace("100000000.0", "1.0"))
     none = plan(ranks, [*arguments, "--hardware", str(path)], job)
     assert none["degrees"][0]["largest_imbalance_that_fits"] is None
-
-
-def write_run(folder: Path, counts_SME: np.ndarray, **changes) -> None:
-    """A trace of the tiny model with these loads."""
-    facts = {
-        "model": "deepseek_v3",
-        "flavor": "tiny",
-        "num_experts": 8,
-        "top_k": 2,
-        "layers": (1, 2, 3),
-        **dict.fromkeys(("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1),
-        "schedule": None,
-        "local_batch_size": 4,
-        "global_batch_size": 4,
-        "micro_batch_size": 4,
-        "seq_len": 128,
-        "started": "2026-01-01T00:00:00+00:00",
-        "version": "0",
-        "figures": (Figure("max_overload_factor", summary="max"),),
-        **changes,
-    }
-    writer = TraceWriter(folder, RunInfo(**facts))
-    layers = facts["layers"]
-    ones = np.ones(len(layers))
-    for step, counts_ME in enumerate(counts_SME, start=1):
-        load = StepLoad(
-            layers=layers,
-            counts_ME=counts_ME,
-            figures={"max_overload_factor": ones},
-        )
-        writer.write(step, load)
-    writer.close()
 
 
 def test_run_with_two_levels_costs_what_the_formula_says(ranks, device, tmp_path):
@@ -305,6 +246,11 @@ def test_table_and_page(ranks, device, tmp_path):
         (["--imbalance=0.5"], [], "--imbalance 0.5 is below 1, which is balance"),
         (["--imbalance=4.5"], [], "--imbalance 4.5 is above 4, the worst of layer 1"),
         (["--imbalance=much"], [], "'much' is neither a number nor 'worst'"),
+        (["--imbalance=lognormal:much"], [], "'lognormal:much' is neither a number nor"),
+        (["--imbalance=lognormal:-1"], [], "--imbalance lognormal:-1 is outside [0, 5]"),
+        (["--drop-share=0.1"], [], "--drop-share is answered from the load of a run: give --from"),
+        (["--redundant-experts=4"], [], "--redundant-experts is answered from the load of a run"),
+        (["--drop-share=1.5"], [], "--drop-share 1.5 must be above 0 and below 1"),
         (["--hot-experts=0"], [], "--hot-experts 0 must be at least 1"),
         (["--hot-experts=3"], [], "--hot-experts 3 is above the 2 experts"),
         (["--hardware=h10"], [], "did you mean 'h100'?"),

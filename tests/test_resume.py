@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.bias_jobs import biases_of_a_run
-from tests.train_jobs import train
+from tests.train_jobs import load_checked, train
 from titan_moe_lb import checkpoints
+from titan_moe_lb.console import summary
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias.resume import MARKER
 from titan_moe_lb.job import job_config
@@ -197,6 +200,11 @@ def one_line(folder: Path, *flags: str) -> str:
     return str(error.value)
 
 
+def start_line(folder: Path) -> str:
+    config = job_config.load([*bias_job(folder.parent, SIGN), "--training.steps=9"]).config
+    return summary._start(config)
+
+
 @pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata"])
 def test_cut_checkpoint_names_the_last_good_one(two_steps, file):
     files_of(two_steps.parent, SIGN)
@@ -210,15 +218,33 @@ def test_cut_checkpoint_names_the_last_good_one(two_steps, file):
     assert f"no other step in {two_steps} is whole" in one_line(two_steps)
 
 
+def test_cut_metadata_names_the_last_good_step_to_a_rule_that_remembers(two_steps):
+    """Found by the faults: such a rule reads it before the files are checked."""
+    cut(two_steps / "step-4" / ".metadata")
+    with pytest.raises(JobError, match="it is cut; .* set checkpoint.load_step = 2"):
+        job_config.load(bias_job(two_steps.parent, '{type = "momentum"}'))
+
+
+def test_metadata_of_another_kind_is_one_line(two_steps):
+    """Found by the fuzzing."""
+    file = two_steps / "step-4" / ".metadata"
+    metadata = checkpoints.read_metadata(file.parent)
+    del next(iter(metadata.storage_data.values())).__dict__["length"]
+    file.write_bytes(pickle.dumps(metadata))
+    assert "step-4/.metadata is damaged (AttributeError)" in one_line(two_steps)
+
+
 def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path):
     (two_steps / "step-4" / "__0_0.distcp").unlink()
     message = one_line(two_steps)
     assert "step-4/__0_0.distcp is missing; the last good step" in message
-    # Without metadata torchtitan would go on from the step before, as after a kill during a save.
+    # Without metadata it was killed during the save: torchtitan goes on from the step before.
     (two_steps / "step-4" / ".metadata").unlink()
-    message = one_line(two_steps)
-    assert "step-4/.metadata is missing" in message
-    assert "is 2: set checkpoint.load_step = 2, or remove" in message
+    files_of(two_steps.parent, SIGN)
+    assert start_line(two_steps) == (
+        f"goes on after step 2 of {two_steps}; step 4 is left out: its save was cut short, and it "
+        "will be saved again"
+    )
     files_of(two_steps.parent, SIGN, "--checkpoint.load_step=2")
     message = one_line(two_steps, "--checkpoint.load_step=4")
     assert "set checkpoint.load_step = 2" in message
@@ -230,6 +256,51 @@ def test_missing_files_of_a_checkpoint(learned, two_steps, tmp_path):
     initial = f"--checkpoint.initial_load_path={tmp_path}/other/step-2"
     shutil.copytree(learned[0] / "checkpoint", tmp_path / "other")
     files_of(two_steps.parent, SIGN, initial)
+
+
+def test_a_run_that_was_killed_in_its_first_save_begins_again(two_steps):
+    shutil.rmtree(two_steps / "step-2")
+    (two_steps / "step-4" / ".metadata").rename(two_steps / "step-4" / ".metadata.tmp")
+    files_of(two_steps.parent, SIGN)
+    assert start_line(two_steps).startswith("fresh; step 4 is left out: its save was cut short")
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_of_a_weight_is_refused_by_who_loads_it(ranks, two_steps):
+    """torch.load does not look at the checksums that torch.save has written."""
+    file = two_steps / "step-4" / "__1_0.distcp"
+    weights = checkpoints.read_metadata(two_steps / "step-4")
+    stored = next(
+        found
+        for index, found in weights.storage_data.items()
+        if found.relative_path == file.name and "w1" in index.fqn
+    )
+    flip(file, stored.offset + stored.length // 2)
+    files_of(two_steps.parent, SIGN)  # its size is right
+    job = [*bias_job(two_steps.parent, SIGN), "--training.steps=6"]
+    with pytest.raises(RuntimeError) as error:
+        ranks.run(2, load_checked, job)
+    assert f"{file} is damaged: its bytes {stored.offset:,} to " in str(error.value)
+    assert ranks.run(2, load_checked, [*job, "--checkpoint.load_step=2"]) == [2, 2]
+
+
+def test_metadata_that_does_not_say_where_all_of_a_weight_is_is_refused(two_steps):
+    file = two_steps / "step-4" / ".metadata"
+    metadata = checkpoints.read_metadata(file.parent)
+    entry = metadata.state_dict_metadata["tok_embeddings.weight"]
+    first, *rest = entry.chunks
+    assert rest, "it is cut in two"
+    for chunks in (rest, [first, first], [first, replace(rest[0], offsets=torch.Size([1, 0]))]):
+        entry.chunks = chunks
+        file.write_bytes(pickle.dumps(metadata))
+        message = one_line(two_steps)
+        assert "step-4/.metadata is damaged: it does not say where all of tok_emb" in message
+        assert "set checkpoint.load_step = 2" in message
 
 
 def test_steps_that_are_done_and_another_model_are_one_line(two_steps):

@@ -74,6 +74,11 @@ def test_collectives_do_not_grow_with_the_layers(ranks, ep):
         assert rank["of_metrics"] == 4 + (ep > 1)
         assert rank["tokens"] == [2 * 2 * 8 * 2] * len(rank["layers"])
     assert [len(found[0]["layers"]) for found in (few, many)] == [4, 64]
+    # Two ranks route the tokens of each stage; the first EP group is the first of them, or both.
+    stages = (few[:2], few[2:])
+    first = [np.sum([rank["mine"] for rank in stage[:ep]], axis=0) for stage in stages]
+    assert all(rank["micro_batch"] == np.concatenate(first).tolist() for rank in few)
+    assert few[0]["mine"] != few[1]["mine"]
 
 
 def test_stage_without_moe_layers_neither_hangs_nor_dilutes(ranks):

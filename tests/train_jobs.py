@@ -11,6 +11,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.job import dry_run, job_config
+from titan_moe_lb.train import trainer_config
 from titan_moe_lb.upstream import cpu, zero_bubble
 
 
@@ -70,6 +71,17 @@ def train_config(
     trainer.train()
     trainer.close()
     return logged
+
+
+def load_checked(arguments: list[str]) -> int:
+    """Load what a job would go on from, with the checks that a run makes; returns its step."""
+    config = trainer_config("--debug.no-enable-structured-logging", *arguments)
+    trainer = config.build()
+    try:
+        trainer.checkpointer.load(step=config.checkpoint.load_step)
+        return trainer.step
+    finally:
+        trainer.close()
 
 
 def build_one_rank(path: str, num_ranks: int) -> int:

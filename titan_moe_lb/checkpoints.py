@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torchtitan.tools import filesystem
 
 from titan_moe_lb.errors import JobError
@@ -60,8 +65,9 @@ def start_of(config) -> Checkpoint | None:
 
     That is ``checkpoint.load_step``, else the latest of its own with metadata, else
     ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights, and
-    for remote folders, which are not looked into. A run that has steps, and none with
-    metadata, would silently begin again: the latest then, which nobody can load.
+    for remote folders, which are not looked into. So it is for a run that was killed in its first
+    save. One that has several steps, and none with metadata, would silently begin again: the
+    latest then, which nobody can load.
     """
     checkpoint = config.checkpoint
     if not checkpoint.enable or checkpoint.create_seed_checkpoint or is_remote(config):
@@ -76,9 +82,39 @@ def start_of(config) -> Checkpoint | None:
         return None
     if not finished and checkpoint.initial_load_path:
         return Checkpoint(path=Path(checkpoint.initial_load_path), step=None)
+    if not finished and len(steps) == 1:
+        return None
     for step, path in reversed((finished or steps).items()):
         return Checkpoint(path=path, step=step)
     return None
+
+
+def left_out(config, start: Checkpoint | None) -> list[int]:
+    """The steps of a run, newer than its start, whose save has not come to its end."""
+    if is_remote(config) or not config.checkpoint.enable or config.checkpoint.load_step != -1:
+        return []
+    begun = (start.step if start else None) or 0
+    return [
+        step
+        for step, path in steps_in(own_folder(config)).items()
+        if step > begun and not is_finished(path)
+    ]
+
+
+def remedy(folder: Path, broken: Path) -> str:
+    """What to set where a step of a run cannot be loaded.
+
+    Args:
+        folder: of the steps.
+        broken: the one that cannot.
+    """
+    for step, path in reversed(steps_in(folder).items()):
+        if path != broken and damage(path) is None:
+            return f"the last good step in {folder} is {step}: set checkpoint.load_step = {step}"
+    return (
+        f"no other step in {folder} is whole: name another checkpoint in "
+        "checkpoint.initial_load_path, or begin again in another checkpoint.folder"
+    )
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -97,23 +133,52 @@ def read_metadata(path: Path) -> Metadata:
         metadata = FileSystemReader(path).read_metadata()
     except Exception as error:  # noqa: BLE001  a cut pickle can fail in any way
         raise JobError(f"{file} cannot be read ({type(error).__name__}): it is cut") from None
+    if not isinstance(metadata, Metadata):
+        raise JobError(f"{file} is no metadata of a checkpoint: it is damaged")
     return metadata
 
 
 def damage(path: Path) -> str | None:
-    """The first file of a checkpoint that is missing or cut, in words; None if all are whole."""
+    """The first file of a checkpoint that is missing or cut, in words; None if all are whole.
+
+    What the files hold is checked by who loads it: :mod:`titan_moe_lb.checked_loading`.
+    """
+    sizes: dict[str, int] = {}
     try:
         metadata = read_metadata(path)
+        torn = next((name for name in metadata.state_dict_metadata if _torn(metadata, name)), None)
+        for stored in (metadata.storage_data or {}).values():
+            end = stored.offset + stored.length
+            sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+        files = sorted((path / name, size) for name, size in sizes.items())
     except JobError as error:
         return str(error)
-    sizes: dict[str, int] = {}
-    for stored in (metadata.storage_data or {}).values():
-        end = stored.offset + stored.length
-        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    for name, size in sorted(sizes.items()):
-        file = path / name
+    except Exception as error:  # noqa: BLE001  a changed pickle holds anything
+        return f"{path / _METADATA} is damaged ({type(error).__name__})"
+    if torn is not None:
+        return f"{path / _METADATA} is damaged: it does not say where all of {torn} is"
+    for file, size in files:
         if not file.is_file():
             return f"{file} is missing"
         if os.path.getsize(file) < size:
             return f"{file} is cut: it has {os.path.getsize(file):,} of {size:,} bytes"
     return None
+
+
+def _torn(metadata: Metadata, name: str) -> bool:
+    """Whether the parts of an entry do not make a whole: torch would load what there is of it."""
+    entry, stored = metadata.state_dict_metadata[name], metadata.storage_data
+    if not isinstance(entry, TensorStorageMetadata):
+        return MetadataIndex(name) not in stored
+    parts = [part for part in entry.chunks if math.prod(part.sizes)]
+    inside = all(
+        offset >= 0 and offset + length <= size
+        for part in parts
+        for offset, length, size in zip(part.offsets, part.sizes, entry.size, strict=True)
+    )
+    return (
+        not inside
+        or len({tuple(part.offsets) for part in parts}) < len(parts)
+        or sum(math.prod(part.sizes) for part in parts) != math.prod(entry.size)
+        or any(MetadataIndex(name, part.offsets) not in stored for part in parts)
+    )

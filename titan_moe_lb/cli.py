@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from titan_moe_lb import command_line, host_threads
+from titan_moe_lb import command_line, host_threads, imports
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.plan.question import Question
@@ -45,7 +45,8 @@ class Train:
         # The imports take seconds: Ctrl-C ends them without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         host_threads.wait_without_spinning()
-        from titan_moe_lb import launch
+        with imports.uncollected():
+            from titan_moe_lb import launch
 
         launch.command(list(self.flags))
 
@@ -106,7 +107,8 @@ class Plan(Question):
     """Plan a job before it runs: what imbalance costs in time and memory, by EP degree."""
 
     def run(self) -> None:
-        from titan_moe_lb.plan.command import run
+        with imports.uncollected():
+            from titan_moe_lb.plan.command import run
 
         run(self)
 
@@ -146,11 +148,36 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Study:
+    """Run a job under many settings, and show what each costs and brings."""
+
+    study: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY.toml")]
+    """The job and its axes; docs/studies.md describes the file."""
+    output: Annotated[Path | None, _optional("FOLDER", "-o")] = None
+    """Where the runs and the page go; default: outputs/ and the name of the file."""
+    processes: Annotated[int | None, _optional("NUMBER")] = None
+    """Runs at once; default: as the file says."""
+    retry_failed: bool = False
+    """Run again what failed or diverged."""
+
+    def run(self) -> None:
+        from titan_moe_lb.study.command import run_study
+
+        run_study(
+            self.study,
+            output=self.output,
+            processes=self.processes,
+            retry_failed=self.retry_failed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Say what is here, how a job would run on it, and what is missing."""
 
     def run(self) -> None:
-        from titan_moe_lb import doctor
+        with imports.uncollected():
+            from titan_moe_lb import doctor
 
         doctor.main()
 
@@ -162,6 +189,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "watch": Watch,
     "report": Report,
     "diagnose": Diagnose,
+    "study": Study,
     "doctor": Doctor,
 }
 

@@ -196,6 +196,7 @@ def _loop(config: Trainer.Config, finished_steps: int) -> TrainingLoop:
     loader = getattr(config.dataloader, "_owner", None)
     return TrainingLoop(
         track=reports and metrics.track_moe_metrics,
+        gradients=reports and metrics.track_moe_metrics and metrics.router_gradients,
         num_micro_batches=cut.num_micro_batches,
         micro_batch_size=cut.micro_batch_size,
         global_batch_size=cut.global_batch_size,

@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
             model_help.show(draft.table.module)
         nodes = environment.positive("NNODES", 1)
         environment.check_nodes(nodes)
+        _check_restarts(draft.table, nodes)
         here = _processes_on_this_node(draft.table, nodes)
         environment.check_shown_ranks(here * nodes)
         os.environ["WORLD_SIZE"] = str(here * nodes)
@@ -55,10 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(job_config.render(job), end="")
     elif job.config.comm.mode in ("fake_backend", "local_tensor"):
         _run_here(job, world_size=here * nodes)
-    elif here * nodes == 1:
+    elif here * nodes == 1 and not job.table.max_restarts:
         _run_here(job, world_size=1)
     else:
-        processes.run(job.config, arguments, here, nodes)
+        processes.run(job.config, arguments, here, nodes, job.table.max_restarts)
 
 
 def _with_environment(arguments: list[str]) -> list[str]:
@@ -72,6 +73,15 @@ def _with_environment(arguments: list[str]) -> list[str]:
     mode = os.environ.get("COMM_MODE")
     dry_run = [f"--comm.mode={mode}", "--training.steps=1"] if mode else []
     return [*added, *arguments, *dry_run]
+
+
+def _check_restarts(table: job_config.JobTable, nodes: int) -> None:
+    if table.max_restarts and nodes > 1:
+        raise JobError(
+            f"max_restarts is {table.max_restarts}, and NNODES={nodes}: only processes of one node "
+            "are started again here; let the scheduler start every node again (sbatch --requeue), "
+            "which goes on from the last checkpoint too"
+        )
 
 
 def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:

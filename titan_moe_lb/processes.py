@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
 from torch.distributed import DistError, TCPStore
@@ -30,18 +31,24 @@ from titan_moe_lb.console import cause, rank_log, saved, summary
 from titan_moe_lb.console.neighbours import Neighbours
 from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.console.signals import ENDING, ended_by
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import environment
+from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.train import stopped
 
 _RUN_ID = "titan_moe_lb"
 
 
-def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> None:
+def run(
+    config: Trainer.Config, arguments: list[str], here: int, nodes: int, max_restarts: int = 0
+) -> None:
     """Train in ``here`` processes of this node. Leaves with a status where they fail.
 
     Args:
         arguments: the command line of the job.
         nodes: how many nodes the job has.
+        max_restarts: how often the processes are started again, from the last checkpoint, where
+            one of them was killed or failed by no mistake in the job.
     """
     begun = time.time()
     logs = rank_log.folder_of(config.dump_folder)
@@ -49,79 +56,121 @@ def run(config: Trainer.Config, arguments: list[str], here: int, nodes: int) -> 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if nodes > 1:
         environment.choose_network()
-    shown = summary.ranks_shown(config)
     where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
     print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
-    with (
-        tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
-        _Meeting(console, nodes) as meeting,
-        Neighbours(lambda: os.kill(os.getpid(), signal.SIGTERM)) as neighbours,
-    ):
-
-        def met(processes: list[dict[str, str]]) -> None:
-            meeting.close()
-            if nodes == 1:
-                return
-            neighbours.meet(processes[0])
-            ranks = [int(one["RANK"]) for one in processes]
-            if not set(shown) & set(ranks):
-                print(
-                    f"ranks {ranks[0]} to {ranks[-1]} work here; the node of rank {shown[0]} shows "
-                    f"the steps; logs: {logs}",
-                    flush=True,
-                )
-
-        launch = elastic_launch(
-            LaunchConfig(
-                min_nodes=nodes,
-                max_nodes=nodes,
-                nproc_per_node=here,
-                run_id=_RUN_ID,
-                role="rank",
-                max_restarts=0,
-                shutdown_timeout=5,
-                logs_specs=_Logs(errors, met),
-                **_rendezvous(nodes),
-            ),
-            sys.executable,
-        )
-        told: cause.Cause | None = None
-        try:
-            launch("-u", "-m", "titan_moe_lb.train", *arguments)
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    attempt = _Attempt(config, arguments, here, nodes, begun, console)
+    for restart in range(1, max_restarts + 1):
+        if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
             return
-        except ChildFailedError as error:
-            _be_deaf()
-            found, log = cause.of_processes(error, logs)
-            told = (neighbours.blame() if found.is_echo else None) or found
-            line = f"error: {told.sentence(saved.in_words(config, begun), log)}"
-            status = told.status
-        except SignalException as error:
-            _be_deaf()
-            number = signal.Signals(error.sigval)
-            if neighbours.loss is None:
-                line = stopped(number, saved.in_words(config, begun))
-                status = 128 + number
-                told = cause.Cause(line=f"stopped by {number.name}", status=1, has_traceback=False)
-            else:
-                told = neighbours.loss
-                line = f"error: {told.sentence(saved.in_words(config, begun), logs)}"
+        for number, handler in handlers.items():  # torch leaves its own behind
+            signal.signal(number, handler)
+        try:
+            validate_files(config)
+        except JobError as error:
+            print(f"titan_moe_lb: error: {error}", file=console, flush=True)
+            raise SystemExit(2) from None
+    attempt.succeeds()
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """The processes of a job from their start to their end."""
+
+    config: Trainer.Config
+    arguments: list[str]
+    here: int
+    nodes: int
+    begun: float
+    """When the job was started first, in seconds since the epoch."""
+    console: TextIO
+
+    def succeeds(self, again: str = "") -> bool:
+        """Train. Leaves with a status where that fails.
+
+        Args:
+            again: what is said after a failure that is no mistake in the job: the answer is False
+                then. Empty: it ends as all others.
+        """
+        config, nodes = self.config, self.nodes
+        logs = rank_log.folder_of(config.dump_folder)
+        shown = summary.ranks_shown(config)
+        with (
+            tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
+            _Meeting(self.console, nodes) as meeting,
+            Neighbours(lambda: os.kill(os.getpid(), signal.SIGTERM)) as neighbours,
+        ):
+
+            def met(processes: list[dict[str, str]]) -> None:
+                meeting.close()
+                if nodes == 1:
+                    return
+                neighbours.meet(processes[0])
+                ranks = [int(one["RANK"]) for one in processes]
+                if not set(shown) & set(ranks):
+                    print(
+                        f"ranks {ranks[0]} to {ranks[-1]} work here; the node of rank {shown[0]} shows "
+                        f"the steps; logs: {logs}",
+                        flush=True,
+                    )
+
+            launch = elastic_launch(
+                LaunchConfig(
+                    min_nodes=nodes,
+                    max_nodes=nodes,
+                    nproc_per_node=self.here,
+                    run_id=_RUN_ID,
+                    role="rank",
+                    max_restarts=0,
+                    shutdown_timeout=5,
+                    logs_specs=_Logs(errors, met),
+                    **_rendezvous(nodes),
+                ),
+                sys.executable,
+            )
+            told: cause.Cause | None = None
+            try:
+                launch("-u", "-m", "titan_moe_lb.train", *self.arguments)
+                return True
+            except ChildFailedError as error:
+                if not again:
+                    _be_deaf()
+                found, log = cause.of_processes(error, logs)
+                told = (neighbours.blame() if found.is_echo else None) or found
+                line = f"error: {told.sentence(saved.in_words(config, self.begun), log)}"
                 status = told.status
-        except (RendezvousError, DistError):
-            traceback.print_exc()
-            line = f"error: {meeting.failed()}"
-            status = 1
-        except KeyboardInterrupt:  # between the meeting and torch's own handlers
-            line = stopped(signal.SIGINT, saved.in_words(config, begun))
-            status = 128 + signal.SIGINT
-        except Exception as error:
-            traceback.print_exc()
-            found = cause.of_error(error, config, at_start=True)
-            line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
-            status = found.status
-        print(f"titan_moe_lb: {line}", file=console, flush=True)
-        if told is not None:
-            neighbours.tell(told)
-    raise SystemExit(status)
+                if again and status == 1:
+                    print(f"titan_moe_lb: {line}{again}", file=self.console, flush=True)
+                    return False
+            except SignalException as error:
+                _be_deaf()
+                number = signal.Signals(error.sigval)
+                if neighbours.loss is None:
+                    line = stopped(number, saved.in_words(config, self.begun))
+                    status = 128 + number
+                    told = cause.Cause(
+                        line=f"stopped by {number.name}", status=1, has_traceback=False
+                    )
+                else:
+                    told = neighbours.loss
+                    line = f"error: {told.sentence(saved.in_words(config, self.begun), logs)}"
+                    status = told.status
+            except (RendezvousError, DistError):
+                traceback.print_exc()
+                line = f"error: {meeting.failed()}"
+                status = 1
+            except KeyboardInterrupt:  # between the meeting and torch's own handlers
+                line = stopped(signal.SIGINT, saved.in_words(config, self.begun))
+                status = 128 + signal.SIGINT
+            except Exception as error:
+                traceback.print_exc()
+                found = cause.of_error(error, config, at_start=True)
+                line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
+                status = found.status
+            print(f"titan_moe_lb: {line}", file=self.console, flush=True)
+            if told is not None:
+                neighbours.tell(told)
+        raise SystemExit(status)
 
 
 def _be_deaf() -> None:

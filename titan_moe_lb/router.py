@@ -23,6 +23,7 @@ from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import counting
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.losses.functional import inverse_sums
+from titan_moe_lb.losses.gradient_norms import measured, taught
 from titan_moe_lb.losses.injection import gather_scores
 from titan_moe_lb.losses.router_losses import RouterLosses
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
@@ -96,6 +97,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Experts of an earlier forward that take the place of the choice."""
         self.decides_by_operator = False
         """The decision passes through an operator that a checkpointing policy saves."""
+        self.held_out_counts_E: torch.Tensor | None = None
+        """Where forwards that do not learn add their tokens, int64 ``(E,)``; None: nowhere."""
         self.record: RouterRecord | None = None
         self.step_record: StepRecord | None = None
         self.stage = 0
@@ -134,13 +137,16 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         # float32 keeps the gate's rounding out of the balance of the experts.
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
-        tokens = None
+        tokens = squares_2 = None
         learns = self.training and torch.is_grad_enabled()
         if learns:
             if self.needs_tokens:
                 with spmd.no_typecheck(), torch.no_grad():
                     tokens = decide(self._kept_tokens)
-            logits_BLE = self.aux_losses.attach_to_logits(logits_BLE, self.record, tokens)
+            squares_2 = None if self.record is None else self.record.gradient_squares_2
+            taught_BLE = logits_BLE if squares_2 is None else measured(logits_BLE, squares_2[1])
+            taught_BLE = self.aux_losses.attach_to_logits(taught_BLE, self.record, tokens)
+            logits_BLE = taught_BLE if squares_2 is None else measured(logits_BLE, squares_2[0])
         scores_BLE = self._score(logits_BLE)
         with spmd.no_typecheck(), torch.no_grad():
             local_scores_BLE = local_shard(scores_BLE)
@@ -150,15 +156,16 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 lambda: self._decide(local_scores_BLE, local_bias_E, inverse_BL, tokens, learns)
             )
         topk_expert_ids_BLK = placed_as(scores_BLE, ids_BLK)
-        if coefficients_BE is None:
+        document_BL = None if tokens is None else tokens.document_BL
+        if squares_2 is not None:
+            chosen_BLK = local_shard(scores_BLE).gather(-1, ids_BLK)
+            second_BLE = local_shard(self._score(taught_BLE))
+            chosen_BLK = taught(chosen_BLK, second_BLE, coefficients_BE, inverse_BL, document_BL)
+        elif coefficients_BE is None:
             chosen_BLK = local_shard(scores_BLE).gather(-1, ids_BLK)
         else:
             chosen_BLK = gather_scores(
-                local_shard(scores_BLE),
-                ids_BLK,
-                coefficients_BE,
-                inverse_BL,
-                None if tokens is None else tokens.document_BL,
+                local_shard(scores_BLE), ids_BLK, coefficients_BE, inverse_BL, document_BL
             )
         topk_scores_BLK = placed_as(scores_BLE, chosen_BLK)
         if self.route_norm:
@@ -208,6 +215,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             )
             if not is_recomputation():
                 self.record.note(counts_SQE, ids_BLK)
+        elif not learns and self.held_out_counts_E is not None:
+            ids = ids_BLK.flatten()
+            self.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
         return ids_BLK, coefficients_BE
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,7 @@ def wire(
         device=local_shard(routers[0].gate.weight).device,
         finished_steps=loop.finished_steps,
         varying=loop.varying,
+        gradients=loop.gradients,
     )
     for index, router in enumerate(routers):
         router.note_in(record, index)

@@ -59,6 +59,22 @@ def merge(config: Any, table: Any, where: str) -> Any:
     return config
 
 
+def build(cls: type, table: Any, where: str) -> Any:
+    """A dataclass instance from a table. Args and errors: as :func:`merge`."""
+    hints = _hints(cls)
+    table = _table(table, where, hints)
+    for field in settable(cls):
+        if default(field) is dataclasses.MISSING and field.name not in table:
+            raise JobError(f"{where} needs {field.name!r}")
+    arguments = {
+        key: construct(hints[key], value, f"{where} {key}") for key, value in table.items()
+    }
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise JobError(f"{where}: {error}") from None
+
+
 def merge_field(config: Any, name: str, value: Any, where: str) -> None:
     """Set one field of a dataclass instance. Args and errors: as :func:`merge`."""
     hint = _hints(type(config))[name]
@@ -138,7 +154,7 @@ def _list_of_configs(current: list, element: Any, value: Any, where: str) -> lis
         elif index < len(current):
             entries.append(merge(current[index], table, place))
         else:
-            entries.append(_build(element, table, place))
+            entries.append(build(element, table, place))
     return entries if choices else entries + current[len(tables) :]
 
 
@@ -158,22 +174,7 @@ def _choose(current: Any, choices: dict[str, type | None], value: Any, where: st
     cls = choices[name]
     if cls is None and table:
         raise JobError(f"{where} type {name!r} takes no further keys")
-    return None if cls is None else _build(cls, table, where)
-
-
-def _build(cls: type, table: Any, where: str) -> Any:
-    hints = _hints(cls)
-    table = _table(table, where, hints)
-    for field in settable(cls):
-        if default(field) is dataclasses.MISSING and field.name not in table:
-            raise JobError(f"{where} needs {field.name!r}")
-    arguments = {
-        key: construct(hints[key], value, f"{where} {key}") for key, value in table.items()
-    }
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise JobError(f"{where}: {error}") from None
+    return None if cls is None else build(cls, table, where)
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:

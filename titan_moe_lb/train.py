@@ -16,23 +16,27 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from titan_moe_lb.upstream import cpu
+from titan_moe_lb import imports
 
-if cpu.needed():
-    cpu.use_host()
+with imports.uncollected():
+    from titan_moe_lb.upstream import cpu
 
-import torch
-from torch.distributed.checkpoint import CheckpointException
-from torchtitan.observability import structured_logger
-from torchtitan.trainer import Trainer
+    if cpu.needed():
+        cpu.use_host()
 
-from titan_moe_lb.console import cause, rank_log, saved, summary
-from titan_moe_lb.console.patience import Patience
-from titan_moe_lb.console.signals import ended_by
-from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import dry_run, job_config
-from titan_moe_lb.parallel import single_process
-from titan_moe_lb.upstream import zero_bubble
+    import torch
+    from torch.distributed.checkpoint import CheckpointException
+    from torchtitan.observability import structured_logger
+    from torchtitan.trainer import Trainer
+
+    from titan_moe_lb import checked_loading
+    from titan_moe_lb.console import cause, rank_log, saved, summary
+    from titan_moe_lb.console.patience import Patience
+    from titan_moe_lb.console.signals import ended_by
+    from titan_moe_lb.errors import JobError
+    from titan_moe_lb.job import dry_run, job_config
+    from titan_moe_lb.parallel import single_process
+    from titan_moe_lb.upstream import zero_bubble
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,10 +68,11 @@ def trainer_config(*arguments: str) -> Trainer.Config:
 
 
 def _adapt(config: Trainer.Config) -> None:
-    """To this machine, and to what torchtitan 0.3.0 needs of us."""
+    """To this machine, to what torchtitan 0.3.0 needs of us, and to files that may be damaged."""
     if cpu.needed():
         cpu.adapt(config)
     zero_bubble.adapt(config)
+    checked_loading.adapt(config)
 
 
 def run(job: job_config.Job, *, alone: bool = False) -> None:

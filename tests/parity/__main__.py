@@ -1,7 +1,9 @@
-"""Compare one layout with a single process and print one JSON line."""
+"""Compare one layout with a single process and print one JSON line; or many, drawn at random."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from typing import Literal
 import tyro
 
 from tests.gpus import GPUS
+from tests.parity import random_layouts
+from tests.parity.balance import TOLERANCE, WEIGHT, Balance, faults
 from tests.parity.compare import Parity
 from tests.parity.gradients import make_config
 from tests.parity.layout import parse
@@ -27,33 +31,54 @@ class Arguments:
     loss: str = "sequence_wise"
     """Type of the aux loss; several with commas."""
 
-    weight: float = 0.1
-    """Weight of each loss."""
+    weight: float = WEIGHT
+    """Weight of each loss; the z-loss has a hundredth of it."""
+
+    bias: str = ""
+    """Rule of the expert bias: none, sign, proportional, momentum, quantile. Empty: the model's."""
+
+    padded: bool = False
+    """40 % of the batch is padding. The reference is the batch without it."""
 
     module: str = "deepseek_v3"
     config: str = "deepseek_v3_tiny"
-    tolerance: float = 1e-5
+    tolerance: float = TOLERANCE
     with_main_loss: bool = False
     """Compare the gradient of the language-model loss and the aux losses together."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Ranks on the host over gloo, or one a GPU over NCCL."""
 
+    random: int = 0
+    """Compare as many layouts, drawn with their losses, rule and padding, instead of one."""
+
+    seed: int = 0
+    """Of the draw."""
+
+    ranks: int = 4
+    """Of a layout that is drawn, at most."""
+
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
+    gpus = GPUS if arguments.device == "cuda" else None
+    if arguments.random:
+        ranks = arguments.ranks if gpus is None else min(arguments.ranks, len(gpus))
+        with RankPool(ranks, gpus) as pool:
+            outcome = random_layouts.run(pool, arguments.random, arguments.seed)
+        print(json.dumps({"seed": arguments.seed, **dataclasses.asdict(outcome)}))
+        sys.exit(bool(outcome.failures))
     try:
         layout = parse(arguments.layout)
     except (ValueError, KeyError) as error:
         sys.exit(f"tests.parity: error: {error}")
-    losses = [{"type": kind, "weight": arguments.weight} for kind in arguments.loss.split(",")]
-    model = {"aux_losses": losses}
+    balance = Balance(tuple(arguments.loss.split(",")), arguments.bias, arguments.padded)
+    model = balance.model(arguments.weight)
     os.environ["WORLD_SIZE"] = str(layout.num_ranks)
     try:
         validate(make_config(layout, arguments.module, arguments.config, model))
     except JobError as error:
         sys.exit(f"tests.parity: error: {error}")
-    gpus = GPUS if arguments.device == "cuda" else None
     if gpus is not None and layout.num_ranks > len(gpus):
         sys.exit(
             f"tests.parity: error: the layout needs {layout.num_ranks} GPU(s), {len(gpus)} are here"
@@ -66,12 +91,14 @@ def main() -> None:
             module=arguments.module,
             config=arguments.config,
             with_main_loss=arguments.with_main_loss,
+            padded=arguments.padded,
         ) as parity,
     ):
         (comparison,) = parity.compare(layout)
     comparison.loss = arguments.loss
     print(comparison.line())
-    sys.exit(comparison.max_relative_error > arguments.tolerance)
+    found = faults(comparison, padded=arguments.padded, tolerance=arguments.tolerance)
+    sys.exit(f"differs in {', '.join(found)}" if found else 0)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ class Parity:
     """Losses to compare one at a time; the empty string: all together."""
     padded: bool = False
     """The batch has padding. The reference is the same batch without it, row by row."""
+    router_gradients: bool = False
+    """Measure the gradients of either loss in the logits, and compare them too."""
 
     _folder: TemporaryDirectory = field(default_factory=TemporaryDirectory)
     _references: dict[int, dict[str, tuple[Gradients, Recorded]]] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Parity:
                 with_main_loss=self.with_main_loss,
                 alone=alone,
                 padding=padding,
+                router_gradients=self.router_gradients,
             )
             assert all(recorded == by_rank[0] for recorded in by_rank), "ranks log different values"
             for passes in zip(*by_rank, strict=True):

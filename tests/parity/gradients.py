@@ -78,6 +78,7 @@ def layout_gradients(
     with_main_loss: bool,
     alone: tuple[str, ...] = ("",),
     padding: Padding = "none",
+    router_gradients: bool = False,
 ) -> list[Recorded]:
     """Save this rank's parameter gradients to ``out_folder`` and return what was logged.
 
@@ -85,9 +86,11 @@ def layout_gradients(
         padding: what is done about the padding of the batch.
         alone: for each of these types of loss, one pass in which it alone has its weight;
             the empty string stands for all losses together.
+        router_gradients: measure those of either loss in the logits, and log them.
     """
 
     def adapt(trainer_config: Trainer.Config) -> None:
+        trainer_config.metrics.router_gradients = router_gradients
         if padding == "masked":
             loader = trainer_config.dataloader
             trainer_config.dataloader = derive(loader, LoaderThatTells.Config)
@@ -122,6 +125,7 @@ def layout_gradients(
         step()
         load = reduce_step(layers, trainer.parallel_dims)
         metrics = [loss.metric_name for loss in AuxLoss.kinds.values()]
+        metrics += ["main_gradient_squared", "aux_gradient_squared"]
         losses_M = {
             name: values_M.tolist() for name, values_M in load.figures.items() if name in metrics
         }

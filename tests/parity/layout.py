@@ -34,6 +34,16 @@ class Layout:
     length: int = 0
     """Tokens of a sequence; 0: a block of attention for each rank of context parallelism."""
 
+    def __str__(self) -> str:
+        """As :func:`parse` reads it: what differs from one process."""
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                text = str(value).lower() if isinstance(value, bool) else value
+                words.append(f"{field.name}={text}")
+        return ",".join(words)
+
     @property
     def num_ranks(self) -> int:
         return self.pp * self.dp_shard * self.dp_replicate * self.tp * self.cp

@@ -84,8 +84,9 @@ def of_error(error: BaseException, config: Trainer.Config, *, at_start: bool) ->
             return _full(config, None)
         start = checkpoints.start_of(config) if at_start else None
         if start is not None:
-            line = f"{start.path} cannot be loaded ({_short(chain[-1])}): choose another with "
-            line += "checkpoint.load_step or checkpoint.initial_load_path"
+            reason = str(chain[-1]) if isinstance(chain[-1], JobError) else _short(chain[-1])
+            line = f"{start.path} cannot be loaded ({reason}); "
+            line += checkpoints.remedy(checkpoints.own_folder(config), start.path)
             return Cause(line=line, status=2, has_traceback=True)
         line = f"a checkpoint failed ({_short(chain[-1])})"
         return Cause(line=line, status=1, has_traceback=True)

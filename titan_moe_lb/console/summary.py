@@ -92,6 +92,15 @@ def _output(config: Trainer.Config, rank: int) -> str:
 
 def _start(config: Trainer.Config) -> str:
     start = checkpoints.start_of(config)
+    cut_short = checkpoints.left_out(config, start)
+    words = _start_in_words(config, start)
+    if cut_short:
+        steps = " and ".join(map(str, cut_short))
+        words += f"; step {steps} is left out: its save was cut short, and it will be saved again"
+    return words
+
+
+def _start_in_words(config: Trainer.Config, start: checkpoints.Checkpoint | None) -> str:
     if start is not None and start.step is not None:
         return f"goes on after step {start.step} of {start.path.parent}"
     if start is not None:

@@ -13,7 +13,7 @@ from titan_moe_lb.costmodel.job import JobModel, Stage
 from titan_moe_lb.costmodel.layer import MoELayer, Placement
 from titan_moe_lb.costmodel.load import Array
 from titan_moe_lb.costmodel.roofline import BF16_BYTES
-from titan_moe_lb.parallel.schedules import peak
+from titan_moe_lb.parallel.schedules import peak, stages_of
 
 
 def bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
@@ -41,8 +41,8 @@ def working_bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) ->
 
 
 def activation_peak(
-    job: JobModel, placement: Placement, position: int, received: Mapping[int, Array]
-) -> Array:
+    job: JobModel, placement: Placement, position: int, received: Mapping[int, np.ndarray]
+) -> float:
     """Bytes of activations at the peak on one pipeline rank.
 
     Under full checkpointing a layer keeps its input, and one layer at a time is whole. The
@@ -51,17 +51,22 @@ def activation_peak(
 
     Args:
         position: the pipeline rank.
-        received: by MoE layer, tokens that a rank receives in one micro-batch: numbers, or
-            arrays of one shape, for example by rank of the EP group.
+        received: by MoE layer, tokens that each rank of the EP group receives in one
+            micro-batch ``(N, R)``, under N loads that the micro-batches have in turn.
     """
-    kept, working = zip(
-        *(_stage_bytes(job, placement, stage, received) for stage in job.stages), strict=True
-    )
-    return peak(
+    shape = next(iter(received.values())).shape
+    turns = job.in_turn(shape[0])
+    kept, working = {}, {}
+    for index in stages_of(job.schedule[position]):
+        keeps, works = _stage_bytes(job, placement, job.stages[index], received)
+        kept[index] = np.broadcast_to(keeps, shape)[turns]
+        working[index] = np.broadcast_to(works, shape)[turns]
+    most = peak(
         job.schedule[position],
-        kept=lambda stage, _micro_batch: kept[stage],
-        working=lambda stage, _micro_batch: working[stage],
+        kept=lambda stage, micro_batch: kept[stage][:, micro_batch],
+        working=lambda stage, micro_batch: working[stage][:, micro_batch],
     )
+    return float(np.max(most))
 
 
 def _stage_bytes(

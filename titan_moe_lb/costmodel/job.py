@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from titan_moe_lb.costmodel.dispatch import Dispatcher
 from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.parallel.schedules import Schedule
 
@@ -20,6 +23,8 @@ class Stage:
     dense_bytes: float
     """Kept for the backward outside MoE layers without checkpointing: an estimate, the
     inputs and results of the linear layers."""
+    vocabulary: int = 0
+    """Logits of a token, on the stage that has the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +66,24 @@ class JobModel:
     """Tokens of one micro-batch on one rank, before TP splits the sequence."""
     checkpointing: str
     """"none", "selective", "full"."""
+    tokens_per_step: int
+    """Of the global batch."""
+    steps: int
+    """Optimizer steps of the whole job."""
     states: dict[int, RankState]
     """By pipeline rank, for those that were built."""
+    dispatcher: Dispatcher = "standard"
 
     @property
     def tokens_per_rank(self) -> int:
         """Tokens that one rank routes: with EP, the ranks of TP route other tokens."""
         return self.tokens_per_microbatch // (self.tp_degree if self.ep_degree > 1 else 1)
+
+    def in_turn(self, num_loads: int) -> np.ndarray:
+        """Which of N recorded loads each micro-batch has, int ``(passes, micro-batches)``.
+
+        As many passes through the schedule as it takes for each to have its turn.
+        """
+        per_pass = 1 + max(micro_batch for _stage, _kind, micro_batch in self.schedule[0])
+        passes = -(-num_loads // per_pass)
+        return np.arange(passes * per_pass).reshape(passes, per_pass) % num_loads

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from titan_moe_lb.costmodel.dispatch import Dispatcher, exchange_time
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.load import WORST, Array, ExpertLoad, expert_load
 from titan_moe_lb.costmodel.roofline import (
@@ -27,6 +28,14 @@ class MoELayer:
     hidden_dim: int
     shared_hidden_dim: int = 0
     """Hidden size of the shared experts together; 0 without any."""
+    num_groups: int = 1
+    """Expert groups of group-limited routing."""
+    num_limited_groups: int = 1
+    """Of them, those that a token may go to."""
+
+    @property
+    def parameters_per_expert(self) -> int:
+        return 3 * self.dim * self.hidden_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class Placement:
     ep_degree: int
     expert_shards: int = 1
     """Tensor-parallel ranks that split the hidden size of each expert; 1 with EP."""
+    dispatcher: Dispatcher = "standard"
 
     @property
     def tokens(self) -> int:
@@ -52,12 +62,15 @@ class LayerTime:
     router: Array
     dispatch: Array
     experts: Array
+    movement: Array
+    """What only moves tokens or works on single values: the order of the experts and back,
+    the activation between the products, the sum over the copies."""
     combine: Array
     shared_experts: Array
 
     @property
     def compute(self) -> Array:
-        return self.router + self.experts + self.shared_experts
+        return self.router + self.experts + self.movement + self.shared_experts
 
     @property
     def forward(self) -> Array:
@@ -78,7 +91,7 @@ class LayerTime:
         if policy == "full":
             return self.forward
         if policy == "selective":
-            return self.experts + 0.5 * (self.router + self.shared_experts)
+            return self.experts + self.movement + 0.5 * (self.router + self.shared_experts)
         return 0.0 * self.forward
 
     def total(self, policy: str = "none") -> Array:
@@ -145,9 +158,16 @@ def _layer_time(
     layer: MoELayer, placement: Placement, hardware: Hardware, *, experts: Array, skew: Array
 ) -> LayerTime:
     tokens, degree = placement.tokens_per_rank, placement.ep_degree
-    # Of the K copies of each token, 1/EP stay on their rank at balance.
-    num_bytes = tokens * layer.top_k * layer.dim * BF16_BYTES * (degree - 1) / degree
-    exchange = hardware.all_to_all_time(num_bytes=num_bytes, ep_degree=degree, skew=skew)
+    exchange = exchange_time(
+        placement.dispatcher,
+        hardware,
+        tokens=tokens,
+        top_k=layer.top_k,
+        dim=layer.dim,
+        ep_degree=degree,
+        reachable=layer.num_limited_groups / layer.num_groups,
+        skew=skew,
+    )
     shared = (
         mlp_time(tokens, layer.dim, layer.shared_hidden_dim / placement.expert_shards, hardware)
         if layer.shared_hidden_dim
@@ -157,6 +177,19 @@ def _layer_time(
         router=gemm_time(tokens, layer.dim, layer.num_experts, hardware),
         dispatch=exchange,
         experts=experts,
+        movement=_moved_bytes(layer, placement, skew) / hardware.memory_bandwidth,
         combine=exchange,
         shared_experts=shared,
     )
+
+
+def _moved_bytes(layer: MoELayer, placement: Placement, skew: Array) -> Array:
+    """Read and written by the busiest rank in a forward, each operation fused into one.
+
+    Of what it receives: into the order of the experts, the activation (two in, one out), and
+    back. Of what it sends: into the order of the ranks, and weighted and summed in float32.
+    """
+    sent = placement.tokens_per_rank * layer.top_k
+    received = sent * skew
+    of_received = 4 * layer.dim + 3 * layer.hidden_dim / placement.expert_shards
+    return BF16_BYTES * (received * of_received + sent * 5 * layer.dim)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+from numpy.typing import ArrayLike
 
 from titan_moe_lb.parallel.schedules import Action, Schedule
 
 
-def makespan(schedule: Schedule, forward: Sequence[float], backward: Sequence[float]) -> float:
+def makespan(schedule: Schedule, forward: ArrayLike, backward: ArrayLike) -> float:
     """Seconds from the first forward to the last backward.
 
     A forward waits for that of the stage before, a backward for that of the stage after;
@@ -15,9 +16,12 @@ def makespan(schedule: Schedule, forward: Sequence[float], backward: Sequence[fl
     its inputs', half its weights'.
 
     Args:
-        forward, backward: seconds of each stage and micro-batch.
+        forward, backward: seconds of each stage ``(stages,)``, or of each stage and
+            micro-batch ``(stages, micro-batches)``.
     """
-    last = len(forward) - 1
+    number = 1 + max(action[2] for actions in schedule.values() for action in actions)
+    ahead, back = (_table(seconds, number) for seconds in (forward, backward))
+    last = len(ahead) - 1
     finished: dict[Action, float] = {}
     clock = dict.fromkeys(schedule, 0.0)
     position = dict.fromkeys(schedule, 0)
@@ -30,7 +34,7 @@ def makespan(schedule: Schedule, forward: Sequence[float], backward: Sequence[fl
                 needs = _predecessor(action, last, finished)
                 if needs is None:
                     break
-                seconds = forward[stage] if kind == "F" else backward[stage]
+                seconds = (ahead if kind == "F" else back)[stage][microbatch]
                 clock[rank] = max(clock[rank], needs) + seconds * (0.5 if kind in "IW" else 1.0)
                 finished[action] = clock[rank]
                 if kind == "I":
@@ -39,6 +43,12 @@ def makespan(schedule: Schedule, forward: Sequence[float], backward: Sequence[fl
                 waiting -= 1
         assert waiting < before, "the schedule waits for itself"
     return max(clock.values())
+
+
+def _table(seconds: ArrayLike, num_micro_batches: int) -> list[list[float]]:
+    by_stage = np.asarray(seconds, dtype=np.float64)
+    by_stage = by_stage.reshape(len(by_stage), -1)
+    return np.broadcast_to(by_stage, (len(by_stage), num_micro_batches)).tolist()
 
 
 def _predecessor(action: Action, last: int, finished: dict[Action, float]) -> float | None:

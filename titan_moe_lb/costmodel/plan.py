@@ -1,4 +1,4 @@
-"""The answers: for each expert-parallel degree and imbalance, how slow and how much memory."""
+"""The answers: for each expert-parallel degree and load, how slow and how much memory."""
 
 from __future__ import annotations
 
@@ -7,44 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titan_moe_lb.costmodel.activation import activation_peak, largest_that_fits
+from titan_moe_lb.costmodel.activation import largest_that_fits
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
-from titan_moe_lb.costmodel.layer import (
-    LayerTime,
-    Placement,
-    layer_load,
-    measured_layer_time,
-    moe_layer_time,
-)
+from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.load import WORST
-from titan_moe_lb.costmodel.step import step_time
-from titan_moe_lb.traces.placement import contiguous, greedy, tokens_of_experts
+from titan_moe_lb.costmodel.lognormal import lognormal_loads
+from titan_moe_lb.costmodel.outcome import Outcome, View
+from titan_moe_lb.costmodel.recorded import RecordedLoads
+from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
+from titan_moe_lb.traces.eplb import eplb
+from titan_moe_lb.traces.placement import contiguous, greedy
 
 CURVE_POINTS = 17
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """A job under one imbalance. Seconds and bytes of the busiest rank."""
-
-    compute_seconds: float
-    """Router, experts and shared experts of one MoE layer, forward, one micro-batch."""
-    dispatch_seconds: float
-    combine_seconds: float
-    layer_seconds: float
-    """The layer with its recomputation and backward; the mean over the MoE layers."""
-    layer_slowdown: float
-    """Against balance."""
-    step_seconds: float
-    step_slowdown: float
-    hot_expert_tokens: float
-    """Tokens of the most loaded expert in one micro-batch."""
-    busiest_rank_tokens: float
-    memory_bytes: float
-    memory_rank: int
-    """The rank that needs most memory."""
-    fits: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +31,43 @@ class AnalyticRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogNormalRow:
+    """Log-normal loads, drawn anew in every layer; mean over draws."""
+
+    sigma: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasuredRow:
-    """The load of a recorded run: the first and the last steps, under one placement."""
+    """The load of a recorded run, under one placement."""
 
     placement: str
-    """"contiguous", as torchtitan places experts, or "greedy"."""
+    """"contiguous", as torchtitan places experts, "greedy", or "eplb" with copies."""
+    redundant_experts: int
+    """Slots for copies, all devices together."""
     first: Outcome
+    """The first steps; placed for the last ones."""
     last: Outcome
+    """The last steps, for which it is placed: the most that placing can buy."""
+    stale_second_half: Outcome
+    """The second half of the run, placed for its first half: what placing once buys."""
+    stale_last: Outcome
+    """The last steps, placed for the first half of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityRow:
+    """Buffers of one size in every MoE layer, for the loads of the second half of a run."""
+
+    drop_share: float
+    """Of the tokens of the layer that drops most, which find no room; 0: none is dropped."""
+    capacity_factor: float
+    """Room of a rank over its balanced tokens."""
+    non_blocking_capacity_factor: float
+    """The same as a share of the worst case, as HybridEP's dispatcher takes it."""
+    memory_bytes: float
+    fits: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +79,14 @@ class DegreePlan:
     state_bytes: int
     """Parameters, gradients, optimizer state and what FSDP gathers, on the rank that
     needs most memory at balance."""
+    balance: Outcome
     rows: tuple[AnalyticRow, ...]
+    lognormal: tuple[LogNormalRow, ...]
     largest_imbalance_that_fits: float | None
     curve: tuple[AnalyticRow, ...]
     """From balance to the worst case, evenly on a logarithmic scale."""
     measured: tuple[MeasuredRow, ...] = ()
+    capacity: tuple[CapacityRow, ...] = ()
 
 
 def plan_degree(
@@ -88,8 +96,10 @@ def plan_degree(
     *,
     num_hot_experts: int,
     usable_bytes: float,
-    first_counts_ME: np.ndarray | None = None,
-    last_counts_ME: np.ndarray | None = None,
+    sigmas: Sequence[float] = (),
+    recorded: RecordedLoads | None = None,
+    redundant_experts: Sequence[int] = (),
+    drop_share: float = 0.01,
 ) -> DegreePlan:
     """Plan one expert-parallel degree.
 
@@ -97,150 +107,138 @@ def plan_degree(
         imbalance_factors: each in [1, E/K], or -1 for E/K.
         num_hot_experts: W.
         usable_bytes: of a device's memory.
-        first_counts_ME, last_counts_ME: measured tokens per expert of the MoE layers in
-            order ``(M, E)``, at the beginning and at the end of a run.
+        sigmas: of log-normal loads.
+        recorded: loads of a run of the same model.
+        redundant_experts: numbers of slots for copies to place the recorded loads with.
+        drop_share: of the tokens, for a capacity that drops some.
 
     Raises:
-        JobError: an imbalance or W outside its range.
+        JobError: an imbalance or W outside its range, slots that the devices do not divide.
     """
-    view = _View(job, hardware, usable_bytes, num_hot_experts)
-    balance = view.outcome(*view.two_level(1.0), None)
+    view = View(job, hardware, usable_bytes, num_hot_experts)
+    balance = view.outcome(view.two_level(1.0), None)
 
     def row(given: float) -> AnalyticRow:
         return AnalyticRow(
             imbalance_factor=view.worst if given == WORST else given,
-            outcome=view.outcome(*view.two_level(given), balance),
+            outcome=view.outcome(view.two_level(given), balance),
         )
 
     largest = largest_that_fits(
-        lambda factor: view.memory(view.two_level(factor)[1])[0] <= usable_bytes, view.worst
+        lambda factor: view.memory(view.two_level(factor))[0] <= usable_bytes, view.worst
     )
-    measured = []
-    if first_counts_ME is not None and last_counts_ME is not None:
-        for name in ("contiguous", "greedy"):
-            first, last = (
-                view.outcome(*view.measured(counts, name, last_counts_ME), balance)
-                for counts in (first_counts_ME, last_counts_ME)
-            )
-            measured.append(MeasuredRow(placement=name, first=first, last=last))
-    position = view.memory(view.two_level(1.0)[1])[1]
+    position = view.memory(view.two_level(1.0))[1]
+    placements = [("contiguous", 0), ("greedy", 0), *(("eplb", n) for n in redundant_experts)]
     return DegreePlan(
         ep_degree=job.ep_degree,
         tokens_per_rank=job.tokens_per_rank,
         state_bytes=job.states[position].total_bytes,
+        balance=balance,
         rows=tuple(row(given) for given in imbalance_factors),
+        lognormal=tuple(_lognormal(view, balance, sigma) for sigma in sigmas),
         largest_imbalance_that_fits=largest,
         curve=tuple(row(float(x)) for x in np.geomspace(1.0, view.worst, CURVE_POINTS)),
-        measured=tuple(measured),
+        measured=tuple(_measured(view, balance, recorded, *one) for one in placements)
+        if recorded
+        else (),
+        capacity=tuple(_capacity(view, recorded, share) for share in (0.0, drop_share))
+        if recorded and recorded.has_micro_batches
+        else (),
     )
 
 
 def heaviest_pipeline_ranks(job: JobModel, hardware: Hardware, num_hot_experts: int) -> list[int]:
     """Where memory is largest at balance and at worst: what other degrees need to build."""
-    view = _View(job, hardware, hardware.memory_bytes, num_hot_experts)
-    return sorted({view.memory(view.two_level(factor)[1])[1] for factor in (1.0, WORST)})
+    view = View(job, hardware, hardware.memory_bytes, num_hot_experts)
+    return sorted({view.memory(view.two_level(factor))[1] for factor in (1.0, WORST)})
 
 
-@dataclass(frozen=True)
-class _Load:
-    """The load of one MoE layer in one micro-batch."""
-
-    time: LayerTime
-    hot_expert_tokens: float
-    busiest_rank_tokens: float
+def _blocks(view: View) -> list[np.ndarray]:
+    degree = view.placement.ep_degree
+    return [contiguous(layer.num_experts, degree) for layer in view.job.moe_layers.values()]
 
 
-class _View:
-    """One job at one degree on one device."""
+def _lognormal(view: View, balance: Outcome, sigma: float) -> LogNormalRow:
+    layer = next(iter(view.job.moe_layers.values()))
+    shares = lognormal_loads(
+        sigma,
+        num_layers=len(view.job.moe_layers),
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+    )
+    loads = view.measured(shares, _blocks(view))
+    return LogNormalRow(sigma=sigma, outcome=view.outcome(loads, balance))
 
-    def __init__(
-        self, job: JobModel, hardware: Hardware, usable_bytes: float, num_hot_experts: int
-    ) -> None:
-        self.job = job
-        self.hardware = hardware
-        self.usable_bytes = usable_bytes
-        self.num_hot_experts = num_hot_experts
-        self.placement = Placement(
-            tokens_per_rank=job.tokens_per_rank,
-            ep_degree=job.ep_degree,
-            expert_shards=job.tp_degree if job.ep_degree == 1 else 1,
-        )
-        self.worst = min(layer.num_experts / layer.top_k for layer in job.moe_layers.values())
 
-    def two_level(self, factor: float) -> tuple[dict[int, _Load], dict[int, np.ndarray]]:
-        """Loads by layer, and tokens received by layer on a rank that is hot in all of them."""
-        loads = {}
-        known: dict = {}
-        for number, layer in self.job.moe_layers.items():
-            if layer not in known:
-                time = moe_layer_time(
-                    layer,
-                    self.placement,
-                    self.hardware,
-                    imbalance_factor=factor,
-                    num_hot_experts=self.num_hot_experts,
-                )
-                load = layer_load(layer, self.placement, factor, self.num_hot_experts)
-                known[layer] = _Load(time, float(load.hot_tokens), float(load.tokens_on_device))
-            loads[number] = known[layer]
-        return loads, {n: np.array(load.busiest_rank_tokens) for n, load in loads.items()}
-
-    def measured(
-        self, counts_ME: np.ndarray, placement_name: str, known_ME: np.ndarray
-    ) -> tuple[dict[int, _Load], dict[int, np.ndarray]]:
-        """The same from measured counts; a greedy placement is made for ``known_ME``."""
-        loads, received = {}, {}
-        degree = self.placement.ep_degree
-        for row, (number, layer) in enumerate(self.job.moe_layers.items()):
-            experts_dn = (
-                contiguous(layer.num_experts, degree)
-                if placement_name == "contiguous"
-                # Which device is the first is free: the hottest one is another in every layer.
-                else np.roll(greedy(known_ME[row], degree), row, axis=0)
+def _measured(
+    view: View, balance: Outcome, recorded: RecordedLoads, placement: str, redundant: int
+) -> MeasuredRow:
+    tokens = view.placement.tokens * next(iter(view.job.moe_layers.values())).top_k
+    first, last = slice(0, recorded.window), slice(-recorded.window, None)
+    first_half, second_half = slice(0, max(1, recorded.half)), slice(recorded.half, None)
+    now, before = (
+        [
+            _placed(view, layer, known_E, placement, redundant, row)
+            for row, (layer, known_E) in enumerate(
+                zip(view.job.moe_layers.values(), recorded.known(steps), strict=True)
             )
-            tokens_dn = tokens_of_experts(
-                counts_ME[row], experts_dn, self.placement.tokens * layer.top_k
-            )
-            time = measured_layer_time(layer, self.placement, self.hardware, tokens_dn)
-            received[number] = tokens_dn.sum(axis=-1)
-            loads[number] = _Load(time, float(tokens_dn.max()), float(received[number].max()))
-        return loads, received
+        ]
+        for steps in (last, first_half)
+    )
 
-    def memory(self, received: dict[int, np.ndarray]) -> tuple[float, int]:
-        """Bytes on the rank that needs most, and its pipeline rank."""
-        needs = {
-            position: state.total_bytes
-            + float(np.max(activation_peak(self.job, self.placement, position, received)))
-            for position, state in self.job.states.items()
-        }
-        position = max(needs, key=lambda key: needs[key])
-        return needs[position], position
+    def judged(steps: slice, placed: list[np.ndarray]) -> Outcome:
+        loads = view.measured(recorded.micro_batches(steps, tokens), placed)
+        return view.outcome(loads, balance, copies=redundant // view.placement.ep_degree)
 
-    def outcome(
-        self,
-        loads: dict[int, _Load],
-        received: dict[int, np.ndarray],
-        balance: Outcome | None,
-    ) -> Outcome:
-        """Means over the MoE layers, the step, and the memory."""
+    return MeasuredRow(
+        placement=placement,
+        redundant_experts=redundant,
+        first=judged(first, now),
+        last=judged(last, now),
+        stale_second_half=judged(second_half, before),
+        stale_last=judged(last, before),
+    )
 
-        def mean(value) -> float:
-            return float(np.mean([value(load) for load in loads.values()]))
 
-        memory, position = self.memory(received)
-        layer = mean(lambda load: load.time.total(self.job.checkpointing))
-        step = step_time(self.job, self.hardware, lambda number: loads[number].time)
-        return Outcome(
-            compute_seconds=mean(lambda load: load.time.compute),
-            dispatch_seconds=mean(lambda load: load.time.dispatch),
-            combine_seconds=mean(lambda load: load.time.combine),
-            layer_seconds=layer,
-            layer_slowdown=layer / balance.layer_seconds if balance else 1.0,
-            step_seconds=float(step),
-            step_slowdown=float(step) / balance.step_seconds if balance else 1.0,
-            hot_expert_tokens=max(load.hot_expert_tokens for load in loads.values()),
-            busiest_rank_tokens=max(load.busiest_rank_tokens for load in loads.values()),
-            memory_bytes=memory,
-            memory_rank=self.job.states[position].rank,
-            fits=memory <= self.usable_bytes,
+def _placed(
+    view: View, layer: MoELayer, known_E: np.ndarray, placement: str, redundant: int, row: int
+) -> np.ndarray:
+    degree = view.placement.ep_degree
+    if placement == "contiguous":
+        return contiguous(layer.num_experts, degree)
+    if placement == "greedy":
+        placed = greedy(known_E, degree)
+    else:
+        nodes, rest = divmod(degree, view.hardware.scale_up_domain)
+        placed = eplb(
+            known_E,
+            num_slots=layer.num_experts + redundant,
+            num_devices=degree,
+            num_nodes=nodes if nodes and not rest else 1,
+            num_groups=layer.num_groups,
         )
+    # Which device is the first is free: the hottest one is another in every layer.
+    return np.roll(placed, row, axis=0)
+
+
+def _capacity(view: View, recorded: RecordedLoads, drop_share: float) -> CapacityRow:
+    layer = next(iter(view.job.moe_layers.values()))
+    degree = view.placement.ep_degree
+    second_half = slice(recorded.half, None)
+    counts_NME = recorded.micro_batches(second_half, view.placement.tokens * layer.top_k)
+    received_MNR = np.stack(
+        [load.received_NR for load in view.measured(counts_NME, _blocks(view)).values()]
+    )
+    factor = float(capacity_factor(received_MNR, drop_share).max())
+    if drop_share == 0 and degree == recorded.ep_degree:
+        factor = max(factor, recorded.max_overload_factor)
+    memory = view.memory_with_capacity(factor)
+    return CapacityRow(
+        drop_share=drop_share,
+        capacity_factor=factor,
+        non_blocking_capacity_factor=non_blocking_capacity_factor(
+            factor, num_experts=layer.num_experts, top_k=layer.top_k, ep_degree=degree
+        ),
+        memory_bytes=memory,
+        fits=memory <= view.usable_bytes,
+    )

@@ -86,6 +86,8 @@ def read_job(
         accumulation_steps=cut.accumulation_steps,
         tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // dims.cp,
         checkpointing=_checkpointing(config),
+        steps=config.training.steps,
+        tokens_per_step=cut.global_batch_size * cut.seq_len,
         states=states,
     )
 
@@ -98,6 +100,8 @@ def _moe_layer(moe: MoE.Config) -> MoELayer:
         dim=experts.dim,
         hidden_dim=experts.hidden_dim,
         shared_hidden_dim=shared.w1.out_features if shared is not None else 0,
+        num_groups=moe.router.num_expert_groups or 1,
+        num_limited_groups=moe.router.num_limited_groups or 1,
     )
 
 
@@ -110,8 +114,9 @@ def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
     model_config = config.model_spec.model
     _parameters, flops = model_config.get_nparams_and_flops(model, config.training.seq_len)
     _parameters, without = model_config.get_nparams_and_flops(model, 0)
-    # torchtitan counts the forward once and the backward twice.
-    return (flops - without) / 3 / len(model_config.layers)
+    # torchtitan counts the forward once and the backward twice, and the whole square of
+    # scores, of which a causal mask leaves half.
+    return (flops - without) / 3 / 2 / len(model_config.layers)
 
 
 def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> Stage:
@@ -120,6 +125,7 @@ def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> 
     )
     matrix_parameters = 0
     kept = 0.0
+    vocabulary = 0
     for name, module in part.named_modules():
         if not isinstance(module, nn.Linear) or ".moe." in f".{name}.":
             continue
@@ -127,11 +133,14 @@ def _stage(part: nn.Module, numbers: dict[str, int], attention_flops: float) -> 
         matrix_parameters += rows * columns
         if "layers." in name:
             kept += BF16_BYTES * (rows + columns)
+        else:
+            vocabulary += rows
     return Stage(
         moe_layers=tuple(numbers[name] for name, _ in part.named_modules() if name in numbers),
         num_layers=num_layers,
         dense_flops=2.0 * matrix_parameters + attention_flops * num_layers,
         dense_bytes=kept,
+        vocabulary=vocabulary,
     )
 
 

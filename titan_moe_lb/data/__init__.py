@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.resources
 import pydoc_data.topics
+from collections.abc import Callable
 
 from datasets import Dataset
 from torchtitan.hf_datasets import DatasetConfig
@@ -28,11 +29,13 @@ def documents() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _load(path: str) -> Dataset:
-    """Load the corpus; it is part of Python, so ``path`` names nothing on disk."""
-    return Dataset.from_dict({"text": documents()})
+def register(name: str, texts: Callable[[], list[str]]) -> None:
+    """Enter texts that are a part of Python, so that the path of the dataset names nothing."""
+    DATASETS[name] = DatasetConfig(
+        path=name,
+        loader=lambda path: Dataset.from_dict({"text": texts()}),
+        sample_processor=lambda sample: sample["text"],
+    )
 
 
-DATASETS[CORPUS] = DatasetConfig(
-    path=CORPUS, loader=_load, sample_processor=lambda sample: sample["text"]
-)
+register(CORPUS, documents)

@@ -131,6 +131,31 @@ def balance_is_too_weak(window: Window) -> Finding | None:
     )
 
 
+def aux_loss_dominates(window: Window) -> Finding | None:
+    """Where the job measures it: metrics.router_gradients."""
+    main_SM = window.figure_SM("main_gradient_squared")
+    aux_SM = window.figure_SM("aux_gradient_squared")
+    if main_SM is None or aux_SM is None:
+        return None
+    ratio_M = np.sqrt(np.nanmean(aux_SM, axis=0) / np.maximum(np.nanmean(main_SM, axis=0), 1e-300))
+    strong_M = ratio_M > 3
+    if not strong_M.any():
+        return None
+    losses = window.trace.info.losses
+    name, weight = max(losses.items(), key=lambda item: item[1], default=("aux loss", 0.0))
+    return Finding(
+        kind="aux_loss_dominates",
+        severity=Severity.WARNING,
+        what=f"the aux losses outweigh the model's own loss in the router of "
+        f"{window.layers(strong_M)}",
+        evidence=f"norm of their gradient in the logits over that of the model's loss: "
+        f"{ratio_M[strong_M].max():.2g}",
+        reason="above 3 the router learns to be even, and hardly to choose",
+        remedy=f"a tenth of the weight of {name}, or a bias, which has no gradient",
+        toml=f"weight = {weight / 10:g}   # of {name}; or: {QUANTILE_BIAS}",
+    )
+
+
 def bias_saturates(window: Window) -> Finding | None:
     range_SM = window.figure_SM("bias_range")
     if range_SM is None:
@@ -180,8 +205,10 @@ def hot_rank(window: Window) -> Finding | None:
     mean_ME = window.counts_SME.mean(axis=0)
     as_placed = placement.contiguous(info.num_experts, info.ep)
     factor_M = np.array([overload(load_E, as_placed) for load_E in mean_ME])
-    best_M = np.array([overload(load_E, placement.greedy(load_E, info.ep)) for load_E in mean_ME])
-    hot_M = (factor_M > 1.2) & (best_M < 1 + (factor_M - 1) / 2)
+    best_M = factor_M.copy()
+    for row in np.flatnonzero(factor_M > 1.2):
+        best_M[row] = overload(mean_ME[row], placement.greedy(mean_ME[row], info.ep))
+    hot_M = best_M < 1 + (factor_M - 1) / 2
     if not hot_M.any():
         return None
     worst = int(np.argmax(np.where(hot_M, factor_M, 0)))
@@ -274,6 +301,7 @@ CHECKS: tuple[Callable[[Window], Finding | None], ...] = (
     dead_experts,
     nothing_balances,
     balance_is_too_weak,
+    aux_loss_dominates,
     bias_saturates,
     bias_oscillates,
     hot_rank,

@@ -85,7 +85,11 @@ def start_anew(config, rules: dict[str, ExpertBias.Config]) -> None:
     start = checkpoints.start_of(config)
     if start is None or not any(rule._owner.state_names for rule in rules.values()):
         return
-    saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    try:
+        saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    except JobError as error:
+        folder = checkpoints.own_folder(config)
+        raise JobError(f"{error}; {checkpoints.remedy(folder, start.path)}") from None
     for fqn, rule in rules.items():
         names = [f"{fqn}.expert_bias.{name}" for name in rule._owner.state_names]
         rule.starts_anew = any(name not in saved for name in names)

@@ -31,6 +31,7 @@ from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 from titan_moe_lb.rules import places
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
+_VALUES = ("module", "config", "job_config", "max_restarts")
 _SWITCHES = {"print_config": "print_config", "list": "list_models"}
 
 # Arguments of a registry entry that [job] or Python decides.
@@ -50,6 +51,8 @@ class JobTable:
     description: str = ""
     ranks: int | None = None
     """Processes that the job wants in all, on all nodes."""
+    max_restarts: int = 0
+    """How often the processes are started again when one of them fails."""
 
 
 @dataclass(kw_only=True)
@@ -59,6 +62,7 @@ class CommandLine:
     module: str | None = None
     config: str | None = None
     job_config: str | None = None
+    max_restarts: str | None = None
     print_config: bool = False
     list_models: bool = False
     model: dict[str, Any] = field(default_factory=dict)
@@ -144,6 +148,10 @@ def draft(arguments: list[str]) -> Draft:
     if command.module and command.module != table.module:
         # Another model: the file's config function belongs to the file's module.
         table = dataclasses.replace(table, module=command.module, config="", flavor="")
+    if command.max_restarts is not None:
+        if not command.max_restarts.isdecimal():
+            raise JobError(f"--max-restarts is {command.max_restarts!r}; it must be a whole number")
+        table = dataclasses.replace(table, max_restarts=int(command.max_restarts))
     if command.config:
         table = dataclasses.replace(table, config=command.config, flavor="")
     return Draft(command=command, table=_complete(table, source), tables=tables, source=source)
@@ -178,9 +186,7 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         argument = remaining.pop(0)
         name, has_value, value = argument.partition("=")
         key = name.removeprefix("--").replace("-", "_")
-        ours = name.startswith("--") and (
-            key in ("module", "config", "job_config", *_SWITCHES) or key.startswith("model.")
-        )
+        ours = name.startswith("--") and (key in (*_VALUES, *_SWITCHES) or key.startswith("model."))
         if name == "--flavor":
             raise JobError("--flavor is a key of [job] in a job file; here --config chooses it")
         if not ours:
@@ -216,6 +222,10 @@ def _complete(table: JobTable, source: str) -> JobTable:
         raise JobError(f"{source}: [job] names both config and flavor; keep one")
     if table.ranks is not None and table.ranks < 1:
         raise JobError(f"{source}: [job] ranks is {table.ranks}; it must be at least 1")
+    if table.max_restarts < 0:
+        raise JobError(
+            f"{source}: [job] max_restarts is {table.max_restarts}; it must be at least 0"
+        )
     module = table.module or DEFAULT_MODULE
     config = table.config
     if not config:

@@ -11,5 +11,7 @@ Flags of titan_moe_lb:
   --job-config JOB    job as TOML, a file or a name of --list; the flags below beat it
   --model.KEY VALUE   argument of the model's registry entry, VALUE in TOML syntax:
                       --model.aux_losses '[{{type = "z_loss", weight = 1e-4}}]'
+  --max-restarts N    when a process fails, start all of them again from the last
+                      checkpoint, N times at most; default 0
   --print-config      print the resolved job as TOML and stop
 """

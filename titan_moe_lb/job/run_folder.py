@@ -13,17 +13,19 @@ from titan_moe_lb.errors import JobError
 _LOCK = ".run.lock"
 
 
-def claim(folder: str, run: str) -> None:
+def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run") -> None:
     """Make ``dump_folder`` and keep it for a run until this process ends.
 
     Args:
         run: what the processes have in common that may share the folder: the nodes of one run.
+        name: of the user's own key, which is a flag too.
+        kind: of what is at work there.
 
     Raises:
         JobError: nothing can be written there, or another run holds it.
     """
     if not folder:
-        raise JobError("dump_folder is empty: name a folder, as in --dump_folder ./outputs")
+        raise JobError(f"{name} is empty: name a folder, as in --{name} ./outputs")
     if filesystem.is_remote(folder):
         return
     try:
@@ -33,8 +35,7 @@ def claim(folder: str, run: str) -> None:
         lock = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise JobError(
-            f"dump_folder {folder} cannot be written ({error.strerror}): "
-            "name another with --dump_folder"
+            f"{name} {folder} cannot be written ({error.strerror}): name another with --{name}"
         ) from None
     try:
         held_by = _hold(lock, run.encode())
@@ -44,8 +45,7 @@ def claim(folder: str, run: str) -> None:
     if held_by != run.encode():
         os.close(lock)
         raise JobError(
-            f"dump_folder {folder} is that of a run at work: give this run another with "
-            "--dump_folder"
+            f"{name} {folder} is that of a {kind} at work: give this {kind} another with --{name}"
         )
 
 

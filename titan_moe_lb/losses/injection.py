@@ -51,6 +51,23 @@ def gather_scores(
     )
 
 
+def gradient_of_sums(
+    scores_BLE: torch.Tensor,
+    coefficients_BE: torch.Tensor,
+    inverse_sums_BL: torch.Tensor | None,
+    document_BL: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient that :func:`gather_scores` attaches ``(B, L, E)``, to be written to."""
+    # contiguous() materialises the expanded view; a dense gradient is not copied.
+    return load_balance_score_grad(
+        scores_BLE,
+        coefficients_BE,
+        sums_to_one=inverse_sums_BL is None,
+        inverse_sums_BL=inverse_sums_BL,
+        document_BL=document_BL,
+    ).contiguous()
+
+
 @spmd.register_autograd_function
 class _GatherScores(torch.autograd.Function):
     @staticmethod
@@ -67,14 +84,7 @@ class _GatherScores(torch.autograd.Function):
         scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL, document_BL = (
             ctx.saved_tensors
         )
-        # contiguous() materialises the expanded view; a dense gradient is not copied.
-        grad_BLE = load_balance_score_grad(
-            scores_BLE,
-            coefficients_BE,
-            sums_to_one=inverse_sums_BL is None,
-            inverse_sums_BL=inverse_sums_BL,
-            document_BL=document_BL,
-        ).contiguous()
+        grad_BLE = gradient_of_sums(scores_BLE, coefficients_BE, inverse_sums_BL, document_BL)
         return grad_BLE.scatter_add_(-1, topk_expert_ids_BLK, grad_BLK), None, None, None, None
 
     @staticmethod

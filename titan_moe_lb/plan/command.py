@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -22,11 +23,16 @@ from titan_moe_lb.costmodel.load import TOLERANCE, WORST
 from titan_moe_lb.costmodel.plan import heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
+from titan_moe_lb.plan import measured
 from titan_moe_lb.plan.page import write_page
 from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
 from titan_moe_lb.plan.question import Question
 from titan_moe_lb.plan.table import print_plan
-from titan_moe_lb.traces.trace import Trace, read_trace, trace_file
+from titan_moe_lb.plan.verdict import judge
+from titan_moe_lb.traces.trace import read_trace, trace_file
+
+MOST_SIGMA = 5.0
+DROP_SHARE = 0.01
 
 
 def make_plan(question: Question) -> Plan:
@@ -35,7 +41,7 @@ def make_plan(question: Question) -> Plan:
     Raises:
         JobError: the first thing that is wrong, in one line.
     """
-    factors = _imbalances(question.imbalance)
+    factors, sigmas = _imbalances(question.imbalance)
     if question.hot_experts < 1:
         raise JobError(f"--hot-experts {question.hot_experts} must be at least 1")
     for name in ("compute_efficiency", "network_efficiency"):
@@ -44,6 +50,14 @@ def make_plan(question: Question) -> Plan:
             raise JobError(
                 f"--{name.replace('_', '-')} {share} must be above 0 and at most 1: it is a share"
             )
+    if question.drop_share is not None and not 0 < question.drop_share < 1:
+        raise JobError(f"--drop-share {question.drop_share} must be above 0 and below 1")
+    for name, given in (
+        ("redundant-experts", question.redundant_experts),
+        ("drop-share", question.drop_share),
+    ):
+        if given is not None and question.from_run is None:
+            raise JobError(f"--{name} is answered from the load of a run: give --from-run as well")
     device = hardware(question.hardware)
     derated = device.derated(
         compute_efficiency=question.compute_efficiency,
@@ -51,51 +65,90 @@ def make_plan(question: Question) -> Plan:
     )
     trace = read_trace(question.from_run) if question.from_run else None
     with (
-        _quiet_host(),
+        quiet_host(),
         Patience(
             lambda line: print(line, file=sys.stderr),
             lambda seconds: f"building one rank of each pipeline position: {seconds} s so far",
         ),
     ):
         jobs = _read_jobs(question, derated, factors)
-    run, first, last = _measured(trace, jobs[0]) if trace else (None, None, None)
+    run, recorded = measured.of_run(trace, jobs[0]) if trace else (None, None)
+    if question.drop_share is not None and recorded and not recorded.has_micro_batches:
+        raise JobError(
+            f"--drop-share: the trace in {question.from_run} has no loads of single micro-batches, "
+            "which a capacity is for: take one that this version has written"
+        )
+    redundant = _redundant(question.redundant_experts, jobs[0], [job.ep_degree for job in jobs])
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
+    degrees = tuple(
+        plan_degree(
+            job,
+            derated,
+            factors,
+            num_hot_experts=question.hot_experts,
+            usable_bytes=usable,
+            sigmas=sigmas,
+            recorded=recorded,
+            redundant_experts=redundant,
+            drop_share=question.drop_share or DROP_SHARE,
+        )
+        for job in sorted(jobs, key=lambda job: job.ep_degree)
+    )
     return Plan(
         job=jobs[0],
         question=question,
         device=device,
         usable_bytes=usable,
-        degrees=tuple(
-            plan_degree(
-                job,
-                derated,
-                factors,
-                num_hot_experts=question.hot_experts,
-                usable_bytes=usable,
-                first_counts_ME=first,
-                last_counts_ME=last,
-            )
-            for job in sorted(jobs, key=lambda job: job.ep_degree)
-        ),
+        degrees=degrees,
+        verdict=judge(jobs[0], degrees, usable, sigmas),
         run=run,
     )
 
 
-def _imbalances(text: str) -> list[float]:
-    factors = []
-    for word in text.split(","):
-        if word.strip() == "worst":
-            factors.append(WORST)
-            continue
+def _imbalances(text: str) -> tuple[list[float], list[float]]:
+    """Imbalances of the two-level load, and sigmas of log-normal ones."""
+    factors: list[float] = []
+    sigmas: list[float] = []
+    for word in (word.strip() for word in text.split(",")):
+        kind, colon, number = word.partition(":")
         try:
-            factors.append(float(word))
+            if word == "worst":
+                factors.append(WORST)
+            elif colon and kind == "lognormal":
+                sigmas.append(float(number))
+            else:
+                factors.append(float(word))
         except ValueError:
             raise JobError(
-                f"--imbalance {text}: {word.strip()!r} is neither a number nor 'worst'"
+                f"--imbalance {text}: {word!r} is neither a number nor 'worst' nor lognormal:SIGMA"
             ) from None
-        if not factors[-1] >= 1:
-            raise JobError(f"--imbalance {word.strip()} is below 1, which is balance")
-    return factors
+    for factor in factors:
+        if not (factor == WORST or factor >= 1):
+            raise JobError(f"--imbalance {factor:g} is below 1, which is balance")
+    for sigma in sigmas:
+        if not 0 <= sigma <= MOST_SIGMA:
+            raise JobError(
+                f"--imbalance lognormal:{sigma:g} is outside [0, {MOST_SIGMA:g}]; recorded loads "
+                "have 0.1 to 1.5"
+            )
+    return factors or [1.0], sigmas
+
+
+def _redundant(text: str | None, job: JobModel, degrees: list[int]) -> list[int]:
+    if text is None:
+        return []
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise JobError(f"--redundant-experts {text} must be whole numbers of at least 1")
+    numbers = list(dict.fromkeys(int(word) for word in words))
+    for number in numbers:
+        for degree in degrees:
+            if number % degree:
+                raise JobError(
+                    f"--redundant-experts {number} is no multiple of EP {degree}: every rank "
+                    "holds as many copies as the others"
+                )
+    return numbers
 
 
 def _fit_model(question: Question, factors: list[float], job: JobModel) -> None:
@@ -141,19 +194,25 @@ def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> l
     jobs: list[JobModel] = []
     for degree in degrees:
         flags = [
-            *question.job_arguments,
             f"--parallelism.expert_parallel_degree={degree}",
             # Nothing is captured here, and not every degree could be.
             "--training.disable_cuda_graphs",
         ]
-        config = job_config.load(flags).config
+        config = job_config.load(_with_flags(question.job_arguments, flags)).config
         if not jobs:
             jobs.append(read_job(config))
             _fit_model(question, factors, jobs[0])
             heaviest = heaviest_pipeline_ranks(jobs[0], derated, question.hot_experts)
         else:
             jobs.append(read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages))
-    return jobs
+    return [dataclasses.replace(job, dispatcher=question.dispatcher) for job in jobs]
+
+
+def _with_flags(arguments: list[str], flags: list[str]) -> list[str]:
+    """Behind the job's own, and before a subcommand as ``activation-checkpoint:full``."""
+    subcommands = [n for n, word in enumerate(arguments) if word.startswith("activation-")]
+    end = min(subcommands, default=len(arguments))
+    return [*arguments[:end], *flags, *arguments[end:]]
 
 
 def _ranks(question: Question, of_job: int | None) -> int:
@@ -182,35 +241,8 @@ def _usual_degrees(config: Any, most: int) -> list[int]:
     return [own, *near[:4]]
 
 
-def _measured(trace: Trace, job: JobModel) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """What the run is, and its counts at its first and at its last steps."""
-    layer = next(iter(job.moe_layers.values()))
-    mine = (job.model_name, job.flavor, layer.num_experts, layer.top_k, tuple(job.moe_layers))
-    info = trace.info
-    if (info.model, info.flavor, info.num_experts, info.top_k, info.layers) != mine:
-        raise JobError(
-            f"--from-run {trace.path.parent} is of {info.model_name}, the job is {job.model_name} {job.flavor} "
-            f"({len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}): "
-            "take a run of the job's model"
-        )
-    window = max(1, len(trace.steps) // 10)
-    counts = trace.counts_SME
-    run = {
-        "path": str(trace.path.parent),
-        "layout": info.layout,
-        "losses": info.losses,
-        "expert_bias": info.expert_bias,
-        "first_steps": trace.steps[:window].tolist(),
-        "last_steps": trace.steps[-window:].tolist(),
-        "ep_degree": info.ep,
-        # Of single micro-batches; the counts are of whole global batches.
-        "max_overload_factor": float(np.nanmax(trace.over_steps("max_overload_factor"))),
-    }
-    return run, counts[:window].sum(axis=0), counts[-window:].sum(axis=0)
-
-
 @contextmanager
-def _quiet_host() -> Iterator[None]:
+def quiet_host() -> Iterator[None]:
     """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
     from titan_moe_lb.upstream import cpu
 

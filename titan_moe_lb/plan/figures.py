@@ -20,6 +20,7 @@ from titan_moe_lb.pages.charts import (
 )
 from titan_moe_lb.pages.palette import color, ramp
 from titan_moe_lb.plan.plan import Plan
+from titan_moe_lb.plan.verdict import placed
 
 GIB = 2**30
 
@@ -119,15 +120,10 @@ def _parts(plan: Plan) -> go.Figure:
 
 def _measured(plan: Plan, value: Callable[[Outcome], float], title: str) -> go.Figure:
     figure = blank_figure(title, "expert-parallel degree")
-    for index, (placement, when) in enumerate(
-        (("contiguous", "first"), ("contiguous", "last"), ("greedy", "last"))
-    ):
-        rows = [
-            (f"EP {degree.ep_degree}", value(getattr(row, when)))
-            for degree in plan.degrees
-            for row in degree.measured
-            if row.placement == placement
-        ]
-        labels, values = zip(*rows, strict=True)
-        add_bars(figure, f"{placement}, {when} steps", labels, values, index)
+    labels = [f"EP {degree.ep_degree}" for degree in plan.degrees]
+    shown = [(0, "first"), *((place, "last") for place in range(len(plan.degrees[0].measured)))]
+    for index, (place, when) in enumerate(shown):
+        rows = [degree.measured[place] for degree in plan.degrees]
+        values = [value(getattr(row, when)) for row in rows]
+        add_bars(figure, f"{placed(rows[0])}, {when} steps", labels, values, index)
     return figure

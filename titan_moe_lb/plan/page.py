@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from titan_moe_lb.pages import html_page, output_file
-from titan_moe_lb.plan import table
+from titan_moe_lb.plan import sentences, table
 from titan_moe_lb.plan.figures import charts
 from titan_moe_lb.plan.plan import Plan
+from titan_moe_lb.plan.verdict import placed
 
 
 def write_page(plan: Plan, output: Path) -> None:
@@ -24,9 +25,27 @@ def render(plan: Plan) -> str:
         columns=table.COLUMNS,
         cells=table.cells,
         fastest=table.fastest(plan),
-        verdict=table.verdict,
+        fits_up_to=table.fits_up_to,
+        sentences=sentences,
+        placed=placed,
+        extra_tables=_extra_tables(plan),
         bought=table.bought,
         run_line=table.run_line(plan) if plan.run else None,
         charts=made,
         drawings=html_page.drawings(made),
     )
+
+
+ExtraTable = tuple[str, str, tuple[str, ...], list[list[list[str]]]]
+"""Title, text, columns, and the rows of each degree."""
+
+
+def _extra_tables(plan: Plan) -> list[ExtraTable]:
+    made: list[ExtraTable] = []
+    if plan.run:
+        rows = [table.stale_cells(degree) for degree in plan.degrees]
+        made.append(("How long a placement lasts", table.STALE, table.STALE_COLUMNS, rows))
+    if plan.degrees[0].capacity:
+        rows = [table.capacity_cells(degree) for degree in plan.degrees]
+        made.append(("Capacity", sentences.CAPACITY, table.CAPACITY_COLUMNS, rows))
+    return made

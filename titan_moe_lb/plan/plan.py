@@ -10,6 +10,7 @@ from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.plan import DegreePlan
 from titan_moe_lb.plan.question import Question
+from titan_moe_lb.plan.verdict import Verdict
 
 MEMORY_RESERVE = 0.1
 
@@ -25,6 +26,7 @@ class Plan:
     """With its peaks, not derated."""
     usable_bytes: float
     degrees: tuple[DegreePlan, ...]
+    verdict: Verdict
     run: dict[str, Any] | None
     """What the measured rows are of."""
 
@@ -32,6 +34,7 @@ class Plan:
         """Plain data. Seconds, bytes, tokens."""
         first = next(iter(self.job.moe_layers.values()))
         return {
+            "verdict": dataclasses.asdict(self.verdict),
             "job": {
                 "model": self.job.model_name,
                 "flavor": self.job.flavor,
@@ -39,6 +42,7 @@ class Plan:
                 "moe_layers": list(self.job.moe_layers),
                 **dataclasses.asdict(first),
                 "checkpointing": self.job.checkpointing,
+                "steps": self.job.steps,
             },
             "states": [dataclasses.asdict(state) for state in self.job.states.values()],
             "hardware": dataclasses.asdict(self.device),
@@ -47,6 +51,7 @@ class Plan:
                 "hot_experts": self.question.hot_experts,
                 "compute_efficiency": self.question.compute_efficiency,
                 "network_efficiency": self.question.network_efficiency,
+                "dispatcher": self.question.dispatcher,
             },
             "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
             "run": self.run,

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from titan_moe_lb.costmodel.dispatch import Dispatcher
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -22,13 +24,20 @@ class Question:
     ranks: int | None = None
     """Ranks of the job; default: NGPU, else the [job] ranks of its file, else 1."""
     imbalance: str = "1.0,1.5,2.0,worst"
-    """Load of the most loaded expert over the mean, each in [1, E/K]; worst is E/K."""
+    """Load of the most loaded expert over the mean, each in [1, E/K]; worst is E/K. Or
+    lognormal:SIGMA, loads whose logarithms have that standard deviation."""
     hot_experts: int = 1
     """How many experts are that loaded, at most top_k; the others share the rest evenly."""
     ep: str | None = None
     """Expert-parallel degrees, as in 8,16,32; default: the job's own and those near it."""
     from_run: Path | None = None
     """Folder of a run of the same model: plan with its measured load too."""
+    redundant_experts: str | None = None
+    """Slots for copies of hot experts, as in 16,32: what would EPLB buy? Needs --from-run."""
+    drop_share: float | None = None
+    """Share of the tokens that a capacity factor may drop; default 0.01. Needs --from-run."""
+    dispatcher: Dispatcher = "standard"
+    """standard sends every copy of a token; deepep one to each node and rank."""
     compute_efficiency: float = 0.5
     """Share of the peak FLOP/s that matrix products reach."""
     network_efficiency: float = 0.8

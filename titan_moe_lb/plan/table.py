@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from titan_moe_lb.costmodel.plan import DegreePlan, Outcome
+from titan_moe_lb.plan import sentences
 from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
+from titan_moe_lb.plan.sentences import GIB, duration, number
+from titan_moe_lb.plan.verdict import placed
 
-GIB = 2**30
 PIPE_WIDTH = 130
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the table of every degree, and what was measured."""
     console = console or _console()
-    for line in headline(plan):
-        console.print(line, highlight=False, soft_wrap=True)
+
+    def say(lines: Iterable[str]) -> None:
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
+
+    say(sentences.verdict(plan))
+    say(headline(plan))
     console.print(_analytic(plan))
-    console.print(fastest(plan), highlight=False, soft_wrap=True)
-    for degree in plan.degrees:
-        console.print(verdict(degree), highlight=False, soft_wrap=True)
+    say([fastest(plan), *map(fits_up_to, plan.degrees)])
     if plan.run:
-        console.print(run_line(plan), highlight=False, soft_wrap=True)
+        say([run_line(plan)])
         console.print(_measured(plan))
-        for degree in plan.degrees:
-            console.print(bought(degree), highlight=False, soft_wrap=True)
+        say(map(bought, plan.degrees))
+        say([STALE])
+        console.print(_table(STALE_COLUMNS, plan, stale_cells))
+    if plan.degrees[0].capacity:
+        say([sentences.CAPACITY])
+        console.print(_table(CAPACITY_COLUMNS, plan, capacity_cells))
 
 
 def _console() -> Console:
@@ -49,7 +60,7 @@ def headline(plan: Plan) -> list[str]:
         f"{plan.usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of {device.memory_bytes / GIB:.1f} "
         f"kept free); {plan.question.hot_experts} hot expert(s); "
         f"{plan.question.compute_efficiency:.0%} of peak compute, "
-        f"{plan.question.network_efficiency:.0%} of link bandwidth",
+        f"{plan.question.network_efficiency:.0%} of link bandwidth; {plan.question.dispatcher} dispatch",
     ]
 
 
@@ -62,6 +73,8 @@ def _analytic(plan: Plan) -> Table:
             table.add_row(
                 str(degree.ep_degree), f"{row.imbalance_factor:.2f}", *_styled(row.outcome)
             )
+        for drawn in degree.lognormal:
+            table.add_row(str(degree.ep_degree), f"σ {drawn.sigma:.2f}", *_styled(drawn.outcome))
         table.add_section()
     return table
 
@@ -95,19 +108,9 @@ def cells(outcome: Outcome) -> list[str]:
     ]
 
 
-def number(value: float) -> str:
-    """Three digits of a figure of any size."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def _styled(outcome: Outcome) -> list[str]:
     *others, memory = cells(outcome)
     return [*others, memory if outcome.fits else f"[red]{memory}[/red]"]
-
-
-def duration(seconds: float) -> str:
-    """Seconds, or milliseconds where there are few."""
-    return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(seconds * 1e3)} ms"
 
 
 def fastest(plan: Plan) -> str:
@@ -132,7 +135,7 @@ def fastest(plan: Plan) -> str:
     return f"Fastest of those that fit: {', '.join(found)}. Each x is against balance at its own EP"
 
 
-def verdict(degree: DegreePlan) -> str:
+def fits_up_to(degree: DegreePlan) -> str:
     """What still fits, in a sentence."""
     largest = degree.largest_imbalance_that_fits
     if largest is None:
@@ -149,13 +152,14 @@ def run_line(plan: Plan) -> str:
         f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
         f"{run['expert_bias'] or 'off'}): steps {_span(run['first_steps'])} and "
         f"{_span(run['last_steps'])}. In single micro-batches its busiest rank had up to "
-        f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']})"
+        f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']}); at last its "
+        f"loads are about log-normal with sigma {run['sigma']:.2f}"
     )
 
 
 def bought(degree: DegreePlan) -> str:
     """What balancing has bought during the run, and what moving experts could buy."""
-    contiguous, greedy = degree.measured
+    contiguous, greedy, *_with_copies = degree.measured
     first, last, moved = (
         f"{one.step_slowdown:.2f} x balance ({duration(one.step_seconds)})"
         for one in (contiguous.first, contiguous.last, greedy.last)
@@ -179,6 +183,63 @@ def _measured(plan: Plan) -> Table:
     for degree in plan.degrees:
         for row in degree.measured:
             for when, outcome in (("first", row.first), ("last", row.last)):
-                table.add_row(str(degree.ep_degree), row.placement, when, *_styled(outcome))
+                table.add_row(str(degree.ep_degree), placed(row), when, *_styled(outcome))
         table.add_section()
     return table
+
+
+def _table(
+    columns: tuple[str, ...], plan: Plan, cells_of: Callable[[DegreePlan], list[list[str]]]
+) -> Table:
+    """Rows of every degree, ruled off."""
+    table = Table(box=box.SIMPLE)
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for degree in plan.degrees:
+        for row in cells_of(degree):
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+STALE = (
+    "Steps against balance, with experts placed for a load that is known and judged on a later one"
+)
+STALE_COLUMNS = (
+    "EP",
+    "experts placed",
+    "last steps, placed for them",
+    "second half, placed for the first",
+    "last steps, placed for the first half",
+)
+
+
+def stale_cells(degree: DegreePlan) -> list[list[str]]:
+    """How much of what placing buys is left when the load has moved on: step x of each."""
+    return [
+        [
+            str(degree.ep_degree),
+            placed(row),
+            *(
+                f"{outcome.step_slowdown:.3f}"
+                for outcome in (row.last, row.stale_second_half, row.stale_last)
+            ),
+        ]
+        for row in degree.measured
+    ]
+
+
+CAPACITY_COLUMNS = ("EP", "drops", "capacity factor", "HybridEP's", "memory GiB")
+
+
+def capacity_cells(degree: DegreePlan) -> list[list[str]]:
+    return [
+        [
+            str(degree.ep_degree),
+            f"{row.drop_share:.3g}" if row.drop_share else "none",
+            f"{row.capacity_factor:.3f}",
+            f"{row.non_blocking_capacity_factor:.4f}",
+            number(row.memory_bytes / GIB) + ("" if row.fits else " no"),
+        ]
+        for row in degree.capacity
+    ]

@@ -27,6 +27,7 @@ class RouterRecord(nn.Module):
         weights_A: what the gradient of each loss is multiplied by, float32.
         steps: finished steps, those of the checkpoint included, int64 ``(1,)``.
         one: 1, int64 ``()``: what a token adds to a count.
+        gradient_squares_2: of a leaf whose gradient they are; see :class:`StepRecord`.
     """
 
     counts_MSE: torch.Tensor
@@ -38,8 +39,11 @@ class RouterRecord(nn.Module):
     steps: torch.Tensor
     one: torch.Tensor
 
-    def __init__(self, **rows: torch.Tensor | None) -> None:
+    def __init__(
+        self, *, gradient_squares_2: torch.Tensor | None, **rows: torch.Tensor | None
+    ) -> None:
         super().__init__()
+        self.gradient_squares_2 = gradient_squares_2
         for name, row in rows.items():
             self.register_buffer(name, row, persistent=False)
 
@@ -111,6 +115,9 @@ class StepRecord:
         weights_A: see :class:`RouterRecord`.
         rows, forwards: of the running step on this rank, as the host counts them when a forward
             begins: nothing is read from the device.
+        gradient_squares_N2: a leaf, whose gradient in a step is the squares of that of the model's
+            loss and of the aux losses in the logits of each router, float32; None unless asked.
+        step_gradient_squares_N2: of the last finished step.
         bias_delta_NE: what the last step has added to the expert biases, float32; None before.
     """
 
@@ -127,6 +134,7 @@ class StepRecord:
         device: torch.device,
         finished_steps: int = 0,
         varying: bool = False,
+        gradients: bool = False,
     ) -> None:
         """
         Args:
@@ -134,6 +142,7 @@ class StepRecord:
             token_shape: (B, L, K) of a micro-batch, to keep the experts of each token.
             finished_steps: of the checkpoint that the job goes on from.
             varying: the steps differ in their number of micro-batches.
+            gradients: measure those of the model's loss and of the aux losses.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -153,6 +162,12 @@ class StepRecord:
         self.sums: StepSums | None = None
         self.bias_delta_NE: torch.Tensor | None = None
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
+        self.gradient_squares_N2 = self.step_gradient_squares_N2 = None
+        if gradients:
+            self.gradient_squares_N2 = zeros(2, dtype=torch.float32).requires_grad_()
+            self._running_squares_N2 = zeros(2, dtype=torch.float32)
+            self.gradient_squares_N2.grad = self._running_squares_N2
+            self.step_gradient_squares_N2 = zeros(2, dtype=torch.float32)
         self.expert_ids_NMBLK = None
         if token_shape is not None:
             ids_type = torch.uint8 if num_experts <= 256 else torch.int32
@@ -161,7 +176,9 @@ class StepRecord:
     def router(self, index: int) -> RouterRecord:
         """The rows of one router."""
         ids, histogram = self.expert_ids_NMBLK, self.histogram_NEH
+        squares = self.gradient_squares_N2
         return RouterRecord(
+            gradient_squares_2=None if squares is None else squares[index],
             counts_MSE=self.counts_NMSE[index],
             losses_A=self.losses_NA[index],
             micro_batch=self._micro_batches_N1[index],
@@ -180,6 +197,8 @@ class StepRecord:
         """
         self.step_counts_NMSE.copy_(self.counts_NMSE)
         torch.mul(self.losses_NA, 1 / num_rows, out=self.step_losses_NA)
+        if self.step_gradient_squares_N2 is not None:
+            self.step_gradient_squares_N2.copy_(self._running_squares_N2)
         if self.step_micro_batches is not None:
             self.step_micro_batches.copy_(self._micro_batches_N1[0])
         self._start_anew()
@@ -194,6 +213,8 @@ class StepRecord:
     def _start_anew(self) -> None:
         for running in (self.counts_NMSE, self.losses_NA, self._micro_batches_N1):
             running.zero_()
+        if self.gradient_squares_N2 is not None:
+            self._running_squares_N2.zero_()
         self.rows = self.forwards = 0
 
     def forget_histogram(self) -> None:

@@ -12,6 +12,9 @@ class TrainingLoop:
     track: bool = True
     """Keep what the metrics show: the counts of each micro-batch."""
 
+    gradients: bool = False
+    """Measure how strong the model's loss and the aux losses pull at each router."""
+
     num_micro_batches: int = 1
     """Forwards of a router in an optimizer step; in a loop of one's own, at most."""
 

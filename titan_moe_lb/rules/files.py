@@ -18,6 +18,7 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 from titan_moe_lb.rules.meta_model import meta_state
+from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 
 
 def validate_files(config: Trainer.Config) -> None:
@@ -25,6 +26,7 @@ def validate_files(config: Trainer.Config) -> None:
     compiler_is_here(config)
     assets_are_here(config)
     datasets_are_known(config)
+    domains_are_known(config)
     batch_fits_in_memory(config)
     overrides_are_there(config)
     checkpoint_is_there(config)
@@ -63,6 +65,29 @@ def datasets_are_known(config: Trainer.Config) -> None:
         path = getattr(loader, "dataset_path", None)
         if path and path.startswith(("/", ".", "~")) and not os.path.exists(path):
             raise JobError(f"{place}.dataset_path {path}: there is no such file or folder")
+
+
+def domains_are_known(config: Trainer.Config) -> None:
+    domains = getattr(config.validator, "domains", [])
+    if not config.validator.enable or not domains:
+        return
+    if not isinstance(config.validator.dataloader, HuggingFaceTextDataLoader.Config):
+        raise JobError(
+            "validator.domains takes the place of validator.dataloader.dataset, and this loader "
+            "has none: leave domains empty"
+        )
+    for domain in domains:
+        if domain not in DATASETS:
+            raise JobError(
+                f"validator.domains {domain!r} does not exist; {nearest(domain, DATASETS)}"
+            )
+    if not isinstance(config.metrics, LoadBalanceMetricsProcessor.Config):
+        raise JobError(
+            "validator.domains needs LoadBalanceMetricsProcessor.Config as the job's metrics: "
+            "its sinks are where the load of the domains goes"
+        )
+    if len(set(domains)) < len(domains):
+        raise JobError(f"validator.domains names one dataset twice: {', '.join(domains)}")
 
 
 def batch_fits_in_memory(config: Trainer.Config) -> None:
@@ -107,28 +132,10 @@ def checkpoint_is_whole(config: Trainer.Config) -> None:
     start = checkpoints.start_of(config)
     if start is None:
         return
-    folder = checkpoints.own_folder(config)
-    steps = checkpoints.steps_in(folder)
     problem = checkpoints.damage(start.path)
     if problem is not None:
-        good = [
-            step
-            for step, path in steps.items()
-            if path != start.path and checkpoints.damage(path) is None
-        ]
         raise JobError(
-            f"{problem}; the last good step in {folder} is {good[-1]}: "
-            f"set checkpoint.load_step = {good[-1]}"
-            if good
-            else f"{problem}; no other step in {folder} is whole: name another checkpoint in "
-            "checkpoint.initial_load_path, or begin again in another checkpoint.folder"
-        )
-    if start.step is not None and config.checkpoint.load_step == -1 and start.step < max(steps):
-        # torchtitan would take the older step without a word.
-        newest = steps[max(steps)]
-        raise JobError(
-            f"{checkpoints.damage(newest)}; the last good step in {folder} is {start.step}: set "
-            f"checkpoint.load_step = {start.step}, or remove {newest}"
+            f"{problem}; {checkpoints.remedy(checkpoints.own_folder(config), start.path)}"
         )
 
 

@@ -8,6 +8,7 @@ from titan_moe_lb import toml_tables
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, SumsLoss
 from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.rules.places import place
 
@@ -39,6 +40,29 @@ def loss_sees_the_whole_batch(config: Trainer.Config) -> None:
         )
 
 
+def gradients_can_be_measured(config: Trainer.Config) -> None:
+    """Of metrics.router_gradients."""
+    if not getattr(config.metrics, "router_gradients", False):
+        return
+    parallelism = config.parallelism
+    if (
+        parallelism.tensor_parallel_degree > 1
+        and parallelism.expert_parallel_degree == 1
+        and parallelism.spmd_backend == "spmd_types"
+    ):
+        raise JobError(
+            "metrics.router_gradients: under tensor parallelism without expert parallelism a rank "
+            "has a part of each gradient, whose norm says nothing: measure in a layout without "
+            "parallelism.tensor_parallel_degree, or with parallelism.expert_parallel_degree"
+        )
+    schedule = parallelism.pipeline_parallel_schedule
+    if parallelism.pipeline_parallel_degree > 1 and schedule in ZERO_BUBBLE_SCHEDULES:
+        raise JobError(
+            f"metrics.router_gradients: {schedule} splits the backward and hands gradients to "
+            "parameters alone: measure with parallelism.pipeline_parallel_schedule Interleaved1F1B"
+        )
+
+
 def one_loss_of_each_kind(config: Trainer.Config) -> None:
     for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
         kinds = [type(loss) for loss in router.aux_losses]
@@ -64,4 +88,5 @@ def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
 RULES = (
     loss_sees_the_whole_batch,
     one_loss_of_each_kind,
+    gradients_can_be_measured,
 )

@@ -15,6 +15,7 @@ from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.rank_step import RankStep
 from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.capacity import capacity_factor
 from titan_moe_lb.traces.figure import Figure
 
 
@@ -121,6 +122,19 @@ class CumulativeOverload(Metric):
         return np.full(len(step.stages), factor)
 
 
+class CapacityFactor(Metric):
+    name = "capacity_factor_1pct"
+    description = (
+        "Room of an expert-parallel rank, over the balanced tokens, with which no "
+        "expert-parallel group would drop more than 1 % of the tokens of the step"
+    )
+    over_ranks = Reduction.MAX
+    over_layers = Reduction.MAX
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        return capacity_factor(step.received_NMR, 0.01)
+
+
 class MicroBatchMaxViolation(Metric):
     name = "micro_batch_max_violation"
     description = "MaxVio of a micro-batch by itself, mean over micro-batches"
@@ -177,3 +191,28 @@ class BiasLargestStep(_OfBias):
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         return None if step.bias_delta_NE is None else np.abs(step.bias_delta_NE).max(axis=1)
+
+
+class _OfGradient(Metric):
+    over_ranks = Reduction.SUM
+    column: ClassVar[int]
+
+    @classmethod
+    def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        return router.loop.gradients
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        squares_N2 = step.gradient_squares_N2
+        return None if squares_N2 is None else squares_N2[:, self.column].astype(np.float64)
+
+
+class MainGradient(_OfGradient):
+    name = "main_gradient_squared"
+    description = "Squared norm of the gradient of the model's loss in the logits of the router"
+    column = 0
+
+
+class AuxGradient(_OfGradient):
+    name = "aux_gradient_squared"
+    description = "Squared norm of the gradient of the aux losses in the logits of the router"
+    column = 1

@@ -15,7 +15,8 @@ from torchtitan.tools.logging import logger
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
-from titan_moe_lb.telemetry.step_metrics import console_line, step_metrics
+from titan_moe_lb.telemetry.step_metrics import console_line, domain_metrics, step_metrics
+from titan_moe_lb.traces.domain_trace import DomainLoad, DomainTraceWriter
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.trace import TraceWriter
@@ -37,6 +38,9 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
         moe_extreme_experts: int = 4
         """How many of the hottest and of the coldest experts each logged step names; 0: none."""
+
+        router_gradients: bool = False
+        """Measure how strong the model's loss and the aux losses pull at each router."""
 
         write_moe_trace: bool = True
         """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
@@ -67,12 +71,14 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             **kwargs,
         )
         self._trace: TraceWriter | None = None
+        self._domains: DomainTraceWriter | None = None
         self._routing: RoutingTraceWriter | None = None
         if config.run_info is None:
             return
         here = dist.get_rank() == layout.metrics_rank(parallel_dims, pp_schedule)
         if config.track_moe_metrics and config.write_moe_trace and here:
             self._trace = TraceWriter(dump_folder, config.run_info)
+            self._domains = DomainTraceWriter(dump_folder, config.run_info)
         if config.record_routing_steps:
             self._routing = RoutingTraceWriter(dump_folder, config.run_info, dist.get_rank())
 
@@ -127,8 +133,15 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             losses = [figure.name for figure in figures if figure.is_aux_loss]
             logger.info(console_line(step, metrics, losses, self.color))
 
+    def log_domains(self, loads: dict[str, DomainLoad], step: int) -> None:
+        """As ``MetricsProcessor.log_validation``, for a validation on several domains."""
+        if self._domains is not None:
+            self._domains.write(step, loads)
+        mean = sum(load.loss for load in loads.values()) / len(loads)
+        self.log_validation(loss=mean, step=step, extra_metrics=domain_metrics(loads))
+
     def close(self) -> None:
-        for writer in (self._trace, self._routing):
+        for writer in (self._trace, self._domains, self._routing):
             if writer is not None:
                 writer.close()
         super().close()

@@ -36,6 +36,9 @@ class RankStep:
     """Expert biases after the step, float32; None where the layers have none."""
     bias_delta_NE: np.ndarray | None
     """What the step has added to them; None where it added nothing."""
+    gradient_squares_N2: np.ndarray | None
+    """Squares of the gradient in the logits of this rank's tokens, float32: of the model's loss and
+    of the aux losses; None unless the job asks for them."""
     stages: tuple[int, ...]
     """Pipeline stage of each router."""
     actions: Sequence[Action]
@@ -79,6 +82,7 @@ def read(
         valid_counts_NE=_rows(record.sums.counts_NSE[:, losses.valid_source] if padded else None),
         bias_NE=_rows(torch.stack([local_shard(bias) for bias in biases]) if biases else None),
         bias_delta_NE=_rows(record.bias_delta_NE),
+        gradient_squares_N2=_rows(record.step_gradient_squares_N2),
         stages=tuple(router.stage for router in routers),
         actions=routers[0].actions or actions_of(None)[0],
         ep_degree=parallel_dims.ep,

@@ -35,12 +35,26 @@ def reduce_step(layers: list[MoE], parallel_dims: ParallelDims) -> StepLoad:
     return _over_stages(table, parallel_dims)
 
 
+def reduce_counts(
+    layers: list[int], counts_NE: np.ndarray | None, parallel_dims: ParallelDims
+) -> StepLoad:
+    """Counts alone, of other tokens than a step's. Collective over the stages.
+
+    Args:
+        layers: numbers of this rank's layers; none for a stage without.
+        counts_NE: tokens per expert over the ranks that route the tokens of the stage.
+    """
+    table = None if counts_NE is None else _Table(layers, counts_NE, {})
+    return _over_stages(table, parallel_dims)
+
+
 @dataclass
 class _Table:
     """What one stage has of each of its layers."""
 
     layers: list[int]
     counts_NE: np.ndarray
+    micro_batch_counts_NE: np.ndarray
     values: dict[str, np.ndarray]
 
     @classmethod
@@ -54,20 +68,30 @@ class _Table:
         biases = [layer.expert_bias_E for layer in layers if layer.expert_bias_E is not None]
         step = rank_step.read(routers, record, parallel_dims, biases)
         measured = {name: kind().measure(step) for name, kind in Metric.kinds.items()}
-        values = _over_ranks({k: v for k, v in measured.items() if v is not None}, groups)
+        values, micro_batch_NE = _over_ranks(
+            {k: v for k, v in measured.items() if v is not None}, step.counts_NME[:, 0], groups
+        )
         losses_NA = sums.losses_NA.cpu().numpy()
         for index, loss in enumerate(routers[0].aux_losses.values()):
             values[loss.metric_name] = losses_NA[:, index]
-        return cls([router.layer for router in routers], step.global_counts_NE, values)
+        numbers = [router.layer for router in routers]
+        return cls(numbers, step.global_counts_NE, micro_batch_NE, values)
 
 
 def _over_ranks(
-    measured: dict[str, np.ndarray], groups: Sequence[dist.ProcessGroup]
-) -> dict[str, np.ndarray]:
-    """One SUM and one MAX over each group, whatever is measured."""
+    measured: dict[str, np.ndarray],
+    micro_batch_NE: np.ndarray,
+    groups: Sequence[dist.ProcessGroup],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """One SUM and one MAX over each group, whatever is measured.
+
+    Of the micro-batches that of the first rank is handed to all: in the sum the others
+    have zeros.
+    """
     num_ranks = 1
     for group in groups:
         num_ranks *= dist.get_world_size(group)
+    first = all(dist.get_rank(group) == 0 for group in groups)
     reduced = {}
     for operation in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
         names = [
@@ -75,15 +99,21 @@ def _over_ranks(
             for name in measured
             if (Metric.kinds[name].over_ranks is Reduction.MAX) == (operation is dist.ReduceOp.MAX)
         ]
-        if not names:
+        rows = [measured[name][None] for name in names]
+        if operation is dist.ReduceOp.SUM:
+            rows.append(micro_batch_NE.T * float(first))
+        if not rows:
             continue
-        table = _on_device(np.stack([measured[name] for name in names]))
+        table = _on_device(np.concatenate(rows))
         for group in groups:
             dist.all_reduce(table, op=operation, group=group)
-        for name, values_N in zip(names, table.cpu().numpy(), strict=True):
+        values = table.cpu().numpy()
+        for name, values_N in zip(names, values[: len(names)], strict=True):
             mean = Metric.kinds[name].over_ranks is Reduction.MEAN
             reduced[name] = values_N / num_ranks if mean else values_N
-    return reduced
+        if operation is dist.ReduceOp.SUM:
+            micro_batch_NE = values[len(names) :].T
+    return reduced, micro_batch_NE
 
 
 def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
@@ -100,12 +130,12 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
         group = parallel_dims.get_mesh("pp").get_group()
         dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=group)
         num_rows, num_experts = shape.tolist()
-    # Columns: the layer is there, the counts, and for each name a flag and a value.
-    first = 1 + num_experts
+    # Columns: the layer is there, both counts, and for each name a flag and a value.
+    first = 1 + 2 * num_experts
     rows = np.zeros((num_rows, first + 2 * len(names)))
     if table is not None:
         rows[table.layers, 0] = 1.0
-        rows[table.layers, 1:first] = table.counts_NE
+        rows[table.layers, 1:first] = np.hstack([table.counts_NE, table.micro_batch_counts_NE])
         for name, values_N in table.values.items():
             column = first + 2 * names.index(name)
             rows[table.layers, column] = 1.0
@@ -125,7 +155,8 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
     of_step = [name for name in figures if name in Metric.kinds and Metric.kinds[name].of_step]
     return StepLoad(
         layers=tuple(present.tolist()),
-        counts_ME=rows[:, 1:first].astype(np.int64),
+        counts_ME=rows[:, 1 : 1 + num_experts].astype(np.int64),
+        micro_batch_counts_ME=rows[:, 1 + num_experts : first].astype(np.int64),
         step_figures={name: float(np.nanmax(figures.pop(name))) for name in of_step},
         figures=figures,
     )

@@ -14,6 +14,7 @@ from titan_moe_lb.traces.balance_statistics import (
     num_dead_experts,
     relative_load,
 )
+from titan_moe_lb.traces.domain_trace import DomainLoad
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.step_load import StepLoad
 
@@ -85,6 +86,18 @@ def _extreme_experts(load: StepLoad, number: int) -> dict[str, float]:
             metrics[f"{end}_{place}_layer"] = load.layers[row]
             metrics[f"{end}_{place}_expert"] = expert
     return metrics
+
+
+def domain_metrics(loads: dict[str, DomainLoad]) -> dict[str, float]:
+    """What the sinks get of a validation: loss, and MaxVio mean over layers, by domain."""
+    return {
+        f"validation_metrics/{name}_{domain}": float(value)
+        for domain, load in loads.items()
+        for name, value in (
+            ("loss", load.loss),
+            ("max_violation", max_violation(load.counts_ME).mean()),
+        )
+    }
 
 
 def console_line(step: int, metrics: dict[str, float], losses: Iterable[str], color: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,18 +26,21 @@ def greedy(counts_E: np.ndarray, ep_degree: int) -> np.ndarray:
 
     The most loaded expert first, always to the least loaded device that has room: what
     moving experts, without copying any, can buy (the balanced packing of DeepSeek's EPLB).
+    Where a device holds one expert there is nothing to gain, and none moves.
 
     Args:
         counts_E: tokens of each expert ``(E,)``.
     """
     blocks = contiguous(len(counts_E), ep_degree)
+    if blocks.shape[1] == 1:
+        return blocks
     placed: list[list[int]] = [[] for _ in range(ep_degree)]
-    load = np.zeros(ep_degree)
-    for expert in np.argsort(-counts_E, kind="stable"):
-        room = [len(experts) < blocks.shape[1] for experts in placed]
-        device = int(np.argmin(np.where(room, load, np.inf)))
-        placed[device].append(int(expert))
-        load[device] += counts_E[expert]
+    with_room = [(0.0, device) for device in range(ep_degree)]
+    for expert in np.argsort(-counts_E, kind="stable").tolist():
+        load, device = heapq.heappop(with_room)
+        placed[device].append(expert)
+        if len(placed[device]) < blocks.shape[1]:
+            heapq.heappush(with_room, (load + float(counts_E[expert]), device))
     return np.array(placed)
 
 
@@ -81,7 +85,8 @@ def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: flo
 
     Args:
         counts_E: measured tokens of each expert ``(..., E)``.
-        placement_dn: expert ids of each device ``(EP, n)``.
+        placement_dn: expert ids of each device ``(EP, n)``. Copies of an expert share its
+            tokens evenly.
         total: T K, routed tokens to scale to.
 
     Returns:
@@ -90,4 +95,5 @@ def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: flo
     counts_E = np.asarray(counts_E, dtype=np.float64)
     sums = counts_E.sum(axis=-1, keepdims=True)
     share_E = np.where(sums > 0, counts_E / np.maximum(sums, 1), 1 / counts_E.shape[-1])
-    return (share_E * total)[..., placement_dn]
+    copies_E = np.bincount(placement_dn.ravel(), minlength=share_E.shape[-1])
+    return (share_E * total / np.maximum(copies_E, 1))[..., placement_dn]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ class RoutingTrace:
                     "layouts: record into an empty folder"
                 )
         ranks = {int(file.stem.removeprefix("rank_")) for file in files}
-        self._missing_ranks = sorted(set(range(self.info.world_size)) - ranks)
+        missing = (rank for rank in range(self.info.world_size) if rank not in ranks)
+        self._missing_ranks = list(itertools.islice(missing, 9))
         self.steps = tuple(sorted({step for step, _layer in self._parts}))
         self.layers = tuple(sorted({layer for _step, layer in self._parts}))
 
@@ -148,8 +150,15 @@ class RoutingTrace:
         info = self.info
         sequences = range(info.global_batch_size) if sequences is None else sequences
         first, last = sequences.start, sequences.stop
-        ids_BLK = np.zeros((last - first, info.seq_len, info.top_k), _id_type(info.num_experts))
-        filled_BL = np.zeros(ids_BLK.shape[:2], dtype=bool)
+        shape = (last - first, info.seq_len, info.top_k)
+        try:
+            ids_BLK = np.zeros(shape, _id_type(info.num_experts))
+            filled_BL = np.zeros(shape[:2], dtype=bool)
+        except (MemoryError, ValueError):
+            raise JobError(
+                f"{self.folder} says that a step has {shape[0]:,} sequences of {shape[1]:,} tokens, "
+                "more than this machine has memory for: it is damaged, or ask for fewer sequences"
+            ) from None
         for part in self._parts.get((step, layer), ()):
             start = part["first_sequence"][0].as_py()
             stop = start + part["num_sequences"][0].as_py()

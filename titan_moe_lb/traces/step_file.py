@@ -114,6 +114,11 @@ class StepFile:
             if first is None:
                 raise JobError(f"it holds nothing before step {first_step}")
             self._schema = schema
+            if broken := sum(size for _before, size in source.gaps) + source.rest:
+                logger.warning(
+                    f"{self.path} is continued without {broken} of its bytes, which are damaged or "
+                    "no whole step: what they recorded is here if it is trained again"
+                )
         except JobError as error:
             aside = _free_name(self.path)
             os.replace(self.path, aside)

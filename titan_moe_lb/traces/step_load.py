@@ -15,6 +15,9 @@ class StepLoad:
     """Layer numbers in the whole model, ascending."""
     counts_ME: np.ndarray
     """Tokens routed to each expert, int64 ``(M, E)``: a row sums to top_k x the tokens."""
+    micro_batch_counts_ME: np.ndarray | None = None
+    """Tokens that one micro-batch of one expert-parallel group routed to each expert, int64
+    ``(M, E)``: the step's first of the first group, the same in every layer."""
     figures: dict[str, np.ndarray] = field(default_factory=dict)
     """Name to float64 ``(M,)``, NaN where a layer lacks it. :class:`Figure` says what it is."""
     step_figures: dict[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """The trace of a run: every logged step's load of every MoE layer, in ``moe_load.arrow``.
 
 One record batch per logged step, one row per MoE layer: ``step``, ``layer``, ``counts``,
-and a column for each declared :class:`Figure`. Columns are read by name.
+``micro_batch_counts``, and a column for each declared :class:`Figure`. Columns are read by name.
 """
 
 from __future__ import annotations
@@ -77,6 +77,9 @@ class Trace:
     """Optimizer step of each row, int64 ``(S,)``, ascending."""
     counts_SME: np.ndarray
     """Tokens per expert over the global batch, int64 ``(S, M, E)``."""
+    micro_batch_counts_SME: np.ndarray
+    """The same of one micro-batch of each step, int32 ``(S', M, E)``: of those S' steps that
+    have recorded one, which in a trace of an older version are none."""
     figures: dict[str, np.ndarray]
     """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the figure."""
     step_figures: dict[str, np.ndarray]
@@ -99,6 +102,22 @@ class Trace:
             if figure.name == name:
                 return figure.over_layers(self.figures[name])
         return np.full(len(self.steps), np.nan)
+
+    def followed_by(self, later: Trace, most: int) -> Trace:
+        """The last ``most`` steps of this and a later part of one run."""
+
+        def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            return np.concatenate([first, second])[-most:]
+
+        return dataclasses.replace(
+            later,
+            steps=joined(self.steps, later.steps),
+            counts_SME=joined(self.counts_SME, later.counts_SME),
+            figures={k: joined(self.figures[k], v) for k, v in later.figures.items()},
+            step_figures={
+                k: joined(self.step_figures[k], v) for k, v in later.step_figures.items()
+            },
+        )
 
     def load(self, index: int) -> StepLoad:
         """The load of ``steps[index]``."""
@@ -162,12 +181,18 @@ class TraceReader:
                 if figure.per == per
             }
 
-        counts = table["counts"].combine_chunks().flatten().to_numpy()
+        shape_ME = (-1, shape[1], self.info.num_experts)
+        micro_batches = (
+            table[MICRO_BATCH].combine_chunks().flatten()  # null lists have no values
+            if MICRO_BATCH in schema.names
+            else pa.array([], pa.int32())
+        )
         return Trace(
             path=self._path,
             info=self.info,
             steps=steps,
-            counts_SME=counts.reshape(len(steps), shape[1], self.info.num_experts),
+            counts_SME=table["counts"].combine_chunks().flatten().to_numpy().reshape(shape_ME),
+            micro_batch_counts_SME=micro_batches.to_numpy().reshape(shape_ME),
             figures=columns("layer"),
             step_figures={name: values_SM[:, 0] for name, values_SM in columns("step").items()},
             damage=tuple(self._damage(steps)),
@@ -212,6 +237,9 @@ def _existing_trace(path: Path | str) -> Path:
     raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
 
 
+MICRO_BATCH = "micro_batch_counts"
+
+
 def _always(num_experts: int) -> dict[str, pa.DataType]:
     """The columns of every trace."""
     return {
@@ -222,7 +250,7 @@ def _always(num_experts: int) -> dict[str, pa.DataType]:
 
 
 def _schema(info: RunInfo) -> pa.Schema:
-    columns = _always(info.num_experts)
+    columns = _always(info.num_experts) | {MICRO_BATCH: pa.list_(pa.int32(), info.num_experts)}
     for figure in info.figures:
         if figure.name in columns:
             raise JobError(
@@ -256,11 +284,13 @@ def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
 
 def _batch(step: int, load: StepLoad, figures: tuple[Figure, ...]) -> pa.RecordBatch:
     num_layers, num_experts = load.counts_ME.shape
-    counts = pa.array(np.ascontiguousarray(load.counts_ME, dtype=np.int64).reshape(-1))
     columns = {
         "step": pa.array(np.full(num_layers, step, dtype=np.int64)),
         "layer": pa.array(np.array(load.layers, dtype=np.int32)),
-        "counts": pa.FixedSizeListArray.from_arrays(counts, num_experts),
+        "counts": _lists(load.counts_ME, pa.int64()),
+        MICRO_BATCH: pa.nulls(num_layers, pa.list_(pa.int32(), num_experts))
+        if load.micro_batch_counts_ME is None
+        else _lists(load.micro_batch_counts_ME, pa.int32()),
     }
     recorded = load.figures | load.step_figures
     for figure in figures:
@@ -270,3 +300,9 @@ def _batch(step: int, load: StepLoad, figures: tuple[Figure, ...]) -> pa.RecordB
     if recorded:
         raise ValueError(f"figures {sorted(recorded)} are not among the declared ones")
     return pa.record_batch(columns)
+
+
+def _lists(counts_ME: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """One list for each layer."""
+    values = np.ascontiguousarray(counts_ME, dtype=kind.to_pandas_dtype()).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values, kind), counts_ME.shape[1])

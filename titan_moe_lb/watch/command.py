@@ -11,12 +11,12 @@ from rich.text import Text
 from titan_moe_lb.traces.trace import trace_file
 from titan_moe_lb.watch import pulse
 from titan_moe_lb.watch.follower import Follower
-from titan_moe_lb.watch.frame import frame
+from titan_moe_lb.watch.frame import MOST_FINDINGS, frame
 from titan_moe_lb.watch.glyphs import glyphs_of
 from titan_moe_lb.watch.keyboard import keyboard
 
 SECONDS_BETWEEN_LOOKS = 0.5
-_ROWS_BESIDE_LAYERS = 11
+_ROWS_BESIDE_LAYERS = 11 + MOST_FINDINGS
 
 
 def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
+from titan_moe_lb.diagnose.finding import Severity
 from titan_moe_lb.traces.balance_statistics import (
     max_violation,
     num_dead_experts,
@@ -41,6 +42,9 @@ _LINES = (
         },
     ),
 )
+MOST_FINDINGS = 3
+"""Lines for what is wrong."""
+_STYLES = {Severity.FAULT: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: ""}
 _WIDEST_EXPERT = 8
 _LABEL, _FIGURE = 6, 7
 """Columns before the strip (layer number) and after it (MaxVio)."""
@@ -100,12 +104,27 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
     )
     violation.append(_history(follower.max_violations, width - len(violation) - 1, glyphs))
     lines.append(violation)
+    lines += _wrong(follower, glyphs)
     for line in lines:
         line.truncate(width, overflow=glyphs.overflow)
     columns = (
         f"layer {'load of each expert':<{max(0, width - _LABEL - _FIGURE)}}{'MaxVio':>{_FIGURE}}"
     )
     return [*lines, Text(columns, style="dim")]
+
+
+def _wrong(follower: Follower, glyphs: Glyphs) -> list[Text]:
+    """What a diagnosis of the last steps finds, the worst first."""
+    found = follower.wrong
+    lines = [
+        Text(
+            glyphs.inert(f"{one.severity.name.lower():<10}{one.what}"), style=_STYLES[one.severity]
+        )
+        for one in found[:MOST_FINDINGS]
+    ]
+    if len(found) > MOST_FINDINGS:
+        lines[-1].append(f"  (and {len(found) - MOST_FINDINGS} more: titan-moe-lb diagnose)")
+    return lines
 
 
 def _numbers(follower: Follower) -> dict[str, float]:

@@ -1,0 +1,179 @@
+"""Everything about this package that only a GPU can show, in one command.
+
+    python -m benchmarks.gpu [--quick] [--output gpu]
+
+Writes ``gpu.json`` and ``gpu.html``. Where there is no GPU, the parts that need none run on the
+host, and the others are named with what they wait for. A part that fails is reported beside the
+others, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import tyro
+
+LAYOUTS = (
+    "ac=full",
+    "accumulate=2,compile=true",
+    "dp_shard=2,ep=2",
+    "pp=2,schedule=ZBVZeroBubble",
+    "tp=2,ep=2",
+    "cp=2",
+    "dp_shard=4,ep=4",
+    "pp=2,schedule=Interleaved1F1B,dp_shard=2,accumulate=2,ac=full",
+    "dp_shard=8,ep=8",
+)
+"""For the parity over NCCL: those that fit the GPUs that are here."""
+_SHOWN = 4000
+"""Characters of a part's last words that are kept."""
+
+
+@dataclass
+class Arguments:
+    output: Path = Path("gpu")
+    """Path of both files, without their endings."""
+    quick: bool = False
+    """Few repeats: to see that every part runs."""
+
+
+@dataclass
+class Part:
+    """One measurement or test, in a process of its own."""
+
+    name: str
+    command: list[str]
+    needs_gpus: int = 0
+    outcome: str = ""
+    """passed, failed, or what it waits for."""
+    seconds: float = 0.0
+    results: list[Any] = field(default_factory=list)
+    """The lines of JSON that it printed."""
+    said: str = ""
+    """What else it printed, at its end."""
+
+    def run(self, gpus: int) -> None:
+        if gpus < self.needs_gpus:
+            self.outcome = f"skipped: needs {self.needs_gpus} GPU(s), {gpus} are here"
+            return
+        begun = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-m", *self.command], capture_output=True, text=True
+        )
+        self.seconds = time.monotonic() - begun
+        self.outcome = "failed" if ended.returncode else "passed"
+        rest = []
+        for line in ended.stdout.splitlines():
+            if line.startswith("{"):
+                self.results.append(json.loads(line))
+            else:
+                rest.append(line)
+        errors = ended.stderr.splitlines() if ended.returncode else []
+        self.said = "\n".join([*rest, *errors])[-_SHOWN:]
+
+
+def parts(quick: bool, gpus: int) -> list[Part]:
+    """All of them, also those that this machine cannot run."""
+    device = "cuda" if gpus else "cpu"
+    few = quick or not gpus
+    graph = "tests/test_telemetry.py::test_a_cuda_graph_records_in_every_replay"
+    repeats, steps = ("2", "2") if few else ("50", "30")
+    return [
+        Part("a CUDA graph records in every replay", ["pytest", "--device=cuda", graph], 1),
+        Part(
+            "cost of a loss, and its share of the bandwidth bound",
+            ["benchmarks.aux_loss", "--device", device, "--repeats", repeats]
+            + (["--dim", "64"] if few else []),
+        ),
+        Part(
+            "operators and host time of a router",
+            ["benchmarks.router_cost", "--repeats", "20" if few else "2000"],
+        ),
+        *(
+            Part(
+                f"cost of the {of} in a step",
+                ["benchmarks.step_overhead", "--of", of, "--steps", steps]
+                + (["--config", "deepseek_v3_tiny"] if few else []),
+            )
+            for of in ("losses", "telemetry")
+        ),
+        *(
+            Part(
+                f"gradient over NCCL: {layout}",
+                [
+                    "tests.parity",
+                    "--layout",
+                    layout,
+                    "--device",
+                    "cuda",
+                    "--loss",
+                    "sequence_wise,z_loss",
+                ],
+                _ranks(layout),
+            )
+            for layout in LAYOUTS
+        ),
+    ]
+
+
+def _ranks(layout: str) -> int:
+    degrees = dict(word.split("=") for word in layout.split(","))
+    ranks = 1
+    for name in ("pp", "dp_shard", "dp_replicate", "tp", "cp"):
+        ranks *= int(degrees.get(name, 1))
+    return ranks
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}
+
+
+_PAGE = jinja2.Template(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>titan_moe_lb on a GPU</title>
+<style>body {font: 15px/1.5 system-ui; max-width: 60em; margin: 2em auto; padding: 0 1em}
+pre {overflow-x: auto; background: #8881; padding: .5em} td {padding-right: 2em}</style>
+<h1>titan_moe_lb on {{ machine.gpus | join(", ") or "the host: no GPU is here" }}</h1>
+<p>torch {{ machine.torch }}, CUDA {{ machine.cuda or "none" }}</p>
+<table>{% for part in parts %}
+<tr><td>{{ part.name }}</td><td>{{ part.outcome }}</td></tr>{% endfor %}
+</table>
+{% for part in parts if part.results or part.said %}
+<h2>{{ part.name }}</h2>
+<p>{{ part.command | join(" ") }}: {{ part.outcome }} in {{ "%.0f" | format(part.seconds) }} s</p>
+{% for result in part.results %}<pre>{{ result | tojson(indent=1) }}</pre>{% endfor %}
+{% if part.said %}<pre>{{ part.said }}</pre>{% endif %}{% endfor %}
+</html>
+""",
+    autoescape=True,
+)
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    here = machine()
+    tried = parts(arguments.quick, len(here["gpus"]))
+    for part in tried:
+        part.run(len(here["gpus"]))
+        print(f"{part.outcome:44} {part.name}", flush=True)
+    tables = [dataclasses.asdict(part) for part in tried]
+    json_file, page = (arguments.output.with_suffix(end) for end in (".json", ".html"))
+    json_file.write_text(json.dumps({"machine": here, "parts": tables}, indent=2) + "\n")
+    page.write_text(_PAGE.render(machine=here, parts=tables), encoding="utf-8")
+    print(f"{json_file} and {page}")
+    sys.exit(any(part.outcome == "failed" for part in tried))
+
+
+if __name__ == "__main__":
+    main()

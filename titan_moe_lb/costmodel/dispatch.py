@@ -1,0 +1,75 @@
+"""How long it takes until the tokens of a layer are at their experts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from titan_moe_lb.costmodel.all_to_all import all_to_all_time
+from titan_moe_lb.costmodel.hardware import Hardware
+from titan_moe_lb.costmodel.load import Array
+from titan_moe_lb.costmodel.roofline import BF16_BYTES
+
+Dispatcher = Literal["standard", "deepep"]
+
+
+def exchange_time(
+    dispatcher: Dispatcher,
+    hardware: Hardware,
+    *,
+    tokens: float,
+    top_k: int,
+    dim: int,
+    ep_degree: int,
+    reachable: float,
+    skew: Array,
+) -> Array:
+    """Seconds of one all-to-all, there or back, until the busiest rank has everything.
+
+    ``standard`` sends each of the K copies of a token. ``deepep`` sends a token once to each
+    node that it goes to, and there once to each rank, over both kinds of links at once.
+
+    Args:
+        tokens: of one rank.
+        reachable: share of the nodes that a token may go to, by group-limited routing.
+        skew: the busiest receiver over the mean.
+    """
+    if dispatcher == "standard":
+        # Of the K copies of each token, 1/EP stay on their rank at balance.
+        copies = top_k * (ep_degree - 1) / ep_degree
+        return hardware.all_to_all_time(
+            num_bytes=tokens * copies * dim * BF16_BYTES, ep_degree=ep_degree, skew=skew
+        )
+    near = min(ep_degree, hardware.scale_up_domain)
+    nodes = max(1.0, ep_degree / hardware.scale_up_domain)
+    links = (
+        (
+            _different(max(1.0, nodes * reachable), top_k) * (1 - 1 / nodes),
+            hardware.scale_out_bandwidth,
+            hardware.scale_out_latency,
+            nodes,
+        ),
+        (
+            _different(ep_degree, top_k) * (1 - 1 / near),
+            hardware.scale_up_bandwidth,
+            hardware.scale_up_latency,
+            near,
+        ),
+    )
+    out, up = (
+        all_to_all_time(
+            num_bytes=tokens * sent * dim * BF16_BYTES,
+            ep_degree=peers,
+            bandwidth=bandwidth,
+            latency=latency,
+            skew=skew,
+        )
+        for sent, bandwidth, latency, peers in links
+    )
+    return np.maximum(out, up)
+
+
+def _different(places: float, choices: int) -> float:
+    """How many different ones of so many places are expected among even choices."""
+    return places * (1 - (1 - 1 / places) ** choices)

@@ -1,0 +1,53 @@
+"""The recorded run that a plan takes its loads from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from titan_moe_lb.costmodel.job import JobModel
+from titan_moe_lb.costmodel.lognormal import fitted_sigma
+from titan_moe_lb.costmodel.recorded import RecordedLoads
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.trace import Trace
+
+
+def of_run(trace: Trace, job: JobModel) -> tuple[dict[str, Any], RecordedLoads]:
+    """What the run is, and its loads.
+
+    Raises:
+        JobError: it is of another model than the job.
+    """
+    layer = next(iter(job.moe_layers.values()))
+    mine = (job.model_name, job.flavor, layer.num_experts, layer.top_k, tuple(job.moe_layers))
+    info = trace.info
+    if (info.model, info.flavor, info.num_experts, info.top_k, info.layers) != mine:
+        raise JobError(
+            f"--from-run {trace.path.parent} is of {info.model_name}, the job is {job.model_name} {job.flavor} "
+            f"({len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}): "
+            "take a run of the job's model"
+        )
+    overload_S = trace.over_steps("max_overload_factor")
+    recorded = RecordedLoads(
+        counts_SME=trace.counts_SME,
+        micro_batch_counts_SME=trace.micro_batch_counts_SME,
+        ep_degree=info.ep,
+        max_overload_factor=float(np.nanmax(overload_S[len(overload_S) // 2 :])),
+    )
+    window = recorded.window
+    run = {
+        "path": str(trace.path.parent),
+        "layout": info.layout,
+        "losses": info.losses,
+        "expert_bias": info.expert_bias,
+        "first_steps": trace.steps[:window].tolist(),
+        "last_steps": trace.steps[-window:].tolist(),
+        "ep_degree": info.ep,
+        # Of single micro-batches; the counts are of whole global batches.
+        "max_overload_factor": float(np.nanmax(overload_S)),
+        "micro_batches": len(recorded.micro_batch_counts_SME),
+        # Of whole global batches, so that chance in a small one is not taken for a preference.
+        "sigma": fitted_sigma(recorded.known(slice(-window, None))),
+    }
+    return run, recorded

@@ -1,0 +1,101 @@
+"""The numbers of a cell, from the files of its run.
+
+Shape suffixes: S = logged steps, D = domains, M = MoE layers, E = experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from titan_moe_lb.traces.balance_statistics import max_violation, normalized_entropy
+from titan_moe_lb.traces.domain_trace import DomainTrace, read_domain_trace
+from titan_moe_lb.traces.trace import Trace, read_trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A cell over its steps."""
+
+    steps: np.ndarray
+    """int64 ``(S,)``."""
+    violation_S: np.ndarray
+    """MaxVio of the global batch, mean over layers."""
+    loss_S: np.ndarray
+    """Of the language model, in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A cell in single numbers. NaN where the run does not have it."""
+
+    validation_loss: float
+    """Mean over the domains at the last validation."""
+    training_loss: float
+    """Mean over the last tenth of the steps."""
+    max_violation: float
+    """MaxVio of the global batch, mean over layers and over the last quarter of the steps."""
+    micro_batch_max_violation: float
+    """The same of single micro-batches."""
+    steps_until_balanced: float
+    """First logged step after which MaxVio stays below the bound; infinite if there is none."""
+    specialisation: float
+    """How much of the load the domains do not share: total variation distance of their loads,
+    mean over layers and pairs of domains. 0: the same experts; 1: no expert in common."""
+    loss_of: dict[str, float]
+    """Validation loss by domain."""
+    effective_experts_of: dict[str, float]
+    """As many balanced experts would have the entropy of the domain's load; mean over layers."""
+
+
+def measure(folder: Path, balanced_below: float) -> tuple[Measured, Course]:
+    """Of the run in a folder.
+
+    Raises:
+        JobError: it has no trace.
+    """
+    trace, domains = read_trace(folder), read_domain_trace(folder)
+    violation_S = max_violation(trace.counts_SME).mean(axis=1)
+    loss_S = trace.over_steps("loss")
+    single_S = trace.over_steps("micro_batch_max_violation")
+    late = slice(-max(1, len(trace.steps) // 4), None)
+    measured = Measured(
+        validation_loss=float(domains.loss_VD[-1].mean()) if domains else float("nan"),
+        training_loss=float(loss_S[-max(1, len(loss_S) // 10) :].mean()),
+        max_violation=float(violation_S[late].mean()),
+        micro_batch_max_violation=float(single_S[late].mean()),
+        steps_until_balanced=until_balanced(trace, violation_S, balanced_below),
+        **_by_domain(domains),
+    )
+    return measured, Course(steps=trace.steps, violation_S=violation_S, loss_S=loss_S)
+
+
+def until_balanced(trace: Trace, violation_S: np.ndarray, bound: float) -> float:
+    """See :attr:`Measured.steps_until_balanced`."""
+    above = np.flatnonzero(violation_S >= bound)
+    if not len(above):
+        return float(trace.steps[0])
+    if above[-1] == len(violation_S) - 1:
+        return float("inf")
+    return float(trace.steps[above[-1] + 1])
+
+
+def _by_domain(domains: DomainTrace | None) -> dict:
+    if domains is None:
+        return {"specialisation": float("nan"), "loss_of": {}, "effective_experts_of": {}}
+    counts_DME = domains.counts_VDME[-1]
+    share_DME = counts_DME / np.maximum(counts_DME.sum(axis=-1, keepdims=True), 1)
+    distances = [
+        np.abs(share_DME[a] - share_DME[b]).sum(axis=-1).mean() / 2
+        for a, b in itertools.combinations(range(len(domains.domains)), 2)
+    ]
+    effective_D = (counts_DME.shape[-1] ** normalized_entropy(counts_DME)).mean(axis=-1)
+    named = domains.domains
+    return {
+        "specialisation": float(np.mean(distances)) if distances else float("nan"),
+        "loss_of": dict(zip(named, domains.loss_VD[-1].tolist(), strict=True)),
+        "effective_experts_of": dict(zip(named, effective_D.tolist(), strict=True)),
+    }

@@ -1,0 +1,120 @@
+"""What a run's held-out domains cost and which experts they use: ``domains.arrow`` beside the trace.
+
+One record batch per validation, a row for each domain and MoE layer: ``step``, ``domain``,
+``loss`` (of the language model, the same in all layers), ``layer``, ``counts``.
+
+Shape suffixes: V = validations, D = domains, M = MoE layers, E = experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.batch_reader import BatchReader
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_file import StepFile
+
+FILE_NAME = "domains.arrow"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainLoad:
+    """One domain in one validation."""
+
+    loss: float
+    """Of the language model, mean over the tokens; NaN where this rank does not know it."""
+    counts_ME: np.ndarray
+    """Tokens routed to each expert, int64 ``(M, E)``."""
+
+
+class DomainTraceWriter:
+    """Writes the file on one rank. Survives what :class:`StepFile` survives."""
+
+    def __init__(self, folder: Path | str, info: RunInfo) -> None:
+        self._info = info
+        self._schema = pa.schema(
+            {
+                "step": pa.int64(),
+                "domain": pa.string(),
+                "loss": pa.float64(),
+                "layer": pa.int32(),
+                "counts": pa.list_(pa.int64(), info.num_experts),
+            }.items(),
+            metadata=info.metadata(),
+        )
+        path = Path(folder) / FILE_NAME
+        self._file = StepFile(path, self._schema, self._continued, compression="zstd")
+
+    def write(self, step: int, loads: dict[str, DomainLoad]) -> None:
+        """Append one validation, all domains of it."""
+        layers = self._info.layers
+        counts = np.concatenate([load.counts_ME for load in loads.values()]).astype(np.int64)
+        rows = len(loads) * len(layers)
+        batch = pa.record_batch(
+            [
+                pa.array(np.full(rows, step, dtype=np.int64)),
+                pa.array(np.repeat(list(loads), len(layers)).tolist(), pa.string()),
+                pa.array(np.repeat([load.loss for load in loads.values()], len(layers))),
+                pa.array(np.tile(layers, len(loads)).astype(np.int32)),
+                pa.FixedSizeListArray.from_arrays(
+                    pa.array(counts.reshape(-1)), self._info.num_experts
+                ),
+            ],
+            schema=self._schema,
+        )
+        self._file.write(step, batch)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
+        earlier = RunInfo.of_schema(schema, self._file.path)
+        self._info.require_same_model(earlier, "this run", self._file.path.name)
+        return self._schema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainTrace:
+    """All validations of a run."""
+
+    steps: np.ndarray
+    """Optimizer steps after which the run was validated, int64 ``(V,)``."""
+    domains: tuple[str, ...]
+    loss_VD: np.ndarray
+    """Loss of the language model, float64."""
+    counts_VDME: np.ndarray
+    """Tokens routed to each expert, int64."""
+
+
+def read_domain_trace(folder: Path | str) -> DomainTrace | None:
+    """What a run has measured on its held-out domains; None where it has not.
+
+    Raises:
+        JobError: the file is not one of ours, or validations differ in their domains.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return None
+    reader = BatchReader(path)
+    info = RunInfo.of_schema(reader.schema, path)
+    batches = [batch for batch in reader.read() if batch.num_rows]
+    if not batches:
+        return None
+    layers = len(info.layers)
+    domains = batches[-1]["domain"].to_pylist()[::layers]
+    if any(batch["domain"].to_pylist()[::layers] != domains for batch in batches):
+        raise JobError(f"{path}: its validations are of different domains: take another run")
+    shape = (len(batches), len(domains), layers)
+    table = pa.Table.from_batches(batches)
+    counts = table["counts"].combine_chunks().flatten().to_numpy()
+    return DomainTrace(
+        steps=table["step"].to_numpy().reshape(shape)[:, 0, 0],
+        domains=tuple(domains),
+        loss_VD=table["loss"].to_numpy().reshape(shape)[:, :, 0],
+        counts_VDME=counts.reshape(*shape, info.num_experts),
+    )
