@@ -88,7 +88,7 @@ def expert_tensors(tensors: dict[str, Stored], objects: Iterable[str] = ()) -> l
             raise JobError(f"{name} speaks of experts, and is in no MoE layer that is known")
     for prefix, names in members.items():
         _enter(layers[prefix], prefix, names, model)
-    _enter_optimizer(list(layers.values()), tensors)
+    _enter_optimizer(layers, tensors)
     for name in objects:
         inside = any(prefix in name for prefix in layers)
         if inside and not name.startswith(_OPTIMIZER_SETTINGS):
@@ -147,15 +147,17 @@ def _enter(layer: ExpertTensors, prefix: str, names: list[str], model: dict[str,
         layer.separate.append([of_expert[expert] for expert in range(layer.num_experts)])
 
 
-def _enter_optimizer(layers: list[ExpertTensors], tensors: dict[str, Stored]) -> None:
+def _enter_optimizer(layers: dict[str, ExpertTensors], tensors: dict[str, Stored]) -> None:
     """The state of a parameter is by expert where it has the parameter's shape; a single number,
-    such as a step count, is of the whole parameter."""
-    owners = {name: layer for layer in layers for name in layer.stacked}
+    such as a step count, is of the whole parameter. Outside of MoE layers the model may be saved
+    under other names than it is trained under (q, k and v of a fused projection)."""
+    owners = {name: layer for layer in layers.values() for name in layer.stacked}
     for name in sorted(tensors):
         if not name.startswith(_OPTIMIZER_STATE):
             continue
         parameter = name.removeprefix(_OPTIMIZER_STATE).rpartition(".")[0]
-        if parameter not in tensors:
+        inside = parameter.startswith(tuple(layers)) or _SPEAKS_OF_EXPERTS.search(parameter)
+        if inside and parameter not in tensors:
             raise JobError(f"{name} is the state of a parameter that is not there")
         shape = tensors[name].shape
         if parameter in owners and shape not in ((), (1,)):

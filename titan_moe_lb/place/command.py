@@ -69,6 +69,7 @@ def place(
         raise JobError(f"{folder} cannot be placed: {error}") from None
     done = placement.of_checkpoint(folder)
     said = [_what(folder, files, layers)]
+    counts_ME = None
     if undo:
         if from_run is not None or ep is not None or groups is not None or alone:
             raise JobError("--undo takes a placement back: it goes with --placement and -o alone")
@@ -79,10 +80,11 @@ def place(
         plan = _given(placement.read(file), file, ep, groups)
     else:
         trace = _loads(path, folder, from_run, done)
-        plan, overloads = _from_loads(trace, ep, groups)
-        said.append(overloads)
+        plan, counts_ME = _from_loads(trace, ep, groups)
     num_experts = {layer.layer: layer.num_experts for layer in layers}
     plan.check(num_experts, str(folder))
+    if counts_ME is not None:
+        said.append(_gain(plan, counts_ME))
     if alone:
         plan.write(output)
         return [*said, f"{output}: place {path} --placement {output} -o NEW applies it"]
@@ -174,8 +176,8 @@ def _loads(path: Path, folder: Path, from_run: Path | None, done: Placement | No
     return trace
 
 
-def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Placement, str]:
-    """A placement, and what it is to do to the overload."""
+def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Placement, np.ndarray]:
+    """A placement, and the tokens of each expert of each layer that it is for ``(M, E)``."""
     info, run = trace.info, trace.path.parent
     if ep is None:
         raise JobError("--ep is missing: the expert-parallel degree to balance for, as in --ep 8")
@@ -184,32 +186,47 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Place
     if groups is not None:
         kept = placement.parse_groups(groups)
     elif info.expert_groups is not None:
-        kept = placement.nested(list(info.expert_groups))
+        kept = placement.coarse_to_fine(info.expert_groups)
     else:
         raise JobError(
             f"{run} does not say whether experts are in groups that stay together: give --groups "
             "with the num_expert_groups of the router, or --groups 1 for none"
         )
+    for number in kept:
+        if info.num_experts % number:
+            raise JobError(f"--groups {number} does not divide {info.num_experts} experts")
     steps = trace.steps[-max(1, len(trace.steps) // _SHARE_OF_THE_RUN) :]
     counts_ME = trace.counts_SME[-len(steps) :].sum(axis=0)
     loads = f"steps {steps[0]} to {steps[-1]} of {run}"
-    plan = placement.from_loads(counts_ME, trace.layers, ep, kept, loads)
-    before, after = (
-        max(
-            _overload(counts_E[order], ep)
-            for counts_E, order in zip(counts_ME, orders, strict=True)
+    return placement.from_loads(counts_ME, trace.layers, ep, kept, loads), counts_ME
+
+
+def _gain(plan: Placement, counts_ME: np.ndarray) -> str:
+    """What it is to do to the overload.
+
+    Raises:
+        JobError: nothing.
+    """
+    ep, kept = plan.ep_degree, plan.groups
+    before_M = _overload(counts_ME, ep)
+    after_M = _overload(np.take_along_axis(counts_ME, np.stack([*plan.orders.values()]), -1), ep)
+    if after_M.mean() >= before_M.mean():
+        whole = f" of whole groups ({', '.join(map(str, kept))})" if kept else ""
+        raise JobError(
+            f"EP {ep}, {plan.loads}: no order{whole} was found that loads the ranks more evenly: there "
+            "is nothing to place"
         )
-        for orders in ([slice(None)] * len(counts_ME), plan.orders.values())
-    )
-    return plan, (
-        f"EP {ep}, worst layer of {loads}: the busiest rank got {before:.3f} x the balanced tokens, "
-        f"and gets {after:.3f} x as placed"
+    return (
+        f"EP {ep}, {plan.loads}: the busiest rank got {before_M.mean():.3f} x the balanced tokens "
+        f"(worst layer {before_M.max():.3f}); as placed {after_M.mean():.3f} x "
+        f"(worst layer {after_M.max():.3f})"
     )
 
 
-def _overload(counts_E: np.ndarray, ep: int) -> float:
-    rank_tokens = counts_E.reshape(ep, -1).sum(axis=-1)
-    return float(rank_tokens.max() / max(rank_tokens.mean(), 1))
+def _overload(counts_ME: np.ndarray, ep: int) -> np.ndarray:
+    """Of the busiest rank of each layer ``(M,)``, over the balanced load."""
+    tokens_MR = counts_ME.reshape(len(counts_ME), ep, -1).sum(axis=-1)
+    return tokens_MR.max(axis=-1) / np.maximum(tokens_MR.mean(axis=-1), 1)
 
 
 def _record(plan: Placement, done: Placement | None, undo: bool) -> Placement | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ class Placement:
                 )
             contiguous(len(order), self.ep_degree)
             for groups in self.groups:
+                if len(order) % groups:
+                    raise JobError(
+                        f"the placement keeps {groups} groups, which do not divide {len(order)} "
+                        "experts"
+                    )
                 members = order[contiguous(len(order), groups)] // (len(order) // groups)
                 if (members != members[:, :1]).any():
                     raise JobError(
@@ -130,31 +136,20 @@ def of_checkpoint(path: Path) -> Placement | None:
 
 
 def parse_groups(text: str) -> tuple[int, ...]:
-    """``"4,8"``, coarse to fine; 1 is no group.
+    """Of ``--groups``, as ``"4,8"``.
 
     Raises:
-        JobError: no whole numbers, or one does not divide the next.
+        JobError: no whole numbers.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise JobError(f"--groups {text} must be whole numbers of at least 1, as in 4 or 4,8")
-    return nested([int(word) for word in words])
+    return coarse_to_fine(map(int, words))
 
 
-def nested(numbers: list[int]) -> tuple[int, ...]:
-    """Groups in groups, coarse to fine.
-
-    Raises:
-        JobError: a number does not divide the next.
-    """
-    groups = tuple(sorted(set(numbers) - {1}))
-    for coarse, fine in zip(groups, groups[1:], strict=False):
-        if fine % coarse:
-            raise JobError(
-                f"the experts are in {coarse} groups and in {fine} groups, which cut across each "
-                "other: no other order keeps both"
-            )
-    return groups
+def coarse_to_fine(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Of groups that stay together; one group is none."""
+    return tuple(sorted(set(numbers) - {1}))
 
 
 def _of_json(table: dict[str, Any]) -> Placement:
@@ -169,7 +164,7 @@ def _of_json(table: dict[str, Any]) -> Placement:
     return Placement(
         orders=orders,
         ep_degree=int(table["ep_degree"]),
-        groups=nested(groups),
+        groups=coarse_to_fine(groups),
         loads=str(table.get("loads", "")),
         earlier=None if earlier is None else _of_json(earlier),
     )

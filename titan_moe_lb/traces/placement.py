@@ -50,34 +50,31 @@ def greedy_in_groups(
     """Expert ids of each device ``(EP, E / EP)``, as :func:`greedy`, where groups of neighbours
     stay together: those of group-limited routing, or of a loss.
 
-    A device gets whole groups, or a group gets whole devices.
+    A device gets whole groups, or a group gets whole devices. Where neither goes, or groups cut
+    across each other, none moves.
 
     Args:
         groups: into how many equal groups the experts are divided, coarse to fine.
         roll: which device is the first is free; a number for each layer, so that the busiest
             one is another in every layer.
-
-    Raises:
-        JobError: neither EP divides the number of groups nor it EP.
     """
     if not groups:
         return np.roll(greedy(counts_E, ep_degree), roll, axis=0)
-    experts_Gn = contiguous(len(counts_E), groups[0])
-    if groups[0] % ep_degree == 0:
+    coarse, *finer = groups
+    nested = all(number % coarse == 0 for number in finer)
+    experts_Gn = contiguous(len(counts_E), coarse)
+    if nested and coarse % ep_degree == 0:
         placed = np.roll(greedy(counts_E[experts_Gn].sum(axis=-1), ep_degree), roll, axis=0)
         return experts_Gn[placed].reshape(ep_degree, -1)
-    if ep_degree % groups[0]:
-        raise JobError(
-            f"expert-parallel degree {ep_degree} does not go with {groups[0]} groups of experts "
-            "that stay together: one has to divide the other"
+    if nested and ep_degree % coarse == 0:
+        inside = ep_degree // coarse, [number // coarse for number in finer]
+        return np.concatenate(
+            [
+                experts_n[greedy_in_groups(counts_E[experts_n], *inside, roll=roll)]
+                for experts_n in experts_Gn
+            ]
         )
-    inside = ep_degree // groups[0], [number // groups[0] for number in groups[1:]]
-    return np.concatenate(
-        [
-            experts_n[greedy_in_groups(counts_E[experts_n], *inside, roll=roll)]
-            for experts_n in experts_Gn
-        ]
-    )
+    return contiguous(len(counts_E), ep_degree)
 
 
 def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: float) -> np.ndarray:
