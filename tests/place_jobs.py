@@ -26,12 +26,15 @@ FLOAT32 = [
 
 
 def train_with_hot_experts(arguments: list[str], num_hot: int, by: float) -> None:
-    """Train a job whose first experts of every layer begin with a higher bias."""
+    """Train a job whose first experts of every layer begin with a higher bias. Gates begin wide,
+    so that rounding, which is another where experts are added in another order, decides nothing."""
     job = job_config.load(["--debug.no-enable-structured-logging", *arguments])
 
     def heat(trainer) -> None:
         for layer in moe_layers_of(trainer.model_parts):
             layer.expert_bias_E[:num_hot] += by
+            with torch.no_grad():
+                layer.router.gate.weight.mul_(10)
 
     train_config(job.config, prepare=heat)
 
@@ -100,3 +103,37 @@ def save_in_a_grid(folder: str, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items()
     }
     dcp.save(state, checkpoint_id=folder)
+
+
+def layer_state(number: int, num_experts: int = 8) -> dict[str, torch.Tensor]:
+    """A small MoE layer with the names of torchtitan, and its optimizer state."""
+    layer = f"layers.{number}.moe"
+    random = torch.Generator().manual_seed(number)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=random)
+
+    model = {
+        f"{layer}.router.gate.weight": drawn(num_experts, 6),
+        f"{layer}.routed_experts.inner_experts.w1_EFD": drawn(num_experts, 4, 6),
+        f"{layer}.expert_bias_E": drawn(num_experts),
+        f"{layer}.shared_experts.w1.weight": drawn(num_experts, 6),
+        f"layers.{number}.attention.wq.weight": drawn(num_experts, 6),
+    }
+    moments = {
+        f"optimizer.state.{name}.{slot}": drawn(*value.shape) if slot == "exp_avg" else drawn(1)[0]
+        for name, value in model.items()
+        if "bias" not in name
+        for slot in ("exp_avg", "step")
+    }
+    return model | moments
+
+
+def saved(folder: Path, **changes) -> Path:
+    """A checkpoint of two such layers; with other entries, or None for without one."""
+    state = layer_state(1) | layer_state(2)
+    state |= {"train_state.step": 7, "optimizer.param_groups.layers.1.moe.router.gate.weight.lr": 1}
+    for name, value in changes.items():
+        state[name] = value
+    dcp.save({k: v for k, v in state.items() if v is not None}, checkpoint_id=folder, no_dist=True)
+    return folder

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +31,17 @@ from titan_moe_lb.traces.trace import Trace, read_trace
 TRAIN = [
     *FLOAT32,
     *("--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.no-last-save-model-only"),
-    *("--debug.seed=1", "--debug.deterministic", "--lr_scheduler.total_steps=8"),
+    *(
+        "--training.seq_len=128",
+        "--debug.seed=1",
+        "--debug.deterministic",
+        "--lr_scheduler.total_steps=8",
+    ),
 ]
-FSDP2 = ["--parallelism.data_parallel_shard_degree=2"]
-EP2 = [*FSDP2, "--parallelism.expert_parallel_degree=2"]
-EP4 = ["--parallelism.data_parallel_shard_degree=4", "--parallelism.expert_parallel_degree=4"]
-PP2 = ["--parallelism.pipeline_parallel_degree=2"]
 DEEPSEEK = [
     *("--config", "deepseek_v3_tiny", "--model.expert_bias", '{type="quantile_trend"}'),
     "--model.aux_losses",
-    '[{type="global_batch", weight=0.1}, {type="device_level", weight=0.1, num_device_groups=2}]',
+    '[{type="global_batch", weight=0.1}, {type="device_level", weight=0.1, num_device_groups=4}]',
 ]
 QWEN = [
     *("--module", "qwen3", "--config", "qwen3_tiny", "--model.expert_bias", '{type="momentum"}'),
@@ -45,35 +50,57 @@ QWEN = [
 SAME = ("loss_metrics/global_avg_loss", "moe/max_violation", "moe/global_load_balancing_loss")
 
 
-@pytest.fixture(scope="module")
-def deepseek(ranks, tmp_path_factory) -> Path:
-    """Groups of experts, two losses, a rule that remembers a trend."""
-    folder = tmp_path_factory.mktemp("deepseek")
-    job = [*DEEPSEEK, *TRAIN, *EP2, "--training.steps=2", f"--dump_folder={folder}/run"]
-    ranks.run(2, train, job)
-    place(folder / "run", output=folder / "placed", ep=2)
-    return folder
+def layout(**degrees: int) -> list[str]:
+    return [f"--parallelism.{name}_degree={number}" for name, number in degrees.items()]
+
+
+FSDP2 = layout(data_parallel_shard=2)
+EP2 = layout(data_parallel_shard=2, expert_parallel=2)
+PP2 = layout(data_parallel_shard=2, pipeline_parallel=2)
+EP4 = layout(data_parallel_shard=4, expert_parallel=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A run of two steps, the three that follow, and these again from the placed checkpoint."""
+
+    job: list[str]
+    folder: Path
+    before: tuple[list[dict], Trace]
+    after: tuple[list[dict], Trace]
+
+
+def scene(ranks, folder: Path, job: list[str], layout: list[str], ep: int) -> Scene:
+    """The experts of the first rank begin hot, and are placed by the steps that follow."""
+    run, placed = folder / "run", folder / "placed"
+    flags = [*job, *TRAIN, *layout, "--training.steps=2", f"--dump_folder={run}"]
+    ranks.run(ep, train_with_hot_experts, flags, 8 // ep, 0.05)
+    before = resumed(ranks, job, run, layout)
+    place(run, output=placed, ep=ep, from_run=before[1].path.parent)
+    return Scene(job=job, folder=folder, before=before, after=resumed(ranks, job, placed, layout))
 
 
 @pytest.fixture(scope="module")
-def qwen(ranks, tmp_path_factory) -> Path:
-    """The first half of the experts is hot, and with it the first of two ranks."""
-    folder = tmp_path_factory.mktemp("qwen")
-    job = [*QWEN, *TRAIN, *EP2, "--training.steps=2", f"--dump_folder={folder}/run"]
-    ranks.run(2, train_with_hot_experts, job, 4, 0.05)
-    return folder
+def deepseek(ranks, tmp_path_factory) -> Scene:
+    """Two groups of experts to a rank, two losses, a rule that remembers a trend. EP2."""
+    return scene(ranks, tmp_path_factory.mktemp("deepseek"), DEEPSEEK, EP2, 2)
+
+
+@pytest.fixture(scope="module")
+def qwen(ranks, tmp_path_factory) -> Scene:
+    """Without groups, EP4."""
+    return scene(ranks, tmp_path_factory.mktemp("qwen"), QWEN, EP4, 4)
 
 
 def resumed(ranks, job: list[str], run: Path, layout: list[str]) -> tuple[list[dict], Trace]:
     """Three steps more of a copy of a run, and their trace."""
-    folder = run.with_name(f"{run.name}-{'-'.join(layout)[-60:]}".replace(".", "-"))
+    degrees = [int(flag.partition("=")[2]) for flag in layout if "expert" not in flag]
+    folder = run.with_name(f"{run.name}-{'-'.join(flag[-20:] for flag in layout)}")
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.arrow"))
-    degree = 4 if layout == EP4 else 2
     flags = [*layout, "--training.steps=5", "--checkpoint.load_only", f"--dump_folder={folder}"]
-    logged = ranks.run(degree, train, [*job, *TRAIN, *flags], first_step=3)
+    logged = ranks.run(math.prod(degrees), train, [*job, *TRAIN, *flags], first_step=3)
     # Only the last stage of a pipeline sees the loss.
-    (seen,) = [one for one in logged if one and SAME[0] in one[0]][:1]
-    return seen, read_trace(folder)
+    return next(one for one in logged if one and SAME[0] in one[0]), read_trace(folder)
 
 
 def assert_same_training(before: tuple[list[dict], Trace], after: tuple[list[dict], Trace], file):
@@ -82,46 +109,45 @@ def assert_same_training(before: tuple[list[dict], Trace], after: tuple[list[dic
         for name in SAME:
             assert other[name] == pytest.approx(one[name], rel=1e-6), name
     orders = read(file).orders
+    moved = [not np.array_equal(orders[layer], np.arange(8)) for layer in before[1].layers]
+    assert sum(moved) > len(moved) / 2
     for row, layer in enumerate(before[1].layers):
-        assert not np.array_equal(orders[layer], np.arange(8))
         renumbered = before[1].counts_SME[:, row][:, orders[layer]]
         np.testing.assert_array_equal(after[1].counts_SME[:, row], renumbered)
 
 
 @pytest.mark.parametrize("layout", [PP2, FSDP2], ids=["PP2", "FSDP2"])
-def test_training_goes_on_as_it_would_have(ranks, deepseek, layout):
-    runs = [resumed(ranks, DEEPSEEK, deepseek / name, layout) for name in ("run", "placed")]
-    assert_same_training(*runs, deepseek / "placed" / FILE_NAME)
-    assert runs[0][1].info.expert_groups == runs[1][1].info.expert_groups == (2, 4)
-    assert runs[0][1].info.placement is None
-    assert runs[1][1].info.placement == read(deepseek / "placed" / FILE_NAME).title
+def test_training_goes_on_as_it_would_have_in_other_layouts(ranks, deepseek, layout):
+    runs = [resumed(ranks, DEEPSEEK, deepseek.folder / name, layout) for name in ("run", "placed")]
+    assert_same_training(*runs, deepseek.folder / "placed" / FILE_NAME)
 
 
-def test_a_hot_rank_is_as_loaded_as_was_planned(ranks, qwen):
-    """Placed by the loads of the very steps that are then trained again."""
-    before = resumed(ranks, QWEN, qwen / "run", EP2)
-    place(qwen / "run", output=qwen / "placed", ep=2, from_run=before[1].path.parent)
-    after = resumed(ranks, QWEN, qwen / "placed", EP2)
-    assert_same_training(before, after, qwen / "placed" / FILE_NAME)
-    job = ("--module", "qwen3", "--config", "qwen3_tiny")
+@pytest.mark.parametrize("name", ["deepseek", "qwen"])
+def test_a_hot_rank_is_as_loaded_as_was_planned(name, request):
+    """EP2 and EP4, and the same training."""
+    found: Scene = request.getfixturevalue(name)
+    file = found.folder / "placed" / FILE_NAME
+    assert_same_training(found.before, found.after, file)
+    traces = {"contiguous": found.before[1], "greedy": found.after[1]}
+    info = traces["greedy"].info
+    assert traces["contiguous"].info.placement is None and info.placement == read(file).title
+    assert info.expert_groups == ((4,) if name == "deepseek" else ())
     question = Question(
-        hardware="h100", ranks=2, ep="2", from_run=before[1].path.parent, job_flags=job
+        hardware="h100",
+        ranks=info.ep,
+        ep=str(info.ep),
+        from_run=traces["contiguous"].path.parent,
+        job_flags=tuple(found.job),
     )
     (degree,) = make_plan(question).degrees
-    measured = {row.placement: row.last.busiest_rank_tokens for row in degree.measured}
-    tokens = degree.tokens_per_rank * 2  # top 2
-    overload = "max_overload_factor"
-    for placed, (_logged, trace) in (("contiguous", before), ("greedy", after)):
-        expected = measured[placed] / tokens
-        assert trace.over_steps(overload)[-1] == pytest.approx(expected, rel=1e-9)
-    assert measured["contiguous"] / tokens > 1.3 > 1.1 > measured["greedy"] / tokens
-
-
-def test_at_another_degree_it_is_the_same_training(ranks, qwen):
-    if not (qwen / "placed").exists():
-        place(qwen / "run", output=qwen / "placed", ep=2)
-    runs = [resumed(ranks, QWEN, qwen / name, EP4) for name in ("run", "placed")]
-    assert_same_training(*runs, qwen / "placed" / FILE_NAME)
+    tokens = degree.tokens_per_rank * info.top_k
+    overload = {}
+    for row in degree.measured:
+        overload[row.placement] = row.last.busiest_rank_tokens / tokens
+        measured = traces[row.placement].over_steps("max_overload_factor")[-1]
+        assert measured == pytest.approx(overload[row.placement], rel=1e-9)
+    print(overload)
+    assert overload["contiguous"] > 1.1 * overload["greedy"]
 
 
 def stored(run: Path) -> dict[str, torch.Tensor | bytes]:
@@ -135,8 +161,6 @@ def stored(run: Path) -> dict[str, torch.Tensor | bytes]:
             data = file.read(info.length)
         found[f"{index.fqn} {index.offset}"] = data
         if not isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-            import io
-
             found[f"{index.fqn} {index.offset}"] = torch.load(io.BytesIO(data))
     return found
 
@@ -149,8 +173,9 @@ BY_EXPERT = {
 
 
 def test_undo_gives_back_every_bit_and_nothing_else_was_touched(deepseek):
-    place(deepseek / "placed", output=deepseek / "back", undo=True)
-    first, placed, back = (stored(deepseek / name) for name in ("run", "placed", "back"))
+    folder = deepseek.folder
+    place(folder / "placed", output=folder / "back", undo=True)
+    first, placed, back = (stored(folder / name) for name in ("run", "placed", "back"))
     assert first.keys() == placed.keys() == back.keys() and len(first) > 800
 
     def same(one, other) -> bool:
@@ -161,7 +186,7 @@ def test_undo_gives_back_every_bit_and_nothing_else_was_touched(deepseek):
         )
 
     assert all(same(first[name], back[name]) for name in first)
-    assert not (deepseek / "back" / FILE_NAME).exists()
+    assert not (folder / "back" / FILE_NAME).exists()
     differ = {name.split(" ")[0] for name in first if not same(first[name], placed[name])}
     tails = {re.sub(r".*layers\.\d\.moe\.", "", name) for name in differ}
     moments = {f"{name}.{slot}" for name in BY_EXPERT for slot in ("exp_avg", "exp_avg_sq")}
@@ -192,9 +217,8 @@ def test_hugging_face_checkpoints(make, tmp_path):
     layers = [1, 2, 3] if make == "deepseek_v3" else [0, 1, 2, 3]
     order = [5, 4, 0, 1, 7, 6, 2, 3]  # which keeps DeepSeek's four groups
     file = tmp_path / "placement.json"
-    file.write_text(
-        f'{{"ep_degree": 4, "groups": [4], "orders": {{{", ".join(f"{chr(34)}{n}{chr(34)}: {order}" for n in layers)}}}}}'
-    )
+    table = {"ep_degree": 4, "groups": [4], "orders": dict.fromkeys(layers, order)}
+    file.write_text(json.dumps(table))
     place(tmp_path / "first", output=tmp_path / "placed", file=file)
     tokens = torch.randint(hugging_face.SIZES["vocab_size"], (2, 64))
     other = AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from tests.place_jobs import save_in_a_grid
+from tests.place_jobs import layer_state, save_in_a_grid, saved
 from tests.synthetic_trace import run_info, write_run
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
@@ -26,38 +26,6 @@ from titan_moe_lb.traces.placement import greedy, greedy_in_groups
 from titan_moe_lb.traces.trace import read_trace
 
 E = 8
-
-
-def layer_state(number: int, num_experts: int = E) -> dict[str, torch.Tensor]:
-    layer = f"layers.{number}.moe"
-    random = torch.Generator().manual_seed(number)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=random)
-
-    model = {
-        f"{layer}.router.gate.weight": drawn(num_experts, 6),
-        f"{layer}.routed_experts.inner_experts.w1_EFD": drawn(num_experts, 4, 6),
-        f"{layer}.expert_bias_E": drawn(num_experts),
-        f"{layer}.shared_experts.w1.weight": drawn(num_experts, 6),
-        f"layers.{number}.attention.wq.weight": drawn(num_experts, 6),
-    }
-    moments = {
-        f"optimizer.state.{name}.{slot}": drawn(*value.shape) if slot == "exp_avg" else drawn(1)[0]
-        for name, value in model.items()
-        if "bias" not in name
-        for slot in ("exp_avg", "step")
-    }
-    return model | moments
-
-
-def saved(folder: Path, **changes) -> Path:
-    state = layer_state(1) | layer_state(2)
-    state |= {"train_state.step": 7, "optimizer.param_groups.layers.1.moe.router.gate.weight.lr": 1}
-    for name, value in changes.items():
-        state[name] = value
-    dcp.save({k: v for k, v in state.items() if v is not None}, checkpoint_id=folder, no_dist=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
