@@ -57,6 +57,7 @@ def write_run(
         "model": "deepseek_v3",
         "flavor": "tiny",
         "num_experts": 8,
+        "expert_groups": (),
         "top_k": 2,
         "layers": (1, 2, 3),
         **dict.fromkeys(("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1),

@@ -34,6 +34,7 @@ from tests.doc_examples import ROOT, Block
 from tests.fuzz import __main__ as fuzz
 from tests.parity import __main__ as parity
 from tests.parity.layout import parse
+from tests.place_jobs import saved
 from tests.synthetic_trace import run_info, write_run
 from tests.test_launch import JOB_VARIABLES
 from titan_moe_lb import cli, launch
@@ -83,6 +84,8 @@ def home(tmp_path_factory) -> Path:
         (folder / name).symlink_to(source)
     for name in RUNS:
         write_run(folder / name, run_info(5, 8, 3), 3)
+    write_run(folder / "runs/uneven", run_info(2, expert_groups=()), 20)
+    saved(folder / "runs/uneven/checkpoint/step-20")
     record_routing(folder / "outputs")
     write_run(folder / "example", run_info(48, 128, 8, model="qwen3", flavor="30B-A3B"), 1)
     return folder

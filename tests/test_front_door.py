@@ -55,7 +55,7 @@ WRONG_OUTPUT = {
     "plan --hardware h100 -o folder": "folder is a folder",
 }
 WRONG_COMMAND = {
-    "": "a command is missing; valid: diagnose, doctor, plan, report, study, train, watch",
+    "": "a command is missing; valid: diagnose, doctor, place, plan, report, study, train, watch",
     "reprot run": "'reprot' is not expected here; did you mean 'report'?",
     "report": "RUN_DIR is missing: Folder of the run",
     "report --comapre twin": "there is no flag --comapre; did you mean '--compare'?",
@@ -108,6 +108,19 @@ WRONG_PLAN = {
     "plan --hardware h100 -- --training.stpes 3": "did you mean '--training.steps'?",
     "NGPU=two plan --hardware h100": "NGPU=two must be a whole number",
     "plan --hardware h100 -- --module llama3 --config llama3_debugmodel": "has no MoE layers",
+}
+WRONG_PLACE = {
+    "place": "CHECKPOINT is missing",
+    "place saved": "-o is missing",
+    "place saved -o new --grops 4": "there is no flag --grops; did you mean '--groups'?",
+    "place saved -o new --ep two": "--ep is 'two'; it must be an integer",
+    "place saved -o new --undo=yes": "--undo takes no value, not even 'yes'",
+    "place nowhere -o new": "nowhere: there is no such folder: name a checkpoint, or a run that has",
+    "place run -o new --ep 2": "run has no checkpoint: neither .metadata nor *.safetensors nor",
+    "place saved -o new --ep 2": "saved/checkpoint/step-5 cannot be placed: it has no MoE layer",
+    "place cut -o new --ep 2": "cut/checkpoint/step-5/__0_0.distcp is cut",
+    "place saved -o folder": "folder exists: name a new folder with --output",
+    "place saved -o nowhere/new": "nowhere/new cannot be made: nowhere is no folder",
 }
 WRONG_JOB = {
     "train --module deepseek_v4": "did you mean 'deepseek_v3'?",
@@ -220,7 +233,7 @@ WRONG_START = {
     "train TINY --checkpoint.enable --checkpoint.initial_load_in_hf "
     "--checkpoint.initial_load_path HERE/folder": "folder' holds no *.safetensors file",
 }
-WRONG = WRONG_OUTPUT | WRONG_COMMAND | WRONG_PLAN | WRONG_JOB | WRONG_START
+WRONG = WRONG_OUTPUT | WRONG_COMMAND | WRONG_PLAN | WRONG_PLACE | WRONG_JOB | WRONG_START
 
 
 @pytest.fixture(scope="module")

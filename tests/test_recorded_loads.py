@@ -55,7 +55,11 @@ def recorded(num_steps: int, num_micro_batches: int) -> RecordedLoads:
     counts = np.stack([step_S, 400 - step_S], axis=-1)[:, None]
     single = np.stack([step_S, 40 - step_S], axis=-1)[:, None][num_steps - num_micro_batches :]
     return RecordedLoads(
-        counts_SME=counts, micro_batch_counts_SME=single, ep_degree=1, max_overload_factor=1.0
+        counts_SME=counts,
+        micro_batch_counts_SME=single,
+        expert_groups=(),
+        ep_degree=1,
+        max_overload_factor=1.0,
     )
 
 

@@ -114,6 +114,40 @@ class Plan(Question):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Write a checkpoint with its experts in the order that balances the ranks."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+    """A distributed or Hugging Face checkpoint, or a run, whose newest step is taken."""
+    output: Annotated[Path, tyro.conf.arg(metavar="NEW", aliases=["-o"])]
+    """Folder to make, of the same kind; or a .json file for the placement alone."""
+    ep: Annotated[int | None, _optional("INT")] = None
+    """Expert-parallel degree to balance for."""
+    from_run: Annotated[Path | None, _optional("RUN_DIR")] = None
+    """Run whose loads are balanced; default: that of the checkpoint."""
+    groups: Annotated[str | None, _optional("INT[,INT]")] = None
+    """How many groups of experts stay together, 1 for none; default: as the run says."""
+    placement: Annotated[Path | None, _optional("FILE")] = None
+    """A placement.json, instead of one from the loads of a run."""
+    undo: bool = False
+    """Put the experts back where they were."""
+
+    def run(self) -> None:
+        from titan_moe_lb.place.command import place
+
+        for line in place(
+            self.checkpoint,
+            output=self.output,
+            from_run=self.from_run,
+            ep=self.ep,
+            groups=self.groups,
+            file=self.placement,
+            undo=self.undo,
+        ):
+            print(line)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """Run a job under many settings, and show what each costs and brings."""
 
@@ -151,6 +185,7 @@ class Doctor:
 SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "plan": Plan,
+    "place": Place,
     "watch": Watch,
     "report": Report,
     "diagnose": Diagnose,

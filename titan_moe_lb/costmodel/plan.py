@@ -17,7 +17,7 @@ from titan_moe_lb.costmodel.outcome import Outcome, View
 from titan_moe_lb.costmodel.recorded import RecordedLoads
 from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
 from titan_moe_lb.traces.eplb import eplb
-from titan_moe_lb.traces.placement import contiguous, greedy
+from titan_moe_lb.traces.placement import contiguous, greedy_in_groups
 
 CURVE_POINTS = 17
 
@@ -43,7 +43,8 @@ class MeasuredRow:
     """The load of a recorded run, under one placement."""
 
     placement: str
-    """"contiguous", as torchtitan places experts, "greedy", or "eplb" with copies."""
+    """"contiguous", as torchtitan places experts; "greedy", what ``titan-moe-lb place`` does, in
+    which groups of experts stay together; or "eplb" with copies."""
     redundant_experts: int
     """Slots for copies, all devices together."""
     first: Outcome
@@ -178,7 +179,7 @@ def _measured(
     first_half, second_half = slice(0, max(1, recorded.half)), slice(recorded.half, None)
     now, before = (
         [
-            _placed(view, layer, known_E, placement, redundant, row)
+            _placed(view, recorded, layer, known_E, placement, redundant, row)
             for row, (layer, known_E) in enumerate(
                 zip(view.job.moe_layers.values(), recorded.known(steps), strict=True)
             )
@@ -201,22 +202,27 @@ def _measured(
 
 
 def _placed(
-    view: View, layer: MoELayer, known_E: np.ndarray, placement: str, redundant: int, row: int
+    view: View,
+    recorded: RecordedLoads,
+    layer: MoELayer,
+    known_E: np.ndarray,
+    placement: str,
+    redundant: int,
+    row: int,
 ) -> np.ndarray:
     degree = view.placement.ep_degree
     if placement == "contiguous":
         return contiguous(layer.num_experts, degree)
     if placement == "greedy":
-        placed = greedy(known_E, degree)
-    else:
-        nodes, rest = divmod(degree, view.hardware.scale_up_domain)
-        placed = eplb(
-            known_E,
-            num_slots=layer.num_experts + redundant,
-            num_devices=degree,
-            num_nodes=nodes if nodes and not rest else 1,
-            num_groups=layer.num_groups,
-        )
+        return greedy_in_groups(known_E, degree, recorded.expert_groups, roll=row)
+    nodes, rest = divmod(degree, view.hardware.scale_up_domain)
+    placed = eplb(
+        known_E,
+        num_slots=layer.num_experts + redundant,
+        num_devices=degree,
+        num_nodes=nodes if nodes and not rest else 1,
+        num_groups=layer.num_groups,
+    )
     # Which device is the first is free: the hottest one is another in every layer.
     return np.roll(placed, row, axis=0)
 

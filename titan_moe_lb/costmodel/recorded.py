@@ -18,6 +18,8 @@ class RecordedLoads:
     """Of whole global batches."""
     micro_batch_counts_SME: np.ndarray
     """Of single micro-batches ``(S', M, E)``; none where the run has not recorded them."""
+    expert_groups: tuple[int, ...]
+    """Into how many groups of neighbours that stay together, coarse to fine."""
     ep_degree: int
     max_overload_factor: float
     """The most that any micro-batch of the second half had at the run's own EP degree."""

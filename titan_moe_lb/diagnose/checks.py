@@ -207,7 +207,8 @@ def hot_rank(window: Window) -> Finding | None:
     factor_M = np.array([overload(load_E, as_placed) for load_E in mean_ME])
     best_M = factor_M.copy()
     for row in np.flatnonzero(factor_M > 1.2):
-        best_M[row] = overload(mean_ME[row], placement.greedy(mean_ME[row], info.ep))
+        best = placement.greedy_in_groups(mean_ME[row], info.ep, info.expert_groups or ())
+        best_M[row] = overload(mean_ME[row], best)
     hot_M = best_M < 1 + (factor_M - 1) / 2
     if not hot_M.any():
         return None
@@ -222,8 +223,8 @@ def hot_rank(window: Window) -> Finding | None:
         f"{factor_M[worst]:.2f} times its share; the same experts in another order would give "
         f"{best_M[worst]:.2f}",
         reason="above 1.2 every rank waits a fifth of the time of its experts",
-        remedy="titan-moe-lb plan --from-run says what moving experts buys; a stronger balance "
-        "makes it needless",
+        remedy="titan-moe-lb plan --from-run says what moving experts buys, titan-moe-lb place "
+        "moves them; a stronger balance makes it needless",
         toml=QUANTILE_BIAS,
     )
 

@@ -65,6 +65,12 @@ class AuxLoss(Component):
             where a row is one sequence. A loss of sums may override it."""
             return None
 
+        @property
+        def expert_groups(self) -> int:
+            """Into how many equal groups of neighbours the formula divides the experts; 1 where
+            it does not. What puts experts in another order keeps a group together."""
+            return 1
+
         def __post_init__(self) -> None:
             if not math.isfinite(self.weight) or self.weight <= 0:
                 raise JobError(

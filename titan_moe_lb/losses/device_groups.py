@@ -26,6 +26,10 @@ class _OverDeviceGroups(SumsLoss):
         num_device_groups: int
         """D: how many groups the experts are in."""
 
+        @property
+        def expert_groups(self) -> int:
+            return self.num_device_groups
+
         def bind(self, *, num_experts: int, top_k: int) -> None:
             SumsLoss.Config.bind(self, num_experts=num_experts, top_k=top_k)
             self.check_groups(num_experts)

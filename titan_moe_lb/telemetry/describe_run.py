@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import titan_moe_lb
+from titan_moe_lb import checkpoints
 from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.place import placement
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.metric import Metric
 from titan_moe_lb.traces.figure import Figure
@@ -32,6 +34,7 @@ def describe_run(config) -> RunInfo:
     router = routers[0]
     bias, forced = router.expert_bias, router.forced_routing
     losses = {loss._owner.metric_name: loss for loss in router.aux_losses}
+    groups = {router.num_expert_groups or 1, *(loss.expert_groups for loss in router.aux_losses)}
     return RunInfo(
         model=config.model_spec.name,
         flavor=config.model_spec.flavor,
@@ -54,6 +57,8 @@ def describe_run(config) -> RunInfo:
         seq_len=cut.seq_len,
         forced_routing=forced.describe() if forced is not None else None,
         expert_bias=bias.describe() if bias is not None else None,
+        expert_groups=tuple(sorted(groups - {1})),
+        placement=_placement(config),
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=titan_moe_lb.__version__,
     )
@@ -69,6 +74,13 @@ def figures_of(router: LoadBalancedRouter.Config) -> tuple[Figure, ...]:
         ),
         *(kind.figure() for kind in Metric.kinds.values() if kind.applies_to(router)),
     )
+
+
+def _placement(config) -> str | None:
+    """Title of the placement of the checkpoint that the job starts from."""
+    start = checkpoints.start_of(config)
+    found = placement.of_checkpoint(start.path) if start is not None else None
+    return found.title if found is not None else None
 
 
 def _first_line(text: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,6 +42,39 @@ def greedy(counts_E: np.ndarray, ep_degree: int) -> np.ndarray:
         if len(placed[device]) < blocks.shape[1]:
             heapq.heappush(with_room, (load + float(counts_E[expert]), device))
     return np.array(placed)
+
+
+def greedy_in_groups(
+    counts_E: np.ndarray, ep_degree: int, groups: Sequence[int], *, roll: int = 0
+) -> np.ndarray:
+    """Expert ids of each device ``(EP, E / EP)``, as :func:`greedy`, where groups of neighbours
+    stay together: those of group-limited routing, or of a loss.
+
+    A device gets whole groups, or a group gets whole devices. Where neither goes, or groups cut
+    across each other, none moves.
+
+    Args:
+        groups: into how many equal groups the experts are divided, coarse to fine.
+        roll: which device is the first is free; a number for each layer, so that the busiest
+            one is another in every layer.
+    """
+    if not groups:
+        return np.roll(greedy(counts_E, ep_degree), roll, axis=0)
+    coarse, *finer = groups
+    nested = all(number % coarse == 0 for number in finer)
+    experts_Gn = contiguous(len(counts_E), coarse)
+    if nested and coarse % ep_degree == 0:
+        placed = np.roll(greedy(counts_E[experts_Gn].sum(axis=-1), ep_degree), roll, axis=0)
+        return experts_Gn[placed].reshape(ep_degree, -1)
+    if nested and ep_degree % coarse == 0:
+        inside = ep_degree // coarse, [number // coarse for number in finer]
+        return np.concatenate(
+            [
+                experts_n[greedy_in_groups(counts_E[experts_n], *inside, roll=roll)]
+                for experts_n in experts_Gn
+            ]
+        )
+    return contiguous(len(counts_E), ep_degree)
 
 
 def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: float) -> np.ndarray:

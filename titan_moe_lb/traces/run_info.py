@@ -61,6 +61,11 @@ class RunInfo:
     """The forced routing strategy of a benchmark; None for a real run."""
     expert_bias: str | None = None
     """The rule of the expert bias and its settings; None where there is no bias."""
+    expert_groups: tuple[int, ...] | None = None
+    """Into how many groups of neighbours the experts are divided, by group-limited routing or a
+    loss, coarse to fine; None where an older version did not say."""
+    placement: str | None = None
+    """Title of the placement that numbers the experts; None as they were initialised."""
     started: str
     """ISO 8601 time with offset."""
     version: str
@@ -147,6 +152,8 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
         table["figures"] = tuple(Figure(**_known(Figure, one)) for one in table["figures"])
     table["layers"] = tuple(table["layers"])
     table["resumed_at"] = tuple(table["resumed_at"])
+    if table.get("expert_groups") is not None:
+        table["expert_groups"] = tuple(table["expert_groups"])
     numbers = (table["num_experts"] - 1, *table["layers"])
     if len(numbers) == 1 or not all(0 <= number < 2**31 for number in numbers):
         raise ValueError("it has no layers or no experts")

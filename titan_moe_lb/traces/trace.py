@@ -58,6 +58,7 @@ class TraceWriter:
         info = dataclasses.replace(
             self._info,
             figures=tuple(figures.values()),
+            placement=self._info.placement or earlier.placement,
             resumed_at=(*earlier.resumed_at, first_step),
         )
         try:

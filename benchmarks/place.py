@@ -1,0 +1,146 @@
+"""A hot rank by placement, timed before and after ``titan-moe-lb place``, on this host.
+
+    python -m benchmarks.place [--repetitions 11] [--config NAME]
+
+Two processes on gloo with expert parallelism train two steps of a model whose first half of the
+experts, those of the first rank, are preferred by a bias. The checkpoint is placed by the loads of
+these steps. Then one trainer takes steps with the weights of the one and of the other checkpoint in
+turn, in alternating order; medians over the slower rank. Beside them what ``titan-moe-lb plan``
+predicts for this host from the same run. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from titan_moe_lb.upstream import cpu
+
+if cpu.needed():
+    cpu.use_host()
+
+import torch.distributed.checkpoint as dcp
+from torchtitan.trainer import Trainer
+
+from benchmarks import single_process
+from titan_moe_lb.place.command import place
+from titan_moe_lb.plan.command import make_plan
+from titan_moe_lb.plan.question import Question
+from titan_moe_lb.router import moe_layers_of
+from titan_moe_lb.train import trainer_config
+
+RANKS = 2
+STEPS = 2
+"""Before the checkpoint."""
+
+
+@dataclass
+class Arguments:
+    config: str = "deepseek_v3_debugmodel"
+    repetitions: int = 11
+
+    @property
+    def job(self) -> tuple[str, ...]:
+        # A bias that all but stays: none would be learned away in so few steps.
+        return ("--config", self.config, "--model.expert_bias", '{type = "sign", speed = 1e-9}')
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        single_process.announce()
+        port = os.environ["MASTER_PORT"]
+        torch.multiprocessing.spawn(_rank, args=(arguments, folder, port), nprocs=RANKS)
+        question = Question(
+            hardware="host",
+            ranks=RANKS,
+            ep=str(RANKS),
+            from_run=folder / "run",
+            job_flags=arguments.job,
+        )
+        rows = {row.placement: row.last for row in make_plan(question).degrees[0].measured}
+        measured = json.loads((folder / "measured.json").read_text())
+    finally:
+        shutil.rmtree(folder)
+    predicted = rows["contiguous"].step_seconds / rows["greedy"].step_seconds
+    print(
+        json.dumps(
+            {
+                "config": arguments.config,
+                **measured,
+                "ratio": round(measured["before_s"] / measured["placed_s"], 3),
+                "predicted": round(predicted, 3),
+                "pairs": arguments.repetitions,
+            }
+        )
+    )
+
+
+def _rank(rank: int, arguments: Arguments, folder: Path, port: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    trainer = _trained(arguments, folder / "run")
+    if rank == 0:
+        for line in place(folder / "run", output=folder / "placed", ep=RANKS):
+            print(line)
+    dist.barrier()
+    seconds = _in_turn(trainer, folder, arguments.repetitions)
+    slower = torch.tensor(seconds)
+    dist.all_reduce(slower, op=dist.ReduceOp.MAX)
+    if rank == 0:
+        before, placed = (round(statistics.median(one), 4) for one in slower.tolist())
+        text = json.dumps({"before_s": before, "placed_s": placed})
+        (folder / "measured.json").write_text(text)
+    trainer.close()
+    dist.destroy_process_group()
+
+
+def _trained(arguments: Arguments, run: Path) -> Trainer:
+    trainer = trainer_config(
+        *arguments.job,
+        "--parallelism.data_parallel_shard_degree=2",
+        "--parallelism.expert_parallel_degree=2",
+        "--checkpoint.enable",
+        f"--training.steps={STEPS}",
+        "--debug.no-enable-structured-logging",
+        f"--dump_folder={run}",
+    ).build()
+    for layer in moe_layers_of(trainer.model_parts):
+        layer.expert_bias_E[: layer.router.num_experts // RANKS] += 1.0
+    trainer.train()
+    return trainer
+
+
+def _in_turn(trainer: Trainer, folder: Path, repetitions: int) -> list[list[float]]:
+    """Seconds of a step from each checkpoint, ``(2, repetitions)``: as it was, and placed."""
+    (model,) = trainer.model_parts
+    checkpoints = [folder / name / "checkpoint" / f"step-{STEPS}" for name in ("run", "placed")]
+    seconds: list[list[float]] = [[], []]
+    batches = trainer.batch_generator(trainer.dataloader)
+    for repetition in range(repetitions + 1):
+        for side in (0, 1) if repetition % 2 else (1, 0):
+            dcp.load(model.state_dict(), checkpoint_id=checkpoints[side])
+            trainer.step += 1
+            dist.barrier()
+            started = time.perf_counter()
+            trainer.train_step(batches)
+            dist.barrier()
+            if repetition:  # the first one warms up
+                seconds[side].append(time.perf_counter() - started)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

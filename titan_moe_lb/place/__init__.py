@@ -1,0 +1,1 @@
+"""Experts of a checkpoint in another order: ``titan-moe-lb place``."""

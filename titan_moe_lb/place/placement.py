@@ -1,0 +1,175 @@
+"""Which expert stands where in each layer: found from loads, checked, kept as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.placement import contiguous, greedy_in_groups
+
+FILE_NAME = "placement.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """An order of the experts for every MoE layer."""
+
+    orders: dict[int, np.ndarray]
+    """By number of the layer: which expert comes to stand at each place ``(E,)``, int64."""
+    ep_degree: int
+    """The expert-parallel degree that it balances; the model is the same at every other."""
+    groups: tuple[int, ...]
+    """Into how many equal groups of neighbours the experts are divided that stay together."""
+    loads: str
+    """What it was made for, in words."""
+    earlier: Placement | None = None
+    """The one of the checkpoint that it was applied to."""
+
+    @property
+    def title(self) -> str:
+        """One phrase; that of another order is another."""
+        text = json.dumps({number: order.tolist() for number, order in self.orders.items()})
+        digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+        return f"placed for EP {self.ep_degree} ({digest})"
+
+    def inverse(self) -> dict[int, np.ndarray]:
+        return {number: np.argsort(order) for number, order in self.orders.items()}
+
+    def check(self, num_experts: dict[int, int], what: str) -> None:
+        """Whether it is one of a model.
+
+        Args:
+            num_experts: of each MoE layer, by number.
+            what: the model, for the message.
+
+        Raises:
+            JobError: other layers, other experts, an order that is none or breaks a group.
+        """
+        if self.orders.keys() != num_experts.keys():
+            raise JobError(
+                f"the placement is of MoE layers {_listed(self.orders)}, and {what} has "
+                f"{_listed(num_experts)}"
+            )
+        for number, order in self.orders.items():
+            if len(order) != num_experts[number]:
+                raise JobError(
+                    f"the placement has {len(order)} experts in layer {number}, and {what} has "
+                    f"{num_experts[number]}"
+                )
+            if not np.array_equal(np.sort(order), np.arange(len(order))):
+                raise JobError(
+                    f"the placement of layer {number} is no order of its {len(order)} experts: each "
+                    "has to stand there once"
+                )
+            contiguous(len(order), self.ep_degree)
+            for groups in self.groups:
+                if len(order) % groups:
+                    raise JobError(
+                        f"the placement keeps {groups} groups, which do not divide {len(order)} "
+                        "experts"
+                    )
+                members = order[contiguous(len(order), groups)] // (len(order) // groups)
+                if (members != members[:, :1]).any():
+                    raise JobError(
+                        f"the placement tears one of the {groups} groups of experts of layer "
+                        f"{number} apart, which makes it another model"
+                    )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "ep_degree": self.ep_degree,
+            "groups": list(self.groups),
+            "loads": self.loads,
+            "orders": {str(number): order.tolist() for number, order in self.orders.items()},
+            "earlier": self.earlier.as_json() if self.earlier is not None else None,
+        }
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(self.as_json()) + "\n")
+
+
+def from_loads(
+    counts_ME: np.ndarray,
+    layers: tuple[int, ...],
+    ep_degree: int,
+    groups: tuple[int, ...],
+    loads: str,
+) -> Placement:
+    """The planner's greedy placement, for the tokens of each expert of each layer ``(M, E)``."""
+    orders = {
+        number: greedy_in_groups(counts_E, ep_degree, groups, roll=row).reshape(-1)
+        for row, (number, counts_E) in enumerate(zip(layers, counts_ME, strict=True))
+    }
+    return Placement(orders=orders, ep_degree=ep_degree, groups=groups, loads=loads)
+
+
+def read(file: Path) -> Placement:
+    """Raises JobError: it is missing, or no placement."""
+    try:
+        return _of_json(json.loads(file.read_text()))
+    except JobError:
+        raise
+    except OSError as error:
+        raise JobError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise JobError(
+            f"{file} is no placement: it has to hold ep_degree, groups (a list) and orders (for the "
+            "number of each MoE layer, which expert stands at each place)"
+        ) from None
+
+
+def of_checkpoint(path: Path) -> Placement | None:
+    """That of a checkpoint: noted in its folder, or in that of the run that it is a step of."""
+    for folder in (path, path.parent.parent):
+        if (folder / FILE_NAME).is_file():
+            return read(folder / FILE_NAME)
+    return None
+
+
+def parse_groups(text: str) -> tuple[int, ...]:
+    """Of ``--groups``, as ``"4,8"``.
+
+    Raises:
+        JobError: no whole numbers.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise JobError(f"--groups {text} must be whole numbers of at least 1, as in 4 or 4,8")
+    return coarse_to_fine(map(int, words))
+
+
+def coarse_to_fine(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Of groups that stay together; one group is none."""
+    return tuple(sorted(set(numbers) - {1}))
+
+
+def _of_json(table: dict[str, Any]) -> Placement:
+    orders = {
+        int(number): np.array([int(expert) for expert in order], dtype=np.int64)
+        for number, order in table["orders"].items()
+    }
+    groups = [int(number) for number in table["groups"]]
+    if table["ep_degree"] < 1 or not orders or min(groups, default=1) < 1:
+        raise ValueError
+    earlier = table.get("earlier")
+    return Placement(
+        orders=orders,
+        ep_degree=int(table["ep_degree"]),
+        groups=coarse_to_fine(groups),
+        loads=str(table.get("loads", "")),
+        earlier=None if earlier is None else _of_json(earlier),
+    )
+
+
+def _listed(numbers: dict[int, Any]) -> str:
+    first, *more = sorted(numbers)
+    return f"{first}" if not more else f"{first} to {more[-1]} ({len(numbers)})"
