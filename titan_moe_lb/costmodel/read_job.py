@@ -169,7 +169,7 @@ def _stage(
     ]
     head = None
     if vocabulary:
-        dim = cast(nn.Module, part.norm).weight.shape[0]
+        dim = cast(nn.RMSNorm, part.norm).weight.shape[0]
         head = Head(
             norm=reader.norm(dim) + BF16_BYTES * dim,
             loss=loss_bytes[0] * dim + loss_bytes[1] * vocabulary,

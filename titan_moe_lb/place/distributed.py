@@ -159,7 +159,7 @@ class DistributedFiles(CheckpointFiles):
         """A chunk, mapped: torch.save wrote its strides, and says where its numbers begin."""
         info = part.info
         with open(self.folder / info.relative_path, "rb") as file, FakeTensorMode():
-            stream = _create_file_view(file, info.offset, info.length)
+            stream: Any = _create_file_view(file, info.offset, info.length)
             outline = torch.load(stream, map_location="cpu", weights_only=True)
         storage = outline.untyped_storage()
         span = self._map(info, storage._checkpoint_offset, storage.nbytes())
