@@ -1,6 +1,6 @@
 """Planned memory beside torch's own account of a real step on gloo, layout by layout.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.planned_memory [--only NAME ...] [--flags ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.planned_memory [--only NAME ...] [--flags=...]
 
 A small model on two or four processes of this host, balanced routing. Prints the rows of the
 table in docs/planning.md: of every pipeline position the peak of live storages in the second
@@ -24,8 +24,8 @@ class Arguments:
     """Names of layouts, or parts of them."""
     config: str = "deepseek_v3_tiny"
     """Module and flavor."""
-    flags: tuple[str, ...] = ("--training.local_batch_size=16",)
-    """Of the job."""
+    flags: str = "--training.local_batch_size=16"
+    """Of the job, in one argument."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
                 continue
             module = arguments.config.rpartition("_")[0]
             model = ["--module", module, "--config", arguments.config]
-            job = [*model, BALANCED, *arguments.flags, *layout]
+            job = [*model, BALANCED, *arguments.flags.split(), *layout]
             ((planned,), measured) = (
                 pool.run(1, memory_jobs.planned_bytes, job, ranks),
                 pool.run(ranks, memory_jobs.measured_bytes, job),
