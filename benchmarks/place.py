@@ -114,6 +114,7 @@ def _trained(arguments: Arguments, run: Path) -> Trainer:
         "--parallelism.expert_parallel_degree=2",
         "--checkpoint.enable",
         f"--training.steps={STEPS}",
+        f"--lr_scheduler.total_steps={STEPS + 2 * (arguments.repetitions + 1)}",
         "--debug.no-enable-structured-logging",
         f"--dump_folder={run}",
     ).build()

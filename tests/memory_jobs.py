@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from typing import Any
@@ -90,9 +91,7 @@ def measured_bytes(arguments: list[str]) -> int:
     batches = trainer.batch_generator(trainer.dataloader)
     trainer.train_step(batches)
     held = [
-        tensor
-        for part in trainer.model_parts
-        for tensor in (*part.parameters(), *part.buffers())
+        tensor for part in trainer.model_parts for tensor in (*part.parameters(), *part.buffers())
     ]
     held += [
         value
@@ -114,6 +113,10 @@ def planned_bytes(arguments: list[str], world_size: int) -> dict[int, float]:
         zero_bubble.adapt(config)
         job = read_job(config, on_host=True)
     device = Hardware(name="any", **{**dict.fromkeys(FIGURES, 1.0), "scale_up_domain": 8})
-    view = View(job, device, usable_bytes=1.0, num_hot_experts=1)
-    loads = view.two_level(1.0)
-    return {state.rank: view.memory_of(position, loads) for position, state in job.states.items()}
+
+    def planned(position: int) -> float:
+        alone = dataclasses.replace(job, states={position: job.states[position]})
+        view = View(alone, device, usable_bytes=1.0, num_hot_experts=1)
+        return view.memory(view.two_level(1.0))[0]
+
+    return {state.rank: planned(position) for position, state in job.states.items()}

@@ -158,4 +158,4 @@ def test_overload_of_the_best_order_by_hand():
     """4, 3, 2, 1 on two ranks of two: 4 + 1 and 3 + 2."""
     for load_E, expected in (([4.0, 3.0, 2.0, 1.0], 1), ([9.0, 1.0, 1.0, 1.0], 10 / 6)):
         best = placement.greedy(np.array(load_E), 2)
-        assert checks.overload(np.array(load_E), best) == expected
+        assert placement.overload(np.array(load_E), best) == expected

@@ -146,7 +146,6 @@ def test_a_hot_rank_is_as_loaded_as_was_planned(name, request):
         overload[row.placement] = row.last.busiest_rank_tokens / tokens
         measured = traces[row.placement].over_steps("max_overload_factor")[-1]
         assert measured == pytest.approx(overload[row.placement], rel=1e-9)
-    print(overload)
     assert overload["contiguous"] > 1.1 * overload["greedy"]
 
 

@@ -19,7 +19,7 @@ from tests import browser
 from tests.synthetic_trace import run_info
 from titan_moe_lb import cli
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.study import command, measure, results, run, table
+from titan_moe_lb.study import command, figures, measure, results, run, table
 from titan_moe_lb.study.cell import Cell, CellFolder, Record
 from titan_moe_lb.study.design import flag, read_study
 from titan_moe_lb.study.measure import Measured
@@ -400,6 +400,15 @@ def test_front_and_paragraph_by_hand():
     assert "pays 0.3 in the loss" in said
     one_seed = verdict(group_of(a=[(5.0, 0.4)], b=[(5.1, 0.5)]))
     assert "One seed each" in one_seed
+
+
+def test_perfect_balance_is_drawn():
+    """A logarithmic axis has no place for it."""
+    for violation, scale in ((0.1, "log"), (0.0, None)):
+        group = group_of(a=[(5.0, violation)], b=[(5.1, 2.0)])
+        figure = figures.charts([group], 0.5)[0].panels[0].figure
+        assert figure.layout.xaxis.type == scale
+        assert [curve.x[0] for curve in figure.data if curve.name == "a"] == [violation]
 
 
 def test_table_in_words():

@@ -66,17 +66,17 @@ def activation_peak(
         kept=lambda stage, micro_batch: kept[stage][:, micro_batch],
         working=lambda stage, micro_batch: working[stage][:, micro_batch],
     )
-    return float(np.max(most)) + batch_bytes(job) + pipeline_bytes(job, position)
+    return float(np.max(most)) + _batch_bytes(job) + _pipeline_bytes(job, position)
 
 
-def batch_bytes(job: JobModel) -> float:
+def _batch_bytes(job: JobModel) -> float:
     """Inputs, labels and positions of a pass, of which some are there twice: five int64 values
     a token. On the host the mask of its attention, a byte for each key."""
     per_token = 5 * 8 + (job.seq_len if job.on_host else 0)
     return job.num_micro_batches * job.tokens_per_microbatch * per_token
 
 
-def pipeline_bytes(job: JobModel, position: int) -> float:
+def _pipeline_bytes(job: JobModel, position: int) -> float:
     """What torch's pipelining holds of every micro-batch of a pass, D wide, in BF16.
 
     A stage has a buffer for each input and each gradient that it receives. A rank with several

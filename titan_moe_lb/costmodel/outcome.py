@@ -124,11 +124,6 @@ class View:
         received = {number: load.received_NR for number, load in loads.items()}
         return self._most({p: self._activations(p, received) for p in self.job.states}, copies)
 
-    def memory_of(self, position: int, loads: Loads) -> float:
-        """Bytes on one pipeline rank."""
-        received = {number: load.received_NR for number, load in loads.items()}
-        return self.job.states[position].total_bytes + self._activations(position, received)
-
     def memory_with_capacity(self, factor: float) -> float:
         """Bytes where every layer's buffers have room for a factor of the balanced tokens."""
         received = {

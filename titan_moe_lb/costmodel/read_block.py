@@ -35,7 +35,8 @@ class BlockReader:
         parts: Any = block
         heads, queries, values = _heads(parts.attention)
         dim = parts.attention_norm.weight.shape[0]
-        of_layer = _linears(parts.attention)
+        of_attention = _linears(parts.attention)
+        of_layer = list(of_attention)
         feed_forward = parts.feed_forward if moe_layer is None else parts.moe.shared_experts
         hidden = 0
         if feed_forward is not None:
@@ -56,7 +57,7 @@ class BlockReader:
             ahead += self._routing(parts.moe.router, dim)
             selective += INDEX_BYTES * parts.moe.router.top_k
         scores = self._scores(parts.attention, heads)
-        results = BF16_BYTES * sum(_linears(parts.attention))
+        results = BF16_BYTES * sum(of_attention)
         if self.on_host:
             # Scores and masked scores, or those and their softmax; the mask in BF16; queries and
             # keys in float32 before and after they are scaled, and both in BF16 once more.

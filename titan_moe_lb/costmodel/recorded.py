@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from titan_moe_lb.traces.placement import LAST_PART
+
 MOST_LOADS = 32
 """Micro-batches of a window that are planned with; of more, as many evenly."""
 
@@ -31,7 +33,7 @@ class RecordedLoads:
     @property
     def window(self) -> int:
         """Steps at the beginning and at the end: a tenth."""
-        return max(1, len(self.counts_SME) // 10)
+        return max(1, len(self.counts_SME) // LAST_PART)
 
     @property
     def half(self) -> int:

@@ -204,11 +204,11 @@ def hot_rank(window: Window) -> Finding | None:
         return None
     mean_ME = window.counts_SME.mean(axis=0)
     as_placed = placement.contiguous(info.num_experts, info.ep)
-    factor_M = np.array([overload(load_E, as_placed) for load_E in mean_ME])
+    factor_M = np.array([placement.overload(load_E, as_placed) for load_E in mean_ME])
     best_M = factor_M.copy()
     for row in np.flatnonzero(factor_M > 1.2):
         best = placement.greedy_in_groups(mean_ME[row], info.ep, info.expert_groups or ())
-        best_M[row] = overload(mean_ME[row], best)
+        best_M[row] = placement.overload(mean_ME[row], best)
     hot_M = best_M < 1 + (factor_M - 1) / 2
     if not hot_M.any():
         return None
@@ -227,16 +227,6 @@ def hot_rank(window: Window) -> Finding | None:
         "moves them; a stronger balance makes it needless",
         toml=QUANTILE_BIAS,
     )
-
-
-def overload(load_E: np.ndarray, placement_Rn: np.ndarray) -> float:
-    """What the fullest rank gets, in balanced shares.
-
-    Args:
-        placement_Rn: expert ids of each rank.
-    """
-    load_R = load_E[placement_Rn].sum(axis=-1)
-    return float(load_R.max() / max(load_R.mean(), 1e-12))
 
 
 def hidden_in_micro_batches(window: Window) -> Finding | None:

@@ -25,10 +25,8 @@ from titan_moe_lb.place.distributed import DistributedFiles
 from titan_moe_lb.place.placement import Placement
 from titan_moe_lb.place.rewrite import rewrite
 from titan_moe_lb.place.safetensors_files import SafetensorsFiles
+from titan_moe_lb.traces.placement import LAST_PART, contiguous, overload
 from titan_moe_lb.traces.trace import Trace, read_trace, trace_file
-
-_SHARE_OF_THE_RUN = 10
-"""The last tenth of its logged steps, as the planner takes it."""
 
 
 def place(
@@ -186,7 +184,7 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Place
     if groups is not None:
         kept = placement.parse_groups(groups)
     elif info.expert_groups is not None:
-        kept = placement.coarse_to_fine(info.expert_groups)
+        kept = info.expert_groups
     else:
         raise JobError(
             f"{run} does not say whether experts are in groups that stay together: give --groups "
@@ -195,7 +193,7 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Place
     for number in kept:
         if info.num_experts % number:
             raise JobError(f"--groups {number} does not divide {info.num_experts} experts")
-    steps = trace.steps[-max(1, len(trace.steps) // _SHARE_OF_THE_RUN) :]
+    steps = trace.steps[-max(1, len(trace.steps) // LAST_PART) :]
     counts_ME = trace.counts_SME[-len(steps) :].sum(axis=0)
     loads = f"steps {steps[0]} to {steps[-1]} of {run}"
     return placement.from_loads(counts_ME, trace.layers, ep, kept, loads), counts_ME
@@ -208,8 +206,14 @@ def _gain(plan: Placement, counts_ME: np.ndarray) -> str:
         JobError: nothing.
     """
     ep, kept = plan.ep_degree, plan.groups
-    before_M = _overload(counts_ME, ep)
-    after_M = _overload(np.take_along_axis(counts_ME, np.stack([*plan.orders.values()]), -1), ep)
+    as_it_was = contiguous(counts_ME.shape[-1], ep)
+    before_M = np.array([overload(counts_E, as_it_was) for counts_E in counts_ME])
+    after_M = np.array(
+        [
+            overload(counts_E, order[as_it_was])
+            for counts_E, order in zip(counts_ME, plan.orders.values(), strict=True)
+        ]
+    )
     if after_M.mean() >= before_M.mean():
         whole = f" of whole groups ({', '.join(map(str, kept))})" if kept else ""
         raise JobError(
@@ -221,12 +225,6 @@ def _gain(plan: Placement, counts_ME: np.ndarray) -> str:
         f"(worst layer {before_M.max():.3f}); as placed {after_M.mean():.3f} x "
         f"(worst layer {after_M.max():.3f})"
     )
-
-
-def _overload(counts_ME: np.ndarray, ep: int) -> np.ndarray:
-    """Of the busiest rank of each layer ``(M,)``, over the balanced load."""
-    tokens_MR = counts_ME.reshape(len(counts_ME), ep, -1).sum(axis=-1)
-    return tokens_MR.max(axis=-1) / np.maximum(tokens_MR.mean(axis=-1), 1)
 
 
 def _record(plan: Placement, done: Placement | None, undo: bool) -> Placement | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.placement import contiguous, greedy_in_groups
+from titan_moe_lb.traces.placement import coarse_to_fine, contiguous, greedy_in_groups
 
 FILE_NAME = "placement.json"
 _FORMAT = 1
@@ -145,11 +144,6 @@ def parse_groups(text: str) -> tuple[int, ...]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise JobError(f"--groups {text} must be whole numbers of at least 1, as in 4 or 4,8")
     return coarse_to_fine(map(int, words))
-
-
-def coarse_to_fine(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Of groups that stay together; one group is none."""
-    return tuple(sorted(set(numbers) - {1}))
 
 
 def _of_json(table: dict[str, Any]) -> Placement:

@@ -206,9 +206,7 @@ def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> l
             heaviest = heaviest_pipeline_ranks(jobs[0], derated, question.hot_experts)
         else:
             jobs.append(
-                read_job(
-                    config, pipeline_ranks=heaviest, stages=jobs[0].stages, on_host=on_host
-                )
+                read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages, on_host=on_host)
             )
     return [dataclasses.replace(job, dispatcher=question.dispatcher) for job in jobs]
 

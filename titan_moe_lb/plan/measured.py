@@ -10,7 +10,7 @@ from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.lognormal import fitted_sigma
 from titan_moe_lb.costmodel.recorded import RecordedLoads
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.place import placement
+from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.trace import Trace
 
 
@@ -33,8 +33,8 @@ def of_run(trace: Trace, job: JobModel) -> tuple[dict[str, Any], RecordedLoads]:
     recorded = RecordedLoads(
         counts_SME=trace.counts_SME,
         micro_batch_counts_SME=trace.micro_batch_counts_SME,
-        expert_groups=placement.coarse_to_fine(
-            [layer.num_groups] if info.expert_groups is None else info.expert_groups
+        expert_groups=(
+            coarse_to_fine([layer.num_groups]) if info.expert_groups is None else info.expert_groups
         ),
         ep_degree=info.ep,
         max_overload_factor=float(np.nanmax(overload_S[len(overload_S) // 2 :])),

@@ -136,8 +136,9 @@ def _front(group: Group, cost: str, x_title: str) -> go.Figure:
             hovertemplate=f"{setting.name}<br>{x_title} %{{x:.4g}}<br>loss %{{y:.4g}}<extra></extra>",
         )
     figure.update_layout(hovermode="closest", margin_t=20)
-    # One setting without balance is far from all others.
-    figure.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS])
+    # One setting without balance is far from all others; perfect balance costs nothing.
+    if all(point > 0 for curve in figure.data for point in curve.x):
+        figure.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS])
     return figure
 
 
@@ -151,10 +152,12 @@ def _x(setting: Setting, cost: str) -> Spread:
 
 def _curves(group: Group, y_title: str, course: str) -> go.Figure:
     figure = blank_figure(y_title, height=420)
-    coloured = _in_colour(group)
-    pens = iter(pen for pen in PENS if pen.color != color("grey"))
+    coloured = [setting.name for setting in _in_colour(group)]
+    hues = (Pen(p.color, p.dash, width=2.2) for p in PENS if p.color != color("grey"))
+    pens = dict(zip(coloured, hues, strict=False))
+    labels = {one.name: f"{number} {one.name}" for number, one in enumerate(group.settings, 1)}
     # Grey first, so that it does not cover what is looked at.
-    for setting in sorted(group.settings, key=lambda setting: setting in coloured):
+    for setting in sorted(group.settings, key=lambda setting: setting.name in pens):
         seeds = [
             (result.course.steps, getattr(result.course, course))
             for result in setting.results
@@ -165,14 +168,12 @@ def _curves(group: Group, y_title: str, course: str) -> go.Figure:
         shortest = min(len(steps) for steps, _values in seeds)
         steps = _stretches(seeds[0][0][:shortest].astype(float))
         rows = [_stretches(values[:shortest]) for _steps, values in seeds]
-        pen = next(pens) if setting in coloured else Pen(color("grey"), width=0.8)
-        for row in rows if setting in coloured and len(rows) > 1 else ():
+        pen = pens.get(setting.name, Pen(color("grey"), width=0.8))
+        for row in rows if setting.name in pens and len(rows) > 1 else ():
             add_curve(figure, setting.name, steps, row, Pen(pen.color, width=0.5))
             figure.data[-1].update(hoverinfo="skip", hovertemplate=None)
-        width = 2.2 if setting in coloured else pen.width
-        name = f"{group.settings.index(setting) + 1} {setting.name}"
-        add_curve(figure, name, steps, np.mean(rows, axis=0), Pen(pen.color, pen.dash, width))
-    label_curves(figure, [f"{group.settings.index(one) + 1} {one.name}" for one in coloured])
+        add_curve(figure, labels[setting.name], steps, np.mean(rows, axis=0), pen)
+    label_curves(figure, [labels[name] for name in pens])
     for annotation in figure.layout.annotations:  # the number is enough: the table has the name
         annotation.text = annotation.text.partition(" ")[0]
     figure.update_layout(margin_r=34, hovermode="closest")

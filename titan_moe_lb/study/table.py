@@ -24,12 +24,9 @@ COLUMNS = {
 }
 """Numbers of a setting and their titles."""
 
-_ON_TERMINAL = {
-    "max_violation": "MaxVio",
-    "steps_until_balanced": "balanced at",
-    "step_slowdown": "step x",
-}
-"""What decides, in titles that leave room for the names of the settings."""
+_ON_TERMINAL = ("max_violation", "steps_until_balanced", "step_slowdown")
+_SHORT_TITLES = {"validation_loss": "loss", "steps_until_balanced": "balanced at"}
+"""They leave room for the names of the settings."""
 
 
 def columns(group: Group) -> dict[str, str]:
@@ -68,12 +65,11 @@ def print_table(groups: Sequence[Group]) -> None:
     """On the terminal, the settings of one model below one another: what decides alone."""
     console = Console()
     for group in groups:
-        titles = {group.loss: COLUMNS[group.loss].replace("validation ", "")} | _ON_TERMINAL
-        numbers = [name for name in titles if group.knows(name)]
+        numbers = [name for name in (group.loss, *_ON_TERMINAL) if group.knows(name)]
         table = Table(box=box.SIMPLE, title=group.name or None, title_justify="left")
         table.add_column("setting", overflow="fold", min_width=16)
         for name in numbers:
-            table.add_column(titles[name], justify="right", no_wrap=True)
+            table.add_column(_SHORT_TITLES.get(name, COLUMNS[name]), justify="right", no_wrap=True)
         for setting in group.settings:
             note = outcome(setting)
             title = f"{setting.name} ({note})" if note else setting.name
@@ -86,7 +82,7 @@ def _short(spread: Spread) -> str:
     if not range_in_words(spread):
         return in_words(spread)
     half = (spread.high - spread.low) / 2
-    return f"{in_words(spread)} ±{half:.0f}" if half >= 1 else f"{in_words(spread)} ±{half:.1g}"
+    return f"{in_words(spread)} ±{half:{'.0f' if half >= 1 else '.1g'}}"
 
 
 def _number(value: float) -> str:

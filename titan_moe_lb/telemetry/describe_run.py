@@ -11,6 +11,7 @@ from titan_moe_lb.place import placement
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.metric import Metric
 from titan_moe_lb.traces.figure import Figure
+from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.run_info import RunInfo
 
 LEARNING = (
@@ -57,7 +58,7 @@ def describe_run(config) -> RunInfo:
         seq_len=cut.seq_len,
         forced_routing=forced.describe() if forced is not None else None,
         expert_bias=bias.describe() if bias is not None else None,
-        expert_groups=tuple(sorted(groups - {1})),
+        expert_groups=coarse_to_fine(groups),
         placement=_placement(config),
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=titan_moe_lb.__version__,

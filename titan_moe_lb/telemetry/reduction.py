@@ -47,8 +47,9 @@ def reduce_counts(
     Returns:
         ``(M, E)`` int64, the layers of all stages.
     """
-    nothing = np.zeros_like(counts_NE)
-    table = None if counts_NE is None else _Table(layers, counts_NE, nothing, {})
+    table = None
+    if counts_NE is not None:
+        table = _Table(layers, counts_NE, np.zeros_like(counts_NE), {})
     return _over_stages(table, parallel_dims).counts_ME
 
 

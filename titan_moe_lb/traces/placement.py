@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from titan_moe_lb.errors import JobError
+
+LAST_PART = 10
+"""A placement is for the last tenth of the logged steps of a run."""
+
+
+def coarse_to_fine(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Of groups of neighbours that stay together; one group is none."""
+    return tuple(sorted(set(numbers) - {1}))
 
 
 def contiguous(num_experts: int, ep_degree: int) -> np.ndarray:
@@ -75,6 +83,17 @@ def greedy_in_groups(
             ]
         )
     return contiguous(len(counts_E), ep_degree)
+
+
+def overload(counts_E: np.ndarray, placement_dn: np.ndarray) -> float:
+    """Tokens of the busiest device over the balanced ones.
+
+    Args:
+        counts_E: tokens of each expert ``(E,)``.
+        placement_dn: expert ids of each device ``(EP, n)``.
+    """
+    tokens_d = counts_E[placement_dn].sum(axis=-1)
+    return float(tokens_d.max() / max(tokens_d.mean(), 1e-12))
 
 
 def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: float) -> np.ndarray:
