@@ -32,7 +32,7 @@ if cpu.needed():
 import torch.distributed.checkpoint as dcp
 from torchtitan.trainer import Trainer
 
-from benchmarks import single_process
+from titan_moe_lb.parallel import single_process
 from titan_moe_lb.place.command import place
 from titan_moe_lb.plan.command import make_plan
 from titan_moe_lb.plan.question import Question
@@ -60,8 +60,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         single_process.announce()
-        port = os.environ["MASTER_PORT"]
-        torch.multiprocessing.spawn(_rank, args=(arguments, folder, port), nprocs=RANKS)
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        torch.multiprocessing.spawn(_rank, args=(arguments, folder, store.port), nprocs=RANKS)
         question = Question(
             hardware="host",
             ranks=RANKS,
@@ -87,9 +87,9 @@ def main() -> None:
     )
 
 
-def _rank(rank: int, arguments: Arguments, folder: Path, port: str) -> None:
+def _rank(rank: int, arguments: Arguments, folder: Path, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
     trainer = _trained(arguments, folder / "run")
     if rank == 0:

@@ -30,8 +30,8 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.trainer import Trainer
 
-from benchmarks import single_process
 from titan_moe_lb.job import job_config
+from titan_moe_lb.parallel import single_process
 from titan_moe_lb.router import LoadBalancedRouter
 
 LOSSES = (

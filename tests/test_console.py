@@ -165,10 +165,14 @@ def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(failure, line, tm
     assert "Traceback (most recent call last)" in log.read_text()
 
 
+def meeting_port() -> int:
+    """One that the system gives to nobody who asks for any that is free (32768 and above)."""
+    return 20000 + os.getpid() % 10000
+
+
 def test_two_nodes_meet_and_only_the_one_that_knows_the_loss_shows_it(tmp_path):
     """One goes by an IPv6 address, so both do."""
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
-        endpoint = f"[::1]:{free.getsockname()[1]}"
+    endpoint = f"[::1]:{meeting_port()}"
     flags = ["--training.steps=2", "--parallelism.pipeline_parallel_degree=2"]
     both = [
         fork(
@@ -193,8 +197,7 @@ def test_two_nodes_meet_and_only_the_one_that_knows_the_loss_shows_it(tmp_path):
 
 
 def test_a_second_node_that_never_comes_is_one_line(tmp_path):
-    with socket.create_server(("localhost", 0)) as free:
-        endpoint = f"localhost:{free.getsockname()[1]}"
+    endpoint = f"localhost:{meeting_port()}"
     nodes = {"NNODES": "2", "NODE_RANK": "1", "NGPU": "1", "RDZV_ENDPOINT": endpoint}
     status, _out, err = end(fork(tmp_path, *TINY, **nodes, RDZV_TIMEOUT="1"))
     assert status == 1 and err.count("\n") == 1, err

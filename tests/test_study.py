@@ -131,13 +131,14 @@ def test_a_cell_that_fails_is_shown_and_stops_nothing(tmp_path, quick, capsys):
 
 
 KILLED = """
-import sys
+import signal, sys
 from pathlib import Path
 from titan_moe_lb.study import command, run
 run.command = lambda folder: [
     sys.executable, "-m", "tests.study_cells", *folder.cell.flags, f"--dump_folder={folder.path}"
 ]
 command.check_jobs = lambda cells: None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 command.run_study(Path(sys.argv[1]), output=Path(sys.argv[2]))
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 
 def announce_unless_launched() -> None:
@@ -18,8 +17,5 @@ def announce(num_processes: int = 1) -> None:
     Args:
         num_processes: of the job; in a dry run the others are not there.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(num_processes))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # any that is free
