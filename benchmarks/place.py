@@ -1,6 +1,6 @@
 """A hot rank by placement, timed before and after ``titan-moe-lb place``, on this host.
 
-    python -m benchmarks.place [--repetitions 11] [--config NAME]
+    python -m benchmarks.place [--repetitions 11] [--module NAME] [--config NAME]
 
 Two processes on gloo with expert parallelism train two steps of a model whose first half of the
 experts, those of the first rank, are preferred by a bias. The checkpoint is placed by the loads of
@@ -46,13 +46,15 @@ STEPS = 2
 
 @dataclass
 class Arguments:
-    config: str = "deepseek_v3_debugmodel"
+    module: str = "benchmarks.wide_experts"
+    config: str = "wide_experts"
     repetitions: int = 11
 
     @property
     def job(self) -> tuple[str, ...]:
         # A bias that all but stays: none would be learned away in so few steps.
-        return ("--config", self.config, "--model.expert_bias", '{type = "sign", speed = 1e-9}')
+        bias = '{type = "sign", speed = 1e-9}'
+        return ("--module", self.module, "--config", self.config, "--model.expert_bias", bias)
 
 
 def main() -> None:

@@ -81,6 +81,20 @@ def test_a_foreign_model_keeps_its_own_bias(tmp_path):
         assert (moe.load_balance_coeff is None) == (rule is None)
 
 
+def test_a_module_of_ones_own_takes_the_keys_of_the_registry(tmp_path):
+    """Its config function starts from a job of the registry: what [model] names is replaced."""
+    bias = ["--model.expert_bias", '{type = "sign", speed = 0.1}']
+    for given in (bias, [*bias, "--model.aux_losses=[]"], ["--model.aux_losses=[]"]):
+        own, registry = (
+            job_config.load(["--module", module, "--config", config, *given]).config
+            for module, config in (
+                ("tests.failing_jobs", "tiny"),
+                ("deepseek_v3", "deepseek_v3_tiny"),
+            )
+        )
+        assert repr(own.model_spec.model) == repr(registry.model_spec.model)
+
+
 def test_mtp_takes_the_loss_that_fits(tmp_path):
     config = job_config.load(job_file(tmp_path, JOB + "[model]\nnum_mtp_layers = 1\n")).config
     assert type(config.loss).__qualname__ == "MTPLoss.Config"

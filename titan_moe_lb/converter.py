@@ -85,7 +85,7 @@ class LoadBalanceConverter(ModelConfigConverter):
         Args:
             number: of the layer in the whole model.
         """
-        if type(moe.router) is not TokenChoiceTopKRouter.Config:
+        if type(moe.router) not in (TokenChoiceTopKRouter.Config, LoadBalancedRouter.Config):
             raise JobError(
                 f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
                 "TokenChoiceTopKRouter can be replaced"
@@ -106,6 +106,8 @@ class LoadBalanceConverter(ModelConfigConverter):
 
     def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
         if self.config.expert_bias == "keep":
+            if isinstance(moe.router, LoadBalancedRouter.Config):
+                return moe.router.expert_bias
             speed = moe.load_balance_coeff
             return None if speed is None else SignBias.Config(speed=speed)
         return copy.deepcopy(self.config.expert_bias)  # type: ignore[return-value]
@@ -138,12 +140,20 @@ class BuildHooks:
             self.reset.register(model_parts)
 
 
+class _BoundToJob:
+    """What :func:`_bound_to_job` returns."""
+
+    __slots__ = ()
+
+
 @functools.cache
 def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Config]:
     """A subclass of a model's Config that binds its routers in ``update_from_config``."""
+    if issubclass(model_config_cls, _BoundToJob):
+        return model_config_cls
 
     @dataclass(kw_only=True, slots=True)
-    class Config(model_config_cls):
+    class Config(_BoundToJob, model_config_cls):
         def update_from_config(self, *, config, **kwargs) -> None:
             if not isinstance(config, Trainer.Config):  # a loop of one's own, which attaches
                 model_config_cls.update_from_config(self, config=config, **kwargs)

@@ -41,11 +41,12 @@ def balanced(
     update of the expert bias, which ours replaces.
 
     Args:
-        spec: any torchtitan ``ModelSpec`` of a MoE model; its config is consumed.
+        spec: any torchtitan ``ModelSpec`` of a MoE model; its config is consumed. One that is
+            balanced is balanced anew.
         aux_losses: losses of every router, each with its own copy; None or an empty list
             for none.
         expert_bias: what moves the bias of the choice; None for no bias, "keep" for the
-            sign rule at the speed that the model has in torchtitan.
+            rule that the model has: torchtitan's is the sign rule.
         forced_routing: what decides where tokens go, in a benchmark.
         converters: converters of the user's own (quantization, LoRA), applied first.
 
@@ -59,6 +60,8 @@ def balanced(
     validate_converter_order(converters or [])
     for config in [*(converters or []), converter]:
         model = config.build().convert(model)
+    if isinstance(spec, BalancedModelSpec):
+        return dataclasses.replace(spec, model=model)
     # torchtitan's own update would move the same bias a second time.
     replaced = spec.post_optimizer_build_fn is register_moe_load_balancing_hook
     fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}

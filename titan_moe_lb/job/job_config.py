@@ -259,8 +259,10 @@ def _rebuild_model(
     spec = config.model_spec
     assert spec is not None
     entry = registry_entry(registry)
-    arguments = dict(spec.arguments) if isinstance(spec, BalancedModelSpec) else {}
     hints = model_keys(entry)
+    arguments = dict(spec.arguments) if isinstance(spec, BalancedModelSpec) else {}
+    if entry is balanced:  # what an entry of the registry built the model with is in the model
+        arguments = {name: value for name, value in arguments.items() if name in hints}
     for place, values in ((where, table), ("--model", overrides)):
         if not isinstance(values, dict):
             raise JobError(f"{place} must be a table")
