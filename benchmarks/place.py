@@ -68,7 +68,7 @@ def main() -> None:
             hardware="host",
             ranks=RANKS,
             ep=str(RANKS),
-            from_run=folder / "run",
+            from_run=folder / "recorded",
             job_flags=arguments.job,
         )
         rows = {row.placement: row.last for row in make_plan(question).degrees[0].measured}
@@ -97,6 +97,9 @@ def _rank(rank: int, arguments: Arguments, folder: Path, port: int) -> None:
     if rank == 0:
         for line in place(folder / "run", output=folder / "placed", ep=RANKS):
             print(line)
+        # The timed steps go on in the trace of the run.
+        without = shutil.ignore_patterns("checkpoint")
+        shutil.copytree(folder / "run", folder / "recorded", ignore=without)
     dist.barrier()
     seconds = _in_turn(trainer, folder, arguments.repetitions)
     slower = torch.tensor(seconds)
