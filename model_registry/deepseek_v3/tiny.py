@@ -20,9 +20,7 @@ def tiny(
     """Four layers (the first dense) of width 64; sigmoid scores, 2 of 4 expert groups, top 2."""
     dim, rope_dim = 64, 16
     linear = {"weight": partial(nn.init.normal_, std=0.02), "bias": nn.init.zeros_}
-    experts = {
-        name: partial(nn.init.normal_, std=0.02) for name in ("w1_EFD", "w2_EDF", "w3_EFD")
-    }
+    experts = {name: partial(nn.init.normal_, std=0.02) for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
     layers = upstream.build_mla_moe_layers(
         n_layers=4,
         n_dense_layers=1,
