@@ -1,0 +1,41 @@
+"""What parallelism.spmd_backend computes wrong, or not at all. See :mod:`titan_moe_lb.rules`."""
+
+from __future__ import annotations
+
+from torchtitan.models.common.moe import MoE
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut
+
+
+def gradients_pass_the_experts(config: Trainer.Config) -> None:
+    """Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
+    waits for a gathered argument by ``AsyncCollectiveTensor.wait()``, which autograd does not
+    see. What torchtitan 0.3.0 gathers along the sequence for its experts is still under way
+    only where it has one sequence, and then no gradient comes back through them."""
+    parallelism = config.parallelism
+    gathers = (
+        parallelism.tensor_parallel_degree > 1
+        and parallelism.enable_sequence_parallel
+        and parallelism.expert_parallel_degree == 1
+    )
+    if (
+        parallelism.spmd_backend != "spmd_types"
+        and gathers
+        and not _blocks_are_compiled(config)
+        and batch_cut.cut(config).micro_batch_size == 1
+        and any(config.traverse(MoE.Config))
+    ):
+        raise JobError(
+            f'parallelism.spmd_backend = "{parallelism.spmd_backend}" loses the gradient through '
+            "the experts under parallelism.tensor_parallel_degree with one sequence a forward, "
+            'and does not say so: set parallelism.spmd_backend = "spmd_types"'
+        )
+
+
+def _blocks_are_compiled(config: Trainer.Config) -> bool:
+    return config.compile.enable and "model" in config.compile.components
+
+
+RULES = (gradients_pass_the_experts,)
