@@ -53,6 +53,7 @@ LAYOUTS = [
     "cp=2,dp_shard=2",
     "cp=2,tp=2,ep=2",
     "pp=2,tp=2",
+    "pp=2,schedule=InterleavedZeroBubble,tp=2,microbatch=4",
     "ac=full",
     "ac=selective",
 ]

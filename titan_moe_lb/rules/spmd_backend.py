@@ -34,8 +34,27 @@ def gradients_pass_the_experts(config: Trainer.Config) -> None:
         )
 
 
+def blocks_can_be_traced(config: Trainer.Config) -> None:
+    """Upstream fact: torch 2.14 fails in the first step with ``PendingUnbackedSymbolNotFound``,
+    or traces without an end, where an activation of a ``full_dtensor`` block is cut along the
+    sequence by CP, or by TP under EP."""
+    parallelism = config.parallelism
+    cut = parallelism.context_parallel_degree > 1 or (
+        parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1
+    )
+    if parallelism.spmd_backend == "full_dtensor" and cut and _blocks_are_compiled(config):
+        raise JobError(
+            'parallelism.spmd_backend = "full_dtensor" cannot be compiled with context '
+            "parallelism, nor with tensor and expert parallelism together: set "
+            'parallelism.spmd_backend = "spmd_types", or compile.enable = false'
+        )
+
+
 def _blocks_are_compiled(config: Trainer.Config) -> bool:
     return config.compile.enable and "model" in config.compile.components
 
 
-RULES = (gradients_pass_the_experts,)
+RULES = (
+    gradients_pass_the_experts,
+    blocks_can_be_traced,
+)
