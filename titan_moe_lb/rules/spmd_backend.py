@@ -11,9 +11,9 @@ from titan_moe_lb.parallel import batch_cut
 
 def gradients_pass_the_experts(config: Trainer.Config) -> None:
     """Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
-    waits for a gathered argument by ``AsyncCollectiveTensor.wait()``, which autograd does not
-    see. What torchtitan 0.3.0 gathers along the sequence for its experts is still under way
-    only where it has one sequence, and then no gradient comes back through them."""
+    waits for an argument that is still under way by ``AsyncCollectiveTensor.wait()``, and autograd
+    loses it there. What torchtitan 0.3.0 gathers along the sequence for its experts is under way
+    where it has one sequence; several are put together first, and waited for."""
     parallelism = config.parallelism
     gathers = (
         parallelism.tensor_parallel_degree > 1
@@ -35,9 +35,9 @@ def gradients_pass_the_experts(config: Trainer.Config) -> None:
 
 
 def blocks_can_be_traced(config: Trainer.Config) -> None:
-    """Upstream fact: torch 2.14 fails in the first step with ``PendingUnbackedSymbolNotFound``,
-    or traces without an end, where an activation of a ``full_dtensor`` block is cut along the
-    sequence by CP, or by TP under EP."""
+    """Upstream fact: under ``full_dtensor`` a linear layer flattens rows and tokens of a DTensor.
+    Where the tokens are cut too, by CP or by TP under EP, torch 2.14 ends in the first step with
+    ``PendingUnbackedSymbolNotFound``, or does not end (pytorch/torchtitan#3409)."""
     parallelism = config.parallelism
     cut = parallelism.context_parallel_degree > 1 or (
         parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1
