@@ -14,6 +14,7 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_moe_lb.parallel.schedules import Action, Schedule, actions_of
 
@@ -38,6 +39,25 @@ class _ToldStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id, **kwargs):
         self.ran.append((self.stage_index, "W", bwd_chunk_id))
         return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
+
+
+def accepted(name: str, num_ranks: int, most: int) -> list[int]:
+    """Numbers of micro-batches up to ``most`` of which torch makes a schedule for as many ranks."""
+    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
+    schedule_class = get_schedule_class(name)
+    single = issubclass(schedule_class, PipelineScheduleSingle)
+    num_stages = num_ranks if single else 2 * num_ranks
+    v_shaped = name in ("ZBVZeroBubble", "DualPipeV")
+    mine = [0] if single else [0, num_stages - 1 if v_shaped else num_ranks]
+    stages = [PipelineStage(nn.Linear(4, 4), i, num_stages, torch.device("cpu")) for i in mine]
+    numbers = []
+    for number in range(1, most + 1):
+        try:
+            schedule_class(stages[0] if single else stages, number)
+        except ValueError:
+            continue
+        numbers.append(number)
+    return numbers
 
 
 def read_and_run(name: str, csv_rows: list[list[str]] | None, folder: str) -> tuple[Schedule, list]:

@@ -127,6 +127,10 @@ def _values(job: job_config.Job) -> str:
 
 BATCH_WISE = '[model.aux_losses]\ntype = "batch_wise"\nweight = 1.0\n'
 RUNNING = '[model.aux_losses]\ntype = "global_batch"\nweight = 1.0\ncounts = "running"\n'
+PIPELINE = (
+    '[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_schedule = "{}"\n'
+    "pipeline_parallel_microbatch_size = {}\n"
+)
 WRONG_FILES = {
     "unknown section": (
         JOB + "[trainign]\nsteps = 1\n",
@@ -247,6 +251,61 @@ WRONG_FILES = {
         + '[activation_checkpoint]\ntype = "selective"\n',
         "selective activation checkpointing does not survive",
     ),
+    "DualPipeV + few micro-batches": (
+        JOB + PIPELINE.format("DualPipeV", 2) + "[training]\nlocal_batch_size = 4\n",
+        "the DualPipeV schedule needs a micro-batch for each of 4 stages, and "
+        "training.local_batch_size 4 makes 2 of parallelism.pipeline_parallel_microbatch_size 2: "
+        "set training.local_batch_size to 8",
+    ),
+    "1F1B + few micro-batches": (
+        JOB + PIPELINE.format("1F1B", 1) + "[training]\nlocal_batch_size = 1\n",
+        "the 1F1B schedule needs a micro-batch for each of 2 stages",
+    ),
+    "Interleaved1F1B + rounds": (
+        JOB + PIPELINE.format("Interleaved1F1B", 2) + "[training]\nlocal_batch_size = 10\n",
+        "the Interleaved1F1B schedule needs a multiple of 2 micro-batches, and "
+        "training.local_batch_size 10 makes 5 of parallelism.pipeline_parallel_microbatch_size 2: "
+        "set training.local_batch_size to 12",
+    ),
+    "ZBV + three stages a rank": (
+        JOB + PIPELINE.format("ZBVZeroBubble", 1) + "pipeline_parallel_layers_per_stage = 1\n",
+        "parallelism.pipeline_parallel_layers_per_stage makes 6 stages; the ZBVZeroBubble "
+        "schedule needs 4 stages with parallelism.pipeline_parallel_degree 2",
+    ),
+    "stages by hand": (
+        JOB
+        + PIPELINE.format("Interleaved1F1B", 1)
+        + 'module_fqns_per_model_part = [["tok_embeddings"], ["layers.0", "layers.1"], '
+        + '["layers.2", "layers.3", "norm", "lm_head"]]\n',
+        "parallelism.module_fqns_per_model_part makes 3 stages; the Interleaved1F1B schedule "
+        "needs as many stages on each rank with parallelism.pipeline_parallel_degree 2",
+    ),
+    "CP + a stage without a layer": (
+        JOB + PIPELINE.format("Interleaved1F1B", 1) + "context_parallel_degree = 2\n",
+        "stage 4 of 4 of the pipeline has no layer, which torchtitan 0.3.0 cannot cut for "
+        "parallelism.context_parallel_degree 2: set "
+        "parallelism.pipeline_parallel_last_stage_less_layers to 0",
+    ),
+    "partial_dtensor + TP + one sequence": (
+        JOB
+        + "[training]\nlocal_batch_size = 1\nglobal_batch_size = 4\n"
+        + '[parallelism]\ntensor_parallel_degree = 2\nspmd_backend = "partial_dtensor"\n',
+        'parallelism.spmd_backend = "partial_dtensor" loses the gradient through the experts under '
+        "parallelism.tensor_parallel_degree with one sequence a forward, and does not say so: set "
+        'parallelism.spmd_backend = "spmd_types"',
+    ),
+    "full_dtensor + compile + CP": (
+        JOB
+        + "[compile]\nenable = true\n"
+        + '[parallelism]\ncontext_parallel_degree = 2\nspmd_backend = "full_dtensor"\n',
+        'parallelism.spmd_backend = "full_dtensor" cannot be compiled with context parallelism',
+    ),
+    "full_dtensor + compile + TP + EP": (
+        JOB
+        + "[compile]\nenable = true\n[parallelism]\ntensor_parallel_degree = 2\n"
+        + 'expert_parallel_degree = 2\nspmd_backend = "full_dtensor"\n',
+        'set parallelism.spmd_backend = "spmd_types", or compile.enable = false',
+    ),
     "batch-wise + PP": (
         JOB + BATCH_WISE + "[parallelism]\npipeline_parallel_degree = 2\n",
         "batch-wise aux loss is incompatible with pipeline parallelism because per-micro-batch "
@@ -349,6 +408,15 @@ WRONG_FILES = {
     ),
 }
 PROCESSES = {
+    "DualPipeV + few micro-batches": "2",
+    "1F1B + few micro-batches": "2",
+    "Interleaved1F1B + rounds": "2",
+    "ZBV + three stages a rank": "2",
+    "stages by hand": "2",
+    "CP + a stage without a layer": "4",
+    "partial_dtensor + TP + one sequence": "2",
+    "full_dtensor + compile + CP": "2",
+    "full_dtensor + compile + TP + EP": "2",
     "ZBV + selective": "2",
     "schedule in lower case": "2",
     "sequence length": "2",

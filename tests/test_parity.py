@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.parity import random_layouts
+from tests.parity import lost_gradient, random_layouts
 from tests.parity.balance import faults
 from tests.parity.compare import Comparison, Parity, assert_same_log, relative_error
+from tests.parity.float32_experts import all_experts
 from tests.parity.gradients import Recorded
 from tests.parity.layout import Layout, parse
 from tests.parity.textbook import textbook_gradients
@@ -53,6 +54,7 @@ LAYOUTS = [
     "cp=2,dp_shard=2",
     "cp=2,tp=2,ep=2",
     "pp=2,tp=2",
+    "pp=2,schedule=InterleavedZeroBubble,tp=2,microbatch=4",
     "ac=full",
     "ac=selective",
 ]
@@ -189,6 +191,27 @@ def test_reference_is_autograd_on_the_textbook_loss(ranks, tmp_path):
         assert comparison.max_relative_error <= TOLERANCE, comparison
         assert comparison.num_parameters > 50
         assert json.loads(comparison.line())["recorded"]["layers"] == [1, 2, 3]
+
+
+def test_torch_loses_the_gradient_for_which_a_rule_refuses_a_job(ranks):
+    """A torch that does not makes ``gradients_pass_the_experts`` deletable."""
+    of_two, of_one = (ranks.run(2, lost_gradient.gradient, rows)[0] for rows in (2, 1))
+    assert of_two.unique().tolist() == [2.0]
+    assert of_one.unique().tolist() == [1.0]
+
+
+def test_experts_of_unknown_rows_are_lowered_by_inductor():
+    """As those of an expert-parallel rank, whose kernels no layout here compiles. In whole
+    numbers, which need no kernel either."""
+
+    def experts(chosen, w_EX2):
+        return all_experts(chosen.nonzero(), w_EX2)
+
+    chosen, w_EX2 = torch.tensor([[1, 0, 1], [0, 1, 1]]), torch.arange(12).view(2, 3, 2)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(experts, fullgraph=True)(chosen, w_EX2)
+    expected = torch.einsum("ry,exy->rex", chosen.nonzero(), w_EX2)
+    assert torch.equal(compiled, expected)
 
 
 def test_layouts_that_nobody_chose(ranks):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests import pipelines
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.schedules import (
     SCHEDULES,
     actions_of,
@@ -13,6 +15,7 @@ from titan_moe_lb.parallel.schedules import (
     peak,
     stages_of,
 )
+from titan_moe_lb.rules.pipeline import micro_batches_fit_schedule
 
 # All forwards, then all backwards in the other order, one of them in two passes.
 BY_HAND = [
@@ -33,6 +36,28 @@ def test_the_actions_are_those_that_run(ranks, name, tmp_path):
         assert schedule[rank] == ran
         assert schedule == results[0][0]
         assert len(stages_of(ran)) == (1 if name in ("1F1B", "GPipe") else 2)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_job_is_refused_where_torch_would_refuse_it(ranks, name, num_ranks, monkeypatch):
+    """By its number of micro-batches."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    flags = [
+        f"--parallelism.pipeline_parallel_degree={num_ranks}",
+        f"--parallelism.pipeline_parallel_schedule={name}",
+    ]
+    module = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
+    config = job_config.load([*module, *flags]).config
+    numbers = []
+    for number in range(1, 11):
+        config.training.local_batch_size = number
+        try:
+            micro_batches_fit_schedule(config)
+        except JobError:
+            continue
+        numbers.append(number)
+    assert numbers == ranks.run(1, pipelines.accepted, name, num_ranks, 10)[0]
 
 
 def test_without_a_pipeline():

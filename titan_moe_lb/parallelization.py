@@ -25,6 +25,7 @@ from torchtitan.distributed.activation_checkpoint import (
 from titan_moe_lb.parallel.schedules import actions_of, stages_of
 from titan_moe_lb.recording.recomputation import Decisions
 from titan_moe_lb.router import routers_of
+from titan_moe_lb.upstream.stage_ends import make_contiguous
 
 KEEP = torch.ops.titan_moe_lb.keep.default
 
@@ -113,6 +114,7 @@ def telling_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
         for stage, part in zip(stages_of(actions), parts, strict=True):
             for router in routers_of([part]):
                 router.stage, router.actions = stage, actions
+            make_contiguous(part)
         return schedule, parts, has_first, has_last
 
     return pipeline_telling_schedule

@@ -26,9 +26,9 @@ class Float32Experts(GroupedExperts):
         with spmd.no_typecheck():
             expert_R = _expert_of_each_row(x_RD, num_tokens_per_expert_E)
             w1_EFD, w2_EDF, w3_EFD = map(_local, (self.w1_EFD, self.w2_EDF, self.w3_EFD))
-            h_RF = F.silu(_of_its_expert(torch.einsum("rd,efd->ref", x_RD, w1_EFD), expert_R))
-            h_RF = h_RF * _of_its_expert(torch.einsum("rd,efd->ref", x_RD, w3_EFD), expert_R)
-            return _of_its_expert(torch.einsum("rf,edf->red", h_RF, w2_EDF), expert_R)
+            h_RF = F.silu(_of_its_expert(all_experts(x_RD, w1_EFD), expert_R))
+            h_RF = h_RF * _of_its_expert(all_experts(x_RD, w3_EFD), expert_R)
+            return _of_its_expert(all_experts(h_RF, w2_EDF), expert_R)
 
 
 class Float32GptOssExperts(GptOssGroupedExperts):
@@ -48,12 +48,12 @@ class Float32GptOssExperts(GptOssGroupedExperts):
                     self.mlp2_bias_ED,
                 ),
             )
-            h_RG = _of_its_expert(torch.einsum("rd,egd->reg", x_RD, w1_EGD) + b1_EG, expert_R)
+            h_RG = _of_its_expert(all_experts(x_RD, w1_EGD) + b1_EG, expert_R)
             gate_RF, up_RF = h_RG[:, 0::2], h_RG[:, 1::2]
             gate_RF = gate_RF.clamp(max=self.swiglu_limit)
             up_RF = up_RF.clamp(-self.swiglu_limit, self.swiglu_limit)
             h_RF = gate_RF * torch.sigmoid(1.702 * gate_RF) * (up_RF + 1)
-            return _of_its_expert(torch.einsum("rf,edf->red", h_RF, w2_EDF) + b2_ED, expert_R)
+            return _of_its_expert(all_experts(h_RF, w2_EDF) + b2_ED, expert_R)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
@@ -64,6 +64,13 @@ def _expert_of_each_row(x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tenso
     ends_E = torch.cumsum(num_tokens_per_expert_E, dim=0)
     rows_R = torch.arange(x_RD.shape[0], device=x_RD.device)
     return torch.searchsorted(ends_E, rows_R, right=True).clamp_max(ends_E.shape[0] - 1)
+
+
+def all_experts(x_RY: torch.Tensor, w_EXY: torch.Tensor) -> torch.Tensor:
+    """``(R, E, X)``, by one plain product: an einsum is a batched one, and inductor (torch 2.14,
+    ``kernel/bmm.py``) asks on the host whether it has a single row, which EP's ranks know only
+    when they run."""
+    return (x_RY @ w_EXY.flatten(0, 1).T).unflatten(1, w_EXY.shape[:2])
 
 
 def _of_its_expert(out_REX: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,12 @@ from collections.abc import Callable
 
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.rules import benchmark, job, losses, model
+from titan_moe_lb.rules import benchmark, job, losses, model, pipeline, spmd_backend
 
 RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     *job.RULES,
+    *pipeline.RULES,
+    *spmd_backend.RULES,
     *model.RULES,
     *losses.RULES,
     *benchmark.RULES,

@@ -1,4 +1,4 @@
-"""Sizes, layout and schedule of a job. See :mod:`titan_moe_lb.rules`."""
+"""Sizes and layout of a job. See :mod:`titan_moe_lb.rules`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import math
 
 import torch
 import torch._dynamo
-from torchtitan.distributed import pipeline_parallel
-from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel import layout
-from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
 
 _AT_LEAST_ZERO = (
     "lr_scheduler.warmup_steps",
@@ -139,58 +136,6 @@ def compile_backend_is_known(config: Trainer.Config) -> None:
         )
 
 
-def schedule_is_known(config: Trainer.Config) -> None:
-    """torch ignores the case of the name; the rules here and in zero_bubble.py do not."""
-    schedule = config.parallelism.pipeline_parallel_schedule
-    if config.parallelism.pipeline_parallel_degree > 1 and schedule not in SCHEDULES:
-        same = [name for name in SCHEDULES if name.lower() == schedule.lower()]
-        raise JobError(
-            f"parallelism.pipeline_parallel_schedule {schedule!r} does not exist; "
-            f"{nearest(same[0] if same else schedule, SCHEDULES)}"
-        )
-
-
-def stages_have_layers(config: Trainer.Config) -> None:
-    """What torchtitan finds only when every process has built its model."""
-    parallelism, spec = config.parallelism, config.model_spec
-    dims = layout.resolve(parallelism)
-    if dims.pp == 1 or spec is None or parallelism.module_fqns_per_model_part is not None:
-        return
-    if spec.pipelining_fn is None:
-        raise JobError(
-            f"parallelism.pipeline_parallel_degree is {dims.pp}, and torchtitan has no pipeline "
-            f"for {spec.name}: set it to 1"
-        )
-    try:
-        stages, layers, *weights = pipeline_parallel._get_pipeline_metadata(
-            dims, parallelism, spec.model
-        )
-        if stages <= layers + sum(weights):
-            pipeline_parallel._generate_llm_fqn_per_model_part(stages, layers, *weights)
-            return
-    except ValueError as error:
-        raise JobError(f"parallelism: {' '.join(str(error).split())}") from None
-    raise JobError(
-        f"parallelism.pipeline_parallel_degree {dims.pp} with the "
-        f"{parallelism.pipeline_parallel_schedule} schedule makes {stages} stages of a model of "
-        f"{layers} layers: take a smaller degree or a deeper model"
-    )
-
-
-def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
-    schedule = config.parallelism.pipeline_parallel_schedule
-    if (
-        config.parallelism.pipeline_parallel_degree > 1
-        and schedule in ZERO_BUBBLE_SCHEDULES
-        and isinstance(config.activation_checkpoint, SelectiveAC.Config)
-    ):
-        raise JobError(
-            f"the {schedule} schedule runs each backward in two passes, which selective "
-            'activation checkpointing does not survive: set [activation_checkpoint] type = "full" '
-            'or type = "none"'
-        )
-
-
 RULES = (
     sizes_are_positive,
     learning_rate_shrinks,
@@ -201,7 +146,4 @@ RULES = (
     global_batch_divides_over_ranks,
     sequence_divides_over_ranks,
     compile_backend_is_known,
-    schedule_is_known,
-    stages_have_layers,
-    zero_bubble_needs_whole_recompute,
 )

@@ -1,0 +1,144 @@
+"""What a pipeline schedule asks of a job. See :mod:`titan_moe_lb.rules`.
+
+torch and torchtitan find it when every process has built its model, and say it in a traceback.
+"""
+
+from __future__ import annotations
+
+from torchtitan.distributed import pipeline_parallel
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
+
+_A_STAGE_A_RANK = ("1F1B", "GPipe")
+_TWO_STAGES_A_RANK = ("ZBVZeroBubble", "DualPipeV")
+_A_MICRO_BATCH_A_STAGE = ("1F1B", "DualPipeV")
+_EQUAL_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")
+
+
+def schedule_is_known(config: Trainer.Config) -> None:
+    """torch ignores the case of the name; the rules here and in zero_bubble.py do not."""
+    schedule = config.parallelism.pipeline_parallel_schedule
+    if config.parallelism.pipeline_parallel_degree > 1 and schedule not in SCHEDULES:
+        same = [name for name in SCHEDULES if name.lower() == schedule.lower()]
+        raise JobError(
+            f"parallelism.pipeline_parallel_schedule {schedule!r} does not exist; "
+            f"{nearest(same[0] if same else schedule, SCHEDULES)}"
+        )
+
+
+def stages_fit_ranks(config: Trainer.Config) -> None:
+    parallelism, stages = config.parallelism, len(_stages(config))
+    schedule, ranks = parallelism.pipeline_parallel_schedule, layout.resolve(parallelism).pp
+    wanted = 1 if schedule in _A_STAGE_A_RANK else 2 if schedule in _TWO_STAGES_A_RANK else 0
+    if parallelism.pipeline_parallel_schedule_csv:
+        wanted = 0
+    if not stages or (stages == wanted * ranks if wanted else stages % ranks == 0):
+        return
+    by_hand = parallelism.module_fqns_per_model_part is not None
+    key = "module_fqns_per_model_part" if by_hand else "pipeline_parallel_layers_per_stage"
+    needs = f"{wanted * ranks} stages" if wanted else "as many stages on each rank"
+    raise JobError(
+        f"parallelism.{key} makes {stages} stages; the {schedule} schedule needs {needs} with "
+        f"parallelism.pipeline_parallel_degree {ranks}"
+    )
+
+
+def micro_batches_fit_schedule(config: Trainer.Config) -> None:
+    """torch 2.14, ``distributed/pipelining/schedules.py``."""
+    parallelism, stages = config.parallelism, len(_stages(config))
+    if not stages or parallelism.pipeline_parallel_schedule_csv:
+        return
+    schedule, ranks = parallelism.pipeline_parallel_schedule, layout.resolve(parallelism).pp
+    size = parallelism.pipeline_parallel_microbatch_size
+    number = config.training.local_batch_size // size
+    if schedule in _A_MICRO_BATCH_A_STAGE and number < stages:
+        needs, enough = f"a micro-batch for each of {stages} stages", stages
+    elif schedule in _EQUAL_ROUNDS and number % max(1, number // ranks):
+        needs, enough = f"a multiple of {ranks} micro-batches", (number // ranks + 1) * ranks
+    else:
+        return
+    raise JobError(
+        f"the {schedule} schedule needs {needs}, and training.local_batch_size "
+        f"{config.training.local_batch_size} makes {number} of "
+        f"parallelism.pipeline_parallel_microbatch_size {size}: set training.local_batch_size to "
+        f"{enough * size}"
+    )
+
+
+def stages_have_attention(config: Trainer.Config) -> None:
+    """Upstream fact: torchtitan 0.3.0's ``apply_cp_to_forward`` looks at the first attention of
+    a stage."""
+    parallelism, stages = config.parallelism, _stages(config)
+    if parallelism.context_parallel_degree == 1:
+        return
+    for number, names in enumerate(stages):
+        if any(name.startswith("layers.") for name in names):
+            continue
+        remedy = "give it one"
+        if parallelism.module_fqns_per_model_part is None:
+            end = "first" if number == 0 else "last"
+            remedy = f"set parallelism.pipeline_parallel_{end}_stage_less_layers to 0"
+        raise JobError(
+            f"stage {number + 1} of {len(stages)} of the pipeline has no layer, which torchtitan "
+            f"0.3.0 cannot cut for parallelism.context_parallel_degree "
+            f"{parallelism.context_parallel_degree}: {remedy}"
+        )
+
+
+def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
+    schedule = config.parallelism.pipeline_parallel_schedule
+    if (
+        config.parallelism.pipeline_parallel_degree > 1
+        and schedule in ZERO_BUBBLE_SCHEDULES
+        and isinstance(config.activation_checkpoint, SelectiveAC.Config)
+    ):
+        raise JobError(
+            f"the {schedule} schedule runs each backward in two passes, which selective "
+            'activation checkpointing does not survive: set [activation_checkpoint] type = "full" '
+            'or type = "none"'
+        )
+
+
+def _stages(config: Trainer.Config) -> list[list[str]]:
+    """Names of the modules of each stage; none without a pipeline.
+
+    Raises:
+        JobError: the model has no such stages.
+    """
+    parallelism, spec = config.parallelism, config.model_spec
+    dims = layout.resolve(parallelism)
+    if dims.pp == 1 or spec is None:
+        return []
+    if spec.pipelining_fn is None:
+        raise JobError(
+            f"parallelism.pipeline_parallel_degree is {dims.pp}, and torchtitan has no pipeline "
+            f"for {spec.name}: set it to 1"
+        )
+    if parallelism.module_fqns_per_model_part is not None:
+        return parallelism.module_fqns_per_model_part
+    try:
+        stages, layers, *weights = pipeline_parallel._get_pipeline_metadata(
+            dims, parallelism, spec.model
+        )
+        if stages <= layers + sum(weights):
+            return pipeline_parallel._generate_llm_fqn_per_model_part(stages, layers, *weights)
+    except ValueError as error:
+        raise JobError(f"parallelism: {' '.join(str(error).split())}") from None
+    raise JobError(
+        f"parallelism.pipeline_parallel_degree {dims.pp} with the "
+        f"{parallelism.pipeline_parallel_schedule} schedule makes {stages} stages of a model of "
+        f"{layers} layers: take a smaller degree or a deeper model"
+    )
+
+
+RULES = (
+    schedule_is_known,
+    stages_fit_ranks,
+    micro_batches_fit_schedule,
+    stages_have_attention,
+    zero_bubble_needs_whole_recompute,
+)

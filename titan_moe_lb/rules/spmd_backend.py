@@ -1,0 +1,60 @@
+"""What parallelism.spmd_backend computes wrong, or not at all. See :mod:`titan_moe_lb.rules`."""
+
+from __future__ import annotations
+
+from torchtitan.models.common.moe import MoE
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut
+
+
+def gradients_pass_the_experts(config: Trainer.Config) -> None:
+    """Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
+    waits for an argument that is still under way by ``AsyncCollectiveTensor.wait()``, and autograd
+    loses it there. What torchtitan 0.3.0 gathers along the sequence for its experts is under way
+    where it has one sequence; several are put together first, and waited for."""
+    parallelism = config.parallelism
+    gathers = (
+        parallelism.tensor_parallel_degree > 1
+        and parallelism.enable_sequence_parallel
+        and parallelism.expert_parallel_degree == 1
+    )
+    if (
+        parallelism.spmd_backend != "spmd_types"
+        and gathers
+        and not _blocks_are_compiled(config)
+        and batch_cut.cut(config).micro_batch_size == 1
+        and any(config.traverse(MoE.Config))
+    ):
+        raise JobError(
+            f'parallelism.spmd_backend = "{parallelism.spmd_backend}" loses the gradient through '
+            "the experts under parallelism.tensor_parallel_degree with one sequence a forward, "
+            'and does not say so: set parallelism.spmd_backend = "spmd_types"'
+        )
+
+
+def blocks_can_be_traced(config: Trainer.Config) -> None:
+    """Upstream fact: under ``full_dtensor`` a linear layer flattens rows and tokens of a DTensor.
+    Where the tokens are cut too, by CP or by TP under EP, torch 2.14 ends in the first step with
+    ``PendingUnbackedSymbolNotFound``, or does not end (pytorch/torchtitan#3409)."""
+    parallelism = config.parallelism
+    cut = parallelism.context_parallel_degree > 1 or (
+        parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1
+    )
+    if parallelism.spmd_backend == "full_dtensor" and cut and _blocks_are_compiled(config):
+        raise JobError(
+            'parallelism.spmd_backend = "full_dtensor" cannot be compiled with context '
+            "parallelism, nor with tensor and expert parallelism together: set "
+            'parallelism.spmd_backend = "spmd_types", or compile.enable = false'
+        )
+
+
+def _blocks_are_compiled(config: Trainer.Config) -> bool:
+    return config.compile.enable and "model" in config.compile.components
+
+
+RULES = (
+    gradients_pass_the_experts,
+    blocks_can_be_traced,
+)
