@@ -16,7 +16,7 @@ from titan_moe_lb.costmodel.hardware import FIGURES, Hardware
 from titan_moe_lb.costmodel.outcome import View
 from titan_moe_lb.costmodel.read_job import read_job
 from titan_moe_lb.job import job_config
-from titan_moe_lb.plan.command import quiet_host
+from titan_moe_lb.plan.quiet_host import quiet_host
 from titan_moe_lb.upstream import cpu, zero_bubble
 
 BALANCED = "--model.forced_routing={type = 'round_robin'}"

@@ -11,7 +11,7 @@ from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.load import Array
 from titan_moe_lb.costmodel.roofline import BF16_BYTES
 
-Dispatcher = Literal["standard", "deepep"]
+Dispatcher = Literal["standard", "deepep", "low_latency"]
 
 
 def exchange_time(
@@ -29,17 +29,22 @@ def exchange_time(
 
     ``standard`` sends each of the K copies of a token. ``deepep`` sends a token once to each
     node that it goes to, and there once to each rank, over both kinds of links at once.
+    ``low_latency``, DeepEP's kernels for serving, sends what ``standard`` does, and starts the
+    messages to all ranks at once.
 
     Args:
         tokens: of one rank.
         reachable: share of the nodes that a token may go to, by group-limited routing.
         skew: the busiest receiver over the mean.
     """
-    if dispatcher == "standard":
+    if dispatcher != "deepep":
         # Of the K copies of each token, 1/EP stay on their rank at balance.
         copies = top_k * (ep_degree - 1) / ep_degree
         return hardware.all_to_all_time(
-            num_bytes=tokens * copies * dim * BF16_BYTES, ep_degree=ep_degree, skew=skew
+            num_bytes=tokens * copies * dim * BF16_BYTES,
+            ep_degree=ep_degree,
+            skew=skew,
+            starts_at_once=dispatcher == "low_latency",
         )
     near = min(ep_degree, hardware.scale_up_domain)
     nodes = max(1.0, ep_degree / hardware.scale_up_domain)

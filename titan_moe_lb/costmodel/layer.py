@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from titan_moe_lb.costmodel.dispatch import Dispatcher, exchange_time
 from titan_moe_lb.costmodel.hardware import Hardware
-from titan_moe_lb.costmodel.load import WORST, Array, ExpertLoad, expert_load
+from titan_moe_lb.costmodel.load import WORST, Array, ExpertLoad, active_share, expert_load
 from titan_moe_lb.costmodel.roofline import (
     BF16_BYTES,
     expert_forward_time,
@@ -150,6 +150,24 @@ def measured_layer_time(
     )
     tokens_d = device_experts_dn.sum(axis=-1)
     skew = tokens_d.max(axis=-1) / tokens_d.mean(axis=-1)
+    experts = seconds_dn.sum(axis=-1).max(axis=-1)
+    return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
+
+
+def served_layer_time(
+    layer: MoELayer, placement: Placement, hardware: Hardware, chosen_dn: np.ndarray
+) -> LayerTime:
+    """The time where tokens are so few that some experts have no work, and are not read.
+
+    Args:
+        chosen_dn: the probability that a token chooses the expert in each of the n slots of
+            each of the EP devices, ``(..., EP, n)``. They add up to top_k.
+    """
+    active_dn = active_share(chosen_dn, placement.tokens)
+    rows_dn = placement.tokens * chosen_dn / np.maximum(active_dn, np.finfo(float).tiny)
+    seconds_dn = active_dn * mlp_time(rows_dn, layer.dim, layer.hidden_dim, hardware)
+    chosen_d = chosen_dn.sum(axis=-1)
+    skew = chosen_d.max(axis=-1) / chosen_d.mean(axis=-1)
     experts = seconds_dn.sum(axis=-1).max(axis=-1)
     return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
 

@@ -16,6 +16,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import MoE
+from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import Trainer
 
@@ -58,11 +59,7 @@ def read_job(
     spec = config.model_spec
     assert spec is not None
     numbers = layer_numbers(spec.model)
-    if not numbers:
-        raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
-    moe_layers = {
-        numbers[name]: _moe_layer(moe) for name, moe, *_ in spec.model.traverse(MoE.Config)
-    }
+    moe_layers = moe_layers_of(spec)
     spec.model.update_from_config(config=config)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = spec.model.build()
@@ -98,6 +95,14 @@ def read_job(
         tokens_per_step=cut.global_batch_size * cut.seq_len,
         states=states,
     )
+
+
+def moe_layers_of(spec: ModelSpec) -> dict[int, MoELayer]:
+    """By number in the whole model. Raises ``JobError`` where there are none."""
+    numbers = layer_numbers(spec.model)
+    if not numbers:
+        raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
+    return {numbers[name]: _moe_layer(moe) for name, moe, *_ in spec.model.traverse(MoE.Config)}
 
 
 def _moe_layer(moe: MoE.Config) -> MoELayer:
