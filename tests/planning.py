@@ -150,6 +150,24 @@ def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
     return makespan(job.schedule, [1.0] * stages, [2.0] * stages), stages
 
 
+def block_without_norm() -> str:
+    """What is said of a part of a model whose second block is of an unknown kind."""
+    from torch import nn
+
+    from titan_moe_lb.costmodel.read_job import _blocks
+    from titan_moe_lb.errors import JobError
+
+    known, unknown = nn.Linear(1, 1), nn.Linear(1, 1)
+    known.attention_norm = nn.RMSNorm(1)
+    part = nn.Module()
+    part.layers = nn.ModuleDict({"0": known, "7": unknown})
+    try:
+        _blocks(part)
+    except JobError as error:
+        return str(error)
+    return ""
+
+
 def served_sizes(
     config: str, context: int = 1, flags: list[str] | None = None
 ) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -19,10 +20,12 @@ def exchange_time(
     hardware: Hardware,
     *,
     tokens: float,
+    num_experts: int,
     top_k: int,
     dim: int,
     ep_degree: int,
     reachable: float,
+    neighbouring: bool,
     skew: Array,
 ) -> Array:
     """Seconds of one all-to-all, there or back, until the busiest rank has everything.
@@ -35,6 +38,7 @@ def exchange_time(
     Args:
         tokens: of one rank.
         reachable: share of the nodes that a token may go to, by group-limited routing.
+        neighbouring: a token takes experts that follow one another, and so goes to few places.
         skew: the busiest receiver over the mean.
     """
     if dispatcher != "deepep":
@@ -48,15 +52,21 @@ def exchange_time(
         )
     near = min(ep_degree, hardware.scale_up_domain)
     nodes = max(1.0, ep_degree / hardware.scale_up_domain)
+
+    def places(number: float, open_to: float = 1.0) -> float:
+        if neighbouring:
+            return _different_of_a_run(number, top_k, int(num_experts // number))
+        return _different(max(1.0, number * open_to), top_k)
+
     links = (
         (
-            _different(max(1.0, nodes * reachable), top_k) * (1 - 1 / nodes),
+            places(nodes, reachable) * (1 - 1 / nodes),
             hardware.scale_out_bandwidth,
             hardware.scale_out_latency,
             nodes,
         ),
         (
-            _different(ep_degree, top_k) * (1 - 1 / near),
+            places(ep_degree) * (1 - 1 / near),
             hardware.scale_up_bandwidth,
             hardware.scale_up_latency,
             near,
@@ -73,6 +83,12 @@ def exchange_time(
         for sent, bandwidth, latency, peers in links
     )
     return np.maximum(out, up)
+
+
+def _different_of_a_run(places: float, choices: int, experts: int) -> float:
+    """The same in the mean of runs of experts that follow each other, so many in each place."""
+    # A run begins at any multiple of the common divisor, and ends in another place as often.
+    return min(places, 1 + (choices - math.gcd(choices, experts)) / experts)
 
 
 def _different(places: float, choices: int) -> float:

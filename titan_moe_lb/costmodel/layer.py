@@ -32,6 +32,10 @@ class MoELayer:
     """Expert groups of group-limited routing."""
     num_limited_groups: int = 1
     """Of them, those that a token may go to."""
+    expert_biases: bool = False
+    """Each expert adds biases to what its products give."""
+    neighbouring_choices: bool = False
+    """A token takes experts that follow one another, as torchtitan's forced balance deals them."""
 
     @property
     def parameters_per_expert(self) -> int:
@@ -180,10 +184,12 @@ def _layer_time(
         placement.dispatcher,
         hardware,
         tokens=tokens,
+        num_experts=layer.num_experts,
         top_k=layer.top_k,
         dim=layer.dim,
         ep_degree=degree,
         reachable=layer.num_limited_groups / layer.num_groups,
+        neighbouring=layer.neighbouring_choices,
         skew=skew,
     )
     shared = (
@@ -205,9 +211,14 @@ def _moved_bytes(layer: MoELayer, placement: Placement, skew: Array) -> Array:
     """Read and written by the busiest rank in a forward, each operation fused into one.
 
     Of what it receives: into the order of the experts, the activation (two in, one out), and
-    back. Of what it sends: into the order of the ranks, and weighted and summed in float32.
+    back. Biases are written out for each token before they are added. Of what it sends: into
+    the order of the ranks, and weighted and summed in float32; DeepEP's kernels do that as
+    they send and receive.
     """
     sent = placement.tokens_per_rank * layer.top_k
-    received = sent * skew
-    of_received = 4 * layer.dim + 3 * layer.hidden_dim / placement.expert_shards
-    return BF16_BYTES * (received * of_received + sent * 5 * layer.dim)
+    hidden_dim = layer.hidden_dim / placement.expert_shards
+    of_received = 4 * layer.dim + 3 * hidden_dim
+    if layer.expert_biases:
+        of_received += 4 * (layer.dim + 2 * hidden_dim)
+    of_sent = 5 * layer.dim if placement.dispatcher == "standard" else 0
+    return BF16_BYTES * sent * (skew * of_received + of_sent)

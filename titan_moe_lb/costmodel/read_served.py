@@ -29,8 +29,8 @@ def read_served(config: Trainer.Config) -> ServedModel:
     spec = config.model_spec
     assert spec is not None
     numbers = layer_numbers(spec.model)
-    moe_layers = moe_layers_of(spec)
     spec.model.update_from_config(config=config)
+    moe_layers = moe_layers_of(spec)
     with torch.device("meta"), set_default_dtype(torch.bfloat16):
         model: Any = spec.model.build()
     blocks = {f"layers.{name}": block for name, block in model.layers.named_children()}

@@ -67,9 +67,9 @@ class ServedDegree:
     """Of a rank without copies of experts."""
     most_sequences: int
     """Whose caches fit beside them."""
-    turning_tokens: float
+    turning_tokens: float | None
     """Tokens of a rank from which on, at balance, the experts' arithmetic takes longer than
-    reading them; infinite where it never does."""
+    reading them; None where it never does."""
     rows: tuple[ServedRow, ...]
 
 
@@ -109,7 +109,7 @@ def serve_degree(
         ep_degree=ep_degree,
         weight_bytes=weights,
         most_sequences=max(0, int((usable_bytes - weights) / model.cache_bytes(context))),
-        turning_tokens=even * layer.num_experts / layer.top_k / ep_degree,
+        turning_tokens=even and even * layer.num_experts / layer.top_k / ep_degree,
         rows=tuple(rows),
     )
 

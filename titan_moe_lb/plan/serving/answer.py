@@ -38,8 +38,11 @@ class Serving:
     def load(self) -> str:
         """The load that is judged: the run's with experts in blocks, else log-normal, else the first."""
         names = [row.load for row in self.degrees[0].rows]
-        preferred = [name for name in names if name == "contiguous" or name.startswith("σ")]
-        return ([name for name in preferred if name == "contiguous"] or preferred or names)[0]
+
+        def of_kind(start: str) -> list[str]:
+            return [name for name in names if name.startswith(start)]
+
+        return (of_kind("contiguous") + of_kind("σ") + names)[0]
 
     def _judged(self) -> list[Choice]:
         """Rows under that load."""

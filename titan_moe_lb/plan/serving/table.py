@@ -135,7 +135,7 @@ def limits(answer: Serving, degree: ServedDegree) -> str:
     """How many sequences fit, and what limits the experts, in a sentence."""
     turn = (
         "reading the experts is the limit at any number of tokens"
-        if math.isinf(degree.turning_tokens)
+        if degree.turning_tokens is None
         else f"reading the experts is the limit up to {math.ceil(degree.turning_tokens):,} tokens on a "
         "device, then their arithmetic"
     )
