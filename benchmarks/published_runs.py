@@ -9,10 +9,17 @@ of the table in docs/planning.md.
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import tomli_w
 import tyro
 
+from titan_moe_lb.costmodel.hardware import FIGURES
+from titan_moe_lb.costmodel.known_hardware import hardware
 from titan_moe_lb.plan.command import make_plan
 from titan_moe_lb.plan.question import Question
 
@@ -35,6 +42,8 @@ class Run:
     job: tuple[str, ...]
     differs: str = ""
     """What the job does not say of the run."""
+    what_if: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    """Other predictions: what they take from that, and factors on figures of the device."""
 
 
 def _job(module: str, flavor: str, local: int, batch: int, ac: str, *more: str) -> tuple[str, ...]:
@@ -50,7 +59,18 @@ def _job(module: str, flavor: str, local: int, batch: int, ac: str, *more: str) 
     )
 
 
+NEIGHBOURS = "--debug.moe_force_load_balance"
+"""AutoModel's balanced gate gives a token experts that follow one another, and so does this."""
 TP2 = "--parallelism.tensor_parallel_degree=2"
+
+
+HIDDEN = {
+    "bf16_flops": 112 / 132,
+    "scale_up_bandwidth": 1e6,
+    "scale_out_bandwidth": 1e6,
+    "scale_up_latency": 1e-6,
+    "scale_out_latency": 1e-6,
+}
 
 
 def _pipeline(degree: int, layers: int) -> tuple[str, ...]:
@@ -69,7 +89,7 @@ RUNS = (
         ranks=8,
         ep=8,
         tokens_per_second=256 * 4096 / 10.04 / 8,
-        job=_job("gpt_oss", "20b", 2, 256, "None"),
+        job=_job("gpt_oss", "20b", 2, 256, "None", NEIGHBOURS),
     ),
     Run(
         name="Qwen3 30B-A3B",
@@ -78,7 +98,7 @@ RUNS = (
         ranks=8,
         ep=8,
         tokens_per_second=512 * 4096 / 21.773 / 8,
-        job=_job("qwen3", "30b_a3b", 4, 512, "full"),
+        job=_job("qwen3", "30b_a3b", 4, 512, "full", NEIGHBOURS),
     ),
     Run(
         name="GPT-OSS 120B",
@@ -87,7 +107,7 @@ RUNS = (
         ranks=64,
         ep=64,
         tokens_per_second=512 * 4096 / 4.30 / 64,
-        job=_job("gpt_oss", "120b", 2, 512, "None"),
+        job=_job("gpt_oss", "120b", 2, 512, "None", NEIGHBOURS),
     ),
     Run(
         name="DeepSeek-V3 671B, 256 GPUs",
@@ -96,7 +116,7 @@ RUNS = (
         ranks=256,
         ep=64,
         tokens_per_second=512 * 4096 / 8.18 / 256,
-        job=_job("deepseek_v3", "671b", 8, 512, "full", *_pipeline(4, 2)),
+        job=_job("deepseek_v3", "671b", 8, 512, "full", NEIGHBOURS, *_pipeline(4, 2)),
     ),
     Run(
         name="DeepSeek-V3 671B, 1,024 GPUs",
@@ -105,7 +125,10 @@ RUNS = (
         ranks=1024,
         ep=64,
         tokens_per_second=8192 * 4096 / 37.87 / 1024,
-        job=_job("deepseek_v3", "671b", 8, 8192, "full", *_pipeline(4, 2)),
+        job=_job("deepseek_v3", "671b", 8, 8192, "full", NEIGHBOURS, *_pipeline(4, 2)),
+        # 2.55 billion parameters of experts on a rank, each gathered in BF16 and reduced in float32
+        # among four, four times a step: 4 x 2.55e9 x 3/4 x (2 + 4) bytes at 40 GB/s.
+        differs="FSDP's collectives of the experts, which four EP groups share: 1.15 s if nothing hides them",
     ),
     Run(
         name="DeepSeek-V3 671B, pre-training",
@@ -115,7 +138,12 @@ RUNS = (
         ep=64,
         tokens_per_second=14.8e12 / 2.664e6 / 3600,
         job=_job("deepseek_v3", "671b", 112, 14336, "None", *_pipeline(16, 2)),
-        differs="FP8 products, all-to-alls that DualPipe overlaps, multi-token prediction; batches of 15,360",
+        differs="multi-token prediction, batches of 15,360",
+        what_if={
+            "all-to-alls hidden by DualPipe, which leaves 112 of 132 SMs (section 3.2)": HIDDEN,
+            "and products in FP8 at twice the rate (section 3.3)": HIDDEN
+            | {"bf16_flops": 2 * 112 / 132},
+        },
     ),
     Run(
         name="Qwen3 235B-A22B, pipeline",
@@ -152,24 +180,43 @@ def main() -> None:
     for run in RUNS:
         if arguments.only and not any(part in run.name for part in arguments.only):
             continue
-        plan = make_plan(
-            Question(
-                hardware=run.hardware,
-                ranks=run.ranks,
-                ep=str(run.ep),
-                imbalance="1.0",
-                dispatcher="deepep",
-                job_flags=run.job,
-            )
-        )
-        balance = plan.degrees[0].balance
-        tokens = plan.job.tokens_per_step
-        predicted = tokens / balance.step_seconds / run.ranks
+        tokens, predicted = _predict(run, run.hardware)
+        measured = tokens / run.tokens_per_second / run.ranks
+        differs = [run.differs] if run.differs else []
+        for name, factors in run.what_if.items():
+            with tempfile.TemporaryDirectory() as folder:
+                _tokens, changed = _predict(run, _changed(run.hardware, factors, folder))
+            differs.append(f"{name}: {changed:.2f} s, {changed / measured - 1:+.0%}")
         print(
-            f"| {run.name} | {run.ranks:,} | {run.ep} | {tokens / run.tokens_per_second / run.ranks:.2f} s "
-            f"| {balance.step_seconds:.2f} s | {run.tokens_per_second / predicted - 1:+.0%} | {run.differs} | {run.source} |",
+            f"| {run.name} | {run.ranks:,} | {run.ep} | {measured:.2f} s | {predicted:.2f} s "
+            f"| {predicted / measured - 1:+.0%} | {'; '.join(differs)} | {run.source} |",
             flush=True,
         )
+
+
+def _predict(run: Run, device: str) -> tuple[int, float]:
+    """Tokens of a step, and its seconds at balance."""
+    plan = make_plan(
+        Question(
+            hardware=device,
+            ranks=run.ranks,
+            ep=str(run.ep),
+            imbalance="1.0",
+            dispatcher="deepep",
+            job_flags=run.job,
+        )
+    )
+    return plan.job.tokens_per_step, plan.degrees[0].balance.step_seconds
+
+
+def _changed(name: str, factors: Mapping[str, float], folder: str) -> str:
+    """A file in the folder with a device some of whose figures are others."""
+    device = hardware(name)
+    figures = {name: getattr(device, name) * factors.get(name, 1) for name in FIGURES}
+    figures["scale_up_domain"] = device.scale_up_domain
+    file = Path(folder) / "device.toml"
+    file.write_text(tomli_w.dumps(figures))
+    return str(file)
 
 
 if __name__ == "__main__":

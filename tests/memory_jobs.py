@@ -16,7 +16,7 @@ from titan_moe_lb.costmodel.hardware import FIGURES, Hardware
 from titan_moe_lb.costmodel.outcome import View
 from titan_moe_lb.costmodel.read_job import read_job
 from titan_moe_lb.job import job_config
-from titan_moe_lb.plan.command import quiet_host
+from titan_moe_lb.plan.quiet_host import quiet_host
 from titan_moe_lb.upstream import cpu, zero_bubble
 
 BALANCED = "--model.forced_routing={type = 'round_robin'}"
@@ -57,7 +57,9 @@ class LiveBytes(TorchDispatchMode):
         self.most = 0
         self._note(tensors)
 
-    def _note(self, values: Any) -> None:
+    def _note(self, values: Any) -> bool:
+        """Whether there are new ones."""
+        new = False
         for value in tree_leaves(values):
             if not isinstance(value, torch.Tensor) or value.device.type == "meta":
                 continue
@@ -67,14 +69,16 @@ class LiveBytes(TorchDispatchMode):
             if key not in self._live:
                 self._live[key] = weakref.ref(storage)
                 weakref.finalize(storage, self._live.pop, key, None)
+                new = True
+        return new
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self._note(result)
-        # FSDP resizes storages: their sizes are read anew.
-        storages = [reference() for reference in list(self._live.values())]
-        now = sum(storage.nbytes() for storage in storages if storage is not None)
-        self.most = max(self.most, now)
+        if self._note(result):
+            # FSDP resizes storages: their sizes are read anew.
+            storages = [reference() for reference in list(self._live.values())]
+            now = sum(storage.nbytes() for storage in storages if storage is not None)
+            self.most = max(self.most, now)
         return result
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from titan_moe_lb import cli
 from titan_moe_lb.costmodel.hardware import FIGURES
 from titan_moe_lb.job import job_config
+from titan_moe_lb.plan.quiet_host import quiet_host
+from titan_moe_lb.plan.serving.command import ALONE
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
@@ -146,3 +148,35 @@ def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
     job = read_job(job_config.load(arguments).config)
     stages = len(job.stages)
     return makespan(job.schedule, [1.0] * stages, [2.0] * stages), stages
+
+
+def block_without_norm() -> str:
+    """What is said of a part of a model whose second block is of an unknown kind."""
+    from torch import nn
+
+    from titan_moe_lb.costmodel.read_job import _blocks
+    from titan_moe_lb.errors import JobError
+
+    known, unknown = nn.Linear(1, 1), nn.Linear(1, 1)
+    known.attention_norm = nn.RMSNorm(1)
+    part = nn.Module()
+    part.layers = nn.ModuleDict({"0": known, "7": unknown})
+    try:
+        _blocks(part)
+    except JobError as error:
+        return str(error)
+    return ""
+
+
+def served_sizes(
+    config: str, context: int = 1, flags: list[str] | None = None
+) -> tuple[float, float]:
+    """Bytes of a model's caches of one token, and of its weights, as they are served."""
+    from titan_moe_lb.costmodel.read_served import read_served
+
+    os.environ["WORLD_SIZE"] = "1"
+    module = next(name for name in ("deepseek_v3", "qwen3", "gpt_oss") if config.startswith(name))
+    job = ["--module", module, "--config", config, *ALONE, *(flags or [])]
+    with quiet_host():
+        model = read_served(job_config.load(job).config)
+    return model.cache_bytes(context) / context, model.weight_bytes(ep_degree=1)

@@ -17,6 +17,7 @@ from titan_moe_lb.costmodel.activation import (
     largest_that_fits,
     working_bytes_per_received_token,
 )
+from titan_moe_lb.costmodel.dispatch import exchange_time
 from titan_moe_lb.costmodel.hardware import FIGURES, Hardware
 from titan_moe_lb.costmodel.known_hardware import hardware, known_hardware
 from titan_moe_lb.costmodel.layer import MoELayer, Placement, measured_layer_time, moe_layer_time
@@ -235,6 +236,53 @@ def test_all_to_all_over_nodes_waits_for_the_slower_links():
     assert DEVICE.all_to_all_time(num_bytes=7e6, ep_degree=4) == pytest.approx(7e-3)
     latency = DEVICE.all_to_all_time(num_bytes=1, ep_degree=8)
     assert latency == pytest.approx(3 * 1e-6 + 4 * 1e-5)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(16, 2), (64, 6), (32, 4), (64, 8)])
+@pytest.mark.parametrize("neighbouring", [False, True])
+def test_deepep_sends_a_token_to_every_place_once(experts, top_k, neighbouring):
+    """8 ranks in domains of 4, beside tokens that are dealt out or drawn one by one."""
+    tokens = 4096 * 3
+    if neighbouring:
+        chosen = np.arange(tokens * top_k).reshape(tokens, top_k) % experts
+    else:
+        # K choices of their own, as the formula takes them: not of different experts.
+        chosen = np.random.default_rng(0).integers(experts, size=(tokens, top_k))
+    seconds = []
+    for ranks, bandwidth in ((8, DEVICE.scale_up_bandwidth), (2, DEVICE.scale_out_bandwidth)):
+        place = chosen // (experts // ranks)
+        different = np.mean([len(set(row)) for row in place.tolist()])
+        # Of the places that it goes to over these links, it is itself in one of 4, or of 2.
+        stays = 1 / min(ranks, 4)
+        seconds.append(1000 * different * (1 - stays) * 64 * 2 / bandwidth)
+    found = exchange_time(
+        "deepep",
+        DEVICE,
+        tokens=1000,
+        num_experts=experts,
+        top_k=top_k,
+        dim=64,
+        ep_degree=8,
+        reachable=1.0,
+        neighbouring=neighbouring,
+        skew=1.0,
+    )
+    assert found == pytest.approx(max(seconds), rel=1e-9 if neighbouring else 0.01)
+
+
+def test_moved_values_of_dispatchers_and_biases():
+    """64 tokens to 2 experts each, D 64 and F 32, on one rank without imbalance."""
+    plain = {"num_experts": 16, "top_k": 2, "dim": 64, "hidden_dim": 32}
+    of_received = 4 * 64 + 3 * 32
+    for layer, dispatcher, values in (
+        (MoELayer(**plain), "standard", of_received + 5 * 64),
+        (MoELayer(**plain), "deepep", of_received),
+        # gpt_oss/moe.py: a bias is written out, and read, added and written with the result.
+        (MoELayer(**plain, expert_biases=True), "deepep", of_received + 4 * (2 * 32 + 64)),
+    ):
+        placement = Placement(tokens_per_rank=64, ep_degree=1, dispatcher=dispatcher)
+        time = moe_layer_time(layer, placement, DEVICE, imbalance_factor=1.0)
+        assert time.movement == pytest.approx(64 * 2 * values * 2 / DEVICE.memory_bandwidth)
 
 
 def test_gemm_is_arithmetic_or_memory():

@@ -108,6 +108,15 @@ WRONG_PLAN = {
     "plan --hardware h100 -- --training.stpes 3": "did you mean '--training.steps'?",
     "NGPU=two plan --hardware h100": "NGPU=two must be a whole number",
     "plan --hardware h100 -- --module llama3 --config llama3_debugmodel": "has no MoE layers",
+    "plan --hardware h100 --tokens 1,8": "--tokens is of a deployment: give --serve as well",
+    "plan --hardware h100 --context 4096": "--context is of a deployment: give --serve as well",
+    "plan --hardware h100 --dispatcher low_latency": "low_latency is of kernels without a backward",
+    "plan --hardware h100 --serve --tokens some": "--tokens some must be whole numbers of at least 1",
+    "plan --hardware h100 --serve --context 0": "--context 0 must be at least 1",
+    "plan --hardware h100 --serve --ranks 8": "--ranks is of a training; a deployment has the devices",
+    "plan --hardware h100 --serve --ep 3 -- TINY": "--ep 3 does not divide the 8 experts of layer 1",
+    "plan --hardware h100 --serve --redundant-experts 8": "--redundant-experts is answered from the",
+    "plan --hardware h100 --serve --from-run run --drop-share 0.1": "--drop-share is about the buffers",
 }
 WRONG_PLACE = {
     "place": "CHECKPOINT is missing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.load import Array
 from titan_moe_lb.costmodel.roofline import BF16_BYTES
 
-Dispatcher = Literal["standard", "deepep"]
+Dispatcher = Literal["standard", "deepep", "low_latency"]
 
 
 def exchange_time(
@@ -19,39 +20,53 @@ def exchange_time(
     hardware: Hardware,
     *,
     tokens: float,
+    num_experts: int,
     top_k: int,
     dim: int,
     ep_degree: int,
     reachable: float,
+    neighbouring: bool,
     skew: Array,
 ) -> Array:
     """Seconds of one all-to-all, there or back, until the busiest rank has everything.
 
     ``standard`` sends each of the K copies of a token. ``deepep`` sends a token once to each
     node that it goes to, and there once to each rank, over both kinds of links at once.
+    ``low_latency``, DeepEP's kernels for serving, sends what ``standard`` does, and starts the
+    messages to all ranks at once.
 
     Args:
         tokens: of one rank.
         reachable: share of the nodes that a token may go to, by group-limited routing.
+        neighbouring: a token takes experts that follow one another, and so goes to few places.
         skew: the busiest receiver over the mean.
     """
-    if dispatcher == "standard":
+    if dispatcher != "deepep":
         # Of the K copies of each token, 1/EP stay on their rank at balance.
         copies = top_k * (ep_degree - 1) / ep_degree
         return hardware.all_to_all_time(
-            num_bytes=tokens * copies * dim * BF16_BYTES, ep_degree=ep_degree, skew=skew
+            num_bytes=tokens * copies * dim * BF16_BYTES,
+            ep_degree=ep_degree,
+            skew=skew,
+            starts_at_once=dispatcher == "low_latency",
         )
     near = min(ep_degree, hardware.scale_up_domain)
     nodes = max(1.0, ep_degree / hardware.scale_up_domain)
+
+    def places(number: float, open_to: float = 1.0) -> float:
+        if neighbouring:
+            return _different_of_a_run(number, top_k, int(num_experts // number))
+        return _different(max(1.0, number * open_to), top_k)
+
     links = (
         (
-            _different(max(1.0, nodes * reachable), top_k) * (1 - 1 / nodes),
+            places(nodes, reachable) * (1 - 1 / nodes),
             hardware.scale_out_bandwidth,
             hardware.scale_out_latency,
             nodes,
         ),
         (
-            _different(ep_degree, top_k) * (1 - 1 / near),
+            places(ep_degree) * (1 - 1 / near),
             hardware.scale_up_bandwidth,
             hardware.scale_up_latency,
             near,
@@ -68,6 +83,12 @@ def exchange_time(
         for sent, bandwidth, latency, peers in links
     )
     return np.maximum(out, up)
+
+
+def _different_of_a_run(places: float, choices: int, experts: int) -> float:
+    """The same in the mean of runs of experts that follow each other, so many in each place."""
+    # A run begins at any multiple of the common divisor, and ends in another place as often.
+    return min(places, 1 + (choices - math.gcd(choices, experts)) / experts)
 
 
 def _different(places: float, choices: int) -> float:

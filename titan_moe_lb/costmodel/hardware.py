@@ -57,7 +57,12 @@ class Hardware:
         )
 
     def all_to_all_time(
-        self, *, num_bytes: ArrayLike, ep_degree: ArrayLike, skew: ArrayLike = 1.0
+        self,
+        *,
+        num_bytes: ArrayLike,
+        ep_degree: ArrayLike,
+        skew: ArrayLike = 1.0,
+        starts_at_once: bool = False,
     ) -> Array:
         """Seconds of an all-to-all among ``ep_degree`` neighbouring ranks.
 
@@ -68,6 +73,7 @@ class Hardware:
 
         Args:
             num_bytes: bytes that a rank receives from all other ranks at balance.
+            starts_at_once: the messages of a rank, rather than one after another.
         """
         degree = np.asarray(ep_degree, dtype=np.float64)
         peers = np.maximum(degree - 1, 1)
@@ -76,11 +82,14 @@ class Hardware:
         seconds_per_byte = np.maximum(
             near / self.scale_up_bandwidth, far / self.scale_out_bandwidth
         )
+        latency = near * self.scale_up_latency + far * self.scale_out_latency
+        if starts_at_once:
+            latency = np.where(far > 0, self.scale_out_latency, self.scale_up_latency) / peers
         return all_to_all_time(
             num_bytes=num_bytes,
             ep_degree=degree,
             bandwidth=1 / np.where(degree > 1, seconds_per_byte, 1.0),
-            latency=near * self.scale_up_latency + far * self.scale_out_latency,
+            latency=latency,
             skew=skew,
         )
 

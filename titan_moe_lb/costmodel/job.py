@@ -76,6 +76,17 @@ class RankState:
             self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.unsharded_bytes
         )
 
+    def peak_bytes(self, activations: float, accumulates: bool) -> float:
+        """With the activations at their most.
+
+        Args:
+            accumulates: gradients of the passes before are there already. Those of a single
+                pass come as its activations go.
+        """
+        gradients = self.gradient_bytes
+        together = activations + gradients if accumulates else max(activations, gradients)
+        return self.total_bytes - gradients + together
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobModel:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from titan_moe_lb.costmodel.dispatch import Dispatcher, exchange_time
 from titan_moe_lb.costmodel.hardware import Hardware
-from titan_moe_lb.costmodel.load import WORST, Array, ExpertLoad, expert_load
+from titan_moe_lb.costmodel.load import WORST, Array, ExpertLoad, active_share, expert_load
 from titan_moe_lb.costmodel.roofline import (
     BF16_BYTES,
     expert_forward_time,
@@ -32,6 +32,10 @@ class MoELayer:
     """Expert groups of group-limited routing."""
     num_limited_groups: int = 1
     """Of them, those that a token may go to."""
+    expert_biases: bool = False
+    """Each expert adds biases to what its products give."""
+    neighbouring_choices: bool = False
+    """A token takes experts that follow one another, as torchtitan's forced balance deals them."""
 
     @property
     def parameters_per_expert(self) -> int:
@@ -154,6 +158,24 @@ def measured_layer_time(
     return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
 
 
+def served_layer_time(
+    layer: MoELayer, placement: Placement, hardware: Hardware, chosen_dn: np.ndarray
+) -> LayerTime:
+    """The time where tokens are so few that some experts have no work, and are not read.
+
+    Args:
+        chosen_dn: the probability that a token chooses the expert in each of the n slots of
+            each of the EP devices, ``(..., EP, n)``. They add up to top_k.
+    """
+    active_dn = active_share(chosen_dn, placement.tokens)
+    rows_dn = placement.tokens * chosen_dn / np.maximum(active_dn, np.finfo(float).tiny)
+    seconds_dn = active_dn * mlp_time(rows_dn, layer.dim, layer.hidden_dim, hardware)
+    chosen_d = chosen_dn.sum(axis=-1)
+    skew = chosen_d.max(axis=-1) / chosen_d.mean(axis=-1)
+    experts = seconds_dn.sum(axis=-1).max(axis=-1)
+    return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
+
+
 def _layer_time(
     layer: MoELayer, placement: Placement, hardware: Hardware, *, experts: Array, skew: Array
 ) -> LayerTime:
@@ -162,10 +184,12 @@ def _layer_time(
         placement.dispatcher,
         hardware,
         tokens=tokens,
+        num_experts=layer.num_experts,
         top_k=layer.top_k,
         dim=layer.dim,
         ep_degree=degree,
         reachable=layer.num_limited_groups / layer.num_groups,
+        neighbouring=layer.neighbouring_choices,
         skew=skew,
     )
     shared = (
@@ -187,9 +211,14 @@ def _moved_bytes(layer: MoELayer, placement: Placement, skew: Array) -> Array:
     """Read and written by the busiest rank in a forward, each operation fused into one.
 
     Of what it receives: into the order of the experts, the activation (two in, one out), and
-    back. Of what it sends: into the order of the ranks, and weighted and summed in float32.
+    back. Biases are written out for each token before they are added. Of what it sends: into
+    the order of the ranks, and weighted and summed in float32; DeepEP's kernels do that as
+    they send and receive.
     """
     sent = placement.tokens_per_rank * layer.top_k
-    received = sent * skew
-    of_received = 4 * layer.dim + 3 * layer.hidden_dim / placement.expert_shards
-    return BF16_BYTES * (received * of_received + sent * 5 * layer.dim)
+    hidden_dim = layer.hidden_dim / placement.expert_shards
+    of_received = 4 * layer.dim + 3 * hidden_dim
+    if layer.expert_biases:
+        of_received += 4 * (layer.dim + 2 * hidden_dim)
+    of_sent = 5 * layer.dim if placement.dispatcher == "standard" else 0
+    return BF16_BYTES * sent * (skew * of_received + of_sent)

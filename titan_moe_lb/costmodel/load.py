@@ -170,6 +170,17 @@ def receiver_skew(
     ).receiver_skew
 
 
+def active_share(chosen: ArrayLike, num_tokens: ArrayLike) -> Array:
+    """The probability that an expert has any work, ``1 - (1 - p)^T``.
+
+    Args:
+        chosen: p, the probability that a token chooses it: K/E at balance.
+        num_tokens: T, tokens that choose independently.
+    """
+    with np.errstate(divide="ignore"):  # of an expert that every token chooses
+        return -np.expm1(np.asarray(num_tokens) * np.log1p(-np.minimum(chosen, 1.0)))
+
+
 def _whole(name: str, value: ArrayLike) -> Array:
     array = np.asarray(value, dtype=np.float64)
     wrong = ~((array >= 1) & (array == np.floor(array)))

@@ -137,7 +137,8 @@ class View:
 
     def _most(self, activations: dict[int, float], copies: int) -> tuple[float, int]:
         needs = {
-            position: state.total_bytes + activations[position] + self._copies(position, copies)
+            position: state.peak_bytes(activations[position], self.job.accumulation_steps > 1)
+            + self._copies(position, copies)
             for position, state in self.job.states.items()
         }
         position = max(needs, key=lambda key: needs[key])

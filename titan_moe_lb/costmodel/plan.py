@@ -10,14 +10,13 @@ import numpy as np
 from titan_moe_lb.costmodel.activation import largest_that_fits
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
-from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.load import WORST
 from titan_moe_lb.costmodel.lognormal import lognormal_loads
 from titan_moe_lb.costmodel.outcome import Outcome, View
+from titan_moe_lb.costmodel.placed_experts import placed_experts, placements
 from titan_moe_lb.costmodel.recorded import RecordedLoads
 from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
-from titan_moe_lb.traces.eplb import eplb
-from titan_moe_lb.traces.placement import contiguous, greedy_in_groups
+from titan_moe_lb.traces.placement import contiguous
 
 CURVE_POINTS = 17
 
@@ -129,7 +128,6 @@ def plan_degree(
         lambda factor: view.memory(view.two_level(factor))[0] <= usable_bytes, view.worst
     )
     position = view.memory(view.two_level(1.0))[1]
-    placements = [("contiguous", 0), ("greedy", 0), *(("eplb", n) for n in redundant_experts)]
     return DegreePlan(
         ep_degree=job.ep_degree,
         tokens_per_rank=job.tokens_per_rank,
@@ -139,7 +137,9 @@ def plan_degree(
         lognormal=tuple(_lognormal(view, balance, sigma) for sigma in sigmas),
         largest_imbalance_that_fits=largest,
         curve=tuple(row(float(x)) for x in np.geomspace(1.0, view.worst, CURVE_POINTS)),
-        measured=tuple(_measured(view, balance, recorded, *one) for one in placements)
+        measured=tuple(
+            _measured(view, balance, recorded, *one) for one in placements(redundant_experts)
+        )
         if recorded
         else (),
         capacity=tuple(_capacity(view, recorded, share) for share in (0.0, drop_share))
@@ -179,7 +179,16 @@ def _measured(
     first_half, second_half = slice(0, max(1, recorded.half)), slice(recorded.half, None)
     now, before = (
         [
-            _placed(view, recorded, layer, known_E, placement, redundant, row)
+            placed_experts(
+                placement,
+                layer,
+                known_E,
+                ep_degree=view.placement.ep_degree,
+                hardware=view.hardware,
+                expert_groups=recorded.expert_groups,
+                redundant_experts=redundant,
+                row=row,
+            )
             for row, (layer, known_E) in enumerate(
                 zip(view.job.moe_layers.values(), recorded.known(steps), strict=True)
             )
@@ -199,32 +208,6 @@ def _measured(
         stale_second_half=judged(second_half, before),
         stale_last=judged(last, before),
     )
-
-
-def _placed(
-    view: View,
-    recorded: RecordedLoads,
-    layer: MoELayer,
-    known_E: np.ndarray,
-    placement: str,
-    redundant: int,
-    row: int,
-) -> np.ndarray:
-    degree = view.placement.ep_degree
-    if placement == "contiguous":
-        return contiguous(layer.num_experts, degree)
-    if placement == "greedy":
-        return greedy_in_groups(known_E, degree, recorded.expert_groups, roll=row)
-    nodes, rest = divmod(degree, view.hardware.scale_up_domain)
-    placed = eplb(
-        known_E,
-        num_slots=layer.num_experts + redundant,
-        num_devices=degree,
-        num_nodes=nodes if nodes and not rest else 1,
-        num_groups=layer.num_groups,
-    )
-    # Which device is the first is free: the hottest one is another in every layer.
-    return np.roll(placed, row, axis=0)
 
 
 def _capacity(view: View, recorded: RecordedLoads, drop_share: float) -> CapacityRow:

@@ -35,8 +35,9 @@ def rank_state(
     )
     # Between reshardings, the unit at work and the one that is fetched ahead are gathered.
     unsharded = working * (min(2 * largest, whole) if reshards else whole)
-    # A pipeline reduces the gradients of all micro-batches together at the end.
-    unsharded += reduced * (whole if dims.pp > 1 else largest)
+    # A unit's gradients are copied together to be reduced. A pipeline reduces those of all
+    # micro-batches in the last one's backward; until then it has them whole.
+    unsharded += reduced * (whole + largest if dims.pp > 1 else largest)
     return RankState(
         rank=rank,
         num_parameters=sum(shard.numel() for shard in local),

@@ -29,11 +29,13 @@ class BlockReader:
     tp_degree: int
     seq_len: int
     on_host: bool
-    """Operators that a GPU has as one kernel are composed on the host: attention and norms."""
+    """Operators that a GPU has as one kernel are composed on the host: norms, and attention
+    where it has sinks or where queries and values differ in size."""
 
     def read(self, block: nn.Module, moe_layer: int | None) -> Block:
         parts: Any = block
         heads, queries, values = _heads(parts.attention)
+        composed = self.on_host and (hasattr(parts.attention, "sinks") or queries != values)
         dim = parts.attention_norm.weight.shape[0]
         of_attention = _linears(parts.attention)
         of_layer = list(of_attention)
@@ -48,7 +50,7 @@ class BlockReader:
         selective = BF16_BYTES * sum(of_layer[::2])
         selective += (
             FP32_BYTES * heads * (self.seq_len + values)
-            if self.on_host
+            if composed
             else BF16_BYTES * heads * values + FP32_BYTES * heads
         )
         # The input of w1 and w3; their results, the activation, and the product.
@@ -56,9 +58,9 @@ class BlockReader:
         if moe_layer is not None:
             ahead += self._routing(parts.moe.router, dim)
             selective += INDEX_BYTES * parts.moe.router.top_k
-        scores = self._scores(parts.attention, heads)
+        scores = self._scores(parts.attention, heads, composed)
         results = BF16_BYTES * sum(of_attention)
-        if self.on_host:
+        if composed:
             # Scores and masked scores, or those and their softmax; the mask in BF16; queries and
             # keys in float32 before and after they are scaled, and both in BF16 once more.
             forward = FP32_BYTES * heads * (2 * self.seq_len + 3 * queries) + results
@@ -73,7 +75,7 @@ class BlockReader:
             attention=self.norm(dim)
             + BF16_BYTES * dim * self.tp_degree
             + self._projections(parts.attention)
-            + self._inner(parts.attention, heads, queries, values)
+            + self._inner(parts.attention, heads, queries, values, composed)
             + scores,
             attention_forward=forward - scores,
             attention_backward=backward,
@@ -105,10 +107,12 @@ class BlockReader:
         # Sines and cosines of every position.
         return norms + self.tp_degree * 2 * FP32_BYTES * attention.head_dim
 
-    def _inner(self, attention: Any, heads: int, queries: int, values: int) -> float:
+    def _inner(
+        self, attention: Any, heads: int, queries: int, values: int, composed: bool
+    ) -> float:
         """Queries, keys and values, and the result, which is the input of wo."""
         result = BF16_BYTES * heads * values
-        if self.on_host:
+        if composed:
             # In float32, keys and values repeated for the heads that share them.
             return FP32_BYTES * heads * (2 * queries + values) + result
         if hasattr(attention, "kv_lora_rank"):
@@ -118,10 +122,13 @@ class BlockReader:
             kept = (heads + 2 * attention.n_kv_heads) * queries
         return BF16_BYTES * kept + FP32_BYTES * heads + result
 
-    def _scores(self, attention: Any, heads: int) -> float:
-        """The square that only the host keeps: the softmax, and with sinks the scores as well."""
-        squares = (2 if hasattr(attention, "sinks") else 1) if self.on_host else 0
-        return squares * FP32_BYTES * heads * self.seq_len
+    def _scores(self, attention: Any, heads: int, composed: bool) -> float:
+        """The square that only the host keeps: the softmax, and with sinks the scores as well;
+        its kernel the mask, in BF16."""
+        if composed:
+            squares = 2 if hasattr(attention, "sinks") else 1
+            return squares * FP32_BYTES * heads * self.seq_len
+        return BF16_BYTES * self.seq_len * self.tp_degree if self.on_host else 0.0
 
     def _routing(self, router: Any, dim: int) -> float:
         """Scores, experts, and the order of the experts; on a GPU the gate works in float32."""

@@ -16,6 +16,8 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import MoE
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import Trainer
 
@@ -58,12 +60,8 @@ def read_job(
     spec = config.model_spec
     assert spec is not None
     numbers = layer_numbers(spec.model)
-    if not numbers:
-        raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
-    moe_layers = {
-        numbers[name]: _moe_layer(moe) for name, moe, *_ in spec.model.traverse(MoE.Config)
-    }
     spec.model.update_from_config(config=config)
+    moe_layers = moe_layers_of(spec)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = spec.model.build()
     attention_flops = _attention_flops(config, model)
@@ -100,6 +98,14 @@ def read_job(
     )
 
 
+def moe_layers_of(spec: ModelSpec) -> dict[int, MoELayer]:
+    """By number in the whole model. Raises ``JobError`` where there are none."""
+    numbers = layer_numbers(spec.model)
+    if not numbers:
+        raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
+    return {numbers[name]: _moe_layer(moe) for name, moe, *_ in spec.model.traverse(MoE.Config)}
+
+
 def _moe_layer(moe: MoE.Config) -> MoELayer:
     experts, shared = moe.routed_experts.inner_experts, moe.shared_experts
     return MoELayer(
@@ -110,6 +116,8 @@ def _moe_layer(moe: MoE.Config) -> MoELayer:
         shared_hidden_dim=shared.w1.out_features if shared is not None else 0,
         num_groups=moe.router.num_expert_groups or 1,
         num_limited_groups=moe.router.num_limited_groups or 1,
+        expert_biases=isinstance(experts, GptOssGroupedExperts.Config),
+        neighbouring_choices=moe.router._debug_force_load_balance,
     )
 
 
@@ -149,9 +157,7 @@ def _stage(
     reader: BlockReader,
     loss_bytes: tuple[float, float],
 ) -> Stage:
-    num_layers = len(cast(nn.ModuleDict, part.layers)) + len(
-        getattr(part, "mtp_layers", None) or ()
-    )
+    blocks = _blocks(part)
     matrix_parameters = 0
     kept = 0.0
     vocabulary = 0
@@ -164,9 +170,6 @@ def _stage(
             kept += BF16_BYTES * (rows + columns)
         else:
             vocabulary += rows
-    blocks = [
-        (name, module) for name, module in part.named_modules() if hasattr(module, "attention_norm")
-    ]
     head = None
     if vocabulary:
         dim = cast(nn.RMSNorm, part.norm).weight.shape[0]
@@ -176,13 +179,36 @@ def _stage(
         )
     return Stage(
         moe_layers=tuple(numbers[name] for name, _ in part.named_modules() if name in numbers),
-        num_layers=num_layers,
-        dense_flops=2.0 * matrix_parameters + attention_flops * num_layers,
+        num_layers=len(blocks),
+        dense_flops=2.0 * matrix_parameters + attention_flops * len(blocks),
         dense_bytes=kept,
         vocabulary=vocabulary,
-        blocks=tuple(reader.read(block, numbers.get(f"{name}.moe")) for name, block in blocks),
+        blocks=tuple(
+            reader.read(block, numbers.get(f"{name}.moe")) for name, block in blocks.items()
+        ),
         head=head,
     )
+
+
+def _blocks(part: nn.Module) -> dict[str, nn.Module]:
+    """Its transformer blocks by name, those that predict further tokens too.
+
+    Raises:
+        JobError: one is built in another way than all of torchtitan's, which would be left out
+            of the memory in silence.
+    """
+    blocks = {
+        f"{group}.{name}": block
+        for group in ("layers", "mtp_layers")
+        for name, block in (getattr(part, group, None) or nn.ModuleList()).named_children()
+    }
+    for name, block in blocks.items():
+        if not hasattr(block, "attention_norm"):
+            raise JobError(
+                f"{name} is a {type(block).__name__} without an attention_norm: what such a block "
+                "keeps in memory is not known, and the job cannot be planned"
+            )
+    return blocks
 
 
 def _checkpointing(config: Trainer.Config) -> str:

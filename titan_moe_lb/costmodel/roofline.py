@@ -24,6 +24,16 @@ def gemm_time(rows: ArrayLike, inner: float, columns: float, hardware: Hardware)
     return np.where(rows > 0, np.maximum(arithmetic, memory), 0.0)[()]
 
 
+def turning_rows(inner: float, columns: float, hardware: Hardware) -> float | None:
+    """Rows from which on the arithmetic of a product takes longer than moving its operands.
+
+    None where a product of these sizes is always limited by memory.
+    """
+    # 2 r I C / F = 2 (r I + I C + r C) / M, divided by 2 I C, for r.
+    rest = hardware.memory_bandwidth / hardware.bf16_flops - 1 / inner - 1 / columns
+    return 1 / rest if rest > 0 else None
+
+
 def expert_forward_time(
     load: ExpertLoad, dim: float, hidden_dim: float, hardware: Hardware
 ) -> Array:

@@ -9,12 +9,13 @@ import numpy as np
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.lognormal import fitted_sigma
 from titan_moe_lb.costmodel.recorded import RecordedLoads
+from titan_moe_lb.costmodel.served_model import ServedModel
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.trace import Trace
 
 
-def of_run(trace: Trace, job: JobModel) -> tuple[dict[str, Any], RecordedLoads]:
+def of_run(trace: Trace, job: JobModel | ServedModel) -> tuple[dict[str, Any], RecordedLoads]:
     """What the run is, and its loads.
 
     Raises:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from titan_moe_lb.pages import html_page, output_file
+from titan_moe_lb.pages import html_page
 from titan_moe_lb.plan import sentences, table
 from titan_moe_lb.plan.figures import charts
 from titan_moe_lb.plan.plan import Plan
 from titan_moe_lb.plan.verdict import placed
-
-
-def write_page(plan: Plan, output: Path) -> None:
-    """Write the page. Raises ``JobError`` where the file cannot be written."""
-    output_file.write(render(plan), output)
 
 
 def render(plan: Plan) -> str:

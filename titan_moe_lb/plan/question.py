@@ -23,9 +23,10 @@ class Question:
     """Other flags of the job, after --, as in: -- --training.local_batch_size 4"""
     ranks: int | None = None
     """Ranks of the job; default: NGPU, else the [job] ranks of its file, else 1."""
-    imbalance: str = "1.0,1.5,2.0,worst"
+    imbalance: str | None = None
     """Load of the most loaded expert over the mean, each in [1, E/K]; worst is E/K. Or
-    lognormal:SIGMA, loads whose logarithms have that standard deviation."""
+    lognormal:SIGMA, loads whose logarithms have that standard deviation. Default
+    1.0,1.5,2.0,worst; with --serve 1.0."""
     hot_experts: int = 1
     """How many experts are that loaded, at most top_k; the others share the rest evenly."""
     ep: str | None = None
@@ -37,11 +38,20 @@ class Question:
     drop_share: float | None = None
     """Share of the tokens that a capacity factor may drop; default 0.01. Needs --from-run."""
     dispatcher: Dispatcher = "standard"
-    """standard sends every copy of a token; deepep one to each node and rank."""
+    """standard sends every copy of a token; deepep one to each node and rank; low_latency, of
+    --serve alone, is standard with all messages started at once."""
     compute_efficiency: float = 0.5
     """Share of the peak FLOP/s that matrix products reach."""
     network_efficiency: float = 0.8
     """Share of the link bandwidth that an all-to-all reaches."""
+    serve: bool = False
+    """Plan a deployment of the job's model instead: decode and prefill steps of one
+    expert-parallel group."""
+    tokens: str | None = None
+    """Tokens of a rank in a step, in decode as many sequences; default 1,8,64,512,4096. Needs
+    --serve."""
+    context: int | None = None
+    """Tokens of a sequence, prompt and all; default 4096. Needs --serve."""
     json: bool = False
     """Print JSON instead of a table."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None

@@ -19,7 +19,7 @@ PIPE_WIDTH = 130
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the table of every degree, and what was measured."""
-    console = console or _console()
+    console = console or terminal()
 
     def say(lines: Iterable[str]) -> None:
         for line in lines:
@@ -40,7 +40,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(_table(CAPACITY_COLUMNS, plan, capacity_cells))
 
 
-def _console() -> Console:
+def terminal() -> Console:
     """The terminal; a file or a pipe has room for the whole table."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)

@@ -129,7 +129,7 @@ def check_jobs(cells: list[Cell]) -> None:
     Raises:
         JobError: of the first cell whose job does not hold.
     """
-    from titan_moe_lb.plan.command import quiet_host
+    from titan_moe_lb.plan.quiet_host import quiet_host
 
     settings = {
         tuple(word for word in cell.flags if not word.startswith(f"--{SEED}=")): cell
@@ -145,7 +145,7 @@ def check_jobs(cells: list[Cell]) -> None:
 def check_prediction(plan: Prediction) -> None:
     """What it names is known before the runs, not after them. Raises ``JobError``."""
     from titan_moe_lb.costmodel.known_hardware import hardware
-    from titan_moe_lb.plan.command import quiet_host
+    from titan_moe_lb.plan.quiet_host import quiet_host
 
     try:
         hardware(plan.hardware)

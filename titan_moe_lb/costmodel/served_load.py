@@ -1,0 +1,82 @@
+"""How often the tokens of a deployment choose each expert, and where the experts are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_moe_lb.costmodel.layer import MoELayer
+from titan_moe_lb.costmodel.load import expert_load
+from titan_moe_lb.costmodel.lognormal import lognormal_loads
+from titan_moe_lb.costmodel.placed_experts import placements
+from titan_moe_lb.costmodel.recorded import RecordedLoads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedLoad:
+    """One load and one placement."""
+
+    name: str
+    counts_NME: np.ndarray
+    """Tokens of each expert, or shares in the same proportion, under N loads."""
+    placement: str = "contiguous"
+    expert_groups: tuple[int, ...] = ()
+    redundant_experts: int = 0
+
+
+def assumed_loads(
+    layers: Sequence[MoELayer],
+    factors: Sequence[float],
+    num_hot_experts: int,
+    sigmas: Sequence[float],
+) -> list[ServedLoad]:
+    """Two-level and log-normal ones, as a plan of training has them."""
+    first = layers[0]
+    two_level = []
+    for factor in factors:
+        counts_ME = [_two_level(layer, factor, num_hot_experts) for layer in layers]
+        name = f"{counts_ME[0].max() / counts_ME[0].mean():.2f}"
+        two_level.append(ServedLoad(name=name, counts_NME=np.stack(counts_ME)[None]))
+    return two_level + [
+        ServedLoad(
+            name=f"σ {sigma:.2f}",
+            counts_NME=lognormal_loads(
+                sigma,
+                num_layers=len(layers),
+                num_experts=first.num_experts,
+                top_k=first.top_k,
+            ),
+        )
+        for sigma in sigmas
+    ]
+
+
+def _two_level(layer: MoELayer, factor: float, num_hot_experts: int) -> np.ndarray:
+    """Tokens of each expert of one that is routed; the hot ones are the first."""
+    load = expert_load(
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        num_tokens=1,
+        imbalance_factor=factor,
+        num_hot_experts=num_hot_experts,
+    )
+    counts_E = np.full(layer.num_experts, load.remaining_tokens)
+    counts_E[:num_hot_experts] = load.hot_tokens
+    return counts_E
+
+
+def recorded_loads(recorded: RecordedLoads, redundant_experts: Sequence[int]) -> list[ServedLoad]:
+    """That of a run's last steps, with experts placed for it in each way."""
+    counts_ME = recorded.known(slice(-recorded.window, None))
+    return [
+        ServedLoad(
+            name=placement + (f" +{redundant}" if redundant else ""),
+            counts_NME=counts_ME[None],
+            placement=placement,
+            expert_groups=recorded.expert_groups,
+            redundant_experts=redundant,
+        )
+        for placement, redundant in placements(redundant_experts)
+    ]

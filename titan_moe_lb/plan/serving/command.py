@@ -1,0 +1,107 @@
+"""From the arguments of ``titan-moe-lb plan --serve`` to an answer."""
+
+from __future__ import annotations
+
+import os
+
+from titan_moe_lb.costmodel.known_hardware import hardware
+from titan_moe_lb.costmodel.served_load import assumed_loads, recorded_loads
+from titan_moe_lb.costmodel.served_model import ServedModel
+from titan_moe_lb.costmodel.serving import serve_degree
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.plan import arguments, measured
+from titan_moe_lb.plan.plan import MEMORY_RESERVE
+from titan_moe_lb.plan.question import Question
+from titan_moe_lb.plan.quiet_host import patience, quiet_host
+from titan_moe_lb.plan.serving.answer import Serving
+from titan_moe_lb.traces.trace import read_trace
+
+TOKENS = "1,8,64,512,4096"
+CONTEXT = 4096
+MOST_DEVICES = 2**20
+ALONE = [
+    *(
+        f"--parallelism.{axis}_degree=1"
+        for axis in (
+            "data_parallel_replicate",
+            "data_parallel_shard",
+            "context_parallel",
+            "tensor_parallel",
+            "pipeline_parallel",
+            "expert_parallel",
+        )
+    ),
+    "--training.disable_cuda_graphs",
+]
+"""Flags of a job in one process: how its training is cut is nothing to a deployment."""
+
+
+def serve(question: Question) -> Serving:
+    """Read the model, and the run if one is named, and plan every degree.
+
+    Raises:
+        JobError: the first thing that is wrong, in one line.
+    """
+    arguments.check(question)
+    factors, sigmas = arguments.imbalances(question.imbalance or "1.0")
+    tokens = arguments.whole_numbers("--tokens", question.tokens or TOKENS)
+    context = CONTEXT if question.context is None else question.context
+    if context < 1:
+        raise JobError(f"--context {context} must be at least 1")
+    device = hardware(question.hardware)
+    derated = device.derated(
+        compute_efficiency=question.compute_efficiency,
+        network_efficiency=question.network_efficiency,
+    )
+    trace = read_trace(question.from_run) if question.from_run else None
+    with quiet_host(), patience("building the model"):
+        model, degrees = _read(question)
+    arguments.fit_model(question, factors, model.moe_layers)
+    run, recorded = measured.of_run(trace, model) if trace else (None, None)
+    redundant = arguments.redundant(question, degrees)
+    loads = assumed_loads(list(model.moe_layers.values()), factors, question.hot_experts, sigmas)
+    if recorded:
+        loads += recorded_loads(recorded, redundant)
+    usable = device.memory_bytes * (1 - MEMORY_RESERVE)
+    return Serving(
+        model=model,
+        question=question,
+        context=context,
+        device=device,
+        usable_bytes=usable,
+        degrees=tuple(
+            serve_degree(
+                model,
+                derated,
+                ep_degree=degree,
+                loads=loads,
+                tokens=tokens,
+                context=context,
+                usable_bytes=usable,
+                dispatcher=question.dispatcher,
+            )
+            for degree in sorted(degrees)
+        ),
+        run=run,
+    )
+
+
+def _read(question: Question) -> tuple[ServedModel, list[int]]:
+    """The model, and the degrees: those asked for, or the job's own and those near it."""
+    from titan_moe_lb.costmodel.read_served import read_served
+    from titan_moe_lb.job import job_config
+
+    degrees = arguments.degrees(question)
+    os.environ["WORLD_SIZE"] = "1"
+    usual = arguments.usual_degrees(
+        job_config.draft(question.job_arguments).build(), most=MOST_DEVICES
+    )
+    job = arguments.with_flags(question.job_arguments, ALONE)
+    model = read_served(job_config.load(job).config)
+    for degree in degrees:
+        for number, layer in model.moe_layers.items():
+            if layer.num_experts % degree:
+                raise JobError(
+                    f"--ep {degree} does not divide the {layer.num_experts} experts of layer {number}"
+                )
+    return model, degrees or usual
