@@ -24,7 +24,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import FORMAT_VERSION, RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace import FILE_NAME, TraceReader, TraceWriter, read_trace
+from titan_moe_lb.traces.trace import FILE_NAME, MICRO_BATCH, TraceReader, TraceWriter, read_trace
 
 SUMMARIES, BOOLEAN = ["mean", "max", "sum"], st.booleans()
 NUMBERS = st.floats(allow_infinity=False)
@@ -348,6 +348,27 @@ def test_description_that_is_none_is_one_line(name, tmp_path):
             assert trace.info.layout and trace.info.model_name
         except JobError as error:
             assert "\n" not in str(error)
+
+
+def test_counts_of_micro_batches_are_there_where_asked_for(tmp_path):
+    """Of the steps that have recorded one; a step that has them of some layers is damaged."""
+    info = run_info(2, 4)
+    writer, single = TraceWriter(tmp_path, info), np.arange(8).reshape(2, 4)
+    for step, load in enumerate(step_loads(info, 3), start=1):
+        counts = None if step == 2 else step * single
+        writer.write(step, dataclasses.replace(load, micro_batch_counts_ME=counts))
+    file = tmp_path / FILE_NAME
+    assert read_trace(file).micro_batch_counts_SME.shape == (0, 2, 4)
+    whole = read_trace(file, micro_batches=True)
+    np.testing.assert_array_equal(whole.micro_batch_counts_SME, [single, 3 * single])
+    np.testing.assert_array_equal(whole.counts_SME, read_trace(file).counts_SME)
+    batches, _metadata = without_checksums(file)
+    place = batches[0].schema.get_field_index(MICRO_BATCH)
+    halved = pa.array([single[0].tolist(), None], batches[0].schema.field(place).type)
+    rewrite(file, [batch.set_column(place, MICRO_BATCH, halved) for batch in batches])
+    assert read_trace(file).steps.tolist() == [1, 2, 3]
+    with pytest.raises(JobError, match="holds no whole step"):
+        read_trace(file, micro_batches=True)
 
 
 def test_million_layer_steps_in_seconds(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import zlib
 from collections.abc import Iterable
@@ -44,6 +45,7 @@ def plain(figure: go.Figure) -> dict[str, Any]:
     return json.loads(figure.to_json())
 
 
+@functools.cache
 def packed_plotly() -> str:
     """The script that draws, packed: it is 4.8 MB otherwise."""
     return packed(get_plotlyjs())

@@ -45,7 +45,7 @@ def make_plan(question: Question) -> Plan:
         compute_efficiency=question.compute_efficiency,
         network_efficiency=question.network_efficiency,
     )
-    trace = read_trace(question.from_run) if question.from_run else None
+    trace = read_trace(question.from_run, micro_batches=True) if question.from_run else None
     with quiet_host(), patience("building one rank of each pipeline position"):
         jobs = _read_jobs(question, derated, factors)
     run, recorded = measured.of_run(trace, jobs[0]) if trace else (None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ class BatchReader:
 
     Attributes:
         schema: of every batch.
+        count: batches of the last read.
         gaps: of the last read, each stretch that is damaged though batches follow it: how
             many batches were read before it, and its length in bytes.
         rest: bytes at the end of the file that are no whole batch: cut off, or not yet written.
@@ -30,6 +31,7 @@ class BatchReader:
     def __init__(self, path: Path) -> None:
         """Raises JobError: missing, empty, or no Arrow stream."""
         self._path = path
+        self.count = 0
         self.gaps: list[tuple[int, int]] = []
         self.rest = 0
         self._source = _open(path)
@@ -49,12 +51,15 @@ class BatchReader:
             raise JobError(f"{path} is damaged at its beginning: take another run")
 
     def read(
-        self, fits: Callable[[pa.RecordBatch], bool] = lambda batch: True
+        self,
+        fits: Callable[[pa.RecordBatch], bool] = lambda batch: True,
+        columns: Sequence[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """What came since the last read, decoded as it is iterated.
 
         Args:
             fits: whether a batch can be one of this file; asked where no checksum says it.
+            columns: that are asked for: a batch may lack the others; default: all.
         """
         if self._source.size() != self._path.stat().st_size:
             self._source = _open(self._path)
@@ -73,12 +78,16 @@ class BatchReader:
             self.gaps.append((len(messages), start - self._position))
             self._position = start
         self.rest = self._source.size() - self._position
+        self.count = len(messages)
         if not self._has_checksums:
             return (
                 pa.ipc.read_record_batch(pa.py_buffer(message), self.schema) for message in messages
             )
         # Small buffers: handing them to threads costs more than it saves.
-        options = pa.ipc.IpcReadOptions(use_threads=False)
+        names = self.schema.names if columns is None else columns
+        options = pa.ipc.IpcReadOptions(
+            use_threads=False, included_fields=[self.schema.names.index(name) for name in names]
+        )
         content = b"".join([self.schema.serialize(), *messages])
         return iter(pa.ipc.open_stream(content, options=options))
 

@@ -7,6 +7,8 @@ One record batch per logged step, one row per MoE layer: ``step``, ``layer``, ``
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +81,7 @@ class Trace:
     """Tokens per expert over the global batch, int64 ``(S, M, E)``."""
     micro_batch_counts_SME: np.ndarray
     """The same of one micro-batch of each step, int32 ``(S', M, E)``: of those S' steps that
-    have recorded one, which in a trace of an older version are none."""
+    have recorded one, which in a trace of an older version are none; none unless asked for."""
     figures: dict[str, np.ndarray]
     """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the figure."""
     step_figures: dict[str, np.ndarray]
@@ -129,16 +131,17 @@ class Trace:
         )
 
 
-def read_trace(path: Path | str) -> Trace:
+def read_trace(path: Path | str, *, micro_batches: bool = False) -> Trace:
     """Read a run's trace: every step that is whole.
 
     Args:
         path: the run's folder, or the file itself.
+        micro_batches: with their counts, half as many bytes again as those of the steps.
 
     Raises:
         JobError: there is no trace, it is not one of ours, or it holds no step.
     """
-    trace = TraceReader(path).read()
+    trace = TraceReader(path, micro_batches=micro_batches).read()
     if not len(trace.steps):
         raise JobError(
             f"{trace.path} holds no whole step: the run ended before its first logged step"
@@ -153,58 +156,81 @@ class TraceReader:
         info: of the run.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        """Raises JobError: there is no trace, or it is not one of ours."""
+    def __init__(self, path: Path | str, *, micro_batches: bool = False) -> None:
+        """As :func:`read_trace`. Raises JobError: there is no trace, or it is not one of ours."""
         self._path = _existing_trace(path)
         self._batches = BatchReader(self._path)
         self.info = _info_of(self._batches.schema, self._path)
         self._layers = pa.array(self.info.layers, pa.int32())
+        names = self._batches.schema.names
+        figures = {figure.name for figure in self.info.figures}
+        self._numbers = ["step", *(name for name in names if name in figures)]
+        self._micro_batch = [MICRO_BATCH] if micro_batches and MICRO_BATCH in names else []
 
     def read(self) -> Trace:
         """The steps that came since the last read; there may be none."""
-        schema, shape = self._batches.schema, (-1, len(self.info.layers))
-        batches = list(self._batches.read(self._is_step))
-        if not all(map(self._is_step, batches)):
-            raise JobError(
-                f"{self._path} holds a batch that is not one step of its layers: it is damaged, "
-                "take another run"
-            )
-        table = pa.Table.from_batches(batches, schema)
-        steps = table["step"].to_numpy().reshape(shape)[:, 0]
+        shape_ME = (len(self._layers), self.info.num_experts)
+        columns = [*self._numbers, "layer", "counts", *self._micro_batch]
+        batches = self._whole(self._batches.read(self._is_step, columns))
+        first = next(batches, None)
+        num_steps = 0 if first is None else self._batches.count
+        counts_SME = np.empty((num_steps, *shape_ME), np.int64)
+        micro_batch_counts_SME = np.empty((num_steps * len(self._micro_batch), *shape_ME), np.int32)
+        numbers, num_micro_batches = [], 0
+        # Counts go into their place batch by batch, so that they are held once.
+        for index, batch in enumerate(() if first is None else itertools.chain([first], batches)):
+            numbers.append(batch.select(self._numbers))
+            counts_SME[index] = _counts(batch["counts"], shape_ME)
+            for name in self._micro_batch:
+                if not batch[name].null_count:
+                    micro_batch_counts_SME[num_micro_batches] = _counts(batch[name], shape_ME)
+                    num_micro_batches += 1
+        table = pa.Table.from_batches(
+            numbers, pa.schema(map(self._batches.schema.field, self._numbers))
+        )
+        shape_SM = (num_steps, len(self._layers))
+        steps = table["step"].to_numpy().reshape(shape_SM)[:, 0]
 
-        def columns(per: str) -> dict[str, np.ndarray]:
+        def recorded(per: str) -> dict[str, np.ndarray]:
             return {
-                figure.name: table[figure.name].to_numpy().reshape(shape)
-                if figure.name in schema.names
-                else np.full((len(steps), shape[1]), np.nan)
+                figure.name: table[figure.name].to_numpy().reshape(shape_SM)
+                if figure.name in self._numbers
+                else np.full(shape_SM, np.nan)
                 for figure in self.info.figures
                 if figure.per == per
             }
 
-        shape_ME = (-1, shape[1], self.info.num_experts)
-        micro_batches = (
-            table[MICRO_BATCH].combine_chunks().flatten()  # null lists have no values
-            if MICRO_BATCH in schema.names
-            else pa.array([], pa.int32())
-        )
         return Trace(
             path=self._path,
             info=self.info,
             steps=steps,
-            counts_SME=table["counts"].combine_chunks().flatten().to_numpy().reshape(shape_ME),
-            micro_batch_counts_SME=micro_batches.to_numpy().reshape(shape_ME),
-            figures=columns("layer"),
-            step_figures={name: values_SM[:, 0] for name, values_SM in columns("step").items()},
+            counts_SME=counts_SME,
+            micro_batch_counts_SME=micro_batch_counts_SME[:num_micro_batches],
+            figures=recorded("layer"),
+            step_figures={name: values_SM[:, 0] for name, values_SM in recorded("step").items()},
             damage=tuple(self._damage(steps)),
         )
 
+    def _whole(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if not self._is_step(batch):
+                raise JobError(
+                    f"{self._path} holds a batch that is not one step of its layers: it is "
+                    "damaged, take another run"
+                )
+            yield batch
+
     def _is_step(self, batch: pa.RecordBatch) -> bool:
-        """One step, each of the run's layers, all counts there."""
+        """One step, each of the run's layers, all counts there; of a micro-batch all or none."""
         step, counts = batch["step"], batch["counts"]
         return (
             batch["layer"].equals(self._layers)
             and not (step.null_count or counts.null_count or counts.flatten().null_count)
             and len(step.unique()) == 1
+            and all(
+                batch[name].null_count in (0, len(batch)) and not batch[name].flatten().null_count
+                for name in self._micro_batch
+            )
         )
 
     def _damage(self, steps: np.ndarray) -> list[str]:
@@ -249,8 +275,12 @@ def _always(num_experts: int) -> dict[str, pa.DataType]:
     }
 
 
+def _micro_batch_lists(num_experts: int) -> pa.DataType:
+    return pa.list_(pa.int32(), num_experts)
+
+
 def _schema(info: RunInfo) -> pa.Schema:
-    columns = _always(info.num_experts) | {MICRO_BATCH: pa.list_(pa.int32(), info.num_experts)}
+    columns = _always(info.num_experts) | {MICRO_BATCH: _micro_batch_lists(info.num_experts)}
     for figure in info.figures:
         if figure.name in columns:
             raise JobError(
@@ -268,13 +298,14 @@ def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
         JobError: it is not that of a trace.
     """
     info = RunInfo.of_schema(schema, path)
-    always = _always(info.num_experts)
+    always, lists = _always(info.num_experts), _micro_batch_lists(info.num_experts)
     types = dict(zip(schema.names, schema.types, strict=True))
     declared = {figure.name for figure in info.figures}
     floats = {name for name, type_ in types.items() if type_ == pa.float64()}
     if (
         len(types) != len(schema)
         or always.items() - types.items()
+        or types.get(MICRO_BATCH, lists) != lists
         or declared & types.keys() - floats
     ):
         raise JobError(f"{path} has other columns than a trace: it is damaged, take another run")
@@ -288,7 +319,7 @@ def _batch(step: int, load: StepLoad, figures: tuple[Figure, ...]) -> pa.RecordB
         "step": pa.array(np.full(num_layers, step, dtype=np.int64)),
         "layer": pa.array(np.array(load.layers, dtype=np.int32)),
         "counts": _lists(load.counts_ME, pa.int64()),
-        MICRO_BATCH: pa.nulls(num_layers, pa.list_(pa.int32(), num_experts))
+        MICRO_BATCH: pa.nulls(num_layers, _micro_batch_lists(num_experts))
         if load.micro_batch_counts_ME is None
         else _lists(load.micro_batch_counts_ME, pa.int32()),
     }
@@ -300,6 +331,11 @@ def _batch(step: int, load: StepLoad, figures: tuple[Figure, ...]) -> pa.RecordB
     if recorded:
         raise ValueError(f"figures {sorted(recorded)} are not among the declared ones")
     return pa.record_batch(columns)
+
+
+def _counts(lists: pa.Array, shape_ME: tuple[int, int]) -> np.ndarray:
+    """What :func:`_lists` was made of."""
+    return lists.flatten().to_numpy().reshape(shape_ME)
 
 
 def _lists(counts_ME: np.ndarray, kind: pa.DataType) -> pa.Array:
