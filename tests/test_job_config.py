@@ -393,6 +393,10 @@ WRONG_FILES = {
         JOB + '[compile]\nenable = true\nbackend = "inductr"\n',
         "compile.backend 'inductr' does not exist; did you mean 'inductor'?",
     ),
+    "compile component": (
+        JOB + '[compile]\nenable = true\ncomponents = ["model", "los"]\n',
+        "compile.components 'los' does not exist; did you mean 'loss'?",
+    ),
     "sequence length": (
         JOB + "[training]\nseq_len = 130\n[parallelism]\ncontext_parallel_degree = 2\n",
         "training.seq_len 130 is not divisible by 4",

@@ -60,15 +60,15 @@ def balanced(
     validate_converter_order(converters or [])
     for config in [*(converters or []), converter]:
         model = config.build().convert(model)
+    fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
+    fields["model"] = model
     if isinstance(spec, BalancedModelSpec):
-        return dataclasses.replace(spec, model=model)
+        return BalancedModelSpec(**fields)
     # torchtitan's own update would move the same bias a second time.
     replaced = spec.post_optimizer_build_fn is register_moe_load_balancing_hook
-    fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
     return BalancedModelSpec(
         **{
             **fields,
-            "model": model,
             "parallelize_fn": keeping_decisions(spec.parallelize_fn),
             "pipelining_fn": spec.pipelining_fn and telling_schedule(spec.pipelining_fn),
             "post_optimizer_build_fn": BuildHooks(

@@ -136,6 +136,16 @@ def compile_backend_is_known(config: Trainer.Config) -> None:
         )
 
 
+def compile_components_are_known(config: Trainer.Config) -> None:
+    """torchtitan looks for these two, and compiles nothing under another name."""
+    for component in config.compile.components if config.compile.enable else ():
+        if component not in ("model", "loss"):
+            raise JobError(
+                f"compile.components {component!r} does not exist; "
+                f"{nearest(component, ('model', 'loss'))}"
+            )
+
+
 RULES = (
     sizes_are_positive,
     learning_rate_shrinks,
@@ -146,4 +156,5 @@ RULES = (
     global_batch_divides_over_ranks,
     sequence_divides_over_ranks,
     compile_backend_is_known,
+    compile_components_are_known,
 )
