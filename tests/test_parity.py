@@ -201,17 +201,17 @@ def test_torch_loses_the_gradient_for_which_a_rule_refuses_a_job(ranks):
 
 
 def test_experts_of_unknown_rows_are_lowered_by_inductor():
-    """As those of an expert-parallel rank, whose kernels no layout here compiles. In whole
-    numbers, which need no kernel either."""
+    """As those of an expert-parallel rank, whose kernels no layout here compiles."""
 
-    def experts(chosen, w_EX2):
-        return all_experts(chosen.nonzero(), w_EX2)
+    def experts(x_RY, chosen_R, w_EXY):
+        return all_experts(x_RY[chosen_R.nonzero()[:, 0]], w_EXY)
 
-    chosen, w_EX2 = torch.tensor([[1, 0, 1], [0, 1, 1]]), torch.arange(12).view(2, 3, 2)
+    x_RY, w_EXY = torch.randn(6, 4), torch.randn(2, 3, 4)
+    chosen_R = torch.tensor([1, 0, 1, 1, 0, 0])
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(experts, fullgraph=True)(chosen, w_EX2)
-    expected = torch.einsum("ry,exy->rex", chosen.nonzero(), w_EX2)
-    assert torch.equal(compiled, expected)
+        compiled = torch.compile(experts, fullgraph=True)(x_RY, chosen_R, w_EXY)
+    expected = torch.einsum("ry,exy->rex", x_RY[chosen_R.bool()], w_EXY)
+    torch.testing.assert_close(compiled, expected)
 
 
 def test_layouts_that_nobody_chose(ranks):

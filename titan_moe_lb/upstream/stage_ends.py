@@ -9,8 +9,11 @@ tensor and sequence parallelism and more than one sequence a micro-batch, a stag
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 
 def make_contiguous(stage: nn.Module) -> None:
@@ -20,19 +23,18 @@ def make_contiguous(stage: nn.Module) -> None:
 
 
 def _with_contiguous_gradient(_stage: nn.Module, inputs: tuple) -> tuple:
-    return tuple(
-        _hooked(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
-        for value in inputs
-    )
+    return tree_map_only(torch.Tensor, _hooked, inputs)
 
 
 def _hooked(received: torch.Tensor) -> torch.Tensor:
     """A view with a hook: the buffer stays, and would keep the hooks of every step
     (pytorch/pytorch#185331)."""
+    if not received.requires_grad:
+        return received
     view = received.view_as(received)
     view.register_hook(torch.Tensor.contiguous)
     return view
 
 
-def _contiguous_output(_stage: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output.contiguous()
+def _contiguous_output(_stage: nn.Module, _inputs: tuple, output: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.Tensor.contiguous, output)
