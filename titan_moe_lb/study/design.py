@@ -19,6 +19,9 @@ SEED = "debug.seed"
 MOST_CELLS = 10_000
 """Of a grid: a number that nobody waits for is a mistake."""
 
+FARTHEST = 1e300
+"""From 0, of a range: its width is finite too."""
+
 MOST_LETTERS = 200
 """Of the name of a cell, which is that of its folder."""
 
@@ -216,7 +219,7 @@ def _check_axis(axis: Axis, sampler: str, where: str) -> None:
         raise JobError(f"{where} has one value twice: {axis.values}")
     if not axis.is_range:
         return
-    if axis.low is None or axis.high is None or not 0 < axis.high - axis.low < math.inf:
+    if axis.low is None or axis.high is None or not -FARTHEST < axis.low < axis.high < FARTHEST:
         raise JobError(f"{where} needs a finite high above its low: {axis.low} to {axis.high}")
     if axis.log and axis.low <= 0:
         raise JobError(f"{where}: a logarithmic range needs a low above 0, not {axis.low}")
