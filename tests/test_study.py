@@ -225,10 +225,19 @@ BAD = {
     "[[axis]]\nvalues = [1]": "axis '' needs either key and values",
     '[[axis]]\nkey = "a"\nvalues = [1, 1]': "axis 'a' has one value twice",
     '[[axis]]\nkey = "a"\nlow = 1.0\nhigh = 2.0': "is a range, of which a grid has no points",
-    '[study]\nsampler = "tpe"\ntrials = 1\n[[axis]]\nkey = "a"\nlow = 2.0\nhigh = 1.0': "a high above",
+    '[study]\nsampler = "tpe"\ntrials = 1\n[[axis]]\nkey = "a"\nlow = 2.0\nhigh = 1.0': "a finite high",
     '[study]\nsampler = "tpe"\n[[axis]]\nkey = "a"\nlow = 0.5\nhigh = 1.0': "trials is 0; at least 1",
     '[[axis]]\nkey = "a"\nvalues = [1]\n' * 2: "two axes are called 'a'",
     '[[axis]]\nname = "m"\nsettings = {"x 1" = {a = 1}, "x_1" = {a = 2}}': "two cells are called 'x_1'",
+    '[study]\nsampler = "tpe"\ntrials = 1\n[[axis]]\nkey = "a"\nlow = 1.0\nhigh = nan': "a finite high",
+    '[study]\nsampler = "tpe"\ntrials = 1\n[[axis]]\nkey = "a"\nlow = -1e308\nhigh = 1e308': "a finite",
+    '[[axis]]\nkey = "a"\nvalues = [{b = 2026-01-02}]': "2026-01-02 is a date or a time",
+    '[[axis]]\nkey = "a"\nvalues = ["\\u0000"]': "no command line can have the character 0",
+    f'[[axis]]\nkey = "a"\nvalues = ["{"n" * 300}"]': "has more than 200 letters",
+    "".join(
+        f'[[axis]]\nkey = "k{i}"\nvalues = {list(range(50))}\n' for i in range(9)
+    ): "more than 10,000",
+    "[plan]\nhardware = 'h100'\nep = 2\nranks = 0" + AXES: "[plan] ranks is 0; at least 1",
     '[[axis]]\nkey = "ranks"\nvalues = ["two"]': "ranks is 'two'; it must be an integer of at least 1",
     "[plan]\nhardware = 'h100'\nep = 2" + AXES: "[plan] needs 'ranks'",
 }
@@ -240,6 +249,15 @@ def test_a_file_that_is_no_study_is_refused_in_a_line(tmp_path, text):
         read_study(write(tmp_path, text))
     assert BAD[text] in str(error.value)
     assert "\n" not in str(error.value) and "study.toml" in str(error.value)
+
+
+def test_the_folder_of_a_cell_is_its_own(tmp_path):
+    """Names of the values that a path would read as other folders. Found by the fuzzing."""
+    names = ["..", ".", "../..", "/", ".hidden", "a/../.."]
+    cells = [Cell(labels={"m": name}, seed=None, flags=[], ranks=1) for name in names]
+    for cell in cells:
+        path = CellFolder(tmp_path, cell).path
+        assert path.parent == tmp_path / "cells" and not path.name.startswith(".")
 
 
 def test_bad_input_of_the_command(tmp_path, quick, capsys):
@@ -264,11 +282,19 @@ def test_bad_input_of_the_command(tmp_path, quick, capsys):
     )
 
 
-def test_a_key_that_no_job_has_is_found_before_anything_starts(tmp_path, capsys):
-    text = '[study]\njob = ["--config=deepseek_v3_tiny"]\n[[axis]]\nkey = "training.step"\nvalues = [1]'
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("job", "key", "line"),
+    [
+        ("", "training.step", "cell 1: there is no flag --training.step; did you mean"),
+        ("--help", "training.steps", "cell 1: a job with --help trains nothing"),
+    ],
+)
+def test_a_job_that_does_not_hold_is_found_before_anything_starts(tmp_path, capsys, job, key, line):
+    flags = ["--config=deepseek_v3_tiny", *filter(None, [job])]
+    text = f"[study]\njob = {flags}\n[[axis]]\nkey = {key!r}\nvalues = [1]"
+    with pytest.raises(SystemExit) as stop:
         cli.main(["study", str(write(tmp_path, text)), "-o", str(tmp_path / "out")])
-    assert "cell 1: there is no flag --training.step; did you mean" in capsys.readouterr().err
+    assert stop.value.code == 2 and line in capsys.readouterr().err
     assert not (tmp_path / "out" / "cells").exists()
 
 

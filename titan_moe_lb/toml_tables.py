@@ -207,7 +207,11 @@ def dump_value(hint: Any, value: Any) -> Any:
 
 
 def inline(value: Any) -> str:
-    """A value of [model] as one line of TOML; of a config, what differs from its defaults."""
+    """A value of [model] as one line of TOML; of a config, what differs from its defaults.
+
+    Raises:
+        JobError: a date or a time is in it.
+    """
     if dataclasses.is_dataclass(value):
         usual = {field.name: default(field) for field in dataclasses.fields(value)}
         table = dump_value(Any, value)
@@ -216,7 +220,10 @@ def inline(value: Any) -> str:
         return f"[{', '.join(inline(item) for item in value)}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
-    return json.dumps(NONE if value is None else value)
+    try:
+        return json.dumps(NONE if value is None else value)
+    except TypeError:
+        raise JobError(f"{value} is a date or a time, which no key of a job takes") from None
 
 
 def kinds(hint: Any) -> dict[str, type | None]:

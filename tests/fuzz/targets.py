@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import shutil
@@ -34,6 +35,10 @@ from titan_moe_lb.diagnose.command import diagnose
 from titan_moe_lb.job import job_config, job_files
 from titan_moe_lb.rules import files as file_rules
 from titan_moe_lb.rules.meta_model import meta_state
+from titan_moe_lb.study import command as study_command
+from titan_moe_lb.study import design
+from titan_moe_lb.study.cell import CELLS, CellFolder
+from titan_moe_lb.study.search import Search
 from titan_moe_lb.traces.routing_trace import FOLDER, RoutingTrace, RoutingTraceWriter
 from titan_moe_lb.traces.trace import FILE_NAME
 from titan_moe_lb.watch.command import watch
@@ -96,6 +101,60 @@ def _read_hardware(content: bytes, folder: Path) -> None:
     device = hardware(str(file)).derated(compute_efficiency=0.5, network_efficiency=0.5)
     seconds = device.all_to_all_time(num_bytes=1e6, ep_degree=np.array([1, 8, 64]))
     assert seconds.shape == (3,)
+
+
+STUDIES = (
+    {
+        "study": {"job": ["--config=deepseek_v3_tiny", "--training.steps=3"], "processes": 2},
+        "axis": [
+            {
+                "name": "method",
+                "settings": {
+                    "none": {"model.aux_losses": []},
+                    "loss 1e-3": {"model.aux_losses": [{"type": "z_loss", "weight": 1e-3}]},
+                },
+            },
+            {"key": "debug.seed", "values": [1, 2]},
+        ],
+        "plan": {"hardware": "h100", "ep": 8, "ranks": 8, "job": ["--config=deepseek_v3_tiny"]},
+    },
+    {
+        "study": {
+            "job": ["--module=qwen3", "--config=qwen3_tiny"],
+            "sampler": "tpe",
+            "trials": 3,
+            "threads": 2,
+        },
+        "axis": [
+            {"key": "model.expert_bias", "values": ["none", {"type": "sign", "speed": 1e-3}]},
+            {"key": "training.local_batch_size", "name": "batch", "values": [1, 2]},
+            {
+                "key": "optimizer.param_groups.0.optimizer_kwargs.lr",
+                "low": 1e-4,
+                "high": 1e-2,
+                "log": True,
+            },
+        ],
+    },
+)
+MOST_CELLS = 3
+"""Of a study, that are checked as jobs."""
+
+
+def _read_study(content: bytes, folder: Path) -> None:
+    file = folder / "study.toml"
+    file.write_bytes(content)
+    study = design.read_study(file)
+    all_cells = study.grid() if study.settings.sampler == "grid" else Search(study).cells()
+    cells = list(itertools.islice(all_cells, MOST_CELLS))
+    study_command.check_jobs(cells)
+    if study.plan is not None:
+        study_command.check_prediction(study.plan)
+    for cell in cells:
+        at = CellFolder(folder / "outputs", cell)
+        assert at.record() is None
+        at.clear()
+    assert len(list((folder / "outputs" / CELLS).iterdir())) == len(cells)
 
 
 @dataclass(frozen=True)
@@ -245,6 +304,7 @@ def _read_checkpoint(content: bytes, folder: Path) -> None:
 
 TARGETS = {
     "job": Target(_jobs, _read_job),
+    "study": Target(lambda: st.one_of(*map(_tomls, STUDIES)), _read_study),
     "hardware": Target(lambda: _tomls(known_hardware()["h100"]), _read_hardware),
     "trace": Target(_traces, _read_trace),
     "routing": Target(_routings, _read_routing),

@@ -213,7 +213,7 @@ def _toml_value(flag: str, text: str) -> Any:
     except tomli.TOMLDecodeError:
         if text.replace("_", "").replace("-", "").isalnum():
             return text  # a bare word, as on any command line
-        raise JobError(f"{flag} {text}: not a TOML value") from None
+        raise JobError(f"{flag} {text!r}: not a TOML value") from None
 
 
 def _complete(table: JobTable, source: str) -> JobTable:

@@ -32,8 +32,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
-        parts = [re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_") for text in self.labels.values()]
+        """Of its folder, which is not hidden and is never ``..``."""
+        parts = [
+            re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("._") for text in self.labels.values()
+        ]
         return "_".join(part or "_" for part in parts)
 
 

@@ -166,3 +166,5 @@ def _check_job(flags: list[str], ranks: int, where: str) -> None:
         job_config.load([*flags, "--training.disable_cuda_graphs"])
     except JobError as error:
         raise JobError(f"{where}: {error}") from None
+    except SystemExit:
+        raise JobError(f"{where}: a job with --help trains nothing: leave it out") from None

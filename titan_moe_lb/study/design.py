@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,15 @@ from titan_moe_lb.study.cell import Cell
 
 SEED = "debug.seed"
 """The key along which cells are repetitions of one another."""
+
+MOST_CELLS = 10_000
+"""Of a grid: a number that nobody waits for is a mistake."""
+
+FARTHEST = 1e300
+"""From 0, of a range: its width is finite too."""
+
+MOST_LETTERS = 200
+"""Of the name of a cell, which is that of its folder."""
 
 RANKS = "ranks"
 """No key of a job: how many processes a cell has."""
@@ -106,7 +117,7 @@ class Study:
         """Of one value of each axis: its name and what it sets, by the axis.
 
         Raises:
-            JobError: its number of ranks is none.
+            JobError: no process can be started of it, or no folder made.
         """
         keys: dict[str, Any] = {}
         for _name, sets in chosen.values():
@@ -115,12 +126,21 @@ class Study:
         if type(ranks) is not int or ranks < 1:
             raise JobError(f"{RANKS} is {ranks!r}; it must be an integer of at least 1")
         words = [word for key, value in keys.items() for word in flag(key, value)]
-        return Cell(
+        cell = Cell(
             labels={title: name for title, (name, _sets) in chosen.items()},
             seed=keys.get(SEED),
             flags=[*self.settings.job, *words],
             ranks=ranks,
         )
+        for word in cell.flags:
+            if "\0" in word:
+                raise JobError(f"no command line can have the character 0: {word!r}")
+        if len(cell.name) > MOST_LETTERS:
+            raise JobError(
+                f"the name of a cell has more than {MOST_LETTERS} letters, {cell.name[:40]}...: give "
+                "long values short names, as in settings"
+            )
+        return cell
 
 
 def read_study(path: Path) -> Study:
@@ -160,19 +180,28 @@ def _check(study: Study, path: str) -> None:
     for axis in study.axes:
         _check_axis(axis, settings.sampler, f"{path}: axis {axis.title!r}")
     counted = ["ranks", "processes", "threads", *(["trials"] * (settings.sampler != "grid"))]
-    for name in counted:
-        if getattr(settings, name) < 1:
-            raise JobError(f"{path}: [study] {name} is {getattr(settings, name)}; at least 1")
+    counts = [("study", name, getattr(settings, name)) for name in counted]
+    if study.plan is not None:
+        counts += [("plan", "ep", study.plan.ep), ("plan", "ranks", study.plan.ranks)]
+    for table, name, number in counts:
+        if number < 1:
+            raise JobError(f"{path}: [{table}] {name} is {number}; at least 1")
     if settings.sampler == "grid":
+        number = math.prod(len(axis.choices()) for axis in study.axes)
+        if number > MOST_CELLS:
+            raise JobError(
+                f"{path}: {number} combinations are more than {MOST_CELLS:,}: give less values, or "
+                'set sampler = "tpe" and trials in [study]'
+            )
         try:
-            names = [cell.name for cell in study.grid()]
+            names = Counter(cell.name for cell in study.grid())
         except JobError as error:
             raise JobError(f"{path}: {error}") from None
-        for name in names:
-            if names.count(name) > 1:
-                raise JobError(
-                    f"{path}: two cells are called {name!r}: name the settings of an axis apart"
-                )
+        name, most = names.most_common(1)[0]
+        if most > 1:
+            raise JobError(
+                f"{path}: two cells are called {name!r}: name the settings of an axis apart"
+            )
 
 
 def _check_axis(axis: Axis, sampler: str, where: str) -> None:
@@ -182,12 +211,16 @@ def _check_axis(axis: Axis, sampler: str, where: str) -> None:
         raise JobError(
             f"{where} needs either key and values, or key and low and high, or name and settings"
         )
-    if len(axis.choices()) < len(axis.values):
+    try:
+        choices = axis.choices()
+    except JobError as error:
+        raise JobError(f"{where}: {error}") from None
+    if len(choices) < len(axis.values):
         raise JobError(f"{where} has one value twice: {axis.values}")
     if not axis.is_range:
         return
-    if axis.low is None or axis.high is None or axis.low >= axis.high:
-        raise JobError(f"{where} needs a high above its low: {axis.low} to {axis.high}")
+    if axis.low is None or axis.high is None or not -FARTHEST < axis.low < axis.high < FARTHEST:
+        raise JobError(f"{where} needs a finite high above its low: {axis.low} to {axis.high}")
     if axis.log and axis.low <= 0:
         raise JobError(f"{where}: a logarithmic range needs a low above 0, not {axis.low}")
     if sampler == "grid":

@@ -66,7 +66,9 @@ def print_table(groups: Sequence[Group]) -> None:
     console = Console()
     for group in groups:
         numbers = [name for name in (group.loss, *_ON_TERMINAL) if group.knows(name)]
-        table = Table(box=box.SIMPLE, title=group.name or None, title_justify="left")
+        table = Table(
+            box=box.SIMPLE, title=Text(group.name) if group.name else None, title_justify="left"
+        )
         table.add_column("setting", overflow="fold", min_width=16)
         for name in numbers:
             table.add_column(_SHORT_TITLES.get(name, COLUMNS[name]), justify="right", no_wrap=True)
