@@ -113,12 +113,12 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
     import logging
     import warnings
 
-    import spmd_types._mesh_axis
     import torch
     import torch._functorch.config
     import torch.compiler.config
     import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    from tests import gone_meshes
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -148,9 +148,7 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            # Both keep what they knew of the process groups that are gone.
-            spmd_types._mesh_axis._reset()
-            _clear_sharding_prop_cache()
+            gone_meshes.forget()
             torch._dynamo.reset()
             # What zero_bubble.adapt sets for the whole process.
             torch._functorch.config.donated_buffer = True

@@ -1,0 +1,25 @@
+"""What torch and torchtitan remember of a process group that is gone."""
+
+from __future__ import annotations
+
+import spmd_types._mesh_axis
+from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor._collective_utils import MeshTopoInfo
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torchtitan.distributed import spmd_types as spmd
+
+
+def forget() -> None:
+    """Let go of every mesh, so that its groups end.
+
+    gloo has a thread for each group that wakes a hundred times a second
+    (``gloo/transport/tcp/loop.cc``): after a hundred jobs of four ranks they took two cores.
+    """
+    vars(spmd._MESH_TLS).clear()
+    spmd_types._mesh_axis._reset()
+    _clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    MeshTopoInfo.build_from_mesh.cache_clear()
+    ShardingPropagator._propagate_tensor_meta_cached.cache_clear()
