@@ -151,7 +151,7 @@ WRONG_JOB = {
     "train TINY extra": "'extra' is not expected here; a flag begins with --",
     "train TINY activation-checkpoint:ful": "did you mean 'activation-checkpoint:full'?",
     "train TINY --model.aux_loses []": "has no key 'aux_loses'; did you mean 'aux_losses'?",
-    "train TINY --model.aux_losses '[{'": "--model.aux_losses [{: not a TOML value",
+    "train TINY --model.aux_losses '[{'": "--model.aux_losses '[{': not a TOML value",
     "train TINY --model.expert_bias sing": "did you mean 'sign'?",
     "train TINY --debug.seed -1": "debug.seed is -1; it must be at least 0",
     "train TINY --debug.seed x": "--debug.seed is 'x'; it must be an integer or None",
