@@ -294,6 +294,13 @@ WRONG_FILES = {
         "parallelism.tensor_parallel_degree with one sequence a forward, and does not say so: set "
         'parallelism.spmd_backend = "spmd_types"',
     ),
+    "full_dtensor + CP + one sequence": (
+        JOB
+        + "[training]\nlocal_batch_size = 1\nglobal_batch_size = 4\n"
+        + '[parallelism]\ncontext_parallel_degree = 2\nspmd_backend = "full_dtensor"\n',
+        'parallelism.spmd_backend = "full_dtensor" loses the gradient of keys and values under '
+        "parallelism.context_parallel_degree with one sequence a forward",
+    ),
     "full_dtensor + compile + CP": (
         JOB
         + "[compile]\nenable = true\n"
@@ -419,6 +426,7 @@ PROCESSES = {
     "stages by hand": "2",
     "CP + a stage without a layer": "4",
     "partial_dtensor + TP + one sequence": "2",
+    "full_dtensor + CP + one sequence": "2",
     "full_dtensor + compile + CP": "2",
     "full_dtensor + compile + TP + EP": "2",
     "ZBV + selective": "2",

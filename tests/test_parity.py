@@ -194,7 +194,7 @@ def test_reference_is_autograd_on_the_textbook_loss(ranks, tmp_path):
 
 
 def test_torch_loses_the_gradient_for_which_a_rule_refuses_a_job(ranks):
-    """A torch that does not makes ``gradients_pass_the_experts`` deletable."""
+    """A torch that does not makes ``gradients_are_kept`` deletable."""
     of_two, of_one = (ranks.run(2, lost_gradient.gradient, rows)[0] for rows in (2, 1))
     assert of_two.unique().tolist() == [2.0]
     assert of_one.unique().tolist() == [1.0]

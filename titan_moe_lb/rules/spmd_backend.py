@@ -9,29 +9,35 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
 
 
-def gradients_pass_the_experts(config: Trainer.Config) -> None:
+def gradients_are_kept(config: Trainer.Config) -> None:
     """Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
     waits for an argument that is still under way by ``AsyncCollectiveTensor.wait()``, and autograd
-    loses it there. What torchtitan 0.3.0 gathers along the sequence for its experts is under way
-    where it has one sequence; several are put together first, and waited for."""
+    loses it there. What torchtitan 0.3.0 gathers along the sequence, for its experts and for
+    attention, is under way where it has one sequence; several are put together first, and waited
+    for."""
     parallelism = config.parallelism
-    gathers = (
+    if (
+        parallelism.spmd_backend == "spmd_types"
+        or _blocks_are_compiled(config)
+        or batch_cut.cut(config).micro_batch_size > 1
+    ):
+        return
+    if (
         parallelism.tensor_parallel_degree > 1
         and parallelism.enable_sequence_parallel
         and parallelism.expert_parallel_degree == 1
-    )
-    if (
-        parallelism.spmd_backend != "spmd_types"
-        and gathers
-        and not _blocks_are_compiled(config)
-        and batch_cut.cut(config).micro_batch_size == 1
         and any(config.traverse(MoE.Config))
     ):
-        raise JobError(
-            f'parallelism.spmd_backend = "{parallelism.spmd_backend}" loses the gradient through '
-            "the experts under parallelism.tensor_parallel_degree with one sequence a forward, "
-            'and does not say so: set parallelism.spmd_backend = "spmd_types"'
-        )
+        lost, key = "through the experts", "tensor_parallel_degree"
+    elif parallelism.spmd_backend == "full_dtensor" and parallelism.context_parallel_degree > 1:
+        lost, key = "of keys and values", "context_parallel_degree"
+    else:
+        return
+    raise JobError(
+        f'parallelism.spmd_backend = "{parallelism.spmd_backend}" loses the gradient {lost} '
+        f"under parallelism.{key} with one sequence a forward, and does not say so: set "
+        'parallelism.spmd_backend = "spmd_types"'
+    )
 
 
 def blocks_can_be_traced(config: Trainer.Config) -> None:
@@ -55,6 +61,6 @@ def _blocks_are_compiled(config: Trainer.Config) -> bool:
 
 
 RULES = (
-    gradients_pass_the_experts,
+    gradients_are_kept,
     blocks_can_be_traced,
 )
