@@ -41,19 +41,26 @@ class _ToldStage(PipelineStage):
         return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
 
 
+def stages_of_rank(
+    rank: int, num_ranks: int, name: str, schedule_class: type
+) -> tuple[list[int], int]:
+    """Those of this rank, and how many there are."""
+    if issubclass(schedule_class, PipelineScheduleSingle):
+        return [rank], num_ranks
+    v_shaped = name in ("ZBVZeroBubble", "DualPipeV")
+    return [rank, 2 * num_ranks - 1 - rank if v_shaped else rank + num_ranks], 2 * num_ranks
+
+
 def accepted(name: str, num_ranks: int, most: int) -> list[int]:
     """Numbers of micro-batches up to ``most`` of which torch makes a schedule for as many ranks."""
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     schedule_class = get_schedule_class(name)
-    single = issubclass(schedule_class, PipelineScheduleSingle)
-    num_stages = num_ranks if single else 2 * num_ranks
-    v_shaped = name in ("ZBVZeroBubble", "DualPipeV")
-    mine = [0] if single else [0, num_stages - 1 if v_shaped else num_ranks]
+    mine, num_stages = stages_of_rank(0, num_ranks, name, schedule_class)
     stages = [PipelineStage(nn.Linear(4, 4), i, num_stages, torch.device("cpu")) for i in mine]
     numbers = []
     for number in range(1, most + 1):
         try:
-            schedule_class(stages[0] if single else stages, number)
+            schedule_class(stages if len(stages) > 1 else stages[0], number)
         except ValueError:
             continue
         numbers.append(number)
@@ -65,10 +72,7 @@ def read_and_run(name: str, csv_rows: list[list[str]] | None, folder: str) -> tu
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     schedule_class = _PipelineScheduleRuntime if csv_rows else get_schedule_class(name)
-    single = issubclass(schedule_class, PipelineScheduleSingle)
-    num_stages = RANKS if single else 2 * RANKS
-    v_shaped = name in ("ZBVZeroBubble", "DualPipeV")
-    mine = [rank] if single else [rank, num_stages - 1 - rank if v_shaped else rank + RANKS]
+    mine, num_stages = stages_of_rank(rank, RANKS, name, schedule_class)
     ran: list[Action] = []
     stages = []
     for index in mine:
@@ -76,7 +80,7 @@ def read_and_run(name: str, csv_rows: list[list[str]] | None, folder: str) -> tu
         stage.ran = ran
         stages.append(stage)
     schedule = schedule_class(
-        stages[0] if single else stages, MICRO_BATCHES, loss_fn=nn.functional.mse_loss
+        stages if len(stages) > 1 else stages[0], MICRO_BATCHES, loss_fn=nn.functional.mse_loss
     )
     if csv_rows:
         path = Path(folder) / f"schedule_{rank}.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -37,12 +38,10 @@ UNIT = Hardware(
     scale_out_bandwidth=1.0,
     scale_out_latency=1e-3,
 )
-FAST = Hardware(
+FAST = dataclasses.replace(
+    UNIT,
     name="memory alone",
     bf16_flops=1e30,
-    memory_bytes=1e5,
-    memory_bandwidth=1.0,
-    scale_up_domain=8,
     scale_up_bandwidth=1e30,
     scale_up_latency=1e-30,
     scale_out_bandwidth=1e30,

@@ -20,9 +20,8 @@ from titan_moe_lb.pages.charts import (
 )
 from titan_moe_lb.pages.palette import color, ramp
 from titan_moe_lb.plan.plan import Plan
+from titan_moe_lb.plan.sentences import GIB
 from titan_moe_lb.plan.verdict import placed
-
-GIB = 2**30
 
 
 def charts(plan: Plan) -> list[Chart]:

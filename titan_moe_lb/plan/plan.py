@@ -47,12 +47,7 @@ class Plan:
             "states": [dataclasses.asdict(state) for state in self.job.states.values()],
             "hardware": dataclasses.asdict(self.device),
             "usable_memory_bytes": self.usable_bytes,
-            "assumptions": {
-                "hot_experts": self.question.hot_experts,
-                "compute_efficiency": self.question.compute_efficiency,
-                "network_efficiency": self.question.network_efficiency,
-                "dispatcher": self.question.dispatcher,
-            },
+            "assumptions": self.question.assumptions,
             "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
             "run": self.run,
         }

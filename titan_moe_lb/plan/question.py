@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -56,6 +56,12 @@ class Question:
     """Print JSON instead of a table."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write an HTML page with plots to this file too."""
+
+    @property
+    def assumptions(self) -> dict[str, Any]:
+        """What an answer rests on, as plain data."""
+        names = ("hot_experts", "compute_efficiency", "network_efficiency", "dispatcher")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def job_arguments(self) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from titan_moe_lb.plan.plan import Plan
+from titan_moe_lb.costmodel.hardware import Hardware
+from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
+from titan_moe_lb.plan.question import Question
 from titan_moe_lb.plan.verdict import Gain
 
 GIB = 2**30
@@ -23,6 +25,21 @@ def number(value: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds, or milliseconds where there are few."""
     return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(seconds * 1e3)} ms"
+
+
+def usable_memory(usable_bytes: float, device: Hardware) -> str:
+    return (
+        f"usable memory {usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of "
+        f"{device.memory_bytes / GIB:.1f} kept free)"
+    )
+
+
+def efficiencies(question: Question) -> str:
+    """What is assumed of the device, and the dispatcher."""
+    return (
+        f"{question.compute_efficiency:.0%} of peak compute, {question.network_efficiency:.0%} of "
+        f"link bandwidth; {question.dispatcher} dispatch"
+    )
 
 
 def verdict(plan: Plan) -> list[str]:

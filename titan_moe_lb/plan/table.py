@@ -10,7 +10,7 @@ from rich.table import Table
 
 from titan_moe_lb.costmodel.plan import DegreePlan, Outcome
 from titan_moe_lb.plan import sentences
-from titan_moe_lb.plan.plan import MEMORY_RESERVE, Plan
+from titan_moe_lb.plan.plan import Plan
 from titan_moe_lb.plan.sentences import GIB, duration, number
 from titan_moe_lb.plan.verdict import placed
 
@@ -21,22 +21,18 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the table of every degree, and what was measured."""
     console = console or terminal()
 
-    def say(lines: Iterable[str]) -> None:
-        for line in lines:
-            console.print(line, highlight=False, soft_wrap=True)
-
-    say(sentences.verdict(plan))
-    say(headline(plan))
+    say(console, sentences.verdict(plan))
+    say(console, headline(plan))
     console.print(_analytic(plan))
-    say([fastest(plan), *map(fits_up_to, plan.degrees)])
+    say(console, [fastest(plan), *map(fits_up_to, plan.degrees)])
     if plan.run:
-        say([run_line(plan)])
+        say(console, [run_line(plan)])
         console.print(_measured(plan))
-        say(map(bought, plan.degrees))
-        say([STALE])
+        say(console, map(bought, plan.degrees))
+        say(console, [STALE])
         console.print(_table(STALE_COLUMNS, plan, stale_cells))
     if plan.degrees[0].capacity:
-        say([sentences.CAPACITY])
+        say(console, [sentences.CAPACITY])
         console.print(_table(CAPACITY_COLUMNS, plan, capacity_cells))
 
 
@@ -44,6 +40,12 @@ def terminal() -> Console:
     """The terminal; a file or a pipe has room for the whole table."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def say(console: Console, lines: Iterable[str]) -> None:
+    """Sentences, of which a pipe gets each in one line."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def headline(plan: Plan) -> list[str]:
@@ -56,11 +58,9 @@ def headline(plan: Plan) -> list[str]:
         f"{len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}, "
         f"{job.tokens_per_microbatch} tokens a micro-batch, checkpointing {job.checkpointing}",
         f"largest rank at EP {job.ep_degree}: rank {state.rank}, {state.num_parameters:,} "
-        f"parameters, {state.parameter_bytes / GIB:.2f} GiB; usable memory "
-        f"{plan.usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of {device.memory_bytes / GIB:.1f} "
-        f"kept free); {plan.question.hot_experts} hot expert(s); "
-        f"{plan.question.compute_efficiency:.0%} of peak compute, "
-        f"{plan.question.network_efficiency:.0%} of link bandwidth; {plan.question.dispatcher} dispatch",
+        f"parameters, {state.parameter_bytes / GIB:.2f} GiB; "
+        f"{sentences.usable_memory(plan.usable_bytes, device)}; {plan.question.hot_experts} hot "
+        f"expert(s); {sentences.efficiencies(plan.question)}",
     ]
 
 

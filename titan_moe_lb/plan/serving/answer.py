@@ -96,13 +96,7 @@ class Serving:
             },
             "hardware": dataclasses.asdict(self.device),
             "usable_memory_bytes": self.usable_bytes,
-            "assumptions": {
-                "context": self.context,
-                "hot_experts": self.question.hot_experts,
-                "compute_efficiency": self.question.compute_efficiency,
-                "network_efficiency": self.question.network_efficiency,
-                "dispatcher": self.question.dispatcher,
-            },
+            "assumptions": {"context": self.context, **self.question.assumptions},
             "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
             "run": self.run,
         }

@@ -91,17 +91,17 @@ def _read(question: Question) -> tuple[ServedModel, list[int]]:
     from titan_moe_lb.costmodel.read_served import read_served
     from titan_moe_lb.job import job_config
 
-    degrees = arguments.degrees(question)
+    asked = degrees = arguments.degrees(question)
     os.environ["WORLD_SIZE"] = "1"
-    usual = arguments.usual_degrees(
-        job_config.draft(question.job_arguments).build(), most=MOST_DEVICES
-    )
+    if not asked:
+        uncut = job_config.draft(question.job_arguments).build()
+        degrees = arguments.usual_degrees(uncut, most=MOST_DEVICES)
     job = arguments.with_flags(question.job_arguments, ALONE)
     model = read_served(job_config.load(job).config)
-    for degree in degrees:
+    for degree in asked:
         for number, layer in model.moe_layers.items():
             if layer.num_experts % degree:
                 raise JobError(
                     f"--ep {degree} does not divide the {layer.num_experts} experts of layer {number}"
                 )
-    return model, degrees or usual
+    return model, degrees

@@ -7,60 +7,44 @@ from collections.abc import Callable
 import numpy as np
 import plotly.graph_objects as go
 
-from titan_moe_lb.costmodel.serving import ServedRow
+from titan_moe_lb.costmodel.serving import ServedRow, ServedStep
 from titan_moe_lb.pages.charts import PENS, Chart, Panel, Pen, add_curve, blank_figure, label_curves
 from titan_moe_lb.pages.palette import ramp
+from titan_moe_lb.plan.sentences import GIB
 from titan_moe_lb.plan.serving.answer import Serving
-
-GIB = 2**30
 
 
 def charts(answer: Serving) -> list[Chart]:
     """Time, throughput and memory against the tokens of a step, under the load that is judged."""
-    tokens = "tokens of a device in a step"
     return [
         Chart(
             "Decode",
             f"One token of each sequence of {answer.context:,}, under the load {answer.load}: how "
             "long a step takes, and how many tokens a device makes in a second.",
-            [
-                Panel(
-                    "a step",
-                    _curves(answer, lambda row: row.decode.step_seconds * 1e3, "ms", tokens),
-                ),
-                Panel(
-                    "tokens a second",
-                    _curves(answer, lambda row: row.decode.tokens_per_second, "tokens/s", tokens),
-                ),
-            ],
+            _time_and_speed(answer, lambda row: row.decode),
         ),
         Chart(
             "Prefill",
             "So many tokens of prompts of that length in one step.",
-            [
-                Panel(
-                    "a step",
-                    _curves(answer, lambda row: row.prefill.step_seconds * 1e3, "ms", tokens),
-                ),
-                Panel(
-                    "tokens a second",
-                    _curves(answer, lambda row: row.prefill.tokens_per_second, "tokens/s", tokens),
-                ),
-            ],
+            _time_and_speed(answer, lambda row: row.prefill),
         ),
         Chart(
             "Memory",
             "Weights, and the caches of as many sequences as tokens. Usable: "
             f"{answer.usable_bytes / GIB:.1f} GiB.",
-            [Panel("", _curves(answer, lambda row: row.decode.memory_bytes / GIB, "GiB", tokens))],
+            [Panel("", _curves(answer, lambda row: row.decode.memory_bytes / GIB, "GiB"))],
         ),
     ]
 
 
-def _curves(
-    answer: Serving, value: Callable[[ServedRow], float], title: str, x_title: str
-) -> go.Figure:
-    figure = blank_figure(title, x_title)
+def _time_and_speed(answer: Serving, of: Callable[[ServedRow], ServedStep]) -> list[Panel]:
+    seconds = _curves(answer, lambda row: of(row).step_seconds * 1e3, "ms")
+    speed = _curves(answer, lambda row: of(row).tokens_per_second, "tokens/s")
+    return [Panel("a step", seconds), Panel("tokens a second", speed)]
+
+
+def _curves(answer: Serving, value: Callable[[ServedRow], float], title: str) -> go.Figure:
+    figure = blank_figure(title, "tokens of a device in a step")
     for index, degree in enumerate(answer.degrees):
         rows = sorted(
             (row for row in degree.rows if row.load == answer.load), key=lambda row: row.tokens

@@ -8,10 +8,9 @@ from rich import box
 from rich.table import Table
 
 from titan_moe_lb.costmodel.serving import ServedDegree, ServedRow
-from titan_moe_lb.plan.plan import MEMORY_RESERVE
-from titan_moe_lb.plan.sentences import GIB, duration, number
+from titan_moe_lb.plan.sentences import GIB, duration, efficiencies, number, usable_memory
 from titan_moe_lb.plan.serving.answer import Choice, Serving
-from titan_moe_lb.plan.table import terminal
+from titan_moe_lb.plan.table import say, terminal
 
 COLUMNS = (
     "load",
@@ -31,12 +30,7 @@ COLUMNS = (
 def print_serving(answer: Serving) -> None:
     """Print the verdict and the table of every degree."""
     console = terminal()
-
-    def say(lines: list[str]) -> None:
-        for line in lines:
-            console.print(line, highlight=False, soft_wrap=True)
-
-    say([*verdict(answer), *headline(answer)])
+    say(console, [*verdict(answer), *headline(answer)])
     table = Table(box=box.SIMPLE)
     for name in ("EP", *COLUMNS):
         table.add_column(name, justify="right", overflow="fold")
@@ -52,7 +46,7 @@ def print_serving(answer: Serving) -> None:
             )
         table.add_section()
     console.print(table)
-    say([limits(answer, degree) for degree in answer.degrees])
+    say(console, [limits(answer, degree) for degree in answer.degrees])
 
 
 def verdict(answer: Serving) -> list[str]:
@@ -93,7 +87,7 @@ def _speed(choice: Choice) -> str:
 
 def headline(answer: Serving) -> list[str]:
     """What was asked of what, in sentences."""
-    model, device, question = answer.model, answer.device, answer.question
+    model, device = answer.model, answer.device
     layer = next(iter(model.moe_layers.values()))
     per_token = model.cache_bytes(answer.context) / answer.context
     lines = [
@@ -101,10 +95,8 @@ def headline(answer: Serving) -> list[str]:
         f"{len(model.layers)}, {layer.num_experts} experts, top {layer.top_k}; caches of "
         f"{per_token / 1024:.1f} KiB a token, {number(answer.context * per_token / GIB)} GiB a sequence of "
         f"{answer.context:,}",
-        f"usable memory {answer.usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of "
-        f"{device.memory_bytes / GIB:.1f} kept free); {question.compute_efficiency:.0%} of peak "
-        f"compute, {question.network_efficiency:.0%} of link bandwidth; {question.dispatcher} "
-        "dispatch; tokens are those of one device in a step",
+        f"{usable_memory(answer.usable_bytes, device)}; {efficiencies(answer.question)}; tokens are "
+        "those of one device in a step",
     ]
     if answer.run:
         lines.append(
