@@ -271,16 +271,20 @@ def test_deepep_sends_a_token_to_every_place_once(experts, top_k, neighbouring):
 
 
 def test_moved_values_of_dispatchers_and_biases():
-    """64 tokens to 2 experts each, D 64 and F 32, on one rank without imbalance."""
+    """64 tokens to 2 experts each, D 64 and F 32, without imbalance."""
     plain = {"num_experts": 16, "top_k": 2, "dim": 64, "hidden_dim": 32}
     of_received = 4 * 64 + 3 * 32
-    for layer, dispatcher, values in (
-        (MoELayer(**plain), "standard", of_received + 5 * 64),
-        (MoELayer(**plain), "deepep", of_received),
+    for layer, dispatcher, degree, values in (
+        (MoELayer(**plain), "standard", 2, of_received + 5 * 64),
+        (MoELayer(**plain), "deepep", 2, of_received),
         # gpt_oss/moe.py: a bias is written out, and read, added and written with the result.
-        (MoELayer(**plain, expert_biases=True), "deepep", of_received + 4 * (2 * 32 + 64)),
+        (MoELayer(**plain, expert_biases=True), "deepep", 2, of_received + 4 * (2 * 32 + 64)),
+        # Without EP both are torchtitan's LocalTokenDispatcher: gathered in the order of the
+        # experts (2 D), weighted in float32 and added where they came from (3 D).
+        (MoELayer(**plain), "standard", 1, 3 * 32 + 5 * 64),
+        (MoELayer(**plain), "deepep", 1, 3 * 32 + 5 * 64),
     ):
-        placement = Placement(tokens_per_rank=64, ep_degree=1, dispatcher=dispatcher)
+        placement = Placement(tokens_per_rank=64, ep_degree=degree, dispatcher=dispatcher)
         time = moe_layer_time(layer, placement, DEVICE, imbalance_factor=1.0)
         assert time.movement == pytest.approx(64 * 2 * values * 2 / DEVICE.memory_bandwidth)
 

@@ -119,7 +119,7 @@ def _stage_bytes(
             if job.tp_degree > 1 and job.ep_degree > 1:
                 # The router has its own tokens, the shared experts those of all ranks of TP.
                 feed_forward += inputs
-            if not job.on_host:
+            if job.ep_degree > 1 and not job.on_host:
                 saved = saved + (arrived + sent) * layer.dim * BF16_BYTES
         whole = attention + feed_forward + experts
         keeps = {"none": whole, "selective": saved, "full": inputs}[job.checkpointing]

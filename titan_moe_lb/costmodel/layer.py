@@ -213,12 +213,14 @@ def _moved_bytes(layer: MoELayer, placement: Placement, skew: Array) -> Array:
     Of what it receives: into the order of the experts, the activation (two in, one out), and
     back. Biases are written out for each token before they are added. Of what it sends: into
     the order of the ranks, and weighted and summed in float32; DeepEP's kernels do that as
-    they send and receive.
+    they send and receive. Without EP what it sends is what it receives, in the order of the
+    experts already, whichever dispatcher is asked for.
     """
     sent = placement.tokens_per_rank * layer.top_k
     hidden_dim = layer.hidden_dim / placement.expert_shards
-    of_received = 4 * layer.dim + 3 * hidden_dim
+    local = placement.ep_degree == 1
+    of_received = 3 * hidden_dim + (0 if local else 4 * layer.dim)
     if layer.expert_biases:
         of_received += 4 * (layer.dim + 2 * hidden_dim)
-    of_sent = 5 * layer.dim if placement.dispatcher == "standard" else 0
+    of_sent = 5 * layer.dim if local or placement.dispatcher == "standard" else 0
     return BF16_BYTES * sent * (skew * of_received + of_sent)

@@ -1,10 +1,10 @@
-"""The cost model beside runs that others have published: step times, at the default assumptions.
+"""Step times that others have published, beside the plan with its default assumptions.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.published_runs [--only NAME ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.published.step_times [--only NAME ...]
 
-Each run is planned as ``titan-moe-lb plan`` does it, at balance: all of them were measured with
-balanced routing, or trained with little imbalance. Nothing is fitted to a run. Prints the rows
-of the table in docs/planning.md.
+Each run is planned at balance: all were measured with balanced routing, or trained with little
+imbalance, or their experts are not spread. Nothing is fitted to a run. Prints the rows of the
+table in docs/planning.md.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pathlib import Path
 import tomli_w
 import tyro
 
+from benchmarks.published.jobs import OWN, job, pipeline, planned
+from titan_moe_lb.costmodel.dispatch import Dispatcher
 from titan_moe_lb.costmodel.hardware import FIGURES
 from titan_moe_lb.costmodel.known_hardware import hardware
-from titan_moe_lb.plan.command import make_plan
-from titan_moe_lb.plan.question import Question
 
 AUTOMODEL = "NeMo AutoModel performance summary of 2025-10-02"
 MODEL_ZOO = "github.com/yanring/Megatron-MoE-ModelZoo, best_practice/Qwen3"
 REPORT = "arXiv 2412.19437, table 1"
+PITH_TRAIN = "github.com/mlc-ai/pith-train/issues/79"
+COOKBOOK = "github.com/nebius/ml-cookbook, pytorch-dsv3-mxfp8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +42,11 @@ class Run:
     tokens_per_second: float
     """Of one GPU."""
     job: tuple[str, ...]
+    dispatcher: Dispatcher = "deepep"
     differs: str = ""
     """What the job does not say of the run."""
     what_if: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     """Other predictions: what they take from that, and factors on figures of the device."""
-
-
-def _job(module: str, flavor: str, local: int, batch: int, ac: str, *more: str) -> tuple[str, ...]:
-    return (
-        f"--module={module}",
-        f"--config={module}_{flavor}",
-        "--training.seq_len=4096",
-        "--model.aux_losses=[]",
-        f"--training.local_batch_size={local}",
-        f"--training.global_batch_size={batch}",
-        *more,
-        f"activation-checkpoint:{ac}",
-    )
 
 
 NEIGHBOURS = "--debug.moe_force_load_balance"
@@ -73,12 +63,21 @@ HIDDEN = {
 }
 
 
-def _pipeline(degree: int, layers: int) -> tuple[str, ...]:
-    return (
-        f"--parallelism.pipeline_parallel_degree={degree}",
-        "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
-        f"--parallelism.pipeline_parallel_layers_per_stage={layers}",
-    )
+QWEN_30B_LONG = job(
+    "qwen3", "qwen3_30b_a3b", local=1, batch=1024, checkpointing="None", seq_len=8192
+)
+DEEPSEEK_671B_TP2 = job(
+    "deepseek_v3",
+    "deepseek_v3_671b",
+    NEIGHBOURS,
+    TP2,
+    "--parallelism.pipeline_parallel_degree=2",
+    "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+    local=64,
+    batch=4096,
+    checkpointing="full",
+    seq_len=8192,
+)
 
 
 RUNS = (
@@ -89,7 +88,7 @@ RUNS = (
         ranks=8,
         ep=8,
         tokens_per_second=256 * 4096 / 10.04 / 8,
-        job=_job("gpt_oss", "20b", 2, 256, "None", NEIGHBOURS),
+        job=job("gpt_oss", "gpt_oss_20b", NEIGHBOURS, local=2, batch=256, checkpointing="None"),
     ),
     Run(
         name="Qwen3 30B-A3B",
@@ -98,7 +97,7 @@ RUNS = (
         ranks=8,
         ep=8,
         tokens_per_second=512 * 4096 / 21.773 / 8,
-        job=_job("qwen3", "30b_a3b", 4, 512, "full", NEIGHBOURS),
+        job=job("qwen3", "qwen3_30b_a3b", NEIGHBOURS, local=4, batch=512, checkpointing="full"),
     ),
     Run(
         name="GPT-OSS 120B",
@@ -107,7 +106,7 @@ RUNS = (
         ranks=64,
         ep=64,
         tokens_per_second=512 * 4096 / 4.30 / 64,
-        job=_job("gpt_oss", "120b", 2, 512, "None", NEIGHBOURS),
+        job=job("gpt_oss", "gpt_oss_120b", NEIGHBOURS, local=2, batch=512, checkpointing="None"),
     ),
     Run(
         name="DeepSeek-V3 671B, 256 GPUs",
@@ -116,7 +115,15 @@ RUNS = (
         ranks=256,
         ep=64,
         tokens_per_second=512 * 4096 / 8.18 / 256,
-        job=_job("deepseek_v3", "671b", 8, 512, "full", NEIGHBOURS, *_pipeline(4, 2)),
+        job=job(
+            "deepseek_v3",
+            "deepseek_v3_671b",
+            NEIGHBOURS,
+            *pipeline(4, 2),
+            local=8,
+            batch=512,
+            checkpointing="full",
+        ),
     ),
     Run(
         name="DeepSeek-V3 671B, 1,024 GPUs",
@@ -125,7 +132,15 @@ RUNS = (
         ranks=1024,
         ep=64,
         tokens_per_second=8192 * 4096 / 37.87 / 1024,
-        job=_job("deepseek_v3", "671b", 8, 8192, "full", NEIGHBOURS, *_pipeline(4, 2)),
+        job=job(
+            "deepseek_v3",
+            "deepseek_v3_671b",
+            NEIGHBOURS,
+            *pipeline(4, 2),
+            local=8,
+            batch=8192,
+            checkpointing="full",
+        ),
         # 2.55 billion parameters of experts on a rank, each gathered in BF16 and reduced in float32
         # among four, four times a step: 4 x 2.55e9 x 3/4 x (2 + 4) bytes at 40 GB/s.
         differs="FSDP's collectives of the experts, which four EP groups share: 1.15 s if nothing hides them",
@@ -137,7 +152,14 @@ RUNS = (
         ranks=2048,
         ep=64,
         tokens_per_second=14.8e12 / 2.664e6 / 3600,
-        job=_job("deepseek_v3", "671b", 112, 14336, "None", *_pipeline(16, 2)),
+        job=job(
+            "deepseek_v3",
+            "deepseek_v3_671b",
+            *pipeline(16, 2),
+            local=112,
+            batch=14336,
+            checkpointing="None",
+        ),
         differs="multi-token prediction, batches of 15,360",
         what_if={
             "all-to-alls hidden by DualPipe, which leaves 112 of 132 SMs (section 3.2)": HIDDEN,
@@ -152,7 +174,15 @@ RUNS = (
         ranks=256,
         ep=32,
         tokens_per_second=2048 * 4096 / 19.7 / 256,
-        job=_job("qwen3", "235b_a22b", 128, 2048, "None", TP2, *_pipeline(8, 3)),
+        job=job(
+            "qwen3",
+            "qwen3_235b_a22b",
+            TP2,
+            *pipeline(8, 3),
+            local=128,
+            batch=2048,
+            checkpointing="None",
+        ),
         differs="norms and activations are computed again",
     ),
     Run(
@@ -162,7 +192,81 @@ RUNS = (
         ranks=256,
         ep=8,
         tokens_per_second=2048 * 4096 / 17.6 / 256,
-        job=_job("qwen3", "235b_a22b", 4, 2048, "full", TP2),
+        job=job("qwen3", "qwen3_235b_a22b", TP2, local=4, batch=2048, checkpointing="full"),
+    ),
+    Run(
+        name="Qwen3 30B-A3B, torchtitan, FSDP",
+        source=PITH_TRAIN,
+        hardware="b200",
+        ranks=8,
+        ep=1,
+        tokens_per_second=19_500,
+        job=job(
+            "qwen3",
+            "qwen3_30b_a3b",
+            local=8,
+            batch=64,
+            checkpointing="selective",
+            seq_len=8192,
+        ),
+        differs="blocks are compiled",
+    ),
+    Run(
+        name="Qwen3 30B-A3B, PithTrain, EP 4",
+        source=PITH_TRAIN,
+        hardware="b200",
+        ranks=8,
+        ep=4,
+        tokens_per_second=20_300,
+        job=QWEN_30B_LONG,
+    ),
+    Run(
+        name="Qwen3 30B-A3B, PithTrain, EP 8",
+        source=PITH_TRAIN,
+        hardware="b200",
+        ranks=8,
+        ep=8,
+        tokens_per_second=19_400,
+        job=QWEN_30B_LONG,
+    ),
+    Run(
+        name="DeepSeek-V3 16B, torchtitan, FSDP",
+        source="github.com/pytorch/torchtitan/issues/3816",
+        hardware="b200",
+        ranks=8,
+        ep=1,
+        tokens_per_second=17_500,
+        job=job("deepseek_v3", "deepseek_v3_16b", local=4, batch=32, checkpointing="selective"),
+    ),
+    Run(
+        name="DeepSeek-V3 of 9.5B, torchtitan",
+        source="github.com/NousResearch/torchtitan, docs/llep.md",
+        hardware="b200",
+        ranks=8,
+        ep=8,
+        tokens_per_second=16_270,
+        job=job(OWN, "deepseek_9b", local=6, batch=48, checkpointing="None"),
+        dispatcher="standard",
+        differs="balanced by their LLEP, to 1.1; nothing is compiled",
+    ),
+    Run(
+        name="DeepSeek-V3 671B, torchtitan",
+        source=COOKBOOK,
+        hardware="b200",
+        ranks=256,
+        ep=32,
+        tokens_per_second=651,
+        job=DEEPSEEK_671B_TP2,
+        dispatcher="standard",
+    ),
+    Run(
+        name="DeepSeek-V3 671B, torchtitan with DeepEP",
+        source=COOKBOOK,
+        hardware="b200",
+        ranks=256,
+        ep=32,
+        tokens_per_second=859,
+        job=DEEPSEEK_671B_TP2,
     ),
 )
 
@@ -196,16 +300,7 @@ def main() -> None:
 
 def _predict(run: Run, device: str) -> tuple[int, float]:
     """Tokens of a step, and its seconds at balance."""
-    plan = make_plan(
-        Question(
-            hardware=device,
-            ranks=run.ranks,
-            ep=str(run.ep),
-            imbalance="1.0",
-            dispatcher="deepep",
-            job_flags=run.job,
-        )
-    )
+    plan = planned(run.job, hardware=device, ranks=run.ranks, ep=run.ep, dispatcher=run.dispatcher)
     return plan.job.tokens_per_step, plan.degrees[0].balance.step_seconds
 
 

@@ -1,0 +1,1 @@
+"""The cost model beside what others have measured and published."""

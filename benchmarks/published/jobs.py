@@ -1,0 +1,66 @@
+"""The jobs that come nearest to published runs, and their plans."""
+
+from __future__ import annotations
+
+from titan_moe_lb.costmodel.dispatch import Dispatcher
+from titan_moe_lb.plan.command import make_plan
+from titan_moe_lb.plan.plan import Plan
+from titan_moe_lb.plan.question import Question
+
+OWN = "benchmarks.published.models"
+"""The module of the models that the registry lacks."""
+
+
+def job(
+    module: str,
+    config: str,
+    *more: str,
+    local: int,
+    batch: int,
+    checkpointing: str,
+    seq_len: int = 4096,
+) -> tuple[str, ...]:
+    """Flags of a job, with local and global batch sizes in sequences."""
+    return (
+        f"--module={module}",
+        f"--config={config}",
+        f"--training.seq_len={seq_len}",
+        "--model.aux_losses=[]",
+        f"--training.local_batch_size={local}",
+        f"--training.global_batch_size={batch}",
+        *more,
+        f"activation-checkpoint:{checkpointing}",
+    )
+
+
+def pipeline(degree: int, layers: int) -> tuple[str, ...]:
+    """Flags of interleaved stages of so many layers."""
+    return (
+        f"--parallelism.pipeline_parallel_degree={degree}",
+        "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+        f"--parallelism.pipeline_parallel_layers_per_stage={layers}",
+    )
+
+
+def planned(
+    job: tuple[str, ...],
+    *,
+    hardware: str,
+    ranks: int,
+    ep: int,
+    dispatcher: Dispatcher = "standard",
+    imbalance: str = "1.0",
+    hot_experts: int = 1,
+) -> Plan:
+    """The plan of the job at one degree, as ``titan-moe-lb plan`` makes it."""
+    return make_plan(
+        Question(
+            hardware=hardware,
+            ranks=ranks,
+            ep=str(ep),
+            imbalance=imbalance,
+            hot_experts=hot_experts,
+            dispatcher=dispatcher,
+            job_flags=job,
+        )
+    )

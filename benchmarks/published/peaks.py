@@ -1,0 +1,165 @@
+"""Peaks of GPU memory that others have published, beside the plan at balance.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.published.peaks
+
+Prints the rows of the table in docs/planning.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.published.jobs import OWN, job, planned
+
+GIB = 2**30
+B200_GIB = 178.4
+"""What torchtitan calls the capacity of a B200: 66.91 GiB are 37.51 % of it in its pull 2389."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The peak of a run, and the job that comes nearest to it."""
+
+    name: str
+    source: str
+    hardware: str
+    ranks: int
+    ep: int
+    gib: float
+    job: tuple[str, ...]
+    above: bool = False
+    """It did not fit in so many GiB."""
+    kind: str = "reserved"
+    """torch's own count: what its allocator reserves, or what is active in it."""
+    differs: str = ""
+    """What the job does not say of the run."""
+    unknown: str = ""
+    """What is not known of the run, so that no bound can be asked."""
+
+    def planned_gib(self) -> float:
+        plan = planned(self.job, hardware=self.hardware, ranks=self.ranks, ep=self.ep)
+        return plan.degrees[0].balance.memory_bytes / GIB
+
+
+def _deepseek_16b(local: int, checkpointing: str, seq_len: int = 4096) -> tuple[str, ...]:
+    return job(
+        "deepseek_v3",
+        "deepseek_v3_16b",
+        local=local,
+        batch=8 * local,
+        checkpointing=checkpointing,
+        seq_len=seq_len,
+    )
+
+
+DEBUG = job(
+    "deepseek_v3",
+    "deepseek_v3_debugmodel",
+    local=8,
+    batch=32,
+    checkpointing="selective",
+    seq_len=2048,
+)
+PULL_3000 = "github.com/pytorch/torchtitan/pull/3000"
+PULL_1993 = "github.com/pytorch/torchtitan/pull/1993"
+
+PEAKS = (
+    Peak(
+        name="DeepSeek-V3 of 9.5B, EP 8, none",
+        source="github.com/NousResearch/torchtitan, docs/llep.md",
+        hardware="b200",
+        ranks=8,
+        ep=8,
+        gib=105.26,
+        job=job(OWN, "deepseek_9b", local=6, batch=48, checkpointing="None"),
+        kind="active",
+        differs="the mean of its 8 GPUs, 91.15 to 123.88: its experts are not balanced",
+    ),
+    Peak(
+        name="DeepSeek-V3 16B, FSDP, none, 4 sequences of 6,144",
+        source=PULL_1993,
+        hardware="b200",
+        ranks=8,
+        ep=1,
+        gib=0.88 * B200_GIB,
+        job=_deepseek_16b(4, "None", seq_len=6144),
+    ),
+    Peak(
+        name="DeepSeek-V3 16B, FSDP, none, 8 sequences of 4,096",
+        source=PULL_1993,
+        hardware="b200",
+        ranks=8,
+        ep=1,
+        gib=B200_GIB,
+        above=True,
+        job=_deepseek_16b(8, "None"),
+    ),
+    Peak(
+        name="Qwen3 30B-A3B, FSDP, selective",
+        source="github.com/mlc-ai/pith-train/issues/79",
+        hardware="b200",
+        ranks=8,
+        ep=1,
+        gib=141.79,
+        job=job(
+            "qwen3",
+            "qwen3_30b_a3b",
+            local=8,
+            batch=64,
+            checkpointing="selective",
+            seq_len=8192,
+        ),
+        differs="blocks are compiled",
+    ),
+    Peak(
+        name="DeepSeek-V3 16B, EP 4, full, 16 sequences",
+        source="github.com/pytorch/torchtitan/pull/3639",
+        hardware="h100",
+        ranks=8,
+        ep=4,
+        gib=68.8,
+        job=_deepseek_16b(16, "full"),
+        unknown="the imbalance of its learned routing; EP is that of pull 3612",
+    ),
+    Peak(
+        name="DeepSeek-V3 debug model, FSDP, selective",
+        source=PULL_3000,
+        hardware="h100",
+        ranks=4,
+        ep=1,
+        gib=22.19,
+        job=DEBUG,
+        unknown="which kernel its attention took on A100",
+    ),
+    Peak(
+        name="the same, attention composed of operators",
+        source=PULL_3000,
+        hardware="host",
+        ranks=4,
+        ep=1,
+        gib=22.19,
+        job=DEBUG,
+        unknown="as above",
+    ),
+)
+
+
+def main() -> None:
+    print("| run | GPUs | published | planned | deviation | not in the job | source |")
+    print("|---|---|---|---|---|---|---|")
+    for peak in PEAKS:
+        gib = peak.planned_gib()
+        if peak.above:
+            published, deviation = f"over {peak.gib:.1f} GiB", "fits" if gib < peak.gib else "over"
+        else:
+            published = f"{peak.gib:.2f} GiB, {peak.kind}"
+            deviation = f"{gib / peak.gib - 1:+.0%}"
+        print(
+            f"| {peak.name} | {peak.ranks} | {published} | {gib:.2f} GiB | {deviation} "
+            f"| {peak.differs or peak.unknown} | {peak.source} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

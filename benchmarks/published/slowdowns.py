@@ -1,0 +1,118 @@
+"""Slow-downs at a measured imbalance that others have published, beside the plan.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.published.slowdowns
+
+UltraEP (arXiv 2606.04101v3), figure 11: TFLOP/s of a GPU and the load of the busiest rank over the
+mean, of the same job without balancing, with three balancers, with theirs, and with routing that is
+forced to balance. The slow-down is the last over each. Planned is a job whose busiest rank has
+that load in every layer: all experts of one rank are that hot. Prints the rows of the table in
+docs/planning.md.
+
+The paper does not name its GPUs. Racks of 64 of four to a server, and more TFLOP/s than three
+quarters of an H100's peak, speak for Blackwell: planned for GB200.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.published.jobs import OWN, job, pipeline, planned
+
+SYSTEMS = ("none", "EPLB", "LPLB", "EPLB of exact loads", "UltraEP")
+EP = 64
+BATCH = 5120
+"""Sequences; the paper's batches grow from 1,024 to that."""
+SEQ_LEN = 8192
+"""Not in the paper: 200B tokens in 4,500 batches, and the time of its experts, come out at it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model, and what figure 11 says of each of ``SYSTEMS``."""
+
+    name: str
+    ranks: int
+    num_experts: int
+    balanced_tflops: float
+    tflops: tuple[float, ...]
+    imbalance: tuple[float, ...]
+    job: tuple[str, ...]
+
+    def predicted(self) -> list[float]:
+        """The slow-down of a step at each imbalance."""
+        plan = planned(
+            self.job,
+            hardware="gb200_nvl72",
+            ranks=self.ranks,
+            ep=EP,
+            dispatcher="deepep",
+            imbalance=",".join(map(str, self.imbalance)),
+            hot_experts=self.num_experts // EP,
+        )
+        return [row.outcome.step_slowdown for row in plan.degrees[0].rows]
+
+    def measured(self) -> list[float]:
+        return [self.balanced_tflops / tflops for tflops in self.tflops]
+
+
+MODELS = (
+    Model(
+        name="GLM-4.5-Air, EP 64, DP 2",
+        ranks=128,
+        num_experts=128,
+        balanced_tflops=785.4,
+        tflops=(545, 646, 618, 695, 757),
+        imbalance=(2.23, 1.34, 1.29, 1.10, 1.02),
+        job=job(OWN, "glm45_air", local=1, batch=BATCH, checkpointing="None", seq_len=SEQ_LEN),
+    ),
+    Model(
+        name="Qwen3 235B-A22B, EP 64, DP 4",
+        ranks=256,
+        num_experts=128,
+        balanced_tflops=574.7,
+        tflops=(315, 449, 385, 474, 524),
+        imbalance=(2.86, 1.34, 1.58, 1.17, 1.03),
+        job=job(
+            "qwen3",
+            "qwen3_235b_a22b",
+            local=1,
+            batch=BATCH,
+            checkpointing="None",
+            seq_len=SEQ_LEN,
+        ),
+    ),
+    Model(
+        name="DeepSeek-V3 671B, EP 64, PP 4",
+        ranks=256,
+        num_experts=256,
+        balanced_tflops=637.6,
+        tflops=(509, 505, 516, 553, 613),
+        imbalance=(1.30, 1.28, 1.09, 1.18, 1.01),
+        job=job(
+            "deepseek_v3",
+            "deepseek_v3_671b",
+            *pipeline(4, 4),
+            local=BATCH // EP,
+            batch=BATCH,
+            checkpointing="None",
+            seq_len=SEQ_LEN,
+        ),
+    ),
+)
+
+
+def main() -> None:
+    print("| run | balanced by | imbalance | slow-down | predicted | deviation |")
+    print("|---|---|---|---|---|---|")
+    for model in MODELS:
+        rows = zip(SYSTEMS, model.imbalance, model.measured(), model.predicted(), strict=True)
+        for system, imbalance, measured, predicted in rows:
+            print(
+                f"| {model.name} | {system} | {imbalance:.2f} | {measured:.2f} "
+                f"| {predicted:.2f} | {predicted / measured - 1:+.0%} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
