@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.published.jobs import OWN, job, pipeline, planned
+from titan_moe_lb.plan.plan import Plan
 
 SYSTEMS = ("none", "EPLB", "LPLB", "EPLB of exact loads", "UltraEP")
 EP = 64
@@ -38,9 +39,8 @@ class Model:
     imbalance: tuple[float, ...]
     job: tuple[str, ...]
 
-    def predicted(self) -> list[float]:
-        """The slow-down of a step at each imbalance."""
-        plan = planned(
+    def plan(self) -> Plan:
+        return planned(
             self.job,
             hardware="gb200_nvl72",
             ranks=self.ranks,
@@ -49,7 +49,10 @@ class Model:
             imbalance=",".join(map(str, self.imbalance)),
             hot_experts=self.num_experts // EP,
         )
-        return [row.outcome.step_slowdown for row in plan.degrees[0].rows]
+
+    def predicted(self) -> list[float]:
+        """The slow-down of a step at each imbalance."""
+        return [row.outcome.step_slowdown for row in self.plan().degrees[0].rows]
 
     def measured(self) -> list[float]:
         return [self.balanced_tflops / tflops for tflops in self.tflops]
@@ -101,6 +104,11 @@ MODELS = (
 )
 
 
+QWEN = MODELS[1]
+LAYER = {"forced to balance": 6.40 + 10.43, "no balancing": 15.77 + 19.68}
+"""Milliseconds of a layer of it, forward and backward: the sums of figure 13."""
+
+
 def main() -> None:
     print("| run | balanced by | imbalance | slow-down | predicted | deviation |")
     print("|---|---|---|---|---|---|")
@@ -112,6 +120,14 @@ def main() -> None:
                 f"| {predicted:.2f} | {predicted / measured - 1:+.0%} |",
                 flush=True,
             )
+    plan = QWEN.plan()
+    degree = plan.degrees[0]
+    passes = plan.job.accumulation_steps * len(plan.job.moe_layers)
+    for (case, measured), outcome in zip(
+        LAYER.items(), (degree.balance, degree.rows[0].outcome), strict=True
+    ):
+        ours = 1e3 * outcome.step_seconds / passes
+        print(f"{QWEN.name}, {case}: a layer {measured:.2f} ms, planned {ours:.2f}")
 
 
 if __name__ == "__main__":
