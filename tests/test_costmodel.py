@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from titan_moe_lb.costmodel import all_to_all_time, expert_load, receiver_skew
 from titan_moe_lb.costmodel.activation import (
+    bytes_of_combine,
+    bytes_of_exchanges,
     bytes_per_received_token,
-    bytes_per_sent_token,
     largest_that_fits,
     working_bytes_per_received_token,
 )
@@ -273,12 +274,19 @@ def test_deepep_sends_a_token_to_every_place_once(experts, top_k, neighbouring):
 def test_moved_values_of_dispatchers_and_biases():
     """64 tokens to 2 experts each, D 64 and F 32, without imbalance."""
     plain = {"num_experts": 16, "top_k": 2, "dim": 64, "hidden_dim": 32}
-    of_received = 4 * 64 + 3 * 32
+    of_received, of_received_deepep = 4 * 64 + 3 * 32, 6 * 64 + 3 * 32
     for layer, dispatcher, degree, values in (
         (MoELayer(**plain), "standard", 2, of_received + 5 * 64),
-        (MoELayer(**plain), "deepep", 2, of_received),
+        (MoELayer(**plain), "low_latency", 2, of_received),
+        # torchtitan's deepep.py: gathered, weighted, and added to the tokens that came.
+        (MoELayer(**plain), "deepep", 2, of_received_deepep),
         # gpt_oss/moe.py: a bias is written out, and read, added and written with the result.
-        (MoELayer(**plain, expert_biases=True), "deepep", 2, of_received + 4 * (2 * 32 + 64)),
+        (
+            MoELayer(**plain, expert_biases=True),
+            "deepep",
+            2,
+            of_received_deepep + 4 * (2 * 32 + 64),
+        ),
         # Without EP both are torchtitan's LocalTokenDispatcher: gathered in the order of the
         # experts (2 D), weighted in float32 and added where they came from (3 D).
         (MoELayer(**plain), "standard", 1, 3 * 32 + 5 * 64),
@@ -413,19 +421,63 @@ def test_combine_keeps_what_the_formula_says():
     routed, _counts, metadata = dispatcher.dispatch(
         x_TD, scores, ids, torch.bincount(ids.flatten())
     )
+    routed = routed.detach().requires_grad_()
+    saved = _saved_rows(lambda: dispatcher.combine(routed, metadata, x_TD), tokens * k)
+    layer = MoELayer(num_experts=4, top_k=k, dim=dim, hidden_dim=1)
+    for name in ("standard", "deepep"):
+        placement = Placement(tokens_per_rank=tokens, ep_degree=1, dispatcher=name)
+        assert saved == bytes_of_combine(layer, placement, tokens * k)
+
+
+def test_combine_of_deepep_keeps_what_the_formula_says():
+    """The results in BF16 where they were computed, by autograd's account of what torchtitan does
+    before its kernel (distributed/deepep/deepep.py, which cannot be imported without DeepEP)."""
+    import torch
+
+    tokens, rows, dim = 48, 96, 32
+    of_token = torch.arange(rows) % tokens
+    results = torch.randn(rows, dim, dtype=torch.bfloat16, requires_grad=True)
+    scores = torch.rand(rows, requires_grad=True)
+
+    def combine() -> None:
+        weighted = results * scores.to(results.dtype).reshape(-1, 1)
+        index = of_token.reshape(-1, 1).expand(-1, dim)
+        torch.zeros(tokens, dim, dtype=results.dtype).scatter_add(0, index, weighted)
+
+    layer = MoELayer(num_experts=8, top_k=3, dim=dim, hidden_dim=1)
+    placement = Placement(tokens_per_rank=tokens, ep_degree=2, dispatcher="deepep")
+    assert _saved_rows(combine, rows) == bytes_of_combine(layer, placement, rows)
+
+
+def _saved_rows(run, rows: int) -> int:
+    """Bytes of the matrices of so many rows that autograd keeps."""
+    import torch
+
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and tensor.shape == (tokens * k, dim):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[0] == rows > 1:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes() if tensor.shape[1] > 1 else 0
         return tensor
 
-    routed = routed.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = dispatcher.combine(routed, metadata, x_TD)
-    assert out.shape == x_TD.shape
-    layer = MoELayer(num_experts=4, top_k=k, dim=dim, hidden_dim=1)
-    assert sum(saved.values()) == tokens * k * bytes_per_sent_token(layer)
+        run()
+    return sum(saved.values())
+
+
+def test_exchanges_bring_what_the_formula_says():
+    """100 tokens a rank of 4 to 4 of 16 experts, 400 there and 400 back, D 8 in BF16."""
+    layer = MoELayer(num_experts=16, top_k=4, dim=8, hidden_dim=1)
+    for dispatcher, degree, rows in (
+        ("standard", 4, 400 + 400),
+        # Of 4 ranks 4 choices hit 4 (1 - (3/4)^4) = 2.734 in the mean; one sum a token goes back.
+        ("deepep", 4, 273.4375 + 100),
+        ("standard", 1, 0),
+        ("deepep", 1, 0),
+    ):
+        placement = Placement(tokens_per_rank=100, ep_degree=degree, dispatcher=dispatcher)
+        assert bytes_of_exchanges(layer, placement, 400) == pytest.approx(rows * 8 * 2)
 
 
 def test_pipeline_of_four_ranks():

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from titan_moe_lb.costmodel.dispatch import places_of_a_token
 from titan_moe_lb.costmodel.job import JobModel, Stage
 from titan_moe_lb.costmodel.layer import MoELayer, Placement
 from titan_moe_lb.costmodel.load import Array
-from titan_moe_lb.costmodel.roofline import BF16_BYTES
+from titan_moe_lb.costmodel.roofline import BF16_BYTES, FP32_BYTES
 from titan_moe_lb.parallel.schedules import peak, stages_of
 
 
@@ -25,9 +26,32 @@ def bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
     return BF16_BYTES * (layer.dim + 4 * layer.hidden_dim / expert_shards)
 
 
-def bytes_per_sent_token(layer: MoELayer) -> float:
-    """Kept by the combine for each token and expert: the result in float32, for the scores."""
-    return 4.0 * layer.dim
+def bytes_of_combine(layer: MoELayer, placement: Placement, received: Array) -> Array:
+    """Kept by the combine: what the experts gave, for the gradient of the scores.
+
+    In float32 where the tokens came from; with DeepEP in BF16 where they went to, since the
+    scores are applied there.
+
+    Args:
+        received: tokens that the ranks receive.
+    """
+    if placement.exchanges and placement.dispatcher == "deepep":
+        return received * layer.dim * BF16_BYTES
+    return placement.tokens_per_rank * layer.top_k * layer.dim * FP32_BYTES
+
+
+def bytes_of_exchanges(layer: MoELayer, placement: Placement, received: Array) -> Array:
+    """What the all-to-alls bring, there and back. With DeepEP a token comes once to a rank, and
+    its sum goes back. Arguments: as :func:`bytes_of_combine`."""
+    if not placement.exchanges:
+        return 0.0
+    there, back = received, placement.tokens_per_rank * layer.top_k
+    if placement.dispatcher == "deepep":
+        ranks = places_of_a_token(
+            placement.ep_degree, layer.num_experts, layer.top_k, layer.neighbouring_choices
+        )
+        there, back = received * ranks / layer.top_k, placement.tokens_per_rank
+    return (there + back) * layer.dim * BF16_BYTES
 
 
 def working_bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
@@ -112,15 +136,14 @@ def _stage_bytes(
         if block.moe_layer is not None:
             layer = job.moe_layers[block.moe_layer]
             arrived = received[block.moe_layer]
-            sent = placement.tokens_per_rank * layer.top_k
             experts = arrived * bytes_per_received_token(layer, placement.expert_shards)
-            experts = experts + sent * bytes_per_sent_token(layer)
+            experts = experts + bytes_of_combine(layer, placement, arrived)
             at_work = arrived * working_bytes_per_received_token(layer, placement.expert_shards)
             if job.tp_degree > 1 and job.ep_degree > 1:
                 # The router has its own tokens, the shared experts those of all ranks of TP.
                 feed_forward += inputs
-            if job.ep_degree > 1 and not job.on_host:
-                saved = saved + (arrived + sent) * layer.dim * BF16_BYTES
+            if not job.on_host:
+                saved = saved + bytes_of_exchanges(layer, placement, arrived)
         whole = attention + feed_forward + experts
         keeps = {"none": whole, "selective": saved, "full": inputs}[job.checkpointing]
         again = {"none": 0.0, "selective": whole + inputs - saved, "full": whole}[job.checkpointing]

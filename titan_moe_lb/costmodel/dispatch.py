@@ -54,9 +54,7 @@ def exchange_time(
     nodes = max(1.0, ep_degree / hardware.scale_up_domain)
 
     def places(number: float, open_to: float = 1.0) -> float:
-        if neighbouring:
-            return _different_of_a_run(number, top_k, int(num_experts // number))
-        return _different(max(1.0, number * open_to), top_k)
+        return places_of_a_token(number, num_experts, top_k, neighbouring, open_to)
 
     links = (
         (
@@ -83,6 +81,19 @@ def exchange_time(
         for sent, bandwidth, latency, peers in links
     )
     return np.maximum(out, up)
+
+
+def places_of_a_token(
+    number: float, num_experts: int, top_k: int, neighbouring: bool, open_to: float = 1.0
+) -> float:
+    """In how many of so many ranks or nodes the K experts of a token are expected to lie.
+
+    Args:
+        open_to: share of the places that a token may go to.
+    """
+    if neighbouring:
+        return _different_of_a_run(number, top_k, int(num_experts // number))
+    return _different(max(1.0, number * open_to), top_k)
 
 
 def _different_of_a_run(places: float, choices: int, experts: int) -> float:

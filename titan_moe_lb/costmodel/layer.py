@@ -54,6 +54,11 @@ class Placement:
     dispatcher: Dispatcher = "standard"
 
     @property
+    def exchanges(self) -> bool:
+        """Tokens go to other ranks; without EP torchtitan's dispatchers are all the local one."""
+        return self.ep_degree > 1
+
+    @property
     def tokens(self) -> int:
         """Tokens that the EP group routes together."""
         return self.tokens_per_rank * self.ep_degree
@@ -212,15 +217,21 @@ def _moved_bytes(layer: MoELayer, placement: Placement, skew: Array) -> Array:
 
     Of what it receives: into the order of the experts, the activation (two in, one out), and
     back. Biases are written out for each token before they are added. Of what it sends: into
-    the order of the ranks, and weighted and summed in float32; DeepEP's kernels do that as
-    they send and receive. Without EP what it sends is what it receives, in the order of the
-    experts already, whichever dispatcher is asked for.
+    the order of the ranks, and weighted and summed in float32. With DeepEP a rank weights what
+    it received before it goes back, and the kernels do the rest. Without EP what it sends is
+    what it receives, in the order of the experts already, whichever dispatcher is asked for.
     """
     sent = placement.tokens_per_rank * layer.top_k
     hidden_dim = layer.hidden_dim / placement.expert_shards
-    local = placement.ep_degree == 1
-    of_received = 3 * hidden_dim + (0 if local else 4 * layer.dim)
+    dispatcher = placement.dispatcher if placement.exchanges else "local"
+    received, of_sent = {
+        "local": (0, 5),
+        "standard": (4, 5),
+        "deepep": (6, 0),
+        "low_latency": (4, 0),
+    }[dispatcher]
+    of_received = received * layer.dim + 3 * hidden_dim
     if layer.expert_biases:
         of_received += 4 * (layer.dim + 2 * hidden_dim)
-    of_sent = 5 * layer.dim if local or placement.dispatcher == "standard" else 0
+    of_sent *= layer.dim
     return BF16_BYTES * sent * (skew * of_received + of_sent)

@@ -16,9 +16,8 @@ from typing import Any
 from torch import nn
 
 from titan_moe_lb.costmodel.job import Block
-from titan_moe_lb.costmodel.roofline import BF16_BYTES
+from titan_moe_lb.costmodel.roofline import BF16_BYTES, FP32_BYTES
 
-FP32_BYTES = 4
 INDEX_BYTES = 8
 
 

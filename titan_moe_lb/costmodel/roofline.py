@@ -9,6 +9,7 @@ from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.load import Array, ExpertLoad
 
 BF16_BYTES = 2
+FP32_BYTES = 4
 
 
 def gemm_time(rows: ArrayLike, inner: float, columns: float, hardware: Hardware) -> Array:
