@@ -280,6 +280,37 @@ WRONG_FILES = {
         "parallelism.module_fqns_per_model_part makes 3 stages; the Interleaved1F1B schedule "
         "needs as many stages on each rank with parallelism.pipeline_parallel_degree 2",
     ),
+    **{
+        f"stages by hand: {problem}": (
+            JOB + PIPELINE.format("1F1B", 1) + f"module_fqns_per_model_part = {stages}\n",
+            line,
+        )
+        for problem, stages, line in (
+            (
+                "unknown",
+                '[["tok_embeddings", "layers.0"], ["layer.1", "norm", "lm_head"]]',
+                "parallelism.module_fqns_per_model_part names 'layer.1'; did you mean 'layers.1'?",
+            ),
+            (
+                "left out",
+                '[["tok_embeddings", "layers.0", "layers.1"], ["layers.3", "norm", "lm_head"]]',
+                "parallelism.module_fqns_per_model_part leaves 'layers.2' out: give it to a stage",
+            ),
+            (
+                "twice",
+                '[["tok_embeddings", "layers.0", "layers.1"], '
+                '["layers.1", "layers.2", "layers.3", "norm", "lm_head"]]',
+                "parallelism.module_fqns_per_model_part names 'layers.1' twice",
+            ),
+            (
+                "order",
+                '[["tok_embeddings", "layers.2", "layers.3"], '
+                '["layers.0", "layers.1", "norm", "lm_head"]]',
+                "parallelism.module_fqns_per_model_part has 'layers.2' in stage 1 and 'layers.1', "
+                "which comes before it, in stage 2: give them in the model's order",
+            ),
+        )
+    },
     "CP + a stage without a layer": (
         JOB + PIPELINE.format("Interleaved1F1B", 1) + "context_parallel_degree = 2\n",
         "stage 4 of 4 of the pipeline has no layer, which torchtitan 0.3.0 cannot cut for "
@@ -423,7 +454,7 @@ PROCESSES = {
     "1F1B + few micro-batches": "2",
     "Interleaved1F1B + rounds": "2",
     "ZBV + three stages a rank": "2",
-    "stages by hand": "2",
+    **{case: "2" for case in WRONG_FILES if case.startswith("stages by hand")},
     "CP + a stage without a layer": "4",
     "partial_dtensor + TP + one sequence": "2",
     "full_dtensor + CP + one sequence": "2",

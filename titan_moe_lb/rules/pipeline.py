@@ -5,6 +5,8 @@ torch and torchtitan find it when every process has built its model, and say it 
 
 from __future__ import annotations
 
+import itertools
+
 from torchtitan.distributed import pipeline_parallel
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.trainer import Trainer
@@ -28,6 +30,31 @@ def schedule_is_known(config: Trainer.Config) -> None:
             f"parallelism.pipeline_parallel_schedule {schedule!r} does not exist; "
             f"{nearest(same[0] if same else schedule, SCHEDULES)}"
         )
+
+
+def stages_by_hand_are_the_model(config: Trainer.Config) -> None:
+    """torchtitan drops what no stage names and runs the rest: another model, in silence."""
+    stages = config.parallelism.module_fqns_per_model_part
+    if stages is None or not _stages(config):
+        return
+    key, model = "parallelism.module_fqns_per_model_part", config.model_spec.model
+    (modules,) = pipeline_parallel._generate_llm_fqn_per_model_part(1, len(model.layers))
+    named = [name for names in stages for name in names]
+    for name in named:
+        if name not in modules:
+            raise JobError(f"{key} names {name!r}; {nearest(name, modules)}")
+        if named.count(name) > 1:
+            raise JobError(f"{key} names {name!r} twice")
+    for name in modules:
+        if name not in named:
+            raise JobError(f"{key} leaves {name!r} out: give it to a stage")
+    places = {name: number for number, names in enumerate(stages) for name in names}
+    for before, after in itertools.pairwise(modules):
+        if places[before] > places[after]:
+            raise JobError(
+                f"{key} has {after!r} in stage {places[after] + 1} and {before!r}, which comes "
+                f"before it, in stage {places[before] + 1}: give them in the model's order"
+            )
 
 
 def stages_fit_ranks(config: Trainer.Config) -> None:
@@ -137,6 +164,7 @@ def _stages(config: Trainer.Config) -> list[list[str]]:
 
 RULES = (
     schedule_is_known,
+    stages_by_hand_are_the_model,
     stages_fit_ranks,
     micro_batches_fit_schedule,
     stages_have_attention,
