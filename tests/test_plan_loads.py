@@ -134,8 +134,13 @@ def test_capacity_of_a_run(planned):
 
 def test_log_normal_loads(ranks, tmp_path):
     arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
-    found = plan(ranks, [*arguments, "--imbalance=1.0,lognormal:0,lognormal:1"], JOB)
-    none, much = (row["outcome"] for row in found["degrees"][0]["lognormal"])
+    imbalance = "--imbalance=1.0,lognormal:0,lognormal:1,overload:1.4@2"
+    found = plan(ranks, [*arguments, imbalance], JOB)
+    rows = found["degrees"][0]["lognormal"]
+    none, much, overload = (row["outcome"] for row in rows)
+    assert [row["name"] for row in rows] == ["σ 0.00", "σ 1.00", "1.40@2"]
+    balanced = found["degrees"][0]["balance"]["busiest_rank_tokens"]
+    assert overload["busiest_rank_tokens"] == pytest.approx(1.4 * balanced, rel=1e-3)
     assert none["step_seconds"] == pytest.approx(found["degrees"][0]["balance"]["step_seconds"])
     assert much["step_slowdown"] > 1.05
     # The first sigma is the load of the verdict, where no run is given.

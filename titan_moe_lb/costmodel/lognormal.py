@@ -6,9 +6,66 @@ came closest (DeepEP pull request #393).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from titan_moe_lb.errors import JobError
+
 DRAWS = 16
+MOST_SIGMA = 5.0
+HALVINGS = 30
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How uneven log-normal loads are."""
+
+    sigma: float
+    name: str
+    """What an answer calls them."""
+
+
+@dataclass(frozen=True)
+class Overload:
+    """A measured overload factor: the load of the busiest rank of an expert-parallel group over
+    the mean, in the mean over layers and micro-batches."""
+
+    factor: float
+    ep_degree: int
+
+    def __str__(self) -> str:
+        return f"overload:{self.factor:g}@{self.ep_degree}"
+
+    def spread(self, *, num_layers: int, num_experts: int, top_k: int) -> Spread:
+        """The log-normal loads that have it, with experts placed in blocks.
+
+        Raises:
+            JobError: the ranks do not divide the experts, or cannot be that unevenly loaded.
+        """
+        if num_experts % self.ep_degree:
+            raise JobError(
+                f"--imbalance {self}: {self.ep_degree} ranks do not divide {num_experts} experts"
+            )
+
+        def factor(sigma: float) -> float:
+            shares = lognormal_loads(
+                sigma, num_layers=num_layers, num_experts=num_experts, top_k=top_k
+            )
+            of_ranks = shares.reshape(*shares.shape[:-1], self.ep_degree, -1).sum(axis=-1)
+            return float(of_ranks.max(axis=-1).mean()) * self.ep_degree
+
+        most = factor(MOST_SIGMA)
+        if self.factor > most:
+            raise JobError(
+                f"--imbalance {self} is above {most:.3g}, which log-normal loads reach at EP "
+                f"{self.ep_degree} with {top_k} of {num_experts} experts"
+            )
+        low, high = 0.0, MOST_SIGMA
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if factor(middle) < self.factor else (low, middle)
+        return Spread(sigma=high, name=f"{self.factor:.2f}@{self.ep_degree}")
 
 
 def lognormal_loads(

@@ -11,7 +11,7 @@ from titan_moe_lb.costmodel.activation import largest_that_fits
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.load import WORST
-from titan_moe_lb.costmodel.lognormal import lognormal_loads
+from titan_moe_lb.costmodel.lognormal import Spread, lognormal_loads
 from titan_moe_lb.costmodel.outcome import Outcome, View
 from titan_moe_lb.costmodel.placed_experts import placed_experts, placements
 from titan_moe_lb.costmodel.recorded import RecordedLoads
@@ -33,6 +33,7 @@ class AnalyticRow:
 class LogNormalRow:
     """Log-normal loads, drawn anew in every layer; mean over draws."""
 
+    name: str
     sigma: float
     outcome: Outcome
 
@@ -96,7 +97,7 @@ def plan_degree(
     *,
     num_hot_experts: int,
     usable_bytes: float,
-    sigmas: Sequence[float] = (),
+    spreads: Sequence[Spread] = (),
     recorded: RecordedLoads | None = None,
     redundant_experts: Sequence[int] = (),
     drop_share: float = 0.01,
@@ -107,7 +108,7 @@ def plan_degree(
         imbalance_factors: each in [1, E/K], or -1 for E/K.
         num_hot_experts: W.
         usable_bytes: of a device's memory.
-        sigmas: of log-normal loads.
+        spreads: of log-normal loads.
         recorded: loads of a run of the same model.
         redundant_experts: numbers of slots for copies to place the recorded loads with.
         drop_share: of the tokens, for a capacity that drops some.
@@ -134,7 +135,7 @@ def plan_degree(
         state_bytes=job.states[position].total_bytes,
         balance=balance,
         rows=tuple(row(given) for given in imbalance_factors),
-        lognormal=tuple(_lognormal(view, balance, sigma) for sigma in sigmas),
+        lognormal=tuple(_lognormal(view, balance, spread) for spread in spreads),
         largest_imbalance_that_fits=largest,
         curve=tuple(row(float(x)) for x in np.geomspace(1.0, view.worst, CURVE_POINTS)),
         measured=tuple(
@@ -159,16 +160,16 @@ def _blocks(view: View) -> list[np.ndarray]:
     return [contiguous(layer.num_experts, degree) for layer in view.job.moe_layers.values()]
 
 
-def _lognormal(view: View, balance: Outcome, sigma: float) -> LogNormalRow:
+def _lognormal(view: View, balance: Outcome, spread: Spread) -> LogNormalRow:
     layer = next(iter(view.job.moe_layers.values()))
     shares = lognormal_loads(
-        sigma,
+        spread.sigma,
         num_layers=len(view.job.moe_layers),
         num_experts=layer.num_experts,
         top_k=layer.top_k,
     )
     loads = view.measured(shares, _blocks(view))
-    return LogNormalRow(sigma=sigma, outcome=view.outcome(loads, balance))
+    return LogNormalRow(name=spread.name, sigma=spread.sigma, outcome=view.outcome(loads, balance))
 
 
 def _measured(

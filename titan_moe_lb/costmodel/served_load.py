@@ -9,7 +9,7 @@ import numpy as np
 
 from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.load import expert_load
-from titan_moe_lb.costmodel.lognormal import lognormal_loads
+from titan_moe_lb.costmodel.lognormal import Spread, lognormal_loads
 from titan_moe_lb.costmodel.placed_experts import placements
 from titan_moe_lb.costmodel.recorded import RecordedLoads
 
@@ -30,7 +30,7 @@ def assumed_loads(
     layers: Sequence[MoELayer],
     factors: Sequence[float],
     num_hot_experts: int,
-    sigmas: Sequence[float],
+    spreads: Sequence[Spread],
 ) -> list[ServedLoad]:
     """Two-level and log-normal ones, as a plan of training has them."""
     first = layers[0]
@@ -41,15 +41,15 @@ def assumed_loads(
         two_level.append(ServedLoad(name=name, counts_NME=np.stack(counts_ME)[None]))
     return two_level + [
         ServedLoad(
-            name=f"σ {sigma:.2f}",
+            name=spread.name,
             counts_NME=lognormal_loads(
-                sigma,
+                spread.sigma,
                 num_layers=len(layers),
                 num_experts=first.num_experts,
                 top_k=first.top_k,
             ),
         )
-        for sigma in sigmas
+        for spread in spreads
     ]
 
 

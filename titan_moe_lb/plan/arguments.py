@@ -10,10 +10,9 @@ import numpy as np
 
 from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.load import TOLERANCE, WORST
+from titan_moe_lb.costmodel.lognormal import MOST_SIGMA, Overload, Spread
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.plan.question import Question
-
-MOST_SIGMA = 5.0
 
 
 def check(question: Question) -> None:
@@ -50,33 +49,54 @@ def check(question: Question) -> None:
         )
 
 
-def imbalances(text: str) -> tuple[list[float], list[float]]:
-    """Imbalances of the two-level load, and sigmas of log-normal ones."""
+def imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
+    """Imbalances of the two-level load, and log-normal ones."""
     factors: list[float] = []
-    sigmas: list[float] = []
+    drawn: list[Spread | Overload] = []
     for word in (word.strip() for word in text.split(",")):
         kind, colon, number = word.partition(":")
         try:
             if word == "worst":
                 factors.append(WORST)
             elif colon and kind == "lognormal":
-                sigmas.append(float(number))
+                drawn.append(Spread(sigma=float(number), name=f"σ {float(number):.2f}"))
+            elif colon and kind == "overload":
+                overload, _at, degree = number.partition("@")
+                drawn.append(Overload(factor=float(overload), ep_degree=int(degree)))
             else:
                 factors.append(float(word))
         except ValueError:
             raise JobError(
-                f"--imbalance {text}: {word!r} is neither a number nor 'worst' nor lognormal:SIGMA"
+                f"--imbalance {text}: {word!r} is neither a number nor 'worst' nor lognormal:SIGMA "
+                "nor overload:FACTOR@EP"
             ) from None
     for factor in factors:
         if not (factor == WORST or factor >= 1):
             raise JobError(f"--imbalance {factor:g} is below 1, which is balance")
-    for sigma in sigmas:
-        if not 0 <= sigma <= MOST_SIGMA:
+    for given in drawn:
+        if isinstance(given, Spread) and not 0 <= given.sigma <= MOST_SIGMA:
             raise JobError(
-                f"--imbalance lognormal:{sigma:g} is outside [0, {MOST_SIGMA:g}]; recorded loads "
-                "have 0.1 to 1.5"
+                f"--imbalance lognormal:{given.sigma:g} is outside [0, {MOST_SIGMA:g}]; recorded "
+                "loads have 0.1 to 1.5"
             )
-    return factors or [1.0], sigmas
+        if isinstance(given, Overload) and not (given.factor >= 1 and given.ep_degree > 1):
+            raise JobError(
+                f"--imbalance {given}: an overload factor is at least 1, of an EP degree above 1"
+            )
+    return factors or [1.0], drawn
+
+
+def spreads(
+    drawn: list[Spread | Overload], moe_layers: Mapping[int, MoELayer]
+) -> tuple[Spread, ...]:
+    """An overload factor as the log-normal loads that have it in this model."""
+    layer = next(iter(moe_layers.values()))
+    return tuple(
+        given.spread(num_layers=len(moe_layers), num_experts=layer.num_experts, top_k=layer.top_k)
+        if isinstance(given, Overload)
+        else given
+        for given in drawn
+    )
 
 
 def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:

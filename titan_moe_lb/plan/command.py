@@ -39,7 +39,7 @@ def make_plan(question: Question) -> Plan:
         JobError: the first thing that is wrong, in one line.
     """
     arguments.check(question)
-    factors, sigmas = arguments.imbalances(question.imbalance or IMBALANCES)
+    factors, drawn = arguments.imbalances(question.imbalance or IMBALANCES)
     device = hardware(question.hardware)
     derated = device.derated(
         compute_efficiency=question.compute_efficiency,
@@ -54,6 +54,7 @@ def make_plan(question: Question) -> Plan:
             f"--drop-share: the trace in {question.from_run} has no loads of single micro-batches, "
             "which a capacity is for: take one that this version has written"
         )
+    spreads = arguments.spreads(drawn, jobs[0].moe_layers)
     redundant = arguments.redundant(question, [job.ep_degree for job in jobs])
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     degrees = tuple(
@@ -63,7 +64,7 @@ def make_plan(question: Question) -> Plan:
             factors,
             num_hot_experts=question.hot_experts,
             usable_bytes=usable,
-            sigmas=sigmas,
+            spreads=spreads,
             recorded=recorded,
             redundant_experts=redundant,
             drop_share=question.drop_share or DROP_SHARE,
@@ -76,7 +77,7 @@ def make_plan(question: Question) -> Plan:
         device=device,
         usable_bytes=usable,
         degrees=degrees,
-        verdict=judge(jobs[0], degrees, usable, sigmas),
+        verdict=judge(jobs[0], degrees, usable),
         run=run,
     )
 

@@ -25,8 +25,9 @@ class Question:
     """Ranks of the job; default: NGPU, else the [job] ranks of its file, else 1."""
     imbalance: str | None = None
     """Load of the most loaded expert over the mean, each in [1, E/K]; worst is E/K. Or
-    lognormal:SIGMA, loads whose logarithms have that standard deviation. Default
-    1.0,1.5,2.0,worst; with --serve 1.0."""
+    lognormal:SIGMA, loads whose logarithms have that standard deviation; or overload:FACTOR@EP,
+    those of them that have this overload factor at that degree. Default 1.0,1.5,2.0,worst; with
+    --serve 1.0."""
     hot_experts: int = 1
     """How many experts are that loaded, at most top_k; the others share the rest evenly."""
     ep: str | None = None

@@ -74,7 +74,7 @@ def _analytic(plan: Plan) -> Table:
                 str(degree.ep_degree), f"{row.imbalance_factor:.2f}", *_styled(row.outcome)
             )
         for drawn in degree.lognormal:
-            table.add_row(str(degree.ep_degree), f"σ {drawn.sigma:.2f}", *_styled(drawn.outcome))
+            table.add_row(str(degree.ep_degree), drawn.name, *_styled(drawn.outcome))
         table.add_section()
     return table
 

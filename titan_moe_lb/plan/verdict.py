@@ -50,15 +50,13 @@ class Verdict:
         return self.next_degree is not None and self.next_slower < CLOSE
 
 
-def judge(
-    job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float, sigmas: Sequence[float]
-) -> Verdict:
+def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> Verdict:
     """Under the load of the run where there is one, else log-normal loads, else at balance.
 
     At balance there is nothing to gain; there the gain is that at the largest imbalance
     asked for that is not the worst case.
     """
-    load, outcome_of = _load(degrees, sigmas)
+    load, outcome_of = _load(degrees)
     fitting = sorted(
         (degree for degree in degrees if outcome_of(degree).fits),
         key=lambda degree: outcome_of(degree).step_seconds,
@@ -123,14 +121,12 @@ def _worst(degree: DegreePlan) -> float:
     return degree.curve[-1].imbalance_factor
 
 
-def _load(
-    degrees: Sequence[DegreePlan], sigmas: Sequence[float]
-) -> tuple[str, Callable[[DegreePlan], Outcome]]:
+def _load(degrees: Sequence[DegreePlan]) -> tuple[str, Callable[[DegreePlan], Outcome]]:
     if degrees[0].measured:
         return "the load of the run's last steps", lambda degree: degree.measured[0].last
-    if sigmas:
+    if degrees[0].lognormal:
         return (
-            f"log-normal loads of sigma {sigmas[0]:g}",
+            f"log-normal loads of sigma {degrees[0].lognormal[0].sigma:.3g}",
             lambda degree: degree.lognormal[0].outcome,
         )
     return "balance", lambda degree: degree.balance

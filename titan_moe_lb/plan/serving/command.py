@@ -43,7 +43,7 @@ def serve(question: Question) -> Serving:
         JobError: the first thing that is wrong, in one line.
     """
     arguments.check(question)
-    factors, sigmas = arguments.imbalances(question.imbalance or "1.0")
+    factors, drawn = arguments.imbalances(question.imbalance or "1.0")
     tokens = arguments.whole_numbers("--tokens", question.tokens or TOKENS)
     context = CONTEXT if question.context is None else question.context
     if context < 1:
@@ -59,7 +59,12 @@ def serve(question: Question) -> Serving:
     arguments.fit_model(question, factors, model.moe_layers)
     run, recorded = measured.of_run(trace, model) if trace else (None, None)
     redundant = arguments.redundant(question, degrees)
-    loads = assumed_loads(list(model.moe_layers.values()), factors, question.hot_experts, sigmas)
+    loads = assumed_loads(
+        list(model.moe_layers.values()),
+        factors,
+        question.hot_experts,
+        arguments.spreads(drawn, model.moe_layers),
+    )
     if recorded:
         loads += recorded_loads(recorded, redundant)
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
