@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -274,11 +276,12 @@ def test_deepep_sends_a_token_to_every_place_once(experts, top_k, neighbouring):
 def test_moved_values_of_dispatchers_and_biases():
     """64 tokens to 2 experts each, D 64 and F 32, without imbalance."""
     plain = {"num_experts": 16, "top_k": 2, "dim": 64, "hidden_dim": 32}
-    of_received, of_received_deepep = 4 * 64 + 3 * 32, 6 * 64 + 3 * 32
+    of_received, of_received_deepep = 4 * 64 + 3 * 32, 5 * 64 + 3 * 32
     for layer, dispatcher, degree, values in (
         (MoELayer(**plain), "standard", 2, of_received + 5 * 64),
-        (MoELayer(**plain), "low_latency", 2, of_received),
-        # torchtitan's deepep.py: gathered, weighted, and added to the tokens that came.
+        # torchtitan's deepep.py: in serving the rows come in order and are weighted (2 D); in
+        # training they are gathered (2 D), weighted and added to the tokens that came (3 D).
+        (MoELayer(**plain), "low_latency", 2, 2 * 64 + 3 * 32),
         (MoELayer(**plain), "deepep", 2, of_received_deepep),
         # gpt_oss/moe.py: a bias is written out, and read, added and written with the result.
         (
@@ -287,7 +290,7 @@ def test_moved_values_of_dispatchers_and_biases():
             2,
             of_received_deepep + 4 * (2 * 32 + 64),
         ),
-        # Without EP both are torchtitan's LocalTokenDispatcher: gathered in the order of the
+        # Without EP both are planned as LocalTokenDispatcher: gathered in the order of the
         # experts (2 D), weighted in float32 and added where they came from (3 D).
         (MoELayer(**plain), "standard", 1, 3 * 32 + 5 * 64),
         (MoELayer(**plain), "deepep", 1, 3 * 32 + 5 * 64),
@@ -422,7 +425,7 @@ def test_combine_keeps_what_the_formula_says():
         x_TD, scores, ids, torch.bincount(ids.flatten())
     )
     routed = routed.detach().requires_grad_()
-    saved = _saved_rows(lambda: dispatcher.combine(routed, metadata, x_TD), tokens * k)
+    saved = _saved_bytes(lambda: dispatcher.combine(routed, metadata, x_TD), (tokens * k, dim))
     layer = MoELayer(num_experts=4, top_k=k, dim=dim, hidden_dim=1)
     for name in ("standard", "deepep"):
         placement = Placement(tokens_per_rank=tokens, ep_degree=1, dispatcher=name)
@@ -446,19 +449,18 @@ def test_combine_of_deepep_keeps_what_the_formula_says():
 
     layer = MoELayer(num_experts=8, top_k=3, dim=dim, hidden_dim=1)
     placement = Placement(tokens_per_rank=tokens, ep_degree=2, dispatcher="deepep")
-    assert _saved_rows(combine, rows) == bytes_of_combine(layer, placement, rows)
+    assert _saved_bytes(combine, (rows, dim)) == bytes_of_combine(layer, placement, rows)
 
 
-def _saved_rows(run, rows: int) -> int:
-    """Bytes of the matrices of so many rows that autograd keeps."""
+def _saved_bytes(run: Callable[[], object], shape: tuple[int, int]) -> int:
+    """Of the matrices of that shape which autograd keeps."""
     import torch
 
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[0] == rows > 1:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes() if tensor.shape[1] > 1 else 0
+        if tensor.is_floating_point() and tensor.shape == shape:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -478,6 +480,27 @@ def test_exchanges_bring_what_the_formula_says():
     ):
         placement = Placement(tokens_per_rank=100, ep_degree=degree, dispatcher=dispatcher)
         assert bytes_of_exchanges(layer, placement, 400) == pytest.approx(rows * 8 * 2)
+    # All 1,600 choices of the group in one rank: no rank gets a token twice.
+    crowded = Placement(tokens_per_rank=100, ep_degree=4, dispatcher="deepep")
+    assert bytes_of_exchanges(layer, crowded, 1600) == (400 + 100) * 8 * 2
+
+
+def test_deepep_sends_no_token_twice_to_the_busiest_rank():
+    """100 tokens a rank of 8 on one node, all to one of them: it gets those of the other 7."""
+    ranks = 8
+    found = exchange_time(
+        "deepep",
+        dataclasses.replace(DEVICE, scale_up_domain=ranks),
+        tokens=100,
+        num_experts=64,
+        top_k=8,
+        dim=64,
+        ep_degree=ranks,
+        reachable=1.0,
+        neighbouring=False,
+        skew=float(ranks),
+    )
+    assert found == pytest.approx(100 * (ranks - 1) * 64 * 2 / DEVICE.scale_up_bandwidth)
 
 
 def test_pipeline_of_four_ranks():

@@ -10,8 +10,11 @@ from benchmarks.published.slowdowns import MODELS
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_slowdown_at_a_measured_imbalance(model):
-    """Without balancing, and under each of four balancers: within a fifth."""
-    assert model.predicted() == pytest.approx(model.measured(), rel=0.2)
+    """Without balancing, and under each of four balancers: within a fifth. Without balancing
+    also what it adds to a step, within a half."""
+    predicted, measured = model.predicted(), model.measured()
+    assert predicted == pytest.approx(measured, rel=0.2)
+    assert predicted[0] - 1 == pytest.approx(measured[0] - 1, rel=0.5)
 
 
 @pytest.mark.parametrize(

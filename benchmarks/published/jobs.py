@@ -42,8 +42,17 @@ def pipeline(degree: int, layers: int) -> tuple[str, ...]:
     )
 
 
+QWEN_30B_FSDP = job(
+    "qwen3", "qwen3_30b_a3b", local=8, batch=64, checkpointing="selective", seq_len=8192
+)
+PITH_TRAIN = "github.com/mlc-ai/pith-train/issues/79"
+
+DEEPSEEK_9B = job(OWN, "deepseek_9b", local=6, batch=48, checkpointing="None")
+NOUS = "github.com/NousResearch/torchtitan, docs/llep.md"
+
+
 def planned(
-    job: tuple[str, ...],
+    flags: tuple[str, ...],
     *,
     hardware: str,
     ranks: int,
@@ -52,7 +61,7 @@ def planned(
     imbalance: str = "1.0",
     hot_experts: int = 1,
 ) -> Plan:
-    """The plan of the job at one degree, as ``titan-moe-lb plan`` makes it."""
+    """The plan of the job of these flags at one degree, as ``titan-moe-lb plan`` makes it."""
     return make_plan(
         Question(
             hardware=hardware,
@@ -61,6 +70,6 @@ def planned(
             imbalance=imbalance,
             hot_experts=hot_experts,
             dispatcher=dispatcher,
-            job_flags=job,
+            job_flags=flags,
         )
     )

@@ -32,7 +32,8 @@ def glm45_air() -> Trainer.Config:
     """GLM-4.5-Air, 106B: 46 layers, the first dense; 128 experts, top 8, one shared expert.
 
     Dimensions: its published config.json (huggingface.co/zai-org/GLM-4.5-Air). Left out are
-    the biases of queries, keys and values.
+    the biases of queries, keys and values; the vocabulary is Qwen3's, a quarter of a percent
+    larger.
     """
     spec = qwen3.model_registry("235B-A22B")
     layers = [_glm_layer(dense=number == 0) for number in range(46)]

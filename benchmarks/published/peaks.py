@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.published.jobs import OWN, job, planned
+from benchmarks.published.jobs import (
+    DEEPSEEK_9B,
+    NOUS,
+    PITH_TRAIN,
+    QWEN_30B_FSDP,
+    job,
+    planned,
+)
 
 GIB = 2**30
 B200_GIB = 178.4
@@ -22,7 +29,9 @@ class Peak:
 
     name: str
     source: str
+    gpu: str
     hardware: str
+    """What is planned for."""
     ranks: int
     ep: int
     gib: float
@@ -66,18 +75,20 @@ PULL_1993 = "github.com/pytorch/torchtitan/pull/1993"
 PEAKS = (
     Peak(
         name="DeepSeek-V3 of 9.5B, EP 8, none",
-        source="github.com/NousResearch/torchtitan, docs/llep.md",
+        source=NOUS,
+        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=8,
         gib=105.26,
-        job=job(OWN, "deepseek_9b", local=6, batch=48, checkpointing="None"),
+        job=DEEPSEEK_9B,
         kind="active",
         differs="the mean of its 8 GPUs, 91.15 to 123.88: its experts are not balanced",
     ),
     Peak(
         name="DeepSeek-V3 16B, FSDP, none, 4 sequences of 6,144",
         source=PULL_1993,
+        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=1,
@@ -87,6 +98,7 @@ PEAKS = (
     Peak(
         name="DeepSeek-V3 16B, FSDP, none, 8 sequences of 4,096",
         source=PULL_1993,
+        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=1,
@@ -96,24 +108,19 @@ PEAKS = (
     ),
     Peak(
         name="Qwen3 30B-A3B, FSDP, selective",
-        source="github.com/mlc-ai/pith-train/issues/79",
+        source=PITH_TRAIN,
+        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=1,
         gib=141.79,
-        job=job(
-            "qwen3",
-            "qwen3_30b_a3b",
-            local=8,
-            batch=64,
-            checkpointing="selective",
-            seq_len=8192,
-        ),
+        job=QWEN_30B_FSDP,
         differs="blocks are compiled",
     ),
     Peak(
         name="DeepSeek-V3 16B, EP 4, full, 16 sequences",
         source="github.com/pytorch/torchtitan/pull/3639",
+        gpu="H100",
         hardware="h100",
         ranks=8,
         ep=4,
@@ -124,16 +131,18 @@ PEAKS = (
     Peak(
         name="DeepSeek-V3 debug model, FSDP, selective",
         source=PULL_3000,
+        gpu="A100",
         hardware="h100",
         ranks=4,
         ep=1,
         gib=22.19,
         job=DEBUG,
-        unknown="which kernel its attention took on A100",
+        unknown="which kernel its attention took",
     ),
     Peak(
         name="the same, attention composed of operators",
         source=PULL_3000,
+        gpu="A100",
         hardware="host",
         ranks=4,
         ep=1,
@@ -155,7 +164,7 @@ def main() -> None:
             published = f"{peak.gib:.2f} GiB, {peak.kind}"
             deviation = f"{gib / peak.gib - 1:+.0%}"
         print(
-            f"| {peak.name} | {peak.ranks} | {published} | {gib:.2f} GiB | {deviation} "
+            f"| {peak.name} | {peak.ranks} {peak.gpu} | {published} | {gib:.2f} GiB | {deviation} "
             f"| {peak.differs or peak.unknown} | {peak.source} |",
             flush=True,
         )

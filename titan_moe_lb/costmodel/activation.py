@@ -50,7 +50,8 @@ def bytes_of_exchanges(layer: MoELayer, placement: Placement, received: Array) -
         ranks = places_of_a_token(
             placement.ep_degree, layer.num_experts, layer.top_k, layer.neighbouring_choices
         )
-        there, back = received * ranks / layer.top_k, placement.tokens_per_rank
+        there = np.minimum(received * ranks / layer.top_k, placement.tokens)
+        back = placement.tokens_per_rank
     return (there + back) * layer.dim * BF16_BYTES
 
 
@@ -70,8 +71,8 @@ def activation_peak(
     """Bytes of activations at the peak on one pipeline rank.
 
     Under full checkpointing a layer keeps its input, and one layer at a time is whole. The
-    selective policy keeps every second linear layer's result and attention's, and on a GPU what
-    the all-to-alls bring.
+    selective policy keeps every second linear layer's result and attention's, and on a GPU with
+    EP what the all-to-alls bring.
 
     Args:
         position: the pipeline rank.

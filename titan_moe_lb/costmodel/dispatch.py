@@ -53,47 +53,37 @@ def exchange_time(
     near = min(ep_degree, hardware.scale_up_domain)
     nodes = max(1.0, ep_degree / hardware.scale_up_domain)
 
-    def places(number: float, open_to: float = 1.0) -> float:
-        return places_of_a_token(number, num_experts, top_k, neighbouring, open_to)
-
-    links = (
-        (
-            places(nodes, reachable) * (1 - 1 / nodes),
-            hardware.scale_out_bandwidth,
-            hardware.scale_out_latency,
-            nodes,
-        ),
-        (
-            places(ep_degree) * (1 - 1 / near),
-            hardware.scale_up_bandwidth,
-            hardware.scale_up_latency,
-            near,
-        ),
-    )
-    out, up = (
-        all_to_all_time(
-            num_bytes=tokens * sent * dim * BF16_BYTES,
+    def link_time(
+        places: float, reachable: float, peers: float, bandwidth: float, latency: float
+    ) -> Array:
+        sent = places_of_a_token(places, num_experts, top_k, neighbouring, reachable)
+        return all_to_all_time(
+            num_bytes=tokens * sent * (1 - 1 / peers) * dim * BF16_BYTES,
             ep_degree=peers,
             bandwidth=bandwidth,
             latency=latency,
-            skew=skew,
+            # No place gets a token twice.
+            skew=np.minimum(skew, places / sent),
         )
-        for sent, bandwidth, latency, peers in links
+
+    out = link_time(
+        nodes, reachable, nodes, hardware.scale_out_bandwidth, hardware.scale_out_latency
     )
+    up = link_time(ep_degree, 1.0, near, hardware.scale_up_bandwidth, hardware.scale_up_latency)
     return np.maximum(out, up)
 
 
 def places_of_a_token(
-    number: float, num_experts: int, top_k: int, neighbouring: bool, open_to: float = 1.0
+    places: float, num_experts: int, top_k: int, neighbouring: bool, reachable: float = 1.0
 ) -> float:
     """In how many of so many ranks or nodes the K experts of a token are expected to lie.
 
     Args:
-        open_to: share of the places that a token may go to.
+        reachable: share of the places that a token may go to.
     """
     if neighbouring:
-        return _different_of_a_run(number, top_k, int(num_experts // number))
-    return _different(max(1.0, number * open_to), top_k)
+        return _different_of_a_run(places, top_k, int(num_experts // places))
+    return _different(max(1.0, places * reachable), top_k)
 
 
 def _different_of_a_run(places: float, choices: int, experts: int) -> float:

@@ -55,7 +55,8 @@ class Placement:
 
     @property
     def exchanges(self) -> bool:
-        """Tokens go to other ranks; without EP torchtitan's dispatchers are all the local one."""
+        """Tokens go to other ranks. Without EP the local dispatcher is planned, whichever is
+        asked for: of torchtitan's only the standard one falls back to it."""
         return self.ep_degree > 1
 
     @property
@@ -215,23 +216,25 @@ def _layer_time(
 def _moved_bytes(layer: MoELayer, placement: Placement, skew: Array) -> Array:
     """Read and written by the busiest rank in a forward, each operation fused into one.
 
-    Of what it receives: into the order of the experts, the activation (two in, one out), and
-    back. Biases are written out for each token before they are added. Of what it sends: into
-    the order of the ranks, and weighted and summed in float32. With DeepEP a rank weights what
-    it received before it goes back, and the kernels do the rest. Without EP what it sends is
-    what it receives, in the order of the experts already, whichever dispatcher is asked for.
+    Of what it receives: the activation (two in, one out). Biases are written out for each token
+    before they are added. Of the rest, in values of D:
+
+    - standard: what it sends into the order of the ranks (2), weighted and summed in float32 when
+      it is back (3); what it receives into the order of the experts (2) and back (2).
+    - without EP: into the order of the experts (2), weighted and summed (3).
+    - DeepEP: what it receives into the order of the experts (2), weighted and summed (3).
+    - low latency: what it receives comes in the order of the experts, and is weighted (2).
     """
-    sent = placement.tokens_per_rank * layer.top_k
-    hidden_dim = layer.hidden_dim / placement.expert_shards
     dispatcher = placement.dispatcher if placement.exchanges else "local"
-    received, of_sent = {
+    received, returned = {
         "local": (0, 5),
         "standard": (4, 5),
-        "deepep": (6, 0),
-        "low_latency": (4, 0),
+        "deepep": (5, 0),
+        "low_latency": (2, 0),
     }[dispatcher]
+    sent = placement.tokens_per_rank * layer.top_k
+    hidden_dim = layer.hidden_dim / placement.expert_shards
     of_received = received * layer.dim + 3 * hidden_dim
     if layer.expert_biases:
         of_received += 4 * (layer.dim + 2 * hidden_dim)
-    of_sent *= layer.dim
-    return BF16_BYTES * sent * (skew * of_received + of_sent)
+    return BF16_BYTES * sent * (skew * of_received + returned * layer.dim)
