@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import tomli
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.metrics import MetricsProcessor
 
+from model_registry.deepseek_v3.config_registry import deepseek_v3_tiny
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.job import job_config
+from titan_moe_lb.rules import files
 from titan_moe_lb.value_schedule import Change
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.toml"))
@@ -512,3 +516,35 @@ def test_missing_file_and_missing_value():
 def test_unknown_flag_gets_as_good_a_guess_as_a_key():
     with pytest.raises(JobError, match=r"there is no flag --training.stepps; .*'--training.steps'"):
         job_config.load(["--config", "deepseek_v3_tiny", "--training.stepps", "3"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda config: setattr(config, "metrics", MetricsProcessor.Config()),
+            "validator.domains needs LoadBalanceMetricsProcessor.Config as the job's metrics",
+        ),
+        (
+            lambda config: setattr(
+                config.validator, "dataloader", ParallelAwareDataloader.Config()
+            ),
+            "validator.domains takes the place of validator.dataloader.dataset, and this loader",
+        ),
+        (
+            lambda config: config.validator.domains.append(config.validator.domains[0]),
+            "validator.domains names one dataset twice: ",
+        ),
+        (
+            lambda config: config.validator.domains.append("python_mixed_held_aut"),
+            "validator.domains 'python_mixed_held_aut' does not exist; ",
+        ),
+    ],
+)
+def test_domains_that_cannot_be_validated(change, expected):
+    config = deepseek_v3_tiny()
+    config.validator.enable = True
+    files.domains_are_known(config)
+    change(config)
+    with pytest.raises(JobError, match=re.escape(expected)):
+        files.domains_are_known(config)
