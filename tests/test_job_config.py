@@ -296,6 +296,11 @@ WRONG_FILES = {
                 "parallelism.module_fqns_per_model_part names 'layer.1'; did you mean 'layers.1'?",
             ),
             (
+                "none",
+                "[]",
+                "parallelism.module_fqns_per_model_part leaves 'tok_embeddings' out: give it to a",
+            ),
+            (
                 "left out",
                 '[["tok_embeddings", "layers.0", "layers.1"], ["layers.3", "norm", "lm_head"]]',
                 "parallelism.module_fqns_per_model_part leaves 'layers.2' out: give it to a stage",

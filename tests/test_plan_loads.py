@@ -135,10 +135,13 @@ def test_capacity_of_a_run(planned):
 def test_log_normal_loads(ranks, tmp_path):
     arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
     imbalance = "--imbalance=1.0,lognormal:0,lognormal:1,overload:1.4@2"
-    found = plan(ranks, [*arguments, imbalance], JOB)
+    page = tmp_path / "page.html"
+    found = plan(ranks, [*arguments, imbalance, "-o", str(page)], JOB)
     rows = found["degrees"][0]["lognormal"]
     none, much, overload = (row["outcome"] for row in rows)
-    assert [row["name"] for row in rows] == ["σ 0.00", "σ 1.00", "1.40@2"]
+    names = [row["name"] for row in rows]
+    assert names == ["σ 0.00", "σ 1.00", "1.40@2"]
+    assert all(f"<td>{name}</td>" in page.read_text() for name in names)
     assert none["step_slowdown"] < overload["step_slowdown"]
     assert none["step_seconds"] == pytest.approx(found["degrees"][0]["balance"]["step_seconds"])
     assert much["step_slowdown"] > 1.05

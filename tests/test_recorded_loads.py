@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.lognormal import Overload, fitted_sigma, lognormal_loads
 from titan_moe_lb.costmodel.recorded import MOST_LOADS, RecordedLoads
 from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
@@ -106,7 +107,8 @@ def test_sigma_of_loads_that_are_known():
 @pytest.mark.parametrize(("factor", "degree"), [(1.0, 8), (1.3, 16), (2.0, 32), (4.0, 64)])
 def test_an_overload_factor_is_that_of_its_log_normal_loads(factor, degree):
     """Beside loads drawn here: the busiest rank of each over the mean of the ranks."""
-    spread = Overload(factor, degree).spread(num_layers=40, num_experts=128, top_k=8)
+    layer = MoELayer(num_experts=128, top_k=8, dim=1, hidden_dim=1)
+    spread = Overload(factor, degree).spread([layer] * 40)
     normal = np.random.default_rng(1).standard_normal((4000, degree, 128 // degree))
     of_ranks = np.exp(spread.sigma * normal).sum(axis=-1)
     found = (of_ranks.max(axis=-1) / of_ranks.mean(axis=-1)).mean()

@@ -22,7 +22,7 @@ from titan_moe_lb.costmodel.layer import (
 )
 from titan_moe_lb.costmodel.load import active_share
 from titan_moe_lb.costmodel.roofline import gemm_time, turning_rows
-from titan_moe_lb.costmodel.served_load import ServedLoad, assumed_loads
+from titan_moe_lb.costmodel.served_load import ServedLoad, two_level_loads
 from titan_moe_lb.costmodel.served_model import ServedLayer, ServedModel
 from titan_moe_lb.costmodel.serving import serve_degree
 
@@ -79,7 +79,7 @@ def served(device: Hardware, load: ServedLoad, tokens: int, ep_degree: int = 2, 
 
 
 def balanced() -> ServedLoad:
-    return assumed_loads([MOE], [1.0], 1, [])[0]
+    return two_level_loads([MOE], [1.0], 1)[0]
 
 
 def test_a_step_by_hand():
@@ -165,7 +165,7 @@ def test_of_many_tokens_it_is_the_layer_of_a_training():
 
 def test_copies_of_a_hot_expert_share_its_tokens():
     """All tokens want expert 0 of 4: one device of two has them all, or two copies of three."""
-    hot = {"counts_NME": np.array([[[6.0, 0, 0, 0]]])}
+    hot = {"said": "one hot expert", "counts_NME": np.array([[[6.0, 0, 0, 0]]])}
     _degree, alone = served(UNIT, ServedLoad(name="contiguous", **hot), 3)
     _degree, copied = served(
         UNIT, ServedLoad(name="eplb +2", placement="eplb", redundant_experts=2, **hot), 3
@@ -306,3 +306,20 @@ def test_nothing_fits(ranks, tmp_path):
     status, out, err = ranks.run(1, planning.command, [*arguments, "--", *TINY])[0]
     assert status == 0, err
     assert out.startswith("Verdict: under balance nothing fits in 0.1 GiB")
+
+
+@pytest.mark.parametrize(
+    ("imbalance", "load"),
+    [
+        ("1.0", "balance"),
+        ("1.5,1.0", "an imbalance of 1.50"),
+        ("1.0,lognormal:0.5", "log-normal loads of sigma 0.5"),
+        ("overload:1.3@2", "log-normal loads of sigma 0."),
+    ],
+)
+def test_the_load_of_the_verdict(ranks, tmp_path, imbalance, load):
+    arguments = ["plan", "--serve", "--hardware", device_file(tmp_path), "--ep=1", "--tokens=4"]
+    arguments += ["--context=16", f"--imbalance={imbalance}"]
+    status, out, err = ranks.run(1, planning.command, [*arguments, "--", *TINY])[0]
+    assert status == 0, err
+    assert out.startswith(f"Verdict: under {load}")

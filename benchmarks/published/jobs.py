@@ -33,13 +33,15 @@ def job(
     )
 
 
-def pipeline(degree: int, layers: int) -> tuple[str, ...]:
-    """Flags of interleaved stages of so many layers."""
-    return (
+def pipeline(degree: int, layers: int | None = None) -> tuple[str, ...]:
+    """Flags of interleaved stages, of so many layers or two on each rank."""
+    stages = (
         f"--parallelism.pipeline_parallel_degree={degree}",
         "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
-        f"--parallelism.pipeline_parallel_layers_per_stage={layers}",
     )
+    if layers is None:
+        return stages
+    return (*stages, f"--parallelism.pipeline_parallel_layers_per_stage={layers}")
 
 
 QWEN_30B_FSDP = job(
@@ -59,7 +61,6 @@ def planned(
     ep: int,
     dispatcher: Dispatcher = "standard",
     imbalance: str = "1.0",
-    hot_experts: int = 1,
 ) -> Plan:
     """The plan of the job of these flags at one degree, as ``titan-moe-lb plan`` makes it."""
     return make_plan(
@@ -68,7 +69,6 @@ def planned(
             ranks=ranks,
             ep=str(ep),
             imbalance=imbalance,
-            hot_experts=hot_experts,
             dispatcher=dispatcher,
             job_flags=flags,
         )

@@ -29,7 +29,6 @@ class Peak:
 
     name: str
     source: str
-    gpu: str
     hardware: str
     """What is planned for."""
     ranks: int
@@ -38,6 +37,8 @@ class Peak:
     job: tuple[str, ...]
     above: bool = False
     """It did not fit in so many GiB."""
+    gpu: str = ""
+    """What it ran on, where that is another."""
     kind: str = "reserved"
     """torch's own count: what its allocator reserves, or what is active in it."""
     differs: str = ""
@@ -76,7 +77,6 @@ PEAKS = (
     Peak(
         name="DeepSeek-V3 of 9.5B, EP 8, none",
         source=NOUS,
-        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=8,
@@ -88,7 +88,6 @@ PEAKS = (
     Peak(
         name="DeepSeek-V3 16B, FSDP, none, 4 sequences of 6,144",
         source=PULL_1993,
-        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=1,
@@ -98,7 +97,6 @@ PEAKS = (
     Peak(
         name="DeepSeek-V3 16B, FSDP, none, 8 sequences of 4,096",
         source=PULL_1993,
-        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=1,
@@ -109,7 +107,6 @@ PEAKS = (
     Peak(
         name="Qwen3 30B-A3B, FSDP, selective",
         source=PITH_TRAIN,
-        gpu="B200",
         hardware="b200",
         ranks=8,
         ep=1,
@@ -120,7 +117,6 @@ PEAKS = (
     Peak(
         name="DeepSeek-V3 16B, EP 4, full, 16 sequences",
         source="github.com/pytorch/torchtitan/pull/3639",
-        gpu="H100",
         hardware="h100",
         ranks=8,
         ep=4,
@@ -164,7 +160,7 @@ def main() -> None:
             published = f"{peak.gib:.2f} GiB, {peak.kind}"
             deviation = f"{gib / peak.gib - 1:+.0%}"
         print(
-            f"| {peak.name} | {peak.ranks} {peak.gpu} | {published} | {gib:.2f} GiB | {deviation} "
+            f"| {peak.name} | {peak.ranks} {peak.gpu or peak.hardware.upper()} | {published} | {gib:.2f} GiB | {deviation} "
             f"| {peak.differs or peak.unknown} | {peak.source} |",
             flush=True,
         )

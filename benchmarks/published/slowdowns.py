@@ -4,9 +4,8 @@
 
 UltraEP (arXiv 2606.04101v3), figure 11: TFLOP/s of a GPU and the load of the busiest rank over the
 mean, of the same job without balancing, with three balancers, with theirs, and with routing that is
-forced to balance. The slow-down is the last over each. Planned is a job whose busiest rank has
-that load in every layer: all experts of one rank are that hot. Prints the rows of the table in
-docs/planning.md.
+forced to balance. The slow-down is the last over each. Planned are log-normal loads whose busiest
+rank has that load in the mean. Prints the rows of the table in docs/planning.md.
 
 The paper does not name its GPUs, nor the tokens of a micro-batch. Chosen are GB200, for its racks
 of 64 and four GPUs to a server and more TFLOP/s than three quarters of an H100's peak, and 8,192
@@ -33,7 +32,6 @@ class Model:
 
     name: str
     ranks: int
-    num_experts: int
     balanced_tflops: float
     tflops: tuple[float, ...]
     imbalance: tuple[float, ...]
@@ -46,13 +44,12 @@ class Model:
             ranks=self.ranks,
             ep=EP,
             dispatcher="deepep",
-            imbalance=",".join(map(str, self.imbalance)),
-            hot_experts=self.num_experts // EP,
+            imbalance=",".join(f"overload:{factor}@{EP}" for factor in self.imbalance),
         )
 
     def predicted(self) -> list[float]:
         """The slow-down of a step at each imbalance."""
-        return [row.outcome.step_slowdown for row in self.plan().degrees[0].rows]
+        return [row.outcome.step_slowdown for row in self.plan().degrees[0].lognormal]
 
     def measured(self) -> list[float]:
         return [self.balanced_tflops / tflops for tflops in self.tflops]
@@ -62,7 +59,6 @@ MODELS = (
     Model(
         name="GLM-4.5-Air, EP 64, DP 2",
         ranks=128,
-        num_experts=128,
         balanced_tflops=785.4,
         tflops=(545, 646, 618, 695, 757),
         imbalance=(2.23, 1.34, 1.29, 1.10, 1.02),
@@ -71,7 +67,6 @@ MODELS = (
     Model(
         name="Qwen3 235B-A22B, EP 64, DP 4",
         ranks=256,
-        num_experts=128,
         balanced_tflops=574.7,
         tflops=(315, 449, 385, 474, 524),
         imbalance=(2.86, 1.34, 1.58, 1.17, 1.03),
@@ -87,7 +82,6 @@ MODELS = (
     Model(
         name="DeepSeek-V3 671B, EP 64, PP 4",
         ranks=256,
-        num_experts=256,
         balanced_tflops=637.6,
         tflops=(509, 505, 516, 553, 613),
         imbalance=(1.30, 1.28, 1.09, 1.18, 1.01),
@@ -124,7 +118,7 @@ def main() -> None:
     degree = plan.degrees[0]
     passes = plan.job.accumulation_steps * len(plan.job.moe_layers)
     for (case, measured), outcome in zip(
-        LAYER.items(), (degree.balance, degree.rows[0].outcome), strict=True
+        LAYER.items(), (degree.balance, degree.lognormal[0].outcome), strict=True
     ):
         ours = 1e3 * outcome.step_seconds / passes
         print(f"{QWEN.name}, {case}: a layer {measured:.2f} ms, a step per layer {ours:.2f}")

@@ -6,15 +6,19 @@ came closest (DeepEP pull request #393).
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.errors import JobError
 
 DRAWS = 16
 MOST_SIGMA = 5.0
-HALVINGS = 30
+STEPS = 10_000
+"""In 1: how fine a sigma is looked for."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,21 @@ class Spread:
 
     sigma: float
     name: str
-    """What an answer calls them."""
+    """What a table calls them."""
+
+    @property
+    def said(self) -> str:
+        """In a sentence."""
+        return f"log-normal loads of sigma {self.sigma:.3g}"
+
+    def loads(self, layers: Sequence[MoELayer]) -> np.ndarray:
+        """:func:`lognormal_loads` of these layers."""
+        return lognormal_loads(
+            self.sigma,
+            num_layers=len(layers),
+            num_experts=layers[0].num_experts,
+            top_k=layers[0].top_k,
+        )
 
 
 @dataclass(frozen=True)
@@ -37,35 +55,34 @@ class Overload:
     def __str__(self) -> str:
         return f"overload:{self.factor:g}@{self.ep_degree}"
 
-    def spread(self, *, num_layers: int, num_experts: int, top_k: int) -> Spread:
+    def spread(self, layers: Sequence[MoELayer]) -> Spread:
         """The log-normal loads that have it, with experts placed in blocks.
 
         Raises:
             JobError: the ranks do not divide the experts, or cannot be that unevenly loaded.
         """
+        num_experts, top_k = layers[0].num_experts, layers[0].top_k
         if num_experts % self.ep_degree:
             raise JobError(
                 f"--imbalance {self}: {self.ep_degree} ranks do not divide {num_experts} experts"
             )
 
-        def factor(sigma: float) -> float:
-            shares = lognormal_loads(
-                sigma, num_layers=num_layers, num_experts=num_experts, top_k=top_k
-            )
+        def spread(step: int) -> Spread:
+            return Spread(sigma=step / STEPS, name=f"{self.factor:.2f}@{self.ep_degree}")
+
+        def factor(step: int) -> float:
+            shares = spread(step).loads(layers)
             of_ranks = shares.reshape(*shares.shape[:-1], self.ep_degree, -1).sum(axis=-1)
             return float(of_ranks.max(axis=-1).mean()) * self.ep_degree
 
-        most = factor(MOST_SIGMA)
+        last = round(MOST_SIGMA * STEPS)
+        most = factor(last)
         if self.factor > most:
             raise JobError(
                 f"--imbalance {self} is above {most:.3g}, which log-normal loads reach at EP "
                 f"{self.ep_degree} with {top_k} of {num_experts} experts"
             )
-        low, high = 0.0, MOST_SIGMA
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if factor(middle) < self.factor else (low, middle)
-        return Spread(sigma=high, name=f"{self.factor:.2f}@{self.ep_degree}")
+        return spread(bisect.bisect_left(range(last), self.factor, key=factor))
 
 
 def lognormal_loads(

@@ -11,7 +11,7 @@ from titan_moe_lb.costmodel.activation import largest_that_fits
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
 from titan_moe_lb.costmodel.load import WORST
-from titan_moe_lb.costmodel.lognormal import Spread, lognormal_loads
+from titan_moe_lb.costmodel.lognormal import Spread
 from titan_moe_lb.costmodel.outcome import Outcome, View
 from titan_moe_lb.costmodel.placed_experts import placed_experts, placements
 from titan_moe_lb.costmodel.recorded import RecordedLoads
@@ -30,11 +30,9 @@ class AnalyticRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormalRow:
+class LogNormalRow(Spread):
     """Log-normal loads, drawn anew in every layer; mean over draws."""
 
-    name: str
-    sigma: float
     outcome: Outcome
 
 
@@ -161,15 +159,9 @@ def _blocks(view: View) -> list[np.ndarray]:
 
 
 def _lognormal(view: View, balance: Outcome, spread: Spread) -> LogNormalRow:
-    layer = next(iter(view.job.moe_layers.values()))
-    shares = lognormal_loads(
-        spread.sigma,
-        num_layers=len(view.job.moe_layers),
-        num_experts=layer.num_experts,
-        top_k=layer.top_k,
-    )
+    shares = spread.loads(list(view.job.moe_layers.values()))
     loads = view.measured(shares, _blocks(view))
-    return LogNormalRow(name=spread.name, sigma=spread.sigma, outcome=view.outcome(loads, balance))
+    return LogNormalRow(**vars(spread), outcome=view.outcome(loads, balance))
 
 
 def _measured(

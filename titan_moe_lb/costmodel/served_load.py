@@ -9,7 +9,7 @@ import numpy as np
 
 from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.load import expert_load
-from titan_moe_lb.costmodel.lognormal import Spread, lognormal_loads
+from titan_moe_lb.costmodel.lognormal import Spread
 from titan_moe_lb.costmodel.placed_experts import placements
 from titan_moe_lb.costmodel.recorded import RecordedLoads
 
@@ -19,6 +19,9 @@ class ServedLoad:
     """One load and one placement."""
 
     name: str
+    """What a table calls it."""
+    said: str
+    """In a sentence."""
     counts_NME: np.ndarray
     """Tokens of each expert, or shares in the same proportion, under N loads."""
     placement: str = "contiguous"
@@ -26,29 +29,23 @@ class ServedLoad:
     redundant_experts: int = 0
 
 
-def assumed_loads(
-    layers: Sequence[MoELayer],
-    factors: Sequence[float],
-    num_hot_experts: int,
-    spreads: Sequence[Spread],
+def two_level_loads(
+    layers: Sequence[MoELayer], factors: Sequence[float], num_hot_experts: int
 ) -> list[ServedLoad]:
-    """Two-level and log-normal ones, as a plan of training has them."""
-    first = layers[0]
-    two_level = []
+    """Some experts hot, the others even, as a plan of training has them."""
+    loads = []
     for factor in factors:
         counts_ME = [_two_level(layer, factor, num_hot_experts) for layer in layers]
         name = f"{counts_ME[0].max() / counts_ME[0].mean():.2f}"
-        two_level.append(ServedLoad(name=name, counts_NME=np.stack(counts_ME)[None]))
-    return two_level + [
-        ServedLoad(
-            name=spread.name,
-            counts_NME=lognormal_loads(
-                spread.sigma,
-                num_layers=len(layers),
-                num_experts=first.num_experts,
-                top_k=first.top_k,
-            ),
-        )
+        said = "balance" if name == "1.00" else f"an imbalance of {name}"
+        loads.append(ServedLoad(name=name, said=said, counts_NME=np.stack(counts_ME)[None]))
+    return loads
+
+
+def drawn_loads(layers: Sequence[MoELayer], spreads: Sequence[Spread]) -> list[ServedLoad]:
+    """Log-normal ones."""
+    return [
+        ServedLoad(name=spread.name, said=spread.said, counts_NME=spread.loads(layers))
         for spread in spreads
     ]
 
@@ -73,6 +70,7 @@ def recorded_loads(recorded: RecordedLoads, redundant_experts: Sequence[int]) ->
     return [
         ServedLoad(
             name=placement + (f" +{redundant}" if redundant else ""),
+            said="the load of the run's last steps",
             counts_NME=counts_ME[None],
             placement=placement,
             expert_groups=recorded.expert_groups,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,17 +86,9 @@ def imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
     return factors or [1.0], drawn
 
 
-def spreads(
-    drawn: list[Spread | Overload], moe_layers: Mapping[int, MoELayer]
-) -> tuple[Spread, ...]:
-    """An overload factor as the log-normal loads that have it in this model."""
-    layer = next(iter(moe_layers.values()))
-    return tuple(
-        given.spread(num_layers=len(moe_layers), num_experts=layer.num_experts, top_k=layer.top_k)
-        if isinstance(given, Overload)
-        else given
-        for given in drawn
-    )
+def spreads(drawn: list[Spread | Overload], layers: Sequence[MoELayer]) -> list[Spread]:
+    """An overload factor as the log-normal loads that have it in these layers."""
+    return [given.spread(layers) if isinstance(given, Overload) else given for given in drawn]
 
 
 def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:

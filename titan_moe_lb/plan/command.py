@@ -54,7 +54,7 @@ def make_plan(question: Question) -> Plan:
             f"--drop-share: the trace in {question.from_run} has no loads of single micro-batches, "
             "which a capacity is for: take one that this version has written"
         )
-    spreads = arguments.spreads(drawn, jobs[0].moe_layers)
+    spreads = arguments.spreads(drawn, list(jobs[0].moe_layers.values()))
     redundant = arguments.redundant(question, [job.ep_degree for job in jobs])
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     degrees = tuple(

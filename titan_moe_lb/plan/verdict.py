@@ -125,8 +125,5 @@ def _load(degrees: Sequence[DegreePlan]) -> tuple[str, Callable[[DegreePlan], Ou
     if degrees[0].measured:
         return "the load of the run's last steps", lambda degree: degree.measured[0].last
     if degrees[0].lognormal:
-        return (
-            f"log-normal loads of sigma {degrees[0].lognormal[0].sigma:.3g}",
-            lambda degree: degree.lognormal[0].outcome,
-        )
+        return degrees[0].lognormal[0].said, lambda degree: degree.lognormal[0].outcome
     return "balance", lambda degree: degree.balance

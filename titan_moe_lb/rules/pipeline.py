@@ -32,31 +32,6 @@ def schedule_is_known(config: Trainer.Config) -> None:
         )
 
 
-def stages_by_hand_are_the_model(config: Trainer.Config) -> None:
-    """torchtitan drops what no stage names and runs the rest: another model, in silence."""
-    stages = config.parallelism.module_fqns_per_model_part
-    if stages is None or not _stages(config):
-        return
-    key, model = "parallelism.module_fqns_per_model_part", config.model_spec.model
-    (modules,) = pipeline_parallel._generate_llm_fqn_per_model_part(1, len(model.layers))
-    named = [name for names in stages for name in names]
-    for name in named:
-        if name not in modules:
-            raise JobError(f"{key} names {name!r}; {nearest(name, modules)}")
-        if named.count(name) > 1:
-            raise JobError(f"{key} names {name!r} twice")
-    for name in modules:
-        if name not in named:
-            raise JobError(f"{key} leaves {name!r} out: give it to a stage")
-    places = {name: number for number, names in enumerate(stages) for name in names}
-    for before, after in itertools.pairwise(modules):
-        if places[before] > places[after]:
-            raise JobError(
-                f"{key} has {after!r} in stage {places[after] + 1} and {before!r}, which comes "
-                f"before it, in stage {places[before] + 1}: give them in the model's order"
-            )
-
-
 def stages_fit_ranks(config: Trainer.Config) -> None:
     parallelism, stages = config.parallelism, len(_stages(config))
     schedule, ranks = parallelism.pipeline_parallel_schedule, layout.resolve(parallelism).pp
@@ -146,7 +121,7 @@ def _stages(config: Trainer.Config) -> list[list[str]]:
             f"for {spec.name}: set it to 1"
         )
     if parallelism.module_fqns_per_model_part is not None:
-        return parallelism.module_fqns_per_model_part
+        return _by_hand(parallelism.module_fqns_per_model_part, len(spec.model.layers))
     try:
         stages, layers, *weights = pipeline_parallel._get_pipeline_metadata(
             dims, parallelism, spec.model
@@ -162,9 +137,32 @@ def _stages(config: Trainer.Config) -> list[list[str]]:
     )
 
 
+def _by_hand(stages: list[list[str]], num_layers: int) -> list[list[str]]:
+    """The stages, if they are the model: torchtitan drops what no stage names and runs the rest."""
+    key = "parallelism.module_fqns_per_model_part"
+    (modules,) = pipeline_parallel._generate_llm_fqn_per_model_part(1, num_layers)
+    places: dict[str, int] = {}
+    for number, names in enumerate(stages, start=1):
+        for name in names:
+            if name not in modules:
+                raise JobError(f"{key} names {name!r}; {nearest(name, modules)}")
+            if name in places:
+                raise JobError(f"{key} names {name!r} twice")
+            places[name] = number
+    for name in modules:
+        if name not in places:
+            raise JobError(f"{key} leaves {name!r} out: give it to a stage")
+    for before, after in itertools.pairwise(modules):
+        if places[before] > places[after]:
+            raise JobError(
+                f"{key} has {after!r} in stage {places[after]} and {before!r}, which comes before "
+                f"it, in stage {places[before]}: give them in the model's order"
+            )
+    return stages
+
+
 RULES = (
     schedule_is_known,
-    stages_by_hand_are_the_model,
     stages_fit_ranks,
     micro_batches_fit_schedule,
     stages_have_attention,

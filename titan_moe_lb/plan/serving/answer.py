@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_moe_lb.costmodel.hardware import Hardware
+from titan_moe_lb.costmodel.served_load import ServedLoad
 from titan_moe_lb.costmodel.served_model import ServedModel
 from titan_moe_lb.costmodel.serving import ServedDegree, ServedRow
 from titan_moe_lb.plan.question import Question
@@ -27,6 +28,8 @@ class Serving:
     model: ServedModel
     question: Question
     context: int
+    judged: ServedLoad
+    """The run's with experts in blocks, else the first log-normal one, else the first."""
     device: Hardware
     """With its peaks, not derated."""
     usable_bytes: float
@@ -34,23 +37,13 @@ class Serving:
     run: dict[str, Any] | None
     """What the rows of placements are of."""
 
-    @property
-    def load(self) -> str:
-        """The load that is judged: the run's with experts in blocks, else log-normal, else the first."""
-        names = [row.load for row in self.degrees[0].rows]
-
-        def of_kind(start: str) -> list[str]:
-            return [name for name in names if name.startswith(start)]
-
-        return (of_kind("contiguous") + of_kind("σ") + names)[0]
-
     def _judged(self) -> list[Choice]:
         """Rows under that load."""
         return [
             Choice(ep_degree=degree.ep_degree, row=row)
             for degree in self.degrees
             for row in degree.rows
-            if row.load == self.load
+            if row.load == self.judged.name
         ]
 
     def _decoding(self) -> list[Choice]:
@@ -82,7 +75,7 @@ class Serving:
         first = next(iter(self.model.moe_layers.values()))
         return {
             "verdict": {
-                "load": self.load,
+                "load": self.judged.name,
                 "most_decoded": plain(self.most_decoded),
                 "shortest_step": plain(self.shortest_step),
                 "most_prefilled": plain(self.most_prefilled),

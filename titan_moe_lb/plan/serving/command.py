@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from titan_moe_lb.costmodel.known_hardware import hardware
-from titan_moe_lb.costmodel.served_load import assumed_loads, recorded_loads
+from titan_moe_lb.costmodel.served_load import drawn_loads, recorded_loads, two_level_loads
 from titan_moe_lb.costmodel.served_model import ServedModel
 from titan_moe_lb.costmodel.serving import serve_degree
 from titan_moe_lb.errors import JobError
@@ -59,19 +59,16 @@ def serve(question: Question) -> Serving:
     arguments.fit_model(question, factors, model.moe_layers)
     run, recorded = measured.of_run(trace, model) if trace else (None, None)
     redundant = arguments.redundant(question, degrees)
-    loads = assumed_loads(
-        list(model.moe_layers.values()),
-        factors,
-        question.hot_experts,
-        arguments.spreads(drawn, model.moe_layers),
-    )
-    if recorded:
-        loads += recorded_loads(recorded, redundant)
+    layers = list(model.moe_layers.values())
+    two_level = two_level_loads(layers, factors, question.hot_experts)
+    log_normal = drawn_loads(layers, arguments.spreads(drawn, layers))
+    of_run = recorded_loads(recorded, redundant) if recorded else []
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     return Serving(
         model=model,
         question=question,
         context=context,
+        judged=(of_run or log_normal or two_level)[0],
         device=device,
         usable_bytes=usable,
         degrees=tuple(
@@ -79,7 +76,7 @@ def serve(question: Question) -> Serving:
                 model,
                 derated,
                 ep_degree=degree,
-                loads=loads,
+                loads=two_level + log_normal + of_run,
                 tokens=tokens,
                 context=context,
                 usable_bytes=usable,

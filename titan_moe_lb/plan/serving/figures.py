@@ -19,7 +19,7 @@ def charts(answer: Serving) -> list[Chart]:
     return [
         Chart(
             "Decode",
-            f"One token of each sequence of {answer.context:,}, under the load {answer.load}: how "
+            f"One token of each sequence of {answer.context:,}, under the load {answer.judged.name}: how "
             "long a step takes, and how many tokens a device makes in a second.",
             _time_and_speed(answer, lambda row: row.decode),
         ),
@@ -47,7 +47,8 @@ def _curves(answer: Serving, value: Callable[[ServedRow], float], title: str) ->
     figure = blank_figure(title, "tokens of a device in a step")
     for index, degree in enumerate(answer.degrees):
         rows = sorted(
-            (row for row in degree.rows if row.load == answer.load), key=lambda row: row.tokens
+            (row for row in degree.rows if row.load == answer.judged.name),
+            key=lambda row: row.tokens,
         )
         pen = Pen(ramp(index, len(answer.degrees)), PENS[index % len(PENS)].dash)
         x = np.array([row.tokens for row in rows])

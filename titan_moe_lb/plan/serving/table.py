@@ -51,7 +51,7 @@ def print_serving(answer: Serving) -> None:
 
 def verdict(answer: Serving) -> list[str]:
     """What to do, and how sure that is."""
-    load = _said(answer.load)
+    load = answer.judged.said
     most, least = answer.most_decoded, answer.shortest_step
     ahead = answer.most_prefilled
     if not (most and least and ahead):
@@ -70,15 +70,6 @@ def verdict(answer: Serving) -> list[str]:
         "How sure: a lower bound of the time, without the start of kernels, sampling and scheduling; "
         "weights and caches in BF16; absolute times rest on the assumed efficiencies (docs/planning.md)",
     ]
-
-
-def _said(load: str) -> str:
-    """What a load of the table is in a sentence."""
-    if load == "contiguous":
-        return "the load of the run's last steps"
-    if load.startswith("σ"):
-        return f"log-normal loads of {load}"
-    return "balance" if load == "1.00" else f"an imbalance of {load}"
 
 
 def _speed(choice: Choice) -> str:
