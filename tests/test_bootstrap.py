@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-import bootstrap
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +19,8 @@ import sys, time, pathlib
 root = pathlib.Path({root!r})
 with open(root / "pip.log", "a") as log:
     log.write(" ".join(sys.argv[1:]) + chr(10))
-print("installing", *sys.argv[-2:], flush=True)
+print("installing", *sys.argv[-2:])
+print((root / "error").read_text())
 time.sleep(float((root / "seconds").read_text()))
 sys.exit(int((root / "status").read_text()))
 """
@@ -35,20 +32,12 @@ exit $(cat {root}/status)
 """
 
 
-def write(checkout, **constants):
-    """bootstrap.py, with other constants."""
-    text = (ROOT / "bootstrap.py").read_text()
-    for name, value in constants.items():
-        text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", text, flags=re.MULTILINE)
-        assert count == 1
-    (checkout / "bootstrap.py").write_text(text)
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    write(tmp_path, NEEDED_SPACE="1e6")
+    shutil.copy(ROOT / "bootstrap.py", tmp_path)
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     (tmp_path / "seconds").write_text("0")
+    (tmp_path / "error").write_text("")
     (tmp_path / "status").write_text("0")
     fake = tmp_path / "fake" / "pip"
     fake.mkdir(parents=True)
@@ -78,76 +67,54 @@ def run(checkout, *extras):
 
 def installs(checkout):
     log = checkout / "pip.log"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [line.split()[-1] for line in lines if line.startswith("install")]
+    return [line.split()[-1] for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def test_installs_once_and_again_when_pyproject_changes(checkout):
     said, status = run(checkout)
-    assert status == 0 and "creating .venv" in said and "ready after" in said
+    assert status == 0 and "setting up .venv" in said
     assert run(checkout) == ("", 0)
-    assert installs(checkout) == ["."]
+    assert installs(checkout) == [".[]"]
     assert run(checkout, "test")[1] == 0
-    assert installs(checkout) == [".", ".[test]"]
+    assert installs(checkout) == [".[]", ".[test]"]
     (checkout / "pyproject.toml").write_text("[project]\nname = 'x'\n")
     assert run(checkout)[1] == 0
-    assert installs(checkout) == [".", ".[test]", ".[test]"], "the extras are kept"
+    assert installs(checkout) == [".[]", ".[test]", ".[test]"], "the extras are kept"
 
 
 def test_interrupted_installation_is_started_over(checkout):
     (checkout / "status").write_text("1")
-    said, status = run(checkout)
-    assert status == 1 and "bootstrap: error: the installation did not finish" in said
-    assert "Traceback" not in said
+    assert run(checkout)[1] == 1
     leftover = checkout / ".venv" / "half-installed"
     leftover.touch()
     (checkout / "status").write_text("0")
     assert run(checkout)[1] == 0
     assert not leftover.exists()
-    assert json.loads((checkout / ".venv" / "installed.json").read_text())["extras"] == []
+    assert run(checkout) == ("", 0)
 
 
-def test_what_has_gone_is_noticed_and_installed_again(checkout):
-    write(checkout, NEEDED_SPACE="1e6", SECONDS_BETWEEN_LINES="0.3")
-    (checkout / "seconds").write_text("0.5")
-    said = run(checkout)[0]
-    assert "0 s: installing -e ." in said, "a line while it lasts"
-    stamp = json.loads((checkout / ".venv" / "installed.json").read_text())
-    (package,) = (name for name in stamp["packages"] if name.startswith("pip=="))
-    (folder,) = (checkout / ".venv" / "lib").glob("*/site-packages/pip")
-    shutil.rmtree(folder)
-    said, status = run(checkout)
-    assert status == 0 and f"gone from .venv, and installed again: {package}\n" in said
-    assert installs(checkout) == [".", package, "."]
-
+def test_an_environment_without_its_python_is_made_anew(checkout):
+    assert run(checkout)[1] == 0
     shutil.rmtree(checkout / ".venv" / "bin")
-    said, status = run(checkout)
-    assert status == 0 and "creating .venv" in said
+    assert run(checkout)[1] == 0
     assert os.access(checkout / ".venv" / "bin" / "python", os.X_OK)
 
 
-def test_what_hinders_it_is_one_line(checkout, monkeypatch, capsys):
-    write(checkout, NEEDED_SPACE="1e18")
+def test_a_failure_is_one_line_with_the_last_error(checkout):
+    (checkout / "status").write_text("1")
+    (checkout / "error").write_text("ERROR: No match for x\nhint: none\n")
     said, status = run(checkout)
-    assert status == 1 and said.count("\n") == 1 and "make room" in said
-    write(checkout, MINIMUM_PYTHON="(9, ")
-    said, status = run(checkout)
-    assert status == 1 and said.count("\n") == 1
-    assert "bootstrap: error: Python 9.11 or newer is needed, this is 3" in said
-    assert not (checkout / ".venv").exists()
+    assert status == 1
+    (line,) = [line for line in said.splitlines() if "error" in line]
+    assert "ERROR: No match for x" in line and "hint" not in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    ("said", "cause"),
-    [
-        ("ERROR: Could not install: [Errno 28] No space left on device\n", "the disk is full"),
-        ("WARNING: Retrying after NameResolutionError\nERROR: No match\n", "index can be reached"),
-        ("Collecting x\nERROR: No match for x\nhint: none\n", "ERROR: No match for x (.venv/inst"),
-        ("", "it said nothing"),
-    ],
-)
-def test_cause_of_a_failed_installation(said, cause):
-    assert cause in bootstrap._cause(said.splitlines(keepends=True))
+def test_a_checkout_that_cannot_be_written_names_where_the_environment_can_go(checkout):
+    (checkout / ".venv.lock").mkdir()  # root may write to a read-only folder; nobody to this
+    said, status = run(checkout)
+    assert status == 1 and "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "error" in line]
+    assert f"pip install {checkout}" in line
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="installs for root alone")
@@ -157,7 +124,7 @@ def test_root_gets_the_programs_that_are_missing(checkout):
     assert run(checkout, "test")[1] == 0
     update, install = (checkout / "apt-get.log").read_text().splitlines()
     assert update.startswith("update") and install.endswith(" chromium iproute2")
-    (checkout / "programs" / "chrome").symlink_to("/bin/true")
+    (checkout / "programs" / "chromium").symlink_to("/bin/true")
     assert run(checkout, "test")[1] == 0
     assert (checkout / "apt-get.log").read_text().splitlines()[-1].endswith("recommends iproute2")
     (checkout / "programs" / "ip").symlink_to("/bin/true")
@@ -169,8 +136,7 @@ def test_root_gets_the_programs_that_are_missing(checkout):
 def test_a_program_that_cannot_be_installed_is_one_line(checkout):
     (checkout / "status").write_text("100")
     said, status = run(checkout, "test")
-    assert status == 1 and "bootstrap: error: the installation did not finish" in said
-    assert "Traceback" not in said
+    assert status == 1 and "apt-get" in said and "Traceback" not in said
 
 
 def test_second_run_waits_for_the_first(checkout):
@@ -180,8 +146,7 @@ def test_second_run_waits_for_the_first(checkout):
     while not installs(checkout) and time.monotonic() < deadline:
         time.sleep(0.1)
     second = start(checkout)
-    said = second.communicate(timeout=60)[1]
+    second.communicate(timeout=60)
     assert second.returncode == 0
-    assert f"process {first.pid} is setting up .venv; waiting" in said
     assert first.wait(timeout=60) == 0
-    assert installs(checkout) == ["."], "the second run installs nothing"
+    assert installs(checkout) == [".[]"], "the second run installs nothing"
