@@ -26,8 +26,15 @@ class Component(Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if "type_name" in cls.__dict__:
-            cls.kinds[cls.type_name] = cls
+        if "type_name" not in cls.__dict__:
+            return
+        name = _path(cls)
+        other = _path(cls.kinds.setdefault(cls.type_name, cls))
+        if other != name:
+            raise JobError(
+                f'{name} has type_name = "{cls.type_name}", which is that of {other}: choose another'
+            )
+        cls.kinds[cls.type_name] = cls  # a module that is imported again defines it anew
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -44,6 +51,10 @@ class Component(Module):
                 if value is not None and value is not False and value != []
             ]
             return f"{self._owner.type_name} ({', '.join(settings)})".removesuffix(" ()")
+
+
+def _path(component: type) -> str:
+    return f"{component.__module__}.{component.__qualname__}"
 
 
 def require_formula(

@@ -44,12 +44,14 @@ def use_host() -> None:
 
     from titan_moe_lb.upstream.cpu.all_to_all import use_gloo_all_to_all
     from titan_moe_lb.upstream.cpu.attention import use_uncompiled_block_mask
+    from titan_moe_lb.upstream.cpu.random_numbers import draw_whole_tensors
 
     # torchtitan asks for float32 in the gate by autocast, which the host has not; torch
     # then computes it in the dtype of the weights and says so in every process.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     use_gloo_all_to_all()
     use_uncompiled_block_mask()
+    draw_whole_tensors()
 
 
 def adapt(config: Trainer.Config) -> None:
@@ -62,10 +64,13 @@ def adapt(config: Trainer.Config) -> None:
 
 
 def adapt_spec(spec: ModelSpec) -> None:
-    """Adapt how a model is parallelized, in place: sum reduction."""
+    """Adapt how a model is parallelized, in place: sum reduction, draws of one process."""
     from titan_moe_lb.upstream.cpu.fsdp import with_sum_reduction
+    from titan_moe_lb.upstream.cpu.random_numbers import with_draws_of_one_process
 
     spec.parallelize_fn = with_sum_reduction(spec.parallelize_fn)
+    if spec.pipelining_fn is not None:
+        spec.pipelining_fn = with_draws_of_one_process(spec.pipelining_fn)
 
 
 def leave() -> NoReturn:
