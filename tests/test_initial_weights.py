@@ -5,12 +5,19 @@ The reference is one process, which draws every weight once.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+from torchtitan.config import ParallelismConfig, TrainingConfig
 
+from model_registry.qwen3 import model_registry
 from tests.chaos.job import tensors
+from tests.parity.gradients import whole
 from tests.train_jobs import train_config
 from titan_moe_lb.job import job_config
+from titan_moe_lb.own_loop.build import build_model
 
 LAYOUTS = {
     "ep=2": (2, ["--parallelism.expert_parallel_degree=2"]),
@@ -50,9 +57,53 @@ def test_every_layout_begins_with_the_weights_of_one_process(ranks, one_process,
         if ".inner_experts." in name or name.endswith("gate.weight"):
             rows = weight.flatten(0, -2)
             assert len(rows.unique(dim=0)) == len(rows), f"{name} has rows that are copies"
-    assert found.keys() == one_process.keys()
-    wrong = [name for name, weight in found.items() if not torch.equal(weight, one_process[name])]
-    assert not wrong
+    assert_same(found, one_process)
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"expert_parallel_degree": 2}, {"tensor_parallel_degree": 2}], ids=["ep=2", "tp=2"]
+)
+def test_built_model_begins_with_the_weights_of_one_process(ranks, degrees):
+    ((expected,),) = ranks.run(1, built, [5], {})
+    for (found,) in ranks.run(2, built, [5], degrees):
+        assert_same(found, expected)
+
+
+def test_ranks_of_a_model_built_without_a_seed_agree(ranks):
+    """Each begins with a generator of its own, and goes on with it."""
+    (one, other), *others = ranks.run(2, built, [None, None], {"tensor_parallel_degree": 2})
+    for found in others:
+        assert_same(found[0], one)
+        assert_same(found[1], other)
+    weight = "layers.0.moe.router.gate.weight"
+    assert not torch.equal(one[weight], other[weight]), "two models in one process"
+
+
+def built(seeds: list[int | None], degrees: dict[str, int]) -> list[dict[str, torch.Tensor]]:
+    """The weights of models that are built one after the other. Every rank."""
+    torch.manual_seed(100 + int(os.environ["RANK"]))
+    models = []
+    dims = None
+    for seed in seeds:
+        model, dims, _context = build_model(
+            model_registry("tiny"),
+            training=TrainingConfig(seq_len=64),
+            parallelism=ParallelismConfig(**degrees),
+            parallel_dims=dims,
+            seed=seed,
+        )
+        models.append({name: whole(p) for name, p in model.named_parameters()})
+    drawn = torch.rand(1)
+    if None in seeds:
+        every = [torch.empty(1) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, drawn)
+        assert len({float(one) for one in every}) == len(every)
+    return models
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
 def first_step(folder: str, flags: list[str]) -> None:

@@ -26,15 +26,8 @@ class Component(Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if "type_name" not in cls.__dict__:
-            return
-        name = _path(cls)
-        other = _path(cls.kinds.setdefault(cls.type_name, cls))
-        if other != name:
-            raise JobError(
-                f'{name} has type_name = "{cls.type_name}", which is that of {other}: choose another'
-            )
-        cls.kinds[cls.type_name] = cls  # a module that is imported again defines it anew
+        if "type_name" in cls.__dict__:
+            enter(cls.kinds, "type_name", cls)
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -51,6 +44,20 @@ class Component(Module):
                 if value is not None and value is not False and value != []
             ]
             return f"{self._owner.type_name} ({', '.join(settings)})".removesuffix(" ()")
+
+
+def enter(kinds: dict[str, type], key: str, component: type) -> None:
+    """Add a class to its family, under its attribute ``key``. A module that is imported again
+    defines its classes anew.
+
+    Raises:
+        JobError: another class of the family has the name.
+    """
+    name, path = getattr(component, key), _path(component)
+    other = _path(kinds.get(name, component))
+    if other != path:
+        raise JobError(f"{path} and {other} both have {key} = {name!r}: rename one of them")
+    kinds[name] = component
 
 
 def _path(component: type) -> str:

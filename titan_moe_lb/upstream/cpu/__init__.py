@@ -1,8 +1,8 @@
 """The host backend: what torchtitan 0.3.0 needs to run where there is no accelerator.
 
-``use_host()`` comes before torchtitan is used, ``adapt(config)`` after the job's
-config is complete. On a machine with an
-accelerator neither is called, and nothing in this package is imported.
+``adapt(config)`` comes after the job's config is complete, ``prepare()`` where a run begins or
+a model is built: it patches torch and torchtitan for the rest of the process. On a machine with
+an accelerator neither is called, and nothing in this package is imported.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def needed() -> bool:
 
 
 def prepare() -> None:
-    """Use the host where it is needed: what the public face and the registry do when they are
-    imported."""
+    """Prepare this process where it is needed, before a trainer or a process group is made."""
     if needed():
         use_host()
 

@@ -8,10 +8,12 @@ that half of the experts of EP 2 are copies (https://github.com/pytorch/torchtit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.models.common.param_init import skip_param_init
@@ -40,6 +42,16 @@ def _draw(draw: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DTensor:
         own = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(own.to_local())
     return target
+
+
+@contextmanager
+def generator_of_rank_0() -> Iterator[None]:
+    """Draw within from a generator that rank 0 has seeded. A rank's own goes on afterwards."""
+    seed = torch.randint(2**62, (1,))
+    dist.broadcast(seed, src=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        yield
 
 
 def with_draws_of_one_process(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
