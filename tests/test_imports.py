@@ -40,6 +40,24 @@ SPEC = "from torchtitan.models.qwen3 import model_registry; lb.balanced(model_re
 JOB = "lb.trainer_config('--job-config', 'qwen3/debug')"
 
 
+BUILT = f"""{PUBLIC}
+import os, torch
+from torchtitan.config import TrainingConfig
+from model_registry.qwen3 import model_registry
+model, dims, context = lb.build_model(
+    model_registry("tiny"), training=TrainingConfig(seq_len=64), seed=0
+)
+balance = lb.attach(model, torch.optim.SGD(model.parameters()), dims, rows_per_step=1)
+tokens, positions = torch.randint(256, (1, 64)), torch.arange(64)[None]
+with context():
+    masks = model.get_attention_masks(positions)
+    model(tokens, attention_masks=masks, positions=positions).float().square().mean().backward()
+balance.close_step()
+assert balance.metrics()["moe/max_violation"] > 0
+print(*(name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT") if name in os.environ))
+"""
+
+
 def run(program: str) -> list[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -70,3 +88,14 @@ for name in sorted(before.keys() | after.keys()):
         print(name)
 """)
     assert changed == []
+
+
+def test_model_is_built_and_trained_in_a_process_that_is_not_prepared():
+    """And no variable of a launcher is left, which children would inherit."""
+    assert run(BUILT)[-1] == ""
+
+
+def test_job_is_built_and_trained_in_a_process_that_is_not_prepared(tmp_path):
+    job = "'--module=qwen3', '--config=qwen3_tiny', '--training.steps=1', '--training.seq_len=64'"
+    run(f"{PUBLIC}\nlb.trainer_config({job}, '--dump_folder={tmp_path}').build().train()")
+    assert (tmp_path / "moe_load.arrow").exists()

@@ -55,16 +55,17 @@ def trainer_config(*arguments: str) -> Trainer.Config:
     Raises:
         JobError: the job does not hold.
     """
-    return _adapted(job_config.load(list(arguments)).config)
+    config = job_config.load(list(arguments)).config
+    _adapt(config)
+    return _preparing(config)
 
 
-def _adapted(config: Trainer.Config) -> Trainer.Config:
-    """Adapt a job to this machine, to torchtitan 0.3.0 and to files that may be damaged."""
+def _adapt(config: Trainer.Config) -> None:
+    """To this machine, to what torchtitan 0.3.0 needs of us, and to files that may be damaged."""
     if cpu.needed():
         cpu.adapt(config)
     zero_bubble.adapt(config)
     checked_loading.adapt(config)
-    return _preparing(config)
 
 
 def _preparing(config: Trainer.Config) -> Trainer.Config:
@@ -88,7 +89,9 @@ def run(job: job_config.Job, *, alone: bool = False) -> None:
     Args:
         alone: nobody else watches over this process: it says itself what a signal ended.
     """
-    config = _adapted(job.config)
+    config = job.config
+    cpu.prepare()
+    _adapt(config)
     if config.comm.mode == "default":
         _Rank(config, alone=alone).train()
     else:
