@@ -23,6 +23,10 @@ def state(upstream):
         if isinstance(logger, logging.Logger):
             kept = logger.level, logger.propagate, logger.disabled
             found[f"logger {name}"] = (*kept, *map(id, [*logger.handlers, *logger.filters]))
+    import torch
+    found["donated buffers"] = torch._functorch.config.donated_buffer
+    found["compile cache"] = torch.compiler.config.cache_key_tag
+    found["DTensor"] = len(torch.distributed.tensor.DTensor._op_dispatcher._custom_op_handlers)
     for name in upstream:
         for attribute, value in vars(sys.modules[name]).items():
             # Neither a submodule nor the namespace of our own operators.
@@ -37,8 +41,7 @@ def is_silent(name, value):
 
 PUBLIC = "import titan_moe_lb as lb; lb.attach, lb.balanced, lb.trainer_config"
 SPEC = "from torchtitan.models.qwen3 import model_registry; lb.balanced(model_registry('debugmodel_moe'))"
-JOB = "lb.trainer_config('--job-config', 'qwen3/debug')"
-
+JOB = "lb.trainer_config('--job-config', 'qwen3/pp2_zbv')"
 
 BUILT = f"""{PUBLIC}
 import os, torch
@@ -58,10 +61,11 @@ print(*(name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT") if 
 """
 
 
-def run(program: str) -> list[str]:
+def run(program: str, **variables: str) -> list[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    environment |= variables
     command = [sys.executable, "-W", "ignore", "-c", program]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return said.stdout.splitlines()
@@ -70,10 +74,12 @@ def run(program: str) -> list[str]:
 def test_process_is_left_as_it_was_found():
     used = "\n".join((PUBLIC, SPEC, JOB))
     upstream = run(
-        f"{used}\nimport sys\nprint(*(n for n in sys.modules if n.split('.')[0] in {UPSTREAM}))"
+        f"{used}\nimport sys\nprint(*(n for n in sys.modules if n.split('.')[0] in {UPSTREAM}))",
+        WORLD_SIZE="2",
     )[-1].split()
     assert "torchtitan.tools.utils" in upstream and "torch.distributed.tensor" in upstream
-    changed = run(f"""{STATE}
+    changed = run(
+        f"""{STATE}
 for name in {upstream}:
     try:
         importlib.import_module(name)
@@ -86,7 +92,9 @@ after = state(upstream)
 for name in sorted(before.keys() | after.keys()):
     if before.get(name) != after.get(name) and not is_silent(name, after.get(name)):
         print(name)
-""")
+""",
+        WORLD_SIZE="2",
+    )
     assert changed == []
 
 
@@ -99,3 +107,11 @@ def test_job_is_built_and_trained_in_a_process_that_is_not_prepared(tmp_path):
     job = "'--module=qwen3', '--config=qwen3_tiny', '--training.steps=1', '--training.seq_len=64'"
     run(f"{PUBLIC}\nlb.trainer_config({job}, '--dump_folder={tmp_path}').build().train()")
     assert (tmp_path / "moe_load.arrow").exists()
+
+
+def test_refused_command_says_one_line():
+    """And nothing of torch's own follows when the interpreter ends."""
+    command = [sys.executable, "-m", "titan_moe_lb.cli", "train", "--model.expert_bias=nope"]
+    ended = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
