@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
 
 import pytest
 
@@ -11,11 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other by spinning take the cores from the tests beside.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from titan_moe_lb import imports
-
-with imports.uncollected():
-    from tests.gpus import GPUS
-    from tests.rank_pool import RankPool
+from tests.gpus import GPUS
+from tests.rank_pool import RankPool
 
 HOST_RANKS = 4
 
@@ -28,12 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where ranks compute: four on the host (default), or one on each GPU that is here. "
         "With cuda only the tests run that start ranks.",
     )
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    with imports.uncollected():  # of the test files
-        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

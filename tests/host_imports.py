@@ -9,16 +9,11 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from titan_moe_lb import imports
+import torch
 
-with imports.uncollected():
-    from titan_moe_lb.upstream import cpu
+import tests.parity.gradients
+import tests.train_jobs  # noqa: F401
+from titan_moe_lb.upstream import cpu
 
-    cpu.use_host()
-
-    import torch
-
-    import tests.parity.gradients
-    import tests.train_jobs  # noqa: F401
-
+cpu.use_host()
 torch.set_num_threads(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,9 +21,11 @@ from tests.test_router import BOUND, inputs, router
 from tests.train_jobs import train
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import ExpertBias
+from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.job import job_config, model_help
 from titan_moe_lb.losses import AuxLoss, SumsLoss
 from titan_moe_lb.report.page import render
+from titan_moe_lb.telemetry.metric import Metric
 from titan_moe_lb.traces.trace import read_trace
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.steps=2"]
@@ -121,6 +124,31 @@ def test_loss_without_a_formula_or_a_kind_is_refused():
         router([Empty.Config(weight=1.0, **BOUND)])
     with pytest.raises(JobError, match="neither a SumsLoss nor a LogitsLoss"):
         router([Unknown.Config(weight=1.0, **BOUND)])
+
+
+# ---- Names
+
+
+@pytest.mark.parametrize("base", [SumsLoss, ExpertBias, ForcedRouting, Metric])
+def test_name_of_another_class_is_refused(base):
+    key = "name" if base is Metric else "type_name"
+    taken, owner = next(iter(base.kinds.items()))
+    with pytest.raises(JobError) as refusal:
+        type(base)("Mine", (base,), {key: taken})
+    assert "Mine" in str(refusal.value) and owner.__name__ in str(refusal.value)
+    assert base.kinds[taken] is owner
+
+
+@pytest.mark.parametrize(("name", "base"), [("importance", AuxLoss), ("busiest_share", Metric)])
+def test_module_that_is_imported_again_brings_its_classes_anew(name, base):
+    with doc_examples.imported(name) as module:
+        before = dict(base.kinds)
+        (mine,) = [kind for kind in before.values() if kind.__module__ == name]
+        assert pickle.loads(pickle.dumps(mine)) is mine
+        module.__loader__.exec_module(module)
+        assert base.kinds.keys() == before.keys()
+        (again,) = [kind for kind in base.kinds.values() if kind.__module__ == name]
+        assert again is not mine
 
 
 # ---- A bias rule

@@ -1,29 +1,117 @@
-"""The garbage collector waits for the imports, and leaves what they made alone."""
+"""Importing a public name, building a spec and reading a job leave the process as it was."""
 
 from __future__ import annotations
 
-import gc
+import os
+import subprocess
+import sys
 
-import pytest
+UPSTREAM = ("torchtitan", "torch", "spmd_types")
 
-from titan_moe_lb import imports
+STATE = '''
+import gc, importlib, logging, os, sys, warnings
+
+def state(upstream):
+    """All that is compared. Values are compared by identity where they are objects."""
+    found = {f"os.environ {name}": value for name, value in os.environ.items()}
+    found["gc"] = (gc.get_freeze_count(), gc.isenabled(), gc.get_threshold())
+    found["logging"] = (logging.raiseExceptions, logging.root.manager.disable, logging.lastResort)
+    found["logger class"] = logging.getLoggerClass()
+    found["warnings"] = tuple(map(id, warnings.filters))
+    loggers = {"root": logging.root, **logging.root.manager.loggerDict}
+    for name, logger in loggers.items():
+        if isinstance(logger, logging.Logger):
+            kept = logger.level, logger.propagate, logger.disabled
+            found[f"logger {name}"] = (*kept, *map(id, [*logger.handlers, *logger.filters]))
+    import torch
+    found["donated buffers"] = torch._functorch.config.donated_buffer
+    found["compile cache"] = torch.compiler.config.cache_key_tag
+    found["DTensor"] = len(torch.distributed.tensor.DTensor._op_dispatcher._custom_op_handlers)
+    for name in upstream:
+        for attribute, value in vars(sys.modules[name]).items():
+            # Neither a submodule nor the namespace of our own operators.
+            if f"{name}.{attribute}" not in sys.modules and attribute != "titan_moe_lb":
+                found[f"{name}.{attribute}"] = id(value)
+    return found
+
+def is_silent(name, value):
+    """A logger that was made and not set."""
+    return name.startswith("logger ") and value == (logging.NOTSET, True, False)
+'''
+
+PUBLIC = "import titan_moe_lb as lb; lb.attach, lb.balanced, lb.trainer_config"
+SPEC = "from torchtitan.models.qwen3 import model_registry; lb.balanced(model_registry('debugmodel_moe'))"
+JOB = "lb.trainer_config('--job-config', 'qwen3/pp2_zbv')"
+
+BUILT = f"""{PUBLIC}
+import os, torch
+from torchtitan.config import TrainingConfig
+from model_registry.qwen3 import model_registry
+model, dims, context = lb.build_model(
+    model_registry("tiny"), training=TrainingConfig(seq_len=64), seed=0
+)
+balance = lb.attach(model, torch.optim.SGD(model.parameters()), dims, rows_per_step=1)
+tokens, positions = torch.randint(256, (1, 64)), torch.arange(64)[None]
+with context():
+    masks = model.get_attention_masks(positions)
+    model(tokens, attention_masks=masks, positions=positions).float().square().mean().backward()
+balance.close_step()
+assert balance.metrics()["moe/max_violation"] > 0
+print(*(name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT") if name in os.environ))
+"""
 
 
-def test_collector_is_off_within_and_on_again_after_even_a_failed_import():
-    with pytest.raises(ImportError), imports.uncollected():
-        with imports.uncollected():
-            kept = [[]]
-        assert not gc.isenabled(), "the inner one leaves it as it was"
-        raise ImportError
-    assert gc.isenabled()
-    assert not any(kept is found for found in gc.get_objects())
+def run(program: str, **variables: str) -> list[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    environment |= variables
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return said.stdout.splitlines()
 
 
-def test_collector_that_was_off_stays_off():
-    gc.disable()
+def test_process_is_left_as_it_was_found():
+    used = "\n".join((PUBLIC, SPEC, JOB))
+    upstream = run(
+        f"{used}\nimport sys\nprint(*(n for n in sys.modules if n.split('.')[0] in {UPSTREAM}))",
+        WORLD_SIZE="2",
+    )[-1].split()
+    assert "torchtitan.tools.utils" in upstream and "torch.distributed.tensor" in upstream
+    changed = run(
+        f"""{STATE}
+for name in {upstream}:
     try:
-        with imports.uncollected():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
+        importlib.import_module(name)
+    except ImportError:  # made by a module, not by a file
+        pass
+upstream = [name for name in {upstream} if name in sys.modules]
+before = state(upstream)
+{used}
+after = state(upstream)
+for name in sorted(before.keys() | after.keys()):
+    if before.get(name) != after.get(name) and not is_silent(name, after.get(name)):
+        print(name)
+""",
+        WORLD_SIZE="2",
+    )
+    assert changed == []
+
+
+def test_model_is_built_and_trained_in_a_process_that_is_not_prepared():
+    """And no variable of a launcher is left, which children would inherit."""
+    assert run(BUILT)[-1] == ""
+
+
+def test_job_is_built_and_trained_in_a_process_that_is_not_prepared(tmp_path):
+    job = "'--module=qwen3', '--config=qwen3_tiny', '--training.steps=1', '--training.seq_len=64'"
+    run(f"{PUBLIC}\nlb.trainer_config({job}, '--dump_folder={tmp_path}').build().train()")
+    assert (tmp_path / "moe_load.arrow").exists()
+
+
+def test_refused_command_says_one_line():
+    """And nothing of torch's own follows when the interpreter ends."""
+    command = [sys.executable, "-m", "titan_moe_lb.cli", "train", "--model.expert_bias=nope"]
+    ended = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1

@@ -2,7 +2,7 @@
 
 The public face: ``balanced`` gives a torchtitan ``ModelSpec`` losses, a rule of the expert
 bias and telemetry. Each name is imported when it is first used, so that importing the
-package is instant and the host backend can come before torchtitan.
+package is instant.
 """
 
 from __future__ import annotations
@@ -126,8 +126,6 @@ else:
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if _HOME[name] != "errors":  # the only one without torchtitan
-            importlib.import_module(f"{__name__}.upstream.cpu").prepare()
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from titan_moe_lb import command_line, host_threads, imports
+from titan_moe_lb import command_line, host_threads
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.plan.question import Question
@@ -45,8 +45,7 @@ class Train:
         # The imports take seconds: Ctrl-C ends them without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         host_threads.wait_without_spinning()
-        with imports.uncollected():
-            from titan_moe_lb import launch
+        from titan_moe_lb import launch
 
         launch.command(list(self.flags))
 
@@ -107,8 +106,7 @@ class Plan(Question):
     """Plan a job before it runs: what imbalance costs in time and memory, by EP degree."""
 
     def run(self) -> None:
-        with imports.uncollected():
-            from titan_moe_lb.plan.command import run
+        from titan_moe_lb.plan.command import run
 
         run(self)
 
@@ -176,8 +174,7 @@ class Doctor:
     """Say what is here, how a job would run on it, and what is missing."""
 
     def run(self) -> None:
-        with imports.uncollected():
-            from titan_moe_lb import doctor
+        from titan_moe_lb import doctor
 
         doctor.main()
 

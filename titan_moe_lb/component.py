@@ -27,7 +27,7 @@ class Component(Module):
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if "type_name" in cls.__dict__:
-            cls.kinds[cls.type_name] = cls
+            enter(cls.kinds, "type_name", cls)
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -44,6 +44,24 @@ class Component(Module):
                 if value is not None and value is not False and value != []
             ]
             return f"{self._owner.type_name} ({', '.join(settings)})".removesuffix(" ()")
+
+
+def enter(kinds: dict[str, type], key: str, component: type) -> None:
+    """Add a class to its family, under its attribute ``key``. A module that is imported again
+    defines its classes anew.
+
+    Raises:
+        JobError: another class of the family has the name.
+    """
+    name, path = getattr(component, key), _path(component)
+    other = _path(kinds.get(name, component))
+    if other != path:
+        raise JobError(f"{path} and {other} both have {key} = {name!r}: rename one of them")
+    kinds[name] = component
+
+
+def _path(component: type) -> str:
+    return f"{component.__module__}.{component.__qualname__}"
 
 
 def require_formula(

@@ -14,16 +14,12 @@ import sys
 
 import torch
 
-from titan_moe_lb.upstream import cpu
-
-if cpu.needed():
-    cpu.use_host()
-
 from titan_moe_lb import processes, train
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import catalog, environment, job_config, model_help, run_folder
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.rules.files import validate_files
+from titan_moe_lb.upstream import cpu
 
 _UNSAID = logging.NullHandler()
 

@@ -13,30 +13,24 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from titan_moe_lb import imports
+import torch
+from torch.distributed.checkpoint import CheckpointException
+from torchtitan.config.override import derive
+from torchtitan.observability import structured_logger
+from torchtitan.trainer import Trainer
 
-with imports.uncollected():
-    from titan_moe_lb.upstream import cpu
-
-    if cpu.needed():
-        cpu.use_host()
-
-    import torch
-    from torch.distributed.checkpoint import CheckpointException
-    from torchtitan.observability import structured_logger
-    from torchtitan.trainer import Trainer
-
-    from titan_moe_lb import checked_loading
-    from titan_moe_lb.console import cause, rank_log, saved, summary
-    from titan_moe_lb.console.patience import Patience
-    from titan_moe_lb.console.signals import ended_by
-    from titan_moe_lb.errors import JobError
-    from titan_moe_lb.job import dry_run, job_config
-    from titan_moe_lb.parallel import single_process
-    from titan_moe_lb.upstream import zero_bubble
+from titan_moe_lb import checked_loading
+from titan_moe_lb.console import cause, rank_log, saved, summary
+from titan_moe_lb.console.patience import Patience
+from titan_moe_lb.console.signals import ended_by
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import dry_run, job_config
+from titan_moe_lb.parallel import single_process
+from titan_moe_lb.upstream import cpu, zero_bubble
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,10 +55,9 @@ def trainer_config(*arguments: str) -> Trainer.Config:
     Raises:
         JobError: the job does not hold.
     """
-    single_process.announce_unless_launched()
     config = job_config.load(list(arguments)).config
     _adapt(config)
-    return config
+    return _preparing(config)
 
 
 def _adapt(config: Trainer.Config) -> None:
@@ -75,6 +68,21 @@ def _adapt(config: Trainer.Config) -> None:
     checked_loading.adapt(config)
 
 
+def _preparing(config: Trainer.Config) -> Trainer.Config:
+    """The same job, whose ``build()`` prepares this process. Reading a job leaves it as it is."""
+    upstream = type(config)
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream):  # type: ignore[misc, valid-type]
+        def build(self, **kwargs: Any) -> Trainer:
+            single_process.announce_unless_launched()
+            cpu.prepare()
+            return upstream.build(self, **kwargs)
+
+    Config.__qualname__ = upstream.__qualname__
+    return derive(config, Config)
+
+
 def run(job: job_config.Job, *, alone: bool = False) -> None:
     """Train a resolved job in this process, or build it if that is all that is asked.
 
@@ -82,6 +90,7 @@ def run(job: job_config.Job, *, alone: bool = False) -> None:
         alone: nobody else watches over this process: it says itself what a signal ended.
     """
     config = job.config
+    cpu.prepare()
     _adapt(config)
     if config.comm.mode == "default":
         _Rank(config, alone=alone).train()

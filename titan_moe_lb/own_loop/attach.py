@@ -18,6 +18,7 @@ from titan_moe_lb.telemetry.describe_run import figures_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
 from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.upstream import cpu
 
 
 def attach(
@@ -64,6 +65,7 @@ def attach(
         raise JobError(f'attach(gradients={gradients!r}): it must be "sum" or "mean"')
     if rows_per_step is not None:
         _require_rows("attach(rows_per_step)", rows_per_step)
+    cpu.prepare()
     parts = [model] if isinstance(model, nn.Module) else list(model)
     dims = _every_process_alone() if parallel_dims is None else parallel_dims
     routers = routers_of(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -75,14 +75,15 @@ def build_model(
             "build_model makes no pipeline: leave pipeline_parallel_degree at 1, or train with "
             "torchtitan's Trainer"
         )
-    single_process.announce_unless_launched()
+    cpu.prepare()
     dims = layout.resolve(parallelism) if parallel_dims is None else parallel_dims
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
-    if not torch.distributed.is_initialized():
-        dist_utils.init_distributed(CommConfig())
+    with single_process.announced():
+        if not torch.distributed.is_initialized():
+            dist_utils.init_distributed(CommConfig())
+        device = utils.get_local_device()
     if seed is not None:
         torch.manual_seed(seed)
-    device = utils.get_local_device()
     utils.device_module.set_device(device)
     spec = copy.deepcopy(spec)
     config = spec.model
@@ -108,7 +109,16 @@ def build_model(
         dump_folder="",
     )
     model.to_empty(device=device)
-    with torch.no_grad():
+    with torch.no_grad(), _one_generator(seed, dims):
         model.init_weights(buffer_device=None)
     model.train()
     return BuiltModel(model, dims, dist_utils.get_spmd_context(parallel_dims=dims))
+
+
+def _one_generator(seed: int | None, dims: ParallelDims) -> AbstractContextManager[None]:
+    """The ranks draw alike where no seed makes them; an accelerator's DTensor sees to it itself."""
+    if seed is not None or dims.world_size == 1 or not cpu.needed():
+        return nullcontext()
+    from titan_moe_lb.upstream.cpu.random_numbers import generator_of_rank_0
+
+    return generator_of_rank_0()

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from titan_moe_lb.component import enter
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.rank_step import RankStep
@@ -53,7 +54,7 @@ class Metric:
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
-            Metric.kinds[cls.name] = cls
+            enter(Metric.kinds, "name", cls)
 
     @classmethod
     def figure(cls) -> Figure:

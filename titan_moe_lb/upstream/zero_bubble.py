@@ -5,8 +5,13 @@ These schedules run the backward of a stage in two passes: inputs, then weights.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch._functorch.config
 import torch.compiler.config
+from torch import nn
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -23,12 +28,25 @@ def adapt(config: Trainer.Config) -> None:
     )
     if parallelism.pipeline_parallel_degree == 1 or not splits_backward:
         return
-    _let_compiled_backward_run_twice()
+    spec = config.model_spec
+    assert spec is not None and spec.pipelining_fn is not None
+    spec.pipelining_fn = _keeping_buffers(spec.pipelining_fn)
     _compute_loss_whole(config)
 
 
-def _let_compiled_backward_run_twice() -> None:
-    """Keep the saved activations of compiled blocks.
+def _keeping_buffers(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Wrap a ``ModelSpec.pipelining_fn``: the backward of compiled blocks can run twice."""
+
+    @functools.wraps(pipeline)
+    def pipeline_keeping_buffers(model: nn.Module, **arguments: Any) -> tuple:
+        _keep_buffers()
+        return pipeline(model, **arguments)
+
+    return pipeline_keeping_buffers
+
+
+def _keep_buffers() -> None:
+    """Keep the saved activations of compiled blocks, for the rest of the process.
 
     Upstream fact: a compiled block is one autograd node, so both passes enter it,
     and functorch's donated buffers let the first overwrite them. The compile caches

@@ -1,8 +1,8 @@
 """The host backend: what torchtitan 0.3.0 needs to run where there is no accelerator.
 
-``use_host()`` comes before torchtitan is used, ``adapt(config)`` after the job's
-config is complete. On a machine with an
-accelerator neither is called, and nothing in this package is imported.
+``adapt(config)`` comes after the job's config is complete, ``prepare()`` where a run begins or
+a model is built: it patches torch and torchtitan for the rest of the process. On a machine with
+an accelerator neither is called, and nothing in this package is imported.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def needed() -> bool:
 
 
 def prepare() -> None:
-    """Use the host where it is needed: what the public face and the registry do when they are
-    imported."""
+    """Prepare this process where it is needed, before a trainer or a process group is made."""
     if needed():
         use_host()
 
@@ -44,12 +43,14 @@ def use_host() -> None:
 
     from titan_moe_lb.upstream.cpu.all_to_all import use_gloo_all_to_all
     from titan_moe_lb.upstream.cpu.attention import use_uncompiled_block_mask
+    from titan_moe_lb.upstream.cpu.random_numbers import draw_whole_tensors
 
     # torchtitan asks for float32 in the gate by autocast, which the host has not; torch
     # then computes it in the dtype of the weights and says so in every process.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     use_gloo_all_to_all()
     use_uncompiled_block_mask()
+    draw_whole_tensors()
 
 
 def adapt(config: Trainer.Config) -> None:
@@ -62,10 +63,13 @@ def adapt(config: Trainer.Config) -> None:
 
 
 def adapt_spec(spec: ModelSpec) -> None:
-    """Adapt how a model is parallelized, in place: sum reduction."""
+    """Adapt how a model is parallelized, in place: sum reduction, draws of one process."""
     from titan_moe_lb.upstream.cpu.fsdp import with_sum_reduction
+    from titan_moe_lb.upstream.cpu.random_numbers import with_draws_of_one_process
 
     spec.parallelize_fn = with_sum_reduction(spec.parallelize_fn)
+    if spec.pipelining_fn is not None:
+        spec.pipelining_fn = with_draws_of_one_process(spec.pipelining_fn)
 
 
 def leave() -> NoReturn:

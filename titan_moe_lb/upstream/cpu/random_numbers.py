@@ -1,0 +1,109 @@
+"""Random weights on the host: the same from one seed in every layout.
+
+Upstream fact: DTensor keeps the random numbers of shards apart by the offset of a CUDA generator,
+and a CPU generator has none. On a CPU mesh every rank draws the same numbers for its own shard, so
+that half of the experts of EP 2 are copies (https://github.com/pytorch/torchtitan/issues/4600).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.module import Module
+
+_DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+"""All draws of ``torch.nn.init``, ``trunc_normal_`` included. Not covered: dropout and random
+tensors that a forward makes."""
+
+
+def draw_whole_tensors() -> None:
+    """Register with DTensor: each rank draws the whole tensor and keeps its own shard.
+
+    The generators of the ranks must agree; torchtitan seeds those of a pipeline stage alike.
+    A rank holds one whole tensor at a time.
+    """
+    DTensor._op_dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
+
+
+def _draw(draw: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DTensor:
+    target = args[0]
+    if not target.is_meta:
+        whole = torch.empty(target.shape, dtype=target.dtype)
+        draw(whole, *args[1:], **kwargs)
+        own = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(own.to_local())
+    return target
+
+
+@contextmanager
+def generator_of_rank_0() -> Iterator[None]:
+    """Draw within from a generator that rank 0 has seeded. A rank's own goes on afterwards."""
+    seed = torch.randint(2**62, (1,))
+    dist.broadcast(seed, src=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        yield
+
+
+def with_draws_of_one_process(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Wrap a ``ModelSpec.pipelining_fn``: stages begin with the weights of one process.
+
+    Upstream fact: torchtitan gives each pipeline rank a seed of its own, the job's plus its number.
+    """
+
+    @functools.wraps(pipeline)
+    def pipeline_on_host(model: BaseModel, **arguments: Any) -> tuple:
+        rank = arguments["parallel_dims"].get_mesh("pp").get_local_rank()
+        _DrawsOfOneProcess(model, seed=(torch.initial_seed() - rank) % 2**64)
+        return pipeline(model, **arguments)
+
+    return pipeline_on_host
+
+
+class _DrawsOfOneProcess:
+    """The state of one process's generator at each parameter of a model.
+
+    Args:
+        whole: on the meta device, before it is cut into stages, which are copies of its modules.
+            Its initializers are replaced.
+        seed: of the one process.
+    """
+
+    def __init__(self, whole: BaseModel, seed: int) -> None:
+        self._whole = whole
+        self._seed = seed
+        self._states: dict[str, torch.Tensor] = {}
+        for module_name, module in whole.named_modules():
+            if isinstance(module, Module) and module._param_init is not None:
+                module._param_init = {
+                    name: functools.partial(self._initialize, f"{module_name}.{name}", initialize)
+                    if initialize is not skip_param_init
+                    else initialize
+                    for name, initialize in module._param_init.items()
+                }
+
+    def __deepcopy__(self, memo: object) -> _DrawsOfOneProcess:
+        return self
+
+    def _initialize(
+        self, name: str, initialize: Callable[[nn.Parameter], None], parameter: nn.Parameter
+    ) -> None:
+        if parameter.is_meta:  # of the whole model: its numbers are drawn and dropped
+            self._states[name] = torch.get_rng_state()
+            initialize(torch.empty_like(parameter, device="cpu"))
+            return
+        if not self._states:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed)
+                self._whole.init_weights()
+        torch.set_rng_state(self._states[name])
+        initialize(parameter)
