@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -74,7 +74,7 @@ def main() -> None:
     if _installed(extras):
         return
     _check_python()
-    with open(ROOT / ".venv.lock", "a+") as lock:
+    with _lock() as lock:
         _wait_for(lock)
         # Another process may have finished the work meanwhile.
         if not _installed(extras):
@@ -93,7 +93,17 @@ def _check_python() -> None:
         _stop(f"this Python makes no environments: install {package}, or set PYTHON to another")
 
 
-def _wait_for(lock) -> None:
+def _lock() -> TextIO:
+    try:
+        return open(ROOT / ".venv.lock", "a+")
+    except OSError as error:
+        _stop(
+            f"{ROOT} cannot be written ({error.strerror}), and .venv goes there: copy the "
+            "repository to a folder that can be written, and start from there"
+        )
+
+
+def _wait_for(lock: TextIO) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -126,6 +126,14 @@ def test_what_has_gone_is_noticed_and_installed_again(checkout):
     assert os.access(checkout / ".venv" / "bin" / "python", os.X_OK)
 
 
+def test_a_checkout_that_cannot_be_written_is_one_line(checkout):
+    """A folder in the place of the lock stands for a read-only disk, which root can write to."""
+    (checkout / ".venv.lock").mkdir()
+    said, status = run(checkout)
+    assert status == 1 and said.count("\n") == 1 and str(checkout) in said
+    assert not (checkout / ".venv").exists()
+
+
 def test_what_hinders_it_is_one_line(checkout, monkeypatch, capsys):
     write(checkout, NEEDED_SPACE="1e18")
     said, status = run(checkout)
