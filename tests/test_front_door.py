@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from tests.synthetic_trace import run_info, write_run
 from tests.test_launch import JOB_VARIABLES
 from titan_moe_lb import cli, launch, processes
+from titan_moe_lb.costmodel import read_job, read_served
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config, renamed_keys, run_folder
 from titan_moe_lb.pages import output_file
@@ -85,6 +86,10 @@ WRONG_PLAN = {
     "plan --hardware h100 --hot-experts 3 -- TINY": "--hot-experts 3 is above the 2 experts that a",
     "plan --hardware h100 --compute-efficiency 1.5": "--compute-efficiency 1.5 must be above 0",
     "plan --hardware h100 --from-run nowhere": "nowhere: there is no such folder or file",
+    "plan --hardware h100 --ep 1 2 -- TINY": "'2' is not expected here",
+    "plan --hardware h100 --ranks 6 --ep 1,3 -- TINY": "does not divide the 8 experts of layer 1",
+    "plan --hardware h100 --from-run run --redundant-experts 3 --ranks 2 --ep 2 -- TINY": "no multiple",
+    "plan --hardware h100 --serve --from-run qwen -- TINY": "take a run of the job's model",
     "plan --hardware h100 --from-run qwen -- TINY": "take a run of the job's model",
     "plan --hardware h100 --job-config none.toml": "--job-config none.toml: there is no such file",
     "plan --hardware h100 --job-config deepseek_v3/debgu": "did you mean 'deepseek_v3/debug'?",
@@ -322,7 +327,7 @@ def type_in(line: str, monkeypatch) -> None:
 
 
 def no_start(*_arguments, **_more) -> None:
-    raise AssertionError("the job was started")
+    raise AssertionError("the job was started or built")
 
 
 @pytest.fixture
@@ -333,6 +338,8 @@ def refuse(scene, monkeypatch, capsys):
         monkeypatch.chdir(scene)
         monkeypatch.setattr(launch, "_run_here", no_start)
         monkeypatch.setattr(processes, "run", no_start)
+        for build in (read_job, read_served):  # minutes for a large model
+            monkeypatch.setattr(build, build.__name__.rpartition(".")[2], no_start)
         before = state(scene)
         with pytest.raises(SystemExit) as stop:
             type_in(line, monkeypatch)
