@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tests import browser
@@ -191,6 +192,23 @@ def _command_line(pid: str) -> bytes:
         return Path("/proc", pid, "cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def test_a_cell_of_another_user_is_one_line(tmp_path, monkeypatch):
+    """Root may end any process, so that the refusal of the system is made here."""
+
+    def refuse(process):
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "kill", refuse)
+    asleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    cell = subprocess.Popen([*asleep, f"--dump_folder={tmp_path}/cells/0"])
+    try:
+        run.stop_leftovers(tmp_path / "elsewhere")
+        with pytest.raises(JobError, match=f"process {cell.pid}.*--output"):
+            run.stop_leftovers(tmp_path / "cells")
+    finally:
+        cell.terminate()
 
 
 SEARCH = """
