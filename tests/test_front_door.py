@@ -24,6 +24,14 @@ from titan_moe_lb.pages import output_file
 HELD = socket.create_server(("", 0))
 # TINY stands for the flags of a small model, HERE for the folder that all this is in, HELD for
 # a port that is not free.
+OPTIMIZER = """\
+[job]
+config = "deepseek_v3_tiny"
+[[optimizer.param_groups]]
+pattern = ".*"
+optimizer_name = "{}"
+optimizer_kwargs = {{lr = 0.1}}
+"""
 WRONG_OUTPUT = {
     "report run -o run/moe_load.arrow": "run/moe_load.arrow is an input of this command",
     "report run/moe_load.arrow -o run/moe_load.arrow": "is an input of this command",
@@ -134,6 +142,12 @@ WRONG_JOB = {
     "train TINY --debug.seed -1": "debug.seed is -1; it must be at least 0",
     "train TINY --dataloader.dataset c5": "dataloader.dataset 'c5' does not exist; did you mean 'c4",
     "train TINY --hf_assets_path nowhere": "hf_assets_path 'nowhere' is not a folder",
+    "train TINY --training.enable_cpu_offload": "training.enable_cpu_offload needs a GPU",
+    "train TINY --checkpoint.enable --checkpoint.async_mode async_with_pinned_mem": "checkpoint.async_m",
+    "NGPU=2 train TINY --parallelism.context_parallel_degree 2 --training.seq_len 192": "training.seq_"
+    "len 192 is not divisible by 256",
+    "train --job-config sgd.toml": "optimizer.param_groups[0].optimizer_name is 'SGD'",
+    "train --job-config muon.toml": "optimizer.param_groups[0].optimizer_name is 'DistMuon'",
     "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps is -3; it must be at le",
     "train TINY --dataloader.num_workers -1": "dataloader.num_workers is -1; it must be at least 0",
     "train TINY --training.gc_freq -1": "training.gc_freq is -1; it must be at least 1",
@@ -274,6 +288,8 @@ def scene(tmp_path_factory) -> Path:
         "occupied/compare.html": "mine",
         "job.toml": '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n',
         "device.toml": 'name = "mine"\n',
+        "sgd.toml": OPTIMIZER.format("SGD"),
+        "muon.toml": OPTIMIZER.format("DistMuon"),
         "bad.toml": "[job\n",
         "comment.toml": "# [job]\n",
         "typo.toml": "[training]\nstpes = 3\n",
