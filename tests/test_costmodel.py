@@ -562,6 +562,29 @@ def test_hardware_file_that_is_none(tmp_path, text, message):
     assert message in str(error.value)
 
 
+IN_OTHER_UNITS = {
+    "bf16_flops": (989, 989e3),  # TFLOP/s, GFLOP/s
+    "memory_bytes": (80, 81_920),  # GB, MiB
+    "memory_bandwidth": (3.35, 3350),  # TB/s, GB/s
+    "scale_up_domain": (0.5, 450e9),
+    "scale_up_bandwidth": (450, 450e3),  # GB/s, MB/s
+    "scale_up_latency": (0.6, 600),  # us, ns
+    "scale_out_bandwidth": (50, 400),  # GB/s, Gb/s
+    "scale_out_latency": (2.7, 2700),  # us, ns
+}
+
+
+@pytest.mark.parametrize(
+    ("figure", "value"), [(name, value) for name in FIGURES for value in IN_OTHER_UNITS[name]]
+)
+def test_a_figure_in_another_unit_is_refused_by_name(figure, value, tmp_path):
+    path = tmp_path / "mine.toml"
+    figures = known_hardware()["h100"] | {figure: value}
+    path.write_text("\n".join(f"{name} = {figures[name]!r}" for name in FIGURES))
+    with pytest.raises(JobError, match=f"{figure} is {value!r}; .*(/s|bytes|seconds|devices)"):
+        hardware(str(path))
+
+
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "fast"])
 def test_figure_that_is_none(value):
     figures = {name: getattr(DEVICE, name) for name in FIGURES}

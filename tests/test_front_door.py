@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import pty
 import shlex
 import socket
 import stat
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +16,22 @@ import torch.distributed.checkpoint as dcp
 from tests.synthetic_trace import run_info, write_run
 from tests.test_launch import JOB_VARIABLES
 from titan_moe_lb import cli, launch, processes
+from titan_moe_lb.costmodel import read_job, read_served
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import job_config, run_folder
+from titan_moe_lb.job import job_config, renamed_keys, run_folder
 from titan_moe_lb.pages import output_file
 
 HELD = socket.create_server(("", 0))
 # TINY stands for the flags of a small model, HERE for the folder that all this is in, HELD for
 # a port that is not free.
+OPTIMIZER = """\
+[job]
+config = "deepseek_v3_tiny"
+[[optimizer.param_groups]]
+pattern = ".*"
+optimizer_name = "{}"
+optimizer_kwargs = {{lr = 0.1}}
+"""
 WRONG_OUTPUT = {
     "report run -o run/moe_load.arrow": "run/moe_load.arrow is an input of this command",
     "report run/moe_load.arrow -o run/moe_load.arrow": "is an input of this command",
@@ -55,34 +62,21 @@ WRONG_OUTPUT = {
     "plan --hardware h100 -o folder": "folder is a folder",
 }
 WRONG_COMMAND = {
-    "": "a command is missing; valid: diagnose, doctor, place, plan, report, study, train, watch",
-    "reprot run": "'reprot' is not expected here; did you mean 'report'?",
-    "report": "RUN_DIR is missing: Folder of the run",
     "report --comapre twin": "there is no flag --comapre; did you mean '--compare'?",
     "report run --ouput page.html": "there is no flag --ouput; did you mean '--output'?",
-    "report run --compare": "--compare needs a value",
-    "report run twin": "'twin' is not expected here; a flag begins with --",
-    "report run -x": "there is no flag -x",
     "report nowhere": "nowhere: there is no such folder or file: name the folder of a run",
     "report folder": "folder has no moe_load.arrow",
     "report notes.txt": "notes.txt",
     "report run --compare nowhere": "nowhere: there is no such folder or file",
     "report run --compare qwen": "take two runs of one model",
     "report run --compare twin --compare qwen": "take two runs of one model",
-    "doctor now": "'now' is not expected here; a flag begins with --",
-    "watch": "RUN_DIR is missing: Folder of the run",
-    "diagnose": "RUN_DIR is missing: Folder of the run",
     "diagnose nowhere": "nowhere: there is no such folder or file: name the folder of a run",
-    "diagnose run --fail-on eror": "--fail-on is 'eror'; it must be one of 'never', 'note', 'warning', 'fault'",
     "watch nowhere --once": "nowhere: there is no such folder or file",
     "watch folder --onec": "there is no flag --onec; did you mean '--once'?",
-    "watch run --once=yes": "--once takes no value, not even 'yes': its opposite is --no-once",
     "watch folder --once": "folder has no moe_load.arrow",
     "watch notes.txt --once": "notes.txt",
 }
 WRONG_PLAN = {
-    "plan": "--hardware is missing: h100, h200",
-    "plan --hardware": "--hardware needs a value",
     "plan --hardware h10": "did you mean 'h100'?",
     "plan --hardware nothing.toml": "--hardware nothing.toml: there is no such file",
     "plan --hardware bad.toml": "--hardware bad.toml: not valid TOML",
@@ -90,7 +84,6 @@ WRONG_PLAN = {
     "plan --hardwrae h100": "there is no flag --hardwrae; did you mean '--hardware'?",
     "plan --hardware h100 --training.steps 3": "flags of a job come last, after --, as in: plan",
     "plan --hardware h100 --module qwen3": "flags of a job come last, after --",
-    "plan --hardware h100 --ranks two": "--ranks is 'two'; it must be an integer",
     "plan --hardware h100 --ranks 0": "--ranks 0 must be at least 1",
     "plan --hardware h100 --ep two": "--ep two must be whole numbers",
     "plan --hardware h100 --ep 8 --ranks 4 -- TINY": "--ep 8 is above the job's 4 rank(s)",
@@ -100,12 +93,14 @@ WRONG_PLAN = {
     "plan --hardware h100 --hot-experts 0": "--hot-experts 0 must be at least 1",
     "plan --hardware h100 --hot-experts 3 -- TINY": "--hot-experts 3 is above the 2 experts that a",
     "plan --hardware h100 --compute-efficiency 1.5": "--compute-efficiency 1.5 must be above 0",
-    "plan --hardware h100 --network-efficiency half": "--network-efficiency is 'half'; it must be a",
     "plan --hardware h100 --from-run nowhere": "nowhere: there is no such folder or file",
+    "plan --hardware h100 --ep 1 2 -- TINY": "'2' is not expected here",
+    "plan --hardware h100 --ranks 6 --ep 1,3 -- TINY": "does not divide the 8 experts of layer 1",
+    "plan --hardware h100 --from-run run --redundant-experts 3 --ranks 2 --ep 2 -- TINY": "no multiple",
+    "plan --hardware h100 --serve --from-run qwen -- TINY": "take a run of the job's model",
     "plan --hardware h100 --from-run qwen -- TINY": "take a run of the job's model",
     "plan --hardware h100 --job-config none.toml": "--job-config none.toml: there is no such file",
     "plan --hardware h100 --job-config deepseek_v3/debgu": "did you mean 'deepseek_v3/debug'?",
-    "plan --hardware h100 -- --training.stpes 3": "did you mean '--training.steps'?",
     "NGPU=two plan --hardware h100": "NGPU=two must be a whole number",
     "plan --hardware h100 -- --module llama3 --config llama3_debugmodel": "has no MoE layers",
     "plan --hardware h100 --tokens 1,8": "--tokens is of a deployment: give --serve as well",
@@ -119,11 +114,7 @@ WRONG_PLAN = {
     "plan --hardware h100 --serve --from-run run --drop-share 0.1": "--drop-share is about the buffers",
 }
 WRONG_PLACE = {
-    "place": "CHECKPOINT is missing",
-    "place saved": "-o is missing",
     "place saved -o new --grops 4": "there is no flag --grops; did you mean '--groups'?",
-    "place saved -o new --ep two": "--ep is 'two'; it must be an integer",
-    "place saved -o new --undo=yes": "--undo takes no value, not even 'yes'",
     "place nowhere -o new": "nowhere: there is no such folder: name a checkpoint, or a run that has",
     "place run -o new --ep 2": "run has no checkpoint: neither .metadata nor *.safetensors nor",
     "place saved -o new --ep 2": "saved/checkpoint/step-5 cannot be placed: it has no MoE layer",
@@ -136,29 +127,27 @@ WRONG_JOB = {
     "train --module": "--module needs a value",
     "train --config deepseek_v3_tinny": "did you mean 'deepseek_v3_tiny'?",
     "train --flavor 16B": "--flavor is a key of [job] in a job file; here --config chooses it",
-    "train TINY --training.stpes 3": "there is no flag --training.stpes; did you mean '--training.s",
-    "train TINY --steps 3": "there is no flag --steps",
+    "train TINY --lr 1": "no flag --lr; the key is optimizer.param_groups.0.optimizer_kwargs.lr",
+    "train TINY --optimizer.lr=1": "the key is optimizer.param_groups.0.optimizer_kwargs.lr",
+    "train TINY --steps 5": "there is no flag --steps; the key is training.steps",
+    "train TINY --load_balance_coeff 3": "the key is model.expert_bias",
+    "train TINY --training.num-tokens-per-train-step 5": "the key is training.global_batch_size",
+    "train TINY --activation_checkpoint.mode full": "the key is activation_checkpoint, as in activa",
     "train TINY --max-restarts two": "--max-restarts is 'two'; it must be a whole number",
     "NNODES=2 NODE_RANK=1 RDZV_ENDPOINT=localhost:9 train TINY --max-restarts 1": "max_restarts is 1, and NNODES=2",
-    "train TINY -s 3": "there is no flag -s",
-    "train TINY --training.steps ten": "--training.steps is 'ten'; it must be an integer",
-    "train TINY --training.steps": "--training.steps needs a value",
     "train TINY --training.steps 0": "training.steps is 0; it must be at least 1",
-    "train TINY --training.max-norm x": "--training.max-norm is 'x'; it must be a number",
-    "train TINY --training.dtype float31": "it must be one of 'bfloat16', 'float32'; did you mean",
-    "train TINY --compile.enable=maybe": "--compile.enable takes no value, not even 'maybe'",
-    "train TINY --compile.enable yes": "--compile.enable takes no value, not even 'yes'",
-    "train TINY extra": "'extra' is not expected here; a flag begins with --",
-    "train TINY activation-checkpoint:ful": "did you mean 'activation-checkpoint:full'?",
     "train TINY --model.aux_loses []": "has no key 'aux_loses'; did you mean 'aux_losses'?",
     "train TINY --model.aux_losses '[{'": "--model.aux_losses '[{': not a TOML value",
     "train TINY --model.expert_bias sing": "did you mean 'sign'?",
     "train TINY --debug.seed -1": "debug.seed is -1; it must be at least 0",
-    "train TINY --debug.seed x": "--debug.seed is 'x'; it must be an integer or None",
     "train TINY --dataloader.dataset c5": "dataloader.dataset 'c5' does not exist; did you mean 'c4",
     "train TINY --hf_assets_path nowhere": "hf_assets_path 'nowhere' is not a folder",
-    "train TINY --checkpoint.keep_latest_k 1": "checkpoint: We need to maintain at least 2",
-    "train TINY --lr_scheduler.decay_type foo": "it must be one of 'linear', 'sqrt', 'cosine'",
+    "train TINY --training.enable_cpu_offload": "training.enable_cpu_offload needs a GPU",
+    "train TINY --checkpoint.enable --checkpoint.async_mode async_with_pinned_mem": "checkpoint.async_m",
+    "NGPU=2 train TINY --parallelism.context_parallel_degree 2 --training.seq_len 192": "training.seq_"
+    "len 192 is not divisible by 256",
+    "train --job-config sgd.toml": "optimizer.param_groups[0].optimizer_name is 'SGD'",
+    "train --job-config muon.toml": "optimizer.param_groups[0].optimizer_name is 'DistMuon'",
     "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps is -3; it must be at le",
     "train TINY --dataloader.num_workers -1": "dataloader.num_workers is -1; it must be at least 0",
     "train TINY --training.gc_freq -1": "training.gc_freq is -1; it must be at least 1",
@@ -169,13 +158,9 @@ WRONG_JOB = {
     "train TINY --profiler.profile_freq 0": "profiler.profile_freq is 0; it must be at least 1",
     "train TINY --lr_scheduler.decay_ratio 3": "lr_scheduler.decay_ratio is 3.0; it must be from 0",
     "train TINY --lr_scheduler.min_lr_factor -1": "lr_scheduler.min_lr_factor is -1.0; it must be",
-    "train TINY --parallelism.pipeline_parallel_microbatch_size 0": "error: parallelism.pipeline_par",
     "train TINY --training.seq_len 100000": "exceeds attention RoPE maximum supported sequence length",
     "train TINY --hf_assets_path folder": "hf_assets_path 'folder' holds no tokenizer: none of toke",
     "train TINY --print-config=yes": "--print-config takes no value, not even 'yes'",
-    "train TINY --model 3": "there is no flag --model; did you mean '--module'?",
-    "train TINY activation-checkpoint:full --activation-checkpoint.preserv_rng_state": "did you mean "
-    "'--activation_checkpoint.preserve_rng_state'?",
     "train --module os": "--module os has no debug job: name a config with --config; there is none",
     "train --job-config none.toml": "--job-config none.toml: there is no such file",
     "train --job-config deepseek_v3/debgu": "no such file, and no job of that name; did you mean 'deep",
@@ -242,6 +227,45 @@ WRONG_START = {
     "train TINY --checkpoint.enable --checkpoint.initial_load_in_hf "
     "--checkpoint.initial_load_path HERE/folder": "folder' holds no *.safetensors file",
 }
+REFUSED_BY_TYRO = {
+    "": "diagnose",
+    "reprot run": "reprot",
+    "report": "RUN_DIR",
+    "report run --compare": "--compare",
+    "report run twin": "twin",
+    "report run -x": "-x",
+    "doctor now": "now",
+    "watch": "RUN_DIR",
+    "diagnose": "RUN_DIR",
+    "diagnose run --fail-on eror": "--fail-on",
+    "watch run --once=yes": "yes",
+    "plan": "--hardware",
+    "plan --hardware": "--hardware",
+    "plan --hardware h100 --ranks two": "--ranks",
+    "plan --hardware h100 --network-efficiency half": "--network-efficiency",
+    "plan --hardware h100 -- --training.stpes 3": "--training.stpes",
+    "place": "CHECKPOINT",
+    "place saved": "-o",
+    "place saved -o new --ep two": "--ep",
+    "place saved -o new --undo=yes": "yes",
+    "train TINY --training.stpes 3": "--training.stpes",
+    "train TINY -s 3": "-s",
+    "train TINY --training.steps ten": "--training.steps",
+    "train TINY --training.steps": "--training.steps",
+    "train TINY --training.max-norm x": "--training.max-norm",
+    "train TINY --training.dtype float31": "--training.dtype",
+    "train TINY --compile.enable=maybe": "maybe",
+    "train TINY --compile.enable yes": "yes",
+    "train TINY extra": "extra",
+    "train TINY activation-checkpoint:ful": "activation-checkpoint:ful",
+    "train TINY --debug.seed x": "--debug.seed",
+    "train TINY --checkpoint.keep_latest_k 1": "checkpoint",
+    "train TINY --lr_scheduler.decay_type foo": "--lr-scheduler.decay-type",
+    "train TINY --parallelism.pipeline_parallel_microbatch_size 0": "pipeline_parallel_microbatch_size",
+    "train TINY --model 3": "--model",
+    "train TINY activation-checkpoint:full --activation-checkpoint.preserv_rng_state": "preserv",
+}
+"""In a box, with the part that is wrong."""
 WRONG = WRONG_OUTPUT | WRONG_COMMAND | WRONG_PLAN | WRONG_PLACE | WRONG_JOB | WRONG_START
 
 
@@ -264,6 +288,8 @@ def scene(tmp_path_factory) -> Path:
         "occupied/compare.html": "mine",
         "job.toml": '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n',
         "device.toml": 'name = "mine"\n',
+        "sgd.toml": OPTIMIZER.format("SGD"),
+        "muon.toml": OPTIMIZER.format("DistMuon"),
         "bad.toml": "[job\n",
         "comment.toml": "# [job]\n",
         "typo.toml": "[training]\nstpes = 3\n",
@@ -317,39 +343,58 @@ def type_in(line: str, monkeypatch) -> None:
 
 
 def no_start(*_arguments, **_more) -> None:
-    raise AssertionError("the job was started")
+    raise AssertionError("the job was started or built")
+
+
+@pytest.fixture
+def refuse(scene, monkeypatch, capsys):
+    """What is said of a command line that is refused before anything starts or is written."""
+
+    def refused(line: str) -> str:
+        monkeypatch.chdir(scene)
+        monkeypatch.setattr(launch, "_run_here", no_start)
+        monkeypatch.setattr(processes, "run", no_start)
+        for build in (read_job, read_served):  # minutes for a large model
+            monkeypatch.setattr(build, build.__name__.rpartition(".")[2], no_start)
+        before = state(scene)
+        with pytest.raises(SystemExit) as stop:
+            type_in(line, monkeypatch)
+        assert stop.value.code == 2
+        assert state(scene) == before
+        return capsys.readouterr().err
+
+    return refused
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_one_line_and_nothing_touched(line, scene, monkeypatch, capsys):
-    monkeypatch.chdir(scene)
-    monkeypatch.setattr(launch, "_run_here", no_start)
-    monkeypatch.setattr(processes, "run", no_start)
-    before = state(scene)
-    with pytest.raises(SystemExit) as stop:
-        type_in(line, monkeypatch)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1, said
+def test_one_line_and_nothing_touched(line, refuse):
+    said = refuse(line)
+    assert said.count("\n") == 1, said
     assert said.startswith("titan_moe_lb: error: ") and WRONG[line] in said
     for internal in ("model_spec", "imbalance_factor", "num_hot_experts", "Traceback"):
         assert internal not in said
-    assert state(scene) == before
 
 
-@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-@pytest.mark.parametrize("on_terminal", [True, False])
-def test_one_line_on_any_terminal(on_terminal, locale):
-    """What tyro draws depends on it."""
-    terminal, output = pty.openpty() if on_terminal else os.pipe()
-    command = [sys.executable, "-m", "titan_moe_lb.cli", "plan", "--hardware", "h100", "--ranks=x"]
-    environment = {**os.environ, "TERM": "xterm", **locale}
-    result = subprocess.run(
-        command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, check=False
-    )
-    os.close(terminal)
-    os.close(output)
-    expected = "titan_moe_lb: error: --ranks is 'x'; it must be an integer or None\n"
-    assert (result.returncode, result.stderr) == (2, expected)
+@pytest.mark.parametrize("line", REFUSED_BY_TYRO)
+def test_tyro_names_what_is_wrong(line, refuse):
+    said = refuse(line)
+    assert REFUSED_BY_TYRO[line] in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("module", ["deepseek_v3", "gpt_oss", "llama4", "qwen3"])
+def test_the_other_name_of_a_key_is_one_that_a_job_has(module):
+    config = job_config.load(["--module", module]).config
+    for key in renamed_keys.RENAMED.values():
+        found: Any = config
+        for name in key.partition(",")[0].split("."):
+            if name == "model":  # whose keys are the arguments of the registry entry
+                found = job_config.model_keys(job_config.balanced)
+                continue
+            found = found[int(name)] if name.isdecimal() else _part(found, name)
+
+
+def _part(found: Any, name: str) -> Any:
+    return found[name] if isinstance(found, dict) else getattr(found, name)
 
 
 def test_our_own_page_is_replaced_also_through_a_symlink(tmp_path):

@@ -41,6 +41,15 @@ def measured(planned: dict) -> dict[str, dict]:
     return {row["placement"]: row for row in planned["degrees"][0]["measured"]}
 
 
+def test_a_run_of_another_name_and_the_same_shape_is_taken(ranks, planned, tmp_path):
+    """As of another framework, or of a model of one's own: the loads are the same."""
+    mine = planned(steps(EVEN, HOT_01))
+    write_run(tmp_path / "other", steps(EVEN, HOT_01), model="mine", flavor="big")
+    arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
+    other = plan(ranks, [*arguments, "--from-run", str(tmp_path / "other")], JOB)
+    assert measured(other) == measured(mine)
+
+
 def test_verdict_by_hand(planned):
     """Balance until half of the run, then two hot experts on one device."""
     found = planned(steps(*[EVEN] * 10, *[HOT_01] * 10))

@@ -36,6 +36,9 @@ def test_capacity_drops_what_it_may_and_no_smaller_one_does(rows, share):
 def test_capacity_of_layers_and_of_nothing():
     received = np.array([[[6, 2], [4, 4]], [[0, 0], [0, 0]]])
     assert capacity_factor(received).tolist() == [1.5, 1.0]
+    # At balance, and on a rank alone, the room that loses 1 % is 1 % smaller.
+    assert capacity_factor(np.full((3, 4), 7), 0.01).tolist() == pytest.approx(0.99)
+    assert capacity_factor(np.array([[5], [9], [0]]), 0.01).tolist() == pytest.approx(0.99)
     # Of 16 tokens 2 are above the room of 4: an eighth. At a tenth 1.6 of them are let go.
     assert capacity_factor(received[:1], 0.125).tolist() == [1.0]
     assert capacity_factor(received[:1], 0.1).tolist() == [pytest.approx(1.1)]

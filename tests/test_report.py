@@ -243,6 +243,19 @@ def test_two_runs_side_by_side(tmp_path):
     assert [note["text"] for note in bias[0]["layout"]["annotations"]] == ["A", "B"]
 
 
+def test_the_head_names_the_expert_that_is_hottest_now(tmp_path):
+    """Of 12 steps expert 3 of layer 2 has twice its share in 10, and 6 of layer 4 in the last 2."""
+    counts_SME = np.full((12, 4, 8), 100)
+    counts_SME[:10, 1, 3] += 100
+    counts_SME[10:, 3, 6] += 60
+    run = rewritten(write_run(tmp_path, run_info(), 12), counts_SME)
+    cli.main(["report", str(run)])
+    visible = " ".join(Page((run / "report.html").read_text()).visible.split())
+    # 160 of 860 tokens of 8 experts.
+    assert "Hottest expert layer 4, expert 6 1.49 × the balanced load, last step;" in visible
+    assert "mean of the run: layer 2, expert 3" in visible
+
+
 def test_names_of_runs_tell_them_apart():
     def names(*folders):
         return run_names([Path("/runs", folder, "moe_load.arrow") for folder in folders])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -237,13 +237,26 @@ def without_checksums(file, change=lambda table: None):
 
 
 def rewrite(file, batches):
-    sink = io.BytesIO()
+    """As pyarrow does it, which ends a stream with a marker."""
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_stream(sink, batches[0].schema, options=options) as writer:
+    with pa.ipc.new_stream(file, batches[0].schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    # The writer above ends its stream with a marker; ours does not.
-    file.write_bytes(sink.getvalue()[:-8])
+
+
+def test_a_stream_that_pyarrow_closed_is_whole(tmp_path, caplog):
+    file = write_run(tmp_path, run_info(), 3) / FILE_NAME
+    counts_SME = read_trace(file).counts_SME
+    rewrite(file, without_checksums(file)[0])
+    trace = read_trace(file)
+    assert trace.damage == ()
+    np.testing.assert_array_equal(trace.counts_SME, counts_SME)
+    writer = TraceWriter(tmp_path, run_info())
+    writer.write(4, next(step_loads(run_info(), 1)))
+    writer.close()
+    assert read_trace(file).steps.tolist() == [1, 2, 3, 4] and not caplog.messages
+    file.write_bytes(file.read_bytes() + b"\xff\xff\xff\xff\x00\x00\x00")
+    assert "last 7 bytes" in read_trace(file).damage[0]
 
 
 def as_format_1(table):
@@ -465,6 +478,40 @@ def test_resumed_run_continues_the_file(tmp_path):
     assert np.isnan(trace.figures["z_loss"][:4]).all() and np.isnan(trace.figures[LOSS][4:]).all()
     assert not np.isnan(trace.figures[LOSS][:4]).any()
     assert not np.isnan(trace.figures["z_loss"][4:]).any()
+
+
+ELSEWHERE = """
+import sys
+from tests.synthetic_trace import run_info, step_loads
+from titan_moe_lb import cli
+from titan_moe_lb.traces.trace import TraceWriter
+for step in (1, 2):
+    writer = TraceWriter(sys.argv[1], run_info())
+    writer.write(step, next(step_loads(run_info(), 1)))
+    writer.close()
+cli.main(["report", sys.argv[1]])
+cli.main(["report", sys.argv[1], "--compare", sys.argv[1]])
+cli.main(["watch", "--once", sys.argv[1]])
+cli.main(["diagnose", sys.argv[1]])
+"""
+
+
+def test_a_folder_whose_name_the_locale_lacks(tmp_path):
+    folder = tmp_path / "lauf-\u00e9-\u6f22"
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, folder],
+        env={**os.environ, **bare},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert read_trace(folder).steps.tolist() == [1, 2]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "compare.html",
+        FILE_NAME,
+        "report.html",
+    ]
 
 
 def test_resume_after_a_crash_drops_the_torn_step(tmp_path):

@@ -7,6 +7,7 @@ it runs, so that ``--help`` is instant.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
 import sys
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from titan_moe_lb import command_line, host_threads
-from titan_moe_lb.errors import JobError
+from titan_moe_lb import host_threads
+from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.plan.question import Question
 
@@ -191,33 +192,42 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _valid(arguments: list[str]) -> list[str]:
-    """What may stand in a command line: the flags of its command, or a command."""
-    command = SUBCOMMANDS.get(arguments[0]) if arguments else None
-    if command is None:
-        return list(SUBCOMMANDS)
-    fields = dataclasses.fields(command)  # type: ignore[arg-type]
-    names = [field.name.replace("_", "-") for field in fields]
-    names += [f"no-{field.name}" for field in fields if isinstance(field.default, bool)]
-    return [*(f"--{name}" for name in names), "-o", "--help"]
-
-
-def _flag_of_a_job(flag: str) -> str | None:
-    if flag in ("--module", "--config") or "." in flag:
-        return f"the flags of a job come last, after --, as in: plan --hardware h100 -- {flag} ..."
-    return None
-
-
 def _command(arguments: list[str]) -> Any:
     if arguments[:1] == ["train"]:  # whose flags are those of its job
         return Train(flags=tuple(arguments[1:]))
-    with command_line.in_one_line(arguments, lambda: _valid(arguments), _flag_of_a_job):
-        return tyro.extras.subcommand_cli_from_dict(
-            SUBCOMMANDS,
-            prog="titan-moe-lb",
-            description="Train with balanced experts, plan a job, look at a run.",
-            args=arguments,
+    ours = list(itertools.takewhile(lambda argument: argument != "--", arguments))
+    if arguments and arguments[0] in SUBCOMMANDS:
+        _check_flags(SUBCOMMANDS[arguments[0]], ours)
+    command = tyro.extras.subcommand_cli_from_dict(
+        SUBCOMMANDS,
+        prog="titan-moe-lb",
+        description="Train with balanced experts, plan a job, look at a run.",
+        args=arguments,
+    )
+    if isinstance(command, Plan) and list(command.job_flags) != arguments[len(ours) + 1 :]:
+        raise JobError(
+            f"{command.job_flags[0]!r} is not expected here: a list is written with commas, as in "
+            "--ep 16,32, and the flags of a job come last, after --"
         )
+    return command
+
+
+def _check_flags(command: Any, arguments: list[str]) -> None:
+    """Name an unknown flag: tyro reports a missing argument instead where one is missing too."""
+    fields = dataclasses.fields(command)
+    names = [field.name.replace("_", "-") for field in fields]
+    names += [f"no-{field.name}" for field in fields if isinstance(field.default, bool)]
+    valid = [f"--{name}" for name in (*names, "help")]
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if not flag.startswith("--") or flag.replace("_", "-") in valid:
+            continue
+        if command is Plan and (flag in ("--module", "--config") or "." in flag):
+            raise JobError(
+                "the flags of a job come last, after --, as in: "
+                f"plan --hardware h100 -- {flag} ..."
+            )
+        raise JobError(f"there is no flag {flag}; {nearest(flag, valid)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

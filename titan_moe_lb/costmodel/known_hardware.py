@@ -16,6 +16,18 @@ from titan_moe_lb.errors import JobError, nearest
 HOST = "host"
 """The name that stands for this machine, measured."""
 
+USUAL = {
+    "bf16_flops": (1e11, 1e17, "FLOP/s, as in 989e12"),
+    "memory_bytes": (1e7, 1e14, "bytes, as in 80e9"),
+    "memory_bandwidth": (1e9, 1e15, "bytes/s, as in 3.35e12"),
+    "scale_up_domain": (1, 2**20, "devices, as in 8"),
+    "scale_up_bandwidth": (1e7, 1e14, "bytes/s in one direction, as in 450e9"),
+    "scale_up_latency": (1e-9, 1e-2, "seconds, as in 0.6e-6"),
+    "scale_out_bandwidth": (1e7, 1e14, "bytes/s in one direction, as in 50e9"),
+    "scale_out_latency": (1e-9, 1e-2, "seconds, as in 2.7e-6"),
+}
+"""Least and most that a device has, and the unit: a file in TFLOP/s, GB or µs is outside."""
+
 
 def hardware(name: str) -> Hardware:
     """The device of that name, of a TOML file of the user's, or this host, measured.
@@ -51,4 +63,12 @@ def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
     missing = [figure for figure in FIGURES if figure not in table]
     if missing:
         raise JobError(f"{place}: {key!r} lacks {', '.join(missing)}")
-    return Hardware(**{"name": key, **table})
+    device = Hardware(**{"name": key, **table})
+    for figure, (least, most, unit) in USUAL.items():
+        value = table[figure]
+        if not least <= value <= most:
+            raise JobError(
+                f"{place}: {figure} is {value!r}; it is in {unit}, and usually from {least:g} to "
+                f"{most:g}"
+            )
+    return device

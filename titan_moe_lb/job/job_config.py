@@ -23,10 +23,10 @@ from torchtitan.config import ConfigManager
 from torchtitan.config.override import derive
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import command_line, rules, toml_tables
+from titan_moe_lb import rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.job import flags, job_files, module_lookup
-from titan_moe_lb.job.own_flags import DEFAULT_MODULE, OWN_FLAGS
+from titan_moe_lb.job import job_files, module_lookup, renamed_keys
+from titan_moe_lb.job.own_flags import DEFAULT_MODULE
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 from titan_moe_lb.rules import places
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
@@ -110,13 +110,13 @@ class Draft:
 
         Raises:
             JobError: the first thing that is wrong, in one line.
-            SystemExit: from tyro, for ``--help``.
+            SystemExit: from tyro, for ``--help`` and for a flag that it refuses.
         """
         try:
             # replace() runs the checks that torchtitan makes when a config is constructed.
-            manager = _ResolvedConfigManager(dataclasses.replace(self.build()))
-            with command_line.in_one_line(self.command.rest, manager.valid):
-                config = manager.parse_args(self.command.rest)
+            built = dataclasses.replace(self.build())
+            renamed_keys.refuse(self.command.rest, built)
+            config = _ResolvedConfigManager(built).parse_args(self.command.rest)
             rules.validate(config)
             # And those that it makes of the model before it is built.
             bound = copy.deepcopy(config)
@@ -317,11 +317,6 @@ class _ResolvedConfigManager(ConfigManager):
     def __init__(self, config: Trainer.Config) -> None:
         super().__init__()
         self._loaded = config
-
-    def valid(self) -> list[str]:
-        """Every flag: torchtitan's and our own."""
-        own = re.findall(r"^  (--[a-z-]+(?:\.KEY)?)", OWN_FLAGS, re.MULTILINE)
-        return [*flags.flags_of(self._loaded), *own, "--help"]
 
     def _load_config(self, args: list[str]) -> tuple[object, list[str]]:
         return self._loaded, args

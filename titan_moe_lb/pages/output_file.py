@@ -55,7 +55,8 @@ def write(page: str, output: Path) -> None:
     target = _target(output)
     partial = _partial(target)
     try:
-        with open(partial, "x", encoding="utf-8") as file:
+        # A path in it may hold bytes that the locale does not know.
+        with open(partial, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(page)
         os.replace(partial, target)
     except OSError as error:

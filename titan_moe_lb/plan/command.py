@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from titan_moe_lb.costmodel.hardware import Hardware
 from titan_moe_lb.costmodel.job import JobModel
@@ -26,6 +26,9 @@ from titan_moe_lb.plan.table import print_plan
 from titan_moe_lb.plan.verdict import judge
 from titan_moe_lb.traces.trace import read_trace, trace_file
 
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
+
 IMBALANCES = "1.0,1.5,2.0,worst"
 DROP_SHARE = 0.01
 
@@ -38,6 +41,8 @@ def make_plan(question: Question) -> Plan:
     Raises:
         JobError: the first thing that is wrong, in one line.
     """
+    from titan_moe_lb.costmodel.read_job import moe_layers_of
+
     arguments.check(question)
     factors, drawn = arguments.imbalances(question.imbalance or IMBALANCES)
     device = hardware(question.hardware)
@@ -46,16 +51,20 @@ def make_plan(question: Question) -> Plan:
         network_efficiency=question.network_efficiency,
     )
     trace = read_trace(question.from_run, micro_batches=True) if question.from_run else None
-    with quiet_host(), patience("building one rank of each pipeline position"):
-        jobs = _read_jobs(question, derated, factors)
-    run, recorded = measured.of_run(trace, jobs[0]) if trace else (None, None)
-    if question.drop_share is not None and recorded and not recorded.has_micro_batches:
+    if question.drop_share is not None and trace and not len(trace.micro_batch_counts_SME):
         raise JobError(
             f"--drop-share: the trace in {question.from_run} has no loads of single micro-batches, "
             "which a capacity is for: take one that this version has written"
         )
-    spreads = arguments.spreads(drawn, list(jobs[0].moe_layers.values()))
-    redundant = arguments.redundant(question, [job.ep_degree for job in jobs])
+    with quiet_host(), patience("building one rank of each pipeline position"):
+        configs = _configs(question)
+        moe_layers = moe_layers_of(next(iter(configs.values())).model_spec)
+        # Everything is checked before ranks are built, which takes minutes for a large model.
+        arguments.fit_model(question, factors, moe_layers)
+        spreads = arguments.spreads(drawn, list(moe_layers.values()))
+        redundant = arguments.redundant(question, list(configs))
+        run, recorded = measured.of_run(trace, moe_layers) if trace else (None, None)
+        jobs = _read_jobs(question, derated, list(configs.values()))
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     degrees = tuple(
         plan_degree(
@@ -82,9 +91,8 @@ def make_plan(question: Question) -> Plan:
     )
 
 
-def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> list[JobModel]:
-    """The job at every degree, the first one with all of its pipeline ranks."""
-    from titan_moe_lb.costmodel.read_job import read_job
+def _configs(question: Question) -> dict[int, Trainer.Config]:
+    """The job, resolved at every expert-parallel degree."""
     from titan_moe_lb.job import job_config
     from titan_moe_lb.parallel import layout
 
@@ -99,24 +107,33 @@ def _read_jobs(question: Question, derated: Hardware, factors: list[float]) -> l
         config = draft.resolve().config
         dims = layout.resolve(config.parallelism)
         degrees = arguments.usual_degrees(config, dims.dp_shard * dims.cp * dims.tp)
-    on_host = question.hardware == HOST
-    jobs: list[JobModel] = []
-    for degree in degrees:
-        flags = [
-            f"--parallelism.expert_parallel_degree={degree}",
-            # Nothing is captured here, and not every degree could be.
-            "--training.disable_cuda_graphs",
-        ]
-        config = job_config.load(arguments.with_flags(question.job_arguments, flags)).config
-        if not jobs:
-            jobs.append(read_job(config, on_host=on_host))
-            arguments.fit_model(question, factors, jobs[0].moe_layers)
-            heaviest = heaviest_pipeline_ranks(jobs[0], derated, question.hot_experts)
-        else:
-            jobs.append(
-                read_job(config, pipeline_ranks=heaviest, stages=jobs[0].stages, on_host=on_host)
+    # Nothing is captured here, and not every degree could be.
+    uncaptured = "--training.disable_cuda_graphs"
+    return {
+        degree: job_config.load(
+            arguments.with_flags(
+                question.job_arguments,
+                [f"--parallelism.expert_parallel_degree={degree}", uncaptured],
             )
-    return [dataclasses.replace(job, dispatcher=question.dispatcher) for job in jobs]
+        ).config
+        for degree in degrees
+    }
+
+
+def _read_jobs(
+    question: Question, derated: Hardware, configs: list[Trainer.Config]
+) -> list[JobModel]:
+    """The job at every degree, the first one with all of its pipeline ranks."""
+    from titan_moe_lb.costmodel.read_job import read_job
+
+    on_host = question.hardware == HOST
+    first = read_job(configs[0], on_host=on_host)
+    heaviest = heaviest_pipeline_ranks(first, derated, question.hot_experts)
+    others = [
+        read_job(config, pipeline_ranks=heaviest, stages=first.stages, on_host=on_host)
+        for config in configs[1:]
+    ]
+    return [dataclasses.replace(job, dispatcher=question.dispatcher) for job in (first, *others)]
 
 
 def run(question: Question) -> None:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from titan_moe_lb.costmodel.job import JobModel
+from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.lognormal import fitted_sigma
 from titan_moe_lb.costmodel.recorded import RecordedLoads
-from titan_moe_lb.costmodel.served_model import ServedModel
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.trace import Trace
 
 
-def of_run(trace: Trace, job: JobModel | ServedModel) -> tuple[dict[str, Any], RecordedLoads]:
+def of_run(
+    trace: Trace, moe_layers: Mapping[int, MoELayer]
+) -> tuple[dict[str, Any], RecordedLoads]:
     """What the run is, and its loads.
 
     Raises:
-        JobError: it is of another model than the job.
+        JobError: its MoE layers have other shapes than the job's; names are left open.
     """
-    layer = next(iter(job.moe_layers.values()))
-    mine = (job.model_name, job.flavor, layer.num_experts, layer.top_k, tuple(job.moe_layers))
     info = trace.info
-    if (info.model, info.flavor, info.num_experts, info.top_k, info.layers) != mine:
+    shapes = {number: (layer.num_experts, layer.top_k) for number, layer in moe_layers.items()}
+    layer = next(iter(moe_layers.values()))
+    if shapes != dict.fromkeys(info.layers, (info.num_experts, info.top_k)):
         raise JobError(
-            f"--from-run {trace.path.parent} is of {info.model_name}, the job is {job.model_name} {job.flavor} "
-            f"({len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}): "
+            f"--from-run {trace.path.parent} is of {info.model_name}, the job has {len(shapes)} MoE "
+            f"layers (the first is {min(shapes)}), {layer.num_experts} experts, top {layer.top_k}: "
             "take a run of the job's model"
         )
     overload_S = trace.over_steps("max_overload_factor")

@@ -38,8 +38,7 @@ def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | Non
     traces = [read_trace(folder) for folder in folders]
     for other in traces[1:]:
         traces[0].info.require_same_model(other.info, str(traces[0].path), str(other.path))
-    page = render(traces)
-    output_file.write(page, output)
+    output_file.write(render(traces), output)
     notes = [sentence for trace in traces for sentence in trace.damage]
     steps = ", ".join(f"{len(trace.steps)} steps" for trace in traces)
-    return "\n".join([f"{output}: {steps}, {len(page.encode()) / 1e6:.1f} MB", *notes])
+    return "\n".join([f"{output}: {steps}, {output.stat().st_size / 1e6:.1f} MB", *notes])

@@ -53,8 +53,13 @@ def facts(trace: Trace) -> dict[str, str]:
 
 
 def cards(trace: Trace, hottest: Expert) -> list[Card]:
-    """The head of the page."""
+    """The head of the page.
+
+    Args:
+        hottest: the expert with the highest mean load over the run.
+    """
     steps = trace.steps
+    now = hottest_now(trace)
     violation_SM = max_violation(trace.counts_SME)
     violation_S = violation_SM.mean(axis=1)
     worst = int(violation_SM[-1].argmax())
@@ -96,8 +101,9 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
         ),
         Card(
             "Hottest expert",
-            f"layer {hottest.layer}, expert {hottest.expert}",
-            f"{hottest.mean} × the balanced load, mean of the run",
+            f"layer {now.layer}, expert {now.expert}",
+            f"{now.last} × the balanced load, last step; mean of the run: layer {hottest.layer}, "
+            f"expert {hottest.expert} with {hottest.mean} ×",
         ),
     ]
 
@@ -108,6 +114,13 @@ def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
     order = np.argsort(mean_ME, axis=None, kind="stable")
     hottest, coldest = order[::-1][:NUM_LISTED], order[:NUM_LISTED]
     return _experts(trace, mean_ME, hottest), _experts(trace, mean_ME, coldest)
+
+
+def hottest_now(trace: Trace) -> Expert:
+    """The expert with the highest load of the last step."""
+    last_ME = relative_load(trace.counts_SME[-1])
+    (expert,) = _experts(trace, _mean_load(trace), np.array([last_ME.argmax()]))
+    return expert
 
 
 def _mean_load(trace: Trace) -> np.ndarray:

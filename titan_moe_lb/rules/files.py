@@ -1,4 +1,4 @@
-"""Files and programs that a job starts from. Asked where it runs, before any process starts."""
+"""Files, programs and devices that a job starts from. Asked where it runs, before any process starts."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 def validate_files(config: Trainer.Config) -> None:
     """Raises ``JobError``: the first thing about the job's files that cannot work."""
     compiler_is_here(config)
+    device_is_here(config)
     assets_are_here(config)
     datasets_are_known(config)
     domains_are_known(config)
@@ -35,6 +36,23 @@ def validate_files(config: Trainer.Config) -> None:
     checkpoint_is_of_this_model(config)
     checkpoint_has_router_state(config)
     check_initial_weights(config)
+
+
+def device_is_here(config: Trainer.Config) -> None:
+    """Torch refuses these at the start, or in the first save."""
+    if torch.accelerator.is_available():
+        return
+    if config.training.enable_cpu_offload:
+        raise JobError(
+            "training.enable_cpu_offload needs a GPU, and none is here: leave it out, the "
+            "parameters are on the host already"
+        )
+    checkpoint = config.checkpoint
+    if checkpoint.enable and getattr(checkpoint, "async_mode", "") == "async_with_pinned_mem":
+        raise JobError(
+            "checkpoint.async_mode 'async_with_pinned_mem' needs a GPU, and none is here: take "
+            "'async' or 'disabled'"
+        )
 
 
 def assets_are_here(config: Trainer.Config) -> None:

@@ -7,6 +7,8 @@ import math
 
 import torch
 import torch._dynamo
+from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
+from torchtitan.models.common.attention import FlexAttention
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError, nearest
@@ -75,6 +77,31 @@ def seed_is_one(config: Trainer.Config) -> None:
         raise JobError(f"debug.seed is {seed}; it must be at least 0 and below 2**64")
 
 
+def optimizers_can_be_built(config: Trainer.Config) -> None:
+    for index, group in enumerate(config.optimizer.param_groups):
+        name = group.optimizer_name
+        key = f"optimizer.param_groups[{index}].optimizer_name is {name!r}"
+        try:
+            factory = config.optimizer._owner._resolve_optimizer_factory(name)
+        except NotImplementedError:
+            raise JobError(
+                f'{key}, which torchtitan does not have: take "Adam" or "AdamW"'
+            ) from None
+        given = config.optimizer.optimizer_factory_kwargs_by_name.get(name, {})
+        missing = [
+            argument.name
+            for argument in inspect.signature(factory).parameters.values()
+            if argument.kind is argument.KEYWORD_ONLY
+            and argument.default is argument.empty
+            and argument.name not in given
+        ]
+        if missing:
+            raise JobError(
+                f"{key}, which needs {' and '.join(missing)}, objects that only a config function "
+                'can give (optimizer_factory_kwargs_by_name): take "AdamW", or write one'
+            )
+
+
 def optimizer_arguments_fit(config: Trainer.Config) -> None:
     for index, group in enumerate(config.optimizer.param_groups):
         optimizer = getattr(torch.optim, group.optimizer_name, None)
@@ -127,6 +154,20 @@ def sequence_divides_over_ranks(config: Trainer.Config) -> None:
         )
 
 
+def flex_attention_takes_the_slices(config: Trainer.Config) -> None:
+    """Torch cuts a block mask between blocks, and finds out in the first step."""
+    cp = config.parallelism.context_parallel_degree
+    block = cp * _DEFAULT_SPARSE_BLOCK_SIZE
+    if cp == 1 or config.training.seq_len % block == 0 or config.model_spec is None:
+        return
+    if any(True for _attention in config.model_spec.traverse(FlexAttention.Config)):
+        raise JobError(
+            f"training.seq_len {config.training.seq_len} is not divisible by {block}: with "
+            f"context_parallel_degree {cp} flex attention needs whole blocks of "
+            f"{_DEFAULT_SPARSE_BLOCK_SIZE} tokens on every rank"
+        )
+
+
 def compile_backend_is_known(config: Trainer.Config) -> None:
     backends = torch._dynamo.list_backends(exclude_tags=())
     if config.compile.enable and config.compile.backend not in backends:
@@ -151,10 +192,12 @@ RULES = (
     learning_rate_shrinks,
     seed_checkpoint_is_of_one_process,
     seed_is_one,
+    optimizers_can_be_built,
     optimizer_arguments_fit,
     layout_fits_processes,
     global_batch_divides_over_ranks,
     sequence_divides_over_ranks,
+    flex_attention_takes_the_slices,
     compile_backend_is_known,
     compile_components_are_known,
 )

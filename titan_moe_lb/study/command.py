@@ -166,5 +166,6 @@ def _check_job(flags: list[str], ranks: int, where: str) -> None:
         job_config.load([*flags, "--training.disable_cuda_graphs"])
     except JobError as error:
         raise JobError(f"{where}: {error}") from None
-    except SystemExit:
-        raise JobError(f"{where}: a job with --help trains nothing: leave it out") from None
+    except SystemExit as stop:
+        reason = "of what is printed above" if stop.code else "--help trains nothing"
+        raise JobError(f"{where}: the job is refused because {reason}") from None

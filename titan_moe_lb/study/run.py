@@ -144,15 +144,28 @@ def stop_leftovers(cells: Path) -> None:
 
     Args:
         cells: the folder of all cells.
+
+    Raises:
+        JobError: one of them is another user's.
     """
     flag = f"--dump_folder={cells}{os.sep}"
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(word.startswith(flag) for word in process.info["cmdline"] or ()):
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                _kill(process, cells)
                 found.append(process)
     psutil.wait_procs(found, timeout=_STOP_SECONDS)
+
+
+def _kill(process: psutil.Process, cells: Path) -> None:
+    try:
+        process.kill()
+    except psutil.AccessDenied:
+        raise JobError(
+            f"process {process.pid}, of another user, trains a cell in {cells}: wait for it, or name "
+            "another folder with --output"
+        ) from None
 
 
 def _status(path: Path, error: str) -> Literal["done", "diverged", "failed"]:

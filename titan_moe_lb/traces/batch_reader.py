@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from titan_moe_lb.traces.checksum import KEY, is_intact
 
 # What pyarrow raises on bytes that are not, or not yet, a whole message. EOFError is the end.
 _BROKEN = (pa.ArrowException, OSError, EOFError, ValueError)
+_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _BLOCK = 1 << 24
 """Bytes that are searched at a time."""
 
@@ -77,7 +79,9 @@ class BatchReader:
                 break
             self.gaps.append((len(messages), start - self._position))
             self._position = start
-        self.rest = self._source.size() - self._position
+        rest = self._bytes(self._position, self._source.size())
+        # Other writers of Arrow close a stream with a marker.
+        self.rest = 0 if bytes(rest[:9]) == _END else len(rest)
         self.count = len(messages)
         if not self._has_checksums:
             return (
@@ -129,7 +133,7 @@ def _open(path: Path) -> pa.NativeFile:
     try:
         if path.stat().st_size == 0:
             return pa.BufferReader(b"")
-        return pa.memory_map(str(path))
+        return pa.memory_map(os.fsencode(path))  # pyarrow itself encodes as UTF-8 alone
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ def capacity_factor(received: np.ndarray, drop_share: float = 0.0) -> np.ndarray
         drop_share: of all tokens; 0 for the factor that never drops.
 
     Returns:
-        float64 ``(...)``, at most R; 1 where nothing was routed.
+        float64 ``(...)``, from 1 - drop_share, at balance and where nothing was routed, to R.
     """
     mean = received.mean(axis=-1, keepdims=True, dtype=np.float64)
     loads = np.where(mean > 0, received / np.where(mean > 0, mean, 1.0), 1.0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from titan_moe_lb.costmodel.known_hardware import hardware
+from titan_moe_lb.costmodel.layer import MoELayer
 from titan_moe_lb.costmodel.served_load import drawn_loads, recorded_loads, two_level_loads
-from titan_moe_lb.costmodel.served_model import ServedModel
 from titan_moe_lb.costmodel.serving import serve_degree
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.plan import arguments, measured
@@ -15,6 +17,9 @@ from titan_moe_lb.plan.question import Question
 from titan_moe_lb.plan.quiet_host import patience, quiet_host
 from titan_moe_lb.plan.serving.answer import Serving
 from titan_moe_lb.traces.trace import read_trace
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
 
 TOKENS = "1,8,64,512,4096"
 CONTEXT = 4096
@@ -42,6 +47,9 @@ def serve(question: Question) -> Serving:
     Raises:
         JobError: the first thing that is wrong, in one line.
     """
+    from titan_moe_lb.costmodel.read_job import moe_layers_of
+    from titan_moe_lb.costmodel.read_served import read_served
+
     arguments.check(question)
     factors, drawn = arguments.imbalances(question.imbalance or "1.0")
     tokens = arguments.whole_numbers("--tokens", question.tokens or TOKENS)
@@ -55,10 +63,13 @@ def serve(question: Question) -> Serving:
     )
     trace = read_trace(question.from_run) if question.from_run else None
     with quiet_host(), patience("building the model"):
-        model, degrees = _read(question)
-    arguments.fit_model(question, factors, model.moe_layers)
-    run, recorded = measured.of_run(trace, model) if trace else (None, None)
-    redundant = arguments.redundant(question, degrees)
+        config, degrees = _config(question)
+        moe_layers = moe_layers_of(config.model_spec)
+        _check_degrees(question, moe_layers)
+        arguments.fit_model(question, factors, moe_layers)
+        run, recorded = measured.of_run(trace, moe_layers) if trace else (None, None)
+        redundant = arguments.redundant(question, degrees)
+        model = read_served(config)
     layers = list(model.moe_layers.values())
     two_level = two_level_loads(layers, factors, question.hot_experts)
     log_normal = drawn_loads(layers, arguments.spreads(drawn, layers))
@@ -88,22 +99,23 @@ def serve(question: Question) -> Serving:
     )
 
 
-def _read(question: Question) -> tuple[ServedModel, list[int]]:
-    """The model, and the degrees: those asked for, or the job's own and those near it."""
-    from titan_moe_lb.costmodel.read_served import read_served
+def _config(question: Question) -> tuple[Trainer.Config, list[int]]:
+    """The job, and the degrees: those asked for, or the job's own and those near it."""
     from titan_moe_lb.job import job_config
 
-    asked = degrees = arguments.degrees(question)
+    degrees = arguments.degrees(question)
     os.environ["WORLD_SIZE"] = "1"
-    if not asked:
+    if not degrees:
         uncut = job_config.draft(question.job_arguments).build()
         degrees = arguments.usual_degrees(uncut, most=MOST_DEVICES)
     job = arguments.with_flags(question.job_arguments, ALONE)
-    model = read_served(job_config.load(job).config)
-    for degree in asked:
-        for number, layer in model.moe_layers.items():
+    return job_config.load(job).config, degrees
+
+
+def _check_degrees(question: Question, moe_layers: Mapping[int, MoELayer]) -> None:
+    for degree in arguments.degrees(question):
+        for number, layer in moe_layers.items():
             if layer.num_experts % degree:
                 raise JobError(
                     f"--ep {degree} does not divide the {layer.num_experts} experts of layer {number}"
                 )
-    return model, degrees
