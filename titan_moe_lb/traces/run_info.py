@@ -61,6 +61,8 @@ class RunInfo:
     """The forced routing strategy of a benchmark; None for a real run."""
     expert_bias: str | None = None
     """The rule of the expert bias and its settings; None where there is no bias."""
+    score_func: str | None = None
+    """What makes scores of the logits of the gate; None where an older version did not say."""
     expert_groups: tuple[int, ...] | None = None
     """Into how many groups of neighbours the experts are divided, by group-limited routing or a
     loss, coarse to fine; None where an older version did not say."""
