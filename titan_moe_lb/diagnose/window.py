@@ -67,21 +67,26 @@ class Window:
         info = self.trace.info
         return min(1.0, (info.num_experts / max(info.top_k, 1) - 1) / 2)
 
-    def beyond_chance(self, load: np.ndarray) -> np.ndarray:
+    def beyond_chance(self, load: np.ndarray, experts: int = 1) -> np.ndarray:
         """Whether balanced routing would hardly make such a load of the window.
 
         A Poisson count of mean n is ``load`` times its mean, or further from it, with a
         probability of at most ``exp(-n h(load))``, ``h(x) = x ln x - x + 1`` (Chernoff). All
         experts of all layers together are within it but once in :data:`SURE` runs.
+
+        Args:
+            load: relative to balance.
+            experts: how many have it together.
         """
         h = load * np.log(np.maximum(load, 1e-300)) - load + 1
-        return self.balanced * h > math.log(SURE * self.load_ME.size)
+        return self.balanced * experts * h > math.log(SURE * self.load_ME.size)
 
     def by_chance(self, tokens: float) -> np.ndarray:
         """Counts ``(32, E)`` of balanced routing of so many tokens, drawn always the same."""
         info = self.trace.info
         even_E = np.full(info.num_experts, 1 / info.num_experts)
-        return np.random.default_rng(0).multinomial(round(tokens * info.top_k), even_E, 32)
+        choices = round(min(tokens * info.top_k, 1e12))
+        return np.random.default_rng(0).multinomial(choices, even_E, 32)
 
     @property
     def tokens_per_step(self) -> float:

@@ -50,7 +50,8 @@ CHECKS = (
     Check(loads.first_layers, "loads"),
     Check(run.padding),
 )
-"""Of two findings that are as bad as each other, the one that stands first here is named first."""
+"""A cause stands before what it explains. Of findings that are as bad as each other, the one that
+stands first here is named first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +70,31 @@ def diagnosis(trace: Trace) -> Diagnosis:
     A finding that another one explains is listed with it. That one is as bad as the worst that
     follows from it, unless it is a note, which may be meant.
     """
-    window = Window(trace)
-    seen = {check: check.look(window) for check in CHECKS}
-    found = {
-        check: replace(finding, kind=check.kind)
-        for check, finding in seen.items()
-        if isinstance(finding, Finding)
-    }
-    causes = []
-    for check, finding in found.items():
-        if any(_explains(other, found[other], check, finding) for other in found):
-            continue
-        symptoms = [one for other, one in found.items() if _explains(check, finding, other, one)]
-        severity = finding.severity
-        if severity is not Severity.NOTE:
-            severity = max([severity, *(symptom.severity for symptom in symptoms)])
-        explains = {symptom.kind: symptom.what for symptom in symptoms}
-        causes.append(replace(finding, severity=severity, explains=explains))
-    causes.sort(key=lambda finding: -finding.severity)
-    return Diagnosis(
-        causes, {check.kind: one for check, one in seen.items() if isinstance(one, str)}
-    )
+    window, well = Window(trace), {}
+    causes: list[tuple[Check, Finding, list[Finding]]] = []
+    for check in CHECKS:
+        seen = check.look(window)
+        if isinstance(seen, str):
+            well[check.kind] = seen
+        elif seen is not None:
+            finding = replace(seen, kind=check.kind)
+            explained = [
+                symptoms for one, cause, symptoms in causes if _explains(one, cause, check, finding)
+            ]
+            for symptoms in explained:
+                symptoms.append(finding)
+            if not explained:
+                causes.append((check, finding, []))
+    listed = [_with_symptoms(finding, symptoms) for _check, finding, symptoms in causes]
+    return Diagnosis(sorted(listed, key=lambda finding: -finding.severity), well)
+
+
+def _with_symptoms(cause: Finding, symptoms: list[Finding]) -> Finding:
+    severity = cause.severity
+    if severity is not Severity.NOTE:
+        severity = max([severity, *(symptom.severity for symptom in symptoms)])
+    explains = {symptom.kind: symptom.what for symptom in symptoms}
+    return replace(cause, severity=severity, explains=explains)
 
 
 def findings(trace: Trace) -> list[Finding]:

@@ -96,8 +96,9 @@ def bias_saturates(window: Window) -> Finding | str | None:
     range_SM, balancing = window.figure("bias_range"), Balancing(window)
     if range_SM is None:
         return None
-    large_M = range_SM[-1] > 1
-    seen = f"largest less smallest bias: {np.nanmax(range_SM[-1]):.3g}"
+    range_M = np.nan_to_num(range_SM[-1])
+    large_M = range_M > 1
+    seen = f"largest less smallest bias: {range_M.max():.3g}"
     if not large_M.any():
         return f"{seen}, at most 1"
     speed = balancing.setting("speed") if balancing.bias_moves else None

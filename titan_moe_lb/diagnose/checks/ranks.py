@@ -21,12 +21,13 @@ def hot_rank(window: Window) -> Finding | str | None:
     as_placed = placement.contiguous(info.num_experts, info.ep)
     factor_M = np.array([placement.overload(load_E, as_placed) for load_E in window.load_ME])
     best_M = factor_M.copy()
-    for row in np.flatnonzero(factor_M > LATE):
+    late_M = (factor_M > LATE) & window.beyond_chance(factor_M, as_placed.shape[1])
+    for row in np.flatnonzero(late_M):
         load_E = window.load_ME[row]
         best = placement.greedy_in_groups(load_E, info.ep, info.expert_groups or ())
         best_M[row] = placement.overload(load_E, best)
     hot_M = best_M < 1 + (factor_M - 1) / 2
-    worst = int(np.argmax(np.where(hot_M, factor_M, 0))) if hot_M.any() else factor_M.argmax()
+    worst = int(np.argmax(np.where(hot_M, factor_M, 0))) if hot_M.any() else int(factor_M.argmax())
     seen = (
         f"layer {window.trace.layers[worst]}: rank "
         f"{int(window.load_ME[worst][as_placed].sum(axis=-1).argmax())} of {info.ep} gets "
