@@ -33,10 +33,12 @@ class Component(Module):
     class Config(Module.Config):
         def describe(self) -> str:
             """The component and what it was given in one phrase, for messages and the trace."""
+            # torchtitan's own fields are of its tensors, not of the method.
+            own = {field.name for field in dataclasses.fields(Module.Config)}
             given = {
                 field.name: getattr(self, field.name)
                 for field in dataclasses.fields(self)
-                if field.name not in self._owner.filled_by_job
+                if field.name not in own | self._owner.filled_by_job
             }
             settings = [
                 f"{name} {value}"

@@ -7,8 +7,8 @@ import json
 import textwrap
 from pathlib import Path
 
-from titan_moe_lb.diagnose.checks import findings
-from titan_moe_lb.diagnose.finding import Finding, Severity
+from titan_moe_lb.diagnose.checks import Diagnosis, diagnosis
+from titan_moe_lb.diagnose.finding import Severity
 from titan_moe_lb.diagnose.window import FEWEST_STEPS
 from titan_moe_lb.traces.trace import Trace, read_trace
 
@@ -18,7 +18,7 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") ->
 
     Args:
         run_dir: folder of the run, or its trace.
-        as_json: an object with ``steps`` and ``findings`` instead of sentences.
+        as_json: an object with ``steps``, ``findings`` and ``well`` instead of sentences.
         fail_on: the least severity that the status tells; "never": none.
 
     Returns:
@@ -30,37 +30,40 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") ->
     """
     trace = read_trace(run_dir)
     enough = len(trace.steps) >= FEWEST_STEPS
-    found = findings(trace) if enough else []
+    found = diagnosis(trace) if enough else Diagnosis(findings=[], well={})
     print(_json(trace, found) if as_json else _sentences(trace, found, enough))
     if fail_on == "never":
         return 0
-    bad = [finding for finding in found if finding.severity >= Severity[fail_on.upper()]]
+    bad = [finding for finding in found.findings if finding.severity >= Severity[fail_on.upper()]]
     return int(bool(bad) or not enough)
 
 
-def _json(trace: Trace, found: list[Finding]) -> str:
+def _json(trace: Trace, found: Diagnosis) -> str:
     rows = [
         {**dataclasses.asdict(finding), "severity": finding.severity.name.lower()}
-        for finding in found
+        for finding in found.findings
     ]
-    return json.dumps({"steps": len(trace.steps), "findings": rows}, indent=2)
+    answer = {"steps": len(trace.steps), "findings": rows, "well": found.well}
+    return json.dumps(answer, indent=2)
 
 
-def _sentences(trace: Trace, found: list[Finding], enough: bool) -> str:
+def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
     if not enough:
         return (
             f"{trace.path}: {len(trace.steps)} logged steps are too short to say: "
             f"{FEWEST_STEPS} at least"
         )
-    steps = f"steps {trace.steps[0]} to {trace.steps[-1]}"
-    if not found:
-        return f"{trace.path}, {steps}: nothing is wrong with the balance"
-    blocks = [f"{trace.path}, {steps}:"]
-    for finding in found:
+    steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"
+    if not found.findings:
+        head = f"{steps}: nothing is wrong with the balance. Looked at, in the last quarter:"
+        return "\n".join([head, *(f"  {kind:<24} {seen}" for kind, seen in found.well.items())])
+    blocks = [f"{steps}:"]
+    for finding in found.findings:
         lines = [
             f"{finding.severity.name.lower()}: {finding.what}",
             f"  seen    {finding.evidence}",
             f"  bound   {finding.reason}",
+            *(f"  causes  {what}" for what in finding.explains.values()),
             f"  do      {finding.remedy}",
             *([f"  try     {finding.toml}"] if finding.toml else []),
         ]

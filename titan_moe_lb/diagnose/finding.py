@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 
@@ -21,22 +21,24 @@ class Severity(IntEnum):
 class Finding:
     """In plain words, each one sentence or two."""
 
-    kind: str
-    """One word for scripts, as in ``dead_experts``."""
-
+    kind: str = ""
+    """One word for scripts, as in ``dead_experts``: the name of the check, which fills it in."""
     severity: Severity
-
     what: str
     """What is wrong, and where."""
-
     evidence: str
     """The numbers that show it."""
-
     reason: str
     """The bound that they cross, and why it stands there."""
-
     remedy: str
     """What to do."""
-
     toml: str = ""
     """The lines of the job to try, if there are any."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers in the whole model; None for the run as a whole."""
+    experts: tuple[tuple[int, int], ...] = ()
+    """Layer and expert of each that is concerned, the fullest first."""
+    since: int | None = None
+    """The logged step from which on; None where the trace does not tell."""
+    explains: dict[str, str] = field(default_factory=dict)
+    """The findings that follow from it and are not listed: kind to ``what``."""

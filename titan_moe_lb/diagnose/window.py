@@ -16,6 +16,8 @@ from titan_moe_lb.traces.trace import Trace
 
 FEWEST_STEPS = 5
 """Logged steps of a run that has anything to say."""
+SURE = 1000
+"""Balanced routing makes a finding anywhere in the model once in so many runs."""
 
 
 @dataclass(frozen=True)
@@ -35,54 +37,95 @@ class Window:
         return self.trace.counts_SME[self.first :]
 
     @cached_property
-    def load_SME(self) -> np.ndarray:
-        """Relative to balance."""
-        return relative_load(self.counts_SME)
+    def load_ME(self) -> np.ndarray:
+        """Of the window as a whole, relative to balance."""
+        return relative_load(self.counts_SME.sum(axis=0))
+
+    @cached_property
+    def balanced(self) -> float:
+        """Tokens of an expert in the whole window at balance."""
+        return float(self.counts_SME.sum(axis=0).mean())
 
     @cached_property
     def violation_M(self) -> np.ndarray:
-        """MaxVio of each layer, mean over the window."""
+        """MaxVio of the steps, mean over the window."""
         return max_violation(self.counts_SME).mean(axis=0)
 
     @cached_property
-    def effective_experts_M(self) -> np.ndarray:
-        """As many balanced experts would have the entropy of the load: from K to E."""
-        entropy_SM = normalized_entropy(self.counts_SME)
-        return (self.counts_SME.shape[-1] ** entropy_SM).mean(axis=0)
+    def lasting_M(self) -> np.ndarray:
+        """MaxVio of the window as a whole: what the same experts have too much in all of it."""
+        return self.load_ME.max(axis=1) - 1
 
-    def figure_SM(self, name: str) -> np.ndarray | None:
-        """A figure of the layers; None where the trace lacks it."""
-        values_SM = self.trace.figures.get(name)
-        if values_SM is None or np.isnan(values_SM[self.first :]).all():
-            return None
-        return values_SM[self.first :]
+    def lasts(self, violation: float) -> np.ndarray:
+        """Layers ``(M,)`` where it is above that, and not by chance."""
+        return (self.lasting_M > violation) & self.beyond_chance(1 + self.lasting_M)
 
-    def step_figure_S(self, name: str) -> np.ndarray | None:
-        values_S = self.trace.step_figures.get(name)
-        if values_S is None or np.isnan(values_S[self.first :]).all():
-            return None
-        return values_S[self.first :]
-
-    def chance_violation(self, tokens: float) -> float:
-        """MaxVio that chance alone leaves of so many balanced tokens: the largest of E Poisson
-        counts of mean ``tokens K / E`` is about ``sqrt(2 ln E)`` deviations above the mean."""
+    @property
+    def uneven(self) -> float:
+        """MaxVio above which a load is bad: an expert with twice its share makes what waits for
+        it take twice as long. Where K is above E/3, half of the worst, which is E/K - 1."""
         info = self.trace.info
-        mean = max(tokens * info.top_k / info.num_experts, 1.0)
-        return math.sqrt(2 * math.log(max(info.num_experts, 2)) / mean)
+        return min(1.0, (info.num_experts / max(info.top_k, 1) - 1) / 2)
+
+    def beyond_chance(self, load: np.ndarray, experts: int = 1) -> np.ndarray:
+        """Whether balanced routing would hardly make such a load of the window.
+
+        A Poisson count of mean n is ``load`` times its mean, or further from it, with a
+        probability of at most ``exp(-n h(load))``, ``h(x) = x ln x - x + 1`` (Chernoff). All
+        experts of all layers together are within it but once in :data:`SURE` runs.
+
+        Args:
+            load: relative to balance.
+            experts: how many have it together.
+        """
+        h = load * np.log(np.maximum(load, 1e-300)) - load + 1
+        return self.balanced * experts * h > math.log(SURE * self.load_ME.size)
+
+    def by_chance(self, tokens: float) -> np.ndarray:
+        """Counts ``(32, E)`` of balanced routing of so many tokens, drawn always the same."""
+        info = self.trace.info
+        even_E = np.full(info.num_experts, 1 / info.num_experts)
+        choices = round(min(tokens * info.top_k, 1e12))
+        return np.random.default_rng(0).multinomial(choices, even_E, 32)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.trace.info.global_batch_size * self.trace.info.seq_len
+    def tokens_per_step(self) -> float:
+        info = self.trace.info
+        return self.balanced * info.num_experts / info.top_k / len(self.counts_SME)
 
-    @property
-    def is_forced(self) -> bool:
-        return self.trace.info.forced_routing is not None
+    def since(self, excess_S: np.ndarray) -> int:
+        """The logged step from which on ``excess_S``, of all logged steps, is above 0: where its
+        running sum is least, so that single steps against the trend do not count."""
+        start = np.argmin(np.concatenate([[0.0], np.cumsum(excess_S[:-1])]))
+        return int(self.trace.steps[start])
+
+    def figure(self, name: str) -> np.ndarray | None:
+        """A figure of the layers ``(S, M)`` or of the step ``(S,)``; None where it is not known."""
+        values = (self.trace.figures | self.trace.step_figures).get(name)
+        if values is None or np.isnan(values[self.first :]).all():
+            return None
+        return values[self.first :]
+
+    def numbers(self, chosen_M: np.ndarray) -> tuple[int, ...]:
+        """Of some layers, in the whole model."""
+        return tuple(self.trace.layers[i] for i in np.flatnonzero(chosen_M))
 
     def layers(self, chosen_M: np.ndarray) -> str:
-        """Numbers of some layers, in words."""
-        numbers = [self.trace.layers[i] for i in np.flatnonzero(chosen_M)]
+        """The same in words."""
+        numbers = self.numbers(chosen_M)
         if len(numbers) == len(self.trace.layers) > 1:
             return f"all {len(numbers)} layers"
         shown = ", ".join(map(str, numbers[:6]))
         more = f" and {len(numbers) - 6} more" if len(numbers) > 6 else ""
         return f"layer{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+    def experts(self, chosen_ME: np.ndarray) -> tuple[tuple[int, int], ...]:
+        """Layer and number of some experts, the fullest first."""
+        chosen = zip(*(index.tolist() for index in np.nonzero(chosen_ME)), strict=True)
+        ordered = sorted(chosen, key=lambda place: -self.load_ME[place])
+        return tuple((self.trace.layers[row], expert) for row, expert in ordered)
+
+
+def effective_experts(counts: np.ndarray) -> np.ndarray:
+    """As many balanced experts would have the entropy of the load ``(..., E)``: from K to E."""
+    return counts.shape[-1] ** normalized_entropy(counts)

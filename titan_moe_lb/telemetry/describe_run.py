@@ -58,6 +58,7 @@ def describe_run(config) -> RunInfo:
         seq_len=cut.seq_len,
         forced_routing=forced.describe() if forced is not None else None,
         expert_bias=bias.describe() if bias is not None else None,
+        score_func=router.score_func,
         expert_groups=coarse_to_fine(groups),
         placement=_placement(config),
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),

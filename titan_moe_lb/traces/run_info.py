@@ -16,6 +16,8 @@ from titan_moe_lb.traces.figure import Figure
 
 FORMAT_VERSION = 2
 _KEY = b"titan_moe_lb"
+_SIZES = ("top_k", "local_batch_size", "global_batch_size", "micro_batch_size", "seq_len")
+_SIZES += ("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 
 FIGURES_OF_FORMAT_1 = (
     Figure("avg_overload_factor"),
@@ -61,6 +63,8 @@ class RunInfo:
     """The forced routing strategy of a benchmark; None for a real run."""
     expert_bias: str | None = None
     """The rule of the expert bias and its settings; None where there is no bias."""
+    score_func: str | None = None
+    """What makes scores of the logits of the gate; None where an older version did not say."""
     expert_groups: tuple[int, ...] | None = None
     """Into how many groups of neighbours the experts are divided, by group-limited routing or a
     loss, coarse to fine; None where an older version did not say."""
@@ -157,6 +161,8 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
     numbers = (table["num_experts"] - 1, *table["layers"])
     if len(numbers) == 1 or not all(0 <= number < 2**31 for number in numbers):
         raise ValueError("it has no layers or no experts")
+    if not all(0 < table[name] < 2**31 for name in _SIZES):
+        raise ValueError("a batch size or a parallel degree is not one")
     return _known(RunInfo, table)
 
 
