@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tests.synthetic_trace import FIGURES, LOSS, run_info, step_loads, write_run
 from titan_moe_lb import cli
+from titan_moe_lb.diagnose.checks import findings
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.run_info import FORMAT_VERSION, RunInfo
@@ -338,10 +339,11 @@ def test_what_a_newer_writer_adds_is_kept(tmp_path):
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunInfo)])
 def test_description_that_is_none_is_one_line(name, tmp_path):
-    file = write_run(tmp_path, run_info(), 2) / FILE_NAME
+    file = write_run(tmp_path, run_info(), 6) / FILE_NAME
     content = file.read_bytes()
     for value in (
         None,
+        0,
         -1,
         "x",
         [],
@@ -359,6 +361,7 @@ def test_description_that_is_none_is_one_line(name, tmp_path):
         try:
             trace = read_trace(file)
             assert trace.info.layout and trace.info.model_name
+            findings(trace)
         except JobError as error:
             assert "\n" not in str(error)
 

@@ -70,20 +70,25 @@ class Balancing:
         info = self.window.trace.info
         return bias / (2 * self.typical_score) * info.num_experts / info.top_k
 
-    def harder(self) -> tuple[str, str]:
-        """What to do against uneven loads with what the job has, and the lines of the job."""
+    def harder(self, first: str = "") -> dict[str, str]:
+        """Remedy and lines of the job against uneven loads, of what the job has.
+
+        Args:
+            first: what stands before the remedy.
+        """
+        remedy, toml = "add a bias that moves", QUANTILE
         if self.bias_moves and self.setting("speed"):
-            return "ten times the speed of the bias, or a rule without one", QUANTILE
-        if self.bias_moves and self.setting("ema"):
-            lines = f'expert_bias = {{type = "{self.rule}", ema = 0.0}}'
-            return "let the bias follow every step", lines
-        if self.losses:
+            remedy = "ten times the speed of the bias, or a rule without one"
+        elif self.bias_moves and self.setting("ema"):
+            remedy = "let the bias follow every step"
+            toml = f'expert_bias = {{type = "{self.rule}", ema = 0.0}}'
+        elif self.losses:
             name, weight = max(self.losses.items(), key=lambda item: item[1])
-            lines = f"weight = {10 * weight:g}   # of {name}"
-            if self.bias_moves:
-                return f"ten times the weight of {name}, beside the bias", lines
-            return f"ten times the weight of {name}, or a bias", f"{lines}; or: {QUANTILE}"
-        if self.bias_moves:
-            lines = 'aux_losses = [{type = "global_batch", weight = 1e-3}]'
-            return "a loss that balances, beside the bias", lines
-        return "add a bias that moves", QUANTILE
+            remedy = f"ten times the weight of {name}"
+            toml = f"weight = {10 * weight:g}   # of {name}"
+            if not self.bias_moves:
+                remedy, toml = f"{remedy}, or a bias", f"{toml}; or: {QUANTILE}"
+        elif self.bias_moves:
+            remedy = "a loss that balances, beside the bias"
+            toml = 'aux_losses = [{type = "global_batch", weight = 1e-3}]'
+        return {"remedy": first + remedy, "toml": toml}

@@ -23,7 +23,7 @@ class Finding:
 
     kind: str = ""
     """One word for scripts, as in ``dead_experts``: the name of the check, which fills it in."""
-    severity: Severity
+    severity: Severity = Severity.WARNING
     what: str
     """What is wrong, and where."""
     evidence: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from titan_moe_lb.diagnose.balancing import QUANTILE, Balancing
-from titan_moe_lb.diagnose.finding import Finding, Severity
+from titan_moe_lb.diagnose.finding import Finding
 from titan_moe_lb.diagnose.window import Window
 from titan_moe_lb.traces.balance_statistics import max_violation
 
@@ -46,7 +46,6 @@ def bias_too_slow(window: Window) -> Finding | str | None:
     if not slow_M.any():
         return seen
     return Finding(
-        severity=Severity.WARNING,
         what=f"{balancing.description} is too slow to balance {window.layers(slow_M)}",
         evidence=seen,
         reason=reason,
@@ -81,7 +80,6 @@ def bias_oscillates(window: Window) -> Finding | str | None:
         remedy = "let the bias average over ten steps"
         toml = f'expert_bias = {{type = "{balancing.rule}", ema = 0.9}}'
     return Finding(
-        severity=Severity.WARNING,
         what=f"{balancing.description} is too fast: loads swing in {window.layers(swings_M)}",
         evidence=seen,
         reason="steps twice as uneven as their sum and three times as uneven as chance, by a bias "
@@ -104,7 +102,6 @@ def bias_saturates(window: Window) -> Finding | str | None:
     speed = balancing.setting("speed") if balancing.bias_moves else None
     slower = f"speed = {speed / 10:g}, " if speed else ""
     return Finding(
-        severity=Severity.WARNING,
         what=f"the expert bias outweighs the scores in {window.layers(large_M)}",
         evidence=seen,
         reason="scores lie between 0 and 1: a range above 1 chooses experts whatever the token",

@@ -25,14 +25,12 @@ def collapse(window: Window) -> Finding | str | None:
     if not collapsed_M.any():
         return seen
     course_S = effective_experts(window.trace.counts_SME[:, worst])
-    remedy, toml = Balancing(window).harder()
     return Finding(
         severity=Severity.FAULT,
         what=f"routing collapses in {window.layers(collapsed_M)}",
         evidence=seen,
         reason="below half of it, the other experts hardly learn, and fall further behind",
-        remedy=f"{remedy}, from a checkpoint before the collapse",
-        toml=toml,
+        **Balancing(window).harder("go on from a checkpoint before the collapse: "),
         layers=window.numbers(collapsed_M),
         since=window.since((chance + effective_M[worst]) / 2 - course_S),
     )
@@ -49,15 +47,13 @@ def dead_experts(window: Window) -> Finding | str | None:
     experts, dead_M = window.experts(dead_ME), dead_ME.any(axis=1)
     row = int(np.flatnonzero(dead_M)[0])
     load_S = relative_load(window.trace.counts_SME[:, row])[:, experts[0][1]]
-    remedy, toml = Balancing(window).harder()
     return Finding(
         severity=Severity.FAULT if dead_ME.mean() > 0.05 else Severity.WARNING,
         what=f"{len(experts)} expert{'s' if len(experts) > 1 else ''} got no token at all in "
         f"{window.layers(dead_M)}",
         evidence=f"layer {experts[0][0]}: experts {np.flatnonzero(dead_ME[row])[:6].tolist()}; {seen}",
         reason="an expert without tokens has no gradient, and does not come back by itself",
-        remedy=remedy,
-        toml=toml,
+        **Balancing(window).harder(),
         layers=window.numbers(dead_M),
         experts=experts,
         since=window.since(0.5 - load_S),
@@ -77,14 +73,11 @@ def hot_expert(window: Window) -> Finding | str | None:
         return f"{name}, bad above {most:.2g}"
     since = window.since(relative_load(window.trace.counts_SME[:, row])[:, expert] - (1 + load) / 2)
     others = f"; {hot_ME.sum() - 1} more in {window.layers(hot_ME.any(axis=1))}"
-    remedy, toml = Balancing(window).harder()
     return Finding(
-        severity=Severity.WARNING,
         what=f"{name} since step {since}{others if hot_ME.sum() > 1 else ''}",
         evidence=_cost(window, int(row), int(expert)),
         reason=f"above {most:.2g} times, and beyond chance, it decides the time of those that wait",
-        remedy=remedy,
-        toml=toml,
+        **Balancing(window).harder(),
         layers=window.numbers(hot_ME.any(axis=1)),
         experts=window.experts(hot_ME),
         since=since,
@@ -113,14 +106,12 @@ def first_layers(window: Window) -> Finding | str | None:
     seen = f"MaxVio {first:.2f} against {others:.2f}, the median of the other layers"
     if first < window.uneven / 2 or first < 2 * others:
         return seen
-    remedy, toml = Balancing(window).harder()
     return Finding(
         severity=Severity.NOTE,
         what=f"the first MoE layer ({window.trace.layers[0]}) is far less balanced than the others",
         evidence=seen,
         reason="the first layer sees little but the token itself, and frequent tokens are few; "
         "twice the others is where it decides the step's time",
-        remedy=f"leave the first layers dense, as DeepSeek-V3 does with three; or {remedy}",
-        toml=toml,
+        **Balancing(window).harder("leave first layers dense, as DeepSeek-V3 does with three; or "),
         layers=(window.trace.layers[0],),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from titan_moe_lb.diagnose.balancing import OTHER_LOSSES, QUANTILE, Balancing
-from titan_moe_lb.diagnose.finding import Finding, Severity
+from titan_moe_lb.diagnose.finding import Finding
 from titan_moe_lb.diagnose.window import FEWEST_STEPS, Window
 from titan_moe_lb.traces.balance_statistics import max_violation
 
@@ -22,7 +22,6 @@ def nothing_balances(window: Window) -> Finding | str | None:
     there = [f"{name} {OTHER_LOSSES[name]}" for name in losses]
     there += [f"the bias stands still ({balancing.description})"] * bool(balancing.rule)
     return Finding(
-        severity=Severity.WARNING,
         what="neither an aux loss nor a moving expert bias balances the experts of this run",
         evidence="; ".join([f"MaxVio {window.violation_M.mean():.2f}, mean over layers", *there]),
         reason="left alone, routers prefer the experts that are ahead",
@@ -42,14 +41,11 @@ def too_weak(window: Window) -> Finding | str | None:
     course = f"MaxVio {before_M.mean():.2f} in the middle of the run, {now_M.mean():.2f} at its end"
     if weak_M.mean() <= 0.5:
         return f"{course}; bad above {window.uneven:.2g} in most layers"
-    remedy, toml = balancing.harder()
     return Finding(
-        severity=Severity.WARNING,
         what=f"the balance is bad and no longer gets better in {window.layers(weak_M)}",
         evidence=course,
         reason=f"above {window.uneven:.2g} the fullest expert decides the time of those that wait",
-        remedy=remedy,
-        toml=toml,
+        **balancing.harder(),
         layers=window.numbers(weak_M),
     )
 
@@ -66,7 +62,6 @@ def aux_loss_dominates(window: Window) -> Finding | str | None:
         return f"gradient of the losses {ratio_M.max():.2g} of the model's, at most {STRONG}"
     name, weight = max(losses.items(), key=lambda item: item[1])
     return Finding(
-        severity=Severity.WARNING,
         what=f"the aux losses outweigh the model's own loss in the router of "
         f"{window.layers(strong_M)}",
         evidence=f"norm of their gradient in the logits over that of the model's loss: "

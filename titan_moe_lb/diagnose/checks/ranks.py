@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from titan_moe_lb.diagnose.finding import Finding, Severity
+from titan_moe_lb.diagnose.finding import Finding
 from titan_moe_lb.diagnose.window import Window
 from titan_moe_lb.traces import placement
 from titan_moe_lb.traces.balance_statistics import max_violation
@@ -36,7 +36,6 @@ def hot_rank(window: Window) -> Finding | str | None:
     if not hot_M.any():
         return seen
     return Finding(
-        severity=Severity.WARNING,
         what=f"one expert-parallel rank is hot because of what is placed on it, in "
         f"{window.layers(hot_M)}",
         evidence=f"{seen}; the same experts in another order would give {best_M[worst]:.2f}",
@@ -66,7 +65,6 @@ def hidden_in_micro_batches(window: Window) -> Finding | str | None:
         return seen
     weight = info.losses.get(SEQUENCE_WISE)
     return Finding(
-        severity=Severity.WARNING,
         what=f"single micro-batches are far less balanced than whole steps in "
         f"{window.layers(hidden_M)}",
         evidence=seen,
