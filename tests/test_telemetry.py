@@ -115,9 +115,9 @@ def test_operators_of_a_step_end_do_not_grow_with_the_layers(num_layers, losses)
     [
         ("sign", 21, 35),
         ("proportional", 18, 35),
-        ("momentum", 26, 35),
+        ("momentum", 28, 35),
         ("quantile", 48, 72),
-        ("quantile_trend", 56, 72),
+        ("quantile_trend", 58, 72),
     ],
 )
 def test_operators_of_a_bias_rule(rule, at_step_end, in_router):

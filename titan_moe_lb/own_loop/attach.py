@@ -15,6 +15,7 @@ from torchtitan.tools.utils import device_type
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.recording.step_record import RouterRecord
 from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.rules.losses import refuse_in_parts
@@ -89,6 +90,8 @@ def attach(
     for router in routers:
         router.config.loop = loop
     balance = Balance(parts, wire_parts(parts, dims), dims, finished_steps)
+    for part in parts:
+        _keep_records_apart(part)
     if optimizer is not None:
         first = optimizer[0] if isinstance(optimizer, Sequence) else optimizer
         first.register_step_pre_hook(lambda *args, **kwargs: balance.close_step())
@@ -234,6 +237,18 @@ def _not_finite(layers: list[MoE]) -> list[int]:
             finite[place] &= local_shard(layer.expert_bias_E).isfinite().all()
     is_finite = torch.stack(finite).tolist()
     return [layer.router.layer for layer, yes in zip(layers, is_finite, strict=True) if not yes]  # type: ignore[misc]
+
+
+def _keep_records_apart(part: nn.Module) -> None:
+    """torch's DistributedDataParallel copies the buffers of rank 0 to all, at every forward."""
+    records = [
+        f"{name}.{buffer}"
+        for name, module in part.named_modules()
+        if isinstance(module, RouterRecord)
+        for buffer, _tensor in module.named_buffers()
+    ]
+    others = getattr(part, "_ddp_params_and_buffers_to_ignore", [])
+    part._ddp_params_and_buffers_to_ignore = [*others, *records]  # type: ignore[assignment]
 
 
 def _require_rows(where: str, rows: int) -> None:
