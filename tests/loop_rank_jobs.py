@@ -13,11 +13,9 @@ from torchtitan.distributed import utils as dist_utils
 
 from tests.loop_model import Loop, MoELayers, error_of
 from titan_moe_lb.losses import SequenceWiseAuxLoss
-from titan_moe_lb.parallel import single_process
 
 
 def _rank() -> int:
-    single_process.announce_unless_launched()
     dist_utils.init_distributed(CommConfig())
     return dist.get_rank()
 

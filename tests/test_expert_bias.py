@@ -310,9 +310,7 @@ def test_states_are_finite_under_any_counts(config, data):
                     place = data.draw(st.integers(0, max(0, rule.num_bins - 1)), "bin")
                     histogram_NEH[layer, expert, place] += alike
         before = [bias_NE.clone(), *(table.clone() for table in state.values())]
-        step = BiasStep(
-            bias_NE, counts_NE, histogram_NEH if rule.num_bins else None, dict(state)
-        )
+        step = BiasStep(bias_NE, counts_NE, histogram_NEH if rule.num_bins else None, dict(state))
         bias_NE = bias_NE + rule.move(step)
         state = step.state
         for table, old in zip([bias_NE, *state.values()], before, strict=True):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from torchtitan.config import TrainingConfig
+from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
-from torchtitan.config.override import derive
 
 from model_registry.deepseek_v3 import model_registry
 from tests import loop_rank_jobs
@@ -138,6 +138,12 @@ def _():
         training=TrainingConfig(seq_len=64),
         activation_checkpoint=MemoryBudgetAC.Config(),
     )
+
+
+@case("layers with an aux loss that are called past the model that `attach()` got")
+def _():
+    loop = Loop(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)]), rows_per_step=2)
+    loop.model.layers["1"](torch.randn(2, 8, 64))
 
 
 # A model that is moved or cast

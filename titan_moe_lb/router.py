@@ -149,12 +149,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         tokens = squares_2 = None
         learns = self.training and (torch.is_grad_enabled() or self._model_learns)
         if learns:
-            if self.record is None and self._needs_loop:
-                raise JobError(
-                    f"layer {self.layer} trains with an expert bias or an aux loss, and no loop "
-                    "closes its steps: call titan_moe_lb.attach(model, optimizer) before the first "
-                    "forward"
-                )
+            self._check_loop()
             if self.needs_tokens:
                 with spmd.no_typecheck(), torch.no_grad():
                     tokens = decide(self._kept_tokens)
@@ -187,11 +182,27 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             topk_scores_BLK = topk_scores_BLK / (topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20)
         return topk_scores_BLK * self.route_scale, topk_expert_ids_BLK, scores_BLE
 
+    def _check_loop(self) -> None:
+        """Raises ``JobError``: nobody would close the step, or know its rows."""
+        if self.step_record is None:
+            if self._needs_loop:
+                raise JobError(
+                    f"layer {self.layer} trains with an expert bias or an aux loss, and no loop "
+                    "closes its steps: call titan_moe_lb.attach(model, optimizer) before the first "
+                    "forward"
+                )
+        elif self.step_record.learns is False and len(self.aux_losses) and not is_recomputation():
+            raise JobError(
+                f"layer {self.layer} with an aux loss runs outside a forward of the model that "
+                "attach() was given, so that its rows are not counted: call that model, or attach() "
+                "the one that is called"
+            )
+
     @property
     def _model_learns(self) -> bool:
         """The running forward of the whole model learns. Reentrant checkpointing runs a block
         without gradients in the forward, and with them in the backward."""
-        return self.step_record is not None and self.step_record.learns
+        return self.step_record is not None and self.step_record.learns is True
 
     def _score(self, logits_BLE: torch.Tensor) -> torch.Tensor:
         return SCORE_FUNCTIONS[self.score_func](logits_BLE)

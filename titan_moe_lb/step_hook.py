@@ -14,12 +14,13 @@ from torchtitan.tools.logging import logger
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import BiasStep
-from titan_moe_lb.parallel import layout
 from titan_moe_lb.own_dtypes import keep_dtypes
+from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording.recomputation import is_recomputation
 from titan_moe_lb.recording.step_record import StepRecord
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.tensor_checks import check_tensors
 from titan_moe_lb.valid_tokens.model_input import hand_on_tokens
 
 
@@ -58,6 +59,7 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
     hook = StepHook(layers, record, parallel_dims)
     model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
     model_parts[0].register_forward_hook(hook.forward_ends)
+    hook.forward_ends(model_parts[0], (), None)
     return hook
 
 
@@ -182,7 +184,7 @@ class StepHook:
             return
         record = self._record
         if not record.forwards:
-            self._check_tensors()
+            check_tensors(self._layers, record.counts_NMSE.device)
         record.rows += rows
         record.forwards += 1
         if has_losses:
@@ -195,8 +197,8 @@ class StepHook:
             )
 
     def forward_ends(self, part: nn.Module, args: tuple, output: Any) -> None:
-        """A forward hook of the first model part of the rank."""
-        self._record.learns = False
+        """A forward hook of the first model part of the rank. Those of other parts may learn."""
+        self._record.learns = False if self._counts_rows else None
 
     def _check_repetition(self) -> None:
         if self._counts_rows and not self._record.forwards:
@@ -204,25 +206,6 @@ class StepHook:
                 "a reentrant checkpoint around the whole model runs its forward without gradients, "
                 "so that no token was counted: checkpoint with use_reentrant=False, or each block"
             )
-
-    def _check_tensors(self) -> None:
-        """Compare devices and dtypes with those that the loop was given. On the host."""
-        device = self._record.counts_NMSE.device
-        for layer, router in zip(self._layers, self._routers, strict=True):
-            if layer.tokens_per_expert_E.device != device:
-                raise JobError(
-                    f"layer {router.layer} is on {layer.tokens_per_expert_E.device} and its loop on "
-                    f"{device}: move the model before attach(), or back before it trains"
-                )
-            states = [*router.aux_losses.named_buffers(), *layer.named_buffers(recurse=False)]
-            if router.expert_bias is not None:
-                states += router.expert_bias.named_buffers()
-            for name, buffer in states:
-                if buffer.is_floating_point() and buffer.dtype != torch.float32:
-                    raise JobError(
-                        f"{name} of layer {router.layer} is {buffer.dtype}, in which small updates "
-                        "are lost: load and assign it as float32"
-                    )
 
     def _check_step(self) -> None:
         if self._global_rows is None:

@@ -14,7 +14,6 @@ from torchtitan.tools.utils import device_type
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
-from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording.step_record import RouterRecord
 from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
@@ -25,6 +24,7 @@ from titan_moe_lb.step_hook import StepHook, wire_parts
 from titan_moe_lb.telemetry.describe_run import figures_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
+from titan_moe_lb.tensor_checks import not_finite
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.upstream import cpu
 
@@ -167,7 +167,7 @@ class Balance:
     def _compare_ranks(self) -> None:
         """Find out on every rank what is wrong on any, so that all raise and none waits for another
         in a collective. Collective, with the same shape whatever a rank has done."""
-        broken = _not_finite(moe_layers_of(self.model_parts))
+        broken = not_finite(moe_layers_of(self.model_parts))
         announced = None if self._hook is None else self._hook.announced_rows
         # The largest of each, and the largest of each with the other sign: the smallest.
         most = torch.tensor(
@@ -225,18 +225,6 @@ class Balance:
 
 
 _NONE = -(2**62)
-
-
-def _not_finite(layers: list[MoE]) -> list[int]:
-    """Numbers of the layers whose gate or expert bias is not finite on this rank."""
-    if not layers:
-        return []
-    finite = [local_shard(layer.router.gate.weight).isfinite().all() for layer in layers]
-    for place, layer in enumerate(layers):
-        if layer.expert_bias_E is not None:
-            finite[place] &= local_shard(layer.expert_bias_E).isfinite().all()
-    is_finite = torch.stack(finite).tolist()
-    return [layer.router.layer for layer, yes in zip(layers, is_finite, strict=True) if not yes]  # type: ignore[misc]
 
 
 def _keep_records_apart(part: nn.Module) -> None:

@@ -120,7 +120,7 @@ class StepRecord:
         weights_A: see :class:`RouterRecord`.
         rows, forwards: of the running step on this rank, as the host counts them when a forward
             begins: nothing is read from the device.
-        learns: the forward that the model is in is one that learns.
+        learns: whether the model is in a forward that learns; None where nobody says so.
         gradient_squares_N2: a leaf, whose gradient in a step is the squares of that of the model's
             loss and of the aux losses in the logits of each router, float32; None unless asked.
         step_gradient_squares_N2: of the last finished step.
@@ -165,7 +165,7 @@ class StepRecord:
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
         self.rows = self.forwards = 0
-        self.learns = False
+        self.learns: bool | None = None
         self.sums: StepSums | None = None
         self.bias_delta_NE: torch.Tensor | None = None
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
