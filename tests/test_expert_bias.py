@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -263,11 +265,79 @@ def asking(bias: torch.Tensor, difference: float, num_bins: int = 1000) -> torch
     return histogram
 
 
-def test_no_token_moves_nothing():
-    step = BiasStep(
-        torch.tensor([[0.3, -0.3]]), torch.zeros(1, 2), torch.zeros(1, 2, 4, dtype=torch.int64)
-    )
-    assert not built(QuantileBias.Config(num_bins=4), 2, 1).delta(step).any()
+class Diverging(ExpertBias):
+    """A rule of one's own that divides by the number of tokens."""
+
+    state_names = ("shares_E",)
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ExpertBias.Config):
+        pass
+
+    def delta(self, step: BiasStep) -> torch.Tensor:
+        shares_NE = step.counts_NE / step.counts_NE.sum(dim=-1, keepdim=True)
+        return step.state["shares_E"].copy_(shares_NE)
+
+
+STEPPING = (
+    SignBias.Config(speed=0.1),
+    ProportionalBias.Config(speed=1.0),
+    MomentumBias.Config(speed=0.1),
+    QuantileBias.Config(num_bins=20, ema=0.5),
+    QuantileTrendBias.Config(num_bins=20),
+    Diverging.Config(),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("config", STEPPING, ids=lambda config: config._owner.__name__)
+def test_states_are_finite_under_any_counts(config, data):
+    """Steps of two layers; a layer that routes nothing in a step keeps its bias and state."""
+    num_experts, top_k = 4, 2
+    rule = built(config, num_experts, top_k)
+    bias_NE = torch.zeros(2, num_experts)
+    state = {name: torch.zeros(2, num_experts) for name in rule.state_names}
+    token = st.lists(st.integers(0, num_experts - 1), min_size=top_k, max_size=top_k, unique=True)
+    for _step in range(data.draw(st.integers(1, 6), "steps")):
+        counts_NE = torch.zeros(2, num_experts, dtype=torch.int64)
+        histogram_NEH = torch.zeros(2, num_experts, max(1, rule.num_bins), dtype=torch.int64)
+        for layer in range(2):
+            for ids in data.draw(st.lists(token, max_size=4), "tokens"):
+                alike = data.draw(st.sampled_from([1, 3, 2**24 + 1, 2**45 + 1]), "tokens alike")
+                counts_NE[layer, ids] += alike
+                for expert in range(num_experts):
+                    place = data.draw(st.integers(0, max(0, rule.num_bins - 1)), "bin")
+                    histogram_NEH[layer, expert, place] += alike
+        before = [bias_NE.clone(), *(table.clone() for table in state.values())]
+        step = BiasStep(bias_NE, counts_NE, histogram_NEH if rule.num_bins else None, dict(state))
+        bias_NE = bias_NE + rule.move(step)
+        state = step.state
+        for table, old in zip([bias_NE, *state.values()], before, strict=True):
+            assert table.isfinite().all()
+            empty = counts_NE.sum(dim=1) == 0
+            assert torch.equal(table[empty], old[empty])
+
+
+@given(st.lists(st.integers(0, 2**53), min_size=2, max_size=8))
+def test_sign_is_that_of_the_integers(counts):
+    """float32 would take 2**24 + 1 for 2**24. Python's integers are the reference."""
+    rule = built(SignBias.Config(speed=1.0), len(counts), 1)
+    delta = rule.move(step_of(torch.tensor([counts])))[0].double().numpy()
+    missing = [sum(counts) - len(counts) * count for count in counts]
+    signs = np.array([(less > 0) - (less < 0) for less in missing])
+    np.testing.assert_allclose(delta, signs - signs.mean(), atol=1e-6)
+
+
+def test_a_score_that_is_no_number_leaves_the_quantile_where_it_is():
+    """Every token has NaN: the quantile is in the middle bin, less than 1e-4 from the bias."""
+    rule = built(QuantileBias.Config(num_bins=1001), 2, 1)
+    bias_E = torch.tensor([0.1, -0.1])
+    histogram_EH = torch.zeros(2, 1001, dtype=torch.int32)
+    required_BLE = torch.full((1, 10, 2), torch.nan)
+    rule.observe(histogram_EH, required_BLE, bias_E, torch.ones((), dtype=torch.int32))
+    step = BiasStep(bias_E[None], torch.tensor([[5, 5]]), histogram_EH[None].long())
+    assert rule.move(step).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -202,5 +202,5 @@ def test_building_before_binding_says_what_is_missing():
 def test_an_unwired_router_with_a_loss_is_refused():
     built = router([sequence_wise()])
     built.record = None
-    with pytest.raises(JobError, match="before it knows its loop: call titan_moe_lb.attach"):
+    with pytest.raises(JobError, match="call titan_moe_lb.attach"):
         built(inputs()[0])

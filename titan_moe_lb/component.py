@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torchtitan.protocols.module import Module
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.own_dtypes import OwnDtypes
 
 
-class Component(Module):
+class Component(OwnDtypes, Module):
     """The base of a family has ``kinds``; a subclass of it that defines ``type_name`` enters
     itself there, so that one of a user's own needs no registration."""
 

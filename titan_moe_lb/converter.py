@@ -22,10 +22,11 @@ from titan_moe_lb.expert_bias import ExpertBias, SignBias
 from titan_moe_lb.expert_bias.resume import BiasReset, remember_once_loaded, start_anew
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses.base import AuxLoss
+from titan_moe_lb.own_dtypes import keep_dtypes
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.recording.training_loop import TrainingLoop
-from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of
 from titan_moe_lb.step_hook import register_load_balancing
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
@@ -154,6 +155,12 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
 
     @dataclass(kw_only=True, slots=True)
     class Config(_BoundToJob, model_config_cls):
+        def build(self, **kwargs):
+            model = model_config_cls.build(self, **kwargs)
+            for layer in moe_layers_of([model]):
+                keep_dtypes(layer)
+            return model
+
         def update_from_config(self, *, config, **kwargs) -> None:
             if not isinstance(config, Trainer.Config):  # a loop of one's own, which attaches
                 model_config_cls.update_from_config(self, config=config, **kwargs)

@@ -35,6 +35,14 @@ from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.valid_tokens.batch_tokens import BatchTokens
 
 
+def _softmax(logits_BLE: torch.Tensor) -> torch.Tensor:
+    return F.softmax(logits_BLE, dim=-1)
+
+
+SCORE_FUNCTIONS = {"softmax": _softmax, "sigmoid": torch.sigmoid}
+"""What makes scores of logits, by the value of ``score_func``."""
+
+
 class LoadBalancedRouter(TokenChoiceTopKRouter):
     """Token-choice top-k routing with auxiliary losses, forced routing and a record.
 
@@ -88,6 +96,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.needs_step_counts = self.aux_losses.needs_step_counts or (
             self.expert_bias is not None and self.expert_bias.moves
         )
+        self._needs_loop = self.needs_step_counts or len(self.aux_losses) > 0
         self.needs_tokens = False
         self.tokens: BatchTokens | None = None
         """Of the running forward, where batches say which tokens are valid or a loss asks for
@@ -138,8 +147,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
         tokens = squares_2 = None
-        learns = self.training and torch.is_grad_enabled()
+        learns = self.training and (torch.is_grad_enabled() or self._model_learns)
         if learns:
+            self._check_loop()
             if self.needs_tokens:
                 with spmd.no_typecheck(), torch.no_grad():
                     tokens = decide(self._kept_tokens)
@@ -172,10 +182,30 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             topk_scores_BLK = topk_scores_BLK / (topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20)
         return topk_scores_BLK * self.route_scale, topk_expert_ids_BLK, scores_BLE
 
+    def _check_loop(self) -> None:
+        """Raises ``JobError``: nobody would close the step, or know its rows."""
+        if self.step_record is None:
+            if self._needs_loop:
+                raise JobError(
+                    f"layer {self.layer} trains with an expert bias or an aux loss, and no loop "
+                    "closes its steps: call titan_moe_lb.attach(model, optimizer) before the first "
+                    "forward"
+                )
+        elif self.step_record.learns is False and len(self.aux_losses) and not is_recomputation():
+            raise JobError(
+                f"layer {self.layer} with an aux loss runs outside a forward of the model that "
+                "attach() was given, so that its rows are not counted: call that model, or attach() "
+                "the one that is called"
+            )
+
+    @property
+    def _model_learns(self) -> bool:
+        """The running forward of the whole model learns. Reentrant checkpointing runs a block
+        without gradients in the forward, and with them in the backward."""
+        return self.step_record is not None and self.step_record.learns is True
+
     def _score(self, logits_BLE: torch.Tensor) -> torch.Tensor:
-        if self.score_func == "softmax":
-            return F.softmax(logits_BLE, dim=-1)
-        return torch.sigmoid(logits_BLE)
+        return SCORE_FUNCTIONS[self.score_func](logits_BLE)
 
     def _inverse_sums(
         self, scores_BLE: torch.Tensor, tokens: BatchTokens | None

@@ -14,10 +14,13 @@ from torchtitan.tools.logging import logger
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import BiasStep
+from titan_moe_lb.own_dtypes import keep_dtypes
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.recording.recomputation import is_recomputation
 from titan_moe_lb.recording.step_record import StepRecord
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.tensor_checks import check_tensors
 from titan_moe_lb.valid_tokens.model_input import hand_on_tokens
 
 
@@ -44,6 +47,8 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
         What closes a step; None where nothing asks for one.
     """
     layers = moe_layers_of(model_parts)
+    for layer in layers:
+        keep_dtypes(layer)
     record = None
     if layers:
         record = wire([layer.router for layer in layers], parallel_dims)  # type: ignore[misc]
@@ -53,6 +58,8 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
         return None
     hook = StepHook(layers, record, parallel_dims)
     model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
+    model_parts[0].register_forward_hook(hook.forward_ends)
+    hook.forward_ends(model_parts[0], (), None)
     return hook
 
 
@@ -157,7 +164,11 @@ class StepHook:
         Raises:
             JobError: the step has more rows or forwards than the loop has announced.
         """
-        if not (part.training and torch.is_grad_enabled()):
+        self._record.learns = part.training and torch.is_grad_enabled()
+        if not self._record.learns:
+            return
+        if is_recomputation():  # of a checkpoint around the whole model
+            self._check_repetition()
             return
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
         rows = local_shard(given).shape[0]
@@ -172,6 +183,8 @@ class StepHook:
         if not self._counts_rows:
             return
         record = self._record
+        if not record.forwards:
+            check_tensors(self._layers, record.counts_NMSE.device)
         record.rows += rows
         record.forwards += 1
         if has_losses:
@@ -181,6 +194,17 @@ class StepHook:
                 f"forward {record.forwards} of one optimizer step, and its loop announced "
                 f"{self._loop.num_micro_batches}: a step that was skipped needs skip_step(), one "
                 "of many micro-batches attach(..., max_micro_batches=...)"
+            )
+
+    def forward_ends(self, part: nn.Module, args: tuple, output: Any) -> None:
+        """A forward hook of the first model part of the rank. Those of other parts may learn."""
+        self._record.learns = False if self._counts_rows else None
+
+    def _check_repetition(self) -> None:
+        if self._counts_rows and not self._record.forwards:
+            raise JobError(
+                "a reentrant checkpoint around the whole model runs its forward without gradients, "
+                "so that no token was counted: checkpoint with use_reentrant=False, or each block"
             )
 
     def _check_step(self) -> None:
@@ -221,12 +245,18 @@ class StepHook:
         if self._loop.global_batch_size is not None:
             self.begin_step(self._loop.global_batch_size)
 
+    @property
+    def announced_rows(self) -> int:
+        """Of the last closed step; 0 where it had none to announce."""
+        return self._announced_rows
+
     def check_announced_rows(self) -> None:
         """Of the last closed step, in a loop whose rows are counted. Collective over the ranks
         that have other rows.
 
         Raises:
-            JobError: an aux loss was divided by another number than there were.
+            JobError: an aux loss was divided by another number than there were. A step without
+                a row has none.
         """
         if not (self._counts_rows and self._loop.varying and self._announced_rows):
             return
@@ -235,7 +265,7 @@ class StepHook:
             total = torch.tensor([rows], device=self._record.counts_NMSE.device)
             dist.all_reduce(total, group=self._batch_group)
             rows = int(total)
-        if rows != self._announced_rows and len(self._routers[0].aux_losses):
+        if rows not in (0, self._announced_rows) and len(self._routers[0].aux_losses):
             raise JobError(
                 f"the step had {rows} rows and announced {self._announced_rows}: the weight of the "
                 "aux losses was wrong; call begin_step(rows) with what each step has, and "
@@ -279,12 +309,7 @@ class StepHook:
             histogram_NEH=sums.histogram_NEH,
             state={name: torch.stack(rows) for name, rows in state.items()},
         )
-        delta_NE = rule.delta(step)
-        if self._loop.padded:  # a step without a valid token moves nothing
-            taught_N1 = step.counts_NE.sum(dim=-1, keepdim=True) > 0
-            delta_NE = torch.where(taught_N1, delta_NE, 0)
-            for name, rows in state.items():
-                step.state[name] = torch.where(taught_N1, step.state[name], torch.stack(rows))
+        delta_NE = rule.move(step)
         torch._foreach_add_(biases, delta_NE.unbind())
         for name, rows in state.items():
             torch._foreach_copy_(rows, step.state[name].unbind())

@@ -34,6 +34,12 @@ class BiasStep:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     """By name of ``state_names``: float32 ``(N, E)``, which the rule changes in place."""
 
+    choices_N1: torch.Tensor = field(init=False)
+    """Sum of the counts, int64: tokens times K, and 0 where nothing was routed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices_N1", self.counts_NE.sum(dim=-1, keepdim=True))
+
 
 class ExpertBias(Component):
     """Moves the bias ``b_i`` that is added to the scores of an expert for the choice alone.
@@ -96,7 +102,7 @@ class ExpertBias(Component):
     def _register(self, device: torch.device | None) -> None:
         for name in self.state_names:
             assert self.config.num_experts is not None
-            zeros = torch.zeros(self.config.num_experts, device=device)
+            zeros = torch.zeros(self.config.num_experts, dtype=torch.float32, device=device)
             self.register_buffer(name, zeros, persistent=not self.config.starts_anew)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
@@ -136,8 +142,19 @@ class ExpertBias(Component):
             number: int32, 1 for a valid token and 0 for padding ``(B, L, 1)``, or 1 for all.
         """
 
+    def move(self, step: BiasStep) -> torch.Tensor:
+        """:meth:`delta` of the layers that have routed a token. A layer without one moves neither
+        its bias nor what the rule remembers, whatever the formula makes of zero counts."""
+        before = {name: state_NE.clone() for name, state_NE in step.state.items()}
+        empty_N1 = step.choices_N1 == 0
+        delta_NE = self.delta(step).masked_fill(empty_N1, 0)
+        for name, state_NE in before.items():
+            step.state[name] = torch.where(empty_N1, state_NE, step.state[name])
+        return delta_NE
+
     def delta(self, step: BiasStep) -> torch.Tensor:
-        """The formula: what to add to the biases of N layers after a step.
+        """The formula: what to add to the biases of N layers after a step. What it returns for a
+        layer that has routed nothing is not used.
 
         Returns:
             float32 ``(N, E)``.

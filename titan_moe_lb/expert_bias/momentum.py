@@ -49,8 +49,8 @@ class MomentumBias(SpeedBias):
                 )
 
     def delta(self, step: BiasStep) -> torch.Tensor:
-        counts_NE = step.counts_NE.float()
-        violation_NE = 1 - counts_NE / counts_NE.mean(dim=-1, keepdim=True)
+        mean_N1 = step.choices_N1 / step.counts_NE.shape[-1]
+        violation_NE = 1 - step.counts_NE / mean_N1
         delta_NE = self.speed * torch.tanh(self.config.scale * violation_NE)
         delta_NE -= delta_NE.mean(dim=-1, keepdim=True)
         return step.state["momentum_E"].lerp_(delta_NE, 1 - self.config.momentum)

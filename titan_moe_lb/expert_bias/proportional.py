@@ -27,5 +27,5 @@ class ProportionalBias(SpeedBias):
         pass
 
     def delta(self, step: BiasStep) -> torch.Tensor:
-        share_NE = step.counts_NE / step.counts_NE.sum(dim=-1, keepdim=True)
+        share_NE = step.counts_NE / step.choices_N1
         return self.speed * (1 / step.counts_NE.shape[-1] - share_NE)

@@ -61,7 +61,8 @@ class QuantileBias(ExpertBias):
         place_BLE = torch.asinh((required_BLE - bias_E) / _FINE) / _reach(bias_E)
         bins_BLE = place_BLE.mul_((num_bins - 1) / 2).add_(num_bins // 2 + 0.5)
         bins_BLE = bins_BLE.clamp_(0, num_bins - 1)
-        bins_BLE = bins_BLE.nan_to_num_(0).long()
+        # Scores that are not numbers ask for nothing: the middle bin leaves the bias as it is.
+        bins_BLE = bins_BLE.nan_to_num_(num_bins // 2).long()
         bins_BLE += torch.arange(num_experts, device=bins_BLE.device) * num_bins
         number_N = number.expand_as(bins_BLE).flatten()
         histogram_EH.view(-1).scatter_add_(0, bins_BLE.flatten(), number_N)
@@ -72,14 +73,15 @@ class QuantileBias(ExpertBias):
         return (self.quantile(step) - step.bias_NE) * (1 - self.config.ema)
 
     def quantile(self, step: BiasStep) -> torch.Tensor:
-        """The bias with which the step would have been balanced, less its mean; that of the
-        step itself where no token is valid. float32 ``(N, E)``."""
+        """The bias with which the step would have been balanced, less its mean.
+        float32 ``(N, E)``."""
         assert step.histogram_NEH is not None
         assert self.config.top_k is not None
         num_experts, num_bins = step.histogram_NEH.shape[1:]
         below_NEH = step.histogram_NEH.cumsum(dim=-1)
         total_NE1 = below_NEH[..., -1:]
-        target_NE1 = total_NE1 * (self.config.top_k / num_experts)
+        # float64, as float32 would round numbers of tokens beyond 2**24.
+        target_NE1 = total_NE1.double() * (self.config.top_k / num_experts)
         # The first bin at whose end the target is reached.
         bin_NE1 = (below_NEH < target_NE1).sum(dim=-1, keepdim=True)
         bin_NE1 = bin_NE1.clamp_(max=num_bins - 1)
@@ -90,7 +92,7 @@ class QuantileBias(ExpertBias):
         place_NE *= 2 / (num_bins - 1)
         quantile_NE = step.bias_NE + torch.sinh(place_NE * _reach(step.bias_NE.double())) * _FINE
         quantile_NE -= quantile_NE.mean(dim=-1, keepdim=True)
-        return torch.where(total_NE1.squeeze(-1) > 0, quantile_NE.float(), step.bias_NE)
+        return quantile_NE.float()
 
 
 _FINE = 1e-3

@@ -27,6 +27,7 @@ class SignBias(SpeedBias):
         """u in arXiv 2408.15664, gamma in DeepSeek-V3. ``changes`` change it."""
 
     def delta(self, step: BiasStep) -> torch.Tensor:
-        counts_NE = step.counts_NE.float()
-        delta_NE = self.speed * torch.sign(counts_NE.mean(dim=-1, keepdim=True) - counts_NE)
+        num_experts = step.counts_NE.shape[-1]
+        # In integers: float32 would round counts beyond 2**24, and with them the sign.
+        delta_NE = self.speed * torch.sign(step.choices_N1 - num_experts * step.counts_NE)
         return delta_NE - delta_NE.mean(dim=-1, keepdim=True)

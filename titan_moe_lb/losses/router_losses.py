@@ -12,7 +12,6 @@ import torch.distributed._functional_collectives as funcol
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.module import ModuleDict
 
-from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
 from titan_moe_lb.losses.counting import DISPATCHED, SELECTED, CountSource
 from titan_moe_lb.losses.functional import at_least_float32, probability_sums
@@ -96,11 +95,6 @@ class RouterLosses(ModuleDict):
         self, logits_BLE: torch.Tensor, record: RouterRecord | None, tokens: BatchTokens | None
     ) -> torch.Tensor:
         """Add the gradients of the losses of each token; records their raw values."""
-        if len(self) and record is None:
-            raise JobError(
-                "a router with aux losses trains before it knows its loop: call "
-                "titan_moe_lb.attach(model, optimizer) before the first forward"
-            )
         for index, loss in self._of_logits:
             assert record is not None
             local_BLE = local_shard(logits_BLE)

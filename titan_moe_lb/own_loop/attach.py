@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
+from torchtitan.tools.utils import device_type
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import layout
+from titan_moe_lb.recording.step_record import RouterRecord
 from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.rules.losses import refuse_in_parts
+from titan_moe_lb.rules.places import place
+from titan_moe_lb.rules.routers import check_router
 from titan_moe_lb.step_hook import StepHook, wire_parts
 from titan_moe_lb.telemetry.describe_run import figures_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
+from titan_moe_lb.tensor_checks import not_finite
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.upstream import cpu
 
@@ -58,8 +66,8 @@ def attach(
         finished_steps: of the checkpoint that the loop goes on from.
 
     Raises:
-        JobError: the model has no balanced routers, or they have a loop already; an argument that
-            cannot be.
+        JobError: a layer of the model has no balanced router, or one that a job would be refused
+            for; the model has a loop already; an argument that cannot be.
     """
     if gradients not in ("sum", "mean"):
         raise JobError(f'attach(gradients={gradients!r}): it must be "sum" or "mean"')
@@ -82,6 +90,8 @@ def attach(
     for router in routers:
         router.config.loop = loop
     balance = Balance(parts, wire_parts(parts, dims), dims, finished_steps)
+    for part in parts:
+        _keep_records_apart(part)
     if optimizer is not None:
         first = optimizer[0] if isinstance(optimizer, Sequence) else optimizer
         first.register_step_pre_hook(lambda *args, **kwargs: balance.close_step())
@@ -146,20 +156,58 @@ class Balance:
         Collective: call on every rank.
 
         Raises:
-            JobError: no step was closed, or it had other rows than announced.
+            JobError: no step was closed, or not on every rank; it had other rows than announced;
+                the gate of a layer is not finite. The same on every rank.
         """
-        if not self._closed_steps:
-            raise JobError(
-                "no optimizer step has ended yet: ask for metrics() after optimizer.step() (or "
-                "close_step(), without an optimizer)"
-            )
+        self._compare_ranks()
         if self._hook is not None:
             self._hook.check_announced_rows()
         return reduce_step(moe_layers_of(self.model_parts), self.parallel_dims)
 
+    def _compare_ranks(self) -> None:
+        """Find out on every rank what is wrong on any, so that all raise and none waits for another
+        in a collective. Collective, with the same shape whatever a rank has done."""
+        broken = not_finite(moe_layers_of(self.model_parts))
+        announced = None if self._hook is None else self._hook.announced_rows
+        # The largest of each, and the largest of each with the other sign: the smallest.
+        most = torch.tensor(
+            [
+                self._closed_steps,
+                -self._closed_steps,
+                *((_NONE, _NONE) if announced is None else (announced, -announced)),
+                max(broken, default=_NONE),
+            ],
+            device=device_type,
+        )
+        for group in layout.loop_groups(self.parallel_dims):
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        closed, fewest, rows, fewest_rows, layer = most.tolist()
+        if not closed:
+            raise JobError(
+                "no optimizer step has ended yet: ask for metrics() after optimizer.step() (or "
+                "close_step(), without an optimizer)"
+            )
+        if closed != -fewest:
+            raise JobError(
+                f"a rank has ended {closed} optimizer steps and another {-fewest}: call "
+                "optimizer.step() (or close_step()) on every rank, also on one without a batch"
+            )
+        if rows != -fewest_rows and rows != _NONE:
+            raise JobError(
+                f"begin_step(rows) announced {rows} on a rank and {-fewest_rows} on another: give "
+                "each the rows of the global batch, over all ranks"
+            )
+        if layer != _NONE:
+            raise JobError(
+                f"the gate or the expert bias of layer {layer} is not finite: go on from a "
+                "checkpoint, and call skip_step() in place of optimizer.step() after gradients "
+                "that are not finite"
+            )
+
     def metrics(self, *, per_layer: bool = False, num_extreme_experts: int = 0) -> dict[str, float]:
         """The numbers of the last closed step over all ranks and micro-batches, by name
-        (docs/telemetry.md). Collective: call on every rank.
+        (docs/telemetry.md); none of a step in which no rank has routed a token. Collective: call on
+        every rank.
 
         Args:
             per_layer: also every layer's own, ``moe/<name>_layer_<number>``.
@@ -174,6 +222,21 @@ class Balance:
         return step_metrics(
             load, figures, per_layer=per_layer, num_extreme_experts=num_extreme_experts
         )
+
+
+_NONE = -(2**62)
+
+
+def _keep_records_apart(part: nn.Module) -> None:
+    """torch's DistributedDataParallel copies the buffers of rank 0 to all, at every forward."""
+    records = [
+        f"{name}.{buffer}"
+        for name, module in part.named_modules()
+        if isinstance(module, RouterRecord)
+        for buffer, _tensor in module.named_buffers()
+    ]
+    others = getattr(part, "_ddp_params_and_buffers_to_ignore", [])
+    part._ddp_params_and_buffers_to_ignore = [*others, *records]  # type: ignore[assignment]
 
 
 def _require_rows(where: str, rows: int) -> None:
@@ -205,6 +268,18 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
             "it is a torchtitan.models.common.moe.MoE; for a router of another kind, "
             "titan_moe_lb.losses.functional has the losses of plain tensors"
         )
+    for part in parts:
+        for name, module in part.named_modules():
+            if isinstance(module, MoE) and not isinstance(module.router, LoadBalancedRouter):
+                raise JobError(
+                    f"the router of {place(name)} is a {type(module.router).__name__}, whose loads "
+                    "nobody balances: build the model from the spec that "
+                    "titan_moe_lb.balanced(spec) returns"
+                )
+            if isinstance(module, LoadBalancedRouter):
+                check_router(place(name), module.config)
+                if dims.pp_enabled:
+                    refuse_in_parts(module.config, "pipeline parallelism")
     for router in routers[:1]:
         values = [*router.config.aux_losses, router.config.expert_bias]
         for value in values:

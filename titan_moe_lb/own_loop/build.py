@@ -25,6 +25,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools import utils
 
+from titan_moe_lb import rules
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout, single_process
 from titan_moe_lb.upstream import cpu
@@ -67,7 +68,7 @@ def build_model(
         seed: of the weights; None for another in every run.
 
     Raises:
-        JobError: the degrees do not fit the processes.
+        JobError: the degrees do not fit the processes, or a rule of a job's model does not hold.
     """
     parallelism = parallelism or ParallelismConfig()
     if parallelism.pipeline_parallel_degree > 1:
@@ -75,6 +76,15 @@ def build_model(
             "build_model makes no pipeline: leave pipeline_parallel_degree at 1, or train with "
             "torchtitan's Trainer"
         )
+    compile = compile or CompileConfig()
+    asked = SimpleNamespace(
+        parallelism=parallelism,
+        compile=compile,
+        activation_checkpoint=activation_checkpoint,
+        traverse=spec.model.traverse,
+    )
+    for rule in rules.OF_A_MODEL:
+        rule(asked)
     cpu.prepare()
     dims = layout.resolve(parallelism) if parallel_dims is None else parallel_dims
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
@@ -104,7 +114,7 @@ def build_model(
         parallel_dims=dims,
         training=training,
         parallelism=parallelism,
-        compile_config=compile or CompileConfig(),
+        compile_config=compile,
         ac_config=activation_checkpoint,
         dump_folder="",
     )

@@ -106,6 +106,13 @@ def token_groups(dims: ParallelDims) -> list[dist.ProcessGroup]:
     return [dims.get_mesh(axis).get_group() for axis in token_axes(dims)]
 
 
+def loop_groups(dims: ParallelDims) -> list[dist.ProcessGroup]:
+    """The process groups over which the ranks of a loop put their numbers together: those that
+    route different tokens, and the stages of a pipeline."""
+    stages = [dims.get_mesh("pp").get_group()] if dims.pp_enabled else []
+    return [*token_groups(dims), *stages]
+
+
 def metrics_rank(dims: ParallelDims, schedule: str) -> int:
     """The global rank that sees the loss: the first of the last pipeline stage.
 

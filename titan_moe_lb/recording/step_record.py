@@ -47,6 +47,11 @@ class RouterRecord(nn.Module):
         for name, row in rows.items():
             self.register_buffer(name, row, persistent=False)
 
+    def _apply(self, fn, recurse: bool = True) -> RouterRecord:
+        """Stay where it is, in its own dtypes, when the model is moved or cast: the rows are parts
+        of one table of all routers."""
+        return self
+
     def forward_number(self) -> torch.Tensor:
         """Forwards of this router before this one, int64 ``()``: ``steps`` M and those of the
         running step."""
@@ -115,6 +120,7 @@ class StepRecord:
         weights_A: see :class:`RouterRecord`.
         rows, forwards: of the running step on this rank, as the host counts them when a forward
             begins: nothing is read from the device.
+        learns: whether the model is in a forward that learns; None where nobody says so.
         gradient_squares_N2: a leaf, whose gradient in a step is the squares of that of the model's
             loss and of the aux losses in the logits of each router, float32; None unless asked.
         step_gradient_squares_N2: of the last finished step.
@@ -159,6 +165,7 @@ class StepRecord:
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
         self.rows = self.forwards = 0
+        self.learns: bool | None = None
         self.sums: StepSums | None = None
         self.bias_delta_NE: torch.Tensor | None = None
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
@@ -211,8 +218,7 @@ class StepRecord:
         self.forget_histogram()
 
     def _start_anew(self) -> None:
-        for running in (self.counts_NMSE, self.losses_NA, self._micro_batches_N1):
-            running.zero_()
+        torch._foreach_zero_([self.counts_NMSE, self.losses_NA, self._micro_batches_N1])
         if self.gradient_squares_N2 is not None:
             self._running_squares_N2.zero_()
         self.rows = self.forwards = 0

@@ -12,19 +12,29 @@ printed where it does not run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.rules import benchmark, job, losses, model, pipeline, spmd_backend
+from titan_moe_lb.rules import benchmark, job, losses, model, pipeline, routers, spmd_backend
 
 RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     *job.RULES,
     *pipeline.RULES,
     *spmd_backend.RULES,
     *model.RULES,
+    *routers.RULES,
     *losses.RULES,
     *benchmark.RULES,
 )
+
+OF_A_MODEL: tuple[Callable[[Any], None], ...] = (
+    *model.RULES,
+    *routers.RULES,
+    spmd_backend.blocks_can_be_traced,
+)
+"""Rules that ask a config for no more than its ``parallelism``, ``compile``,
+``activation_checkpoint`` and ``traverse``."""
 
 
 def validate(config: Trainer.Config) -> None:

@@ -10,17 +10,29 @@ from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, S
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.rules.places import place
 
 
 def loss_sees_the_whole_batch(config: Trainer.Config) -> None:
-    """A loss that is not a sum over sequences is another one where the batch is cut."""
     for _fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        of_sums = [loss for loss in router.aux_losses if issubclass(loss._owner, SumsLoss)]
-        whole = [loss for loss in of_sums if not loss._owner.additive]
-        if whole:
-            break
-    else:
+        if config.parallelism.pipeline_parallel_degree > 1:
+            refuse_in_parts(router, "pipeline parallelism")
+        if batch_cut.cut(config).accumulation_steps > 1:
+            refuse_in_parts(
+                router,
+                "gradient accumulation "
+                f"(training.global_batch_size {config.training.global_batch_size})",
+            )
+
+
+def refuse_in_parts(router: LoadBalancedRouter.Config, cut_by: str) -> None:
+    """Refuse a loss that is not a sum over sequences, where the batch is cut into parts.
+
+    Raises:
+        JobError: the router has such a loss.
+    """
+    of_sums = [loss for loss in router.aux_losses if issubclass(loss._owner, SumsLoss)]
+    whole = [loss for loss in of_sums if not loss._owner.additive]
+    if not whole:
         return
     name = whole[0]._owner.type_name.replace("_", "-")
     reason = "because per-micro-batch token-to-expert counts do not reflect the full batch; "
@@ -31,13 +43,7 @@ def loss_sees_the_whole_batch(config: Trainer.Config) -> None:
         )
     else:
         reason += "it is not a sum over sequences: train it without, or take another loss"
-    if config.parallelism.pipeline_parallel_degree > 1:
-        raise JobError(f"{name} aux loss is incompatible with pipeline parallelism {reason}")
-    if batch_cut.cut(config).accumulation_steps > 1:
-        raise JobError(
-            f"{name} aux loss is incompatible with gradient accumulation "
-            f"(training.global_batch_size {config.training.global_batch_size}) {reason}"
-        )
+    raise JobError(f"{name} aux loss is incompatible with {cut_by} {reason}")
 
 
 def gradients_can_be_measured(config: Trainer.Config) -> None:
@@ -63,17 +69,6 @@ def gradients_can_be_measured(config: Trainer.Config) -> None:
         )
 
 
-def one_loss_of_each_kind(config: Trainer.Config) -> None:
-    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        kinds = [type(loss) for loss in router.aux_losses]
-        for kind in kinds:
-            if kinds.count(kind) > 1:
-                raise JobError(
-                    f'[model] aux_losses has two of type "{kind._owner.type_name}" for '  # type: ignore[attr-defined]
-                    f"{place(fqn)}: their weights would add up; keep one"
-                )
-
-
 def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
     """The line of TOML with the same losses, the batch-wise one over the global batch."""
     whole_batch = [
@@ -87,6 +82,5 @@ def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
 
 RULES = (
     loss_sees_the_whole_batch,
-    one_loss_of_each_kind,
     gradients_can_be_measured,
 )

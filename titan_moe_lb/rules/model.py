@@ -38,39 +38,6 @@ def experts_divide_over_ranks(config: Trainer.Config) -> None:
             )
 
 
-def expert_groups_fit_router(config: Trainer.Config) -> None:
-    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        if not 1 <= router.top_k <= router.num_experts:
-            raise JobError(
-                f"top_k {router.top_k} of {place(fqn)} is outside [1, {router.num_experts}]"
-            )
-        groups, limited = router.num_expert_groups, router.num_limited_groups
-        if groups is None:
-            continue
-        if router.num_experts % groups or router.num_experts // groups < 2:
-            raise JobError(
-                f"num_expert_groups {groups} of {place(fqn)} must divide the {router.num_experts} experts "
-                "into groups of at least 2"
-            )
-        if limited is None or not 1 <= limited <= groups:
-            raise JobError(f"num_limited_groups {limited} of {place(fqn)} is outside [1, {groups}]")
-        reachable = limited * (router.num_experts // groups)
-        if router.top_k > reachable:
-            raise JobError(
-                f"top_k {router.top_k} of {place(fqn)} exceeds the {reachable} experts of "
-                f"{limited} of {groups} groups"
-            )
-
-
-def score_function_is_known(config: Trainer.Config) -> None:
-    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        if router.score_func not in ("softmax", "sigmoid"):
-            raise JobError(
-                f"score_func of {place(fqn)} is {router.score_func!r}; the router knows 'softmax' and "
-                "'sigmoid'"
-            )
-
-
 def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
     """What :mod:`titan_moe_lb.parallelization` does for the other kinds has no seam here."""
     if isinstance(config.activation_checkpoint, MemoryBudgetAC.Config) and any(
@@ -86,7 +53,5 @@ def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
 RULES = (
     expert_biases_are_added_once,
     experts_divide_over_ranks,
-    expert_groups_fit_router,
-    score_function_is_known,
     checkpointing_keeps_decisions,
 )

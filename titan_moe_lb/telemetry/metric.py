@@ -158,7 +158,8 @@ class PaddingShare(Metric):
     def measure(self, step: RankStep) -> np.ndarray | None:
         if step.valid_counts_NE is None:
             return None
-        return 1 - step.valid_counts_NE.sum(axis=1) / step.global_counts_NE.sum(axis=1)
+        routed_N = step.global_counts_NE.sum(axis=1)
+        return (routed_N - step.valid_counts_NE.sum(axis=1)) / np.maximum(routed_N, 1)
 
 
 class _OfBias(Metric):

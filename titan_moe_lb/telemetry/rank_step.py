@@ -69,7 +69,9 @@ def read(
         biases: of the layers, none where they have none.
     """
     ran = record.step_micro_batches
-    counts, ep_rank = record.step_counts_NMSE[:, : None if ran is None else int(ran), 0].clone(), 0
+    # A step without a forward has one micro-batch, of no token.
+    num_ran = None if ran is None else max(1, int(ran))
+    counts, ep_rank = record.step_counts_NMSE[:, :num_ran, 0].clone(), 0
     if parallel_dims.ep_enabled:
         mesh = parallel_dims.get_mesh("ep")
         ep_rank = mesh.get_local_rank()

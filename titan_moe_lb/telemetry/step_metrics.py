@@ -36,7 +36,8 @@ def step_metrics(
     num_extreme_experts: int = 0,
     per_layer: bool = False,
 ) -> dict[str, float]:
-    """What the sinks get, by name; empty for a model without MoE layers.
+    """What the sinks get, by name; empty for a model without MoE layers, and for a step in which
+    nothing was routed.
 
     How many names there are depends on the figures, not on the number of experts.
 
@@ -45,7 +46,7 @@ def step_metrics(
         num_extreme_experts: name that many of the hottest and of the coldest experts.
         per_layer: also every layer's own, as ``moe/<name>_layer_<number>``.
     """
-    if not load.layers:
+    if not load.counts_ME.any():
         return {}
     figures = [*figures, *map(Figure, OF_COUNTS)]
     of_layers = load.figures | {name: f(load.counts_ME) for name, f in OF_COUNTS.items()}

@@ -1,0 +1,49 @@
+"""Checks of the tensors of MoE layers: moved, cast, or not finite."""
+
+from __future__ import annotations
+
+import torch
+from torchtitan.models.common.moe import MoE
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.local_shard import local_shard
+
+
+def check_tensors(layers: list[MoE], device: torch.device) -> None:
+    """Compare devices and dtypes with those that the loop was given. Reads nothing of the device.
+
+    Args:
+        layers: balanced.
+        device: of the loop's record.
+
+    Raises:
+        JobError: a layer was moved, or its state cast.
+    """
+    for layer in layers:
+        router = layer.router
+        if layer.tokens_per_expert_E.device != device:
+            raise JobError(
+                f"layer {router.layer} is on {layer.tokens_per_expert_E.device} and its loop on "
+                f"{device}: move the model before attach(), or back before it trains"
+            )
+        states = [*layer.named_buffers(recurse=False), *router.aux_losses.named_buffers()]
+        if router.expert_bias is not None:
+            states += router.expert_bias.named_buffers()
+        for name, buffer in states:
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                raise JobError(
+                    f"{name} of layer {router.layer} is {buffer.dtype}, in which small updates "
+                    "are lost: load and assign it as float32"
+                )
+
+
+def not_finite(layers: list[MoE]) -> list[int]:
+    """Numbers of the layers whose gate or expert bias is not finite on this rank. Waits for the
+    device."""
+    finite = []
+    for layer in layers:
+        tensors = [layer.router.gate.weight, layer.expert_bias_E]
+        found = [local_shard(t).isfinite().all() for t in tensors if t is not None]
+        finite.append(torch.stack(found).all())
+    are_finite = torch.stack(finite).tolist() if finite else []
+    return [layer.router.layer for layer, yes in zip(layers, are_finite, strict=True) if not yes]
