@@ -16,7 +16,10 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from titan_moe_lb import imports
+from titan_moe_lb import imports, parent_process
+
+if __name__ == "__main__":
+    parent_process.end_with_launcher(or_agent=True)
 
 with imports.uncollected():
     from titan_moe_lb.upstream import cpu
@@ -34,9 +37,9 @@ with imports.uncollected():
     from titan_moe_lb.console.patience import Patience
     from titan_moe_lb.console.signals import ended_by
     from titan_moe_lb.errors import JobError
-    from titan_moe_lb.job import dry_run, job_config
+    from titan_moe_lb.job import dry_run, environment, job_config, run_folder
     from titan_moe_lb.parallel import single_process
-    from titan_moe_lb.upstream import zero_bubble
+    from titan_moe_lb.upstream import finite_data, zero_bubble
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,6 +75,7 @@ def _adapt(config: Trainer.Config) -> None:
     if cpu.needed():
         cpu.adapt(config)
     zero_bubble.adapt(config)
+    finite_data.adapt(config)
     checked_loading.adapt(config)
 
 
@@ -79,14 +83,20 @@ def run(job: job_config.Job, *, alone: bool = False) -> None:
     """Train a resolved job in this process, or build it if that is all that is asked.
 
     Args:
-        alone: nobody else watches over this process: it says itself what a signal ended.
+        alone: there is no launcher. This process holds the run's folder already, and prints
+            itself what a signal ended.
     """
     config = job.config
     _adapt(config)
-    if config.comm.mode == "default":
-        _Rank(config, alone=alone).train()
-    else:
+    if config.comm.mode != "default":
         _build(config)
+        return
+    if not alone:
+        try:
+            run_folder.claim(config.dump_folder, environment.joined_run())
+        except JobError as error:
+            exit_with(error)
+    _Rank(config, alone=alone).train()
 
 
 class _Rank:
@@ -168,7 +178,7 @@ class _Rank:
         return saved.in_words(self._config, self._begun)
 
     def _last_word(self, line: str) -> None:
-        print(f"titan_moe_lb: {line}", file=self._errors, flush=True)
+        rank_log.report(line, self._errors)
 
 
 def _build(config: Trainer.Config) -> None:
