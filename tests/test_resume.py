@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.bias_jobs import biases_of_a_run
-from tests.train_jobs import load_checked, train
+from tests.train_jobs import load_checked, next_inputs, train
 from titan_moe_lb import checkpoints
 from titan_moe_lb.console import summary
 from titan_moe_lb.errors import JobError
@@ -310,6 +310,83 @@ def test_steps_that_are_done_and_another_model_are_one_line(two_steps):
     assert "step-4 has tok_embeddings.weight of shape" in message
     assert message.endswith("in deepseek_v3 debugmodel: it is of another model or flavor")
     files_of(two_steps.parent, SIGN)
+
+
+def layout(monkeypatch, processes: int, **degrees: int) -> list[str]:
+    """Flags of a layout; the job has that many processes from here on."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    degrees = {"data_parallel_shard": 1, "expert_parallel": 1} | degrees
+    return [f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()]
+
+
+BEGIN_AGAIN = ["--checkpoint.exclude_from_loading", "dataloader"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "degrees"),
+    [
+        (1, {}),
+        (2, {"tensor_parallel": 2}),
+        (2, {"context_parallel": 2}),
+        (4, {"data_parallel_shard": 4}),
+        (4, {"data_parallel_shard": 2, "data_parallel_replicate": 2}),
+    ],
+    ids=str,
+)
+def test_another_number_of_data_ranks_is_refused_before_the_start(
+    learned, monkeypatch, processes, degrees
+):
+    """``learned`` was saved by two."""
+    flags = layout(monkeypatch, processes, **degrees)
+    with pytest.raises(JobError, match="exclude_from_loading"):
+        files_of(learned[0], SIGN, *flags)
+    files_of(learned[0], SIGN, *flags, *BEGIN_AGAIN)
+    # Weights of another run bring no place in the data.
+    initial = f"--checkpoint.initial_load_path={learned[0]}/checkpoint/step-2"
+    files_of("/nowhere", SIGN, *flags, initial)
+    with pytest.raises(JobError, match="exclude_from_loading"):
+        files_of("/nowhere", SIGN, *flags, initial, "--checkpoint.no-initial_load_model_only")
+
+
+@pytest.mark.parametrize(
+    ("processes", "degrees"),
+    [
+        (2, {"data_parallel_replicate": 2}),
+        (4, {"data_parallel_shard": 2, "pipeline_parallel": 2}),
+        (4, {"data_parallel_shard": 2, "tensor_parallel": 2}),
+    ],
+    ids=str,
+)
+def test_as_many_data_ranks_in_another_layout_go_on_with_the_same_data(
+    ranks, learned, tmp_path, monkeypatch, processes, degrees
+):
+    folder, flags = copied(learned, tmp_path), layout(monkeypatch, processes, **degrees)
+    files_of(folder, SIGN, *flags)
+    longer = "--training.steps=9"
+    expected = ranks.run(2, next_inputs, [*bias_job(folder, SIGN), longer])
+    found = ranks.run(processes, next_inputs, [*bias_job(folder, SIGN), longer, *flags])
+    assert not torch.equal(expected[0], expected[1])
+    assert {tuple(one.tolist()) for one in found} == {tuple(one.tolist()) for one in expected}
+
+
+def test_excluded_data_begin_again_on_another_number_of_ranks(
+    ranks, learned, tmp_path, monkeypatch
+):
+    folder, flags = copied(learned, tmp_path), layout(monkeypatch, 1)
+    job = [*bias_job(folder, SIGN), *flags, "--training.steps=9"]
+    fresh = ranks.run(1, next_inputs, [*job, f"--dump_folder={tmp_path}/fresh"])[0]
+    assert torch.equal(ranks.run(1, next_inputs, [*job, *BEGIN_AGAIN])[0], fresh)
+
+
+def test_weights_alone_are_no_state_to_go_on_from(ranks, learned, tmp_path, monkeypatch):
+    folder = copied(learned, tmp_path)
+    job = [*bias_job(folder, SIGN), "--checkpoint.last_save_model_only", "--training.steps=3"]
+    ranks.run(2, train, job, first_step=3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = one_line(folder / "checkpoint")
+    assert "step-3" in message and "set checkpoint.load_step = 2" in message
+    files_of(folder, SIGN, "--checkpoint.load_step=2")
+    files_of(tmp_path / "new", SIGN, f"--checkpoint.initial_load_path={folder}/checkpoint/step-3")
 
 
 def test_cut_weights_of_another_run(two_steps, tmp_path):

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.data import register
 from titan_moe_lb.job import dry_run, job_config
 from titan_moe_lb.train import trainer_config
 from titan_moe_lb.upstream import cpu, zero_bubble
@@ -71,6 +73,33 @@ def train_config(
     trainer.train()
     trainer.close()
     return logged
+
+
+def train_to_the_end(arguments: list[str], texts: list[str]) -> list[dict[str, float]]:
+    """Train as a rank of a run does; returns as :func:`train`.
+
+    Args:
+        texts: of the dataset "uneven": the first half is that of rank 0 of two.
+    """
+    register("uneven", lambda: texts)
+    trainer = trainer_config("--debug.no-enable-structured-logging", *arguments).build()
+    logged: list[dict[str, float]] = []
+    trainer.metrics_processor.logger = _Capture(logged, 1)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return logged
+
+
+def next_inputs(arguments: list[str]) -> torch.Tensor:
+    """The first row that a job takes, from where its checkpoint is in the data."""
+    trainer = trainer_config("--debug.no-enable-structured-logging", *arguments).build()
+    try:
+        trainer.checkpointer.load(step=-1)
+        return next(iter(trainer.dataloader))[0]["input"][0]
+    finally:
+        trainer.close()
 
 
 def load_checked(arguments: list[str]) -> int:

@@ -89,6 +89,13 @@ def start_of(config) -> Checkpoint | None:
     return None
 
 
+def is_model_only(config, start: Checkpoint) -> bool:
+    """Whether a job loads the weights of a checkpoint and nothing else of it."""
+    if start.step is None:
+        return config.checkpoint.initial_load_model_only
+    return start.step == 0
+
+
 def left_out(config, start: Checkpoint | None) -> list[int]:
     """The steps of a run, newer than its start, whose save has not come to its end."""
     if is_remote(config) or not config.checkpoint.enable or config.checkpoint.load_step != -1:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from titan_moe_lb import host_threads
+from titan_moe_lb import host_threads, parent_process
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.plan.question import Question
@@ -43,6 +43,7 @@ class Train:
             print(f"usage: titan-moe-lb train [FLAGS]\n\n{OWN_FLAGS}")
             print("Every flag, those of torchtitan too: titan-moe-lb train --module NAME --help")
             return
+        parent_process.end_with_launcher()  # that of a cell is its study
         # The imports take seconds: Ctrl-C ends them without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         host_threads.wait_without_spinning()

@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
             model_help.show(draft.table.module)
         nodes = environment.positive("NNODES", 1)
         environment.check_nodes(nodes)
+        run = environment.run_name(nodes)
         _check_restarts(draft.table, nodes)
         here = _processes_on_this_node(draft.table, nodes)
         environment.check_shown_ranks(here * nodes)
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         job = draft.resolve()
         if not draft.command.print_config and job.config.comm.mode == "default":
             validate_files(job.config)
-            run_folder.claim(job.config.dump_folder, environment.run_name(nodes))
+            run_folder.claim(job.config.dump_folder, run)
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif here * nodes == 1 and not job.table.max_restarts:
         _run_here(job, world_size=1)
     else:
+        environment.hand_on_run(run)
         processes.run(job.config, arguments, here, nodes, job.table.max_restarts)
 
 

@@ -30,7 +30,7 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb.console import cause, rank_log, saved, summary
 from titan_moe_lb.console.neighbours import Neighbours
 from titan_moe_lb.console.patience import Patience
-from titan_moe_lb.console.signals import ENDING, ended_by
+from titan_moe_lb.console.signals import ENDING, ended_by, heeded
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import environment
 from titan_moe_lb.rules.files import validate_files
@@ -68,7 +68,7 @@ def run(
         try:
             validate_files(config)
         except JobError as error:
-            print(f"titan_moe_lb: error: {error}", file=console, flush=True)
+            rank_log.report(f"error: {error}", console)
             raise SystemExit(2) from None
     attempt.succeeds()
 
@@ -123,6 +123,7 @@ class _Attempt:
                     role="rank",
                     max_restarts=0,
                     shutdown_timeout=5,
+                    signals_to_handle=",".join(one.name for one in (*heeded(), signal.SIGQUIT)),
                     logs_specs=_Logs(errors, met),
                     **_rendezvous(nodes),
                 ),
@@ -140,7 +141,7 @@ class _Attempt:
                 line = f"error: {told.sentence(saved.in_words(config, self.begun), log)}"
                 status = told.status
                 if again and status == 1:
-                    print(f"titan_moe_lb: {line}{again}", file=self.console, flush=True)
+                    rank_log.report(f"{line}{again}", self.console)
                     return False
             except SignalException as error:
                 _be_deaf()
@@ -167,7 +168,7 @@ class _Attempt:
                 found = cause.of_error(error, config, at_start=True)
                 line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
                 status = found.status
-            print(f"titan_moe_lb: {line}", file=self.console, flush=True)
+            rank_log.report(line, self.console)
             if told is not None:
                 neighbours.tell(told)
         raise SystemExit(status)
@@ -256,7 +257,7 @@ class _Meeting:
         os._exit(128 + number)
 
     def _say(self, line: str) -> None:
-        print(f"titan_moe_lb: {line}", file=self._console, flush=True)
+        rank_log.report(line, self._console)
 
 
 def _is_store(host: str, port: int) -> bool:

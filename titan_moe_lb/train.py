@@ -23,14 +23,14 @@ from torchtitan.config.override import derive
 from torchtitan.observability import structured_logger
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import checked_loading
+from titan_moe_lb import checked_loading, parent_process
 from titan_moe_lb.console import cause, rank_log, saved, summary
 from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.console.signals import ended_by
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import dry_run, job_config
+from titan_moe_lb.job import dry_run, environment, job_config, run_folder
 from titan_moe_lb.parallel import single_process
-from titan_moe_lb.upstream import cpu, zero_bubble
+from titan_moe_lb.upstream import cpu, finite_data, zero_bubble
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -65,6 +65,7 @@ def _adapt(config: Trainer.Config) -> None:
     if cpu.needed():
         cpu.adapt(config)
     zero_bubble.adapt(config)
+    finite_data.adapt(config)
     checked_loading.adapt(config)
 
 
@@ -87,15 +88,21 @@ def run(job: job_config.Job, *, alone: bool = False) -> None:
     """Train a resolved job in this process, or build it if that is all that is asked.
 
     Args:
-        alone: nobody else watches over this process: it says itself what a signal ended.
+        alone: there is no launcher. This process holds the run's folder already, and prints
+            itself what a signal ended.
     """
     config = job.config
     cpu.prepare()
     _adapt(config)
-    if config.comm.mode == "default":
-        _Rank(config, alone=alone).train()
-    else:
+    if config.comm.mode != "default":
         _build(config)
+        return
+    if not alone:
+        try:
+            run_folder.claim(config.dump_folder, environment.joined_run())
+        except JobError as error:
+            exit_with(error)
+    _Rank(config, alone=alone).train()
 
 
 class _Rank:
@@ -177,7 +184,7 @@ class _Rank:
         return saved.in_words(self._config, self._begun)
 
     def _last_word(self, line: str) -> None:
-        print(f"titan_moe_lb: {line}", file=self._errors, flush=True)
+        rank_log.report(line, self._errors)
 
 
 def _build(config: Trainer.Config) -> None:
@@ -226,6 +233,7 @@ def _leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    parent_process.end_with_launcher(or_agent=True)
     main()
     if cpu.needed():
         cpu.leave()

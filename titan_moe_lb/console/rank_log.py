@@ -8,6 +8,7 @@ past Python's logging.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -53,6 +54,14 @@ def divert_errors(path: Path) -> TextIO:
     os.dup2(file, 2)
     os.close(file)
     return console
+
+
+def report(line: str, console: TextIO) -> None:
+    """Print a line of ours: to the console, or to the log where the terminal is gone."""
+    for stream in (console, sys.stderr):
+        with contextlib.suppress(OSError):
+            print(f"titan_moe_lb: {line}", file=stream, flush=True)
+            return
 
 
 def begin(

@@ -10,19 +10,24 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def heeded() -> list[signal.Signals]:
+    """Those that are not ignored: ``nohup`` lets a run ignore SIGHUP."""
+    return [one for one in ENDING if signal.getsignal(one) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def ended_by(end: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call ``end`` in a thread of its own when Ctrl-C or SIGTERM arrives.
+    """Call ``end`` in a thread of its own when one of :func:`heeded` arrives.
 
     Python's own handlers run in the main thread, and only when that comes back from C++:
     after a compilation, a collective that waits for a rank, or nodes that wait for a node.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {one: signal.signal(one, _heard) for one in ENDING}
+    before = {one: signal.signal(one, _heard) for one in heeded()}
     earlier = signal.set_wakeup_fd(writer.fileno())
     thread = threading.Thread(target=_listen, args=(reader, end), daemon=True)
     thread.start()

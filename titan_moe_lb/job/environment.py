@@ -13,9 +13,11 @@ import psutil
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torchtitan.config import CommConfig
 
+from titan_moe_lb import parent_process
 from titan_moe_lb.errors import JobError, nearest
 
 DEFAULT_PORT = 29500
+_RUN = "TITAN_MOE_LB_RUN"
 
 
 def positive(variable: str, default: int) -> int:
@@ -91,6 +93,18 @@ def run_name(nodes: int) -> str:
     if nodes > 1:
         return f"NNODES={nodes} RDZV_ENDPOINT={os.environ['RDZV_ENDPOINT']}"
     return f"process {os.getpid()} of {socket.gethostname()}, {uuid.uuid4()}"
+
+
+def hand_on_run(run: str) -> None:
+    """Let the ranks that this process starts know their run, and end with this process."""
+    os.environ.update({_RUN: run, **parent_process.launcher_environment()})
+
+
+def joined_run() -> str:
+    """The run of this rank: as its launcher named it, else that of torchrun's agent."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    agent = " ".join(os.environ.get(name, "") for name in names)
+    return os.environ.pop(_RUN, None) or f"torchrun {agent}"
 
 
 def check_shown_ranks(processes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import tempfile
 
@@ -16,8 +17,10 @@ _LOCK = ".run.lock"
 def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run") -> None:
     """Make ``dump_folder`` and keep it for a run until this process ends.
 
+    The launcher and every rank of a run do so: it is taken as long as one of them lives.
+
     Args:
-        run: what the processes have in common that may share the folder: the nodes of one run.
+        run: what the processes have in common that may share the folder: those of one run.
         name: of the user's own key, which is a flag too.
         kind: of what is at work there.
 
@@ -47,6 +50,8 @@ def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run"
         raise JobError(
             f"{name} {folder} is that of a {kind} at work: give this {kind} another with --{name}"
         )
+    # A forked worker of a data loader may live on for seconds.
+    os.register_at_fork(after_in_child=functools.partial(os.close, lock))
 
 
 def _hold(lock: int, run: bytes) -> bytes:

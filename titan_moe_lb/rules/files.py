@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 
 import psutil
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
@@ -15,6 +17,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.parallel import layout
 from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 from titan_moe_lb.rules.meta_model import meta_state
@@ -34,6 +37,8 @@ def validate_files(config: Trainer.Config) -> None:
     checkpoint_is_whole(config)
     checkpoint_has_steps_to_go(config)
     checkpoint_is_of_this_model(config)
+    checkpoint_has_training_state(config)
+    checkpoint_is_of_as_many_data_ranks(config)
     checkpoint_has_router_state(config)
     check_initial_weights(config)
 
@@ -184,6 +189,57 @@ def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
                 f"{start.path} {has}, which has shape {tuple(value.shape)} in {spec.name} "
                 f"{spec.flavor}: it is of another model or flavor"
             )
+
+
+def checkpoint_has_training_state(config: Trainer.Config) -> None:
+    """A last step may hold the weights alone, and torchtitan goes on from whole states alone."""
+    start = checkpoints.start_of(config)
+    if start is None or checkpoints.is_model_only(config, start):
+        return
+    if not _holds_training_state(start.path):
+        folder = checkpoints.own_folder(config)
+        whole = [
+            step
+            for step, path in checkpoints.steps_in(folder).items()
+            if step and checkpoints.damage(path) is None and _holds_training_state(path)
+        ]
+        go_on = f"set checkpoint.load_step = {whole[-1]} to go on from there, or " if whole else ""
+        raise JobError(
+            f"{start.path} holds the weights alone (checkpoint.last_save_model_only), without the "
+            f"state of optimizer and data: {go_on}name it in checkpoint.initial_load_path of a run "
+            "in another dump_folder"
+        )
+
+
+def _holds_training_state(path: Path) -> bool:
+    saved = checkpoints.read_metadata(path).state_dict_metadata
+    return any(name.startswith("train_state.") for name in saved)
+
+
+def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
+    """torchtitan 0.3.0 cannot divide the place in the data over other ranks
+    (https://github.com/pytorch/torchtitan/issues/811)."""
+    start, loader = checkpoints.start_of(config), config.dataloader._owner
+    if (
+        start is None
+        or checkpoints.is_model_only(config, start)
+        or "dataloader" in config.checkpoint.exclude_from_loading
+        or not issubclass(loader, ParallelAwareDataloader)
+    ):
+        return
+    saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    before = sum(name.startswith("dataloader.dp_rank_") for name in saved)
+    dims = layout.resolve(config.parallelism)
+    now = dims.dp_replicate * dims.dp_shard
+    if before != now:
+        steps = f"the first {start.step} steps" if start.step else "the steps before"
+        raise JobError(
+            f"{start.path} holds the place in the data of {before} data-parallel rank(s), and this "
+            f"job has {now} (parallelism.data_parallel_replicate_degree x "
+            f"data_parallel_shard_degree): go on with {before}, or set "
+            'checkpoint.exclude_from_loading = ["dataloader"], which begins the data again and '
+            f"repeats the samples of {steps}"
+        )
 
 
 def checkpoint_has_router_state(config: Trainer.Config) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import psutil
 
+from titan_moe_lb import parent_process
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.study.cell import CellFolder, Record
 from titan_moe_lb.traces.trace import read_trace
@@ -107,6 +108,7 @@ class Runner:
                 start_new_session=True,
                 env={
                     **os.environ,
+                    **parent_process.launcher_environment(),
                     "NGPU": str(folder.cell.ranks),
                     "OMP_NUM_THREADS": str(self._threads),
                 },

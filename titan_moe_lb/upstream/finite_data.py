@@ -1,0 +1,77 @@
+"""Data that end: a whole validation set (``validator.steps = -1``), or a finite training set.
+
+In torchtitan 0.3.0 each data-parallel rank stops when its own data end. The others have another
+batch and wait for it in a collective (https://github.com/pytorch/torchtitan/issues/1618). Here all
+ranks stop with the first: before each batch they agree that every one of them has it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.validate import Validator
+from torchtitan.config.override import derive
+from torchtitan.tools.utils import device_type
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut
+
+
+def adapt(config: Trainer.Config) -> None:
+    """Adapt the loaders of one job, in place, whose data end."""
+    validator = config.validator
+    if isinstance(validator, Validator.Config) and validator.enable and validator.steps == -1:
+        cut = batch_cut.cut(config)
+        batches = cut.local_batch_size // cut.micro_batch_size
+        validator.dataloader = _together(validator.dataloader, "validator.dataloader", batches)
+    if not getattr(config.dataloader, "infinite", True):
+        config.dataloader = _together(config.dataloader, "dataloader", 1)
+
+
+def _together(config: BaseDataLoader.Config, name: str, batches: int) -> BaseDataLoader.Config:
+    return derive(config, _stopping_together(config._owner).Config, name=name, least=batches)
+
+
+@functools.cache
+def _stopping_together(loader: type[Any]) -> type[Any]:
+    class StoppingTogether(loader):
+        @dataclass(kw_only=True, slots=True)
+        class Config(loader.Config):  # type: ignore[name-defined]
+            name: str
+            """The user's key of this loader."""
+            least: int
+            """Batches that a step takes."""
+
+        def __init__(self, config: Config, *, local_batch_size: int, **kwargs: Any) -> None:
+            self._name, self._least, self._rows = config.name, config.least, local_batch_size
+            super().__init__(config, local_batch_size=local_batch_size, **kwargs)
+
+        def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+            batches, given = super().__iter__(), 0
+            while _all_have(batch := next(batches, None)):
+                yield batch
+                given += 1
+            if given < self._least:
+                raise JobError(
+                    f"{self._name} has no {self._least * self._rows} rows for each data-parallel "
+                    "rank: take a larger dataset, or a smaller training.local_batch_size or "
+                    "training.seq_len"
+                )
+
+    StoppingTogether.__qualname__ = loader.__qualname__
+    return StoppingTogether
+
+
+def _all_have(batch: object | None) -> bool:
+    """Collective, over all ranks."""
+    has = torch.tensor(int(batch is not None), device=device_type)
+    if dist.is_initialized():
+        dist.all_reduce(has, dist.ReduceOp.MIN)
+    return bool(has)
