@@ -123,3 +123,109 @@ def test_functional_imports_torch_alone():
         )
     }
     assert imported == {"__future__", "torch"}
+
+
+RELATIVE_FLOAT32 = 2e-6
+
+
+def small_scores(shift: float, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``(rows, 16, 8)`` and the top 2 of their scores."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 16, 8, generator=generator)[:rows] + shift
+    return logits, logits.topk(2).indices
+
+
+@pytest.mark.parametrize("formula", ["sequence_wise", "batch_wise", "from_counts"])
+@pytest.mark.parametrize("shift", [0, -30, -47, -70, -84])
+def test_small_scores_have_the_value_and_gradient_of_float64(shift, formula):
+    logits, ids = small_scores(shift)
+    exact = logits.double().requires_grad_()
+    scores, whole_ids = exact.sigmoid(), ids.flatten(0, 1)
+    if formula == "sequence_wise":
+        right = (textbook(scores[0], ids[0]) + textbook(scores[1], ids[1])) / 2
+    else:
+        right = textbook(scores.flatten(0, 1), whole_ids)
+    right.backward()
+
+    logits.requires_grad_()
+    if formula == "sequence_wise":
+        loss = functional.sequence_wise_load_balance(logits.sigmoid(), ids)
+    elif formula == "batch_wise":
+        loss = functional.batch_wise_load_balance(logits.sigmoid(), ids)
+    else:
+        counts = torch.bincount(whole_ids.flatten(), minlength=8)
+        loss = functional.load_balance_from_counts(logits.sigmoid(), counts, counts.sum())
+    loss.backward()
+    assert loss.item() == pytest.approx(right.item(), rel=1e-6)
+    error = (logits.grad - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < RELATIVE_FLOAT32
+
+
+@pytest.mark.parametrize("exponent", [0, -40, -100, -126])
+def test_gradients_in_the_smallest_scores_are_those_of_float64(exponent):
+    """At -126 half of the scores are below the smallest normal float32."""
+    scores = torch.rand(2, 16, 8, generator=torch.Generator().manual_seed(0)) * 2.0**exponent
+    ids = scores.topk(2).indices
+    exact = scores.double().requires_grad_()
+    right = (textbook(exact[0], ids[0]) + textbook(exact[1], ids[1])) / 2
+    right.backward()
+    scores.requires_grad_()
+    loss = functional.sequence_wise_load_balance(scores, ids)
+    loss.backward()
+    assert loss.item() == pytest.approx(right.item(), rel=1e-6)
+    error = (scores.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < RELATIVE_FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 16, 8), (1, 1, 256)])
+@pytest.mark.parametrize("shift", [-10, -20, -89, -95, -100, -103, -200])
+def test_scores_that_a_dtype_hardly_holds_give_finite_numbers(shift, shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(shape, generator=generator) + shift).to(dtype).requires_grad_()
+    scores = logits.sigmoid()
+    scores.retain_grad()
+    loss = functional.sequence_wise_load_balance(scores, scores.topk(1).indices)
+    loss.backward()
+    assert 0 <= loss.item() <= shape[-1]
+    assert scores.grad.isfinite().all() and logits.grad.isfinite().all()
+    assert logits.grad.abs().max() <= shape[-1]
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (0, 0, 8)])
+def test_no_tokens_contribute_zero(shape):
+    scores = torch.zeros(shape, requires_grad=True)
+    ids = torch.zeros(*shape[:2], 2, dtype=torch.long)
+    losses = [
+        functional.sequence_wise_load_balance(scores, ids),
+        functional.batch_wise_load_balance(scores, ids),
+        functional.load_balance_from_counts(scores, torch.zeros(8), 0),
+        functional.load_balance_from_counts(scores, torch.zeros(8), torch.zeros(())),
+        functional.router_z_loss(scores),
+    ]
+    sum(losses).backward()
+    assert [loss.item() for loss in losses] == [0.0] * 5
+    assert scores.grad.shape == shape
+
+
+def test_a_token_without_scores_leaves_the_others_alone():
+    """All of its scores are 0: its share of every expert is 0, and so is its gradient."""
+    logits, ids = small_scores(0.0)
+    logits[0, 3] = -200
+    exact = logits.double().requires_grad_()
+    p = exact.sigmoid() / exact.sigmoid().sum(-1, keepdim=True).clamp_min(1e-40)
+    counts = torch.zeros(2, 8).double().scatter_add_(1, ids.flatten(1), torch.ones(2, 32).double())
+    (counts / 4 * p.mean(1)).sum(-1).mean().backward()
+    logits.requires_grad_()
+    functional.sequence_wise_load_balance(logits.sigmoid(), ids).backward()
+    torch.testing.assert_close(logits.grad, exact.grad.float(), rtol=1e-5, atol=1e-9)
+
+
+def test_differentiable_by_transforms_and_twice():
+    logits, ids = small_scores(0.0)
+    scores = logits.double().sigmoid()
+    gradient = torch.func.grad(functional.sequence_wise_load_balance)(scores, ids)
+    expected = torch.autograd.functional.jacobian(
+        lambda s: (textbook(s[0], ids[0]) + textbook(s[1], ids[1])) / 2, scores
+    )
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)

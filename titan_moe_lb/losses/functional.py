@@ -10,12 +10,18 @@ score function, p(t,i) = s(t,i) / sum_j s(t,j) its share of the token, and
     P_i = 1 / T * sum_t p(t,i)
     L   = sum_i f_i P_i                        (1.0 at perfect balance)
 
-All functions take scores of any floating dtype and compute in float32 or wider.
+All functions take scores of any floating dtype and compute in float32 or wider. Probabilities
+and gradients are exact as long as S(t) = sum_j s(t,j) is at least 2 / max of that dtype, which is
+6e-39 in float32. Below it p shrinks to 0 with S, and gradients stay finite. A mean over no tokens
+is 0.
 """
 
 from __future__ import annotations
 
 import torch
+
+UNDERFLOW = 2.0**60
+"""Factor that keeps products of the smallest scores with the weight of a loss above 0."""
 
 
 def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -52,12 +58,14 @@ def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tens
     Returns:
         ``(..., E)``, mean 1 over the experts.
     """
-    return counts * (counts.shape[-1] / (top_k * num_tokens))
+    return counts * (counts.shape[-1] / max(top_k * num_tokens, 1))
 
 
 def inverse_sums(scores_BLE: torch.Tensor) -> torch.Tensor:
-    """1 / sum_j s(t,j) of each token ``(B, L)``, float32 or wider."""
-    return at_least_float32(scores_BLE).sum(dim=-1).reciprocal()
+    """1 / sum_j s(t,j) of each token ``(B, L)``, float32 or wider, at most half of the dtype's
+    largest number."""
+    sums_BL = at_least_float32(scores_BLE).sum(dim=-1)
+    return sums_BL.reciprocal().clamp(max=torch.finfo(sums_BL.dtype).max / 2)
 
 
 def probability_sums(
@@ -116,9 +124,9 @@ def sequence_wise_load_balance(
     """
     length, num_experts = scores_BLE.shape[1:]
     counts_BE = count_tokens_per_expert(topk_expert_ids_BLK, num_experts)
-    sums_BE = probability_sums(scores_BLE)
+    sums_BE = _ProbabilitySums.apply(scores_BLE)
     load_BE = expert_load(counts_BE.to(sums_BE.dtype), topk_expert_ids_BLK.shape[-1], length)
-    return (load_BE * sums_BE).sum(dim=-1).mean() / length
+    return (load_BE * sums_BE).sum() / _at_least_one(scores_BLE.shape[0] * length)
 
 
 def batch_wise_load_balance(
@@ -152,10 +160,10 @@ def load_balance_from_counts(
     Returns:
         Scalar, differentiable in the scores.
     """
-    num_experts = scores_BLE.shape[-1]
-    sums_E = probability_sums(scores_BLE).sum(dim=0)
-    load_E = counts_E.to(sums_E.dtype) * (num_experts / num_routed_tokens)
-    return (load_E * sums_E).sum() / scores_BLE[..., 0].numel()
+    num_sequences, length, num_experts = scores_BLE.shape
+    sums_E = _ProbabilitySums.apply(scores_BLE).sum(dim=0)
+    load_E = counts_E.to(sums_E.dtype) * (num_experts / _at_least_one(num_routed_tokens))
+    return (load_E * sums_E).sum() / _at_least_one(num_sequences * length)
 
 
 def router_z_loss(logits_BLE: torch.Tensor) -> torch.Tensor:
@@ -169,7 +177,8 @@ def router_z_loss(logits_BLE: torch.Tensor) -> torch.Tensor:
     Returns:
         Scalar, differentiable in the logits.
     """
-    return torch.logsumexp(at_least_float32(logits_BLE), dim=-1).square().mean()
+    logsumexp_BL = torch.logsumexp(at_least_float32(logits_BLE), dim=-1)
+    return logsumexp_BL.square().sum() / _at_least_one(logsumexp_BL.numel())
 
 
 def load_balance_score_grad(
@@ -211,8 +220,8 @@ def load_balance_score_grad(
             return coefficients_BLE.to(scores_BLE.dtype)
         inverse_BL = inverse_sums(scores_BLE) if inverse_sums_BL is None else inverse_sums_BL
         inverse_BL1 = inverse_BL.unsqueeze(-1)
-        dot_BL1 = (wide_BLE * coefficients_BLE).sum(dim=-1, keepdim=True)
-        return ((coefficients_BLE - dot_BL1 * inverse_BL1) * inverse_BL1).to(scores_BLE.dtype)
+        mean_BL1 = (wide_BLE * inverse_BL1 * coefficients_BLE).sum(dim=-1, keepdim=True)
+        return ((coefficients_BLE - mean_BL1) * inverse_BL1).to(scores_BLE.dtype)
     coefficients_B1E = coefficients_BE.to(wide_BLE.dtype).unsqueeze(1)
     if sums_to_one:
         return coefficients_B1E.to(scores_BLE.dtype).expand_as(scores_BLE)
@@ -220,9 +229,36 @@ def load_balance_score_grad(
         inverse_sums_BL = inverse_sums(scores_BLE)
     inverse_BL1 = inverse_sums_BL.unsqueeze(-1)
     coefficients_BE1 = coefficients_B1E.transpose(1, 2).expand(scores_BLE.shape[0], -1, -1)
-    dot_BL1 = wide_BLE @ coefficients_BE1
-    grad_BLE = torch.addcmul(coefficients_B1E, dot_BL1, inverse_BL1, value=-1)
+    dot_BL1 = wide_BLE @ (coefficients_BE1 * UNDERFLOW)
+    grad_BLE = torch.addcmul(coefficients_B1E, dot_BL1, inverse_BL1, value=-1 / UNDERFLOW)
     return grad_BLE.mul_(inverse_BL1).to(scores_BLE.dtype)
+
+
+class _ProbabilitySums(torch.autograd.Function):
+    """:func:`probability_sums` of scores that do not sum to one, differentiable in them.
+
+    The backward is the closed form. Autograd on 1 / S overflows at S = 5e-20 already.
+    """
+
+    @staticmethod
+    def forward(scores_BLE: torch.Tensor) -> torch.Tensor:
+        return probability_sums(scores_BLE)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, coefficients_BE: torch.Tensor) -> torch.Tensor:
+        (scores_BLE,) = ctx.saved_tensors
+        wide_BLE = at_least_float32(scores_BLE)
+        grad_BLE = load_balance_score_grad(wide_BLE, coefficients_BE, sums_to_one=False)
+        largest = torch.finfo(scores_BLE.dtype).max
+        return grad_BLE.clamp(-largest, largest).to(scores_BLE.dtype)
+
+
+def _at_least_one(number: int | torch.Tensor) -> int | torch.Tensor:
+    return number.clamp_min(1) if isinstance(number, torch.Tensor) else max(number, 1)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

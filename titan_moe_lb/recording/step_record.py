@@ -23,7 +23,7 @@ class RouterRecord(nn.Module):
 
     Attributes:
         counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
-        micro_batch: forwards of the running step so far, int64 ``(1,)``.
+        micro_batch: forwards of the running step so far, int64 ``(1,)``; 0 where M is 1.
         weights_A: what the gradient of each loss is multiplied by, float32.
         steps: finished steps, those of the checkpoint included, int64 ``(1,)``.
         one: 1, int64 ``()``: what a token adds to a count.
@@ -66,13 +66,15 @@ class RouterRecord(nn.Module):
             expert_ids_BLK: selected experts.
         """
         num_micro_batches, num_sources, _E = self.counts_MSE.shape
-        slot = self.micro_batch.clamp(max=num_micro_batches - 1)
+        slot = self.micro_batch
+        if num_micro_batches > 1:
+            slot = slot.clamp(max=num_micro_batches - 1)
+            self.micro_batch.add_(1)
         counts_QSE = counts_SQE[:num_sources].transpose(0, 1)
         self.counts_MSE.index_add_(0, slot.expand(counts_QSE.shape[0]), counts_QSE)
         if self.expert_ids_MBLK is not None:
             ids_1BLK = expert_ids_BLK.to(self.expert_ids_MBLK.dtype).unsqueeze(0)
             self.expert_ids_MBLK.index_copy_(0, slot, ids_1BLK)
-        self.micro_batch.add_(1)
 
     def add_dot(self, loss: int, coefficients_BE: torch.Tensor, sums_BE: torch.Tensor) -> None:
         """Add to the value of a loss the sum of the products of two tables, in one operator.
@@ -115,7 +117,7 @@ class StepRecord:
         step_counts_NMSE, step_losses_NA: the same of the last finished step, the losses divided
             by the rows of its global batch.
         step_micro_batches: forwards in the last finished step, int64 ``(1,)``; None where every
-            step has as many.
+            step has as many, or M is 1.
         sums: of the last finished step over all ranks, once someone has asked :meth:`reduce`.
         weights_A: see :class:`RouterRecord`.
         rows, forwards: of the running step on this rank, as the host counts them when a forward
@@ -160,7 +162,8 @@ class StepRecord:
         self.losses_NA = zeros(-(-num_losses // 4) * 4, dtype=torch.float32)[:, :num_losses]
         self.step_losses_NA = torch.zeros_like(self.losses_NA)
         self._micro_batches_N1 = zeros(2)[:, :1]
-        self.step_micro_batches = torch.zeros_like(self._micro_batches_N1[0]) if varying else None
+        counted = varying and num_micro_batches > 1
+        self.step_micro_batches = torch.zeros_like(self._micro_batches_N1[0]) if counted else None
         self._steps = torch.full((1,), finished_steps, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
