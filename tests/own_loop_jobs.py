@@ -24,6 +24,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from examples.chat_data import loader_config
 from model_registry.deepseek_v3 import model_registry
+from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.losses import (
     EntropyLoss,
     GlobalBatchAuxLoss,
@@ -37,6 +38,7 @@ from titan_moe_lb.router import moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.train import trainer_config
 from titan_moe_lb.upstream import cpu
+from titan_moe_lb.value_schedule import Change
 
 SEQ_LEN = 64
 FLOAT32 = "tests.parity.float32_experts.float32_experts"
@@ -220,3 +222,30 @@ def train_on_rows_of_another_number(arguments: list[str]) -> None:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = {"input": tokens, "positions": positions}
     trainer.train_step(itertools.repeat((batch, tokens)))
+
+
+def steps_of_unequal_ranks() -> tuple[list[float], list[float]]:
+    """Four steps, in each of which rank 0 has two rows of 8 tokens and rank 1 six.
+
+    Returns:
+        The weight of the z-loss in each step, 0.5 and after 128 tokens 0.125; the bias.
+    """
+    dist.init_process_group()
+    change = Change(tokens=128, value=0.125)
+    config = model_registry(
+        "tiny",
+        aux_losses=[RouterZLoss.Config(weight=0.5, changes=[change])],
+        expert_bias=SignBias.Config(speed=0.1, changes=[change]),
+    )
+    layer = config.model.layers[-1].moe.build()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        layer.init_states(buffer_device=torch.device("cpu"))
+    balance = attach(layer)
+    weights = []
+    for _ in range(4):
+        balance.begin_step(8)
+        layer(torch.randn(2 + 4 * dist.get_rank(), 8, 64)).sum().backward()
+        weights.append(8 * float(layer.router.record.weights_A))
+        balance.close_step()
+    return weights, layer.expert_bias_E.tolist()

@@ -20,7 +20,6 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing import RoundRobin
 from titan_moe_lb.losses import BatchWiseAuxLoss, RouterZLoss
 from titan_moe_lb.own_loop.attach import attach
-from titan_moe_lb.value_schedule import Change
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +180,6 @@ def test_models_that_cannot_be_attached():
     upstream = nn.Sequential(torchtitans_registry("debugmodel").model.layers[-1].moe.build())
     with pytest.raises(JobError, match="routers of the model are torchtitan's own"):
         attach(upstream)
-    change = Change(tokens=1e9, value=0.0)
-    with pytest.raises(JobError, match="give its changes in steps"):
-        attach(Layer(z_loss(changes=[change])))
     with pytest.raises(JobError, match="needs torchtitan's Trainer"):
         Layer(forced_routing=RoundRobin.Config())
 

@@ -32,6 +32,7 @@ def attach(
     max_micro_batches: int = 64,
     context_parallel_load_balancer: str | None = None,
     finished_steps: int = 0,
+    seen_tokens: int = 0,
 ) -> Balance:
     """Give the balance of a model to a training loop. Once, before its first forward.
 
@@ -56,6 +57,8 @@ def attach(
         max_micro_batches: the most forwards of a step; the record has a row for each.
         context_parallel_load_balancer: how context parallelism deals the tokens of a row.
         finished_steps: of the checkpoint that the loop goes on from.
+        seen_tokens: the same: :attr:`Balance.seen_tokens` when it was saved. Where a loss or the
+            rule of the bias changes after a number of tokens, nobody asks otherwise.
 
     Raises:
         JobError: the model has no balanced routers, or they have a loop already; an argument that
@@ -78,6 +81,7 @@ def attach(
         context_parallel_load_balancer=context_parallel_load_balancer,
         gradient_divisor=dims.dp_replicate * dims.dp_shard * dims.cp if gradients == "mean" else 1,
         finished_steps=finished_steps,
+        seen_tokens=seen_tokens,
     )
     for router in routers:
         router.config.loop = loop
@@ -112,6 +116,21 @@ class Balance:
     def finished_steps(self) -> int:
         """Optimizer steps so far, those of the checkpoint included."""
         return self._first_step + self._closed_steps
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens of all closed steps over all ranks, padding and those of the checkpoint included.
+        Between two steps, and where something changes after a number of tokens.
+
+        Raises:
+            JobError: nobody counts them.
+        """
+        if self._hook is None or not self._hook.tokens.counted:
+            raise JobError(
+                "nothing on this rank changes after a number of tokens, so that nobody counts them"
+            )
+        self._hook.tokens.read()
+        return self._hook.tokens.total
 
     def begin_step(self, rows: int, *, loss_scale: float = 1.0) -> None:
         """Say what the step that begins has, before its first forward. What was counted since the
@@ -205,11 +224,3 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
             "it is a torchtitan.models.common.moe.MoE; for a router of another kind, "
             "titan_moe_lb.losses.functional has the losses of plain tensors"
         )
-    for router in routers[:1]:
-        values = [*router.config.aux_losses, router.config.expert_bias]
-        for value in values:
-            if value is not None and any(change.tokens is not None for change in value.changes):
-                raise JobError(
-                    f"{value._owner.type_name} changes after a number of tokens, which nobody "
-                    "counts in a loop of one's own: give its changes in steps"
-                )
