@@ -26,6 +26,7 @@ from examples.chat_data import loader_config
 from model_registry.deepseek_v3 import model_registry
 from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.losses import (
+    AuxLoss,
     EntropyLoss,
     GlobalBatchAuxLoss,
     ImportanceLoss,
@@ -45,6 +46,20 @@ FLOAT32 = "tests.parity.float32_experts.float32_experts"
 LOSSES = (SequenceWiseAuxLoss, GlobalBatchAuxLoss, ImportanceLoss, EntropyLoss, RouterZLoss)
 LENGTHS = (64, 64, 40, 24)
 """Tokens of the rows of one global batch."""
+
+
+class Layer(nn.Module):
+    """One MoE layer as a model; its input stands for tokens."""
+
+    def __init__(self, loss: AuxLoss.Config | None = None, **options: Any) -> None:
+        super().__init__()
+        config = model_registry("tiny", aux_losses=[loss] if loss else [], **options)
+        self.moe = config.model.layers[-1].moe.build()
+        with torch.no_grad():
+            self.moe.init_states(buffer_device=torch.device("cpu"))
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        return self.moe(x_BLD)
 
 
 def rows() -> list[torch.Tensor]:
@@ -232,20 +247,16 @@ def steps_of_unequal_ranks() -> tuple[list[float], list[float]]:
     """
     dist.init_process_group()
     change = Change(tokens=128, value=0.125)
-    config = model_registry(
-        "tiny",
-        aux_losses=[RouterZLoss.Config(weight=0.5, changes=[change])],
+    torch.manual_seed(0)
+    model = Layer(
+        RouterZLoss.Config(weight=0.5, changes=[change]),
         expert_bias=SignBias.Config(speed=0.1, changes=[change]),
     )
-    layer = config.model.layers[-1].moe.build()
-    with torch.no_grad():
-        torch.manual_seed(0)
-        layer.init_states(buffer_device=torch.device("cpu"))
-    balance = attach(layer)
+    balance = attach(model)
     weights = []
     for _ in range(4):
         balance.begin_step(8)
-        layer(torch.randn(2 + 4 * dist.get_rank(), 8, 64)).sum().backward()
-        weights.append(8 * float(layer.router.record.weights_A))
+        model(torch.randn(2 + 4 * dist.get_rank(), 8, 64)).sum().backward()
+        weights.append(8 * float(model.moe.router.record.weights_A))
         balance.close_step()
-    return weights, layer.expert_bias_E.tolist()
+    return weights, model.moe.expert_bias_E.tolist()
