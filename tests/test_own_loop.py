@@ -9,7 +9,6 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.models.deepseek_v3 import model_registry as torchtitans_registry
 
 from examples.chat_data import write_chats
-from model_registry.deepseek_v3 import model_registry
 from tests.own_loop_jobs import (
     Layer,
     as_the_trainer,

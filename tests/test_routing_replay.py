@@ -214,7 +214,11 @@ def test_what_cannot_be_added_is_one_line(arguments, named):
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64, torch.tensor])
 def test_integers_of_any_kind_can_be_added(kind):
     model, _optimizer, replay = replaying()
-    replay.add(np.int64(8), model.moe.router.layer, torch.tensor(RIGHT) if kind is torch.tensor else np.array(RIGHT, dtype=kind))
+    replay.add(
+        np.int64(8),
+        model.moe.router.layer,
+        torch.tensor(RIGHT) if kind is torch.tensor else np.array(RIGHT, dtype=kind),
+    )
     ids = selected(model)
     with replay.replay():
         model(torch.randn(1, 3, 64), sample_ids=torch.full((1, 3), 8))

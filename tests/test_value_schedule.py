@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.host_reads import RefuseHostReads
-from tests.own_loop_jobs import steps_of_unequal_ranks
+from tests.own_loop_jobs import Layer, steps_of_unequal_ranks
 from tests.telemetry_jobs import forward_and_backward, moe_layers
-from tests.test_own_loop import Layer
 from tests.train_jobs import train, train_config
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.job import job_config
-from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.losses import RouterZLoss
+from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.router import routers_of
+from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.step_hook import StepHook, wire
 from titan_moe_lb.value_schedule import Change, value_at
 
@@ -97,7 +96,8 @@ def weights_and_compilations(
 
         def train_step(*args, **kwargs):
             (weight, *_) = routers_of(trainer.model_parts)[0].record.weights_A.tolist()
-            rows = config.training.local_batch_size * dist.get_world_size()
+            dims = trainer.parallel_dims
+            rows = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
             weights.append(weight * rows)  # a mean over the rows
             step(*args, **kwargs)
             compilations.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -131,13 +131,20 @@ def test_a_resumed_run_takes_up_the_schedule(ranks, tmp_path):
     assert numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks):
-    """4 steps of 2 x 64 tokens on each rank, then 8 x 64. Step 5 begins with 512 tokens a rank,
-    step 6 with 1,024: where the change is. torchtitan's checkpoint counts those of one rank."""
-    loss = '{type = "z_loss", weight = 0.5, changes = [{tokens = %d, value = 0.125}]}'
-    flags = [*TINY, f"--model.aux_losses=[{loss % (1024 * num_ranks)}]", "--checkpoint.enable"]
-    flags += ["--checkpoint.interval=4", "--checkpoint.no-last-save-model-only"]
+AFTER_TOKENS = (
+    '--model.aux_losses=[{type = "z_loss", weight = 0.5, changes = [{tokens = %d, value = 0.125}]}]'
+)
+SAVED = ["--checkpoint.enable", "--checkpoint.interval=4", "--checkpoint.no-last-save-model-only"]
+CP2 = ["--parallelism.context_parallel_degree=2", "--training.seq_len=256"]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "tokens", "flags"), [(1, 1024, []), (2, 2048, []), (2, 4096, CP2)]
+)
+def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks, tokens, flags):
+    """4 steps of 2 rows on each data rank, then 8 rows. Step 5 begins with 8 rows seen, step 6
+    with 16, where the change is. torchtitan's checkpoint counts the tokens of one rank."""
+    flags = [*TINY, *SAVED, *flags, AFTER_TOKENS % tokens]
     flags += ["--lr_scheduler.total_steps=7", f"--dump_folder={tmp_path}"]
     first = ranks.run(num_ranks, weights_and_compilations, [*flags, "--training.steps=4"])
     more = [*flags, "--training.steps=7", "--training.local_batch_size=8"]
@@ -145,6 +152,18 @@ def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks):
     for rank in range(num_ranks):
         assert first[rank][0] == [0.5] * 4
         assert second[rank][0] == [0.5, 0.125, 0.125]
+
+
+def test_tokens_of_other_ranks_are_refused(ranks, tmp_path, monkeypatch):
+    """The data begins again, and of how many ranks the tokens are is not in the checkpoint."""
+    flags = [*TINY, *SAVED, f"--dump_folder={tmp_path}"]
+    after_tokens = AFTER_TOKENS % 1024
+    ranks.run(2, weights_and_compilations, [*flags, after_tokens, "--training.steps=4"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags += ["--training.steps=5", '--checkpoint.exclude_from_loading=["dataloader"]']
+    with pytest.raises(JobError, match="2 data-parallel rank.*tokens"):
+        validate_files(job_config.load([*flags, after_tokens]).config)
+    validate_files(job_config.load([*flags, LOSSES]).config)
 
 
 def weighted(optimizer=None, **options):
@@ -210,7 +229,7 @@ def test_tokens_are_those_of_all_ranks(ranks):
 
 def test_tokens_are_read_between_two_steps():
     model, balance = weighted()
-    for step in range(4):
+    for _ in range(4):
         balance.begin_step(2)
         with RefuseHostReads():
             model(torch.randn(2, 8, 64)).sum().backward()

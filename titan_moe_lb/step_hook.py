@@ -21,6 +21,7 @@ from titan_moe_lb.recording.seen_tokens import SeenTokens
 from titan_moe_lb.recording.step_record import StepRecord
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.valid_tokens.model_input import hand_on_tokens
+from titan_moe_lb.value_schedule import changes_after_tokens
 
 
 def register_load_balancing(
@@ -139,7 +140,8 @@ class StepHook:
         self.tokens = SeenTokens(
             self._loop.seen_tokens,
             per_step,
-            counted=per_step is None and any(map(_changes_after_tokens, self._routers)),
+            counted=per_step is None
+            and any(changes_after_tokens(router.config) for router in self._routers),
         )
         self._global_rows: int | None = None
         self._closed_rows = self._announced_rows = 0
@@ -335,17 +337,6 @@ class StepHook:
                 assert self._record.sums is not None
                 counts_NE = self._record.sums.counts_NSE[:, losses.source_index(loss)]
             loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
-
-
-def _changes_after_tokens(router: LoadBalancedRouter) -> bool:
-    """Whether a loss or the rule of a router changes after a number of tokens."""
-    components = (*router.config.aux_losses, router.config.expert_bias)
-    return any(
-        change.tokens is not None
-        for component in components
-        if component is not None
-        for change in component.changes
-    )
 
 
 def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:
