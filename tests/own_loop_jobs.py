@@ -24,7 +24,9 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from examples.chat_data import loader_config
 from model_registry.deepseek_v3 import model_registry
+from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.losses import (
+    AuxLoss,
     EntropyLoss,
     GlobalBatchAuxLoss,
     ImportanceLoss,
@@ -37,12 +39,27 @@ from titan_moe_lb.router import moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.train import trainer_config
 from titan_moe_lb.upstream import cpu
+from titan_moe_lb.value_schedule import Change
 
 SEQ_LEN = 64
 FLOAT32 = "tests.parity.float32_experts.float32_experts"
 LOSSES = (SequenceWiseAuxLoss, GlobalBatchAuxLoss, ImportanceLoss, EntropyLoss, RouterZLoss)
 LENGTHS = (64, 64, 40, 24)
 """Tokens of the rows of one global batch."""
+
+
+class Layer(nn.Module):
+    """One MoE layer as a model; its input stands for tokens."""
+
+    def __init__(self, loss: AuxLoss.Config | None = None, **options: Any) -> None:
+        super().__init__()
+        config = model_registry("tiny", aux_losses=[loss] if loss else [], **options)
+        self.moe = config.model.layers[-1].moe.build()
+        with torch.no_grad():
+            self.moe.init_states(buffer_device=torch.device("cpu"))
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        return self.moe(x_BLD)
 
 
 def rows() -> list[torch.Tensor]:
@@ -220,3 +237,26 @@ def train_on_rows_of_another_number(arguments: list[str]) -> None:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = {"input": tokens, "positions": positions}
     trainer.train_step(itertools.repeat((batch, tokens)))
+
+
+def steps_of_unequal_ranks() -> tuple[list[float], list[float]]:
+    """Four steps, in each of which rank 0 has two rows of 8 tokens and rank 1 six.
+
+    Returns:
+        The weight of the z-loss in each step, 0.5 and after 128 tokens 0.125; the bias.
+    """
+    dist.init_process_group()
+    change = Change(tokens=128, value=0.125)
+    torch.manual_seed(0)
+    model = Layer(
+        RouterZLoss.Config(weight=0.5, changes=[change]),
+        expert_bias=SignBias.Config(speed=0.1, changes=[change]),
+    )
+    balance = attach(model)
+    weights = []
+    for _ in range(4):
+        balance.begin_step(8)
+        model(torch.randn(2 + 4 * dist.get_rank(), 8, 64)).sum().backward()
+        weights.append(8 * float(model.moe.router.record.weights_A))
+        balance.close_step()
+    return weights, model.moe.expert_bias_E.tolist()

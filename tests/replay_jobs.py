@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from titan_moe_lb.own_loop.attach import Balance
+from tests.own_loop_jobs import Layer
+from titan_moe_lb.own_loop.attach import Balance, attach
 from titan_moe_lb.own_loop.routing_replay import RoutingReplay
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.router import routers_of
@@ -110,3 +112,64 @@ def rollout_and_training(
     }
     trainer.close()
     return result
+
+
+def samples_that_change_ranks() -> dict[str, Any]:
+    """Three iterations on ranks that each hold the whole model, with other text in each.
+
+    In an iteration, rank r records sample r + iteration (modulo the ranks) whole, in as many
+    recordings as its number, and its part of sample 9, of which every rank has a part. An
+    optimizer step follows.
+
+    Returns:
+        By iteration, after the exchange: the experts that this rank has chosen and those that it
+        knows, by sample and position; steps off policy of all samples.
+    """
+    dist.init_process_group()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = Layer()
+    balance = attach(model)
+    replay = RoutingReplay(balance)
+    chosen: dict[tuple[int, int], list[int]] = {}
+    found: dict[str, Any] = {"chosen": [], "known": [], "off_policy": []}
+    model.moe.router.register_forward_hook(lambda *call: ids.append(call[-1][1]))
+
+    def record(sample: int, first: int) -> None:
+        ids.clear()
+        samples = torch.full((1, LENGTH // ranks), sample)
+        positions = first + torch.arange(samples.shape[1]).unsqueeze(0)
+        x = torch.randn(*samples.shape, 64)
+        with torch.no_grad():
+            model(x, sample_ids=samples, sample_positions=positions)
+        for position, experts in zip(positions[0].tolist(), ids[0][0].tolist(), strict=True):
+            chosen[sample, position] = experts
+
+    ids: list[torch.Tensor] = []
+    torch.manual_seed(rank)
+    for iteration in range(3):
+        chosen.clear()
+        for _ in range(1 + rank):
+            with replay.record():
+                record((rank + iteration) % ranks, 0)
+        replay.exchange()
+        with replay.record():
+            record(9, rank * LENGTH // ranks)
+        replay.exchange()
+        memory = replay._parts[0].memory
+        found["chosen"].append(dict(chosen))
+        found["known"].append(
+            {
+                (sample, position): experts_NK[0].tolist()
+                for sample, ids_NTK in memory.experts.items()
+                for position, experts_NK in enumerate(ids_NTK.swapaxes(0, 1))
+            }
+        )
+        balance.begin_step(ranks)
+        all_samples = torch.tensor([*range(ranks), 9])
+        samples = all_samples.repeat_interleave(LENGTH // ranks).unsqueeze(0)
+        with replay.replay():
+            model(torch.randn(*samples.shape, 64), sample_ids=samples).sum().backward()
+        balance.close_step()
+        found["off_policy"].append(replay.metrics()["moe/replay_off_policy_steps_max"])
+    return found

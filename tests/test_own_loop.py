@@ -9,8 +9,8 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.models.deepseek_v3 import model_registry as torchtitans_registry
 
 from examples.chat_data import write_chats
-from model_registry.deepseek_v3 import model_registry
 from tests.own_loop_jobs import (
+    Layer,
     as_the_trainer,
     padded_batch,
     train_on_rows_of_another_number,
@@ -20,7 +20,6 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing import RoundRobin
 from titan_moe_lb.losses import BatchWiseAuxLoss, RouterZLoss
 from titan_moe_lb.own_loop.attach import attach
-from titan_moe_lb.value_schedule import Change
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +69,6 @@ def test_counts_are_those_of_the_trainer(ranks, tmp_path, padded):
         assert figures.keys() == expected.keys()
         for name, values in figures.items():
             assert values == pytest.approx(expected[name], rel=1e-6, abs=1e-9)
-
-
-class Layer(nn.Module):
-    """One MoE layer as a model; its input stands for tokens."""
-
-    def __init__(self, loss=None, **options):
-        super().__init__()
-        config = model_registry("tiny", aux_losses=[loss] if loss else [], **options)
-        self.moe = config.model.layers[-1].moe.build()
-        with torch.no_grad():
-            self.moe.init_states(buffer_device=torch.device("cpu"))
-
-    def forward(self, x_BLD):
-        return self.moe(x_BLD)
 
 
 def step(model, rows=2):
@@ -181,9 +166,6 @@ def test_models_that_cannot_be_attached():
     upstream = nn.Sequential(torchtitans_registry("debugmodel").model.layers[-1].moe.build())
     with pytest.raises(JobError, match="routers of the model are torchtitan's own"):
         attach(upstream)
-    change = Change(tokens=1e9, value=0.0)
-    with pytest.raises(JobError, match="give its changes in steps"):
-        attach(Layer(z_loss(changes=[change])))
     with pytest.raises(JobError, match="needs torchtitan's Trainer"):
         Layer(forced_routing=RoundRobin.Config())
 

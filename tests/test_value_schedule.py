@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.host_reads import RefuseHostReads
+from tests.own_loop_jobs import Layer, steps_of_unequal_ranks
 from tests.telemetry_jobs import forward_and_backward, moe_layers
 from tests.train_jobs import train, train_config
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import SignBias
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import RouterZLoss
+from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.router import routers_of
+from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.step_hook import StepHook, wire
 from titan_moe_lb.value_schedule import Change, value_at
 
@@ -79,8 +83,10 @@ LOSSES = (
 )
 
 
-def weights_and_compilations(arguments: list[str]) -> tuple[list[float], list[int]]:
-    """By step: the weight that its backward used, and the graphs compiled so far. One rank."""
+def weights_and_compilations(
+    arguments: list[str], first_step: int = 1
+) -> tuple[list[float], list[int]]:
+    """By step: the weight that its backward used, and the graphs compiled so far."""
     config = job_config.load(arguments).config
     config.metrics.write_moe_trace = False
     weights, compilations = [], []
@@ -90,13 +96,15 @@ def weights_and_compilations(arguments: list[str]) -> tuple[list[float], list[in
 
         def train_step(*args, **kwargs):
             (weight, *_) = routers_of(trainer.model_parts)[0].record.weights_A.tolist()
-            weights.append(weight * config.training.local_batch_size)  # a mean over the rows
+            dims = trainer.parallel_dims
+            rows = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+            weights.append(weight * rows)  # a mean over the rows
             step(*args, **kwargs)
             compilations.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
         trainer.train_step = train_step
 
-    train_config(config, prepare=note)
+    train_config(config, first_step=first_step, prepare=note)
     return weights, compilations
 
 
@@ -121,3 +129,115 @@ def test_a_resumed_run_takes_up_the_schedule(ranks, tmp_path):
         for run in (whole, first + second)
     ]
     assert numbers[0] == numbers[1]
+
+
+AFTER_TOKENS = (
+    '--model.aux_losses=[{type = "z_loss", weight = 0.5, changes = [{tokens = %d, value = 0.125}]}]'
+)
+SAVED = ["--checkpoint.enable", "--checkpoint.interval=4", "--checkpoint.no-last-save-model-only"]
+CP2 = ["--parallelism.context_parallel_degree=2", "--training.seq_len=256"]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "tokens", "flags"), [(1, 1024, []), (2, 2048, []), (2, 4096, CP2)]
+)
+def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks, tokens, flags):
+    """4 steps of 2 rows on each data rank, then 8 rows. Step 5 begins with 8 rows seen, step 6
+    with 16, where the change is. torchtitan's checkpoint counts the tokens of one rank."""
+    flags = [*TINY, *SAVED, *flags, AFTER_TOKENS % tokens]
+    flags += ["--lr_scheduler.total_steps=7", f"--dump_folder={tmp_path}"]
+    first = ranks.run(num_ranks, weights_and_compilations, [*flags, "--training.steps=4"])
+    more = [*flags, "--training.steps=7", "--training.local_batch_size=8"]
+    second = ranks.run(num_ranks, weights_and_compilations, more, first_step=5)
+    for rank in range(num_ranks):
+        assert first[rank][0] == [0.5] * 4
+        assert second[rank][0] == [0.5, 0.125, 0.125]
+
+
+def test_tokens_of_other_ranks_are_refused(ranks, tmp_path, monkeypatch):
+    """The data begins again, and of how many ranks the tokens are is not in the checkpoint."""
+    flags = [*TINY, *SAVED, f"--dump_folder={tmp_path}"]
+    after_tokens = AFTER_TOKENS % 1024
+    ranks.run(2, weights_and_compilations, [*flags, after_tokens, "--training.steps=4"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags += ["--training.steps=5", '--checkpoint.exclude_from_loading=["dataloader"]']
+    with pytest.raises(JobError, match="2 data-parallel rank.*tokens"):
+        validate_files(job_config.load([*flags, after_tokens]).config)
+    validate_files(job_config.load([*flags, LOSSES]).config)
+
+
+def weighted(optimizer=None, **options):
+    """A loop with a z-loss of weight 0.5, and of 0.125 after 40 tokens."""
+    changes = [Change(tokens=40, value=0.125)]
+    model = Layer(RouterZLoss.Config(weight=0.5, changes=changes))
+    return model, attach(model, optimizer, **options)
+
+
+def weight_of_step(model, balance, micro_batches, rows=2):
+    """Forwards of 8 tokens a row, and the weight that they had."""
+    for _ in range(micro_batches):
+        model(torch.randn(rows, 8, 64)).sum().backward()
+    (weight,) = model.moe.router.record.weights_A.tolist()
+    balance.close_step()
+    return weight
+
+
+def test_an_own_loop_counts_the_tokens_of_its_steps():
+    """16 and 32 tokens, a skipped step, and 48 of a checkpoint."""
+    model, balance = weighted()
+    weights = []
+    for micro_batches in (1, 2, 1):
+        balance.begin_step(2 * micro_batches)
+        weights.append(2 * micro_batches * weight_of_step(model, balance, micro_batches))
+        if micro_batches == 1:
+            balance.begin_step(2)
+            model(torch.randn(2, 8, 64))
+            balance.skip_step()
+    assert weights == [0.5, 0.5, 0.125]
+    assert balance.seen_tokens == 64
+    for seen, expected in ((39, 0.5), (40, 0.125)):
+        model, balance = weighted(seen_tokens=seen, rows_per_step=2)
+        assert 2 * weight_of_step(model, balance, 1) == expected
+        assert balance.seen_tokens == seen + 16
+
+
+def test_rows_of_every_step_are_announced_once():
+    model, balance = weighted(rows_per_step=2)
+    assert [2 * weight_of_step(model, balance, 1) for _ in range(4)] == [0.5] * 3 + [0.125]
+
+
+def test_a_speed_in_an_own_loop():
+    """With no loss that would ask for the tokens: 16 a step, so that the bias stands after two."""
+    model = Layer(expert_bias=SignBias.Config(speed=0.1, changes=[Change(tokens=32, value=0.0)]))
+    balance = attach(model)
+    biases = []
+    for _ in range(4):
+        model(torch.randn(2, 8, 64)).sum().backward()
+        balance.close_step()
+        biases.append(model.moe.expert_bias_E.clone())
+    assert not torch.equal(biases[0], biases[1])
+    assert torch.equal(biases[1], biases[2]) and torch.equal(biases[2], biases[3])
+
+
+def test_tokens_are_those_of_all_ranks(ranks):
+    """16 of one rank and 48 of the other are 64 a step: the change after 128 is in step 3, and a
+    bias that one rank alone had changed would differ."""
+    (weights, bias), *others = ranks.run(2, steps_of_unequal_ranks)
+    assert weights == [0.5, 0.5, 0.125, 0.125]
+    assert others == [(weights, bias)]
+
+
+def test_tokens_are_read_between_two_steps():
+    model, balance = weighted()
+    for _ in range(4):
+        balance.begin_step(2)
+        with RefuseHostReads():
+            model(torch.randn(2, 8, 64)).sum().backward()
+            balance.close_step()
+    assert balance.seen_tokens == 64
+
+
+def test_tokens_that_nobody_counts_are_no_number():
+    balance = attach(Layer(RouterZLoss.Config(weight=0.5)))
+    with pytest.raises(JobError, match="changes after a number of tokens"):
+        balance.seen_tokens  # noqa: B018

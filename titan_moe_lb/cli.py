@@ -225,8 +225,7 @@ def _check_flags(command: Any, arguments: list[str]) -> None:
             continue
         if command is Plan and (flag in ("--module", "--config") or "." in flag):
             raise JobError(
-                "the flags of a job come last, after --, as in: "
-                f"plan --hardware h100 -- {flag} ..."
+                f"the flags of a job come last, after --, as in: plan --hardware h100 -- {flag} ..."
             )
         raise JobError(f"there is no flag {flag}; {nearest(flag, valid)}")
 

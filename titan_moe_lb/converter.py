@@ -16,7 +16,7 @@ from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import checkpoints, rules
+from titan_moe_lb import rules
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import ExpertBias, SignBias
 from titan_moe_lb.expert_bias.resume import BiasReset, remember_once_loaded, start_anew
@@ -180,8 +180,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
             routers = [router for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)]
-            start = checkpoints.start_of(config)
-            loop = _loop(config, finished_steps=(start and start.step) or 0)
+            loop = _loop(config)
             for router in routers:
                 router.loop = loop
                 router.bind_forced_routing(config)
@@ -203,7 +202,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
     return Config
 
 
-def _loop(config: Trainer.Config, finished_steps: int) -> TrainingLoop:
+def _loop(config: Trainer.Config) -> TrainingLoop:
     """What torchtitan's trainer does with a job."""
     cut, metrics = batch_cut.cut(config), config.metrics
     reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
@@ -221,7 +220,6 @@ def _loop(config: Trainer.Config, finished_steps: int) -> TrainingLoop:
         padded=getattr(loader, "gives_valid_tokens", False),
         recorded_tokens=recorded_tokens,
         context_parallel_load_balancer=cut.context_parallel_load_balancer,
-        finished_steps=finished_steps,
     )
 
 

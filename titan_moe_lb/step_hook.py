@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchtitan.components.checkpointer import TRAIN_STATE
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
@@ -18,10 +19,12 @@ from titan_moe_lb.own_dtypes import keep_dtypes
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording.recomputation import is_recomputation
+from titan_moe_lb.recording.seen_tokens import SeenTokens
 from titan_moe_lb.recording.step_record import StepRecord
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.tensor_checks import check_tensors
 from titan_moe_lb.valid_tokens.model_input import hand_on_tokens
+from titan_moe_lb.value_schedule import changes_after_tokens
 
 
 def register_load_balancing(
@@ -36,8 +39,18 @@ def register_load_balancing(
     """
     hook = wire_parts(model_parts, parallel_dims)
     _announce_forced_routing(routers_of(model_parts))
-    if hook is not None:
-        optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
+    if hook is None:
+        return
+    optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
+    ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard * parallel_dims.cp
+
+    def go_on(part: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        # torchtitan's CheckpointManager passes all that it has loaded, also its Trainer.
+        if TRAIN_STATE in state_dict:
+            trained = state_dict[TRAIN_STATE].state_dict()
+            hook.go_on_from(trained["step"], trained["ntokens_seen"] * ranks)
+
+    model_parts[0].register_load_state_dict_pre_hook(go_on)
 
 
 def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> StepHook | None:
@@ -104,6 +117,7 @@ class StepHook:
 
     Attributes:
         finished_steps: those of the checkpoint included.
+        tokens: those of the finished steps.
     """
 
     def __init__(
@@ -129,6 +143,13 @@ class StepHook:
             self._token_replicas = layout.token_replicas(parallel_dims)
         self._loop = self._routers[0].config.loop
         self.finished_steps = self._loop.finished_steps
+        per_step = self._loop.tokens_per_step
+        self.tokens = SeenTokens(
+            self._loop.seen_tokens,
+            per_step,
+            counted=per_step is None
+            and any(changes_after_tokens(router.config) for router in self._routers),
+        )
         self._global_rows: int | None = None
         self._closed_rows = self._announced_rows = 0
         self._weights: list[float] | None = None
@@ -147,8 +168,9 @@ class StepHook:
                 ``gradient_divisor`` of every step.
         """
         self._global_rows = num_rows
+        self.tokens.read()
         weights = [
-            loss.weight_at(self.finished_steps + 1, self._tokens_seen)
+            loss.weight_at(self.finished_steps + 1, self.tokens.total)
             * (loss_scale * self._loop.gradient_divisor)
             / (num_rows * self._token_replicas)
             for loss in self._routers[0].aux_losses.values()
@@ -157,6 +179,17 @@ class StepHook:
         if weights != self._weights:
             self._weights = weights
             self._record.weights_A.copy_(torch.tensor(weights))
+
+    def go_on_from(self, finished_steps: int, tokens: int) -> None:
+        """Take the progress of a checkpoint, before the first step.
+
+        Args:
+            tokens: over all ranks.
+        """
+        self.finished_steps, self.tokens.total = finished_steps, tokens
+        self._record.go_on_from(finished_steps)
+        if self._global_rows is not None:
+            self.begin_step(self._global_rows)
 
     def forward_begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the first model part of the rank.
@@ -170,6 +203,9 @@ class StepHook:
         if is_recomputation():  # of a checkpoint around the whole model
             self._check_repetition()
             return
+        self.tokens.read()
+        if self._global_rows is None and self._loop.global_batch_size is not None:
+            self.begin_step(self._loop.global_batch_size)
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
         rows = local_shard(given).shape[0]
         has_losses = len(self._routers[0].aux_losses) > 0
@@ -229,20 +265,23 @@ class StepHook:
 
     def close_step(self) -> None:
         """The optimizer is about to step. Collective over the token groups."""
+        self.tokens.read()
         self._closed_rows, self._announced_rows = self._record.rows, self._global_rows or 0
         if self._batch_group is None:
             self.check_announced_rows()
         with torch.no_grad():
             self._record.finish_step(self._global_rows or 1)
-            if self._routers[0].needs_step_counts:
+            if self._routers[0].needs_step_counts or self.tokens.counted:
                 self._record.reduce(self._token_groups)
                 self._record.forget_histogram()
             self._move_bias()
             self._finish_losses()
             self._forget_torchtitans_counts()
+            self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
         self.finished_steps += 1
         self._global_rows = None
-        if self._loop.global_batch_size is not None:
+        # Where the device counts, the first forward of the next step does it.
+        if self._loop.global_batch_size is not None and not self.tokens.counted:
             self.begin_step(self._loop.global_batch_size)
 
     @property
@@ -295,7 +334,7 @@ class StepHook:
         if rule is None or not rule.moves:
             return
         assert self._record.sums is not None
-        rule.set_progress(self.finished_steps + 1, self._tokens_seen)
+        rule.set_progress(self.finished_steps + 1, self.tokens.total)
         sums = self._record.sums
         biases = [local_shard(layer.expert_bias_E) for layer in self._layers]
         state = {
@@ -323,10 +362,6 @@ class StepHook:
                 assert self._record.sums is not None
                 counts_NE = self._record.sums.counts_NSE[:, losses.source_index(loss)]
             loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
-
-    @property
-    def _tokens_seen(self) -> int:
-        return self.finished_steps * (self._loop.tokens_per_step or 0)
 
 
 def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:

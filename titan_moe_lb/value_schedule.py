@@ -41,6 +41,13 @@ def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) ->
     return value
 
 
+def changes_after_tokens(router) -> bool:
+    """Whether a loss or the bias rule of a router's Config changes after a number of tokens."""
+    components = (*router.aux_losses, router.expert_bias)
+    changes = [change for component in components if component for change in component.changes]
+    return any(change.tokens is not None for change in changes)
+
+
 def check_changes(what: str, changes: Sequence[Change]) -> None:
     """Raises ``JobError``: a change without a time or with two, a negative value, a time that
     goes backwards, steps and tokens mixed."""

@@ -40,6 +40,7 @@ def attach(
     max_micro_batches: int = 64,
     context_parallel_load_balancer: str | None = None,
     finished_steps: int = 0,
+    seen_tokens: int = 0,
 ) -> Balance:
     """Give the balance of a model to a training loop. Once, before its first forward.
 
@@ -64,6 +65,8 @@ def attach(
         max_micro_batches: the most forwards of a step; the record has a row for each.
         context_parallel_load_balancer: how context parallelism deals the tokens of a row.
         finished_steps: of the checkpoint that the loop goes on from.
+        seen_tokens: the same: :attr:`Balance.seen_tokens` when it was saved. Where a loss or the
+            rule of the bias changes after a number of tokens, nobody asks otherwise.
 
     Raises:
         JobError: a layer of the model has no balanced router, or one that a job would be refused
@@ -86,6 +89,7 @@ def attach(
         context_parallel_load_balancer=context_parallel_load_balancer,
         gradient_divisor=dims.dp_replicate * dims.dp_shard * dims.cp if gradients == "mean" else 1,
         finished_steps=finished_steps,
+        seen_tokens=seen_tokens,
     )
     for router in routers:
         router.config.loop = loop
@@ -122,6 +126,21 @@ class Balance:
     def finished_steps(self) -> int:
         """Optimizer steps so far, those of the checkpoint included."""
         return self._first_step + self._closed_steps
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens of all closed steps over all ranks, padding and those of the checkpoint included.
+        Between two steps, and where something changes after a number of tokens.
+
+        Raises:
+            JobError: nobody counts them.
+        """
+        if self._hook is None or not self._hook.tokens.counted:
+            raise JobError(
+                "nothing on this rank changes after a number of tokens, so that nobody counts them"
+            )
+        self._hook.tokens.read()
+        return self._hook.tokens.total
 
     def begin_step(self, rows: int, *, loss_scale: float = 1.0) -> None:
         """Say what the step that begins has, before its first forward. What was counted since the
@@ -280,11 +299,3 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
                 check_router(place(name), module.config)
                 if dims.pp_enabled:
                     refuse_in_parts(module.config, "pipeline parallelism")
-    for router in routers[:1]:
-        values = [*router.config.aux_losses, router.config.expert_bias]
-        for value in values:
-            if value is not None and any(change.tokens is not None for change in value.changes):
-                raise JobError(
-                    f"{value._owner.type_name} changes after a number of tokens, which nobody "
-                    "counts in a loop of one's own: give its changes in steps"
-                )

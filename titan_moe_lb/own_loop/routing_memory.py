@@ -1,11 +1,12 @@
-"""Which experts the tokens of samples had, in host memory. Numpy alone.
+"""Experts that the tokens of samples had, in host memory. Numpy alone.
 
 Shape suffixes: N = MoE layers, B = rows, L = tokens of a row, T = tokens of a sample, K = top_k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,40 +15,92 @@ from titan_moe_lb.errors import JobError
 UNKNOWN = -1
 """In place of an expert: nobody has recorded it."""
 
+OWN_CHOICE = -2
+"""In place of an expert: the token was added without experts and chooses itself."""
+
+
+class Recording(NamedTuple):
+    """When a sample was recorded. The larger one is the newer, also from another rank."""
+
+    finished_steps: int
+    """Optimizer steps of the loop by then."""
+
+    number: int
+    """Of the recording in the loop; ranks agree on it after an exchange."""
+
+    step: int
+    """Finished optimizer steps of the weights that chose."""
+
 
 class RoutingMemory:
     """Experts of N layers by sample.
 
     Attributes:
-        experts: int16 ``(N, T, K)`` of each sample, -1 where unknown.
+        experts: int16 ``(N, T, K)`` of each sample, or :data:`UNKNOWN` or :data:`OWN_CHOICE`.
+        recordings: when each sample was recorded.
     """
 
     def __init__(self, num_layers: int, top_k: int) -> None:
         self._num_layers, self._top_k = num_layers, top_k
         self.experts: dict[int, np.ndarray] = {}
+        self.recordings: dict[int, Recording] = {}
+        self._additions_N: dict[int, np.ndarray] = {}
 
     def keep(
-        self,
-        sample: int,
-        positions_T: np.ndarray,
-        ids_NTK: np.ndarray,
-        layers: Sequence[int] | slice = slice(None),
+        self, recording: Recording, sample: int, positions_T: np.ndarray, ids_NTK: np.ndarray
     ) -> None:
-        """Remember the experts of some positions of a sample; -1 leaves what is known.
+        """Remember the experts of some positions of a sample, beside those that the same
+        recording has kept before and in place of those of an older one."""
+        if self.recordings.get(sample) != recording:
+            self.forget(sample)
+            self.recordings[sample] = recording
+        self._at_least(sample, int(positions_T.max()) + 1)[:, positions_T] = ids_NTK
+
+    def add(self, recording: Recording, sample: int, layer: int, ids_TK: np.ndarray) -> None:
+        """Remember the experts of one layer of a sample, in place of all that is known of the
+        layer. Once every layer was added, the next addition begins the sample anew.
 
         Args:
-            layers: indices of the layers that ``ids_NTK`` is of.
+            layer: index of the layer.
+            ids_TK: a row of :data:`UNKNOWN` chooses itself.
         """
-        length = int(positions_T.max(initial=-1)) + 1
-        known = self.experts.get(sample)
-        if known is None or known.shape[1] < length:
-            longer = np.full((self._num_layers, length, self._top_k), UNKNOWN, dtype=np.int16)
-            if known is not None:
-                longer[:, : known.shape[1]] = known
-            self.experts[sample] = known = longer
-        for layer, ids_TK in zip(np.arange(self._num_layers)[layers], ids_NTK, strict=True):
-            given_T = ids_TK[:, 0] >= 0
-            known[layer, positions_T[given_T]] = ids_TK[given_T]
+        additions_N = self._additions_N.get(sample)
+        if additions_N is None or (additions_N == additions_N[0]).all():
+            self.forget(sample)
+            additions_N = np.zeros(self._num_layers, dtype=np.int32)
+            self._additions_N[sample] = additions_N
+        additions_N[layer] += 1
+        self.recordings[sample] = recording
+        known_TK = self._at_least(sample, len(ids_TK))[layer]
+        known_TK[len(ids_TK) :] = UNKNOWN
+        known_TK[: len(ids_TK)] = np.where(ids_TK == UNKNOWN, OWN_CHOICE, ids_TK)
+
+    def forget(self, sample: int) -> None:
+        """Drop a sample."""
+        for of_samples in (self.experts, self.recordings, self._additions_N):
+            of_samples.pop(sample, None)
+
+    def merge(self, memories: Sequence[tuple[dict[int, Recording], dict[int, np.ndarray]]]) -> None:
+        """Take for each sample the newest recording of some ranks, put together from all ranks
+        that have a part of it.
+
+        Args:
+            memories: ``recordings`` and ``experts`` of each rank, in the same order on all.
+        """
+        newest: dict[int, Recording] = {}
+        for recordings, _experts in memories:
+            for sample, recording in recordings.items():
+                newest[sample] = max(recording, newest.get(sample, recording))
+        stale = [sample for sample, own in self.recordings.items() if own != newest[sample]]
+        for sample in stale:
+            self.forget(sample)
+        whole: dict[int, np.ndarray] = {}
+        for recordings, experts in memories:
+            for sample, ids_NTK in experts.items():
+                if recordings[sample] == newest[sample]:
+                    known = whole.get(sample)
+                    whole[sample] = ids_NTK if known is None else _filled(known, ids_NTK)
+        self.experts, self.recordings = whole, newest
 
     def recall(self, samples_BL: np.ndarray, positions_BL: np.ndarray) -> np.ndarray:
         """The experts of tokens.
@@ -57,35 +110,69 @@ class RoutingMemory:
             positions_BL: position of each token in its sample.
 
         Returns:
-            int64 ``(N, B, L, K)``, -1 for a token of no sample.
+            int16 ``(N, B, L, K)``; :data:`UNKNOWN` for a token of no sample, :data:`OWN_CHOICE`
+            for one that was added without experts.
 
         Raises:
             JobError: one was never recorded.
         """
-        shape = (self._num_layers, *samples_BL.shape, self._top_k)
-        ids_NBLK = np.full(shape, UNKNOWN, dtype=np.int64)
-        for sample in samples_in(samples_BL):
+        shape = (self._num_layers, samples_BL.size, self._top_k)
+        ids_NTK = np.full(shape, UNKNOWN, dtype=np.int16)
+        for sample, places_T in places_of_samples(samples_BL):
             known = self.experts.get(sample)
             if known is None:
                 raise JobError(
                     f"the routing of sample {sample} was never recorded: score it under record() "
                     "first, and exchange() where another rank has"
                 )
-            wanted_BL = samples_BL == sample
-            positions_T = positions_BL[wanted_BL]
-            if positions_T.max() >= known.shape[1] or (known[:, positions_T] < 0).any():
+            positions_T = positions_BL.flat[places_T]
+            if positions_T.max() < known.shape[1]:
+                ids_NTK[:, places_T] = known[:, positions_T]
+            missing_N = (ids_NTK[:, places_T, 0] == UNKNOWN).any(axis=1)
+            if missing_N.all():
                 raise JobError(
                     f"the routing of sample {sample} was recorded for other positions than its "
                     f"{positions_T.min()} to {positions_T.max()}: score the whole sample under "
-                    "record(), and exchange() where its tokens are split over ranks"
+                    "one record(), exchange() where its tokens are split over ranks, and add() a "
+                    "row of -1 for a token that another engine has not routed"
                 )
-            ids_NBLK[:, wanted_BL] = known[:, positions_T]
-        return ids_NBLK
+            additions_N = self._additions_N.get(sample, np.zeros(self._num_layers))
+            if missing_N.any() or (additions_N != additions_N[0]).any():
+                raise JobError(
+                    f"sample {sample} was not added for all MoE layers: add() it for each of them"
+                )
+        return ids_NTK.reshape(self._num_layers, *samples_BL.shape, self._top_k)
+
+    def _at_least(self, sample: int, length: int) -> np.ndarray:
+        """What is known of a sample, with room for so many tokens."""
+        known = self.experts.get(sample)
+        if known is None:
+            known = np.full((self._num_layers, 0, self._top_k), UNKNOWN, dtype=np.int16)
+        self.experts[sample] = known = _longer(known, length)
+        return known
 
 
-def samples_in(samples_BL: np.ndarray) -> list[int]:
-    """The samples of some tokens."""
-    return [int(sample) for sample in np.unique(samples_BL) if sample >= 0]
+def _longer(ids_NTK: np.ndarray, length: int) -> np.ndarray:
+    added = max(length - ids_NTK.shape[1], 0)
+    if not added:
+        return ids_NTK
+    return np.pad(ids_NTK, ((0, 0), (0, added), (0, 0)), constant_values=UNKNOWN)
+
+
+def _filled(known_NTK: np.ndarray, other_NTK: np.ndarray) -> np.ndarray:
+    """Experts of a sample where they are known, else those of another part of it."""
+    length = max(known_NTK.shape[1], other_NTK.shape[1])
+    known_NTK, other_NTK = _longer(known_NTK, length), _longer(other_NTK, length)
+    return np.where(known_NTK == UNKNOWN, other_NTK, known_NTK)
+
+
+def places_of_samples(samples_BL: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each sample of some tokens, and the places of its tokens in the flattened array."""
+    order = np.argsort(samples_BL, axis=None, kind="stable")
+    samples, begins = np.unique(samples_BL.flat[order], return_index=True)
+    for sample, places_T in zip(samples, np.split(order, begins[1:]), strict=True):
+        if sample >= 0:
+            yield int(sample), places_T
 
 
 def positions_in_order(samples_BS: np.ndarray) -> np.ndarray:

@@ -20,18 +20,23 @@ from torch import nn
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.attach import Balance
-from titan_moe_lb.own_loop.routing_memory import RoutingMemory, positions_in_order, samples_in
+from titan_moe_lb.own_loop.routing_input import (
+    SAMPLE_IDS,
+    SAMPLE_POSITIONS,
+    expert_ids,
+    samples_and_positions,
+)
+from titan_moe_lb.own_loop.routing_memory import (
+    OWN_CHOICE,
+    UNKNOWN,
+    Recording,
+    RoutingMemory,
+    places_of_samples,
+)
 from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.recording.replayed import RouterReplay
 from titan_moe_lb.router import LoadBalancedRouter, routers_of
-
-SAMPLE_IDS = "sample_ids"
-"""Argument of the model's forward: int64 ``(B, S)``, whole rows, the sample of each token; -1 for a
-token of none."""
-
-SAMPLE_POSITIONS = "sample_positions"
-"""The same: the position of each token in its sample. Without it a sample begins where it begins in
-the row."""
 
 
 class RoutingReplay:
@@ -54,12 +59,23 @@ class RoutingReplay:
     """
 
     def __init__(self, balance: Balance) -> None:
+        """
+        Raises:
+            JobError: the balance has a replay already.
+        """
+        if any(router.replay is not None for router in routers_of(balance.model_parts)):
+            raise JobError(
+                "the balance has a RoutingReplay already: make it once, before the loop, and "
+                "forget() its samples"
+            )
         self._balance = balance
         self._dims = balance.parallel_dims
         self._mode: Literal["record", "replay"] | None = None
         self._parts = [_Part(part) for part in balance.model_parts if routers_of([part])]
-        self._recorded_at: dict[int, int] = {}
+        self._layers = self._layers_of_the_model()
+        self._recordings = 0
         self._tokens = self._steps_off_policy = self._most_steps_off_policy = 0
+        self._own_choices = self._choices = 0
         for module in balance.model_parts:
             part = next((part for part in self._parts if part.module is module), None)
             module.register_forward_pre_hook(functools.partial(self._begin, part), with_kwargs=True)
@@ -68,7 +84,12 @@ class RoutingReplay:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Forwards of the model with ``sample_ids`` are remembered."""
+        """Forwards of the model with ``sample_ids`` are remembered.
+
+        All forwards within it are one recording: the parts of a sample are put together. A sample
+        that was recorded before is replaced whole.
+        """
+        self._recordings += self._mode != "record"
         with self._in_mode("record"):
             yield
 
@@ -79,41 +100,54 @@ class RoutingReplay:
             yield
 
     def add(self, sample: int, layer: int, expert_ids_TK: Any, *, step: int | None = None) -> None:
-        """Remember what another engine has chosen.
+        """Remember what another engine has chosen, for one layer of a sample at a time.
+
+        Once all layers of the rank were added, the next addition replaces the sample whole.
 
         Args:
+            sample: at least 0.
             layer: number of the MoE layer in the whole model; one that this rank has not is left
                 out.
-            expert_ids_TK: int ``(T, K)``, -1 where unknown.
+            expert_ids_TK: integers ``(T, K)``, K different experts of each token from its first
+                position on, or a row of -1 for a token that has to choose itself.
             step: finished optimizer steps of the weights that chose; default: now.
+
+        Raises:
+            JobError: an argument that cannot be.
         """
-        self._recorded_at[sample] = self._now if step is None else step
+        if layer not in self._layers:
+            raise JobError(f"add(layer={layer}): the MoE layers of the model are {self._layers}")
+        if sample < 0:
+            raise JobError(f"add(sample={sample}): the number of a sample is at least 0")
+        if step is not None and not 0 <= step <= self._now:
+            raise JobError(
+                f"add(step={step}): the loop has finished {self._now} optimizer steps; give those "
+                "of the weights that chose"
+            )
+        self._recordings += 1
+        recording = Recording(self._now, self._recordings, self._now if step is None else step)
         for part in self._parts:
             for row, router in enumerate(part.routers):
                 if router.layer == layer:
-                    ids_TK = np.asarray(expert_ids_TK)
-                    positions_T = np.arange(len(ids_TK))
-                    part.memory.keep(sample, positions_T, ids_TK[None], layers=[row])
+                    ids_TK = expert_ids(expert_ids_TK, router.top_k, router.num_experts)
+                    part.memory.add(recording, int(sample), row, part.padded(ids_TK))
 
     def forget(self, samples: Sequence[int] | None = None) -> None:
         """Drop some samples; None: all."""
-        for sample in list(self._recorded_at) if samples is None else samples:
-            self._recorded_at.pop(sample, None)
-            for part in self._parts:
-                part.memory.experts.pop(sample, None)
+        for part in self._parts:
+            for sample in list(part.memory.experts) if samples is None else samples:
+                part.memory.forget(sample)
 
     def exchange(self) -> None:
-        """Give every rank what the others have recorded of its layers. Collective over the ranks
-        that route other tokens."""
+        """Give every rank what the others have recorded of its layers; of a sample that several
+        ranks have, the newest recording. Collective over the ranks that route other tokens."""
         for group in layout.token_groups(self._dims):
-            parcels: list[Any] = [None] * dist.get_world_size(group)
-            mine = (self._recorded_at, [part.memory.experts for part in self._parts])
-            dist.all_gather_object(parcels, mine, group=group)
-            for recorded_at, experts in parcels:
-                self._recorded_at = {**recorded_at, **self._recorded_at}
-                for part, of_samples in zip(self._parts, experts, strict=True):
-                    for sample, ids_NTK in of_samples.items():
-                        part.memory.keep(sample, np.arange(ids_NTK.shape[1]), ids_NTK)
+            ranks: list[Any] = [None] * dist.get_world_size(group)
+            mine = [(part.memory.recordings, part.memory.experts) for part in self._parts]
+            dist.all_gather_object(ranks, (self._recordings, mine), group=group)
+            self._recordings = max(recordings for recordings, _memories in ranks)
+            for index, part in enumerate(self._parts):
+                part.memory.merge([memories[index] for _recordings, memories in ranks])
 
     @property
     def num_bytes(self) -> int:
@@ -126,6 +160,8 @@ class RoutingReplay:
         ``moe/replay_changed_share``: share of the experts that the training forward would have
         chosen itself and were not those of the rollout. ``moe/replay_off_policy_steps``: optimizer
         steps since the sample was recorded, mean over the tokens, and ``_max``.
+        ``moe/replay_own_choice_share``: share of the tokens of samples that chose themselves,
+        because they were added with -1.
         """
         device = self._parts[0].device if self._parts else torch.device("cpu")
         changed_2 = torch.zeros(2, dtype=torch.int64, device=device)
@@ -135,19 +171,21 @@ class RoutingReplay:
                 if router.replay.changed_2 is not None:
                     changed_2 += router.replay.changed_2
                     router.replay.changed_2 = None
-        numbers = [self._tokens, self._steps_off_policy]
-        sums_4 = torch.cat([changed_2, torch.tensor(numbers, device=device)])
+        numbers = [self._tokens, self._steps_off_policy, self._choices, self._own_choices]
+        sums_6 = torch.cat([changed_2, torch.tensor(numbers, device=device)])
         most_1 = torch.tensor([self._most_steps_off_policy], device=device)
         self._tokens = self._steps_off_policy = self._most_steps_off_policy = 0
+        self._own_choices = self._choices = 0
         for group in self._groups:
-            dist.all_reduce(sums_4, group=group)
+            dist.all_reduce(sums_6, group=group)
             dist.all_reduce(most_1, op=dist.ReduceOp.MAX, group=group)
-        changed, taken, tokens, steps = sums_4.tolist()
-        if not taken:
+        changed, taken, tokens, steps, choices, own_choices = sums_6.tolist()
+        if not choices:
             return {}
         return {
-            "moe/replay_changed_share": changed / taken,
-            "moe/replay_off_policy_steps": steps / tokens,
+            "moe/replay_changed_share": changed / max(taken, 1),
+            "moe/replay_own_choice_share": own_choices / choices,
+            "moe/replay_off_policy_steps": steps / max(tokens, 1),
             "moe/replay_off_policy_steps_max": float(most_1),
         }
 
@@ -161,6 +199,20 @@ class RoutingReplay:
     @property
     def _now(self) -> int:
         return self._balance.finished_steps
+
+    @property
+    def _recorded_at(self) -> dict[int, Recording]:
+        return self._parts[0].memory.recordings if self._parts else {}
+
+    def _layers_of_the_model(self) -> list[int]:
+        """The numbers of all MoE layers. Collective over the stages of a pipeline."""
+        mine = [router.layer for part in self._parts for router in part.routers]
+        stages: list[Any] = [mine]
+        if self._dims.pp_enabled:
+            group = self._dims.get_mesh("pp").get_group()
+            stages = [None] * dist.get_world_size(group)
+            dist.all_gather_object(stages, mine, group=group)
+        return sorted({layer for layers in stages for layer in layers})
 
     @contextmanager
     def _in_mode(self, mode: Literal["record", "replay"]) -> Iterator[None]:
@@ -177,7 +229,7 @@ class RoutingReplay:
         samples, positions = kwargs.pop(SAMPLE_IDS, None), kwargs.pop(SAMPLE_POSITIONS, None)
         if part is None:
             return args, kwargs
-        part.tell(notes=False, expert_ids_NBLK=None)
+        part.rest()
         if self._mode is None:
             return args, kwargs
         if samples is None:
@@ -185,12 +237,19 @@ class RoutingReplay:
                 f"a forward under {self._mode}() says nothing of its samples: call "
                 "model(tokens, sample_ids=...)"
             )
-        part.samples_BL, part.positions_BL = self._on_this_rank(samples, positions)
+        given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        shape = tuple(local_shard(given).shape)
+        # Token ids; the activations between two stages have one more dimension.
+        length = shape[1] * self._dims.cp if len(shape) == 2 else None
+        whole = samples_and_positions(samples, positions, rows=shape[0], length=length)
+        part.samples_BL, part.positions_BL = (rows_BS[:, self._held(rows_BS)] for rows_BS in whole)
         if self._mode == "record":
-            part.tell(notes=True, expert_ids_NBLK=None)
+            part.record()
         else:
-            ids_NBLK = torch.from_numpy(part.memory.recall(part.samples_BL, part.positions_BL))
-            part.tell(notes=False, expert_ids_NBLK=ids_NBLK.to(part.device))
+            ids_NBLK = part.memory.recall(part.samples_BL, part.positions_BL)
+            part.replay(ids_NBLK)
+            self._choices += len(ids_NBLK) * int((part.samples_BL >= 0).sum())
+            self._own_choices += int((ids_NBLK[..., 0] == OWN_CHOICE).sum())
             if part.module.training and torch.is_grad_enabled() and part is self._parts[0]:
                 self._count_off_policy(part.samples_BL)
         return args, kwargs
@@ -198,29 +257,22 @@ class RoutingReplay:
     def _end(self, part: _Part, _module: nn.Module, _args: tuple, _output: Any) -> None:
         """After a forward of a part."""
         if self._mode == "record":
-            for sample in part.take_notes():
-                self._recorded_at[sample] = self._now
+            part.take_notes(Recording(self._now, self._recordings, self._now))
 
-    def _on_this_rank(
-        self, samples: torch.Tensor, positions: torch.Tensor | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        samples_BS = samples.cpu().numpy()
-        positions_BS = (
-            positions_in_order(samples_BS) if positions is None else positions.cpu().numpy()
-        )
+    def _held(self, rows_BS: np.ndarray) -> np.ndarray:
+        """Indices of the tokens of whole rows that the routers of this rank see."""
         slices = batch_cut.token_slices(
-            samples_BS.shape[1],
+            rows_BS.shape[1],
             self._dims,
             self._parts[0].routers[0].config.loop.context_parallel_load_balancer,
         )
-        held = np.concatenate([np.arange(start, start + length) for start, length in slices])
-        return samples_BS[:, held], positions_BS[:, held]
+        return np.concatenate([np.arange(start, start + length) for start, length in slices])
 
     def _count_off_policy(self, samples_BL: np.ndarray) -> None:
-        for sample in samples_in(samples_BL):
-            steps, tokens = self._now - self._recorded_at[sample], int((samples_BL == sample).sum())
-            self._tokens += tokens
-            self._steps_off_policy += steps * tokens
+        for sample, places_T in places_of_samples(samples_BL):
+            steps = self._now - self._recorded_at[sample].step
+            self._tokens += len(places_T)
+            self._steps_off_policy += steps * len(places_T)
             self._most_steps_off_policy = max(self._most_steps_off_policy, steps)
 
 
@@ -232,26 +284,51 @@ class _Part:
         self.routers: list[LoadBalancedRouter] = routers_of([module])
         for router in self.routers:
             router.replay = RouterReplay()
-        self.device = self.routers[0].gate.weight.device
-        self.memory = RoutingMemory(len(self.routers), self.routers[0].top_k)
+        self._top_k = max(router.top_k for router in self.routers)
+        self.memory = RoutingMemory(len(self.routers), self._top_k)
         self.samples_BL = self.positions_BL = np.zeros((0, 0), dtype=np.int64)
 
-    def tell(self, *, notes: bool, expert_ids_NBLK: torch.Tensor | None) -> None:
-        for row, router in enumerate(self.routers):
+    @property
+    def device(self) -> torch.device:
+        """Of the routers."""
+        return self.routers[0].gate.weight.device
+
+    def padded(self, ids: np.ndarray) -> np.ndarray:
+        """Experts of a layer, ``(..., K)``, with as many columns as the layer with the most."""
+        missing = [(0, 0)] * (ids.ndim - 1) + [(0, self._top_k - ids.shape[-1])]
+        return np.pad(ids, missing, constant_values=UNKNOWN)
+
+    def rest(self) -> None:
+        """All routers choose, and nobody looks."""
+        for router in self.routers:
+            router.replay.notes, router.replay.expert_ids_BLK = False, None  # type: ignore[union-attr]
+
+    def record(self) -> None:
+        """The running forward is recorded."""
+        for router in self.routers:
+            router.replay.notes = True  # type: ignore[union-attr]
+
+    def replay(self, ids_NBLK: np.ndarray) -> None:
+        """The running forward has to take these experts, int16."""
+        on_device = torch.from_numpy(ids_NBLK).to(self.device).long()
+        for router, ids_BLK in zip(self.routers, on_device, strict=True):
             replay = router.replay
             assert replay is not None
-            replay.notes = notes
-            replay.expert_ids_BLK = None if expert_ids_NBLK is None else expert_ids_NBLK[row]
-            if expert_ids_NBLK is not None and replay.changed_2 is None:
+            replay.expert_ids_BLK = ids_BLK[..., : router.top_k]
+            if replay.changed_2 is None:
                 replay.changed_2 = torch.zeros(2, dtype=torch.int64, device=self.device)
 
-    def take_notes(self) -> list[int]:
-        """Keep what the routers have chosen; returns the samples."""
-        seen = [router.replay.seen_BLK for router in self.routers]  # type: ignore[union-attr]
-        ids_NBLK = torch.stack(seen).cpu().numpy()  # type: ignore[arg-type]
-        self.tell(notes=False, expert_ids_NBLK=None)
-        samples = samples_in(self.samples_BL)
-        for sample in samples:
-            its_BL = self.samples_BL == sample
-            self.memory.keep(sample, self.positions_BL[its_BL], ids_NBLK[:, its_BL])
-        return samples
+    def take_notes(self, recording: Recording) -> None:
+        """Keep what the routers have chosen."""
+        seen = [router.replay.seen_BLK.short().cpu().numpy() for router in self.routers]  # type: ignore[union-attr]
+        self.rest()
+        ids_NTK = np.stack([self.padded(ids_BLK).reshape(-1, self._top_k) for ids_BLK in seen])
+        for sample, places_T in places_of_samples(self.samples_BL):
+            positions_T = self.positions_BL.flat[places_T]
+            if len(np.unique(positions_T)) < len(positions_T):
+                raise JobError(
+                    f"the forward has a position of sample {sample} twice: call "
+                    "model(..., sample_positions=...) where a sample does not begin where it "
+                    "begins in its row, and number each sample of a batch once"
+                )
+            self.memory.keep(recording, sample, positions_T, ids_NTK[:, places_T])

@@ -12,8 +12,8 @@ class RouterReplay:
 
     Attributes:
         notes: keep what the running forward chooses in ``seen_BLK``.
-        expert_ids_BLK: the choice that the running forward has to take, int64 ``(B, L, K)``, -1
-            for a token that chooses itself; None: all choose.
+        expert_ids_BLK: the choice that the running forward has to take, int64 ``(B, L, K)``,
+            negative for a token that chooses itself; None: all choose.
         changed_2: choices of the router that were not among those it had to take, and how
             many it had to take, int64 ``(2,)``.
     """

@@ -215,6 +215,10 @@ class StepRecord:
         self._steps.add_(1)
         self.sums = None
 
+    def go_on_from(self, finished_steps: int) -> None:
+        """Take the steps of a checkpoint, before the first step."""
+        self._steps.fill_(finished_steps)
+
     def discard_step(self) -> None:
         """Forget the running step."""
         self._start_anew()

@@ -44,3 +44,6 @@ class TrainingLoop:
 
     finished_steps: int = 0
     """Optimizer steps of the checkpoint that the loop goes on from."""
+
+    seen_tokens: int = 0
+    """Tokens of those steps, over all ranks."""

@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.checkpointer import TRAIN_STATE
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
@@ -18,10 +19,12 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb import checkpoints
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel import layout
+from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 from titan_moe_lb.rules.meta_model import meta_state
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+from titan_moe_lb.value_schedule import changes_after_tokens
 
 
 def validate_files(config: Trainer.Config) -> None:
@@ -39,6 +42,7 @@ def validate_files(config: Trainer.Config) -> None:
     checkpoint_is_of_this_model(config)
     checkpoint_has_training_state(config)
     checkpoint_is_of_as_many_data_ranks(config)
+    checkpoint_counts_tokens_of_as_many_ranks(config)
     checkpoint_has_router_state(config)
     check_initial_weights(config)
 
@@ -227,10 +231,7 @@ def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
         or not issubclass(loader, ParallelAwareDataloader)
     ):
         return
-    saved = checkpoints.read_metadata(start.path).state_dict_metadata
-    before = sum(name.startswith("dataloader.dp_rank_") for name in saved)
-    dims = layout.resolve(config.parallelism)
-    now = dims.dp_replicate * dims.dp_shard
+    before, now = _data_ranks(config, start.path)
     if before != now:
         steps = f"the first {start.step} steps" if start.step else "the steps before"
         raise JobError(
@@ -240,6 +241,35 @@ def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
             'checkpoint.exclude_from_loading = ["dataloader"], which begins the data again and '
             f"repeats the samples of {steps}"
         )
+
+
+def checkpoint_counts_tokens_of_as_many_ranks(config: Trainer.Config) -> None:
+    """torchtitan 0.3.0 saves the tokens of one rank, ``ntokens_seen``, and not of how many."""
+    start, checkpoint = checkpoints.start_of(config), config.checkpoint
+    if (
+        start is None
+        or checkpoints.is_model_only(config, start)
+        or TRAIN_STATE in checkpoint.exclude_from_loading
+    ):
+        return
+    routers = config.model_spec.model.traverse(LoadBalancedRouter.Config)  # type: ignore[union-attr]
+    if not any(changes_after_tokens(router) for _fqn, router, *_ in routers):
+        return
+    before, now = _data_ranks(config, start.path)
+    if before not in (0, now):
+        raise JobError(
+            f"{start.path} counts the tokens of {before} data-parallel rank(s), each its own, and "
+            f"this job has {now}, so that nobody knows when {{tokens = ...}} is reached: give the "
+            "changes of losses and expert bias in steps"
+        )
+
+
+def _data_ranks(config: Trainer.Config, checkpoint: Path) -> tuple[int, int]:
+    """The data-parallel ranks that a checkpoint is of, and those of the job."""
+    saved = checkpoints.read_metadata(checkpoint).state_dict_metadata
+    dims = layout.resolve(config.parallelism)
+    before = sum(name.startswith("dataloader.dp_rank_") for name in saved)
+    return before, dims.dp_replicate * dims.dp_shard
 
 
 def checkpoint_has_router_state(config: Trainer.Config) -> None:
