@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.checkpointer import TRAIN_STATE
+from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
