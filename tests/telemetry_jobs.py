@@ -17,6 +17,7 @@ from torchtitan.models.common.config_utils import make_router_config
 from torchtitan.models.common.moe import MoE
 
 from model_registry.deepseek_v3 import model_registry
+from tests.mixed_jobs import set_num_experts
 from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.job import job_config
 from titan_moe_lb.losses import SequenceWiseAuxLoss
@@ -175,17 +176,33 @@ def counts_of_a_replayed_graph() -> tuple[np.ndarray, np.ndarray]:
 
 
 def moe_layers(
-    numbers: list[int], aux_losses=None, *, expert_bias: str | None = None, padded: bool = False
+    numbers: list[int],
+    aux_losses=None,
+    *,
+    expert_bias: str | None = None,
+    padded: bool = False,
+    kinds: list[dict[str, Any]] | None = None,
 ) -> list[MoE]:
     """MoE layers of the tiny DeepSeek-V3 with their default balancing, 8 experts, top 2,
-    bound to one micro-batch of 2 sequences on each rank; not wired."""
+    bound to one micro-batch of 2 sequences on each rank; not wired.
+
+    Args:
+        kinds: ``num_experts`` and ``top_k`` of layers that differ, and ``bias`` False for one that
+            has none; the layers take them in turn.
+    """
     layers = []
-    for number in numbers:
+    for index, number in enumerate(numbers):
+        kind = kinds[index % len(kinds)] if kinds else {}
         model = {} if aux_losses is None else {"aux_losses": aux_losses}
         if expert_bias is not None:
             speed = {"speed": 1e-2} if expert_bias == "proportional" else {}
             model["expert_bias"] = ExpertBias.kinds[expert_bias].Config(**speed)
         config = model_registry("tiny", **model).model.layers[-1].moe
+        config.router.top_k = kind.get("top_k", 2)
+        set_num_experts(config, kind.get("num_experts", 8))
+        config.router.bind_components()
+        if not kind.get("bias", True):
+            config.router.expert_bias = config.load_balance_coeff = None
         config.router.layer = number
         config.router.loop = TrainingLoop(
             micro_batch_size=2, global_batch_size=2 * _world_size(), padded=padded

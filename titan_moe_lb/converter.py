@@ -27,6 +27,7 @@ from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of
+from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.step_hook import register_load_balancing
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
@@ -77,6 +78,7 @@ class LoadBalanceConverter(ModelConfigConverter):
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
             self.convert_layer(fqn, moe, numbers[fqn])
+        layers_count_their_experts_alike(model_config)
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
 
@@ -103,6 +105,8 @@ class LoadBalanceConverter(ModelConfigConverter):
             forced_routing=copy.deepcopy(self.config.forced_routing),
             layer=number,
         )
+        # The dispatcher's own copy of the router's number.
+        moe.routed_experts.token_dispatcher.top_k = moe.router.top_k
         moe.router.bind_components()
 
     def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
@@ -162,7 +166,11 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             return model
 
         def update_from_config(self, *, config, **kwargs) -> None:
+            routers = [router for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)]
+            for router in routers:  # a layer may have been changed since it was converted
+                router.bind_components()
             if not isinstance(config, Trainer.Config):  # a loop of one's own, which attaches
+                layers_count_their_experts_alike(self)
                 model_config_cls.update_from_config(self, config=config, **kwargs)
                 return
             hooks = _step_hooks(config)
@@ -171,15 +179,12 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             config.dataloader = tell_tokens(
                 config.dataloader,
                 documents=any(
-                    loss.documents is not None
-                    for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)
-                    for loss in router.aux_losses
+                    loss.documents is not None for router in routers for loss in router.aux_losses
                 ),
             )
             model_config_cls.update_from_config(self, config=config, **kwargs)
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
-            routers = [router for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)]
             loop = _loop(config)
             for router in routers:
                 router.loop = loop
@@ -193,7 +198,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                 },
             )
             if routers:
-                hooks.reset = BiasReset.of(config, routers[0].expert_bias)
+                hooks.reset = BiasReset.of(config, [router.expert_bias for router in routers])
             if routers and reports:
                 metrics.run_info = describe_run(config)
                 metrics.cut = batch_cut.cut(config)

@@ -14,7 +14,7 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.expert_bias import BiasStep
+from titan_moe_lb.layer_stack import stacks_of
 from titan_moe_lb.own_dtypes import keep_dtypes
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
@@ -91,16 +91,20 @@ def wire(
     by_micro_batch = (
         loop.track or loop.recorded_tokens is not None or config.forced_routing is not None
     )
-    if not (by_micro_batch or len(losses) or routers[0].needs_step_counts):
+    if not (by_micro_batch or len(losses) or any(router.needs_step_counts for router in routers)):
         return None
     record = StepRecord(
         num_routers=len(routers),
         num_micro_batches=loop.num_micro_batches if by_micro_batch else 1,
         num_sources=losses.num_step_sources,
-        num_experts=config.num_experts,
+        num_experts=max(router.num_experts for router in routers),
         num_losses=len(losses),
-        num_bins=0 if config.forced_routing is not None else routers[0].num_bins,
-        token_shape=(*loop.recorded_tokens, config.top_k) if loop.recorded_tokens else None,
+        num_bins=0
+        if config.forced_routing is not None
+        else max(router.num_bins for router in routers),
+        token_shape=(*loop.recorded_tokens, max(router.top_k for router in routers))
+        if loop.recorded_tokens
+        else None,
         device=local_shard(routers[0].gate.weight).device,
         finished_steps=loop.finished_steps,
         varying=loop.varying,
@@ -113,7 +117,7 @@ def wire(
 
 class StepHook:
     """Opens and closes the steps of a rank's MoE layers. The number of operators does not depend
-    on how many layers there are.
+    on how many layers there are, but on how many kinds (:mod:`titan_moe_lb.layer_stack`).
 
     Attributes:
         finished_steps: those of the checkpoint included.
@@ -131,6 +135,7 @@ class StepHook:
         self._layers = layers
         self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
         self._record = record
+        self._stacks = stacks_of(layers, record)
         self._token_groups: list[dist.ProcessGroup] = []
         self._token_replicas = 1
         self._batch_group: dist.ProcessGroup | None = None
@@ -271,11 +276,12 @@ class StepHook:
             self.check_announced_rows()
         with torch.no_grad():
             self._record.finish_step(self._global_rows or 1)
-            if self._routers[0].needs_step_counts or self.tokens.counted:
+            if any(router.needs_step_counts for router in self._routers) or self.tokens.counted:
                 self._record.reduce(self._token_groups)
                 self._record.forget_histogram()
-            self._move_bias()
-            self._finish_losses()
+            for stack in self._stacks:
+                stack.move_bias(self.finished_steps + 1, self.tokens.total)
+                stack.finish_losses()
             self._forget_torchtitans_counts()
             self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
         self.finished_steps += 1
@@ -320,48 +326,13 @@ class StepHook:
         """The optimizer will not step: what the step has counted is forgotten."""
         with torch.no_grad():
             self._record.discard_step()
-            for name, loss in self._routers[0].aux_losses.items():
-                if not loss.needs_step_counts:
-                    loss.finish_step([router.aux_losses[name] for router in self._routers], None)
+            for stack in self._stacks:
+                stack.forget_losses()
             self._forget_torchtitans_counts()
 
     def _forget_torchtitans_counts(self) -> None:
         """Counted by torchtitan's MoE.forward, and read by nobody here."""
         torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])
-
-    def _move_bias(self) -> None:
-        rule = self._routers[0].expert_bias
-        if rule is None or not rule.moves:
-            return
-        assert self._record.sums is not None
-        rule.set_progress(self.finished_steps + 1, self.tokens.total)
-        sums = self._record.sums
-        biases = [local_shard(layer.expert_bias_E) for layer in self._layers]
-        state = {
-            name: [local_shard(getattr(router.expert_bias, name)) for router in self._routers]
-            for name in rule.state_names
-        }
-        losses = self._routers[0].aux_losses
-        step = BiasStep(
-            bias_NE=torch.stack(biases),
-            counts_NE=sums.counts_NSE[:, losses.valid_source],
-            histogram_NEH=sums.histogram_NEH,
-            state={name: torch.stack(rows) for name, rows in state.items()},
-        )
-        delta_NE = rule.move(step)
-        torch._foreach_add_(biases, delta_NE.unbind())
-        for name, rows in state.items():
-            torch._foreach_copy_(rows, step.state[name].unbind())
-        self._record.bias_delta_NE = delta_NE
-
-    def _finish_losses(self) -> None:
-        losses = self._routers[0].aux_losses
-        for name, loss in losses.items():
-            counts_NE = None
-            if loss.needs_step_counts:
-                assert self._record.sums is not None
-                counts_NE = self._record.sums.counts_NSE[:, losses.source_index(loss)]
-            loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
 
 
 def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:

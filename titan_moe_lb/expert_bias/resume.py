@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +30,14 @@ class BiasReset:
     """Of the checkpoint that is loaded; 0 for weights from elsewhere."""
 
     @classmethod
-    def of(cls, config, rule: ExpertBias.Config | None) -> BiasReset | None:
+    def of(cls, config, rules: Sequence[ExpertBias.Config | None]) -> BiasReset | None:
         """What a job has to do: nothing after a restart from a later checkpoint of its own.
 
         Args:
             config: a ``Trainer.Config``, before it has loaded anything.
-            rule: of the expert bias.
+            rules: of the expert bias of each layer.
         """
-        if rule is None or not rule.reset or not config.checkpoint.enable:
+        if not any(rule and rule.reset for rule in rules) or not config.checkpoint.enable:
             return None
         if checkpoints.is_remote(config):
             raise JobError(

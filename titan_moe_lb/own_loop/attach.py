@@ -237,7 +237,7 @@ class Balance:
         """
         load = self.load()
         routers = routers_of(self.model_parts)
-        figures = figures_of(routers[0].config) if routers else ()
+        figures = figures_of([router.config for router in routers]) if routers else ()
         return step_metrics(
             load, figures, per_layer=per_layer, num_extreme_experts=num_extreme_experts
         )

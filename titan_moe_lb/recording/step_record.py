@@ -102,8 +102,9 @@ class StepSums:
 class StepRecord:
     """The running step of all routers of a rank, and the last finished one.
 
-    Stacked by router, so that to finish a step, to sum it over ranks and to move the
-    expert bias take the same number of operators for 4 layers and for 61.
+    Stacked by router, so that to finish a step and to sum it over ranks take the same number of
+    operators for 4 layers and for 61. A router that has fewer experts, choices or bins than
+    another one uses the first part of its row; the rest of the row stays 0.
 
     Attributes:
         counts_NMSE: tokens per expert of the running step, int64: for each micro-batch a
@@ -126,7 +127,8 @@ class StepRecord:
         gradient_squares_N2: a leaf, whose gradient in a step is the squares of that of the model's
             loss and of the aux losses in the logits of each router, float32; None unless asked.
         step_gradient_squares_N2: of the last finished step.
-        bias_delta_NE: what the last step has added to the expert biases, float32; None before.
+        bias_delta_N: what the last step has added to the expert biases of each router, float32
+            ``(E,)``; None where it added nothing.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class StepRecord:
         """
         Args:
             num_micro_batches: of a step; the most where they vary.
+            num_experts, num_bins: the largest number of a router.
             token_shape: (B, L, K) of a micro-batch, to keep the experts of each token.
             finished_steps: of the checkpoint that the job goes on from.
             varying: the steps differ in their number of micro-batches.
@@ -170,7 +173,7 @@ class StepRecord:
         self.rows = self.forwards = 0
         self.learns: bool | None = None
         self.sums: StepSums | None = None
-        self.bias_delta_NE: torch.Tensor | None = None
+        self.bias_delta_N: list[torch.Tensor | None] = [None] * num_routers
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
         self.gradient_squares_N2 = self.step_gradient_squares_N2 = None
         if gradients:
@@ -183,20 +186,22 @@ class StepRecord:
             ids_type = torch.uint8 if num_experts <= 256 else torch.int32
             self.expert_ids_NMBLK = zeros(num_micro_batches, *token_shape, dtype=ids_type)
 
-    def router(self, index: int) -> RouterRecord:
+    def router(self, index: int, *, num_experts: int, top_k: int, num_bins: int) -> RouterRecord:
         """The rows of one router."""
-        ids, histogram = self.expert_ids_NMBLK, self.histogram_NEH
+        ids, histogram = self.expert_ids_NMBLK, None
         squares = self.gradient_squares_N2
+        if self.histogram_NEH is not None and num_bins:
+            histogram = histogram_of(self.histogram_NEH[index], num_experts, num_bins)
         return RouterRecord(
             gradient_squares_2=None if squares is None else squares[index],
-            counts_MSE=self.counts_NMSE[index],
+            counts_MSE=self.counts_NMSE[index, ..., :num_experts],
             losses_A=self.losses_NA[index],
             micro_batch=self._micro_batches_N1[index],
             weights_A=self.weights_A,
             steps=self._steps,
             one=self._one,
-            histogram_EH=None if histogram is None else histogram[index],
-            expert_ids_MBLK=None if ids is None else ids[index],
+            histogram_EH=histogram,
+            expert_ids_MBLK=None if ids is None else ids[index, ..., :top_k],
         )
 
     def finish_step(self, num_rows: int) -> None:
@@ -261,3 +266,12 @@ class StepRecord:
                 histogram_NEH=histogram[0].long() if histogram else None,
             )
         return self.sums
+
+
+def histogram_of(rows: torch.Tensor, num_experts: int, num_bins: int) -> torch.Tensor:
+    """The histograms of routers with so many experts and bins, a contiguous part of each row.
+
+    Args:
+        rows: of routers, ``(..., E, H)``.
+    """
+    return rows.flatten(-2)[..., : num_experts * num_bins].unflatten(-1, (num_experts, num_bins))

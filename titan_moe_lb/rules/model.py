@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+from torchtitan.protocols.model import BaseModel
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
@@ -38,6 +39,30 @@ def experts_divide_over_ranks(config: Trainer.Config) -> None:
             )
 
 
+def layers_count_their_experts_alike(config: Trainer.Config | BaseModel.Config) -> None:
+    """torchtitan keeps both numbers of a layer in several places, and does not compare them: its
+    dispatcher sends tokens elsewhere where its top_k is another one."""
+    for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
+        router, routed = moe.router, moe.routed_experts
+        dispatcher = routed.token_dispatcher
+        for numbers in (
+            {
+                "num_experts": moe.num_experts,
+                "router.num_experts": router.num_experts,
+                "router.gate.out_features": router.gate.out_features,
+                "routed_experts.inner_experts.num_experts": routed.inner_experts.num_experts,
+                "routed_experts.token_dispatcher.num_experts": dispatcher.num_experts,
+            },
+            {
+                "router.top_k": router.top_k,
+                "routed_experts.token_dispatcher.top_k": dispatcher.top_k,
+            },
+        ):
+            if len(set(numbers.values())) > 1:
+                said = ", ".join(f"{name} {number}" for name, number in numbers.items())
+                raise JobError(f"{place(fqn)} has {said}: set all of them to one number")
+
+
 def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
     """What :mod:`titan_moe_lb.parallelization` does for the other kinds has no seam here."""
     if isinstance(config.activation_checkpoint, MemoryBudgetAC.Config) and any(
@@ -52,6 +77,7 @@ def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
 
 RULES = (
     expert_biases_are_added_once,
+    layers_count_their_experts_alike,
     experts_divide_over_ranks,
     checkpointing_keeps_decisions,
 )

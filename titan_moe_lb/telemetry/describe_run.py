@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import titan_moe_lb
@@ -26,24 +27,27 @@ def describe_run(config) -> RunInfo:
     """Of a ``Trainer.Config`` whose MoE layers have load-balanced routers."""
     dims = layout.resolve(config.parallelism)
     cut = batch_cut.cut(config)
-    routers = [
-        router
-        for _fqn, router, _parent, _attribute in config.model_spec.traverse(
-            LoadBalancedRouter.Config
-        )
-    ]
+    routers = sorted(
+        (router for _fqn, router, *_ in config.model_spec.traverse(LoadBalancedRouter.Config)),
+        key=lambda router: router.layer,
+    )
     router = routers[0]
-    bias, forced = router.expert_bias, router.forced_routing
+    forced = router.forced_routing
+    rules = dict.fromkeys(one.expert_bias.describe() for one in routers if one.expert_bias)
     losses = {loss._owner.metric_name: loss for loss in router.aux_losses}
-    groups = {router.num_expert_groups or 1, *(loss.expert_groups for loss in router.aux_losses)}
+    groups = {loss.expert_groups for loss in router.aux_losses}
+    groups |= {one.num_expert_groups or 1 for one in routers}
+    experts, top_k = ([getattr(one, name) for one in routers] for name in ("num_experts", "top_k"))
     return RunInfo(
         model=config.model_spec.name,
         flavor=config.model_spec.flavor,
-        num_experts=router.num_experts,
-        top_k=router.top_k,
-        layers=tuple(sorted(router.layer for router in routers)),
+        num_experts=max(experts),
+        top_k=max(top_k),
+        layers=tuple(one.layer for one in routers),
+        num_experts_by_layer=tuple(experts) if len(set(experts)) > 1 else None,
+        top_k_by_layer=tuple(top_k) if len(set(top_k)) > 1 else None,
         losses={name: loss.weight for name, loss in losses.items()},
-        figures=(*figures_of(router), *LEARNING),
+        figures=(*figures_of(routers), *LEARNING),
         world_size=dims.world_size,
         pp=dims.pp,
         dp_replicate=dims.dp_replicate,
@@ -57,7 +61,7 @@ def describe_run(config) -> RunInfo:
         micro_batch_size=cut.micro_batch_size,
         seq_len=cut.seq_len,
         forced_routing=forced.describe() if forced is not None else None,
-        expert_bias=bias.describe() if bias is not None else None,
+        expert_bias="; ".join(rules) or None,
         score_func=router.score_func,
         expert_groups=coarse_to_fine(groups),
         placement=_placement(config),
@@ -66,15 +70,15 @@ def describe_run(config) -> RunInfo:
     )
 
 
-def figures_of(router: LoadBalancedRouter.Config) -> tuple[Figure, ...]:
+def figures_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Figure, ...]:
     """What is measured of the routers of a model: raw losses and metrics."""
-    losses = [loss._owner for loss in router.aux_losses]
+    losses = [loss._owner for loss in routers[0].aux_losses]
     return (
         *(
             Figure(loss.metric_name, is_aux_loss=True, description=_first_line(loss.__doc__))
             for loss in losses
         ),
-        *(kind.figure() for kind in Metric.kinds.values() if kind.applies_to(router)),
+        *(kind.figure() for kind in Metric.kinds.values() if any(map(kind.applies_to, routers))),
     )
 
 

@@ -17,6 +17,7 @@ from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 from titan_moe_lb.telemetry.reduction import reduce_counts
+from titan_moe_lb.traces.balance_statistics import mark_absent
 from titan_moe_lb.traces.domain_trace import DomainLoad
 
 
@@ -67,10 +68,14 @@ class DomainValidator(Validator):
         """Of the domain, over all ranks and stages ``(M, E)``."""
         counts_NE = None
         if routers:
-            stacked = torch.stack([router.held_out_counts_E for router in routers])  # type: ignore[misc]
+            stacked = torch.nn.utils.rnn.pad_sequence(
+                [router.held_out_counts_E for router in routers],  # type: ignore[misc]
+                batch_first=True,
+            )
             for group in layout.token_groups(self.parallel_dims):
                 dist.all_reduce(stacked, group=group)
-            counts_NE = stacked.cpu().numpy()
+            num_experts_N = np.array([router.num_experts for router in routers])
+            counts_NE = mark_absent(stacked.cpu().numpy(), num_experts_N)
         numbers = [router.layer for router in routers]
         return reduce_counts(numbers, counts_NE, self.parallel_dims)
 

@@ -6,6 +6,7 @@ reduced, written to the trace and shown, without an edit elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import ClassVar
 
@@ -68,15 +69,15 @@ class Metric:
 
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
-        """Whether a job with such routers has something to measure."""
+        """Whether there is something to measure in such a router; one of the model is enough."""
         return True
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         """This rank's numbers.
 
         Returns:
-            float64 ``(N,)``, one for each router of the rank; None where there is nothing
-            to measure, on all ranks of the stage alike.
+            float64 ``(N,)``, one for each router of the rank, NaN for one that has nothing to
+            measure; None where none has, on all ranks of the stage alike.
         """
         raise NotImplementedError
 
@@ -158,8 +159,21 @@ class PaddingShare(Metric):
     def measure(self, step: RankStep) -> np.ndarray | None:
         if step.valid_counts_NE is None:
             return None
-        routed_N = step.global_counts_NE.sum(axis=1)
-        return (routed_N - step.valid_counts_NE.sum(axis=1)) / np.maximum(routed_N, 1)
+        valid_N, routed_N = (
+            table_NE.clip(min=0).sum(axis=1)
+            for table_NE in (step.valid_counts_NE, step.global_counts_NE)
+        )
+        return (routed_N - valid_N) / np.maximum(routed_N, 1)
+
+
+def _of_known(
+    table_NE: np.ndarray | None, function: Callable[[np.ndarray], float]
+) -> np.ndarray | None:
+    """A number of each row without what is NaN; NaN where nothing is left."""
+    if table_NE is None:
+        return None
+    rows = [row_E[~np.isnan(row_E)] for row_E in table_NE]
+    return np.array([function(row) if row.size else np.nan for row in rows])
 
 
 class _OfBias(Metric):
@@ -175,7 +189,7 @@ class BiasRange(_OfBias):
     description = "Largest less smallest expert bias"
 
     def measure(self, step: RankStep) -> np.ndarray | None:
-        return None if step.bias_NE is None else np.ptp(step.bias_NE, axis=1)
+        return _of_known(step.bias_NE, np.ptp)
 
 
 class BiasNorm(_OfBias):
@@ -183,7 +197,7 @@ class BiasNorm(_OfBias):
     description = "Euclidean norm of the expert biases"
 
     def measure(self, step: RankStep) -> np.ndarray | None:
-        return None if step.bias_NE is None else np.linalg.norm(step.bias_NE, axis=1)
+        return _of_known(step.bias_NE, np.linalg.norm)
 
 
 class BiasLargestStep(_OfBias):
@@ -192,7 +206,7 @@ class BiasLargestStep(_OfBias):
     over_layers = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray | None:
-        return None if step.bias_delta_NE is None else np.abs(step.bias_delta_NE).max(axis=1)
+        return _of_known(step.bias_delta_NE, lambda delta_E: np.abs(delta_E).max())
 
 
 class _OfGradient(Metric):

@@ -20,11 +20,16 @@ from titan_moe_lb.parallel.schedules import Action, actions_of
 from titan_moe_lb.recording.step_record import StepRecord
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import overload
+from titan_moe_lb.traces.balance_statistics import mark_absent, num_existing
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """On the host, as numpy arrays. At least one router."""
+    """On the host, as numpy arrays. At least one router.
+
+    E is the largest number of experts of a router. Where another one has fewer, its counts end in
+    :data:`~titan_moe_lb.traces.balance_statistics.ABSENT` and its biases in NaN.
+    """
 
     counts_NME: np.ndarray
     """Tokens per expert of each micro-batch, over the ranks of the EP group, int64."""
@@ -33,9 +38,11 @@ class RankStep:
     valid_counts_NE: np.ndarray | None
     """The same of the tokens that may teach; None where batches do not say which do."""
     bias_NE: np.ndarray | None
-    """Expert biases after the step, float32; None where the layers have none."""
+    """Expert biases after the step, float32; NaN for a layer that has none, None where no layer
+    has one."""
     bias_delta_NE: np.ndarray | None
-    """What the step has added to them; None where it added nothing."""
+    """What the step has added to them; NaN for a layer to which it added nothing, None where it
+    added nothing to any."""
     gradient_squares_N2: np.ndarray | None
     """Squares of the gradient in the logits of this rank's tokens, float32: of the model's loss and
     of the aux losses; None unless the job asks for them."""
@@ -49,7 +56,13 @@ class RankStep:
     @cached_property
     def received_NMR(self) -> np.ndarray:
         """Tokens that each rank of the EP group gets, int64."""
-        return overload.tokens_per_rank(self.counts_NME, self.ep_degree)
+        num_experts_N = num_existing(self.counts_NME[:, 0])
+        return np.stack(
+            [
+                overload.tokens_per_rank(counts_ME[:, :num_experts], self.ep_degree)
+                for counts_ME, num_experts in zip(self.counts_NME, num_experts_N, strict=True)
+            ]
+        )
 
     @cached_property
     def overload_NM(self) -> np.ndarray:
@@ -61,12 +74,12 @@ def read(
     routers: list[LoadBalancedRouter],
     record: StepRecord,
     parallel_dims: ParallelDims,
-    biases: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
 ) -> RankStep:
     """Of the last finished step. Collective over the EP group; waits for the device.
 
     Args:
-        biases: of the layers, none where they have none.
+        biases: of each layer; None where it has none.
     """
     ran = record.step_micro_batches
     # A step without a forward has one micro-batch, of no token.
@@ -78,13 +91,20 @@ def read(
         dist.all_reduce(counts, group=mesh.get_group())
     assert record.sums is not None
     losses, padded = routers[0].aux_losses, routers[0].config.loop.padded
+    sums_NSE = record.sums.counts_NSE
+    num_experts_N = np.array([router.num_experts for router in routers])
+
+    def existing(table: torch.Tensor) -> np.ndarray:
+        return mark_absent(table.cpu().numpy(), num_experts_N)
+
+    squares = record.step_gradient_squares_N2
     return RankStep(
-        counts_NME=counts.cpu().numpy(),
-        global_counts_NE=record.sums.counts_NSE[:, 0].cpu().numpy(),
-        valid_counts_NE=_rows(record.sums.counts_NSE[:, losses.valid_source] if padded else None),
-        bias_NE=_rows(torch.stack([local_shard(bias) for bias in biases]) if biases else None),
-        bias_delta_NE=_rows(record.bias_delta_NE),
-        gradient_squares_N2=_rows(record.step_gradient_squares_N2),
+        counts_NME=existing(counts),
+        global_counts_NE=existing(sums_NSE[:, 0]),
+        valid_counts_NE=existing(sums_NSE[:, losses.valid_source]) if padded else None,
+        bias_NE=_rows([None if bias is None else local_shard(bias) for bias in biases]),
+        bias_delta_NE=_rows(record.bias_delta_N),
+        gradient_squares_N2=None if squares is None else squares.detach().cpu().numpy(),
         stages=tuple(router.stage for router in routers),
         actions=routers[0].actions or actions_of(None)[0],
         ep_degree=parallel_dims.ep,
@@ -92,5 +112,16 @@ def read(
     )
 
 
-def _rows(table: torch.Tensor | None) -> np.ndarray | None:
-    return None if table is None else table.detach().cpu().numpy()
+def _rows(rows: list[torch.Tensor | None]) -> np.ndarray | None:
+    """Rows of several lengths as one table, NaN where nothing is; None where there is no row."""
+    known = [row for row in rows if row is not None]
+    if not known:
+        return None
+    values = torch.cat(known).detach().cpu().numpy()  # waits for the device once
+    table = np.full((len(rows), max(len(row) for row in known)), np.nan, dtype=values.dtype)
+    start = 0
+    for index, row in enumerate(rows):
+        if row is not None:
+            table[index, : len(row)] = values[start : start + len(row)]
+            start += len(row)
+    return table

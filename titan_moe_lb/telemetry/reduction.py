@@ -17,6 +17,7 @@ from titan_moe_lb.parallel import layout
 from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import rank_step
 from titan_moe_lb.telemetry.metric import Metric, Reduction
+from titan_moe_lb.traces.balance_statistics import ABSENT
 from titan_moe_lb.traces.step_load import StepLoad
 
 
@@ -70,7 +71,7 @@ class _Table:
         assert record is not None
         groups = layout.token_groups(parallel_dims)
         sums = record.reduce(groups)
-        biases = [layer.expert_bias_E for layer in layers if layer.expert_bias_E is not None]
+        biases = [layer.expert_bias_E for layer in layers]
         step = rank_step.read(routers, record, parallel_dims, biases)
         measured = {name: kind().measure(step) for name, kind in Metric.kinds.items()}
         values, micro_batch_NE = _over_ranks(
@@ -140,7 +141,12 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
     rows = np.zeros((num_rows, first + 2 * len(names)))
     if table is not None:
         rows[table.layers, 0] = 1.0
-        rows[table.layers, 1:first] = np.hstack([table.counts_NE, table.micro_batch_counts_NE])
+        room = ((0, 0), (0, num_experts - table.counts_NE.shape[1]))
+        counts = [
+            np.pad(counts_NE, room, constant_values=ABSENT)
+            for counts_NE in (table.counts_NE, table.micro_batch_counts_NE)
+        ]
+        rows[table.layers, 1:first] = np.hstack(counts)
         for name, values_N in table.values.items():
             column = first + 2 * names.index(name)
             rows[table.layers, column] = 1.0

@@ -78,7 +78,8 @@ def step_metrics(
 def _extreme_experts(load: StepLoad, number: int) -> dict[str, float]:
     """``hottest_1_load`` (relative to the balanced load), ``_layer`` and ``_expert``, and so on."""
     load_ME = relative_load(load.counts_ME)
-    order = np.argsort(load_ME, axis=None, kind="stable")
+    # What a layer does not have is NaN, and sorted to the end.
+    order = np.argsort(load_ME, axis=None, kind="stable")[: np.isfinite(load_ME).sum()]
     metrics = {}
     for end, listed in (("hottest", order[::-1]), ("coldest", order)):
         for place, index in enumerate(listed[:number].tolist(), start=1):

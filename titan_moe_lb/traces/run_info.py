@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pyarrow as pa
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -35,9 +36,15 @@ class RunInfo:
     model: str
     flavor: str
     num_experts: int
+    """Of a layer; of the largest where they differ."""
     top_k: int
+    """The same."""
     layers: tuple[int, ...]
     """Numbers of the MoE layers in the whole model, ascending."""
+    num_experts_by_layer: tuple[int, ...] | None = None
+    """In the order of ``layers``; None where all have ``num_experts``."""
+    top_k_by_layer: tuple[int, ...] | None = None
+    """The same of ``top_k``."""
     losses: dict[str, float] = field(default_factory=dict)
     """Metric name of each aux loss to its weight."""
     figures: tuple[Figure, ...] = ()
@@ -81,10 +88,21 @@ class RunInfo:
     @property
     def model_name(self) -> str:
         """One phrase for messages: model, flavor and the shape of its MoE layers."""
+        experts, top_k = _range(self.num_experts_M), _range(self.top_k_M)
         return (
-            f"{self.model} {self.flavor} ({len(self.layers)} MoE layers, "
-            f"{self.num_experts} experts, top {self.top_k})"
+            f"{self.model} {self.flavor} ({len(self.layers)} MoE layers, {experts} experts, "
+            f"top {top_k})"
         )
+
+    @property
+    def num_experts_M(self) -> np.ndarray:
+        """Experts of each layer."""
+        return np.array(self.num_experts_by_layer or [self.num_experts] * len(self.layers))
+
+    @property
+    def top_k_M(self) -> np.ndarray:
+        """Experts that a token chooses in each layer."""
+        return np.array(self.top_k_by_layer or [self.top_k] * len(self.layers))
 
     @property
     def layout(self) -> str:
@@ -106,6 +124,7 @@ class RunInfo:
             JobError: one line that names both models.
         """
         names = ("model", "flavor", "num_experts", "top_k", "layers")
+        names += ("num_experts_by_layer", "top_k_by_layer")
         if any(getattr(self, name) != getattr(other, name) for name in names):
             raise JobError(
                 f"{here} is of {self.model_name}, {there} is of {other.model_name}: "
@@ -156,8 +175,13 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
         table["figures"] = tuple(Figure(**_known(Figure, one)) for one in table["figures"])
     table["layers"] = tuple(table["layers"])
     table["resumed_at"] = tuple(table["resumed_at"])
-    if table.get("expert_groups") is not None:
-        table["expert_groups"] = tuple(table["expert_groups"])
+    for name in ("expert_groups", "num_experts_by_layer", "top_k_by_layer"):
+        if table.get(name) is not None:
+            table[name] = tuple(table[name])
+    for name in ("num_experts", "top_k"):
+        of_layers = table.get(f"{name}_by_layer")
+        if of_layers and (len(of_layers) != len(table["layers"]) or max(of_layers) != table[name]):
+            raise ValueError(f"{name}_by_layer is not of its layers")
     numbers = (table["num_experts"] - 1, *table["layers"])
     if len(numbers) == 1 or not all(0 <= number < 2**31 for number in numbers):
         raise ValueError("it has no layers or no experts")
@@ -174,3 +198,8 @@ def _known(kind: type, table: dict[str, Any]) -> dict[str, Any]:
         for name, hint in get_type_hints(kind).items()
         if name in table
     }
+
+
+def _range(numbers: np.ndarray) -> str:
+    low, high = numbers.min(), numbers.max()
+    return f"{low}" if low == high else f"{low} to {high}"

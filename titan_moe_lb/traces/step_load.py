@@ -14,7 +14,8 @@ class StepLoad:
     layers: tuple[int, ...]
     """Layer numbers in the whole model, ascending."""
     counts_ME: np.ndarray
-    """Tokens routed to each expert, int64 ``(M, E)``: a row sums to top_k x the tokens."""
+    """Tokens routed to each expert, int64 ``(M, E)``: a row sums to top_k x the tokens.
+    :data:`~titan_moe_lb.traces.balance_statistics.ABSENT` where a layer has fewer than E."""
     micro_batch_counts_ME: np.ndarray | None = None
     """Tokens that one micro-batch of one expert-parallel group routed to each expert, int64
     ``(M, E)``: the step's first of the first group, the same in every layer."""
