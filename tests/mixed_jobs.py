@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.deepseek_v3 import model_registry
@@ -36,23 +39,35 @@ def set_num_experts(moe: MoE.Config, number: int) -> None:
     routed.inner_experts.num_experts = routed.token_dispatcher.num_experts = number
 
 
-def train_mixed(folder: str, layout: dict[str, int | str], **arguments) -> dict[int, list[float]]:
+def train_mixed(folder: str, settings: dict[str, Any], **arguments: Any) -> dict[int, list[float]]:
     """Four steps of a job with a trace in ``folder``. Every rank.
+
+    Args:
+        settings: of the ``Trainer.Config``, by dotted name.
+        arguments: of ``balanced``.
 
     Returns:
         The biases of this rank's layers after the last step, by number of the layer.
     """
     spec = balanced(mixed_spec(), **arguments)
     config = recipes.debug(spec, recipes.language_model_loss(spec), local_batch_size=4)
-    config.training.steps = 4
-    config.training.seq_len = 64
-    config.debug.enable_structured_logging = False
-    config.metrics.moe_per_layer_logging = True
-    config.dump_folder = folder
-    for name, value in layout.items():
-        setattr(config.parallelism, name, value)
+    settings = {
+        "training.steps": 4,
+        "training.seq_len": 64,
+        "debug.seed": 0,
+        "debug.enable_structured_logging": False,
+        "metrics.moe_per_layer_logging": True,
+        "dump_folder": folder,
+    } | settings
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        setattr(functools.reduce(getattr, path, config), last, value)
     parts: list[torch.nn.Module] = []
-    train_config(config, prepare=lambda trainer: parts.extend(trainer.model_parts))
+    train_config(
+        config,
+        prepare=lambda trainer: parts.extend(trainer.model_parts),
+        first_step=settings.get("checkpoint.load_step", 0) + 1,
+    )
     return {
         layer.router.layer: local_shard(layer.expert_bias_E).tolist()
         for layer in moe_layers_of(parts)

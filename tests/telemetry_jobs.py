@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -187,22 +189,25 @@ def moe_layers(
     bound to one micro-batch of 2 sequences on each rank; not wired.
 
     Args:
-        kinds: ``num_experts`` and ``top_k`` of layers that differ, and ``bias`` False for one that
-            has none; the layers take them in turn.
+        kinds: ``num_experts``, ``top_k`` and ``groups`` (how many there are, and how many a token
+            reaches) of layers that differ, and ``bias`` False for one that has none; the layers
+            take them in turn.
     """
     layers = []
-    for index, number in enumerate(numbers):
-        kind = kinds[index % len(kinds)] if kinds else {}
-        model = {} if aux_losses is None else {"aux_losses": aux_losses}
-        if expert_bias is not None:
-            speed = {"speed": 1e-2} if expert_bias == "proportional" else {}
-            model["expert_bias"] = ExpertBias.kinds[expert_bias].Config(**speed)
-        config = model_registry("tiny", **model).model.layers[-1].moe
-        config.router.top_k = kind.get("top_k", 2)
+    model = {} if aux_losses is None else {"aux_losses": aux_losses}
+    if expert_bias is not None:
+        speed = {"speed": 1e-2} if expert_bias == "proportional" else {}
+        model["expert_bias"] = ExpertBias.kinds[expert_bias].Config(**speed)
+    alike = model_registry("tiny", **model).model.layers[-1].moe
+    for number, kind in zip(numbers, itertools.cycle(kinds or [{}]), strict=False):
+        config = copy.deepcopy(alike)
+        router = config.router
         set_num_experts(config, kind.get("num_experts", 8))
-        config.router.bind_components()
+        router.top_k = kind.get("top_k", 2)
+        router.num_expert_groups, router.num_limited_groups = kind.get("groups", (4, 2))
+        router.bind_components()
         if not kind.get("bias", True):
-            config.router.expert_bias = config.load_balance_coeff = None
+            router.expert_bias = config.load_balance_coeff = None
         config.router.layer = number
         config.router.loop = TrainingLoop(
             micro_batch_size=2, global_batch_size=2 * _world_size(), padded=padded

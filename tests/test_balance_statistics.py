@@ -55,3 +55,22 @@ def test_worst_case_is_the_documented_one(num_experts, top_k):
         assert function(counts_ME) == pytest.approx(expected_M), function.__name__
     load_ME = balance_statistics.relative_load(counts_ME)
     assert load_ME[1].max() == ratio and (load_ME[0] == 1).all() and (load_ME[2] == 1).all()
+
+
+@given(COUNTS, st.integers(1, 5))
+def test_experts_that_a_layer_lacks_are_not_counted(counts, more):
+    """Beside a layer with more experts it is what it is alone."""
+    alone = np.array([counts])
+    both = np.array([counts + [7] * more, [5] * (len(counts) + more)])
+    marked = balance_statistics.mark_absent(both, np.array([len(counts), len(counts) + more]))
+    assert (marked[0, len(counts) :] == balance_statistics.ABSENT).all()
+    for function in (
+        balance_statistics.max_violation,
+        balance_statistics.coefficient_of_variation,
+        balance_statistics.normalized_entropy,
+        balance_statistics.num_dead_experts,
+    ):
+        assert function(marked)[0] == pytest.approx(function(alone)[0]), function.__name__
+    load_ME = balance_statistics.relative_load(marked)
+    assert load_ME[0, : len(counts)] == pytest.approx(balance_statistics.relative_load(alone)[0])
+    assert np.isnan(load_ME[0, len(counts) :]).all() and (load_ME[1] == 1).all()

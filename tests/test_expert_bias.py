@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.telemetry_jobs import moe_layers
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import (
     BiasStep,
@@ -21,6 +23,7 @@ from titan_moe_lb.expert_bias import (
     SignBias,
 )
 from titan_moe_lb.expert_bias.required import required_bias
+from titan_moe_lb.step_hook import StepHook, wire
 
 NO_GROUPS = {"num_groups": None, "num_limited_groups": None}
 COUNTS = torch.tensor([[4, 10, 1, 1]])  # mean 4, sum 16
@@ -146,8 +149,9 @@ def bin_edges(bias: np.ndarray, expert: int, num_bins: int) -> np.ndarray:
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_required_bias_by_trying_every_bias(data):
-    """A token selects an expert above it and not below, found by bisection for the selected;
-    and of the others it requires more than they have."""
+    """How far the bias of a selected expert can fall until others of the groups that the token
+    reaches take its place, or those of its whole group until another group does: the least of
+    both, by bisection. Of the others a token requires at least what they have."""
     groups = data.draw(st.sampled_from([1, 2, 4]), "groups")
     size = data.draw(st.integers(2, 4), "experts of a group")
     limit = data.draw(st.integers(1, groups), "groups of a token")
@@ -156,29 +160,43 @@ def test_required_bias_by_trying_every_bias(data):
     scores = random.random((1, groups * size)).astype(np.float32)
     bias = (random.standard_normal(groups * size) / 4).astype(np.float32)
     limits = {"num_groups": groups, "num_limited_groups": limit} if groups > 1 else NO_GROUPS
-    runner_up = np.sort(_limited(scores + bias, groups, limit), axis=1)[:, [-top_k - 1]]
+    reached = _limited(scores + bias, groups, limit)[0]
+    runner_up = np.sort(reached)[[[-top_k - 1]]]
     required = required_bias(
         *map(torch.from_numpy, (scores, scores + bias, runner_up)), **limits
     ).numpy()[0]
 
-    def selects(expert: int, with_bias: float) -> bool:
-        tried = bias.astype(np.float64)
-        tried[expert] = with_bias
-        chosen = _limited(scores + tried, groups, limit)[0]
-        return expert in np.argsort(-chosen, kind="stable")[:top_k] and chosen[expert] > -np.inf
+    def is_in_the_best(expert: int, fall: float) -> bool:
+        choice = reached.astype(np.float64)
+        choice[expert] -= fall
+        return bool((choice > choice[expert]).sum() < top_k)
+
+    def is_reached(expert: int, fall: float) -> bool:
+        choice = (scores + bias).astype(np.float64)
+        first = expert // size * size
+        choice[0, first : first + size] -= fall
+        return bool(_limited(choice, groups, limit)[0, expert] > -np.inf)
 
     for expert in range(groups * size):
-        if not selects(expert, bias[expert]):
+        if not (is_in_the_best(expert, 0) and is_reached(expert, 0)):
             assert required[expert] >= bias[expert] - 1e-6
             continue
-        low, high = -10.0, float(bias[expert])
-        if selects(expert, low):
-            assert required[expert] == -np.inf
-            continue
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (low, middle) if selects(expert, middle) else (middle, high)
-        assert required[expert] == pytest.approx(high, abs=1e-5)
+        falls = [
+            _bisected(lambda fall, holds=holds, expert=expert: holds(expert, fall))
+            for holds in (is_in_the_best, is_reached)
+        ]
+        assert required[expert] == pytest.approx(bias[expert] - min(falls), abs=1e-5)
+
+
+def _bisected(holds: Callable[[float], bool]) -> float:
+    """The largest number from 0 on for which it holds, to 1e-9; infinite where it always does."""
+    low, high = 0.0, 10.0
+    if holds(high):
+        return np.inf
+    for _ in range(34):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def _limited(choice: np.ndarray, groups: int, limit: int) -> np.ndarray:
@@ -233,6 +251,39 @@ def test_balances_as_sorting_does(score, num_experts, top_k):
         violations[how] = float(counts.max() / counts.float().mean() - 1)
     assert violations["sorting"] < 0.05
     assert violations["histogram"] < violations["sorting"] + 0.03, violations
+
+
+def limits_of(num_experts: int) -> list[dict]:
+    """Every number of groups, of groups that a token reaches, and K."""
+    return [
+        {"num_experts": num_experts, "groups": (groups, limit), "top_k": top_k}
+        for groups in (1, 2, 4, 8)
+        if num_experts // groups >= 2
+        for limit in range(1, groups + 1)
+        for top_k in range(1, min(limit * (num_experts // groups), num_experts - 1) + 1)
+    ]
+
+
+@pytest.mark.parametrize("rule", ["quantile", "quantile_trend"])
+@pytest.mark.parametrize("num_experts", [8, 16])
+def test_quantiles_balance_under_every_group_limit(rule, num_experts):
+    """Routers of every limit, on fixed tokens of which each expert likes others."""
+    kinds = limits_of(num_experts)
+    layers = moe_layers(list(range(len(kinds))), [], expert_bias=rule, kinds=kinds)
+    hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
+    generator = torch.Generator().manual_seed(0)
+    x_BLD = (torch.randn(2, 256, 64, generator=generator) + 0.5) / 8
+    violations = []
+    for _step in range(30):
+        for layer in layers:
+            layer.router(x_BLD, layer.expert_bias_E)
+        hook.close_step()
+        counts_NE = layers[0].router.step_record.sums.counts_NSE[:, 0]
+        violations.append(counts_NE.amax(dim=1) / counts_NE.double().mean(dim=1) - 1)
+    assert violations[0].median() > 0.3
+    # Bound of the last five steps: they rest, and do not swing.
+    worst = torch.stack(violations[-5:]).amax(dim=0)
+    assert {str(kind): float(v) for kind, v in zip(kinds, worst, strict=True) if v > 0.1} == {}
 
 
 def test_trend_goes_on_where_the_quantiles_go():

@@ -35,7 +35,16 @@ class Spread:
         return f"log-normal loads of sigma {self.sigma:.3g}"
 
     def loads(self, layers: Sequence[MoELayer]) -> np.ndarray:
-        """:func:`lognormal_loads` of these layers."""
+        """:func:`lognormal_loads` of these layers.
+
+        Raises:
+            JobError: their numbers of experts or top_k differ.
+        """
+        if len({(layer.num_experts, layer.top_k) for layer in layers}) > 1:
+            raise JobError(
+                f"--imbalance {self.name}: the layers of the model have several numbers of experts "
+                "or top_k, and log-normal loads need one; give imbalance factors"
+            )
         return lognormal_loads(
             self.sigma,
             num_layers=len(layers),

@@ -11,7 +11,12 @@ from functools import cached_property
 
 import numpy as np
 
-from titan_moe_lb.traces.balance_statistics import max_violation, normalized_entropy, relative_load
+from titan_moe_lb.traces.balance_statistics import (
+    max_violation,
+    normalized_entropy,
+    num_existing,
+    relative_load,
+)
 from titan_moe_lb.traces.trace import Trace
 
 FEWEST_STEPS = 5
@@ -38,13 +43,17 @@ class Window:
 
     @cached_property
     def load_ME(self) -> np.ndarray:
-        """Of the window as a whole, relative to balance."""
+        """Of the window as a whole, relative to balance; NaN where a layer has no such expert."""
         return relative_load(self.counts_SME.sum(axis=0))
 
     @cached_property
     def balanced(self) -> float:
-        """Tokens of an expert in the whole window at balance."""
-        return float(self.counts_SME.sum(axis=0).mean())
+        """Tokens of an expert in the whole window at balance, in the layer where they are fewest."""
+        return float((self._routed_M / self.trace.info.num_experts_M).min())
+
+    @cached_property
+    def _routed_M(self) -> np.ndarray:
+        return self.counts_SME.sum(axis=0).clip(min=0).sum(axis=1)
 
     @cached_property
     def violation_M(self) -> np.ndarray:
@@ -54,7 +63,7 @@ class Window:
     @cached_property
     def lasting_M(self) -> np.ndarray:
         """MaxVio of the window as a whole: what the same experts have too much in all of it."""
-        return self.load_ME.max(axis=1) - 1
+        return np.nanmax(self.load_ME, axis=1) - 1
 
     def lasts(self, violation: float) -> np.ndarray:
         """Layers ``(M,)`` where it is above that, and not by chance."""
@@ -90,8 +99,7 @@ class Window:
 
     @property
     def tokens_per_step(self) -> float:
-        info = self.trace.info
-        return self.balanced * info.num_experts / info.top_k / len(self.counts_SME)
+        return float(self._routed_M[0] / self.trace.info.top_k_M[0] / len(self.counts_SME))
 
     def since(self, excess_S: np.ndarray) -> int:
         """The logged step from which on ``excess_S``, of all logged steps, is above 0: where its
@@ -128,4 +136,4 @@ class Window:
 
 def effective_experts(counts: np.ndarray) -> np.ndarray:
     """As many balanced experts would have the entropy of the load ``(..., E)``: from K to E."""
-    return counts.shape[-1] ** normalized_entropy(counts)
+    return num_existing(counts) ** normalized_entropy(counts)

@@ -191,8 +191,9 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Place
             "with the num_expert_groups of the router, or --groups 1 for none"
         )
     for number in kept:
-        if info.num_experts % number:
-            raise JobError(f"--groups {number} does not divide {info.num_experts} experts")
+        for num_experts in info.num_experts_M:
+            if num_experts % number:
+                raise JobError(f"--groups {number} does not divide {num_experts} experts")
     steps = trace.steps[-max(1, len(trace.steps) // LAST_PART) :]
     counts_ME = trace.counts_SME[-len(steps) :].sum(axis=0)
     loads = f"steps {steps[0]} to {steps[-1]} of {run}"
@@ -206,14 +207,11 @@ def _gain(plan: Placement, counts_ME: np.ndarray) -> str:
         JobError: nothing.
     """
     ep, kept = plan.ep_degree, plan.groups
-    as_it_was = contiguous(counts_ME.shape[-1], ep)
-    before_M = np.array([overload(counts_E, as_it_was) for counts_E in counts_ME])
-    after_M = np.array(
-        [
-            overload(counts_E, order[as_it_was])
-            for counts_E, order in zip(counts_ME, plan.orders.values(), strict=True)
-        ]
-    )
+    counts = [counts_E[counts_E >= 0] for counts_E in counts_ME]
+    as_it_was = [contiguous(len(counts_E), ep) for counts_E in counts]
+    before_M = np.array(list(map(overload, counts, as_it_was)))
+    orders = [order[places] for order, places in zip(plan.orders.values(), as_it_was, strict=True)]
+    after_M = np.array(list(map(overload, counts, orders)))
     if after_M.mean() >= before_M.mean():
         whole = f" of whole groups ({', '.join(map(str, kept))})" if kept else ""
         raise JobError(

@@ -105,7 +105,7 @@ def from_loads(
 ) -> Placement:
     """The planner's greedy placement, for the tokens of each expert of each layer ``(M, E)``."""
     orders = {
-        number: greedy_in_groups(counts_E, ep_degree, groups, roll=row).reshape(-1)
+        number: greedy_in_groups(counts_E[counts_E >= 0], ep_degree, groups, roll=row).reshape(-1)
         for row, (number, counts_E) in enumerate(zip(layers, counts_ME, strict=True))
     }
     return Placement(orders=orders, ep_degree=ep_degree, groups=groups, loads=loads)

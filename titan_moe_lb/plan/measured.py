@@ -24,6 +24,11 @@ def of_run(
         JobError: its MoE layers have other shapes than the job's; names are left open.
     """
     info = trace.info
+    if info.num_experts_by_layer or info.top_k_by_layer:
+        raise JobError(
+            f"--from-run {trace.path.parent} is of {info.model_name}: a plan takes the loads of a "
+            "run whose layers have one number of experts and one top_k"
+        )
     shapes = {number: (layer.num_experts, layer.top_k) for number, layer in moe_layers.items()}
     layer = next(iter(moe_layers.values()))
     if shapes != dict.fromkeys(info.layers, (info.num_experts, info.top_k)):

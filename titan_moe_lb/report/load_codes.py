@@ -1,8 +1,8 @@
 """Loads of all experts in one byte each, small enough to embed in a page.
 
-A code is a logarithm: 0 is an expert without tokens, and code k > 0 a load of
-2**((k - 1) / LEVELS_PER_OCTAVE + LOWEST_OCTAVE) times the balanced load. So every load above
-1/16 is within 4.5% of its code. Exact counts stay in the trace.
+A code is a logarithm: 0 is an expert without tokens, 255 one that the layer does not have, and
+code k between them a load of 2**((k - 1) / LEVELS_PER_OCTAVE + LOWEST_OCTAVE) times the balanced
+load. So every load above 1/16 is within 4.5% of its code. Exact counts stay in the trace.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from titan_moe_lb.traces.balance_statistics import relative_load
 
 LEVELS_PER_OCTAVE = 8
 LOWEST_OCTAVE = -4
+_ABSENT = 255
 
 
 def encode(counts: np.ndarray) -> np.ndarray:
     """Counts ``(..., E)`` to codes of the same shape, uint8."""
     load = relative_load(counts)
     octaves = np.log2(np.where(load > 0, load, 1.0)) - LOWEST_OCTAVE
-    levels = np.clip(np.rint(octaves * LEVELS_PER_OCTAVE), 0, 254) + 1
-    return np.where(load > 0, levels, 0).astype(np.uint8)
+    levels = np.clip(np.rint(octaves * LEVELS_PER_OCTAVE), 0, _ABSENT - 2) + 1
+    return np.where(counts < 0, _ABSENT, np.where(load > 0, levels, 0)).astype(np.uint8)
 
 
 def pack(codes_SME: np.ndarray) -> bytes:

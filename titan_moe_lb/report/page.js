@@ -20,10 +20,11 @@ drawPage(async () => {
   const data = JSON.parse(text);
   const { runs, lowestOctave, levelsPerOctave, dead, colorRange } = data;
   const octaves = (code) => (code - 1) / levelsPerOctave + lowestOctave;
-  const load = (code) => (code === 0 ? 0 : 2 ** octaves(code));
+  const absent = 255;
+  const load = (code) => (code === absent ? null : code === 0 ? 0 : 2 ** octaves(code));
   const color = Array.from({ length: 256 }, (_, code) =>
-    code === 0 ? dead : Math.max(-colorRange, Math.min(colorRange, octaves(code))));
-  const label = Array.from({ length: 256 }, (_, code) => load(code).toPrecision(2));
+    code === absent ? null : code === 0 ? dead : Math.max(-colorRange, Math.min(colorRange, octaves(code))));
+  const label = Array.from({ length: 256 }, (_, code) => (code === absent ? "" : load(code).toPrecision(2)));
   const loads = await Promise.all(runs.map((run, index) => loadsOf(index, run)));
   let figures;
 

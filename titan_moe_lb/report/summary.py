@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from titan_moe_lb.traces.balance_statistics import (
+    ABSENT,
     max_violation,
     num_dead_experts,
     relative_load,
@@ -94,7 +95,7 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
         ),
         Card(
             "Dead experts",
-            f"{dead_S[-1]} of {len(trace.layers) * trace.info.num_experts}",
+            f"{dead_S[-1]} of {trace.info.num_experts_M.sum()}",
             f"last step; most: {dead_S.max()} at step {steps[dead_S.argmax()]}"
             if dead_S.any()
             else "none in the whole run",
@@ -111,7 +112,8 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
 def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
     """The experts with the highest and the lowest mean load over the run, in this order."""
     mean_ME = _mean_load(trace)
-    order = np.argsort(mean_ME, axis=None, kind="stable")
+    # What a layer does not have is NaN, and sorted to the end.
+    order = np.argsort(mean_ME, axis=None, kind="stable")[: np.isfinite(mean_ME).sum()]
     hottest, coldest = order[::-1][:NUM_LISTED], order[:NUM_LISTED]
     return _experts(trace, mean_ME, hottest), _experts(trace, mean_ME, coldest)
 
@@ -119,17 +121,20 @@ def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
 def hottest_now(trace: Trace) -> Expert:
     """The expert with the highest load of the last step."""
     last_ME = relative_load(trace.counts_SME[-1])
-    (expert,) = _experts(trace, _mean_load(trace), np.array([last_ME.argmax()]))
+    (expert,) = _experts(trace, _mean_load(trace), np.array([np.nanargmax(last_ME)]))
     return expert
 
 
 def _mean_load(trace: Trace) -> np.ndarray:
     """Mean of the relative load over the steps ``(M, E)``, without a copy of all counts."""
-    routed_SM = trace.counts_SME.sum(axis=2, dtype=np.float64)
+    num_experts_M = trace.info.num_experts_M
+    absent_M = trace.info.num_experts - num_experts_M
+    routed_SM = trace.counts_SME.sum(axis=2, dtype=np.float64) - ABSENT * absent_M
     idle_SM = routed_SM == 0
-    scale_SM = np.where(idle_SM, 0.0, trace.info.num_experts / np.where(idle_SM, 1.0, routed_SM))
+    scale_SM = np.where(idle_SM, 0.0, num_experts_M / np.where(idle_SM, 1.0, routed_SM))
     total_ME = np.einsum("sme,sm->me", trace.counts_SME, scale_SM)
-    return (total_ME + idle_SM.sum(axis=0)[:, None]) / len(trace.steps)
+    mean_ME = (total_ME + idle_SM.sum(axis=0)[:, None]) / len(trace.steps)
+    return np.where(trace.counts_SME[0] >= 0, mean_ME, np.nan)
 
 
 def _experts(trace: Trace, mean_ME: np.ndarray, listed: np.ndarray) -> list[Expert]:

@@ -87,9 +87,21 @@ def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
     On the first tokens of the global batch, ``TRIED_TOKENS`` over all kinds of steps: most
     deals begin again much sooner.
     """
-    for fqn, router, forced in _forced(config)[:1]:
-        if router.num_expert_groups is None or not issubclass(forced._owner, DealtRouting):
+    tried = []
+    for fqn, router, forced in _forced(config):
+        kind = (
+            router.num_experts,
+            router.top_k,
+            router.num_expert_groups,
+            router.num_limited_groups,
+        )
+        if (
+            kind in tried
+            or router.num_expert_groups is None
+            or not issubclass(forced._owner, DealtRouting)
+        ):
             continue
+        tried.append(kind)
         forced = _bound(forced, router, config)
         cut = batch_cut.cut(config)
         total_tokens, steps = cut.global_batch_size * cut.seq_len, forced.different_steps()

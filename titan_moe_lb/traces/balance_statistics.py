@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 ABSENT = -1
-"""In a table of counts: the layer has no such expert."""
+"""In a table of counts: the layer has no such expert. In a sum over steps any number below 0 is."""
 
 
 def max_violation(counts: np.ndarray) -> np.ndarray:
@@ -77,6 +77,4 @@ def num_existing(counts: np.ndarray) -> np.ndarray:
 
 
 def _mean(counts: np.ndarray) -> np.ndarray:
-    num_experts = num_existing(counts)
-    absent = counts.shape[-1] - num_experts
-    return (counts.sum(axis=-1, dtype=np.float64) - ABSENT * absent) / num_experts
+    return counts.clip(min=0).sum(axis=-1, dtype=np.float64) / num_existing(counts)

@@ -57,8 +57,9 @@ class RoutingTraceWriter:
         """
         ids = np.asarray(expert_ids_BLK)
         length = sum(length for _start, length in token_slices)
-        if ids.shape[1:] != (length, self.info.top_k):
-            raise ValueError(f"expert ids {ids.shape} are not (B, {length}, {self.info.top_k})")
+        top_k = self.info.top_k_of(layer)
+        if ids.shape[1:] != (length, top_k):
+            raise ValueError(f"expert ids {ids.shape} are not (B, {length}, {top_k})")
         slices = [{"start": start, "length": length} for start, length in token_slices]
         flat = np.ascontiguousarray(ids, dtype=self._id_type).reshape(-1)
         row = {
@@ -150,7 +151,7 @@ class RoutingTrace:
         info = self.info
         sequences = range(info.global_batch_size) if sequences is None else sequences
         first, last = sequences.start, sequences.stop
-        shape = (last - first, info.seq_len, info.top_k)
+        shape = (last - first, info.seq_len, info.top_k_of(layer))
         try:
             ids_BLK = np.zeros(shape, _id_type(info.num_experts))
             filled_BL = np.zeros(shape[:2], dtype=bool)
@@ -167,7 +168,7 @@ class RoutingTrace:
                 continue
             slices = part["token_slices"][0].as_py()
             values = part["expert_ids"].flatten().to_numpy()
-            part_BLK = values.reshape(stop - start, -1, info.top_k)[low - start : high - start]
+            part_BLK = values.reshape(stop - start, -1, shape[-1])[low - start : high - start]
             offset = 0
             for piece in slices:
                 rows = slice(low - first, high - first)
@@ -185,9 +186,10 @@ class RoutingTrace:
                 filled_BL[rows, columns] = True
         if not filled_BL.all():
             raise JobError(self._why_not_whole(step, layer, first, filled_BL))
-        if ids_BLK.size and ids_BLK.max() >= info.num_experts:
+        num_experts = info.num_experts_M[info.layers.index(layer)]
+        if ids_BLK.size and ids_BLK.max() >= num_experts:
             raise JobError(
-                f"{self.folder} names expert {ids_BLK.max()} of {info.num_experts} in step {step}, "
+                f"{self.folder} names expert {ids_BLK.max()} of {num_experts} in step {step}, "
                 f"layer {layer}: it is damaged, record the run again"
             )
         return ids_BLK
@@ -260,7 +262,10 @@ def _fits(row: pa.RecordBatch, info: RunInfo) -> bool:
         return False
     first, count = row["first_sequence"][0].as_py(), row["num_sequences"][0].as_py()
     slices = [(piece["start"], piece["length"]) for piece in row["token_slices"][0].as_py()]
-    num_ids = count * sum(length for _start, length in slices) * info.top_k
+    layer = row["layer"][0].as_py()
+    if layer not in info.layers:
+        return False
+    num_ids = count * sum(length for _start, length in slices) * info.top_k_of(layer)
     return (
         first >= 0
         and count >= 0

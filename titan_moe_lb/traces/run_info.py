@@ -104,6 +104,10 @@ class RunInfo:
         """Experts that a token chooses in each layer."""
         return np.array(self.top_k_by_layer or [self.top_k] * len(self.layers))
 
+    def top_k_of(self, layer: int) -> int:
+        """K of one of ``layers``."""
+        return int(self.top_k_M[self.layers.index(layer)])
+
     @property
     def layout(self) -> str:
         """The parallel layout in one phrase: every degree above 1."""

@@ -141,7 +141,7 @@ def _numbers(follower: Follower) -> dict[str, float]:
 
 def _strip(layer: int, counts_E: np.ndarray, violation: float, width: int, glyphs: Glyphs) -> Text:
     line = Text(f"{layer:>{_LABEL - 2}}  ", style="default")
-    load_E = relative_load(counts_E)
+    load_E = relative_load(counts_E[counts_E >= 0])
     room = max(1, width - _LABEL - _FIGURE)
     columns = max(1, min(_WIDEST_EXPERT, room // len(load_E)))
     for load in _most_uneven(load_E, room):

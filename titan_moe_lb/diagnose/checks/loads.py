@@ -14,13 +14,15 @@ from titan_moe_lb.traces.placement import contiguous, overload
 def collapse(window: Window) -> Finding | str | None:
     """The load has the entropy of few experts."""
     effective_M = effective_experts(window.counts_SME).mean(axis=0)
-    chance = float(effective_experts(window.by_chance(window.tokens_per_step)).mean())
-    collapsed_M = effective_M < chance / 2
-    worst = int(effective_M.argmin())
+    info = window.trace.info
+    of_largest = float(effective_experts(window.by_chance(window.tokens_per_step)).mean())
+    chance_M = of_largest * info.num_experts_M / info.num_experts
+    collapsed_M = effective_M < chance_M / 2
+    worst = int((effective_M / chance_M).argmin())
     seen = (
         f"the load of layer {window.trace.layers[worst]} is as concentrated as on "
         f"{effective_M[worst]:.1f} balanced experts, MaxVio {window.violation_M[worst]:.2f}; "
-        f"balance up to chance is {chance:.1f}"
+        f"balance up to chance is {chance_M[worst]:.1f}"
     )
     if not collapsed_M.any():
         return seen
@@ -32,7 +34,7 @@ def collapse(window: Window) -> Finding | str | None:
         reason="below half of it, the other experts hardly learn, and fall further behind",
         **Balancing(window).harder("go on from a checkpoint before the collapse: "),
         layers=window.numbers(collapsed_M),
-        since=window.since((chance + effective_M[worst]) / 2 - course_S),
+        since=window.since((chance_M[worst] + effective_M[worst]) / 2 - course_S),
     )
 
 
@@ -64,9 +66,10 @@ def hot_expert(window: Window) -> Finding | str | None:
     """Single experts with far more than their share in the whole window."""
     load_ME, most = window.load_ME, 1 + window.uneven
     # Where others are dead, those that are left have more without one being hot.
-    alive_M1 = (load_ME > 0).mean(axis=1, keepdims=True)
+    num_experts_M1 = window.trace.info.num_experts_M[:, None]
+    alive_M1 = (load_ME > 0).sum(axis=1, keepdims=True) / num_experts_M1
     hot_ME = (load_ME * alive_M1 > most) & window.beyond_chance(load_ME)
-    row, expert = np.unravel_index((load_ME * (hot_ME | ~hot_ME.any())).argmax(), load_ME.shape)
+    row, expert = np.unravel_index(np.nanargmax(load_ME * (hot_ME | ~hot_ME.any())), load_ME.shape)
     load = float(load_ME[row, expert])
     name = f"expert {expert} of layer {window.trace.layers[row]} gets {load:.2f} times its share"
     if not hot_ME.any():
@@ -86,14 +89,14 @@ def hot_expert(window: Window) -> Finding | str | None:
 
 def _cost(window: Window, row: int, expert: int) -> str:
     """The overload of the hottest rank at the run's degree, with and without the expert's excess."""
-    info, load_E = window.trace.info, window.load_ME[row]
-    if info.ep == 1 or info.num_experts % info.ep:
+    ep, num_experts = window.trace.info.ep, int(window.trace.info.num_experts_M[row])
+    if ep == 1 or num_experts % ep:
         return "without expert parallelism no rank waits for it; its own products take longer"
-    placed = contiguous(info.num_experts, info.ep)
+    load_E, placed = window.load_ME[row, :num_experts], contiguous(num_experts, ep)
     without_E = load_E.copy()
     without_E[expert] = np.delete(load_E, expert).mean()
     return (
-        f"at expert-parallel degree {info.ep} the hottest rank of the layer gets "
+        f"at expert-parallel degree {ep} the hottest rank of the layer gets "
         f"{overload(load_E, placed):.2f} times its share, {overload(without_E, placed):.2f} if the "
         f"expert were like the others; it lies on rank {expert // placed.shape[1]}"
     )

@@ -16,21 +16,22 @@ SEQUENCE_WISE = "seq_load_balancing_loss"
 def hot_rank(window: Window) -> Finding | str | None:
     """Another order of the same experts would be far better."""
     info = window.trace.info
-    if info.ep == 1 or info.num_experts % info.ep:
+    if info.ep == 1 or (info.num_experts_M % info.ep).any():
         return None
-    as_placed = placement.contiguous(info.num_experts, info.ep)
-    factor_M = np.array([placement.overload(load_E, as_placed) for load_E in window.load_ME])
+    loads = [load_E[~np.isnan(load_E)] for load_E in window.load_ME]
+    as_placed = [placement.contiguous(len(load_E), info.ep) for load_E in loads]
+    factor_M = np.array(list(map(placement.overload, loads, as_placed)))
     best_M = factor_M.copy()
-    late_M = (factor_M > LATE) & window.beyond_chance(factor_M, as_placed.shape[1])
+    experts_of_a_rank = int(info.num_experts_M.min()) // info.ep
+    late_M = (factor_M > LATE) & window.beyond_chance(factor_M, experts_of_a_rank)
     for row in np.flatnonzero(late_M):
-        load_E = window.load_ME[row]
-        best = placement.greedy_in_groups(load_E, info.ep, info.expert_groups or ())
-        best_M[row] = placement.overload(load_E, best)
+        best = placement.greedy_in_groups(loads[row], info.ep, info.expert_groups or ())
+        best_M[row] = placement.overload(loads[row], best)
     hot_M = best_M < 1 + (factor_M - 1) / 2
     worst = int(np.argmax(np.where(hot_M, factor_M, 0))) if hot_M.any() else int(factor_M.argmax())
     seen = (
         f"layer {window.trace.layers[worst]}: rank "
-        f"{int(window.load_ME[worst][as_placed].sum(axis=-1).argmax())} of {info.ep} gets "
+        f"{int(loads[worst][as_placed[worst]].sum(axis=-1).argmax())} of {info.ep} gets "
         f"{factor_M[worst]:.2f} times its share"
     )
     if not hot_M.any():
