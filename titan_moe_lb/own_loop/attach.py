@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
-from torchtitan.tools.utils import device_type
+from torchtitan.tools import utils
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
@@ -196,7 +196,7 @@ class Balance:
                 *((_NONE, _NONE) if announced is None else (announced, -announced)),
                 max(broken, default=_NONE),
             ],
-            device=device_type,
+            device=utils.device_type,
         )
         for group in layout.loop_groups(self.parallel_dims):
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
