@@ -257,6 +257,20 @@ def _():
     test_checkpointed_blocks_count_once_and_teach_as_without(True, (0, 1))
 
 
+@case("a block that a forward that learns runs under `torch.no_grad()`")
+def _():
+    loop = Loop()
+
+    def run(layer, x_BLD):
+        with torch.set_grad_enabled(layer is not loop.model.layers["1"]):
+            return layer(x_BLD)
+
+    loop.model.run = run
+    for seed in (0, 1):
+        loop.step(seed)
+        loop.assert_right()
+
+
 @case("the whole model under `use_reentrant=False`")
 def _():
     loop = Loop()
