@@ -370,7 +370,7 @@ def run_together(program: str) -> None:
 def test_loops_of_ones_own(ranks):
     """The blocks of the page are one program, from top to bottom."""
     texts = [b.text for b in BLOCKS if b.page == OWN_LOOPS and b.language == "python"]
-    assert len(texts) == 3
+    assert len(texts) == 4
     ranks.run(1, run_together, "\n".join(texts))
 
 

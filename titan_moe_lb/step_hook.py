@@ -158,7 +158,12 @@ class StepHook:
         self._global_rows: int | None = None
         self._closed_rows = self._announced_rows = 0
         self._weights: list[float] | None = None
-        if self._loop.global_batch_size is not None:
+        self._begin_step_if_alike()
+
+    def _begin_step_if_alike(self) -> None:
+        """Begin a step of a loop whose steps have as many rows, unless it has begun."""
+        self.tokens.read()
+        if self._global_rows is None and self._loop.global_batch_size is not None:
             self.begin_step(self._loop.global_batch_size)
 
     def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
@@ -208,9 +213,7 @@ class StepHook:
         if is_recomputation():  # of a checkpoint around the whole model
             self._check_repetition()
             return
-        self.tokens.read()
-        if self._global_rows is None and self._loop.global_batch_size is not None:
-            self.begin_step(self._loop.global_batch_size)
+        self._begin_step_if_alike()
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
         rows = local_shard(given).shape[0]
         has_losses = len(self._routers[0].aux_losses) > 0
@@ -270,7 +273,7 @@ class StepHook:
 
     def close_step(self) -> None:
         """The optimizer is about to step. Collective over the token groups."""
-        self.tokens.read()
+        self._begin_step_if_alike()
         self._closed_rows, self._announced_rows = self._record.rows, self._global_rows or 0
         if self._batch_group is None:
             self.check_announced_rows()
@@ -287,8 +290,8 @@ class StepHook:
         self.finished_steps += 1
         self._global_rows = None
         # Where the device counts, the first forward of the next step does it.
-        if self._loop.global_batch_size is not None and not self.tokens.counted:
-            self.begin_step(self._loop.global_batch_size)
+        if not self.tokens.counted:
+            self._begin_step_if_alike()
 
     @property
     def announced_rows(self) -> int:
