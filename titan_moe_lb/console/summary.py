@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 
-from torchtitan.tools import utils
+from torchtitan.tools.utils import device_module
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
@@ -27,7 +27,7 @@ def before(config: Trainer.Config, rank: int) -> str:
     lines = {
         "model": f"{info.model_name if info else f'{spec.name} {spec.flavor}'}, "
         f"{numbers:,} parameters",
-        "layout": f"{_layout(config, info)}; on {utils.device_module.get_device_name(0)}",
+        "layout": f"{_layout(config, info)}; on {device_module.get_device_name(0)}",
     }
     if info is not None:
         lines["balancing"] = _balancing(info)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
-from torchtitan.tools import utils
+from torchtitan.tools.utils import device_type
 
 from titan_moe_lb.losses.base import AuxLoss
 from titan_moe_lb.parallel import layout
@@ -132,7 +132,7 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
     num_experts = table.counts_NE.shape[1] if table else 0
     if parallel_dims.pp_enabled:
         # A stage without MoE layers learns here how large the table is.
-        shape = torch.tensor([num_rows, num_experts], device=utils.device_type)
+        shape = torch.tensor([num_rows, num_experts], device=device_type)
         group = parallel_dims.get_mesh("pp").get_group()
         dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=group)
         num_rows, num_experts = shape.tolist()
@@ -174,4 +174,4 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
 
 
 def _on_device(values: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.float64).to(utils.device_type)
+    return torch.as_tensor(values, dtype=torch.float64).to(device_type)

@@ -84,13 +84,15 @@ def use_host_device() -> None:
 
     Upstream fact: ``torchtitan.tools.utils`` binds ``device_type`` and
     ``device_module`` at import, to ``cuda`` where no accelerator is found, and
-    other modules copy both names from it: those that are imported already, too.
+    other modules copy both names from it, our own too. Those that are imported already
+    get the host's as well.
     """
     from torchtitan.tools import utils
 
     host = {"device_type": "cpu", "device_module": HostDevice()}
     bound = {name: getattr(utils, name) for name in host}
-    modules = [module for name, module in sys.modules.items() if name.startswith("torchtitan.")]
+    packages = ("torchtitan.", "titan_moe_lb.")
+    modules = [module for name, module in sys.modules.items() if name.startswith(packages)]
     for module in modules:
         for name, value in bound.items():
             if vars(module).get(name) is value:
