@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
@@ -20,6 +21,13 @@ OTHER_LOSSES = {
 }
 """Losses of this package that leave the loads of single experts as they are, by metric name, and
 what they do. A loss of one's own counts as one that balances."""
+
+
+class Remedy(TypedDict):
+    """Fields of a finding."""
+
+    remedy: str
+    toml: str
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ class Balancing:
         info = self.window.trace.info
         return bias / (2 * self.typical_score) * info.num_experts / info.top_k
 
-    def harder(self, first: str = "") -> dict[str, str]:
-        """Remedy and lines of the job against uneven loads, of what the job has.
+    def harder(self, first: str = "") -> Remedy:
+        """What to do against uneven loads with what the job has.
 
         Args:
             first: what stands before the remedy.
