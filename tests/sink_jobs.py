@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import wandb
+
 from titan_moe_lb.job import job_config
 from titan_moe_lb.upstream import cpu, zero_bubble
 
@@ -27,4 +29,6 @@ def train_into_sinks(arguments: list[str]) -> list[tuple[int, dict[str, Any]]]:
     sink.log = note
     trainer.train()
     trainer.close()
+    # W&B's own process ends an offline run's file some milliseconds after finish() has returned.
+    wandb.teardown()
     return logged

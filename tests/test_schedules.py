@@ -77,6 +77,12 @@ def test_kept_until_the_pass_for_the_weights():
     assert peak(whole, lambda *_: 5.0) == 5
 
 
+def test_what_a_backward_leaves_stays_until_the_end():
+    # F0 F1 B0 F2 B1 B2: held 5 10 6 11 7 3, and the peak before the second backward.
+    actions = one_forward_one_backward(2, 3)[0]
+    assert peak(actions, lambda *_: 5.0, left=lambda _stage: 1.0) == 11
+
+
 def test_each_micro_batch_has_its_own_tokens():
     """Ragged micro-batches, one entry of the arrays for each accumulation step."""
     tokens = {

@@ -81,17 +81,20 @@ def activation_peak(
     """
     shape = next(iter(received.values())).shape
     turns = job.in_turn(shape[0])
-    kept, working = {}, {}
-    for index in stages_of(job.schedule[position]):
+    kept, working, left = {}, {}, {}
+    stages = stages_of(job.schedule[position])
+    for index in stages:
         keeps, works = _stage_bytes(job, placement, job.stages[index], received)
-        kept[index] = np.broadcast_to(keeps, shape)[turns]
-        working[index] = np.broadcast_to(works, shape)[turns]
+        sent, awaited, left[index] = _released_bytes(job, stages, index)
+        kept[index] = np.broadcast_to(keeps, shape)[turns] + sent
+        working[index] = np.broadcast_to(works, shape)[turns] + awaited
     most = peak(
         job.schedule[position],
         kept=lambda stage, micro_batch: kept[stage][:, micro_batch],
         working=lambda stage, micro_batch: working[stage][:, micro_batch],
+        left=lambda stage: left[stage],
     )
-    return float(np.max(most)) + _batch_bytes(job) + _pipeline_bytes(job, position)
+    return float(np.max(most)) + _batch_bytes(job) + _pipeline_bytes(job, stages)
 
 
 def _batch_bytes(job: JobModel) -> float:
@@ -101,21 +104,43 @@ def _batch_bytes(job: JobModel) -> float:
     return job.num_micro_batches * job.tokens_per_microbatch * per_token
 
 
-def _pipeline_bytes(job: JobModel, position: int) -> float:
-    """What torch's pipelining holds of every micro-batch of a pass, D wide, in BF16.
+def _boundary_bytes(job: JobModel) -> float:
+    """One micro-batch between two stages, D wide, in BF16."""
+    return job.tokens_per_microbatch / job.tp_degree * job.dim * BF16_BYTES
+
+
+def _pipeline_bytes(job: JobModel, stages: list[int]) -> float:
+    """What torch's pipelining holds of every micro-batch of a pass, before torch 2.15.
 
     A stage has a buffer for each input and each gradient that it receives. A rank with several
     stages waits for what it has sent at the end of the pass; between two stages of its own the
     sent tensor is the received one.
     """
-    stages = stages_of(job.schedule[position])
+    if job.releases_buffers:
+        return 0.0
     last = len(job.stages) - 1
     boundaries = sum((stage > 0) + (stage < last) for stage in stages)
     if len(stages) > 1:
         own = sum(stage + 1 in stages for stage in stages)
         boundaries = 2 * boundaries - 2 * own
-    tokens = job.num_micro_batches * job.tokens_per_microbatch / job.tp_degree
-    return boundaries * tokens * job.dim * BF16_BYTES
+    return boundaries * job.num_micro_batches * _boundary_bytes(job)
+
+
+def _released_bytes(job: JobModel, stages: list[int], index: int) -> tuple[float, float, float]:
+    """The same of one micro-batch of a stage, since torch 2.15, which allocates and releases
+    buffers one by one.
+
+    Returns:
+        Bytes of its output until its backward, where a rank has several stages; of the gradient
+        that its backward receives; of the gradient that it sends, until the end of the pass.
+    """
+    if not job.releases_buffers:
+        return 0.0, 0.0, 0.0
+    size = _boundary_bytes(job)
+    has_next, several = index < len(job.stages) - 1, len(stages) > 1
+    sends_output = several and has_next and index + 1 not in stages
+    sends_gradient = several and index > 0 and index - 1 not in stages
+    return size * sends_output, size * has_next, size * sends_gradient
 
 
 def _stage_bytes(

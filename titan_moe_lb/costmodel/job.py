@@ -111,6 +111,8 @@ class JobModel:
     seq_len: int
     on_host: bool
     """Planned for torch's host backend, which composes attention and norms of operators."""
+    releases_buffers: bool
+    """Pipelining releases what it has sent and received, as torch does since 2.15."""
     tokens_per_step: int
     """Of the global batch."""
     steps: int

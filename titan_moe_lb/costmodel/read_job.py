@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.pipelining import PipelineStage
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
@@ -92,6 +93,8 @@ def read_job(
         checkpointing=_checkpointing(config),
         seq_len=cut.seq_len,
         on_host=on_host,
+        # Upstream fact: torch before 2.15 holds the buffers of every micro-batch of a pass.
+        releases_buffers=hasattr(PipelineStage, "release_fwd_send_outputs"),
         steps=config.training.steps,
         tokens_per_step=cut.global_batch_size * cut.seq_len,
         states=states,

@@ -87,6 +87,7 @@ def peak(
     actions: Sequence[Action],
     kept: Callable[[int, int], Any],
     working: Callable[[int, int], Any] = lambda stage, micro_batch: 0.0,
+    left: Callable[[int], Any] = lambda stage: 0.0,
 ) -> Any:
     """The most that one rank holds at a time, in the unit of what it is given.
 
@@ -96,6 +97,7 @@ def peak(
             W has ended, at least 0: tokens or bytes, numbers or arrays of one shape (one
             entry for each accumulation step, or for each rank of the EP group).
         working: what it needs besides while it runs.
+        left: ``left(stage)``, what its B or W leaves until the end.
 
     Returns:
         The peak, of the same shape: each entry's own.
@@ -107,5 +109,5 @@ def peak(
             held = held + kept(stage, micro_batch)
         most = np.maximum(most, held + working(stage, micro_batch))
         if kind in "BW":
-            held = held - kept(stage, micro_batch)
+            held = held - kept(stage, micro_batch) + left(stage)
     return most
