@@ -17,13 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from titan_moe_lb import parent_process
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    parent_process.end_with_launcher(or_agent=True)
+
 import torch
 from torch.distributed.checkpoint import CheckpointException
 from torchtitan.config.override import derive
 from torchtitan.observability import structured_logger
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import checked_loading, parent_process
+from titan_moe_lb import checked_loading
 from titan_moe_lb.console import cause, rank_log, saved, summary
 from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.console.signals import ended_by
@@ -233,7 +238,6 @@ def _leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    parent_process.end_with_launcher(or_agent=True)
     main()
     if cpu.needed():
         cpu.leave()

@@ -31,7 +31,8 @@ def adapt(config: Trainer.Config) -> None:
         cut = batch_cut.cut(config)
         batches = cut.local_batch_size // cut.micro_batch_size
         validator.dataloader = _together(validator.dataloader, "validator.dataloader", batches)
-    if not getattr(config.dataloader, "infinite", True):
+    sources = getattr(config.dataloader, "sources", [config.dataloader])
+    if not all(getattr(source, "infinite", True) for source in sources):
         config.dataloader = _together(config.dataloader, "dataloader", 1)
 
 
