@@ -36,7 +36,11 @@ class RouterLosses(ModuleDict):
             the end of the step before the rest.
         num_step_sources: how many of these someone needs at the end of the step.
         num_documents: D; 1 where every row is one sequence.
+        reach_weights: whether the last learning forward had anything to learn at or before the
+            gate; None before.
     """
+
+    reach_weights: bool | None = None
 
     def __init__(self, configs: Sequence[AuxLoss.Config]) -> None:
         for config in configs:
@@ -101,6 +105,7 @@ class RouterLosses(ModuleDict):
                 "a router with aux losses trains before it knows its loop: call "
                 "titan_moe_lb.attach(model, optimizer) before the first forward"
             )
+        self.reach_weights = logits_BLE.requires_grad
         for index, loss in self._of_logits:
             assert record is not None
             local_BLE = local_shard(logits_BLE)
