@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.config.override import derive
 from torchtitan.models.common.config_utils import make_router_config
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from model_registry.deepseek_v3 import model_registry
+from tests import gate_jobs
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.losses import (
     BatchWiseAuxLoss,
@@ -76,6 +78,139 @@ def test_without_losses_every_bit_is_upstreams(score_func, options):
         results.append((scores, ids, full, x.grad, built.gate.weight.grad))
     for upstream, ours in zip(*results, strict=True):
         assert torch.equal(upstream, ours)
+
+
+def lora_gate(built: TokenChoiceTopKRouter, dtype: torch.dtype) -> torch.nn.Module:
+    """The gate with adapters, as torchtitan's LoRA makes it."""
+    config = LoRAConverter.Config(rank=4, alpha=8.0).build()._make_lora_config(built.config.gate)
+    gate = config.build()
+    for seed, weight in enumerate(gate.parameters()):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
+    return gate.to(dtype)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_in_half_precision_computes_in_float32(dtype, lora):
+    """Against the formula on float32 copies: logits, and gradients in the dtype of the weights."""
+    built = router().to(dtype)
+    if lora:
+        built.gate = lora_gate(built, dtype)
+    x, _ = inputs(dtype)
+    scores = built(x)[2]
+    scores.square().sum().backward()
+
+    y = x.detach().float().requires_grad_()
+    weights = {name: p.detach().float().requires_grad_() for name, p in built.gate.named_parameters()}
+    logits = y @ weights["weight"].T
+    if lora:
+        logits = logits + 2.0 * (y @ weights["lora_a.weight"].T @ weights["lora_b.weight"].T)
+    expected = logits.sigmoid()
+    expected.square().sum().backward()
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
+    for name, parameter in built.gate.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == dtype
+            torch.testing.assert_close(parameter.grad, weights[name].grad.to(dtype))
+    torch.testing.assert_close(x.grad, y.grad.to(dtype))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_gate_is_bit_for_bit_the_autocast_of_a_gpu(lora):
+    """torch's operators know an autocast to float32 on the host, which its Python face refuses."""
+    built = router().to(torch.bfloat16)
+    if lora:
+        built.gate = lora_gate(built, torch.bfloat16)
+    results = []
+    for forward in (lambda x: built(x)[2], lambda x: built.gate(x).sigmoid()):
+        x, _ = inputs(torch.bfloat16)
+        built.zero_grad()
+        if len(results) == 0:
+            scores = forward(x)
+        else:
+            torch.set_autocast_dtype("cpu", torch.float32)
+            torch.set_autocast_enabled("cpu", True)
+            try:
+                scores = forward(x)
+            finally:
+                torch.set_autocast_enabled("cpu", False)
+                torch.set_autocast_dtype("cpu", torch.bfloat16)
+        scores.square().sum().backward()
+        gradients = [p.grad for p in built.gate.parameters() if p.grad is not None]
+        results.append([scores, x.grad, *gradients])
+    assert len(results[0]) == (4 if lora else 3)
+    for index, (ours, autocast) in enumerate(zip(*results, strict=True)):
+        assert ours.dtype == autocast.dtype
+        if lora and index == 1:  # the autocast rounds what each of two products gives the input
+            torch.testing.assert_close(ours, autocast, rtol=0, atol=2**-7 * ours.abs().max())
+        else:
+            assert torch.equal(ours, autocast)
+
+
+def test_a_gate_within_another_autocast_computes_in_float32():
+    built, (x, _) = router(), inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = built(x)[2]
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, built(x)[2])
+
+
+LAYOUTS = {
+    "FSDP": ["--parallelism.data_parallel_shard_degree=2"],
+    "EP": ["--parallelism.data_parallel_shard_degree=2", "--parallelism.expert_parallel_degree=2"],
+    "FSDP, TP": [
+        "--parallelism.data_parallel_shard_degree=2",
+        "--parallelism.tensor_parallel_degree=2",
+    ],
+    "FSDP, TP, partial_dtensor": [
+        "--parallelism.data_parallel_shard_degree=2",
+        "--parallelism.tensor_parallel_degree=2",
+        "--parallelism.spmd_backend=partial_dtensor",
+    ],
+    "FSDP, TP, full_dtensor": [
+        "--parallelism.data_parallel_shard_degree=2",
+        "--parallelism.tensor_parallel_degree=2",
+        "--parallelism.spmd_backend=full_dtensor",
+    ],
+    "FSDP, full checkpointing": [
+        "--parallelism.data_parallel_shard_degree=2",
+        "activation-checkpoint:full",
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mixed_precision_leaves_scores_in_float32(ranks, layout):
+    """Activations in bfloat16, whose scores would be off by 2e-3 and tie."""
+    flags = LAYOUTS[layout]
+    num_ranks = 4 if "TP" in layout else 2
+    job = ["--config", "deepseek_v3_tiny", "--training.seq_len=128", *flags]
+    for gates in ranks.run(num_ranks, gate_jobs.gates, job):
+        assert gates
+        for x, scores, error, gradient, learns in gates:
+            assert (x, scores, gradient) == (torch.bfloat16, torch.float32, torch.float32)
+            assert error < 1e-6 and learns
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_gate_in_half_precision_compiles_without_graph_breaks(lora):
+    built = router([sequence_wise()]).to(torch.bfloat16)
+    if lora:
+        built.gate = lora_gate(built, torch.bfloat16)
+    wired(built)
+    results = []
+    for forward in (built, torch.compile(built, fullgraph=True, backend="aot_eager")):
+        x, _ = inputs(torch.bfloat16)
+        built.zero_grad()
+        scores = forward(x)[0]
+        scores.sum().backward()
+        results.append([scores, x.grad, *(p.grad for p in built.gate.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager is None) == (compiled is None)
+        if eager is not None:
+            assert torch.equal(eager, compiled)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("count_from", ["selected", "scores"])

@@ -1,14 +1,18 @@
-"""A checkpoint whose bytes have changed is refused when it is loaded.
+"""torchtitan's checkpoints of a balanced model: checked when they are read, exact in its balance.
 
 ``torch.save`` writes a CRC-32 into every record of a checkpoint, and ``torch.load`` does not
 look at it: a flipped bit of a weight would be trained on. Each rank reads what it loads twice,
 the second time from the page cache.
+
+``checkpoint.export_dtype`` is for weights. Rounded to bfloat16, an expert bias would send tokens
+to other experts than those of the run.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -23,6 +27,9 @@ from torchtitan.tools import filesystem
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
+
+_BALANCE = re.compile(r"(^|\.)expert_bias_E$|\.router\.(aux_losses|expert_bias)\.")
+"""Names of the expert bias, and of the state of losses and bias rules."""
 
 
 class CheckedReader(FileSystemReader):
@@ -71,11 +78,17 @@ class _FromItsEnd(io.RawIOBase):
 
 
 class CheckedCheckpoints(CheckpointManager):
-    """torchtitan's, with a reader that checks what it reads from this machine's disks."""
+    """torchtitan's, with a reader that checks what it reads from this machine's disks, and the
+    state of the balance in its own dtype."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
         pass
+
+    def dcp_save(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        model = self.states[MODEL].state_dict()
+        balance = {k: model[k] for k in state_dict if k in model and _BALANCE.search(k)}
+        return super().dcp_save({**state_dict, **balance}, *args, **kwargs)
 
     def dcp_load(
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
@@ -88,6 +101,6 @@ class CheckedCheckpoints(CheckpointManager):
 
 
 def adapt(config: Trainer.Config) -> None:
-    """Check what a job loads; other checkpoint managers than torchtitan's first are left alone."""
+    """Take these checkpoints in a job that has torchtitan's first; others are left alone."""
     if type(config.checkpoint) is CheckpointManager.Config:
         config.checkpoint = derive(config.checkpoint, CheckedCheckpoints.Config)

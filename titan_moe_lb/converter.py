@@ -14,9 +14,10 @@ from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.protocols.model import BaseModel, ModelConfigConverter
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import rules
+from titan_moe_lb import checked_loading, rules
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import ExpertBias, SignBias
 from titan_moe_lb.expert_bias.resume import BiasReset, remember_once_loaded, start_anew
@@ -29,6 +30,7 @@ from titan_moe_lb.recording.training_loop import TrainingLoop
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of
 from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.step_hook import register_load_balancing
+from titan_moe_lb.telemetry import metrics as metrics_processor
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
 from titan_moe_lb.valid_tokens.loader import tell_tokens
@@ -88,7 +90,8 @@ class LoadBalanceConverter(ModelConfigConverter):
         Args:
             number: of the layer in the whole model.
         """
-        if type(moe.router) not in (TokenChoiceTopKRouter.Config, LoadBalancedRouter.Config):
+        # A converter such as LoRA's makes subclasses of configs that build the same classes.
+        if moe.router._owner not in (TokenChoiceTopKRouter, LoadBalancedRouter):
             raise JobError(
                 f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
                 "TokenChoiceTopKRouter can be replaced"
@@ -129,6 +132,9 @@ class BuildHooks:
     of_trainer: bool = False
     """The same: it was torchtitan's trainer that filled the model. Another loop attaches."""
 
+    other_metrics: str = ""
+    """The same: the class of metrics that log no load of the experts."""
+
     def __call__(
         self,
         optimizers: OptimizersContainer,
@@ -139,6 +145,11 @@ class BuildHooks:
             self.own(optimizers, model_parts, parallel_dims)
         if not self.of_trainer:
             return
+        if self.other_metrics:
+            logger.warning(
+                f"metrics is a {self.other_metrics}, which logs no load of the experts and writes "
+                "no trace: derive it from titan_moe_lb.LoadBalanceMetricsProcessor"
+            )
         register_load_balancing(optimizers, model_parts, parallel_dims)
         remember_once_loaded(model_parts)
         if self.reset is not None:
@@ -175,6 +186,8 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                 return
             hooks = _step_hooks(config)
             hooks.of_trainer = True
+            metrics_processor.adapt(config)
+            checked_loading.adapt(config)
             rules.validate(config)
             config.dataloader = tell_tokens(
                 config.dataloader,
@@ -185,6 +198,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             model_config_cls.update_from_config(self, config=config, **kwargs)
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
+            hooks.other_metrics = "" if reports else type(metrics).__qualname__
             loop = _loop(config)
             for router in routers:
                 router.loop = loop

@@ -1,7 +1,7 @@
 """What a balanced model adds to torchtitan's own ways to parallelize a model.
 
-Activation checkpointing keeps what the routers decide, and the routers learn the
-pipeline schedule that they run under.
+Activation checkpointing keeps what the routers decide, the routers learn the pipeline schedule
+that they run under, and frozen weights stay frozen.
 """
 
 from __future__ import annotations
@@ -98,7 +98,13 @@ def keeping_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn
             ac_config = derive(ac_config, FullACKeepingDecisions.Config, compiled=compiled)
         elif type(ac_config) is SelectiveAC.Config:
             ac_config = derive(ac_config, SelectiveACKeepingDecisions.Config)
-        return parallelize(model, compile_config=compile_config, ac_config=ac_config, **others)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        model = parallelize(model, compile_config=compile_config, ac_config=ac_config, **others)
+        # torchtitan 0.3.0 makes new parameters under spmd_types, and all of them learn.
+        for name, parameter in model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+        return model
 
     return parallelize_keeping_decisions
 

@@ -19,6 +19,7 @@ from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.expert_bias import ExpertBias
 from titan_moe_lb.expert_bias.required import required_bias
+from titan_moe_lb.float32_gate import in_float32
 from titan_moe_lb.forced_routing import ForcedRouting
 from titan_moe_lb.losses import counting
 from titan_moe_lb.losses.base import AuxLoss
@@ -146,9 +147,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             Routing scores ``(B, L, K)``, expert ids ``(B, L, K)`` int64, and the full
             scores ``(B, L, E)``.
         """
-        # float32 keeps the gate's rounding out of the balance of the experts.
-        with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
-            logits_BLE = self.gate(x_BLD)
+        logits_BLE = in_float32(self.gate, x_BLD)
         tokens = squares_2 = None
         learns = self.training and (torch.is_grad_enabled() or self._model_learns)
         if learns:

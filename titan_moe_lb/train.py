@@ -28,7 +28,6 @@ from torchtitan.config.override import derive
 from torchtitan.observability import structured_logger
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import checked_loading
 from titan_moe_lb.console import cause, rank_log, saved, summary
 from titan_moe_lb.console.patience import Patience
 from titan_moe_lb.console.signals import ended_by
@@ -66,12 +65,11 @@ def trainer_config(*arguments: str) -> Trainer.Config:
 
 
 def _adapt(config: Trainer.Config) -> None:
-    """To this machine, to what torchtitan 0.3.0 needs of us, and to files that may be damaged."""
+    """To this machine, and to what torchtitan 0.3.0 needs of us."""
     if cpu.needed():
         cpu.adapt(config)
     zero_bubble.adapt(config)
     finite_data.adapt(config)
-    checked_loading.adapt(config)
 
 
 def _preparing(config: Trainer.Config) -> Trainer.Config:

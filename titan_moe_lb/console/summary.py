@@ -10,7 +10,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb import checkpoints
 from titan_moe_lb.console import rank_log, saved
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.rules.meta_model import meta_model
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.trace import trace_file
@@ -32,7 +32,7 @@ def before(config: Trainer.Config, rank: int) -> str:
     if info is not None:
         lines["balancing"] = _balancing(info)
     lines |= {
-        "data": _data(config, info),
+        "data": _data(config),
         "output": _output(config, rank),
         "start": _start(config),
     }
@@ -70,14 +70,13 @@ def _balancing(info: RunInfo) -> str:
     return "; ".join([", ".join(losses) or "no aux loss", bias, *forced])
 
 
-def _data(config: Trainer.Config, info: RunInfo | None) -> str:
+def _data(config: Trainer.Config) -> str:
     source = getattr(config.dataloader, "dataset", type(config.dataloader).__qualname__)
     path = getattr(config.dataloader, "dataset_path", None)
-    batch = info.global_batch_size if info else config.training.global_batch_size
-    sequences = f"{batch} x " if batch > 0 else ""
+    batch = batch_cut.cut(config)
     return (
-        f"{source}{f' ({path})' if path else ''}, {sequences}{config.training.seq_len} tokens a step, "
-        f"{config.training.steps} steps"
+        f"{source}{f' ({path})' if path else ''}, {batch.global_batch_size} x {batch.seq_len} tokens "
+        f"a step, {config.training.steps} steps"
     )
 
 

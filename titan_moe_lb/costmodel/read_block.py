@@ -130,11 +130,9 @@ class BlockReader:
         return BF16_BYTES * self.seq_len * self.tp_degree if self.on_host else 0.0
 
     def _routing(self, router: Any, dim: int) -> float:
-        """Scores, experts, and the order of the experts; on a GPU the gate works in float32."""
-        size = BF16_BYTES if self.on_host else FP32_BYTES
-        gate_input = 0 if self.on_host else FP32_BYTES * dim
-        choices = 3 * (INDEX_BYTES + size) * router.top_k
-        return gate_input + size * router.num_experts + choices
+        """Input and scores of the gate in float32; experts, and the order of the experts."""
+        choices = 3 * (INDEX_BYTES + FP32_BYTES) * router.top_k
+        return FP32_BYTES * (dim + router.num_experts) + choices
 
 
 def _heads(attention: Any) -> tuple[int, int, int]:

@@ -20,7 +20,6 @@ from typing import Any
 import tomli
 import tomli_w
 from torchtitan.config import ConfigManager
-from torchtitan.config.override import derive
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import rules, toml_tables
@@ -29,7 +28,7 @@ from titan_moe_lb.job import job_files, module_lookup, renamed_keys
 from titan_moe_lb.job.own_flags import DEFAULT_MODULE
 from titan_moe_lb.model_spec import BalancedModelSpec, balanced
 from titan_moe_lb.rules import places
-from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+from titan_moe_lb.telemetry import metrics
 
 _VALUES = ("module", "config", "job_config", "max_restarts")
 _SWITCHES = {"print_config": "print_config", "list": "list_models"}
@@ -102,6 +101,8 @@ class Draft:
         model = tables.pop("model", {})
         if model or self.command.model:
             _rebuild_model(config, registry, model, f"{self.source}: [model]", self.command.model)
+        if isinstance(config.model_spec, BalancedModelSpec):
+            metrics.adapt(config)
         _merge_sections(config, tables, self.source)
         return config
 
@@ -279,7 +280,6 @@ def _rebuild_model(
             arguments[name] = toml_tables.construct(hints[name], value, f"{place} {name}")
     if entry is balanced:
         config.model_spec = dataclasses.replace(balanced(spec, **arguments), arguments=arguments)
-        config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)
         return
     config.model_spec = entry(**arguments)
     loss_config = getattr(registry, "loss_config", None)

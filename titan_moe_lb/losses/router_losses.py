@@ -35,7 +35,11 @@ class RouterLosses(ModuleDict):
             the end of the step before the rest.
         num_step_sources: how many of these someone needs at the end of the step.
         num_documents: D; 1 where every row is one sequence.
+        reach_weights: whether the last learning forward had anything to learn at or before the
+            gate; None before.
     """
+
+    reach_weights: bool | None = None
 
     def __init__(self, configs: Sequence[AuxLoss.Config]) -> None:
         for config in configs:
@@ -95,6 +99,7 @@ class RouterLosses(ModuleDict):
         self, logits_BLE: torch.Tensor, record: RouterRecord | None, tokens: BatchTokens | None
     ) -> torch.Tensor:
         """Add the gradients of the losses of each token; records their raw values."""
+        self.reach_weights = logits_BLE.requires_grad
         for index, loss in self._of_logits:
             assert record is not None
             local_BLE = local_shard(logits_BLE)

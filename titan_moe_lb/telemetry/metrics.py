@@ -9,8 +9,10 @@ from typing import Annotated, Any, ClassVar
 import torch.distributed as dist
 import tyro
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
 
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
@@ -183,3 +185,9 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
                     token_slices=slices,
                     expert_ids_BLK=ids_BLK,
                 )
+
+
+def adapt(config: Trainer.Config) -> None:
+    """Give a balanced job that has torchtitan's own metrics these; others are left alone."""
+    if type(config.metrics) is MetricsProcessor.Config:
+        config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)

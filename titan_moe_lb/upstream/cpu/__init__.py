@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -45,9 +44,6 @@ def use_host() -> None:
     from titan_moe_lb.upstream.cpu.attention import use_uncompiled_block_mask
     from titan_moe_lb.upstream.cpu.random_numbers import draw_whole_tensors
 
-    # torchtitan asks for float32 in the gate by autocast, which the host has not; torch
-    # then computes it in the dtype of the weights and says so in every process.
-    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     use_gloo_all_to_all()
     use_uncompiled_block_mask()
     draw_whole_tensors()
