@@ -160,7 +160,7 @@ def test_tokens_of_other_ranks_are_refused(ranks, tmp_path, monkeypatch):
     after_tokens = AFTER_TOKENS % 1024
     ranks.run(2, weights_and_compilations, [*flags, after_tokens, "--training.steps=4"])
     monkeypatch.setenv("WORLD_SIZE", "1")
-    flags += ["--training.steps=5", '--checkpoint.exclude_from_loading=["dataloader"]']
+    flags += ["--training.steps=5", "--checkpoint.exclude_from_loading=dataloader"]
     with pytest.raises(JobError, match="2 data-parallel rank.*tokens"):
         validate_files(job_config.load([*flags, after_tokens]).config)
     validate_files(job_config.load([*flags, LOSSES]).config)
