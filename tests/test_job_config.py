@@ -321,7 +321,10 @@ WRONG_FILES = {
         )
     },
     "CP + a stage without a layer": (
-        JOB + PIPELINE.format("Interleaved1F1B", 1) + "context_parallel_degree = 2\n",
+        JOB
+        + "[training]\nseq_len = 256\n"
+        + PIPELINE.format("Interleaved1F1B", 1)
+        + "context_parallel_degree = 2\n",
         "stage 4 of 4 of the pipeline has no layer, which torchtitan 0.3.0 cannot cut for "
         "parallelism.context_parallel_degree 2: set "
         "parallelism.pipeline_parallel_last_stage_less_layers to 0",
@@ -336,14 +339,14 @@ WRONG_FILES = {
     ),
     "full_dtensor + CP + one sequence": (
         JOB
-        + "[training]\nlocal_batch_size = 1\nglobal_batch_size = 4\n"
+        + "[training]\nlocal_batch_size = 1\nglobal_batch_size = 4\nseq_len = 256\n"
         + '[parallelism]\ncontext_parallel_degree = 2\nspmd_backend = "full_dtensor"\n',
         'parallelism.spmd_backend = "full_dtensor" loses the gradient of keys and values under '
         "parallelism.context_parallel_degree with one sequence a forward",
     ),
     "full_dtensor + compile + CP": (
         JOB
-        + "[compile]\nenable = true\n"
+        + "[compile]\nenable = true\n[training]\nseq_len = 256\n"
         + '[parallelism]\ncontext_parallel_degree = 2\nspmd_backend = "full_dtensor"\n',
         'parallelism.spmd_backend = "full_dtensor" cannot be compiled with context parallelism',
     ),
