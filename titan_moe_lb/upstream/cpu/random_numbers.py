@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.model import BaseModel
@@ -34,11 +33,12 @@ def draw_whole_tensors() -> None:
     DTensor._op_dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
 
 
-def _draw(draw: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DTensor:
+def _draw(op_call: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> DTensor:
     target = args[0]
+    assert isinstance(target, DTensor)
     if not target.is_meta:
         whole = torch.empty(target.shape, dtype=target.dtype)
-        draw(whole, *args[1:], **kwargs)
+        op_call(whole, *args[1:], **kwargs)
         own = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(own.to_local())
     return target
@@ -95,7 +95,7 @@ class _DrawsOfOneProcess:
         return self
 
     def _initialize(
-        self, name: str, initialize: Callable[[nn.Parameter], None], parameter: nn.Parameter
+        self, name: str, initialize: Callable[[torch.Tensor], None], parameter: torch.Tensor
     ) -> None:
         if parameter.is_meta:  # of the whole model: its numbers are drawn and dropped
             self._states[name] = torch.get_rng_state()
