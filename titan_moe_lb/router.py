@@ -131,9 +131,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     def note_in(self, step_record: StepRecord, index: int) -> None:
         """Take the ``index``-th rows of the record of all routers of the rank."""
         self.step_record = step_record
-        self.record = step_record.router(
-            index, num_experts=self.num_experts, top_k=self.top_k, num_bins=self.num_bins
-        )
+        self.record = step_record.router(index, self.num_experts, self.top_k, self.num_bins)
 
     def forward(
         self, x_BLD: torch.Tensor, expert_bias_E: torch.Tensor | None = None

@@ -14,6 +14,7 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.forced_routing.base import announce
 from titan_moe_lb.layer_stack import stacks_of
 from titan_moe_lb.own_dtypes import keep_dtypes
 from titan_moe_lb.parallel import layout
@@ -38,7 +39,7 @@ def register_load_balancing(
     multi-token prediction; both would reduce the same counts.
     """
     hook = wire_parts(model_parts, parallel_dims)
-    _announce_forced_routing(routers_of(model_parts))
+    announce([router.forced_routing for router in routers_of(model_parts)])
     if hook is None:
         return
     optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
@@ -122,6 +123,7 @@ class StepHook:
     Attributes:
         finished_steps: those of the checkpoint included.
         tokens: those of the finished steps.
+        announced_rows: of the last closed step; 0 where it had none to announce.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class StepHook:
             and any(changes_after_tokens(router.config) for router in self._routers),
         )
         self._global_rows: int | None = None
-        self._closed_rows = self._announced_rows = 0
+        self._closed_rows = self.announced_rows = 0
         self._weights: list[float] | None = None
         self._begin_step_if_alike()
 
@@ -274,7 +276,7 @@ class StepHook:
     def close_step(self) -> None:
         """The optimizer is about to step. Collective over the token groups."""
         self._begin_step_if_alike()
-        self._closed_rows, self._announced_rows = self._record.rows, self._global_rows or 0
+        self._closed_rows, self.announced_rows = self._record.rows, self._global_rows or 0
         if self._batch_group is None:
             self.check_announced_rows()
         with torch.no_grad():
@@ -295,11 +297,6 @@ class StepHook:
         if not self.tokens.counted:
             self._begin_step_if_alike()
 
-    @property
-    def announced_rows(self) -> int:
-        """Of the last closed step; 0 where it had none to announce."""
-        return self._announced_rows
-
     def check_announced_rows(self) -> None:
         """Of the last closed step, in a loop whose rows are counted. Collective over the ranks
         that have other rows.
@@ -308,16 +305,16 @@ class StepHook:
             JobError: an aux loss was divided by another number than there were. A step without
                 a row has none.
         """
-        if not (self._counts_rows and self._loop.varying and self._announced_rows):
+        if not (self._counts_rows and self._loop.varying and self.announced_rows):
             return
         rows = self._closed_rows
         if self._batch_group is not None:
             total = torch.tensor([rows], device=self._record.counts_NMSE.device)
             dist.all_reduce(total, group=self._batch_group)
             rows = int(total)
-        if rows not in (0, self._announced_rows) and len(self._routers[0].aux_losses):
+        if rows not in (0, self.announced_rows) and len(self._routers[0].aux_losses):
             raise JobError(
-                f"the step had {rows} rows and announced {self._announced_rows}: the weight of the "
+                f"the step had {rows} rows and announced {self.announced_rows}: the weight of the "
                 "aux losses was wrong; call begin_step(rows) with what each step has, and "
                 "skip_step() after one that is skipped"
             )
@@ -338,19 +335,6 @@ class StepHook:
     def _forget_torchtitans_counts(self) -> None:
         """Counted by torchtitan's MoE.forward, and read by nobody here."""
         torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])
-
-
-def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:
-    strategies = {
-        router.forced_routing.config.describe()
-        for router in routers
-        if router.forced_routing is not None
-    }
-    for strategy in strategies:
-        logger.warning(
-            f"FORCED ROUTING: {strategy} decides where tokens go in {len(routers)} MoE layers. "
-            "This run is a benchmark: its model is not worth keeping"
-        )
 
 
 def _warn_of_losses_without_effect(routers: list[LoadBalancedRouter]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torchtitan.tools.logging import logger
 
 from titan_moe_lb.component import Component
 from titan_moe_lb.errors import JobError
@@ -81,6 +82,20 @@ class ForcedRouting(Component):
             ``(B, L, K)`` int64, distinct in a token.
         """
         raise NotImplementedError
+
+
+def announce(strategies: Sequence[ForcedRouting | None]) -> None:
+    """Warn that a run is a benchmark.
+
+    Args:
+        strategies: of each MoE layer of the rank; None where the router decides.
+    """
+    forced = [strategy.config.describe() for strategy in strategies if strategy is not None]
+    for strategy in set(forced):
+        logger.warning(
+            f"FORCED ROUTING: {strategy} decides where tokens go in {forced.count(strategy)} MoE "
+            "layers. This run is a benchmark: its model is not worth keeping"
+        )
 
 
 def require_at_least_one(strategy: str, **values: int) -> None:

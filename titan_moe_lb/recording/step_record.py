@@ -186,7 +186,7 @@ class StepRecord:
             ids_type = torch.uint8 if num_experts <= 256 else torch.int32
             self.expert_ids_NMBLK = zeros(num_micro_batches, *token_shape, dtype=ids_type)
 
-    def router(self, index: int, *, num_experts: int, top_k: int, num_bins: int) -> RouterRecord:
+    def router(self, index: int, num_experts: int, top_k: int, num_bins: int) -> RouterRecord:
         """The rows of one router."""
         ids, histogram = self.expert_ids_NMBLK, None
         squares = self.gradient_squares_N2
