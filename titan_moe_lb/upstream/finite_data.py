@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.validate import Validator
 from torchtitan.config.override import derive
-from torchtitan.tools.utils import device_type
+from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
@@ -72,7 +72,7 @@ def _stopping_together(loader: type[Any]) -> type[Any]:
 
 def _all_have(batch: object | None) -> bool:
     """Collective, over all ranks."""
-    has = torch.tensor(int(batch is not None), device=device_type)
+    has = torch.tensor(int(batch is not None), device=utils.device_type)
     if dist.is_initialized():
         dist.all_reduce(has, dist.ReduceOp.MIN)
     return bool(has)
