@@ -20,11 +20,15 @@ JOB = [
 TEXTS = [text[:size] for text, size in zip(documents()[:8], [2000] * 4 + [700] * 4, strict=True)]
 
 
-def batches(texts: list[str]) -> int:
+def rows(texts: list[str]) -> int:
     """Of a rank that has these texts, counted by hand."""
     tokenizer = HuggingFaceTokenizer(tokenizer_path=TOKENIZER_PATH)
     tokens = [tokenizer.encode(text, add_bos=True, add_eos=True) for text in texts]
-    return sum(len(one) - 1 for one in tokens) // LENGTH // ROWS
+    return sum(len(one) - 1 for one in tokens) // LENGTH
+
+
+def batches(texts: list[str]) -> int:
+    return rows(texts) // ROWS
 
 
 def validated(logged: list[list[dict[str, float]]]) -> float:
@@ -72,3 +76,17 @@ def test_finite_training_data_end_with_the_shortest_rank(ranks):
     job += ["--dataloader.dataset=uneven", "--dataloader.no-infinite", "--validator.no-enable"]
     logged = ranks.run(2, train_to_the_end, job, TEXTS)
     assert len(logged[0]) == len(logged[1]) == batches(TEXTS[4:])
+
+
+def test_a_pipeline_leaves_out_a_batch_that_is_not_full(ranks):
+    """Seven rows are a step of two micro-batches of two, and three rows that are not read."""
+    texts = [TEXTS[4][:600], *TEXTS[5:7]]
+    assert rows(texts) == 7
+    job = [*JOB, "--training.steps=1", "--training.local_batch_size=4"]
+    job += ["--parallelism.pipeline_parallel_degree=2", "--validator.domains", "uneven"]
+    job += ["--parallelism.pipeline_parallel_microbatch_size=2"]
+    whole, counted = (
+        ranks.run(2, train_to_the_end, [*job, f"--validator.steps={steps}"], texts)[1]
+        for steps in (-1, 1)
+    )
+    assert validated([whole]) == pytest.approx(validated([counted]), rel=1e-6)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.validate import Validator
 from torchtitan.config.override import derive
-from torchtitan.tools.utils import device_type
+from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
@@ -29,15 +29,20 @@ def adapt(config: Trainer.Config) -> None:
     validator = config.validator
     if isinstance(validator, Validator.Config) and validator.enable and validator.steps == -1:
         cut = batch_cut.cut(config)
-        batches = cut.local_batch_size // cut.micro_batch_size
-        validator.dataloader = _together(validator.dataloader, "validator.dataloader", batches)
+        pipelined = config.parallelism.pipeline_parallel_degree > 1
+        validator.dataloader = _together(
+            validator.dataloader,
+            name="validator.dataloader",
+            least=cut.local_batch_size // cut.micro_batch_size,
+            whole=pipelined,
+        )
     sources = getattr(config.dataloader, "sources", [config.dataloader])
     if not all(getattr(source, "infinite", True) for source in sources):
-        config.dataloader = _together(config.dataloader, "dataloader", 1)
+        config.dataloader = _together(config.dataloader, name="dataloader", least=1, whole=True)
 
 
-def _together(config: BaseDataLoader.Config, name: str, batches: int) -> BaseDataLoader.Config:
-    return derive(config, _stopping_together(config._owner).Config, name=name, least=batches)
+def _together(config: BaseDataLoader.Config, **fields: Any) -> BaseDataLoader.Config:
+    return derive(config, _stopping_together(config._owner).Config, **fields)
 
 
 @functools.cache
@@ -49,19 +54,23 @@ def _stopping_together(loader: type[Any]) -> type[Any]:
             """The user's key of this loader."""
             least: int
             """Batches that a step takes."""
+            whole: bool
+            """Leave out a last batch with fewer rows: pipelines take one size, and a loss of
+            sequences divides by it."""
 
         def __init__(self, config: Config, *, local_batch_size: int, **kwargs: Any) -> None:
-            self._name, self._least, self._rows = config.name, config.least, local_batch_size
+            self._end, self._rows = config, local_batch_size
             super().__init__(config, local_batch_size=local_batch_size, **kwargs)
 
         def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
             batches, given = super().__iter__(), 0
-            while _all_have(batch := next(batches, None)):
+            fewest = self._rows if self._end.whole else 1
+            while _all(len((batch := next(batches, ({}, ())))[1]) >= fewest):
                 yield batch
                 given += 1
-            if given < self._least:
+            if given < self._end.least:
                 raise JobError(
-                    f"{self._name} has no {self._least * self._rows} rows for each data-parallel "
+                    f"{self._end.name} has no {self._end.least * self._rows} rows for each data-parallel "
                     "rank: take a larger dataset, or a smaller training.local_batch_size or "
                     "training.seq_len"
                 )
@@ -70,9 +79,9 @@ def _stopping_together(loader: type[Any]) -> type[Any]:
     return StoppingTogether
 
 
-def _all_have(batch: object | None) -> bool:
-    """Collective, over all ranks."""
-    has = torch.tensor(int(batch is not None), device=device_type)
+def _all(holds: bool) -> bool:
+    """Whether it holds on every rank. Collective."""
+    everywhere = torch.tensor(int(holds), device=utils.device_type)
     if dist.is_initialized():
-        dist.all_reduce(has, dist.ReduceOp.MIN)
-    return bool(has)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere)
