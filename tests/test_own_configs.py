@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import DTensor
 
 from tests.train_jobs import train_config
-from titan_moe_lb import step_hook
 from titan_moe_lb.job import job_config
+from titan_moe_lb.losses import router_losses
 from titan_moe_lb.traces.trace import read_trace
 
 JOB = ["--module=tests.own_configs", "--training.local_batch_size=4", "--training.seq_len=128"]
@@ -142,12 +142,12 @@ def test_losses_without_effect_are_named(ranks, tmp_path):
 
 def warnings_of(name: str, folder: str) -> list[str]:
     lines: list[str] = []
-    original = step_hook.logger.warning
-    step_hook.logger.warning = lines.append
+    original = router_losses.logger.warning
+    router_losses.logger.warning = lines.append
     try:
         run(name, folder, "--training.steps=1")
     finally:
-        step_hook.logger.warning = original
+        router_losses.logger.warning = original
     return lines
 
 

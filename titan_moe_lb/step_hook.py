@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.layer_stack import stacks_of
+from titan_moe_lb.losses.router_losses import warn_without_effect
 from titan_moe_lb.own_dtypes import keep_dtypes
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
@@ -288,7 +289,7 @@ class StepHook:
             self._forget_torchtitans_counts()
             self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
         if self.finished_steps == self._loop.finished_steps:
-            _warn_of_losses_without_effect(self._routers)
+            warn_without_effect({r.layer: r.aux_losses for r in self._routers})
         self.finished_steps += 1
         self._global_rows = None
         # Where the device counts, the first forward of the next step does it.
@@ -350,15 +351,4 @@ def _announce_forced_routing(routers: list[LoadBalancedRouter]) -> None:
         logger.warning(
             f"FORCED ROUTING: {strategy} decides where tokens go in {len(routers)} MoE layers. "
             "This run is a benchmark: its model is not worth keeping"
-        )
-
-
-def _warn_of_losses_without_effect(routers: list[LoadBalancedRouter]) -> None:
-    """After the first step of a run, whose forwards know whether their logits have a gradient."""
-    losses = {router.layer: router.aux_losses for router in routers if len(router.aux_losses)}
-    layers = [str(layer) for layer, of in losses.items() if of.reach_weights is False]
-    if layers:
-        logger.warning(
-            f"aux_losses have no effect in layer {', '.join(layers)}: the gate and all weights "
-            "before it are frozen; train one of them, or leave the losses out"
         )
