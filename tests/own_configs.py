@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torchtitan.components.lora import LoRAConverter
+from torchtitan.components.lora import LoRAConverter, _make_frozen_config
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config.override import derive
 from torchtitan.trainer import Trainer
@@ -61,10 +61,12 @@ def adapters_after() -> Trainer.Config:
     return config
 
 
-def adapters_of_the_head() -> Trainer.Config:
-    """Nothing learns that a router could see."""
+def adapters_late() -> Trainer.Config:
+    """Nothing learns at or before the first router: its shared experts are the first that do."""
     config = torchtitans_metrics()
-    head = dataclasses.replace(ADAPTERS, target_modules=["lm_head"])
-    model = head.build().convert(config.model_spec.model)
+    late = dataclasses.replace(ADAPTERS, target_modules=["w2"])
+    plain = config.model_spec.model.layers[0].feed_forward.w2
+    model = late.build().convert(config.model_spec.model)
+    model.layers[0].feed_forward.w2 = _make_frozen_config(plain)
     config.model_spec = dataclasses.replace(config.model_spec, model=model)
     return config

@@ -101,7 +101,9 @@ def test_a_gate_in_half_precision_computes_in_float32(dtype, lora):
     scores.square().sum().backward()
 
     y = x.detach().float().requires_grad_()
-    weights = {name: p.detach().float().requires_grad_() for name, p in built.gate.named_parameters()}
+    weights = {
+        name: p.detach().float().requires_grad_() for name, p in built.gate.named_parameters()
+    }
     logits = y @ weights["weight"].T
     if lora:
         logits = logits + 2.0 * (y @ weights["lora_a.weight"].T @ weights["lora_b.weight"].T)

@@ -11,11 +11,11 @@ from torchtitan.components.checkpointer import TRAIN_STATE
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
-from torchtitan.tools.logging import logger
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.forced_routing.base import announce
 from titan_moe_lb.layer_stack import stacks_of
+from titan_moe_lb.losses.router_losses import warn_without_effect
 from titan_moe_lb.own_dtypes import keep_dtypes
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
@@ -290,7 +290,7 @@ class StepHook:
             self._forget_torchtitans_counts()
             self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
         if self.finished_steps == self._loop.finished_steps:
-            _warn_of_losses_without_effect(self._routers)
+            warn_without_effect({r.layer: r.aux_losses for r in self._routers})
         self.finished_steps += 1
         self._global_rows = None
         # Where the device counts, the first forward of the next step does it.
@@ -335,14 +335,3 @@ class StepHook:
     def _forget_torchtitans_counts(self) -> None:
         """Counted by torchtitan's MoE.forward, and read by nobody here."""
         torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])
-
-
-def _warn_of_losses_without_effect(routers: list[LoadBalancedRouter]) -> None:
-    """After the first step of a run, whose forwards know whether their logits have a gradient."""
-    losses = {router.layer: router.aux_losses for router in routers if len(router.aux_losses)}
-    layers = [str(layer) for layer, of in losses.items() if of.reach_weights is False]
-    if layers:
-        logger.warning(
-            f"aux_losses have no effect in layer {', '.join(layers)}: the gate and all weights "
-            "before it are frozen; train one of them, or leave the losses out"
-        )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.module import ModuleDict
+from torchtitan.tools.logging import logger
 
 from titan_moe_lb.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
 from titan_moe_lb.losses.counting import DISPATCHED, SELECTED, CountSource
@@ -217,3 +218,17 @@ class RouterLosses(ModuleDict):
 
 def _same(table: torch.Tensor) -> torch.Tensor:
     return table
+
+
+def warn_without_effect(losses: dict[int, RouterLosses]) -> None:
+    """Name the layers whose losses can change no weight. After the first step of a run.
+
+    Args:
+        losses: of each router of the rank, by layer.
+    """
+    layers = [str(n) for n, of in losses.items() if len(of) and of.reach_weights is False]
+    if layers:
+        logger.warning(
+            f"aux_losses have no effect in layer {', '.join(layers)}: the gate and all weights "
+            "before it are frozen; train one of them, or leave the losses out"
+        )
