@@ -338,6 +338,6 @@ def test_building_before_binding_says_what_is_missing():
 
 def test_an_unwired_router_with_a_loss_is_refused():
     built = router([sequence_wise()])
-    built.record = None
+    built.record = built.step_record = None
     with pytest.raises(JobError, match="call titan_moe_lb.attach"):
         built(inputs()[0])
