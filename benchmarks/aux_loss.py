@@ -34,7 +34,7 @@ from torchtitan.models.common.config_utils import make_router_config
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from titan_moe_lb.losses import (
+from titan_moe_lb.balancing.losses import (
     AuxLoss,
     BatchWiseAuxLoss,
     GlobalBatchAuxLoss,
@@ -42,8 +42,8 @@ from titan_moe_lb.losses import (
     SequenceWiseAuxLoss,
     functional,
 )
-from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.step_hook import wire
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.step_hook import wire
 
 # Tokens, experts, top_k.
 SHAPES = [(16384, 64, 6), (16384, 128, 8), (8192, 256, 8)]

@@ -85,7 +85,7 @@ def parts(quick: bool, gpus: int) -> list[Part]:
     """All of them, also those that this machine cannot run."""
     device = "cuda" if gpus else "cpu"
     few = quick or not gpus
-    graph = "tests/test_telemetry.py::test_a_cuda_graph_records_in_every_replay"
+    graph = "tests/telemetry/test_telemetry.py::test_a_cuda_graph_records_in_every_replay"
     repeats, steps = ("2", "2") if few else ("50", "30")
     return [
         Part("a CUDA graph records in every replay", ["pytest", "--device=cuda", graph], 1),

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import tyro
 
-from tests.synthetic_trace import run_info, step_loads
+from tests.support.synthetic_trace import run_info, step_loads
 from titan_moe_lb.traces.trace import FILE_NAME, TraceWriter
 
 COMMANDS = ("report", "diagnose")

@@ -32,12 +32,12 @@ if cpu.needed():
 import torch.distributed.checkpoint as dcp
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.commands.place.command import place
+from titan_moe_lb.commands.plan.command import make_plan
+from titan_moe_lb.commands.plan.plan_arguments import Question
 from titan_moe_lb.parallel import single_process
-from titan_moe_lb.place.command import place
-from titan_moe_lb.plan.command import make_plan
-from titan_moe_lb.plan.question import Question
-from titan_moe_lb.router import moe_layers_of
-from titan_moe_lb.train import trainer_config
+from titan_moe_lb.run.train import trainer_config
 
 RANKS = 2
 STEPS = 2

@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import tyro
 
-from titan_moe_lb.place.command import place
+from titan_moe_lb.commands.place.command import place
 
 EXPERTS, DIM, HIDDEN = 16, 512, 1024
 TENSORS = ("w1_EFD", "w2_EDF", "w3_EFD")

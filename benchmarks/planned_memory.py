@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import tyro
 
-from tests import memory_jobs
-from tests.memory_jobs import BALANCED, LAYOUTS
-from tests.rank_pool import RankPool
+from tests.support import memory_jobs
+from tests.support.memory_jobs import BALANCED, LAYOUTS
+from tests.support.rank_pool import RankPool
 
 
 @dataclass

@@ -26,11 +26,11 @@ if cpu.needed():
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss
+from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.job import job_config
-from titan_moe_lb.losses import GlobalBatchAuxLoss
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.parallel.local_shard import local_shard
-from titan_moe_lb.router import LoadBalancedRouter, routers_of
 
 
 @dataclass

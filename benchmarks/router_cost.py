@@ -30,11 +30,16 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.config_utils import make_router_config
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
-from tests.telemetry_jobs import DeviceOperators
-from titan_moe_lb.losses import AuxLoss, GlobalBatchAuxLoss, RouterZLoss, SequenceWiseAuxLoss
-from titan_moe_lb.recording.training_loop import TrainingLoop
-from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.step_hook import wire
+from tests.support.telemetry_jobs import DeviceOperators
+from titan_moe_lb.balancing.losses import (
+    AuxLoss,
+    GlobalBatchAuxLoss,
+    RouterZLoss,
+    SequenceWiseAuxLoss,
+)
+from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.step_hook import wire
 
 EXPERTS, TOP_K, DIM = 256, 8, 32
 SEQUENCES, LENGTH = 2, 2

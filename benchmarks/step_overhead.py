@@ -30,9 +30,9 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel import single_process
-from titan_moe_lb.router import LoadBalancedRouter
 
 LOSSES = (
     '[{type="sequence_wise", weight=1e-4}, {type="global_batch", weight=1e-3}, '

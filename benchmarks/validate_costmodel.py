@@ -39,9 +39,9 @@ from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
-from titan_moe_lb.costmodel.host import measure_host
-from titan_moe_lb.costmodel.layer import MoELayer, Placement, moe_layer_time
-from titan_moe_lb.forced_routing.functional import hot_share_ids
+from titan_moe_lb.balancing.forced_routing.functional import hot_share_ids
+from titan_moe_lb.commands.plan.host_hardware import measure_host
+from titan_moe_lb.costmodel.times.layer import MoELayer, Placement, moe_layer_time
 
 IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)
 

@@ -20,7 +20,7 @@ from torchtitan.config import TrainingConfig
 from examples.chat_data import loader_config, write_chats
 from model_registry.qwen3 import model_registry
 from titan_moe_lb import GlobalBatchAuxLoss, attach, build_model
-from titan_moe_lb.valid_tokens.loader import tell_tokens
+from titan_moe_lb.balancing.valid_tokens.loader import tell_tokens
 
 SEQ_LEN, ROWS = 128, 4
 

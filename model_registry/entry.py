@@ -24,7 +24,7 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.model_spec import ModelSpec
 
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.model_spec import BalancedModelSpec, balanced
+from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Default:
     """A value that a registry entry takes when the job names none, and where it comes from."""
 
     key: str
-    """Argument of :func:`titan_moe_lb.model_spec.balanced`, a key of [model]."""
+    """Argument of :func:`titan_moe_lb.wiring.model_spec.balanced`, a key of [model]."""
     value: Any
     source: str
     """Paper and section, or plainly that nobody published one."""
@@ -51,7 +51,7 @@ def registry_entry(
 ) -> Callable[[Callable[..., ModelSpec]], Callable[..., BalancedModelSpec]]:
     """Decorator of a function ``(flavor, ...) -> ModelSpec``: balances what it builds.
 
-    The entry takes the arguments of :func:`titan_moe_lb.model_spec.balanced` as well,
+    The entry takes the arguments of :func:`titan_moe_lb.wiring.model_spec.balanced` as well,
     with the defaults of the flavor, and keeps all of them on the spec.
 
     Raises:

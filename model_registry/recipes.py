@@ -14,7 +14,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb.data import CORPUS, TOKENIZER_PATH, domains
 from titan_moe_lb.telemetry.domain_validator import DomainValidator
-from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
 def language_model_loss(spec: ModelSpec) -> BaseLoss.Config:

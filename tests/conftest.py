@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other by spinning take the cores from the tests beside.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.gpus import GPUS
-from tests.rank_pool import RankPool
+from tests.support.gpus import GPUS
+from tests.support.rank_pool import RankPool
 
 HOST_RANKS = 4
 

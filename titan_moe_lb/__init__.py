@@ -70,7 +70,7 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 if TYPE_CHECKING:  # for type checkers and editors, the same names
     # isort: off
     from titan_moe_lb.errors import JobError as JobError
-    from titan_moe_lb.expert_bias import (
+    from titan_moe_lb.balancing.expert_bias import (
         ExpertBias as ExpertBias,
         FrozenBias as FrozenBias,
         MomentumBias as MomentumBias,
@@ -79,7 +79,7 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names
         QuantileTrendBias as QuantileTrendBias,
         SignBias as SignBias,
     )
-    from titan_moe_lb.forced_routing import (
+    from titan_moe_lb.balancing.forced_routing import (
         BiasedNormal as BiasedNormal,
         Burst as Burst,
         DealtRouting as DealtRouting,
@@ -95,7 +95,7 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names
         RoundRobin as RoundRobin,
         ZeroLoad as ZeroLoad,
     )
-    from titan_moe_lb.losses import (
+    from titan_moe_lb.balancing.losses import (
         AuxLoss as AuxLoss,
         BatchWiseAuxLoss as BatchWiseAuxLoss,
         CommunicationLoss as CommunicationLoss,
@@ -108,7 +108,7 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names
         SequenceWiseAuxLoss as SequenceWiseAuxLoss,
         SumsLoss as SumsLoss,
     )
-    from titan_moe_lb.model_spec import balanced as balanced
+    from titan_moe_lb.wiring.model_spec import balanced as balanced
     from titan_moe_lb.own_loop.attach import Balance as Balance, attach as attach
     from titan_moe_lb.own_loop.build import BuiltModel as BuiltModel, build_model as build_model
     from titan_moe_lb.own_loop.routing_replay import RoutingReplay as RoutingReplay
@@ -116,11 +116,11 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names
         balanced_transformers as balanced_transformers,
     )
     from titan_moe_lb.telemetry.metric import Metric as Metric, Reduction as Reduction
-    from titan_moe_lb.telemetry.metrics import (
+    from titan_moe_lb.telemetry.metrics_processor import (
         LoadBalanceMetricsProcessor as LoadBalanceMetricsProcessor,
     )
-    from titan_moe_lb.train import trainer_config as trainer_config
-    from titan_moe_lb.value_schedule import Change as Change
+    from titan_moe_lb.run.train import trainer_config as trainer_config
+    from titan_moe_lb.balancing.value_schedule import Change as Change
 else:
 
     def __getattr__(name: str) -> Any:

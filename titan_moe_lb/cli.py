@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from titan_moe_lb import host_threads, parent_process
+from titan_moe_lb import host_threads
+from titan_moe_lb.commands.plan.plan_arguments import Question
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job.own_flags import OWN_FLAGS
-from titan_moe_lb.plan.question import Question
+from titan_moe_lb.run import parent_process
 
 
 def _optional(metavar: str, *aliases: str) -> Any:
@@ -47,7 +48,7 @@ class Train:
         # The imports take seconds: Ctrl-C ends them without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         host_threads.wait_without_spinning()
-        from titan_moe_lb import launch
+        from titan_moe_lb.run import launch
 
         launch.command(list(self.flags))
 
@@ -64,7 +65,7 @@ class Report:
     """File to write; default: report.html in the run's folder, compare.html for several."""
 
     def run(self) -> None:
-        from titan_moe_lb.report.command import write_report
+        from titan_moe_lb.commands.report.command import write_report
 
         print(write_report(self.run_dir, compare=self.compare, output=self.output))
 
@@ -79,7 +80,7 @@ class Watch:
     """Print one frame and exit, as when the output is not a terminal."""
 
     def run(self) -> None:
-        from titan_moe_lb.watch.command import watch
+        from titan_moe_lb.commands.watch.command import watch
 
         watch(self.run_dir, once=self.once)
 
@@ -96,7 +97,7 @@ class Diagnose:
     """Status 1 where something at least as bad is found, or the run is too short to say."""
 
     def run(self) -> None:
-        from titan_moe_lb.diagnose.command import diagnose
+        from titan_moe_lb.commands.diagnose.command import diagnose
 
         status = diagnose(self.run_dir, as_json=self.json, fail_on=self.fail_on)
         if status:
@@ -108,7 +109,7 @@ class Plan(Question):
     """Plan a job before it runs: what imbalance costs in time and memory, by EP degree."""
 
     def run(self) -> None:
-        from titan_moe_lb.plan.command import run
+        from titan_moe_lb.commands.plan.command import run
 
         run(self)
 
@@ -133,7 +134,7 @@ class Place:
     """Put the experts back where they were."""
 
     def run(self) -> None:
-        from titan_moe_lb.place.command import place
+        from titan_moe_lb.commands.place.command import place
 
         for line in place(
             self.checkpoint,
@@ -161,7 +162,7 @@ class Study:
     """Run again what failed or diverged."""
 
     def run(self) -> None:
-        from titan_moe_lb.study.command import run_study
+        from titan_moe_lb.commands.study.command import run_study
 
         run_study(
             self.study,
@@ -176,7 +177,7 @@ class Doctor:
     """Say what is here, how a job would run on it, and what is missing."""
 
     def run(self) -> None:
-        from titan_moe_lb import doctor
+        from titan_moe_lb.commands import doctor
 
         doctor.main()
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from titan_moe_lb.costmodel.dispatch import Dispatcher
-from titan_moe_lb.plan.command import make_plan
-from titan_moe_lb.plan.plan import Plan
-from titan_moe_lb.plan.question import Question
+from titan_moe_lb.commands.plan.command import make_plan
+from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.result import Plan
+from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 
 OWN = "benchmarks.published.models"
 """The module of the models that the registry lacks."""

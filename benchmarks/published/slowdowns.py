@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.published.jobs import OWN, job, pipeline, planned
-from titan_moe_lb.plan.plan import Plan
+from titan_moe_lb.commands.plan.result import Plan
 
 SYSTEMS = ("none", "EPLB", "LPLB", "EPLB of exact loads", "UltraEP")
 EP = 64

@@ -27,9 +27,9 @@ from benchmarks.published.jobs import (
     pipeline,
     planned,
 )
-from titan_moe_lb.costmodel.dispatch import Dispatcher
-from titan_moe_lb.costmodel.hardware import FIGURES
-from titan_moe_lb.costmodel.known_hardware import hardware
+from titan_moe_lb.commands.plan.known_hardware import hardware
+from titan_moe_lb.costmodel.hardware.device import FIGURES
+from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 
 AUTOMODEL = "NeMo AutoModel performance summary of 2025-10-02"
 MODEL_ZOO = "github.com/yanring/Megatron-MoE-ModelZoo, best_practice/Qwen3"

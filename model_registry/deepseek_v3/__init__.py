@@ -14,9 +14,9 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from model_registry.deepseek_v3.tiny import tiny
 from model_registry.entry import Default, registry_entry
+from titan_moe_lb.balancing.expert_bias import SignBias
+from titan_moe_lb.balancing.losses import CommunicationLoss, DeviceLevelLoss, SequenceWiseAuxLoss
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.expert_bias import SignBias
-from titan_moe_lb.losses import CommunicationLoss, DeviceLevelLoss, SequenceWiseAuxLoss
 
 FLAVORS = (*upstream.deepseekv3_configs, "tiny")
 

@@ -14,7 +14,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from model_registry.entry import Default, registry_entry
 from model_registry.gpt_oss.state_dict_adapter import GptOssStateDictAdapter
 from model_registry.gpt_oss.tiny import tiny
-from titan_moe_lb.losses import BatchWiseAuxLoss
+from titan_moe_lb.balancing.losses import BatchWiseAuxLoss
 
 FLAVORS = (*upstream.gptoss_configs, "tiny")
 

@@ -14,9 +14,9 @@ from torchtitan.protocols.model_spec import ModelSpec
 from model_registry.entry import Default, registry_entry
 from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
+from titan_moe_lb.balancing.expert_bias import SignBias
+from titan_moe_lb.balancing.losses import BatchWiseAuxLoss
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.expert_bias import SignBias
-from titan_moe_lb.losses import BatchWiseAuxLoss
 
 FLAVORS = tuple(ARCHITECTURES)
 

@@ -13,7 +13,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from model_registry.entry import Default, registry_entry
 from model_registry.qwen3.tiny import tiny
-from titan_moe_lb.losses import GlobalBatchAuxLoss
+from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss
 
 FLAVORS = ("debugmodel_moe", "30B-A3B", "235B-A22B", "tiny")
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import tyro
 
-import tests.gpus  # noqa: F401
+import tests.support.gpus  # noqa: F401
 from tests.chaos import run
 
 

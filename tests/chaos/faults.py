@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.chaos.job import INTERVAL, RANKS, STEPS, start
 from tests.chaos.rank import Blow
-from titan_moe_lb import checkpoints
+from titan_moe_lb.checkpoints.start import is_finished, steps_in
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import FILE_NAME, read_trace
 
@@ -87,8 +87,8 @@ def _stop_at(dice: random.Random, folder: Path, *, least: int = 2 * INTERVAL) ->
 
 
 def _newest(folder: Path) -> Path:
-    steps = checkpoints.steps_in(folder / "checkpoint")
-    return steps[max(step for step, path in steps.items() if checkpoints.is_finished(path))]
+    steps = steps_in(folder / "checkpoint")
+    return steps[max(step for step, path in steps.items() if is_finished(path))]
 
 
 def _at_checkpoint(name: str, damage: Callable[[random.Random, Path], str]) -> Fault:

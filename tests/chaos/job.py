@@ -71,7 +71,7 @@ def start(folder: Path, blow: rank.Blow | None = None, *flags: str) -> End:
         return End((2,) * RANKS, str(error))
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.host_imports", "tests.chaos.rank"])
+    context.set_forkserver_preload(["tests.support.host_imports", "tests.chaos.rank"])
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     processes = []
     for number in range(RANKS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from titan_moe_lb import launch
+from titan_moe_lb.run import launch
 from titan_moe_lb.upstream import cpu
 
 

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torchtitan.config.override import derive
 
-from tests import rank_pool
-from titan_moe_lb import train
-from titan_moe_lb.checked_loading import CheckedCheckpoints
+from tests.support import rank_pool
+from titan_moe_lb.checkpoints.checked_loading import CheckedCheckpoints
 from titan_moe_lb.job import job_config
-from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+from titan_moe_lb.run import train
+from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 from titan_moe_lb.upstream import cpu
 
 MOMENTS = ("start", "step", "logged", "save", "saved")

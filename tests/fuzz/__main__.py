@@ -13,7 +13,7 @@ from typing import Annotated
 import psutil
 import tyro
 
-import tests.gpus  # noqa: F401
+import tests.support.gpus  # noqa: F401
 from tests.fuzz.run import fuzz
 from tests.fuzz.targets import TARGETS
 

@@ -28,20 +28,21 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.trainer import Trainer
 
 from tests.fuzz.damage import HOSTILE_TEXT, MOMENTS, VALUES, damaged, trees
-from tests.synthetic_trace import run_info, write_run
-from titan_moe_lb import checkpoints, cli
-from titan_moe_lb.costmodel.known_hardware import hardware, known_hardware
-from titan_moe_lb.diagnose.command import diagnose
+from tests.support.synthetic_trace import run_info, write_run
+from titan_moe_lb import cli
+from titan_moe_lb.checkpoints.start import read_metadata
+from titan_moe_lb.commands.diagnose.command import diagnose
+from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
+from titan_moe_lb.commands.study import command as study_command
+from titan_moe_lb.commands.study import design
+from titan_moe_lb.commands.study.cell import CELLS, CellFolder
+from titan_moe_lb.commands.study.search import Search
+from titan_moe_lb.commands.watch.command import watch
 from titan_moe_lb.job import job_config, job_files
 from titan_moe_lb.rules import files as file_rules
 from titan_moe_lb.rules.meta_model import meta_state
-from titan_moe_lb.study import command as study_command
-from titan_moe_lb.study import design
-from titan_moe_lb.study.cell import CELLS, CellFolder
-from titan_moe_lb.study.search import Search
 from titan_moe_lb.traces.routing_trace import FOLDER, RoutingTrace, RoutingTraceWriter
 from titan_moe_lb.traces.trace import FILE_NAME
-from titan_moe_lb.watch.command import watch
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def _read_checkpoint(content: bytes, folder: Path) -> None:
         file_rules.checkpoint_has_router_state,
     ):
         rule(config)
-    assert isinstance(checkpoints.read_metadata(step), Metadata)
+    assert isinstance(read_metadata(step), Metadata)
 
 
 TARGETS = {

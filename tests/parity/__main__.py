@@ -11,13 +11,13 @@ from typing import Literal
 
 import tyro
 
-from tests.gpus import GPUS
 from tests.parity import random_layouts
 from tests.parity.balance import TOLERANCE, WEIGHT, Balance, faults
 from tests.parity.compare import Parity
 from tests.parity.gradients import make_config
 from tests.parity.layout import parse
-from tests.rank_pool import RankPool
+from tests.support.gpus import GPUS
+from tests.support.rank_pool import RankPool
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.rules import validate
 

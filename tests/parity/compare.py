@@ -20,7 +20,7 @@ from tests.parity.gradients import (
     save_seed,
 )
 from tests.parity.layout import Layout
-from tests.rank_pool import RankPool
+from tests.support.rank_pool import RankPool
 
 Gradients = dict[str, torch.Tensor]
 

@@ -16,15 +16,15 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
 from tests.parity.layout import Layout
-from tests.train_jobs import skip_initialisation
+from tests.support.train_jobs import skip_initialisation
 from titan_moe_lb import toml_tables
+from titan_moe_lb.balancing.losses import AuxLoss
+from titan_moe_lb.balancing.router import moe_layers_of, routers_of
+from titan_moe_lb.balancing.valid_tokens.batch_tokens import document_numbers
+from titan_moe_lb.balancing.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 from titan_moe_lb.job import job_config
-from titan_moe_lb.losses import AuxLoss
-from titan_moe_lb.router import moe_layers_of, routers_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
-from titan_moe_lb.valid_tokens.batch_tokens import document_numbers
-from titan_moe_lb.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 
 GLOBAL_BATCH_SIZE = 8
 ROW_SIXTEENTHS = (16, 13, 6, 2, 11, 8, 15, 6)

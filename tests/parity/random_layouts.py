@@ -14,7 +14,7 @@ from tests.parity.balance import LOSSES, RULES, Balance, faults
 from tests.parity.compare import Parity
 from tests.parity.gradients import GLOBAL_BATCH_SIZE, make_config
 from tests.parity.layout import CHECKPOINTING, Layout
-from tests.rank_pool import RankPool
+from tests.support.rank_pool import RankPool
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.schedules import SCHEDULES
 from titan_moe_lb.rules import validate

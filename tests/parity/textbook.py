@@ -18,7 +18,7 @@ from torchtitan.trainer import Trainer
 
 from tests.parity.gradients import build_from_seed, gather_gradients, global_batch
 from tests.parity.layout import Layout
-from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 
 
 def textbook_gradients(

@@ -26,9 +26,9 @@ from titan_moe_lb import rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job import job_files, module_lookup, renamed_keys
 from titan_moe_lb.job.own_flags import DEFAULT_MODULE
-from titan_moe_lb.model_spec import BalancedModelSpec, balanced
-from titan_moe_lb.rules import places
-from titan_moe_lb.telemetry import metrics
+from titan_moe_lb.rules.layer_names import layer_name
+from titan_moe_lb.telemetry.metrics_processor import adapt
+from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
 
 _VALUES = ("module", "config", "job_config", "max_restarts")
 _SWITCHES = {"print_config": "print_config", "list": "list_models"}
@@ -102,7 +102,7 @@ class Draft:
         if model or self.command.model:
             _rebuild_model(config, registry, model, f"{self.source}: [model]", self.command.model)
         if isinstance(config.model_spec, BalancedModelSpec):
-            metrics.adapt(config)
+            adapt(config)
         _merge_sections(config, tables, self.source)
         return config
 
@@ -290,7 +290,7 @@ def _rebuild_model(
 def _for_users(text: str) -> str:
     """What torchtitan says of a config, in one line and without its names for parts of it."""
     line = " ".join(text.split()).removeprefix("Config: ")
-    return re.sub(r"\bmodel_spec\.model(\.\w+)+", lambda found: places.place(found[0]), line)
+    return re.sub(r"\bmodel_spec\.model(\.\w+)+", lambda found: layer_name(found[0]), line)
 
 
 def model_keys(entry: Callable[..., BalancedModelSpec]) -> dict[str, Any]:

@@ -12,19 +12,19 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools import utils
 
+from titan_moe_lb.balancing.recording.step_record import RouterRecord
+from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.balancing.step_hook import StepHook, wire_parts
+from titan_moe_lb.balancing.tensor_checks import not_finite
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
-from titan_moe_lb.recording.step_record import RouterRecord
-from titan_moe_lb.recording.training_loop import TrainingLoop
-from titan_moe_lb.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
-from titan_moe_lb.rules.places import place
 from titan_moe_lb.rules.routers import check_router
-from titan_moe_lb.step_hook import StepHook, wire_parts
 from titan_moe_lb.telemetry.describe_run import figures_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
-from titan_moe_lb.tensor_checks import not_finite
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.upstream import cpu
 
@@ -285,17 +285,17 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
         raise JobError(
             f"{type(parts[0]).__name__} has no MoE layer of torchtitan: a layer is balanced where "
             "it is a torchtitan.models.common.moe.MoE; for a router of another kind, "
-            "titan_moe_lb.losses.functional has the losses of plain tensors"
+            "titan_moe_lb.balancing.losses.functional has the losses of plain tensors"
         )
     for part in parts:
         for name, module in part.named_modules():
             if isinstance(module, MoE) and not isinstance(module.router, LoadBalancedRouter):
                 raise JobError(
-                    f"the router of {place(name)} is a {type(module.router).__name__}, whose loads "
+                    f"the router of {layer_name(name)} is a {type(module.router).__name__}, whose loads "
                     "nobody balances: build the model from the spec that "
                     "titan_moe_lb.balanced(spec) returns"
                 )
             if isinstance(module, LoadBalancedRouter):
-                check_router(place(name), module.config)
+                check_router(layer_name(name), module.config)
                 if dims.pp_enabled:
                     refuse_in_parts(module.config, "pipeline parallelism")

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from titan_moe_lb.balancing.recording.replayed import RouterReplay
+from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.attach import Balance
 from titan_moe_lb.own_loop.routing_input import (
@@ -35,8 +37,6 @@ from titan_moe_lb.own_loop.routing_memory import (
 )
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.parallel.local_shard import local_shard
-from titan_moe_lb.recording.replayed import RouterReplay
-from titan_moe_lb.router import LoadBalancedRouter, routers_of
 
 
 class RoutingReplay:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from torch import nn
 from torchtitan.protocols.model_spec import ModelSpec
 
-from titan_moe_lb.converter import LoadBalanceConverter
+from titan_moe_lb.balancing.checkpointing import keeping_decisions
+from titan_moe_lb.balancing.expert_bias import ExpertBias
+from titan_moe_lb.balancing.losses import AuxLoss
+from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.expert_bias import ExpertBias
-from titan_moe_lb.losses import AuxLoss
-from titan_moe_lb.parallelization import keeping_decisions
-from titan_moe_lb.router import moe_layers_of
+from titan_moe_lb.wiring.converter import LoadBalanceConverter
 
 
 def balanced_transformers(

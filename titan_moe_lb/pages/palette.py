@@ -2,7 +2,7 @@
 
 A page's style sheet and its charts name colours by role, as in ``var(--ink)``; :func:`css`
 says what the roles are in either theme. Charts are drawn again when the reader's theme changes.
-``tests/test_palette.py`` holds the contrasts: 4.5 to 1 for text, 3 to 1 for lines and marks.
+``tests/project/test_palette.py`` holds the contrasts: 4.5 to 1 for text, 3 to 1 for lines and marks.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ import torch
 import torch._dynamo
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.forced_routing import DealtRouting, HotRank, HotShare, Replay, ZeroLoad
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.forced_routing import DealtRouting, HotRank, HotShare, Replay, ZeroLoad
 from titan_moe_lb.parallel import batch_cut
-from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.rules.places import place
+from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.traces.routing_trace import open_routing_trace
 
@@ -53,14 +53,14 @@ def hot_share_finds_experts(config: Trainer.Config) -> None:
         hot = len(_bound(forced, router, config).hot_experts())
         if hot >= total:
             raise JobError(
-                f"{what} makes {hot} experts hot and {place(fqn)} has {total}: leave at least one cold, "
+                f"{what} makes {hot} experts hot and {layer_name(fqn)} has {total}: leave at least one cold, "
                 'or take type = "round_robin"'
             )
         low = max(0, top_k - (total - hot)) / top_k
         high = min(hot, top_k) / top_k
         if not low <= forced.fraction <= high:
             raise JobError(
-                f"{what}: {hot} of the {total} experts of {place(fqn)} are hot and a token takes {top_k} "
+                f"{what}: {hot} of the {total} experts of {layer_name(fqn)} are hot and a token takes {top_k} "
                 f"different ones, so the fraction must be in [{low:g}, {high:g}]"
             )
 
@@ -73,7 +73,7 @@ def zero_load_leaves_experts(config: Trainer.Config) -> None:
         if forced.num_zero > most:
             raise JobError(
                 f"forced_routing zero_load has num_zero {forced.num_zero}, and a token takes "
-                f"{router.top_k} different ones of the {router.num_experts} experts of {place(fqn)}: "
+                f"{router.top_k} different ones of the {router.num_experts} experts of {layer_name(fqn)}: "
                 f"num_zero must be at most {most}"
             )
 
@@ -113,7 +113,7 @@ def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
         if most > router.num_limited_groups:
             raise JobError(
                 f"forced_routing {forced.describe()} sends a token to {most} expert groups and "
-                f"{place(fqn)} allows {router.num_limited_groups}: take another fraction or "
+                f"{layer_name(fqn)} allows {router.num_limited_groups}: take another fraction or "
                 'placement, or type = "random_balanced" or "biased_normal", which keep the limit'
             )
 

@@ -16,15 +16,23 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLo
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import checkpoints
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.value_schedule import changes_after_tokens
+from titan_moe_lb.checkpoints.start import (
+    damage,
+    is_model_only,
+    own_folder,
+    read_metadata,
+    remedy,
+    start_of,
+    steps_in,
+)
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel import layout
-from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 from titan_moe_lb.rules.meta_model import meta_state
-from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
-from titan_moe_lb.value_schedule import changes_after_tokens
+from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
 def validate_files(config: Trainer.Config) -> None:
@@ -143,31 +151,29 @@ def overrides_are_there(config: Trainer.Config) -> None:
 
 
 def checkpoint_is_there(config: Trainer.Config) -> None:
-    start = checkpoints.start_of(config)
+    start = start_of(config)
     if start is None or start.path.is_dir():
         return
     if start.step is None:
         raise JobError(f"checkpoint.initial_load_path {start.path}: there is no such folder")
-    folder = checkpoints.own_folder(config)
-    steps = ", ".join(map(str, checkpoints.steps_in(folder))) or "none"
+    folder = own_folder(config)
+    steps = ", ".join(map(str, steps_in(folder))) or "none"
     raise JobError(
         f"checkpoint.load_step is {start.step}, and {folder} has no such step; it has: {steps}"
     )
 
 
 def checkpoint_is_whole(config: Trainer.Config) -> None:
-    start = checkpoints.start_of(config)
+    start = start_of(config)
     if start is None:
         return
-    problem = checkpoints.damage(start.path)
+    problem = damage(start.path)
     if problem is not None:
-        raise JobError(
-            f"{problem}; {checkpoints.remedy(checkpoints.own_folder(config), start.path)}"
-        )
+        raise JobError(f"{problem}; {remedy(own_folder(config), start.path)}")
 
 
 def checkpoint_has_steps_to_go(config: Trainer.Config) -> None:
-    start, steps = checkpoints.start_of(config), config.training.steps
+    start, steps = start_of(config), config.training.steps
     if start is not None and start.step is not None and start.step >= steps:
         raise JobError(
             f"training.steps is {steps}, and {start.path} has done {start.step}: set it higher to "
@@ -177,10 +183,10 @@ def checkpoint_has_steps_to_go(config: Trainer.Config) -> None:
 
 def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
     """Names and shapes of all weights, except what :func:`checkpoint_has_router_state` asks."""
-    start, spec = checkpoints.start_of(config), config.model_spec
+    start, spec = start_of(config), config.model_spec
     if start is None or spec is None:
         return
-    saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    saved = read_metadata(start.path).state_dict_metadata
     _model_config, state = meta_state(config)
     for name, value in state.items():
         if ".expert_bias" in name or ".aux_losses." in name or not torch.is_tensor(value):
@@ -197,15 +203,15 @@ def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
 
 def checkpoint_has_training_state(config: Trainer.Config) -> None:
     """A last step may hold the weights alone, and torchtitan goes on from whole states alone."""
-    start = checkpoints.start_of(config)
-    if start is None or checkpoints.is_model_only(config, start):
+    start = start_of(config)
+    if start is None or is_model_only(config, start):
         return
     if not _holds_training_state(start.path):
-        folder = checkpoints.own_folder(config)
+        folder = own_folder(config)
         whole = [
             step
-            for step, path in checkpoints.steps_in(folder).items()
-            if step and checkpoints.damage(path) is None and _holds_training_state(path)
+            for step, path in steps_in(folder).items()
+            if step and damage(path) is None and _holds_training_state(path)
         ]
         go_on = f"set checkpoint.load_step = {whole[-1]} to go on from there, or " if whole else ""
         raise JobError(
@@ -216,17 +222,17 @@ def checkpoint_has_training_state(config: Trainer.Config) -> None:
 
 
 def _holds_training_state(path: Path) -> bool:
-    saved = checkpoints.read_metadata(path).state_dict_metadata
+    saved = read_metadata(path).state_dict_metadata
     return any(name.startswith("train_state.") for name in saved)
 
 
 def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
     """torchtitan 0.3.0 cannot divide the place in the data over other ranks
     (https://github.com/pytorch/torchtitan/issues/811)."""
-    start, loader = checkpoints.start_of(config), config.dataloader._owner
+    start, loader = start_of(config), config.dataloader._owner
     if (
         start is None
-        or checkpoints.is_model_only(config, start)
+        or is_model_only(config, start)
         or "dataloader" in config.checkpoint.exclude_from_loading
         or not issubclass(loader, ParallelAwareDataloader)
     ):
@@ -245,10 +251,10 @@ def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
 
 def checkpoint_counts_tokens_of_as_many_ranks(config: Trainer.Config) -> None:
     """torchtitan 0.3.0 saves the tokens of one rank, ``ntokens_seen``, and not of how many."""
-    start, checkpoint = checkpoints.start_of(config), config.checkpoint
+    start, checkpoint = start_of(config), config.checkpoint
     if (
         start is None
-        or checkpoints.is_model_only(config, start)
+        or is_model_only(config, start)
         or TRAIN_STATE in checkpoint.exclude_from_loading
     ):
         return
@@ -266,7 +272,7 @@ def checkpoint_counts_tokens_of_as_many_ranks(config: Trainer.Config) -> None:
 
 def _data_ranks(config: Trainer.Config, checkpoint: Path) -> tuple[int, int]:
     """The data-parallel ranks that a checkpoint is of, and those of the job."""
-    saved = checkpoints.read_metadata(checkpoint).state_dict_metadata
+    saved = read_metadata(checkpoint).state_dict_metadata
     dims = layout.resolve(config.parallelism)
     before = sum(name.startswith("dataloader.dp_rank_") for name in saved)
     return before, dims.dp_replicate * dims.dp_shard
@@ -275,10 +281,10 @@ def _data_ranks(config: Trainer.Config, checkpoint: Path) -> tuple[int, int]:
 def checkpoint_has_router_state(config: Trainer.Config) -> None:
     """Expert biases and what losses remember are model state, which torchtitan loads whole: a
     name too few is a traceback in every process, one too many is dropped."""
-    start = checkpoints.start_of(config)
+    start = start_of(config)
     if start is None:
         return
-    saved = checkpoints.read_metadata(start.path).state_dict_metadata
+    saved = read_metadata(start.path).state_dict_metadata
     for fqn, moe, _parent, _attribute in config.model_spec.model.traverse(MoE.Config):  # type: ignore[union-attr]
         bias = f"{fqn}.expert_bias_E"
         if moe.load_balance_coeff is None and bias in saved:

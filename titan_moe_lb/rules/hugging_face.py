@@ -9,7 +9,7 @@ import torch
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb import checkpoints
+from titan_moe_lb.checkpoints.start import start_of
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.rules.meta_model import meta_state
 
@@ -25,7 +25,7 @@ def check_initial_weights(config: Trainer.Config) -> None:
     checkpoint, spec = config.checkpoint, config.model_spec
     if not checkpoint.enable or not checkpoint.initial_load_in_hf:
         return
-    if checkpoints.start_of(config) is not None:  # of its own, which comes first
+    if start_of(config) is not None:  # of its own, which comes first
         return
     assert spec is not None
     if spec.state_dict_adapter is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import toml_tables
+from titan_moe_lb.balancing.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, SumsLoss
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, SumsLoss
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
-from titan_moe_lb.router import LoadBalancedRouter
 
 
 def loss_sees_the_whole_batch(config: Trainer.Config) -> None:

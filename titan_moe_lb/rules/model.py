@@ -8,9 +8,9 @@ from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from torchtitan.protocols.model import BaseModel
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.router import LoadBalancedRouter
-from titan_moe_lb.rules.places import place
+from titan_moe_lb.rules.layer_names import layer_name
 
 
 def expert_biases_are_added_once(config: Trainer.Config) -> None:
@@ -35,7 +35,7 @@ def experts_divide_over_ranks(config: Trainer.Config) -> None:
         if moe.num_experts % degree:
             raise JobError(
                 f"parallelism.expert_parallel_degree {degree} does not divide the "
-                f"{moe.num_experts} experts of {place(fqn)}"
+                f"{moe.num_experts} experts of {layer_name(fqn)}"
             )
 
 
@@ -60,11 +60,11 @@ def layers_count_their_experts_alike(config: Trainer.Config | BaseModel.Config) 
         ):
             if len(set(numbers.values())) > 1:
                 said = ", ".join(f"{name} {number}" for name, number in numbers.items())
-                raise JobError(f"{place(fqn)} has {said}: set all of them to one number")
+                raise JobError(f"{layer_name(fqn)} has {said}: set all of them to one number")
 
 
 def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
-    """What :mod:`titan_moe_lb.parallelization` does for the other kinds has no seam here."""
+    """What :mod:`titan_moe_lb.balancing.checkpointing` does for the other kinds has no seam here."""
     if isinstance(config.activation_checkpoint, MemoryBudgetAC.Config) and any(
         config.traverse(LoadBalancedRouter.Config)
     ):

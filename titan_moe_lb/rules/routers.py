@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.router import SCORE_FUNCTIONS, LoadBalancedRouter
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.router import SCORE_FUNCTIONS, LoadBalancedRouter
-from titan_moe_lb.rules.places import place
+from titan_moe_lb.rules.layer_names import layer_name
 
 
 def check_router(where: str, router: LoadBalancedRouter.Config) -> None:
@@ -64,7 +64,7 @@ def _one_loss_of_each_kind(where: str, router: LoadBalancedRouter.Config) -> Non
 
 def routers_are_right(config: Trainer.Config) -> None:
     for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        check_router(place(fqn), router)
+        check_router(layer_name(fqn), router)
 
 
 RULES = (routers_are_right,)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import titan_moe_lb
-from titan_moe_lb import checkpoints
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.checkpoints import placement
+from titan_moe_lb.checkpoints.start import start_of
 from titan_moe_lb.parallel import batch_cut, layout
-from titan_moe_lb.place import placement
-from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.metric import Metric
-from titan_moe_lb.traces.figure import Figure
+from titan_moe_lb.traces.column import Figure
 from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.run_info import RunInfo
 
@@ -84,7 +84,7 @@ def figures_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Figure, ..
 
 def _placement(config) -> str | None:
     """Title of the placement of the checkpoint that the job starts from."""
-    start = checkpoints.start_of(config)
+    start = start_of(config)
     found = placement.of_checkpoint(start.path) if start is not None else None
     return found.title if found is not None else None
 

@@ -12,10 +12,10 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
+from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
-from titan_moe_lb.router import LoadBalancedRouter, routers_of
-from titan_moe_lb.telemetry.metrics import LoadBalanceMetricsProcessor
+from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 from titan_moe_lb.telemetry.reduction import reduce_counts
 from titan_moe_lb.traces.balance_statistics import mark_absent
 from titan_moe_lb.traces.domain_trace import DomainLoad

@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from titan_moe_lb.component import enter
-from titan_moe_lb.router import LoadBalancedRouter
+from titan_moe_lb.balancing.component import enter
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.rank_step import RankStep
 from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.capacity import capacity_factor
-from titan_moe_lb.traces.figure import Figure
+from titan_moe_lb.traces.column import Figure
 
 
 class Reduction(Enum):

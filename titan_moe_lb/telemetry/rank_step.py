@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torchtitan.distributed import ParallelDims
 
+from titan_moe_lb.balancing.recording.step_record import StepRecord
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.parallel.schedules import Action, actions_of
-from titan_moe_lb.recording.step_record import StepRecord
-from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.traces.balance_statistics import mark_absent, num_existing
 

@@ -12,9 +12,9 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.utils import device_type
 
-from titan_moe_lb.losses.base import AuxLoss
+from titan_moe_lb.balancing.losses.base import AuxLoss
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel import layout
-from titan_moe_lb.router import LoadBalancedRouter
 from titan_moe_lb.telemetry import rank_step
 from titan_moe_lb.telemetry.metric import Metric, Reduction
 from titan_moe_lb.traces.balance_statistics import ABSENT

@@ -14,8 +14,8 @@ from titan_moe_lb.traces.balance_statistics import (
     num_dead_experts,
     relative_load,
 )
+from titan_moe_lb.traces.column import Figure
 from titan_moe_lb.traces.domain_trace import DomainLoad
-from titan_moe_lb.traces.figure import Figure
 from titan_moe_lb.traces.step_load import StepLoad
 
 OF_COUNTS = {

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader
-from titan_moe_lb.traces.figure import Figure
+from titan_moe_lb.traces.column import Figure
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad

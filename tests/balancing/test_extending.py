@@ -1,0 +1,263 @@
+"""docs/extending.md: every example runs as it stands there, and does what it says."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tests.balancing.test_router import BOUND, inputs, router
+from tests.parity.compare import Parity, assert_same_log
+from tests.parity.layout import parse
+from tests.support import doc_examples
+from tests.support.rank_pool import RankPool
+from tests.support.train_jobs import train
+from titan_moe_lb.balancing.expert_bias import ExpertBias
+from titan_moe_lb.balancing.forced_routing import ForcedRouting
+from titan_moe_lb.balancing.losses import AuxLoss, SumsLoss
+from titan_moe_lb.commands.report.page import render
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config, model_help
+from titan_moe_lb.telemetry.metric import Metric
+from titan_moe_lb.traces.trace import read_trace
+
+TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.steps=2"]
+
+
+def train_with(example: str, arguments: list[str]) -> list[dict[str, float]]:
+    """Train a job in a process that has imported the example. Runs on every rank."""
+    with doc_examples.imported(example):
+        return train(arguments)
+
+
+@pytest.mark.parametrize("name", doc_examples.names())
+def test_every_example_can_be_imported(name):
+    with doc_examples.imported(name) as module:
+        assert module.__name__ == name
+
+
+# ---- A loss
+
+IMPORTANCE = {"aux_losses": [{"type": "my_importance", "weight": 0.1}]}
+
+
+class PoolWithExample:
+    """A pool of ranks that import an example before they run something."""
+
+    def __init__(self, pool: RankPool, example: str) -> None:
+        self._pool, self._example = pool, example
+        self.need = pool.need
+
+    def run(self, num_ranks: int, function: Callable, *args, **kwargs) -> list:
+        path = (function.__module__, function.__qualname__)
+        return self._pool.run(num_ranks, run_with, self._example, path, args, kwargs)
+
+
+def run_with(example: str, path: tuple[str, str], args: tuple, kwargs: dict):
+    with doc_examples.imported(example):
+        return getattr(importlib.import_module(path[0]), path[1])(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def importance(ranks):
+    with Parity(PoolWithExample(ranks, "importance"), IMPORTANCE) as parity:
+        yield parity
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp=2",
+        "dp_shard=2",
+        "tp=2,ep=2",
+        "cp=2",
+        "ac=full",
+        "accumulate=8,compile=true",
+        "cp=2,ac=selective",
+    ],
+)
+def test_loss_is_the_same_under_every_layout(importance, layout):
+    (comparison,) = importance.compare(parse(layout))
+    assert comparison.max_relative_error <= 1e-5, comparison
+    # A variance of numbers that are nearly one another: float32 sums in another order show.
+    assert_same_log(comparison.recorded, comparison.expected, relative=1e-5)
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_loss_is_its_formula(score_func):
+    """Value and gradient against autograd on the mean probabilities themselves."""
+    with doc_examples.imported("importance") as module:
+        built = router([module.ImportanceLoss.Config(weight=0.5, **BOUND)], score_func=score_func)
+    x = inputs()[0]
+    (0.0 * built(x)[0].sum()).backward()
+    y = inputs()[0]
+    logits = built.gate(y)
+    scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+    mean_BE = (scores / scores.sum(-1, keepdim=True)).mean(dim=1)
+    expected = (mean_BE.std(-1, correction=0) / mean_BE.mean(-1)).square().mean()
+    (0.5 * expected).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6 * float(y.grad.abs().max()))
+    assert built.record.losses_A.item() / len(y) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_loss_without_a_formula_or_a_kind_is_refused():
+    """Nothing that a router cannot apply does nothing without a word."""
+
+    class Empty(SumsLoss):
+        @dataclass(kw_only=True, slots=True)
+        class Config(SumsLoss.Config):
+            pass
+
+    class Unknown(AuxLoss):
+        @dataclass(kw_only=True, slots=True)
+        class Config(AuxLoss.Config):
+            pass
+
+    with pytest.raises(JobError, match=r"Empty has no formula: define value\(\)"):
+        router([Empty.Config(weight=1.0, **BOUND)])
+    with pytest.raises(JobError, match="neither a SumsLoss nor a LogitsLoss"):
+        router([Unknown.Config(weight=1.0, **BOUND)])
+
+
+# ---- Names
+
+
+@pytest.mark.parametrize("base", [SumsLoss, ExpertBias, ForcedRouting, Metric])
+def test_name_of_another_class_is_refused(base):
+    key = "name" if base is Metric else "type_name"
+    taken, owner = next(iter(base.kinds.items()))
+    with pytest.raises(JobError) as refusal:
+        type(base)("Mine", (base,), {key: taken})
+    assert "Mine" in str(refusal.value) and owner.__name__ in str(refusal.value)
+    assert base.kinds[taken] is owner
+
+
+@pytest.mark.parametrize(("name", "base"), [("importance", AuxLoss), ("busiest_share", Metric)])
+def test_module_that_is_imported_again_brings_its_classes_anew(name, base):
+    with doc_examples.imported(name) as module:
+        before = dict(base.kinds)
+        (mine,) = [kind for kind in before.values() if kind.__module__ == name]
+        assert pickle.loads(pickle.dumps(mine)) is mine
+        module.__loader__.exec_module(module)
+        assert base.kinds.keys() == before.keys()
+        (again,) = [kind for kind in base.kinds.values() if kind.__module__ == name]
+        assert again is not mine
+
+
+# ---- A bias rule
+
+
+def test_bias_rule_moves_the_bias_by_its_formula(ranks, tmp_path):
+    flags = ['--model.expert_bias={type = "my_relative", speed = 0.5}', f"--dump_folder={tmp_path}"]
+    logged, _ = ranks.run(2, train_with, "relative_bias", [*TINY, *flags])
+    trace = read_trace(tmp_path)
+    assert trace.info.expert_bias == "my_relative (speed 0.5)"
+    # By hand from the loads of the two steps: nothing else moves the bias.
+    load_SME = trace.counts_SME / trace.counts_SME.mean(axis=-1, keepdims=True)
+    delta_SME = 0.5 * (1 - load_SME)
+    bias_SME = delta_SME.cumsum(axis=0)
+    for name, expected_SM in (
+        ("bias_range", np.ptp(bias_SME, axis=-1)),
+        ("bias_norm", np.linalg.norm(bias_SME, axis=-1)),
+        ("bias_largest_step", np.abs(delta_SME).max(axis=-1)),
+    ):
+        np.testing.assert_allclose(trace.figures[name], expected_SM, rtol=1e-5)
+    assert logged[1]["moe/bias_range"] == pytest.approx(np.ptp(bias_SME[1], axis=-1).mean())
+
+
+def test_bias_rule_without_a_formula_is_refused():
+    class Empty(ExpertBias):
+        @dataclass(kw_only=True, slots=True)
+        class Config(ExpertBias.Config):
+            pass
+
+    with pytest.raises(JobError, match=r"the expert bias Empty has no formula: define delta\(\)"):
+        Empty.Config().build()
+
+
+# ---- A metric
+
+
+def test_metric_is_measured_reduced_and_written(ranks, tmp_path):
+    """The share of the busiest of 2 EP ranks is half its overload factor."""
+    flags = [
+        "--parallelism.data_parallel_shard_degree=2",
+        "--parallelism.pipeline_parallel_degree=2",
+        "--parallelism.expert_parallel_degree=2",
+        "--training.local_batch_size=4",
+        f"--dump_folder={tmp_path}",
+    ]
+    by_rank = ranks.run(4, train_with, "busiest_share", [*TINY, *flags])
+    trace = read_trace(tmp_path)
+    share_SM = trace.figures["my_busiest_share"]
+    np.testing.assert_allclose(share_SM, trace.figures["max_overload_factor"] / 2)
+    assert (share_SM > 0.5).all()
+    assert all(
+        logged[1]["moe/my_busiest_share"] == pytest.approx(share_SM[1].max()) for logged in by_rank
+    )
+    page = render([trace])
+    assert "my_busiest_share" in page
+
+
+# ---- A forced strategy
+
+
+def test_strategy_has_the_load_that_it_promises(ranks, tmp_path):
+    """8 experts, the first 4 cold, then the last 4: with EP 2, one rank has all the load."""
+    flags = [
+        "--parallelism.expert_parallel_degree=2",
+        "--training.local_batch_size=4",
+        f"--dump_folder={tmp_path}",
+        '--model.forced_routing={type = "cold_experts", num_cold = 4}',
+    ]
+    logged, _ = ranks.run(2, train_with, "cold_experts", [*TINY, *flags])
+    trace = read_trace(tmp_path)
+    each = 8 * 128 * 2 // 4
+    assert (trace.counts_SME[0] == [0, 0, 0, 0, each, each, each, each]).all()
+    assert (trace.counts_SME[1] == [each, each, each, each, 0, 0, 0, 0]).all()
+    assert trace.info.forced_routing == "cold_experts (num_cold 4)"
+    assert logged[0]["moe/max_overload_factor"] == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("num_cold = 7", r"num_cold is 7; it must be in \[0, 6\]"),
+        ("cold = 4", "did you mean 'num_cold'"),
+    ],
+)
+def test_strategy_of_a_bad_job(monkeypatch, table, message):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags = [f'--model.forced_routing={{type = "cold_experts", {table}}}']
+    with doc_examples.imported("cold_experts"), pytest.raises(JobError, match=message):
+        job_config.load([*TINY, *flags])
+
+
+def test_strategy_is_in_the_help():
+    shown = io.StringIO()
+    with doc_examples.imported("cold_experts"):
+        model_help.show("deepseek_v3", Console(file=shown, width=120))
+    assert 'type = "cold_experts": No token goes to ``num_cold`` experts' in shown.getvalue()
+    assert "Experts without load." in shown.getvalue()
+
+
+# ---- A model
+
+
+def test_model_trains(ranks):
+    flags = ["--module", "my_model", "--training.steps=2", "--training.seq_len=64"]
+    small = ["--training.local_batch_size=2"]
+    losses = ['--model.aux_losses=[{type = "z_loss", weight = 1e-3}]']
+    parallel = "--parallelism.expert_parallel_degree=2"
+    own, _ = ranks.run(2, train_with, "my_model", [*flags, *small, parallel])
+    (other,) = ranks.run(1, train_with, "my_model", [*flags, *small, *losses])
+    assert own[1]["moe/global_load_balancing_loss"] > 0.9
+    assert "moe/z_loss" in other[1]
+    assert "moe/global_load_balancing_loss" not in other[1]

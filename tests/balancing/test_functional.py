@@ -1,0 +1,231 @@
+"""The loss mathematics against autograd on the formulas written out, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_moe_lb.balancing.losses import functional
+from titan_moe_lb.balancing.losses.injection import gather_scores
+
+RELATIVE = 1e-10
+
+
+@st.composite
+def routings(draw):
+    """Logits ``(B, L, E)`` float64, expert bias ``(E,)`` and K."""
+    experts = draw(st.integers(2, 12))
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 9)), experts)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits_BLE = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    bias_E = torch.randn(experts, generator=generator, dtype=torch.float64)
+    return logits_BLE, bias_E, draw(st.integers(1, experts))
+
+
+def textbook(scores_LE: torch.Tensor, topk_LK: torch.Tensor) -> torch.Tensor:
+    """arXiv 2412.19437, Eqs. 17 to 20, for one sequence, token by token."""
+    length, num_experts = scores_LE.shape
+    top_k = topk_LK.shape[1]
+    loss = scores_LE.new_zeros(())
+    for i in range(num_experts):
+        f_i = num_experts / (top_k * length) * sum(i in topk_LK[t].tolist() for t in range(length))
+        p_i = sum(scores_LE[t, i] / scores_LE[t].sum() for t in range(length)) / length
+        loss = loss + f_i * p_i
+    return loss
+
+
+def scores_of(logits: torch.Tensor, score_func: str) -> torch.Tensor:
+    return logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+
+
+@pytest.mark.parametrize("count_from", ["selected", "scores"])
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@settings(max_examples=40, deadline=None)
+@given(routing=routings())
+def test_closed_form_gradient_is_autograd_on_the_formula(score_func, count_from, routing):
+    logits_BLE, bias_E, top_k = routing
+    num_sequences, length, num_experts = logits_BLE.shape
+
+    expected_logits = logits_BLE.clone().requires_grad_()
+    scores = scores_of(expected_logits, score_func)
+    selected = (scores + bias_E).topk(top_k).indices
+    counted = selected if count_from == "selected" else scores.topk(top_k).indices
+    loss = sum(textbook(s, ids) for s, ids in zip(scores, counted, strict=True)) / num_sequences
+    main = scores.gather(-1, selected).square().sum()
+    (main + 0.3 * loss).backward()
+
+    logits = logits_BLE.clone().requires_grad_()
+    ours = scores_of(logits, score_func)
+    counts = functional.count_tokens_per_expert(counted, num_experts).double()
+    load = functional.expert_load(counts, top_k, length)
+    coefficients = 0.3 * load / (length * num_sequences)
+    gathered = gather_scores(
+        ours,
+        selected,
+        coefficients,
+        None if score_func == "softmax" else functional.inverse_sums(ours.detach()),
+    )
+    assert torch.equal(gathered, ours.gather(-1, selected))
+    gathered.square().sum().backward()
+
+    torch.testing.assert_close(
+        logits.grad,
+        expected_logits.grad,
+        rtol=RELATIVE,
+        atol=RELATIVE * expected_logits.grad.abs().max(),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(routing=routings())
+def test_values_are_the_formulas(routing):
+    logits, _bias, top_k = routing
+    scores = logits.sigmoid()
+    ids = scores.topk(top_k).indices
+    per_sequence = torch.stack([textbook(s, i) for s, i in zip(scores, ids, strict=True)])
+    torch.testing.assert_close(
+        functional.sequence_wise_load_balance(scores, ids), per_sequence.mean(), rtol=1e-12, atol=0
+    )
+    whole = textbook(scores.flatten(0, 1), ids.flatten(0, 1))
+    torch.testing.assert_close(
+        functional.batch_wise_load_balance(scores, ids), whole, rtol=1e-12, atol=0
+    )
+    expected = sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits.flatten(0, 1))
+    torch.testing.assert_close(
+        functional.router_z_loss(logits), expected / logits[..., 0].numel(), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_perfect_balance_is_one():
+    scores = torch.full((2, 8, 4), 0.25)
+    ids = (torch.arange(16).reshape(2, 8, 1) + torch.arange(2)) % 4
+    assert functional.sequence_wise_load_balance(scores, ids).item() == pytest.approx(1.0)
+    assert functional.batch_wise_load_balance(scores, ids).item() == pytest.approx(1.0)
+
+
+def test_functional_imports_torch_alone():
+    """The mathematics has to run where torchtitan is not installed."""
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(functional.__file__).read_text())
+    imported = {
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported == {"__future__", "torch"}
+
+
+RELATIVE_FLOAT32 = 2e-6
+
+
+def small_scores(shift: float, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``(rows, 16, 8)`` and the top 2 of their scores."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 16, 8, generator=generator)[:rows] + shift
+    return logits, logits.topk(2).indices
+
+
+@pytest.mark.parametrize("formula", ["sequence_wise", "batch_wise", "from_counts"])
+@pytest.mark.parametrize("shift", [0, -30, -47, -70, -84])
+def test_small_scores_have_the_value_and_gradient_of_float64(shift, formula):
+    logits, ids = small_scores(shift)
+    exact = logits.double().requires_grad_()
+    scores, whole_ids = exact.sigmoid(), ids.flatten(0, 1)
+    if formula == "sequence_wise":
+        right = (textbook(scores[0], ids[0]) + textbook(scores[1], ids[1])) / 2
+    else:
+        right = textbook(scores.flatten(0, 1), whole_ids)
+    right.backward()
+
+    logits.requires_grad_()
+    if formula == "sequence_wise":
+        loss = functional.sequence_wise_load_balance(logits.sigmoid(), ids)
+    elif formula == "batch_wise":
+        loss = functional.batch_wise_load_balance(logits.sigmoid(), ids)
+    else:
+        counts = torch.bincount(whole_ids.flatten(), minlength=8)
+        loss = functional.load_balance_from_counts(logits.sigmoid(), counts, counts.sum())
+    loss.backward()
+    assert loss.item() == pytest.approx(right.item(), rel=1e-6)
+    error = (logits.grad - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < RELATIVE_FLOAT32
+
+
+@pytest.mark.parametrize("exponent", [0, -40, -100, -126])
+def test_gradients_in_the_smallest_scores_are_those_of_float64(exponent):
+    """At -126 half of the scores are below the smallest normal float32."""
+    scores = torch.rand(2, 16, 8, generator=torch.Generator().manual_seed(0)) * 2.0**exponent
+    ids = scores.topk(2).indices
+    exact = scores.double().requires_grad_()
+    right = (textbook(exact[0], ids[0]) + textbook(exact[1], ids[1])) / 2
+    right.backward()
+    scores.requires_grad_()
+    loss = functional.sequence_wise_load_balance(scores, ids)
+    loss.backward()
+    assert loss.item() == pytest.approx(right.item(), rel=1e-6)
+    error = (scores.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < RELATIVE_FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 16, 8), (1, 1, 256)])
+@pytest.mark.parametrize("shift", [-10, -20, -89, -95, -100, -103, -200])
+def test_scores_that_a_dtype_hardly_holds_give_finite_numbers(shift, shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(shape, generator=generator) + shift).to(dtype).requires_grad_()
+    scores = logits.sigmoid()
+    scores.retain_grad()
+    loss = functional.sequence_wise_load_balance(scores, scores.topk(1).indices)
+    loss.backward()
+    assert 0 <= loss.item() <= shape[-1]
+    assert scores.grad.isfinite().all() and logits.grad.isfinite().all()
+    assert logits.grad.abs().max() <= shape[-1]
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (0, 0, 8)])
+def test_no_tokens_contribute_zero(shape):
+    scores = torch.zeros(shape, requires_grad=True)
+    ids = torch.zeros(*shape[:2], 2, dtype=torch.long)
+    losses = [
+        functional.sequence_wise_load_balance(scores, ids),
+        functional.batch_wise_load_balance(scores, ids),
+        functional.load_balance_from_counts(scores, torch.zeros(8), 0),
+        functional.load_balance_from_counts(scores, torch.zeros(8), torch.zeros(())),
+        functional.router_z_loss(scores),
+    ]
+    sum(losses).backward()
+    assert [loss.item() for loss in losses] == [0.0] * 5
+    assert scores.grad.shape == shape
+
+
+def test_a_token_without_scores_leaves_the_others_alone():
+    """All of its scores are 0: its share of every expert is 0, and so is its gradient."""
+    logits, ids = small_scores(0.0)
+    logits[0, 3] = -200
+    exact = logits.double().requires_grad_()
+    p = exact.sigmoid() / exact.sigmoid().sum(-1, keepdim=True).clamp_min(1e-40)
+    counts = torch.zeros(2, 8).double().scatter_add_(1, ids.flatten(1), torch.ones(2, 32).double())
+    (counts / 4 * p.mean(1)).sum(-1).mean().backward()
+    logits.requires_grad_()
+    functional.sequence_wise_load_balance(logits.sigmoid(), ids).backward()
+    torch.testing.assert_close(logits.grad, exact.grad.float(), rtol=1e-5, atol=1e-9)
+
+
+def test_differentiable_by_transforms_and_twice():
+    logits, ids = small_scores(0.0)
+    scores = logits.double().sigmoid()
+    gradient = torch.func.grad(functional.sequence_wise_load_balance)(scores, ids)
+    expected = torch.autograd.functional.jacobian(
+        lambda s: (textbook(s[0], ids[0]) + textbook(s[1], ids[1])) / 2, scores
+    )
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)

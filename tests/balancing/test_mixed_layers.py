@@ -1,0 +1,289 @@
+"""Layers that differ: without a bias, with a speed, a top_k or a number of experts of their own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torchtitan.config import TrainingConfig
+from torchtitan.models.common.moe import MoE
+from torchtitan.models.deepseek_v3 import model_registry
+
+from tests.support.mixed_jobs import NUM_EXPERTS, SPEEDS, TOP_K, mixed_spec, train_mixed
+from tests.support.synthetic_trace import run_info
+from tests.support.telemetry_jobs import DeviceOperators, forward_and_backward, moe_layers
+from titan_moe_lb import attach, build_model
+from titan_moe_lb.balancing.forced_routing import Replay
+from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.balancing.step_hook import StepHook, wire
+from titan_moe_lb.checkpoints import placement
+from titan_moe_lb.commands.diagnose.checks import diagnosis
+from titan_moe_lb.commands.plan.measured import of_run
+from titan_moe_lb.commands.report import load_codes, summary
+from titan_moe_lb.commands.report.page import render
+from titan_moe_lb.commands.watch.follower import Follower
+from titan_moe_lb.commands.watch.frame import frame
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.rules.model import layers_count_their_experts_alike
+from titan_moe_lb.traces.balance_statistics import ABSENT
+from titan_moe_lb.traces.routing_trace import RoutingTrace
+from titan_moe_lb.traces.trace import Trace, read_trace
+from titan_moe_lb.wiring.model_spec import balanced
+
+RULES = ["sign", "proportional", "momentum", "quantile", "quantile_trend"]
+TOKENS = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(1))
+
+
+def sign_rule(counts_SE: np.ndarray, speed: float) -> np.ndarray:
+    """torchtitan's: ``b_i += u (sign(mean n - n_i) - mean)``, over S steps."""
+    signs_SE = np.sign(counts_SE.mean(axis=1, keepdims=True) - counts_SE)
+    return speed * (signs_SE - signs_SE.mean(axis=1, keepdims=True)).sum(axis=0)
+
+
+@pytest.mark.parametrize(
+    "speeds",
+    [
+        [None, 1e-3, 1e-3, 1e-3, 1e-3],
+        [1e-3, 1e-2, 1e-3, 1e-3, 1e-3],
+        [1e-3, None, 1e-3, None, 1e-3],
+        [1e-3, 2e-3, 3e-3, 4e-3, 5e-3],
+    ],
+)
+def test_each_layer_keeps_its_own_speed_in_a_loop(speeds):
+    """Against the rule on what the routers have answered."""
+    spec = model_registry("debugmodel")
+    for (_fqn, moe, *_), speed in zip(spec.model.traverse(MoE.Config), speeds, strict=True):
+        moe.load_balance_coeff = speed
+    training = TrainingConfig(seq_len=64, mixed_precision_param="float32")
+    model, dims, context = build_model(balanced(spec), training=training, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balance = attach(model, optimizer, dims)
+    layers = moe_layers_of([model])
+    counts: list[list[np.ndarray]] = [[] for _layer in layers]
+    for layer, rows in zip(layers, counts, strict=True):
+        layer.router.register_forward_hook(
+            lambda _router, _inputs, out, rows=rows: rows.append(
+                torch.bincount(out[1].flatten(), minlength=8).numpy()
+            )
+        )
+    places = torch.arange(64).expand_as(TOKENS)
+    for _step in range(3):
+        with context():
+            masks = model.get_attention_masks(places)
+            output = model(TOKENS, attention_masks=masks, positions=places)
+            output.float().logsumexp(-1).mean().backward()
+        optimizer.step()
+    assert len(layers) == 5
+    for layer, rows, speed in zip(layers, counts, speeds, strict=True):
+        if speed is None:
+            assert layer.expert_bias_E is None
+        else:
+            expected = sign_rule(np.array(rows), speed)
+            assert layer.expert_bias_E.numpy() == pytest.approx(expected, abs=1e-8)
+            assert np.abs(expected).max() >= speed
+    names = {key for key in balance.metrics(per_layer=True) if "bias_range_layer_" in key}
+    known = [layer.router.layer for layer in layers if layer.expert_bias_E is not None]
+    assert names == {f"moe/bias_range_layer_{number}" for number in known}
+
+
+def mixed_layers(rule: str, copies: int = 1) -> list[MoE]:
+    """Layers with 8 and 16 experts, top 2, 1 and 4; some have neither bias nor rule."""
+    kinds = [
+        {},
+        {"num_experts": 16},
+        {"top_k": 1},
+        {"bias": False},
+        {"num_experts": 16, "top_k": 4},
+    ]
+    return moe_layers(list(range(len(kinds) * copies)), [], expert_bias=rule, kinds=kinds)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_among_others_is_what_it_is_alone(rule):
+    together, alone = mixed_layers(rule), mixed_layers(rule)
+    hooks = [StepHook(together, wire([layer.router for layer in together], None), None)]
+    for layer in alone:
+        record = wire([layer.router], None)
+        assert record is not None
+        hooks.append(StepHook([layer], record, None))
+    for _step in range(3):
+        forward_and_backward(together)
+        forward_and_backward(alone)
+        for hook in hooks:
+            hook.close_step()
+    moved = 0
+    for one, other in zip(together, alone, strict=True):
+        if one.expert_bias_E is not None:
+            assert torch.equal(one.expert_bias_E, other.expert_bias_E)
+            moved += one.expert_bias_E.abs().max() > 0
+    assert moved == 4
+
+
+def test_operators_of_a_step_end_grow_with_the_kinds_alone():
+    counts = []
+    for copies in (1, 8):
+        layers = mixed_layers("sign", copies)
+        hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
+        forward_and_backward(layers)
+        with DeviceOperators() as operators:
+            hook.close_step()
+        counts.append(operators.count)
+    assert counts[0] == counts[1]
+
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "pipeline and experts": (
+        4,
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.expert_parallel_degree": 2,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def run(request, ranks, tmp_path_factory):
+    """The folder of a run of a model whose layers differ, and the biases that it ends with."""
+    num_ranks, layout = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("mixed")
+    settings = layout | {"metrics.record_routing_steps": [2]}
+    return folder, merged(ranks.run(num_ranks, train_mixed, str(folder), settings))
+
+
+def merged(found: list[dict[int, list[float]]]) -> dict[int, list[float]]:
+    """The biases of all ranks, which agree."""
+    biases: dict[int, list[float]] = {}
+    for rank in found:
+        for number, bias_E in rank.items():
+            assert biases.setdefault(number, bias_E) == bias_E
+    return biases
+
+
+def require_own_rules(trace: Trace, biases: dict[int, list[float]]) -> None:
+    """The biases are what torchtitan's rule makes of the trace at each layer's speed."""
+    assert biases.keys() == {number for number, speed in SPEEDS.items() if speed is not None}
+    for row, number in enumerate(trace.layers):
+        range_S = trace.figures["bias_range"][:, row]
+        if SPEEDS[number] is None:
+            assert np.isnan(range_S).all()
+        else:
+            counts_SE = trace.counts_SME[:, row, : NUM_EXPERTS[number]]
+            expected_E = sign_rule(counts_SE, SPEEDS[number])
+            assert biases[number] == pytest.approx(expected_E, abs=1e-7)
+            assert range_S[-1] == pytest.approx(np.ptp(expected_E), rel=1e-5)
+
+
+def test_each_layer_keeps_its_own_under_the_trainer(run):
+    folder, biases = run
+    trace = read_trace(folder)
+    info = trace.info
+    assert trace.layers == tuple(SPEEDS)
+    assert dict(zip(trace.layers, info.num_experts_M.tolist(), strict=True)) == NUM_EXPERTS
+    assert dict(zip(trace.layers, info.top_k_M.tolist(), strict=True)) == TOP_K
+    require_own_rules(trace, biases)
+    tokens = info.global_batch_size * info.seq_len
+    for row, number in enumerate(trace.layers):
+        counts_SE = trace.counts_SME[:, row, : NUM_EXPERTS[number]]
+        assert (trace.counts_SME[:, row, NUM_EXPERTS[number] :] == ABSENT).all()
+        assert (counts_SE.sum(axis=1) == TOP_K[number] * tokens).all()
+        violation_S = counts_SE.max(axis=1) / counts_SE.mean(axis=1) - 1
+        single_S = trace.figures["micro_batch_max_violation"][:, row]
+        assert (single_S >= violation_S - 1e-9).all()
+
+
+def test_what_reads_a_run_counts_the_experts_that_are_there(run):
+    """The recorded routing is the trace's; the report, watch and diagnose name no expert that a
+    layer does not have; a plan from the run is refused."""
+    folder, _biases = run
+    trace, routing = read_trace(folder), RoutingTrace(folder)
+    for row, number in enumerate(trace.layers):
+        ids_BLK = routing.expert_ids(2, number)
+        assert ids_BLK.shape[-1] == TOP_K[number]
+        counts_E = np.bincount(ids_BLK.ravel(), minlength=NUM_EXPERTS[number])
+        assert counts_E.tolist() == trace.counts_SME[1, row, : NUM_EXPERTS[number]].tolist()
+
+    for listed in summary.hottest_and_coldest(trace):
+        assert all(one.expert < NUM_EXPERTS[one.layer] for one in listed)
+    hottest = summary.hottest_and_coldest(trace)[0][0]
+    counts_SE = trace.counts_SME[:, trace.layers.index(hottest.layer), : NUM_EXPERTS[hottest.layer]]
+    load_S = counts_SE[:, hottest.expert] / counts_SE.mean(axis=1)
+    assert hottest.mean == summary.number(load_S.mean())
+    codes_SME = load_codes.encode(trace.counts_SME)
+    assert ((codes_SME == 255) == (trace.counts_SME < 0)).all()
+    assert summary.cards(trace, hottest)[4].value.endswith(f" of {sum(NUM_EXPERTS.values())}")
+    assert render([trace])
+
+    follower = Follower(folder)
+    assert follower.look()
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(frame(follower, 60))
+    assert f"dead experts {(trace.counts_SME[-1] == 0).sum()}" in console.export_text()
+
+    with pytest.raises(JobError, match="--from-run"):
+        of_run(trace, {})
+
+
+def test_diagnose_and_place_count_the_experts_that_are_there():
+    """One of 8 experts of the smaller layer is dead, and no other."""
+    counts_ME = np.full((2, 16), 400)
+    counts_ME[0, 8:], counts_ME[0, 3] = ABSENT, 0
+    info = run_info(layers=(1, 2), num_experts=16, num_experts_by_layer=(8, 16))
+    trace = Trace(
+        path=Path("moe_load.arrow"),
+        info=info,
+        steps=np.arange(8),
+        counts_SME=np.stack([counts_ME] * 8),
+        micro_batch_counts_SME=np.zeros((0, 2, 16)),
+        figures={},
+        step_figures={},
+        damage=(),
+    )
+    (found,) = diagnosis(trace).findings
+    assert (found.kind, found.experts) == ("dead_experts", ((1, 3),))
+    trace.counts_SME[:, 0, 3], trace.counts_SME[:, 0, 5] = 400, 4000
+    (found,) = diagnosis(trace).findings
+    assert (found.kind, found.experts) == ("hot_expert", ((1, 5),))
+    order = placement.from_loads(counts_ME, (1, 2), 2, (), "").orders
+    assert [sorted(order[number].tolist()) for number in (1, 2)] == [[*range(8)], [*range(16)]]
+
+
+def test_a_recorded_run_is_replayed(run, ranks, tmp_path):
+    folder, _biases = run
+    replayed = Replay.Config(trace=str(folder))
+    ranks.run(1, train_mixed, str(tmp_path), {"training.steps": 2}, forced_routing=replayed)
+    counts_SME = read_trace(tmp_path).counts_SME
+    assert (counts_SME == read_trace(folder).counts_SME[[1, 1]]).all()
+
+
+def test_a_resumed_run_goes_on_with_each_layers_own(ranks, tmp_path):
+    saves = {"checkpoint.enable": True, "checkpoint.interval": 2}
+    ranks.run(1, train_mixed, str(tmp_path), saves | {"training.steps": 2})
+    again = saves | {"checkpoint.load_step": 2}
+    biases = merged(ranks.run(1, train_mixed, str(tmp_path), again))
+    trace = read_trace(tmp_path)
+    assert trace.steps.tolist() == [1, 2, 3, 4] and trace.info.resumed_at == (3,)
+    require_own_rules(trace, biases)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "router.top_k"])
+def test_numbers_of_a_layer_that_differ_are_refused(name):
+    """What torchtitan would build, and send tokens to experts that they have not chosen."""
+    spec = mixed_spec()
+    moe = spec.model.layers[2].moe
+    if name == "num_experts":
+        moe.num_experts = 8
+    else:
+        spec = balanced(spec)
+        moe.router.top_k = 2
+    with pytest.raises(JobError, match=f"layer 2 has .*{name} ") as error:
+        if name == "num_experts":
+            balanced(spec)
+        else:
+            layers_count_their_experts_alike(spec.model)
+    assert "\n" not in str(error.value)

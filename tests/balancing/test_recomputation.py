@@ -1,0 +1,177 @@
+"""A repeated forward takes the decisions of the first, whatever it would choose itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchtitan.config.override import derive
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
+from tests.balancing.test_router import BOUND, EXPERTS, TOP_K, router, sequence_wise, wired
+from titan_moe_lb.balancing.checkpointing import FullACKeepingDecisions, SelectiveACKeepingDecisions
+from titan_moe_lb.balancing.forced_routing import BiasedNormal
+from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+
+DIM, BATCH, LENGTH = 32, 3, 20
+
+
+@torch.library.custom_op("titan_moe_lb_tests::disturb", mutates_args=())
+def disturb(logits: torch.Tensor) -> torch.Tensor:
+    """Other logits in every forward that the autograd engine repeats."""
+    again = torch._C._current_graph_task_id() != -1
+    return logits.flip(-1) if again else logits.clone()
+
+
+disturb.register_fake(torch.empty_like)
+disturb.register_autograd(lambda ctx, grad: grad)
+
+
+class Gate(nn.Module):
+    """A gate that a repeated forward computes differently, or whose experts all tie."""
+
+    def __init__(self, linear: nn.Module, *, disturbed: bool) -> None:
+        super().__init__()
+        self.linear, self.disturbed = linear, disturbed
+        self.weight = linear.weight
+        if not disturbed:
+            with torch.no_grad():
+                self.weight.copy_(self.weight[:1].expand_as(self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(x)
+        return disturb(logits) if self.disturbed else logits
+
+
+class Block(nn.Module):
+    """Gives every expert a number that the loss sees, so that a gradient tells who was used."""
+
+    def __init__(self, *, disturbed: bool) -> None:
+        super().__init__()
+        self.router = router([sequence_wise("scores")], num_expert_groups=4, num_limited_groups=2)
+        self.router.gate = Gate(self.router.gate, disturbed=disturbed)
+        self.numbers = nn.Parameter(torch.ones(EXPERTS))
+        self.mix = nn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores, ids, _full = self.router(self.mix(x))
+        return self.numbers.square()[ids].sum() + scores.square().sum()
+
+
+def no_checkpointing(block: nn.Module) -> nn.Module:
+    return block
+
+
+def upstream(block: nn.Module) -> nn.Module:
+    return FullAC.Config().build()._wrap_block(block)
+
+
+def full(block: nn.Module) -> nn.Module:
+    return FullACKeepingDecisions.Config().build()._wrap_block(block)
+
+
+def full_compiled(block: nn.Module) -> nn.Module:
+    wrapped = FullACKeepingDecisions.Config(compiled=True).build()._wrap_block(block)
+    return torch.compile(wrapped, fullgraph=True, backend="aot_eager")
+
+
+def selective(block: nn.Module) -> nn.Module:
+    config = SelectiveACKeepingDecisions.Config(force_recompute_mm_shapes_by_fqns=[])
+    return config.build()._wrap_block(block)
+
+
+def selective_compiled(block: nn.Module) -> nn.Module:
+    return torch.compile(selective(block), fullgraph=True, backend="aot_eager")
+
+
+def used_by_backward(how, *, disturbed: bool, twice: bool = False) -> tuple[list, list, list]:
+    """Tokens of each expert as the forward chose, as the backward used, as was recorded."""
+    torch.manual_seed(0)
+    block = Block(disturbed=disturbed)
+    x = torch.randn(BATCH, LENGTH, DIM)
+    with torch.no_grad():
+        _scores, ids, _full = block.eval().router(block.mix(x))
+    chosen = torch.bincount(ids.flatten(), minlength=EXPERTS).tolist()
+    out = how(block.train())(x)
+    if twice:
+        torch.autograd.grad(out, [block.mix.weight], retain_graph=True, allow_unused=True)
+    out.backward()
+    used = (block.numbers.grad / 2).tolist()
+    return chosen, used, block.router.record.counts_MSE[0, 0].tolist()
+
+
+@pytest.mark.parametrize("disturbed", [True, False], ids=["disturbed", "ties"])
+@pytest.mark.parametrize(
+    "how", [no_checkpointing, full, full_compiled, selective, selective_compiled]
+)
+def test_backward_uses_the_experts_of_the_forward(how, disturbed):
+    torch._dynamo.reset()
+    chosen, used, recorded = used_by_backward(how, disturbed=disturbed)
+    assert sum(chosen) == BATCH * LENGTH * TOP_K
+    assert used == chosen
+    assert recorded == chosen
+
+
+def test_a_second_pass_of_backward_uses_them_too():
+    """A zero-bubble schedule repeats the forward for the inputs and again for the weights."""
+    chosen, used, recorded = used_by_backward(full, disturbed=True, twice=True)
+    assert used == chosen and recorded == chosen
+
+
+def test_torchtitans_own_policy_uses_others():
+    """The test can fail: what the kept decisions are for."""
+    chosen, used, _recorded = used_by_backward(upstream, disturbed=True)
+    assert used != chosen
+
+
+@pytest.mark.parametrize("how", [full, full_compiled, selective])
+def test_gradient_is_that_without_checkpointing(how):
+    gradients = []
+    for wrap in (no_checkpointing, how):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        block = Block(disturbed=False)
+        nn.init.normal_(block.router.gate.weight)
+        x = torch.randn(BATCH, LENGTH, DIM, requires_grad=True)
+        wrap(block)(x).backward()
+        gradients.append((x.grad, block.router.gate.weight.grad))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert gradients[0][1].abs().max() > 0
+
+
+FORCED = BiasedNormal.Config(std=1.0, num_experts=EXPERTS, top_k=TOP_K)
+RUNNING = GlobalBatchAuxLoss.Config(weight=0.5, counts="running", **BOUND)
+
+
+@pytest.mark.parametrize("how", [full, full_compiled, selective, selective_compiled])
+@pytest.mark.parametrize(
+    "options",
+    [{"forced_routing": FORCED}, {"aux_losses": [RUNNING]}],
+    ids=["forced routing", "running counts"],
+)
+def test_what_depends_on_the_micro_batch_is_that_of_the_forward(how, options):
+    """Forwards of two micro-batches, then their backwards: when the first is repeated, the
+    clock of the strategy and the counts of the loss have gone on."""
+    gradients = []
+    for wrap in (no_checkpointing, how):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        block = Block(disturbed=False)
+        config = derive(block.router.config, LoadBalancedRouter.Config, **options)
+        block.router = config.build()
+        nn.init.normal_(block.router.gate.weight, generator=torch.Generator().manual_seed(1))
+        wired(block.router)
+        forward = wrap(block)
+        for output in [forward(torch.randn(BATCH, LENGTH, DIM)) for _ in range(2)]:
+            output.backward()
+        gradients.append((block.numbers.grad, block.router.gate.weight.grad, block.mix.weight.grad))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_types_of_torchtitan_are_those_that_are_replaced():
+    """A torchtitan with another hierarchy would leave them unreplaced without a word."""
+    assert issubclass(FullACKeepingDecisions, FullAC)
+    assert issubclass(SelectiveACKeepingDecisions, SelectiveAC)

@@ -1,0 +1,243 @@
+"""Weights and speeds that change during training: when, from where, and without compiling anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.host_reads import RefuseHostReads
+from tests.support.own_loop_jobs import Layer, steps_of_unequal_ranks
+from tests.support.telemetry_jobs import forward_and_backward, moe_layers
+from tests.support.train_jobs import train, train_config
+from titan_moe_lb.balancing.expert_bias import SignBias
+from titan_moe_lb.balancing.losses import RouterZLoss
+from titan_moe_lb.balancing.router import routers_of
+from titan_moe_lb.balancing.step_hook import StepHook, wire
+from titan_moe_lb.balancing.value_schedule import Change, value_at
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config
+from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.rules.files import validate_files
+
+TINY = ["--config", "deepseek_v3_tiny", "--training.seq_len=64", "--training.local_batch_size=2"]
+
+
+def test_value_at_by_hand():
+    """The change at step 3 acts in step 3; the one after 100 tokens in the first step that
+    begins with 100 seen."""
+    by_step = [Change(value=0.5, step=3), Change(value=0.0, step=5)]
+    assert [value_at(1.0, by_step, step, 0) for step in range(1, 7)] == [1, 1, 0.5, 0.5, 0, 0]
+    by_tokens = [Change(value=0.25, tokens=100)]
+    assert [value_at(1.0, by_tokens, 9, seen) for seen in (0, 99, 100, 101)] == [1, 1, 0.25, 0.25]
+    assert value_at(1.0, [], 10**9, 10**18) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([Change(value=0.0, step=5), Change(value=1.0, step=5)], "step 5 does not come after 5"),
+        (
+            [Change(value=0.0, tokens=9e9), Change(value=1.0, tokens=8e9)],
+            "put the changes in order",
+        ),
+        ([Change(value=0.0)], "needs either step or tokens"),
+        ([Change(value=0.0, step=1, tokens=1)], "needs either step or tokens"),
+        ([Change(value=0.0, step=2), Change(value=1.0, tokens=3)], "not in both"),
+        ([Change(value=-1.0, step=2)], "value -1.0 must be a finite number of at least 0"),
+        ([Change(value=float("nan"), step=2)], "must be a finite number"),
+        ([Change(value=1.0, step=0)], "is before training begins"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_one_line(changes, message):
+    for component in (RouterZLoss.Config, SignBias.Config):
+        arguments = {"weight": 1.0} if component is RouterZLoss.Config else {}
+        with pytest.raises(JobError, match=message):
+            component(changes=changes, **arguments)
+
+
+def test_message_names_the_place_in_the_job(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    table = '{type = "sign", changes = [{step = 5, value = 0}, {step = 4, value = 1}]}'
+    with pytest.raises(JobError, match=r"--model expert_bias: .*step 4 does not come after 5"):
+        job_config.load([*TINY, f"--model.expert_bias={table}"])
+
+
+def test_bias_stands_still_from_the_step_on_that_says_so():
+    """DeepSeek-V3's second phase: speed 0 with the bias kept."""
+    (layer,) = layers = moe_layers([0])
+    config = layer.router.expert_bias.config
+    config.changes = [Change(value=0.0, step=3)]
+    hook = StepHook(layers, wire([layer.router], None), None)
+    seen = []
+    for _ in range(4):
+        forward_and_backward(layers)
+        hook.close_step()
+        seen.append(layer.expert_bias_E.clone())
+    assert seen[0].abs().max() > 0 and not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+
+
+LOSSES = (
+    '--model.aux_losses=[{type = "z_loss", weight = 0.5, changes = [{step = 3, value = 0.125}, '
+    "{step = 4, value = 0.0}]}]"
+)
+
+
+def weights_and_compilations(
+    arguments: list[str], first_step: int = 1
+) -> tuple[list[float], list[int]]:
+    """By step: the weight that its backward used, and the graphs compiled so far."""
+    config = job_config.load(arguments).config
+    config.metrics.write_moe_trace = False
+    weights, compilations = [], []
+
+    def note(trainer):
+        step = trainer.train_step
+
+        def train_step(*args, **kwargs):
+            (weight, *_) = routers_of(trainer.model_parts)[0].record.weights_A.tolist()
+            dims = trainer.parallel_dims
+            rows = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+            weights.append(weight * rows)  # a mean over the rows
+            step(*args, **kwargs)
+            compilations.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+        trainer.train_step = train_step
+
+    train_config(config, first_step=first_step, prepare=note)
+    return weights, compilations
+
+
+def test_a_weight_changes_without_compiling_blocks_anew(ranks):
+    flags = ["--training.steps=4", "--compile.enable", "--compile.backend=aot_eager", LOSSES]
+    ((weights, compilations),) = ranks.run(1, weights_and_compilations, [*TINY, *flags])
+    assert weights == [0.5, 0.5, 0.125, 0.0]
+    assert compilations[0] > 0 and len(set(compilations)) == 1
+
+
+def test_a_resumed_run_takes_up_the_schedule(ranks, tmp_path):
+    """And is the undisturbed run, bit for bit, across the change at step 3."""
+    flags = [*TINY, LOSSES, "--debug.seed=1", "--debug.deterministic", "--checkpoint.enable"]
+    flags += ["--checkpoint.interval=2", "--lr_scheduler.total_steps=4"]
+    flags += ["--checkpoint.no-last-save-model-only"]
+    (whole,) = ranks.run(1, train, [*flags, "--training.steps=4", f"--dump_folder={tmp_path}/a"])
+    folder = f"--dump_folder={tmp_path}/b"
+    (first,) = ranks.run(1, train, [*flags, "--training.steps=2", folder])
+    (second,) = ranks.run(1, train, [*flags, "--training.steps=4", folder], first_step=3)
+    numbers = [
+        [(s["loss_metrics/global_avg_loss"], s["grad_norm"]) for s in run]
+        for run in (whole, first + second)
+    ]
+    assert numbers[0] == numbers[1]
+
+
+AFTER_TOKENS = (
+    '--model.aux_losses=[{type = "z_loss", weight = 0.5, changes = [{tokens = %d, value = 0.125}]}]'
+)
+SAVED = ["--checkpoint.enable", "--checkpoint.interval=4", "--checkpoint.no-last-save-model-only"]
+CP2 = ["--parallelism.context_parallel_degree=2", "--training.seq_len=256"]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "tokens", "flags"), [(1, 1024, []), (2, 2048, []), (2, 4096, CP2)]
+)
+def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks, tokens, flags):
+    """4 steps of 2 rows on each data rank, then 8 rows. Step 5 begins with 8 rows seen, step 6
+    with 16, where the change is. torchtitan's checkpoint counts the tokens of one rank."""
+    flags = [*TINY, *SAVED, *flags, AFTER_TOKENS % tokens]
+    flags += ["--lr_scheduler.total_steps=7", f"--dump_folder={tmp_path}"]
+    first = ranks.run(num_ranks, weights_and_compilations, [*flags, "--training.steps=4"])
+    more = [*flags, "--training.steps=7", "--training.local_batch_size=8"]
+    second = ranks.run(num_ranks, weights_and_compilations, more, first_step=5)
+    for rank in range(num_ranks):
+        assert first[rank][0] == [0.5] * 4
+        assert second[rank][0] == [0.5, 0.125, 0.125]
+
+
+def test_tokens_of_other_ranks_are_refused(ranks, tmp_path, monkeypatch):
+    """The data begins again, and of how many ranks the tokens are is not in the checkpoint."""
+    flags = [*TINY, *SAVED, f"--dump_folder={tmp_path}"]
+    after_tokens = AFTER_TOKENS % 1024
+    ranks.run(2, weights_and_compilations, [*flags, after_tokens, "--training.steps=4"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags += ["--training.steps=5", "--checkpoint.exclude_from_loading=dataloader"]
+    with pytest.raises(JobError, match="2 data-parallel rank.*tokens"):
+        validate_files(job_config.load([*flags, after_tokens]).config)
+    validate_files(job_config.load([*flags, LOSSES]).config)
+
+
+def weighted(optimizer=None, **options):
+    """A loop with a z-loss of weight 0.5, and of 0.125 after 40 tokens."""
+    changes = [Change(tokens=40, value=0.125)]
+    model = Layer(RouterZLoss.Config(weight=0.5, changes=changes))
+    return model, attach(model, optimizer, **options)
+
+
+def weight_of_step(model, balance, micro_batches, rows=2):
+    """Forwards of 8 tokens a row, and the weight that they had."""
+    for _ in range(micro_batches):
+        model(torch.randn(rows, 8, 64)).sum().backward()
+    (weight,) = model.moe.router.record.weights_A.tolist()
+    balance.close_step()
+    return weight
+
+
+def test_an_own_loop_counts_the_tokens_of_its_steps():
+    """16 and 32 tokens, a skipped step, and 48 of a checkpoint."""
+    model, balance = weighted()
+    weights = []
+    for micro_batches in (1, 2, 1):
+        balance.begin_step(2 * micro_batches)
+        weights.append(2 * micro_batches * weight_of_step(model, balance, micro_batches))
+        if micro_batches == 1:
+            balance.begin_step(2)
+            model(torch.randn(2, 8, 64))
+            balance.skip_step()
+    assert weights == [0.5, 0.5, 0.125]
+    assert balance.seen_tokens == 64
+    for seen, expected in ((39, 0.5), (40, 0.125)):
+        model, balance = weighted(seen_tokens=seen, rows_per_step=2)
+        assert 2 * weight_of_step(model, balance, 1) == expected
+        assert balance.seen_tokens == seen + 16
+
+
+def test_rows_of_every_step_are_announced_once():
+    model, balance = weighted(rows_per_step=2)
+    assert [2 * weight_of_step(model, balance, 1) for _ in range(4)] == [0.5] * 3 + [0.125]
+
+
+def test_a_speed_in_an_own_loop():
+    """With no loss that would ask for the tokens: 16 a step, so that the bias stands after two."""
+    model = Layer(expert_bias=SignBias.Config(speed=0.1, changes=[Change(tokens=32, value=0.0)]))
+    balance = attach(model)
+    biases = []
+    for _ in range(4):
+        model(torch.randn(2, 8, 64)).sum().backward()
+        balance.close_step()
+        biases.append(model.moe.expert_bias_E.clone())
+    assert not torch.equal(biases[0], biases[1])
+    assert torch.equal(biases[1], biases[2]) and torch.equal(biases[2], biases[3])
+
+
+def test_tokens_are_those_of_all_ranks(ranks):
+    """16 of one rank and 48 of the other are 64 a step: the change after 128 is in step 3, and a
+    bias that one rank alone had changed would differ."""
+    (weights, bias), *others = ranks.run(2, steps_of_unequal_ranks)
+    assert weights == [0.5, 0.5, 0.125, 0.125]
+    assert others == [(weights, bias)]
+
+
+def test_tokens_are_read_between_two_steps():
+    model, balance = weighted()
+    for _ in range(4):
+        balance.begin_step(2)
+        with RefuseHostReads():
+            model(torch.randn(2, 8, 64)).sum().backward()
+            balance.close_step()
+    assert balance.seen_tokens == 64
+
+
+def test_tokens_that_nobody_counts_are_no_number():
+    balance = attach(Layer(RouterZLoss.Config(weight=0.5)))
+    with pytest.raises(JobError, match="changes after a number of tokens"):
+        balance.seen_tokens  # noqa: B018

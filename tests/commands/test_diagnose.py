@@ -1,0 +1,554 @@
+"""A fault that was planted is the one that is named first, and what follows from it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.synthetic_trace import FIGURES, run_info
+from titan_moe_lb import cli
+from titan_moe_lb.balancing.losses import AuxLoss
+from titan_moe_lb.commands.diagnose import checks
+from titan_moe_lb.commands.diagnose.balancing import OTHER_LOSSES
+from titan_moe_lb.commands.diagnose.command import diagnose
+from titan_moe_lb.commands.diagnose.finding import Finding, Severity
+from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.traces import placement
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter, read_trace
+
+STEPS = 40
+GLOBAL = {"global_load_balancing_loss": 1e-3}
+SEQUENCE = {"seq_load_balancing_loss": 1e-4}
+MODELS = {
+    "deepseek_v3": {
+        "flavor": "671B",
+        "layers": tuple(range(3, 61)),
+        "num_experts": 256,
+        "top_k": 8,
+        "ep": 64,
+        "expert_groups": (8,),
+        "score_func": "sigmoid",
+        "losses": SEQUENCE,
+        "expert_bias": "sign (speed 0.001)",
+    },
+    "qwen3": {
+        "flavor": "30B-A3B",
+        "layers": tuple(range(48)),
+        "num_experts": 128,
+        "top_k": 8,
+        "ep": 8,
+        "score_func": "softmax",
+        "losses": GLOBAL,
+        "expert_bias": None,
+    },
+    "gpt_oss": {
+        "flavor": "120b",
+        "layers": tuple(range(36)),
+        "num_experts": 128,
+        "top_k": 4,
+        "ep": 8,
+        "score_func": "softmax",
+        "losses": {"load_balancing_loss": 1e-3},
+        "expert_bias": None,
+    },
+    "llama4": {
+        "flavor": "17Bx16E",
+        "layers": tuple(range(48)),
+        "num_experts": 16,
+        "top_k": 1,
+        "ep": 8,
+        "score_func": "sigmoid",
+        "losses": {},
+        "expert_bias": "sign (speed 0.001)",
+    },
+}
+
+
+def info_of(model: str, **changes) -> RunInfo:
+    fields = {"global_batch_size": 64, "seq_len": 1024, "micro_batch_size": 4}
+    info = run_info(**{"model": model, **fields, **MODELS[model], **changes})
+    of_bias = Figure("bias_largest_step", summary="max")
+    losses = tuple(Figure(name, is_aux_loss=True) for name in info.losses)
+    padding = Figure("padding_share", per="step")
+    return dataclasses.replace(info, figures=(*losses, *FIGURES, of_bias, padding))
+
+
+def write(folder: Path, info: RunInfo, share_SME, seed: int = 0, **figures) -> Path:
+    """The trace of a run whose experts get such shares, with the noise of chance.
+
+    Args:
+        figures: names to values that replace the healthy ones, of a step where there are as many.
+    """
+    choices = info.global_batch_size * info.seq_len * info.top_k
+    shares = share_SME / share_SME.sum(axis=-1, keepdims=True)
+    counts_SME = np.random.default_rng(seed).multinomial(choices, shares)
+    of_layers = {"bias_range": 0.05, "bias_largest_step": 1e-3, "micro_batch_max_violation": 0.4}
+    of_step = {"loss": np.linspace(5, 4, STEPS), "padding_share": np.full(STEPS, 0.1)}
+    of_layers |= {name: value for name, value in figures.items() if name in of_layers}
+    of_step |= {name: np.broadcast_to(v, STEPS) for name, v in figures.items() if name in of_step}
+    writer = TraceWriter(folder, info)
+    for step in range(len(share_SME)):
+        load = StepLoad(
+            layers=info.layers,
+            counts_ME=counts_SME[step],
+            figures={name: np.full(len(info.layers), v) for name, v in of_layers.items()},
+            step_figures={name: float(value_S[step]) for name, value_S in of_step.items()},
+        )
+        writer.write(step + 1, load)
+    writer.close()
+    return folder
+
+
+def even(info: RunInfo) -> np.ndarray:
+    return np.ones((STEPS, len(info.layers), info.num_experts))
+
+
+def shares(*changes):
+    """Even but for some: ``(steps, rows of layers, experts, share)`` each."""
+
+    def made(info: RunInfo) -> np.ndarray:
+        share_SME = even(info)
+        for steps, rows, experts, share in changes:
+            share_SME[steps, rows, experts] = share
+        return share_SME
+
+    return made
+
+
+def swinging(info: RunInfo) -> np.ndarray:
+    """One half of the experts gets nearly all of a step, the other half that of the next."""
+    share_SME, half = even(info), info.num_experts // 2
+    share_SME[::2, :, :half] = share_SME[1::2, :, half:] = 0.02
+    return share_SME
+
+
+def in_turn(info: RunInfo) -> np.ndarray:
+    """A sixteenth of the experts gets all of a step, the next sixteenth that of the next."""
+    sixteenth = np.arange(info.num_experts) * 16 // info.num_experts
+    turn_S11 = np.arange(STEPS)[:, None, None] % 16
+    return np.where(turn_S11 == sixteenth, 1.0, 1e-3) * even(info)
+
+
+def drawn_by_data(info: RunInfo) -> np.ndarray:
+    """Every other step is of other text, which uses half of the experts twice as much."""
+    share_SME, half = even(info), info.num_experts // 2
+    share_SME[::2, :, :half] = share_SME[1::2, :, half:] = 2.0
+    return share_SME
+
+
+ALL = slice(None)
+LATE = slice(20, None)
+LOST = np.where(np.arange(STEPS) < 30, 4.5, np.nan)
+UNEVEN = shares((ALL, ALL, slice(0, 4), 6.0))
+"""Four experts of every layer get six times the others' share, from the first step on."""
+FEW = shares((ALL, 11, slice(2, 5), 1000.0))
+"""Three experts of the twelfth layer get nearly everything."""
+NO_METHOD = {"losses": {}, "expert_bias": None}
+
+
+def bias(description: str, **losses: float) -> dict:
+    return {"expert_bias": description, "losses": losses}
+
+
+# Model, changes of its run, shares, figures, the kind expected first (None: nothing is wrong),
+# kinds that must not be listed.
+SYMPTOMS = ("too_weak", "collapse", "dead_experts", "hot_expert", "hot_rank", "first_layers")
+ROWS = {
+    "one expert of 48 layers": (
+        ("qwen3", {}, shares((LATE, 17, 42, 6.0)), {}),
+        ("hot_expert", ("nothing_balances", "too_weak", "collapse", "hot_rank", "first_layers")),
+    ),
+    "one expert beside a bias": (
+        ("deepseek_v3", {}, shares((ALL, 57, 200, 6.0)), {}),
+        ("hot_expert", ("bias_too_slow", "too_weak", "collapse", "hot_rank")),
+    ),
+    "one expert of the first layer": (
+        ("llama4", {}, shares((ALL, 0, 5, 4.0)), {"bias_range": 0.2}),
+        ("hot_expert", ("first_layers", "hot_rank", "bias_too_slow")),
+    ),
+    "two experts of which one is hotter": (
+        ("gpt_oss", {}, shares((LATE, 9, 7, 3.0), (LATE, 9, 90, 5.0)), {}),
+        ("hot_expert", ("collapse", "too_weak", "hot_rank")),
+    ),
+    "half of the experts chosen": (
+        ("gpt_oss", {"num_experts": 8}, shares((ALL, 3, 2, 4.0)), {}),
+        ("hot_expert", ("collapse", "too_weak")),
+    ),
+    "a z-loss alone": (
+        ("qwen3", {"losses": {"z_loss": 1e-3}}, even, {}),
+        ("nothing_balances", ("too_weak",)),
+    ),
+    "a z-loss alone, and hot experts": (
+        ("gpt_oss", {"losses": {"z_loss": 1e-3}}, UNEVEN, {}),
+        ("nothing_balances", SYMPTOMS),
+    ),
+    "losses of probabilities alone": (
+        (
+            "deepseek_v3",
+            {**NO_METHOD, "losses": {"entropy_loss": 1, "importance_loss": 1}},
+            FEW,
+            {},
+        ),
+        ("nothing_balances", SYMPTOMS),
+    ),
+    "losses of groups alone": (
+        ("llama4", {**NO_METHOD, "losses": {"device_level_loss": 0.05}}, UNEVEN, {}),
+        ("nothing_balances", SYMPTOMS),
+    ),
+    "a frozen bias": (
+        ("deepseek_v3", bias("frozen"), even, {"bias_largest_step": 0.0}),
+        ("nothing_balances", ("bias_too_slow", "too_weak")),
+    ),
+    "a speed that was changed to 0": (
+        ("llama4", bias("sign (speed 0.001)"), UNEVEN, {"bias_largest_step": 0.0}),
+        ("nothing_balances", ("bias_too_slow", *SYMPTOMS)),
+    ),
+    "nothing at all": (
+        ("qwen3", NO_METHOD, UNEVEN, {}),
+        ("nothing_balances", SYMPTOMS),
+    ),
+    "sign at 1e-6": (
+        (
+            "deepseek_v3",
+            bias("sign (speed 1e-06)"),
+            UNEVEN,
+            {"bias_range": 4e-5, "bias_largest_step": 1e-6},
+        ),
+        ("bias_too_slow", SYMPTOMS),
+    ),
+    "sign at 1e-8 beside a z-loss": (
+        (
+            "qwen3",
+            bias("sign (speed 1e-08)", z_loss=1e-3),
+            UNEVEN,
+            {"bias_range": 4e-7, "bias_largest_step": 1e-8},
+        ),
+        ("bias_too_slow", ("nothing_balances", *SYMPTOMS)),
+    ),
+    "proportional at 1e-5": (
+        (
+            "llama4",
+            bias("proportional (speed 1e-05)"),
+            FEW,
+            {"bias_range": 8e-5, "bias_largest_step": 2e-6},
+        ),
+        ("bias_too_slow", SYMPTOMS),
+    ),
+    "momentum at 1e-7": (
+        (
+            "gpt_oss",
+            bias("momentum (speed 1e-07, scale 2.0, momentum 0.5)"),
+            UNEVEN,
+            {"bias_range": 4e-6, "bias_largest_step": 1e-7},
+        ),
+        ("bias_too_slow", SYMPTOMS),
+    ),
+    "an average over too many steps": (
+        ("deepseek_v3", bias("quantile (num_bins 1000, ema 0.99)"), UNEVEN, {}),
+        ("bias_too_slow", SYMPTOMS),
+    ),
+    "a long average that has arrived": (
+        ("deepseek_v3", bias("quantile (num_bins 1000, ema 0.99)"), even, {}),
+        (None, ()),
+    ),
+    "momentum at 0.3": (
+        (
+            "deepseek_v3",
+            bias("momentum (speed 0.3, scale 2.0, momentum 0.5)"),
+            swinging,
+            {"bias_range": 1.3, "bias_largest_step": 0.15},
+        ),
+        ("bias_oscillates", ("bias_too_slow", "bias_saturates", "nothing_balances", *SYMPTOMS)),
+    ),
+    "sign at 0.1, experts in turn": (
+        (
+            "gpt_oss",
+            bias("sign (speed 0.1)"),
+            in_turn,
+            {"bias_range": 0.3, "bias_largest_step": 0.1},
+        ),
+        ("bias_oscillates", ("bias_too_slow", *SYMPTOMS)),
+    ),
+    "sign at 0.1 in a trace without its steps": (
+        ("llama4", bias("sign (speed 0.1)"), swinging, {"bias_largest_step": np.nan}),
+        ("bias_oscillates", SYMPTOMS),
+    ),
+    "a trend that overshoots": (
+        (
+            "llama4",
+            bias("quantile_trend (num_bins 1000, ema 0.0, trend_ema 0.0)"),
+            swinging,
+            {"bias_largest_step": 0.1},
+        ),
+        ("bias_oscillates", ("bias_too_slow", *SYMPTOMS)),
+    ),
+    "text that swings, beside a slow bias": (
+        ("deepseek_v3", {}, drawn_by_data, {}),
+        (None, ()),
+    ),
+    "a bias larger than any score": (
+        ("llama4", {}, UNEVEN, {"bias_range": 1.4}),
+        ("bias_saturates", ("bias_too_slow", *SYMPTOMS)),
+    ),
+    "a loss that is too weak": (
+        ("qwen3", {}, UNEVEN, {}),
+        ("too_weak", ("nothing_balances", "hot_expert", "collapse")),
+    ),
+    "a bias that does not hold": (
+        ("deepseek_v3", bias("sign (speed 0.0001)"), UNEVEN, {"bias_range": 0.01}),
+        ("too_weak", ("bias_too_slow", "hot_expert")),
+    ),
+    "one layer that collapses": (
+        ("gpt_oss", {}, FEW, {}),
+        ("collapse", ("dead_experts", "hot_expert", "hot_rank", "too_weak")),
+    ),
+    "some experts dead": (
+        ("qwen3", {}, shares((LATE, 7, slice(30, 35), 0.0)), {}),
+        ("dead_experts", ("collapse", "hot_expert", "too_weak")),
+    ),
+    "half of them dead": (
+        ("llama4", {}, shares((ALL, 7, slice(0, 8), 0.0)), {}),
+        ("dead_experts", ("hot_expert", "too_weak")),
+    ),
+    "64 tokens that choose 8 of 1,024 at random": (
+        ("deepseek_v3", {"num_experts": 1024, "global_batch_size": 1, "seq_len": 64}, even, {}),
+        (None, ()),
+    ),
+    "a rank with the fuller half": (
+        ("gpt_oss", {}, shares((ALL, ALL, slice(32, 48), 1.8)), {}),
+        ("hot_rank", ("hot_expert", "too_weak")),
+    ),
+    "micro-batches": (
+        ("qwen3", {}, even, {"micro_batch_max_violation": 2.0}),
+        ("hidden_in_micro_batches", SYMPTOMS),
+    ),
+    "the first layer": (
+        ("deepseek_v3", {}, shares((ALL, 0, slice(0, 256, 4), 1.9)), {}),
+        ("first_layers", ("hot_expert", "too_weak")),
+    ),
+    "padding": (("qwen3", {}, even, {"padding_share": 0.5}), ("padding", SYMPTOMS)),
+    "a loss that is lost, and with it the routing": (
+        ("llama4", {}, shares((slice(30, None), ALL, slice(0, 3), 1000.0)), {"loss": LOST}),
+        ("diverged", ("bias_too_slow", *SYMPTOMS)),
+    ),
+    "a benchmark": (
+        ("deepseek_v3", {**NO_METHOD, "forced_routing": "hot_rank (rank 0)"}, FEW, {}),
+        ("forced_routing", ("nothing_balances", *SYMPTOMS)),
+    ),
+    **{f"a healthy {model}": ((model, {}, even, {}), (None, ())) for model in MODELS},
+}
+
+
+def planted(folder: Path, name: str) -> Path:
+    model, changes, made, figures = ROWS[name][0]
+    info = info_of(model, **changes)
+    return write(folder, info, made(info), **figures)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_cause_is_named_first_and_its_symptoms_are_not(tmp_path, name):
+    expected, absent = ROWS[name][1]
+    trace = read_trace(planted(tmp_path, name))
+    found = checks.findings(trace)
+    kinds = [finding.kind for finding in found]
+    assert kinds[:1] == ([expected] if expected else [])
+    assert not set(kinds) & set(absent)
+    for finding in found:
+        assert all((finding.what, finding.evidence, finding.reason, finding.remedy))
+        assert_about_what_the_job_has(finding, trace.info)
+
+
+def assert_about_what_the_job_has(finding: Finding, info: RunInfo) -> None:
+    """Weights are of losses of the job, and a speed or an average is changed where there is one."""
+    assert set(re.findall(r"# of (\w+)", finding.toml)) <= set(info.losses)
+    if "its speed" in finding.remedy:
+        assert "speed" in (info.expert_bias or "")
+    if "ema = 0.0" in finding.toml:
+        assert "ema" in (info.expert_bias or "")
+
+
+def test_a_hot_expert_by_name(tmp_path):
+    """Six shares of 127 + 6, from step 21 on: 6 x 128 / 133 = 5.774 times its own. Of eight ranks
+    the third has 15 + 6 shares of 133 / 8 each, 1.263 times its share; all like the others: 1."""
+    trace = read_trace(planted(tmp_path, "one expert of 48 layers"))
+    finding = checks.findings(trace)[0]
+    assert finding.layers == (17,) and finding.experts == ((17, 42),)
+    assert abs(finding.since - 21) <= 1
+    load = float(re.search(r"gets ([\d.]+) times", finding.what)[1])
+    assert load == pytest.approx(5.774, rel=0.01)
+    degree, overload, without, rank = re.findall(r"\d+(?:\.\d+)?", finding.evidence)
+    assert (degree, rank) == ("8", "2")
+    assert float(overload) == pytest.approx(1.263, abs=0.02)
+    assert float(without) == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_hotter_of_two_experts_stands_first(tmp_path):
+    finding = checks.findings(read_trace(planted(tmp_path, "two experts of which one is hotter")))[
+        0
+    ]
+    assert finding.experts == ((9, 90), (9, 7))
+
+
+def test_what_began_earlier_is_no_symptom(tmp_path):
+    """Routing collapses in step 16, and the loss is lost in step 31."""
+    info = info_of("llama4")
+    share_SME = shares((slice(15, None), ALL, slice(0, 3), 1000.0))(info)
+    found = checks.findings(read_trace(write(tmp_path, info, share_SME, loss=LOST)))
+    by_kind = {finding.kind: finding for finding in found}
+    assert by_kind["diverged"].since == 31
+    assert by_kind["collapse"].since == 16
+
+
+def test_a_cause_is_as_bad_as_what_follows_from_it(tmp_path):
+    """A layer of three experts in use is a fault, and so is what nobody has balanced."""
+    finding = checks.findings(read_trace(planted(tmp_path, "losses of probabilities alone")))[0]
+    assert finding.severity is Severity.FAULT and "collapse" in finding.explains
+    forced = checks.findings(read_trace(planted(tmp_path / "b", "a benchmark")))[0]
+    assert forced.severity is Severity.NOTE and "collapse" in forced.explains
+
+
+def test_a_symptom_in_other_layers_is_listed(tmp_path):
+    """A bias of one layer is larger than the scores; another layer has a hot expert."""
+    info = info_of("llama4")
+    write(
+        tmp_path, info, shares((ALL, 0, 5, 4.0))(info), bias_range=np.where(np.arange(48), 0.2, 2)
+    )
+    kinds = [finding.kind for finding in checks.findings(read_trace(tmp_path))]
+    assert kinds == ["bias_saturates"]
+    write(
+        tmp_path / "b",
+        info,
+        shares((ALL, 1, 5, 4.0))(info),
+        bias_range=np.where(np.arange(48), 0.2, 2),
+    )
+    kinds = [finding.kind for finding in checks.findings(read_trace(tmp_path / "b"))]
+    assert kinds == ["bias_saturates", "hot_expert"]
+
+
+def test_what_explains_what_is_a_strict_order():
+    """What a cause explains stands behind it, and explains nothing that it does not."""
+    explained = {
+        one.kind: {
+            other.kind for other in checks.CHECKS if {other.kind, other.topic} & {*one.explains}
+        }
+        for one in checks.CHECKS
+    }
+    order = [one.kind for one in checks.CHECKS]
+    for kind, symptoms in explained.items():
+        assert symptoms <= {*order[order.index(kind) + 1 :]}
+        for symptom in symptoms:
+            assert explained[symptom] <= symptoms
+    known = {name for one in checks.CHECKS for name in (one.kind, one.topic)}
+    assert all({*one.explains} <= known for one in checks.CHECKS)
+
+
+def test_another_check_is_a_function_and_an_entry(tmp_path, monkeypatch):
+    def gate_is_cold(window: Window) -> Finding:
+        return Finding(
+            severity=Severity.WARNING, what="cold", evidence="0", reason="0", remedy="warm it"
+        )
+
+    mine = checks.Check(gate_is_cold, explains=("loads",))
+    monkeypatch.setattr(checks, "CHECKS", (mine, *checks.CHECKS))
+    found = checks.findings(read_trace(planted(tmp_path, "one layer that collapses")))
+    assert [finding.kind for finding in found] == ["gate_is_cold"]
+    assert set(found[0].explains) == {"collapse", "hot_expert", "hot_rank"}
+
+
+def test_losses_that_do_not_balance_are_those_without_counts_of_experts():
+    needed = {"device_level": {"num_device_groups": 2}}
+    needed["communication"] = {"num_device_groups": 2, "devices_per_token": 1}
+    others = set()
+    for name, kind in AuxLoss.kinds.items():
+        if not kind.__module__.startswith("titan_moe_lb."):
+            continue
+        config = kind.Config(weight=1.0, **needed.get(name, {}))
+        config.bind(num_experts=8, top_k=2)
+        loss = config.build()
+        counts = getattr(loss, "needs_counts", False) or loss.needs_step_counts
+        if not counts or config.expert_groups > 1:
+            others.add(kind.metric_name)
+    assert others == set(OTHER_LOSSES)
+
+
+@pytest.mark.parametrize("seq_len", [1, 8, 64, 1024])
+def test_chance_alone_is_never_wrong(tmp_path, seq_len):
+    """Balanced routing of few tokens: empty experts, MaxVio above 100, and no finding."""
+    info = info_of("qwen3", global_batch_size=1, seq_len=seq_len)
+    info = dataclasses.replace(info, layers=info.layers[:6])
+    for seed in range(10):
+        write(tmp_path / str(seed), info, even(info), seed=seed)
+        assert checks.findings(read_trace(tmp_path / str(seed))) == []
+
+
+def test_the_bound_of_chance_by_hand(tmp_path):
+    """An expert without any of 18 balanced tokens: e**-18 x 128 experts x 48 layers x 1,000 is
+    0.09, below 1; of 15: 1.9, above it. Twice its 50 tokens: e**(50 (2 ln 2 - 1)) x ... = 0.026."""
+    window = Window(read_trace(planted(tmp_path, "a healthy qwen3")))
+    for balanced, load, beyond in ((18, 0, True), (15, 0, False), (50, 2, True), (38, 2, False)):
+        window.__dict__["balanced"] = balanced
+        assert window.beyond_chance(np.array(float(load))) == beyond
+
+
+def test_counts_that_chance_makes_are_balanced(tmp_path):
+    """1e6 tokens of 128 experts, top 8: a standard deviation of 250 in 62,500 each."""
+    window = Window(read_trace(planted(tmp_path, "a healthy qwen3")))
+    counts = window.by_chance(1e6)
+    assert (counts.sum(axis=-1) == 8e6).all()
+    assert counts.std() == pytest.approx(250, rel=0.05)
+    assert max_violation(counts).mean() < 5 * 250 / 62500
+
+
+def test_a_healthy_run_says_what_was_looked_at(tmp_path, capsys):
+    assert diagnose(planted(tmp_path, "a healthy deepseek_v3"), fail_on="note") == 0
+    text = capsys.readouterr().out
+    assert diagnose(tmp_path, as_json=True) == 0
+    well = json.loads(capsys.readouterr().out)["well"]
+    silent = {"forced_routing", "aux_loss_dominates"}  # nothing of it is in this run
+    assert set(well) == {one.kind for one in checks.CHECKS} - silent
+    for kind, seen in well.items():
+        assert kind in text and re.search(r"\d", seen)
+
+
+def test_what_a_person_and_a_script_get(tmp_path, capsys):
+    planted(tmp_path, "sign at 1e-6")
+    cli.main(["diagnose", str(tmp_path)])
+    text = capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["diagnose", str(tmp_path), "--json", "--fail-on", "warning"])
+    assert stop.value.code == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["steps"] == STEPS
+    [finding] = answer["findings"]
+    assert finding["kind"] == "bias_too_slow" and len(finding["layers"]) == 58
+    assert finding["severity"] == "warning" and set(finding["explains"]) >= {
+        "hot_expert",
+        "too_weak",
+    }
+    assert "4e-05" in text and "0.5" in text
+    for what in finding["explains"].values():
+        assert what[:40] in text
+    cli.main(["diagnose", str(tmp_path), "--fail-on", "fault"])
+
+
+def test_a_run_that_is_too_short_says_so(tmp_path, capsys):
+    info = info_of("llama4")
+    write(tmp_path, info, even(info)[:3])
+    assert diagnose(tmp_path, fail_on="fault") == 1
+    assert "3 logged steps" in capsys.readouterr().out
+
+
+def test_overload_of_the_best_order_by_hand():
+    """4, 3, 2, 1 on two ranks of two: 4 + 1 and 3 + 2."""
+    for load_E, expected in (([4.0, 3.0, 2.0, 1.0], 1), ([9.0, 1.0, 1.0, 1.0], 10 / 6)):
+        best = placement.greedy(np.array(load_E), 2)
+        assert placement.overload(np.array(load_E), best) == expected

@@ -1,0 +1,195 @@
+"""``titan-moe-lb plan`` from recorded loads: verdict, placements, capacity; by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.support import planning
+from tests.support.planning import TINY, device_file, plan, write_run
+
+MEAN = 256  # tokens of an expert: 2 ranks x 512 tokens x top 2 over 8 experts
+EVEN = np.full(8, MEAN)
+HOT_01 = np.array([5, 5, 1, 1, 1, 1, 1, 1]) * MEAN // 2
+HOT_0_AND_4 = np.array([5, 1, 1, 1, 5, 1, 1, 1]) * MEAN // 2
+HOT_0_ALONE = np.array([9, 1, 1, 1, 1, 1, 1, 1]) * MEAN // 2
+JOB = ["--training.local_batch_size=4", "--training.steps=900"]
+
+
+def steps(*loads: np.ndarray) -> np.ndarray:
+    """One step for each load, the same in all of the three layers."""
+    return np.repeat(np.stack(loads)[:, None], 3, axis=1)
+
+
+@pytest.fixture
+def planned(ranks, tmp_path):
+    """Plans on 2 ranks from a run with given loads."""
+
+    def of_run(counts, micro_batches=None, *arguments: str) -> dict:
+        write_run(tmp_path, counts, micro_batches)
+        return plan(
+            ranks,
+            ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
+            + ["--from-run", str(tmp_path), *arguments],
+            JOB,
+        )
+
+    return of_run
+
+
+def measured(planned: dict) -> dict[str, dict]:
+    return {row["placement"]: row for row in planned["degrees"][0]["measured"]}
+
+
+def test_a_run_of_another_name_and_the_same_shape_is_taken(ranks, planned, tmp_path):
+    """As of another framework, or of a model of one's own: the loads are the same."""
+    mine = planned(steps(EVEN, HOT_01))
+    write_run(tmp_path / "other", steps(EVEN, HOT_01), model="mine", flavor="big")
+    arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
+    other = plan(ranks, [*arguments, "--from-run", str(tmp_path / "other")], JOB)
+    assert measured(other) == measured(mine)
+
+
+def test_verdict_by_hand(planned):
+    """Balance until half of the run, then two hot experts on one device."""
+    found = planned(steps(*[EVEN] * 10, *[HOT_01] * 10))
+    degree, verdict = found["degrees"][0], found["verdict"]
+    last, balance = measured(found)["contiguous"]["last"], degree["balance"]
+    assert (verdict["ep_degree"], verdict["outcome"]) == (2, last)
+    hours = 900 * 2 / 3600
+    assert verdict["gpu_hours"] == pytest.approx(last["step_seconds"] * hours)
+    saved = last["step_seconds"] - balance["step_seconds"]
+    assert verdict["balancing"]["share"] == pytest.approx(saved / last["step_seconds"])
+    assert verdict["balancing"]["gpu_hours"] == pytest.approx(saved * hours)
+    assert verdict["head_room_bytes"] == pytest.approx(
+        found["usable_memory_bytes"] - last["memory_bytes"]
+    )
+    # Placed for the first half, where nothing says which experts will be hot.
+    (greedy,) = verdict["placements"]
+    stale = measured(found)["greedy"]["stale_last"]["step_seconds"]
+    assert greedy["gpu_hours"] == pytest.approx((last["step_seconds"] - stale) * hours)
+
+
+def test_micro_batches_count_one_by_one(planned):
+    """Two opposite loads in turn are balance together, and cost what each costs alone."""
+    mirrored = HOT_01[::-1]
+    in_turn = planned(steps(*[EVEN] * 20), steps(*[HOT_01, mirrored] * 10))
+    alone = planned(steps(*[EVEN] * 20), steps(*[HOT_01] * 20))
+    together = planned(steps(*[EVEN] * 20))
+    last, always, never = (
+        measured(one)["contiguous"]["last"] for one in (in_turn, alone, together)
+    )
+    assert never["layer_slowdown"] == pytest.approx(1.0)
+    assert last["layer_seconds"] == pytest.approx(always["layer_seconds"])
+    assert last["step_seconds"] == pytest.approx(always["step_seconds"])
+    assert last["layer_slowdown"] > 1.2
+    assert in_turn["run"]["micro_batches"] == 20 and together["run"]["micro_batches"] == 0
+
+
+def test_a_layer_is_as_slow_as_its_own_load(planned):
+    counts = steps(*[EVEN] * 20)
+    counts[:, 1] = HOT_01
+    one, all_three = planned(counts), planned(steps(*[HOT_01] * 20))
+    row, worst = (measured(found)["contiguous"]["last"] for found in (one, all_three))
+    assert row["worst_layer_slowdown"] == pytest.approx(worst["layer_slowdown"])
+    assert row["layer_slowdown"] - 1 == pytest.approx((worst["layer_slowdown"] - 1) / 3)
+
+
+def test_a_placement_gets_stale(planned):
+    """Hot are experts 0 and 1 first, then 0 and the one that greedy has put beside it."""
+    found = planned(steps(*[HOT_01] * 10, *[HOT_0_AND_4] * 10))
+    contiguous, greedy = measured(found)["contiguous"], measured(found)["greedy"]
+    assert contiguous["first"]["step_slowdown"] > 1.1
+    assert contiguous["last"]["step_slowdown"] == pytest.approx(1.0, abs=0.1)
+    routed = 2 * 512 * 2
+    for name in ("stale_second_half", "stale_last"):
+        assert greedy[name]["busiest_rank_tokens"] == pytest.approx(routed * 12 / 16)
+    assert greedy["last"]["busiest_rank_tokens"] == pytest.approx(routed * 8 / 16)
+    assert contiguous["stale_last"] == contiguous["last"]
+    # In the first half it would have been right.
+    right = planned(steps(*[HOT_01] * 20))
+    assert measured(right)["greedy"]["stale_last"] == measured(right)["greedy"]["last"]
+
+
+def test_copies_of_one_hot_expert(planned):
+    found = planned(steps(*[HOT_0_ALONE] * 20), None, "--redundant-experts=2")
+    rows = measured(found)
+    assert rows["eplb"]["redundant_experts"] == 2
+    routed = 2 * 512 * 2
+    # 9 of 16 parts in one expert: alone on a device with 3 others, 12; its three copies have 3
+    # each, and of five slots a device gets 2 copies and 3 others, or 1 and 4.
+    assert rows["greedy"]["last"]["busiest_rank_tokens"] == pytest.approx(routed * 12 / 16)
+    assert rows["eplb"]["last"]["busiest_rank_tokens"] == pytest.approx(routed * 9 / 16)
+    assert rows["eplb"]["last"]["step_slowdown"] < rows["greedy"]["last"]["step_slowdown"]
+    # Each rank holds one copy in each of three layers: BF16 weights and gradients.
+    more = rows["eplb"]["last"]["memory_bytes"] - rows["greedy"]["last"]["memory_bytes"]
+    assert more < 3 * 3 * 64 * 32 * 4
+    (_greedy, eplb) = found["verdict"]["placements"]
+    assert eplb["by"] == "eplb +2" and eplb["share"] > 0
+
+
+def test_capacity_of_a_run(planned):
+    """Ten micro-batches in the second half: nine even ones, and one with 12 of 16 parts on a rank."""
+    loads = steps(*[EVEN] * 19, HOT_01)
+    found = planned(steps(*[EVEN] * 20), loads, "--drop-share=0.02")
+    never, some = found["degrees"][0]["capacity"]
+    assert never["capacity_factor"] == pytest.approx(1.5)
+    assert never["non_blocking_capacity_factor"] == pytest.approx(1.5 * 2 / (2 * 2))
+    # Of 10 x 2 balanced loads 0.4 may be dropped: the room is 0.4 below the one peak of 1.5.
+    assert (some["drop_share"], some["capacity_factor"]) == (0.02, pytest.approx(1.1))
+    balance = found["degrees"][0]["balance"]
+    assert balance["memory_bytes"] < some["memory_bytes"] < never["memory_bytes"]
+
+
+def test_log_normal_loads(ranks, tmp_path):
+    arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
+    imbalance = "--imbalance=1.0,lognormal:0,lognormal:1,overload:1.4@2"
+    page = tmp_path / "page.html"
+    found = plan(ranks, [*arguments, imbalance, "-o", str(page)], JOB)
+    rows = found["degrees"][0]["lognormal"]
+    none, much, overload = (row["outcome"] for row in rows)
+    names = [row["name"] for row in rows]
+    assert names == ["σ 0.00", "σ 1.00", "1.40@2"]
+    assert all(f"<td>{name}</td>" in page.read_text() for name in names)
+    assert none["step_slowdown"] < overload["step_slowdown"]
+    assert none["step_seconds"] == pytest.approx(found["degrees"][0]["balance"]["step_seconds"])
+    assert much["step_slowdown"] > 1.05
+    # The first sigma is the load of the verdict, where no run is given.
+    assert found["verdict"]["load"] == "log-normal loads of sigma 0"
+    assert found["verdict"]["balancing"]["share"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--drop-share=0.1"], "has no loads of single micro-batches, which a capacity is for"),
+        (["--redundant-experts=3"], "--redundant-experts 3 is no multiple of EP 2"),
+        (["--redundant-experts=some"], "--redundant-experts some must be whole numbers"),
+    ],
+)
+def test_what_a_run_cannot_answer_is_one_line(ranks, tmp_path, arguments, message):
+    write_run(tmp_path, steps(EVEN))
+    command = ["plan", "--hardware=h100", "--ranks=2", "--ep=2", f"--from-run={tmp_path}"]
+    status, out, err = ranks.run(1, planning.command, [*command, *arguments, "--", *TINY])[0]
+    assert (status, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+def test_the_verdict_comes_first(ranks, tmp_path):
+    write_run(tmp_path, steps(HOT_01), steps(HOT_01))
+    command = ["plan", "--hardware", device_file(tmp_path), "--ranks=2", f"--from-run={tmp_path}"]
+    status, out, err = ranks.run(
+        1,
+        planning.command,
+        [*command, "--redundant-experts=2", "-o", str(tmp_path / "p.html"), "--", *TINY],
+    )[0]
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("Verdict: EP ") and "GPU-hours for" in lines[0]
+    assert lines[1].startswith("Balancing: balance would buy ")
+    assert lines[2].startswith("Placing: greedy would buy ") and "what-if" in lines[2]
+    assert lines[3].startswith("How sure: the load is that of 1 recorded micro-batches")
+    assert "moe_expert_rank_capacity_factor" in out
+    page = (tmp_path / "p.html").read_text()
+    assert page.index("Verdict: EP ") < page.index("Step time against imbalance")
+    assert "<h2>Capacity</h2>" in page and "<h2>How long a placement lasts</h2>" in page

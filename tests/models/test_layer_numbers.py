@@ -1,0 +1,48 @@
+"""One number for one MoE layer, in telemetry as in the plan."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from torchtitan.models import deepseek_v3 as upstream
+
+from model_registry.deepseek_v3.config_registry import deepseek_v3_tiny
+from model_registry.deepseek_v3.tiny import tiny
+from titan_moe_lb.costmodel.jobs.read_job import read_job
+from titan_moe_lb.telemetry.describe_run import describe_run
+from titan_moe_lb.wiring.model_spec import balanced
+
+
+def job(dense: list[str]):
+    """The tiny DeepSeek-V3 (4 layers, the first dense) with 2 MTP layers, some made dense."""
+    config = deepseek_v3_tiny()
+    model = tiny("flex", "standard", num_mtp_layers=2)
+    for name in dense:
+        layers, number = name.split(".")
+        block = getattr(model, layers)[int(number)]
+        block.moe, block.feed_forward = None, model.layers[0].feed_forward
+    spec = upstream.model_registry("debugmodel")
+    spec.model = model
+    config.model_spec = balanced(spec)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("dense", "numbers"),
+    [
+        ([], [1, 2, 3, 4, 5]),
+        (["layers.3"], [1, 2, 4, 5]),
+        (["layers.2", "layers.3", "mtp_layers.0"], [1, 4]),
+    ],
+)
+def test_telemetry_and_plan_agree(ranks, dense, numbers):
+    assert ranks.run(1, both, dense) == [(numbers, numbers, numbers)]
+
+
+def both(dense: list[str]) -> tuple[list[int], list[int], list[int]]:
+    """As the trace has them; as the plan has them; those of the plan's only stage."""
+    os.environ["WORLD_SIZE"] = "1"
+    traced = list(describe_run(job(dense)).layers)
+    planned = read_job(job(dense))
+    return traced, list(planned.moe_layers), list(planned.stages[0].moe_layers)

@@ -1,0 +1,33 @@
+"""``--device cuda`` where no GPU is: which tests it would run, and what it says each needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import tomli
+
+from tests.job.test_configs import CONFIGS, job_files
+
+
+def test_every_case_is_told_how_many_gpus_it_needs():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "--device", "cuda", "tests/job/test_configs.py"]
+        + ["tests/commands/test_report.py", "tests/telemetry/test_telemetry.py"],
+        cwd=CONFIGS.parent,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    said = dict(
+        re.findall(r"^(\S+\[?.*\]?): Skipped: needs (\d+) GPUs?, 0 are here$", result.stdout, re.M)
+    )
+    for path in job_files():
+        case = f"tests/job/test_configs.py::test_job_file_trains[{path.parent.name}/{path.stem}]"
+        assert int(said[case]) == tomli.loads(path.read_text())["job"]["ranks"]
+    assert any("test_telemetry" in case for case in said)
+    assert "test_report" not in result.stdout and " deselected" in result.stdout

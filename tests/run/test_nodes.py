@@ -1,0 +1,168 @@
+"""More than one node: two network namespaces, a node that is lost, and SLURM's variables."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from tests.run.test_console import TINY, last_step, read_to, start
+from tests.support.network_namespaces import two_machines
+from titan_moe_lb.run import environment
+from titan_moe_lb.run.console import peers
+from titan_moe_lb.run.console.cause import Cause
+from titan_moe_lb.run.console.peers import Neighbours
+
+SLURM_SCRIPT = Path(__file__).parents[2] / "scripts/slurm.sh"
+
+
+def test_two_machines_train_and_one_is_lost(tmp_path):
+    """Its launcher is killed, which is all that is left to do: its rank ends with it. It keeps
+    the store of the run, and the other node shows the steps."""
+    flags = [*TINY, "--training.steps=100000", "--parallelism.pipeline_parallel_degree=2"]
+    with two_machines() as machines:
+        endpoint = f"{machines[0].address}:29500"
+        gone, left = (
+            start(
+                tmp_path / str(node),
+                *flags,
+                within=machine.enter,
+                NNODES="2",
+                NODE_RANK=str(node),
+                NGPU="1",
+                RDZV_ENDPOINT=endpoint,
+            )
+            for node, machine in enumerate(machines)
+        )
+        steps = read_to(left, "step:  3  loss: ")
+        assert sum("step:" in line for line in steps) == 3
+        gone.kill()
+        begun = time.monotonic()
+        assert machines[0].is_idle()
+        _out, err = left.communicate(timeout=120)
+        took = time.monotonic() - begun
+        assert left.returncode == 1 and err.count("\n") == 1, err
+        assert err.startswith("titan_moe_lb: error: no sign of life of node 0 (from rank 0, "), err
+        assert last_step(err)
+        assert took < 60 and machines[1].is_idle()
+        assert gone.communicate(timeout=60)[1] == ""
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    quick = {"_BEAT": 0.05, "_SILENCE": 1.0, "_SUSPICION": 0.5, "_GRACE": 0.1}
+    for name, seconds in quick.items():
+        monkeypatch.setattr(peers, name, seconds)
+
+
+@contextlib.contextmanager
+def three_nodes():
+    """Launchers without processes, with what each has lost so far."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    losses: dict[int, list[bool]] = {0: [], 1: [], 2: []}
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for node, lost in losses.items():
+            nodes.append(stack.enter_context(Neighbours(lambda lost=lost: lost.append(True))))
+            nodes[-1].meet(
+                {
+                    "GROUP_RANK": str(node),
+                    "GROUP_WORLD_SIZE": "3",
+                    "RANK": str(2 * node),
+                    "MASTER_ADDR": "localhost",
+                    "MASTER_PORT": str(store.port),
+                }
+            )
+        until(lambda: all(node._exchanged for node in nodes))
+        yield nodes, losses
+
+
+def until(holds) -> None:
+    due = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < due
+        time.sleep(0.02)
+
+
+def test_why_a_node_has_ended_is_told_to_all_others(fast):
+    with three_nodes() as (nodes, losses):
+        nodes[1].tell(Cause(line="rank 3: a bug", status=1, has_traceback=True))
+        until(lambda: losses[0] and losses[2])
+        said = f"node 1 (from rank 2, {socket.gethostname()}) has ended: rank 3: a bug"
+        for other in (0, 2):
+            assert nodes[other].loss == Cause(line=said, status=1, has_traceback=False)
+            assert nodes[other].blame() == nodes[other].loss and losses[other] == [True]
+        assert losses[1] == []
+
+
+def test_a_silent_node_is_named_by_the_first_one_and_nobody_else_suspects_it(fast):
+    with three_nodes() as (nodes, losses):
+        assert nodes[0].blame() is None  # all are well
+        nodes[2].__exit__()
+        until(lambda: losses[0])
+        assert nodes[0].loss is not None
+        assert nodes[0].loss.line.startswith("no sign of life of node 2 (from rank 4, ")
+        assert losses[1] == []
+        nodes[0].tell(nodes[0].loss)
+        until(lambda: losses[1])
+        assert (
+            nodes[1].loss is not None and "of life of node 2 (from rank 4, " in nodes[1].loss.line
+        )
+
+
+def test_gloo_takes_the_network_of_the_endpoint(monkeypatch):
+    monkeypatch.setenv("RDZV_ENDPOINT", "127.0.0.1:29500")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    environment.choose_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    environment.choose_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == socket.if_indextoname(1)  # the loopback
+
+
+def slurm(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The script as sbatch runs it, with stand-ins for scontrol and srun: two nodes in turn."""
+    programs = folder / "programs"
+    programs.mkdir()
+    scontrol = '[ "$*" = "show hostnames n[07-08]" ] && printf "n07\\nn08\\n"'
+    srun = 'for node in 0 1; do SLURM_NODEID=$node "$@"; done'
+    for name, text in {"scontrol": scontrol, "srun": srun}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    variables = {
+        "SLURM_JOB_NODELIST": "n[07-08]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "4321",
+    }
+    return subprocess.run(
+        [str(SLURM_SCRIPT), *arguments],
+        cwd=folder,
+        env={"PATH": f"{programs}:{os.environ['PATH']}", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_slurm_script_starts_each_node_with_its_number(tmp_path):
+    train = tmp_path / "run_train.sh"
+    train.write_text('#!/bin/sh\necho $NNODES $NODE_RANK $RDZV_ENDPOINT "$@"\n')
+    train.chmod(0o755)
+    done = slurm(tmp_path, "--job-config", "a job.toml")
+    assert done.stdout.splitlines() == [
+        "2 0 n07:29821 --job-config a job.toml",
+        "2 1 n07:29821 --job-config a job.toml",
+    ]
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_slurm_script_says_where_to_call_it_from(tmp_path):
+    done = slurm(tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "has no run_train.sh: call sbatch from its folder" in done.stderr

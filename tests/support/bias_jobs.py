@@ -1,0 +1,41 @@
+"""Train with an expert bias and bring it back. Every rank."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.job import job_config
+from titan_moe_lb.upstream import cpu, zero_bubble
+
+
+def biases_of_a_run(arguments: list[str]) -> dict[str, torch.Tensor]:
+    """The biases of this rank's layers after loading and after training, each ``(N, E)``.
+
+    Returns:
+        ``loaded``: as the first step finds them; ``trained``: as the last step leaves them.
+    """
+    config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
+    if cpu.needed():
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+    trainer = config.build()
+    found: dict[str, torch.Tensor] = {}
+    first_step = trainer.train_step
+
+    def train_step(data_iterator) -> None:
+        found.setdefault("loaded", _biases(trainer))
+        first_step(data_iterator)
+
+    trainer.train_step = train_step
+    trainer.train()
+    found["trained"] = _biases(trainer)
+    trainer.close()
+    return found
+
+
+def _biases(trainer: Trainer) -> torch.Tensor:
+    rows = [layer.expert_bias_E for layer in moe_layers_of(trainer.model_parts)]
+    return torch.stack([b.full_tensor() if isinstance(b, DTensor) else b for b in rows]).clone()

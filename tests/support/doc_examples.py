@@ -1,0 +1,100 @@
+"""Every code block of README.md and docs/, and the examples of docs/extending.md as modules.
+
+An example is a fenced python block whose first line is ``# example: NAME``.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from titan_moe_lb.balancing.expert_bias.base import ExpertBias
+from titan_moe_lb.balancing.forced_routing import ForcedRouting
+from titan_moe_lb.balancing.losses import AuxLoss
+from titan_moe_lb.telemetry.metric import Metric
+
+ROOT = Path(__file__).parents[2]
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
+EXTENDING = "docs/extending.md"
+# Where a class with a name of its own enters itself.
+KINDS = (AuxLoss.kinds, ExpertBias.kinds, ForcedRouting.kinds, Metric.kinds)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its page, the line where it begins, its language and its text."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    @property
+    def example(self) -> str | None:
+        found = re.match(r"# example: (\w+)\n", self.text)
+        return found[1] if found else None
+
+
+def blocks() -> list[Block]:
+    """Of all pages, in order."""
+    found = []
+    for path in PAGES:
+        start: int | None = None
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
+            if not line.lstrip().startswith("```"):
+                continue
+            if start is None:
+                start, language = number, line.strip().removeprefix("```")
+            else:
+                text = "".join(f"{inner}\n" for inner in lines[start : number - 1])
+                found.append(Block(str(path.relative_to(ROOT)), start, language, text))
+                start = None
+        assert start is None, f"{path}: a block does not end"
+    return found
+
+
+def names() -> list[str]:
+    """Every example, in order."""
+    return list(_examples())
+
+
+@contextmanager
+def imported(name: str) -> Iterator[ModuleType]:
+    """The example as the module ``name``, as if it were a file; gone again afterwards."""
+    before = [dict(kinds) for kinds in KINDS]
+    spec = importlib.util.spec_from_loader(name, _Loader(), origin=f"{EXTENDING}#{name}")
+    assert spec is not None and spec.loader is not None and name not in sys.modules
+    spec.has_location = True
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[name]
+        for kinds, earlier in zip(KINDS, before, strict=True):
+            kinds.clear()
+            kinds.update(earlier)
+
+
+class _Loader(importlib.abc.InspectLoader):
+    """Gives the text too, for what ``--help`` reads of a class."""
+
+    def get_source(self, fullname: str) -> str:
+        return _examples()[fullname]
+
+
+def _examples() -> dict[str, str]:
+    examples = [(block.example, block.text) for block in blocks() if block.example]
+    assert len(dict(examples)) == len(examples), "two examples of one name"
+    return dict(examples)

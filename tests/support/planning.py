@@ -1,0 +1,182 @@
+"""What the tests of ``titan-moe-lb plan`` run on the ranks of a pool."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_moe_lb import cli
+from titan_moe_lb.commands.plan.building import quiet_host
+from titan_moe_lb.commands.plan.serving.command import ALONE
+from titan_moe_lb.costmodel.hardware.device import FIGURES
+from titan_moe_lb.job import job_config
+from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter
+from titan_moe_lb.upstream import cpu
+
+TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
+
+# Round figures, so that the hand can follow: arithmetic is always the limit.
+DEVICE = {
+    "bf16_flops": 1e12,
+    "memory_bytes": 1e8,
+    "memory_bandwidth": 1e15,
+    "scale_up_domain": 8,
+    "scale_up_bandwidth": 1e9,
+    "scale_up_latency": 1e-9,
+    "scale_out_bandwidth": 1e9,
+    "scale_out_latency": 1e-9,
+}
+
+
+def device_file(folder: Path) -> str:
+    assert set(DEVICE) == set(FIGURES)
+    path = folder / "device.toml"
+    path.write_text("\n".join(f"{name} = {value!r}" for name, value in DEVICE.items()))
+    return str(path)
+
+
+def plan(ranks, arguments: list[str], job: list[str]) -> dict:
+    """What a rank of the pool plans for the tiny model."""
+    status, out, err = ranks.run(1, command, ["plan", "--json", *arguments, "--", *TINY, *job])[0]
+    assert status == 0, err
+    return json.loads(out)
+
+
+def write_run(
+    folder: Path, counts_SME: np.ndarray, micro_batches_SME: np.ndarray | None = None, **changes
+) -> None:
+    """A trace of the tiny model with these loads."""
+    facts = {
+        "model": "deepseek_v3",
+        "flavor": "tiny",
+        "num_experts": 8,
+        "expert_groups": (),
+        "top_k": 2,
+        "layers": (1, 2, 3),
+        **dict.fromkeys(("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1),
+        "schedule": None,
+        "local_batch_size": 4,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "seq_len": 128,
+        "started": "2026-01-01T00:00:00+00:00",
+        "version": "0",
+        "figures": (Figure("max_overload_factor", summary="max"),),
+        **changes,
+    }
+    writer = TraceWriter(folder, RunInfo(**facts))
+    layers = facts["layers"]
+    ones = np.ones(len(layers))
+    for index, counts_ME in enumerate(counts_SME):
+        load = StepLoad(
+            layers=layers,
+            counts_ME=counts_ME,
+            micro_batch_counts_ME=None if micro_batches_SME is None else micro_batches_SME[index],
+            figures={"max_overload_factor": ones},
+        )
+        writer.write(index + 1, load)
+    writer.close()
+
+
+def command(arguments: list[str]) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the program."""
+    os.environ.pop("NGPU", None)
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main(arguments)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+def built_state(arguments: list[str]) -> dict[str, Any]:
+    """What this rank of a real process group holds of a job, after one optimizer step."""
+    import torch
+
+    from tests.support.train_jobs import skip_initialisation
+    from titan_moe_lb.parallel.local_shard import local_shard
+
+    job = job_config.load([*arguments, "--debug.no-enable-structured-logging"])
+    if cpu.needed():
+        cpu.adapt(job.config)
+    skip_initialisation(job.config)
+    trainer = job.config.build()
+    local = []
+    for part in trainer.model_parts:
+        for parameter in part.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            local.append(local_shard(parameter))
+    trainer.optimizers.step()
+    states = [
+        local_shard(value)
+        for optimizer in trainer.optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        # Adam counts its steps in a scalar beside each parameter.
+        if value.dim() > 0
+    ]
+    trainer.close()
+    return {
+        "num_parameters": sum(shard.numel() for shard in local),
+        "parameter_bytes": sum(shard.numel() * shard.element_size() for shard in local),
+        "optimizer_bytes": sum(shard.numel() * shard.element_size() for shard in states),
+        "layers": [
+            int(name)
+            for part in trainer.model_parts
+            for name, _block in part.get_submodule("layers").named_children()
+        ],
+    }
+
+
+def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
+    """Of a job's own pipeline schedule when every forward takes 1 and every backward 2."""
+    from titan_moe_lb.costmodel.jobs.read_job import read_job
+    from titan_moe_lb.costmodel.times.makespan import makespan
+
+    os.environ["WORLD_SIZE"] = str(world_size)
+    job = read_job(job_config.load(arguments).config)
+    stages = len(job.stages)
+    return makespan(job.schedule, [1.0] * stages, [2.0] * stages), stages
+
+
+def block_without_norm() -> str:
+    """What is said of a part of a model whose second block is of an unknown kind."""
+    from torch import nn
+
+    from titan_moe_lb.costmodel.jobs.read_job import _blocks
+    from titan_moe_lb.errors import JobError
+
+    known, unknown = nn.Linear(1, 1), nn.Linear(1, 1)
+    known.attention_norm = nn.RMSNorm(1)
+    part = nn.Module()
+    part.layers = nn.ModuleDict({"0": known, "7": unknown})
+    try:
+        _blocks(part)
+    except JobError as error:
+        return str(error)
+    return ""
+
+
+def served_sizes(
+    config: str, context: int = 1, flags: list[str] | None = None
+) -> tuple[float, float]:
+    """Bytes of a model's caches of one token, and of its weights, as they are served."""
+    from titan_moe_lb.costmodel.jobs.read_served import read_served
+
+    os.environ["WORLD_SIZE"] = "1"
+    module = next(name for name in ("deepseek_v3", "qwen3", "gpt_oss") if config.startswith(name))
+    job = ["--module", module, "--config", config, *ALONE, *(flags or [])]
+    with quiet_host():
+        model = read_served(job_config.load(job).config)
+    return model.cache_bytes(context) / context, model.weight_bytes(ep_degree=1)

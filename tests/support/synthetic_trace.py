@@ -1,0 +1,128 @@
+"""Traces that look like training: Dirichlet loads that drift, sampled, with slow balancing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import TraceWriter, read_trace
+
+LOSS = "seq_load_balancing_loss"
+FIGURES = (
+    Figure("avg_overload_factor"),
+    Figure("max_overload_factor", summary="max"),
+    Figure("micro_batch_max_violation"),
+    Figure("bias_range", summary="max", description="Largest bias minus the smallest."),
+    Figure("max_cum_overload_factor", per="step"),
+    Figure("loss", per="step"),
+    Figure("grad_norm", per="step"),
+    Figure("tokens_per_second", per="step"),
+    Figure("step_seconds", per="step"),
+)
+
+
+def run_info(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **changes) -> RunInfo:
+    fields = {
+        "model": "deepseek_v3",
+        "flavor": "debugmodel",
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "layers": tuple(range(1, num_layers + 1)),
+        "losses": {LOSS: 1e-4},
+        "world_size": 4,
+        "pp": 2,
+        "dp_replicate": 1,
+        "dp_shard": 2,
+        "cp": 1,
+        "tp": 1,
+        "ep": 2,
+        "schedule": "Interleaved1F1B",
+        "local_batch_size": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+        "seq_len": 256,
+        "expert_bias": "sign (speed 0.001)",
+        "started": "2026-01-02T03:04:05+00:00",
+        "version": "0.1.0",
+    }
+    fields |= changes
+    losses = tuple(Figure(name, is_aux_loss=True) for name in fields["losses"])
+    return RunInfo(**{"figures": (*losses, *FIGURES), **fields})
+
+
+def step_loads(
+    info: RunInfo, num_steps: int, seed: int = 0, skew: float = 1.0
+) -> Iterator[StepLoad]:
+    """Loads of ``num_steps`` steps: uneven at first, then half as uneven, with noise.
+
+    Args:
+        info: shapes and the number of routed tokens.
+        num_steps: of the run.
+        seed: of everything.
+        skew: how uneven the start is; 0 is as even as chance is.
+    """
+    random = np.random.default_rng(seed)
+    num_layers, num_experts = len(info.layers), info.num_experts
+    routed = info.global_batch_size * info.seq_len * info.top_k
+    preference_ME = np.log(random.dirichlet(np.full(num_experts, 2.0), num_layers))
+    preference_ME -= preference_ME.mean(axis=1, keepdims=True)
+    for step in range(num_steps):
+        preference_ME = 0.995 * preference_ME + 0.04 * random.standard_normal(preference_ME.shape)
+        strength = skew * (0.4 + 0.6 * np.exp(-4 * step / num_steps))
+        weights_ME = np.exp(strength * preference_ME)
+        shares_ME = weights_ME / weights_ME.sum(axis=1, keepdims=True)
+        counts_ME = np.stack([random.multinomial(routed, shares) for shares in shares_ME])
+        violation_M = max_violation(counts_ME)
+        overload_M = 1 + violation_M / 3
+        tokens_per_second = 1000.0 + 20 * random.standard_normal()
+        tokens = info.global_batch_size * info.seq_len
+        yield StepLoad(
+            layers=info.layers,
+            counts_ME=counts_ME,
+            figures={
+                name: 1 + violation_M**2 / 20 + 0.01 * random.random(num_layers)
+                for name in info.losses
+            }
+            | {
+                "avg_overload_factor": overload_M,
+                "max_overload_factor": overload_M * (1 + 0.3 * random.random(num_layers)),
+                "micro_batch_max_violation": violation_M * 1.2 + 0.05,
+                "bias_range": 0.002 * (1 + step) ** 0.5 * (1 + random.random(num_layers)),
+            },
+            step_figures={
+                "max_cum_overload_factor": float(overload_M.mean()),
+                "loss": 2.5 + 8.5 * (1 + step) ** -0.4 + 0.03 * random.standard_normal(),
+                "grad_norm": 0.5 + (1 + step) ** -0.5 + 0.05 * random.random(),
+                "tokens_per_second": tokens_per_second,
+                "step_seconds": tokens / (tokens_per_second * info.world_size),
+            },
+        )
+
+
+def write_run(
+    folder: Path, info: RunInfo, num_steps: int, seed: int = 0, skew: float = 1.0, every: int = 1
+) -> Path:
+    """Write the trace of a run that logs every ``every`` steps, and return its folder."""
+    writer = TraceWriter(folder, info)
+    for index, load in enumerate(step_loads(info, num_steps, seed, skew)):
+        writer.write(1 + index * every, load)
+    writer.close()
+    return folder
+
+
+def rewritten(folder: Path, counts_SME: np.ndarray) -> Path:
+    """The run in ``folder`` with other counts."""
+    trace = read_trace(folder)
+    writer = TraceWriter(folder / "other", trace.info)
+    for index, counts_ME in enumerate(counts_SME):
+        load = dataclasses.replace(trace.load(index), counts_ME=counts_ME)
+        writer.write(index + 1, load)
+    writer.close()
+    return folder / "other"

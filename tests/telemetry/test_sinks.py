@@ -1,0 +1,126 @@
+"""What reaches TensorBoard, W&B and the trace, and what a validation loop leaves of it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+from tests.support.sink_jobs import train_into_sinks
+from titan_moe_lb.traces.trace import read_trace
+
+LOSSES = (
+    '--model.aux_losses=[{type = "sequence_wise", weight = 1e-3}, {type = "z_loss", weight = 1e-3}]'
+)
+TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--debug.seed=1", LOSSES]
+SEQUENCES, LENGTH, TOP_K = 8, 128, 2
+EP2 = ["--parallelism.data_parallel_shard_degree=2", "--parallelism.expert_parallel_degree=2"]
+PP2 = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B"]
+BATCH = [f"--training.global_batch_size={SEQUENCES}", f"--training.seq_len={LENGTH}"]
+
+
+def moe(metrics: dict) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith("moe/")}
+
+
+def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
+    (events,) = folder.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    return {
+        name: {event.step: event.value for event in accumulator.Scalars(name)}
+        for name in accumulator.Tags()["scalars"]
+    }
+
+
+def wandb(folder: Path) -> dict[str, dict[int, float]]:
+    (path,) = folder.rglob("run-*.wandb")
+    found: dict[str, dict[int, float]] = {}
+    for data in records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            name = item.key or "/".join(item.nested_key)
+            found.setdefault(name, {})[record.history.step.num] = json.loads(item.value_json)
+    return found
+
+
+def records(log: bytes) -> Iterator[bytes]:
+    """Of an offline run: seven bytes, then LevelDB's log format in blocks of 32 KiB."""
+    block, header, last_pieces = 32768, struct.Struct("<IHB"), (1, 4)
+    position, record = 7, b""
+    while position + header.size <= len(log):
+        left = block - position % block
+        if left < header.size:
+            position += left
+            continue
+        _checksum, length, kind = header.unpack_from(log, position)
+        position += header.size
+        record += log[position : position + length]
+        position += length
+        if kind in last_pieces:
+            yield record
+            record = b""
+
+
+def test_sinks_get_every_key_of_each_logged_step(ranks, tmp_path):
+    """With ``log_freq`` 2 and each layer's own; expected from the trace's counts by numpy."""
+    flags = [*TINY, *EP2, *BATCH, "--training.local_batch_size=4", "--training.steps=5"]
+    flags += ["--metrics.enable_tensorboard", "--metrics.enable_wandb"]
+    flags += ["--metrics.log_freq=2", "--metrics.moe_per_layer_logging"]
+    by_rank = ranks.run(2, train_into_sinks, [*flags, f"--dump_folder={tmp_path}"])
+    steps = [1, 2, 4]
+    assert [step for step, _metrics in by_rank[0]] == steps
+    assert [moe(metrics) for _, metrics in by_rank[0]] == [moe(m) for _, m in by_rank[1]]
+
+    trace = read_trace(tmp_path)
+    assert trace.steps.tolist() == steps
+    # A step that is not logged adds nothing to the next that is.
+    assert (trace.counts_SME.sum(axis=2) == SEQUENCES * LENGTH * TOP_K).all()
+    violation_SM = trace.counts_SME.max(axis=2) / trace.counts_SME.mean(axis=2) - 1
+    expected = {"max_violation": violation_SM.mean(axis=1)}
+    for index, layer in enumerate(trace.layers):
+        expected[f"max_violation_layer_{layer}"] = violation_SM[:, index]
+    assert len(expected) == 1 + 3
+
+    names = {name for name in by_rank[0][0][1] if name.startswith("moe/")}
+    for layer in trace.layers:
+        assert {f"moe/seq_load_balancing_loss_layer_{layer}", f"moe/z_loss_layer_{layer}"} <= names
+    for written in (tensorboard(tmp_path), wandb(tmp_path)):
+        assert {name for name in written if name.startswith("moe/")} == names
+        for name, values in expected.items():
+            by_step = written[f"moe/{name}"]
+            assert list(by_step) == steps
+            np.testing.assert_allclose(list(by_step.values()), values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(2, EP2), (2, PP2)], ids=["EP2", "PP2"])
+def test_validation_leaves_training_and_its_numbers_alone(ranks, tmp_path, num_ranks, layout):
+    flags = [*TINY, *layout, *BATCH, "--training.steps=3", "--debug.deterministic"]
+    flags += ["--training.local_batch_size=4" if layout is EP2 else "--training.local_batch_size=8"]
+    validate = ["--validator.enable", "--validator.freq=1", "--validator.steps=2"]
+    validate += ["--validator.dataloader.dataset=python_docs"]
+    plain = ranks.run(num_ranks, train_into_sinks, [*flags, f"--dump_folder={tmp_path}/plain"])
+    mixed = ranks.run(
+        num_ranks, train_into_sinks, [*flags, *validate, f"--dump_folder={tmp_path}/validated"]
+    )
+    for without, with_validation in zip(plain, mixed, strict=True):
+        trained = [(step, metrics) for step, metrics in with_validation if moe(metrics)]
+        validated = [metrics for _step, metrics in with_validation if not moe(metrics)]
+        assert len(validated) == 3 and all(
+            name.startswith("validation_metrics/") for metrics in validated for name in metrics
+        )
+        assert len(trained) == len(without) == 3
+        for (step, metrics), (expected_step, expected) in zip(trained, without, strict=True):
+            assert step == expected_step and moe(metrics) == moe(expected)
+            for name in ("loss_metrics/global_avg_loss", "grad_norm"):
+                assert metrics[name] == expected[name]
+    counts, expected = (read_trace(tmp_path / name).counts_SME for name in ("validated", "plain"))
+    assert (counts == expected).all()
+    assert (counts.sum(axis=2) == SEQUENCES * LENGTH * TOP_K).all()

@@ -1,0 +1,695 @@
+"""The trace file: what is written comes back, and nothing that happens to a file is a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.synthetic_trace import FIGURES, LOSS, run_info, step_loads, write_run
+from titan_moe_lb import cli
+from titan_moe_lb.commands.diagnose.checks import findings
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.run_info import FORMAT_VERSION, RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import FILE_NAME, MICRO_BATCH, TraceReader, TraceWriter, read_trace
+
+SUMMARIES, BOOLEAN = ["mean", "max", "sum"], st.booleans()
+NUMBERS = st.floats(allow_infinity=False)
+
+
+@st.composite
+def runs(draw):
+    """A run with figures of any name, some of them in no load."""
+    num_layers, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    names = st.text(min_size=1, max_size=8).filter(lambda n: n not in ("step", "layer", "counts"))
+    figures = tuple(
+        Figure(name, draw(st.sampled_from(["layer", "step"])), draw(st.sampled_from(SUMMARIES)))
+        for name in draw(st.sets(names, max_size=4))
+    )
+    info = run_info(num_layers, num_experts, 1, figures=figures)
+    counts = st.lists(
+        st.integers(0, 2**62), min_size=num_layers * num_experts, max_size=num_layers * num_experts
+    )
+
+    def per_layer():
+        return np.array(draw(st.lists(NUMBERS, min_size=num_layers, max_size=num_layers)))
+
+    loads = [
+        StepLoad(
+            layers=info.layers,
+            counts_ME=np.array(draw(counts), dtype=np.int64).reshape(num_layers, num_experts),
+            figures={f.name: per_layer() for f in figures if f.per == "layer" and draw(BOOLEAN)},
+            step_figures={f.name: draw(NUMBERS) for f in figures if f.per == "step"},
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    steps = sorted(draw(st.sets(st.integers(0, 2**40), min_size=3, max_size=3)))
+    return info, steps[: len(loads)], loads
+
+
+@settings(max_examples=60, deadline=None)
+@given(run=runs())
+def test_what_is_written_comes_back(run, tmp_path_factory):
+    info, steps, loads = run
+    folder = tmp_path_factory.mktemp("run")
+    writer = TraceWriter(folder, info)
+    for step, load in zip(steps, loads, strict=True):
+        writer.write(step, load)
+    writer.close()
+    trace = read_trace(folder)
+    assert trace.info == info and trace.damage == ()
+    assert trace.steps.tolist() == steps
+    for index, load in enumerate(loads):
+        found = trace.load(index)
+        np.testing.assert_array_equal(found.counts_ME, load.counts_ME)
+        for figure in info.figures:
+            if figure.per == "step":
+                expected = load.step_figures[figure.name]
+                np.testing.assert_array_equal(found.step_figures[figure.name], expected)
+                np.testing.assert_array_equal(trace.over_steps(figure.name)[index], expected)
+            else:
+                expected = load.figures.get(figure.name, np.full(len(info.layers), np.nan))
+                np.testing.assert_array_equal(found.figures[figure.name], expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@given(st.lists(st.lists(st.floats(-1e9, 1e9) | st.just(np.nan), min_size=3, max_size=3)))
+def test_layers_are_summarised_as_declared(rows):
+    values_SM = np.array(rows).reshape(-1, 3)
+    empty_S = np.isnan(values_SM).all(axis=1)
+    for summary, function in (("mean", np.nanmean), ("max", np.nanmax), ("sum", np.nansum)):
+        expected_S = np.where(empty_S, np.nan, function(values_SM, axis=1))
+        found_S = Figure("any", summary=summary).over_layers(values_SM)
+        np.testing.assert_allclose(found_S, expected_S, rtol=1e-9, atol=1e-6)
+
+
+def test_figure_that_is_not_declared_is_refused(tmp_path):
+    load = dataclasses.replace(next(step_loads(run_info(), 1)), step_figures={"mine": 1.0})
+    with pytest.raises(ValueError, match="'mine'"):
+        TraceWriter(tmp_path, run_info()).write(1, load)
+
+
+@pytest.mark.parametrize("name", ["counts", "loss"])
+def test_figure_with_the_name_of_another_column_is_refused(name, tmp_path):
+    figures = (*FIGURES, Figure(name))
+    with pytest.raises(JobError, match=f"would be called '{name}': give the metric another name"):
+        TraceWriter(tmp_path, run_info(figures=figures))
+
+
+def test_any_reader_of_arrow_can_open_it(tmp_path):
+    info = run_info(2, 4)
+    write_run(tmp_path, info, 3)
+    with pa.OSFile(str(tmp_path / FILE_NAME)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    assert table["step"].to_pylist() == [1, 1, 2, 2, 3, 3]
+    assert table["layer"].to_pylist() == [1, 2] * 3
+    assert table.schema.field("counts").type == pa.list_(pa.int64(), 4)
+    routed = info.global_batch_size * info.seq_len * info.top_k
+    assert {sum(counts) for counts in table["counts"].to_pylist()} == {routed}
+    first = next(step_loads(info, 3))
+    assert table[LOSS].to_pylist()[:2] == first.figures[LOSS].tolist()
+
+
+def test_cut_at_every_byte_gives_whole_steps_or_one_line(tmp_path):
+    _file, content, (_head, *ends) = file_of(tmp_path / "run", run_info(2, 4, losses={}), 2)
+    cut = tmp_path / "cut.arrow"
+    with cut.open("wb", buffering=0) as growing:
+        for size in range(len(content) + 1):
+            growing.write(content[max(size - 1, 0) : size])
+            whole = sum(end <= size for end in ends)
+            if not whole:
+                with pytest.raises(JobError) as error:
+                    read_trace(cut)
+                assert "cut.arrow" in str(error.value) and "\n" not in str(error.value)
+                continue
+            trace = read_trace(cut)
+            assert trace.steps.tolist() == list(range(1, whole + 1))
+            assert len(trace.damage) == (size not in ends)
+            if trace.damage:
+                assert "cut off" in trace.damage[0]
+                assert f"read up to step {whole}" in trace.damage[0]
+
+
+def file_of(folder, info, num_steps):
+    """A trace, its bytes, and where each step ends; the first entry is the end of the schema."""
+    writer, file, ends = TraceWriter(folder, info), folder / FILE_NAME, []
+    for step, load in enumerate(step_loads(info, num_steps), start=1):
+        writer.write(step, load)
+        ends.append(file.stat().st_size)
+    with pa.OSFile(str(file)) as stream:
+        pa.ipc.read_schema(stream)
+        return file, file.read_bytes(), [stream.tell(), *ends]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    file, content, ends = file_of(tmp_path_factory.mktemp("sound"), run_info(2, 4), 6)
+    return read_trace(file), content, ends
+
+
+DAMAGE = st.lists(
+    st.tuples(
+        st.floats(0, 1, exclude_max=True), st.integers(1, 400), st.none() | st.binary(min_size=1)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(damage=DAMAGE)
+def test_every_undamaged_step_is_read(sound, damage, tmp_path_factory):
+    """Zeros (None) or other bytes in a few places; a step is there unless a byte of it differs."""
+    trace, content, ends = sound
+    damaged = bytearray(content)
+    for place, length, new in damage:
+        start = ends[0] + int(place * (len(content) - ends[0]))
+        length = min(length, len(content) - start)
+        damaged[start : start + length] = ((new or b"\0") * length)[:length]
+    file = tmp_path_factory.mktemp("damaged") / FILE_NAME
+    file.write_bytes(damaged)
+    spans = list(zip(ends, ends[1:], strict=False))
+    whole = [damaged[a:b] == content[a:b] for a, b in spans]
+    if not any(whole):
+        with pytest.raises(JobError, match="holds no whole step"):
+            read_trace(file)
+        return
+    found = read_trace(file)
+    assert found.steps.tolist() == [step for step, ok in enumerate(whole, start=1) if ok]
+    np.testing.assert_array_equal(found.counts_SME, trace.counts_SME[whole])
+    for name, values_SM in found.figures.items():
+        np.testing.assert_array_equal(values_SM, trace.figures[name][whole])
+    last = max(step for step, ok in enumerate(whole) if ok)
+    gaps = sum(not ok and (i == 0 or whole[i - 1]) for i, ok in enumerate(whole[: last + 1]))
+    said = [sentence for sentence in found.damage if "could not be read" in sentence]
+    assert len(said) == gaps
+    assert len(found.damage) - gaps == (not whole[-1])
+
+
+def test_damage_in_the_middle_is_called_that(tmp_path):
+    file, content, ends = file_of(tmp_path, run_info(), 5)
+    middle = slice(ends[2] + 40, ends[2] + 60)
+    file.write_bytes(content[: middle.start] + bytes(20) + content[middle.stop :])
+    trace = read_trace(file)
+    assert trace.steps.tolist() == [1, 2, 4, 5]
+    (sentence,) = trace.damage
+    assert "damaged after step 2" in sentence and f"{ends[3] - ends[2]} bytes" in sentence
+    assert "cut off" not in sentence
+
+
+@settings(max_examples=200, deadline=None)
+@given(where=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255))))
+def test_damaged_beginning_is_one_line_or_none(sound, where, tmp_path_factory):
+    _trace, content, ends = sound
+    damaged = bytearray(content)
+    for place, new in where:
+        damaged[int(place * ends[0])] = new
+    file = tmp_path_factory.mktemp("damaged") / FILE_NAME
+    file.write_bytes(damaged)
+    try:
+        found = read_trace(file)
+        assert found.steps.tolist() == [1, 2, 3, 4, 5, 6]
+    except JobError as error:
+        assert "\n" not in str(error)
+
+
+def without_checksums(file, change=lambda table: None):
+    """The trace as a writer without checksums would leave it, its description changed."""
+    reader = pa.ipc.open_stream(file.read_bytes())
+    description = json.loads(reader.schema.metadata[b"titan_moe_lb"])
+    change(description)
+    metadata = {b"titan_moe_lb": json.dumps(description).encode()}
+    batches = [batch.replace_schema_metadata(metadata) for batch in reader]
+    return batches, metadata
+
+
+def rewrite(file, batches):
+    """As pyarrow does it, which ends a stream with a marker."""
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(file, batches[0].schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def test_a_stream_that_pyarrow_closed_is_whole(tmp_path, caplog):
+    file = write_run(tmp_path, run_info(), 3) / FILE_NAME
+    counts_SME = read_trace(file).counts_SME
+    rewrite(file, without_checksums(file)[0])
+    trace = read_trace(file)
+    assert trace.damage == ()
+    np.testing.assert_array_equal(trace.counts_SME, counts_SME)
+    writer = TraceWriter(tmp_path, run_info())
+    writer.write(4, next(step_loads(run_info(), 1)))
+    writer.close()
+    assert read_trace(file).steps.tolist() == [1, 2, 3, 4] and not caplog.messages
+    file.write_bytes(file.read_bytes() + b"\xff\xff\xff\xff\x00\x00\x00")
+    assert "last 7 bytes" in read_trace(file).damage[0]
+
+
+def as_format_1(table):
+    table["format_version"] = 1
+    table["load_balance_coeff"] = 1e-3
+    del table["figures"]
+
+
+def test_trace_of_format_1_is_read(tmp_path):
+    """Its columns as they were: four figures and the losses, none of them declared."""
+    file = write_run(tmp_path, run_info(), 3) / FILE_NAME
+    new = read_trace(file)
+    batches, _metadata = without_checksums(file, as_format_1)
+    kept = ["step", "layer", "counts", "avg_overload_factor", "max_overload_factor"]
+    kept += ["max_cum_overload_factor", "micro_batch_max_violation", LOSS]
+    rewrite(file, [batch.select(kept) for batch in batches])
+    old = read_trace(file)
+    assert old.damage == () and old.steps.tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(old.counts_SME, new.counts_SME)
+    for name in kept[3:]:
+        np.testing.assert_array_equal(old.over_steps(name), new.over_steps(name))
+    assert old.figures.keys() == {*kept[3:5], *kept[6:]}
+    assert [figure.name for figure in old.info.figures if figure.is_aux_loss] == [LOSS]
+    for name in ("bias_range", "loss", "step_seconds"):
+        assert np.isnan(old.over_steps(name)).all() and len(old.over_steps(name)) == 3
+    cli.main(["report", str(tmp_path)])
+    cli.main(["watch", str(tmp_path), "--once"])
+    # And a run of today goes on with it: what it lacked is missing there, not everywhere.
+    TraceWriter(tmp_path, run_info()).write(4, next(step_loads(run_info(), 1)))
+    continued = read_trace(tmp_path)
+    assert continued.steps.tolist() == [1, 2, 3, 4]
+    assert np.isnan(continued.over_steps("loss")).tolist() == [True, True, True, False]
+
+
+def test_damage_to_a_trace_without_checksums_is_never_a_traceback(tmp_path):
+    file = write_run(tmp_path, run_info(2, 4), 4) / FILE_NAME
+    rewrite(file, without_checksums(file, as_format_1)[0])
+    content, random = file.read_bytes(), np.random.default_rng(0)
+    behind = 0
+    for _ in range(300):
+        array = np.frombuffer(content, dtype=np.uint8).copy()
+        where = random.integers(0, len(array), size=random.integers(1, 4))
+        array[where] = random.integers(0, 256, size=len(where))
+        file.write_bytes(array.tobytes())
+        try:
+            trace = read_trace(file)
+            behind += len(trace.steps) == 3 and trace.steps[-1] == 4
+        except JobError as error:
+            assert "\n" not in str(error)
+    assert behind, "steps behind the damage are read here too"
+
+
+def test_what_a_newer_writer_adds_is_kept(tmp_path):
+    file = write_run(tmp_path, run_info(), 3) / FILE_NAME
+
+    def change(table):
+        table["colour"] = "blue"
+        table["figures"][0]["unit"] = "nats"
+
+    batches, metadata = without_checksums(file, change)
+    mine = pa.array(np.arange(4.0))
+    rewrite(
+        file,
+        [
+            batch.append_column("theirs", mine)
+            .append_column("note", pa.array(["x"] * 4))
+            .replace_schema_metadata(metadata)
+            for batch in batches
+        ],
+    )
+    trace = read_trace(file)
+    assert trace.figures["theirs"].tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
+    assert trace.over_steps("theirs").tolist() == [1.5] * 3
+    TraceWriter(tmp_path, run_info()).write(3, next(step_loads(run_info(), 1)))
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    assert table["note"].to_pylist() == ["x"] * 8 + [None] * 4
+    assert np.isnan(read_trace(file).figures["theirs"][2]).all()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunInfo)])
+def test_description_that_is_none_is_one_line(name, tmp_path):
+    file = write_run(tmp_path, run_info(), 6) / FILE_NAME
+    content = file.read_bytes()
+    for value in (
+        None,
+        0,
+        -1,
+        "x",
+        [],
+        [[]],
+        {},
+        {"a": [1]},
+        1e308,
+        True,
+        2**70,
+        [2**40],
+        [{"name": "layer"}],
+    ):
+        file.write_bytes(content)
+        rewrite(file, without_checksums(file, lambda table, v=value: table.update({name: v}))[0])
+        try:
+            trace = read_trace(file)
+            assert trace.info.layout and trace.info.model_name
+            findings(trace)
+        except JobError as error:
+            assert "\n" not in str(error)
+
+
+def test_counts_of_micro_batches_are_there_where_asked_for(tmp_path):
+    """Of the steps that have recorded one; a step that has them of some layers is damaged."""
+    info = run_info(2, 4)
+    writer, single = TraceWriter(tmp_path, info), np.arange(8).reshape(2, 4)
+    for step, load in enumerate(step_loads(info, 3), start=1):
+        counts = None if step == 2 else step * single
+        writer.write(step, dataclasses.replace(load, micro_batch_counts_ME=counts))
+    file = tmp_path / FILE_NAME
+    assert read_trace(file).micro_batch_counts_SME.shape == (0, 2, 4)
+    whole = read_trace(file, micro_batches=True)
+    np.testing.assert_array_equal(whole.micro_batch_counts_SME, [single, 3 * single])
+    np.testing.assert_array_equal(whole.counts_SME, read_trace(file).counts_SME)
+    batches, _metadata = without_checksums(file)
+    place = batches[0].schema.get_field_index(MICRO_BATCH)
+    halved = pa.array([single[0].tolist(), None], batches[0].schema.field(place).type)
+    rewrite(file, [batch.set_column(place, MICRO_BATCH, halved) for batch in batches])
+    assert read_trace(file).steps.tolist() == [1, 2, 3]
+    with pytest.raises(JobError, match="holds no whole step"):
+        read_trace(file, micro_batches=True)
+
+
+def test_million_layer_steps_in_seconds(tmp_path):
+    info, num_steps = run_info(50, 16, figures=FIGURES[:4]), 20_000
+    writer, load = TraceWriter(tmp_path, info), next(step_loads(info, 1))
+    load = dataclasses.replace(load, figures=dict(list(load.figures.items())[1:]), step_figures={})
+    writer.write(1, load)
+    file = tmp_path / FILE_NAME
+    size = file.stat().st_size
+    writer.write(2, load)
+    with file.open("r+b") as stream:
+        stream.seek(size)
+        message = stream.read()
+        stream.write(message * (num_steps - 2))
+    start = time.process_time()
+    trace = read_trace(file)
+    seconds = time.process_time() - start
+    assert trace.counts_SME.shape == (num_steps, 50, 16)
+    assert seconds < 20, f"{seconds:.1f} s for a million layer-steps"
+
+
+def foreign_stream(path):
+    table = pa.table({"step": [1]})
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+
+
+def newer(path):
+    info = dataclasses.replace(run_info(), format_version=FORMAT_VERSION + 1)
+    TraceWriter(path, info).write(1, next(step_loads(info, 1)))
+
+
+UNREADABLE = {
+    "empty": (lambda path: path.touch(), "is empty"),
+    "text": (lambda path: path.write_text("step,loss\n1,2\n" * 50), "is not a trace"),
+    "zeros": (lambda path: path.write_bytes(bytes(4096)), "is not a trace"),
+    "foreign": (foreign_stream, "not a trace of titan_moe_lb"),
+    "newer": (newer, "update titan_moe_lb"),
+    "missing": (lambda path: None, "there is no such folder or file"),
+    "folder": (lambda path: path.mkdir(), "has no moe_load.arrow"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize("command", ["report", "watch"])
+def test_what_is_no_trace_is_one_line_and_status_2(case, command, tmp_path, capsys):
+    make, expected = UNREADABLE[case]
+    path = tmp_path / "thing.arrow"
+    if case == "folder":
+        path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, str(path)] + ["--once"] * (command == "watch"))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("titan_moe_lb: error: ") and said.count("\n") == 1
+    assert expected in said and "thing" in said
+
+
+def test_two_models_are_refused_by_both_names(tmp_path):
+    one = read_trace(write_run(tmp_path / "one", run_info(4, 8), 2))
+    other = read_trace(write_run(tmp_path / "other", run_info(4, 16, model="qwen3"), 2))
+    with pytest.raises(JobError) as error:
+        one.info.require_same_model(other.info, str(one.path), str(other.path))
+    assert "deepseek_v3 debugmodel (4 MoE layers, 8 experts, top 2)" in str(error.value)
+    assert "qwen3 debugmodel (4 MoE layers, 16 experts, top 2)" in str(error.value)
+    one.info.require_same_model(one.info, "here", "there")
+
+
+def loads_by_step(info, num_steps):
+    return dict(enumerate(step_loads(info, num_steps), start=1))
+
+
+def test_resumed_run_continues_the_file(tmp_path):
+    info = run_info()
+    write_run(tmp_path, info, 7)
+    resumed = run_info(losses={"z_loss": 1.0}, pp=1, started="later")
+    writer = TraceWriter(tmp_path, resumed)
+    assert read_trace(tmp_path).steps.tolist() == [1, 2, 3, 4, 5, 6, 7], "nothing happens yet"
+    again = loads_by_step(resumed, 9)
+    for step in (5, 6, 7, 8):
+        writer.write(step, again[step])
+        assert read_trace(tmp_path).steps[-1] == step
+    writer.close()
+    trace = read_trace(tmp_path)
+    assert trace.steps.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert trace.info.resumed_at == (5,) and trace.info.losses == {"z_loss": 1.0}
+    assert {f.name for f in trace.info.figures if f.is_aux_loss} == {LOSS, "z_loss"}
+    first = loads_by_step(info, 7)
+    for step in range(1, 5):
+        np.testing.assert_array_equal(trace.counts_SME[step - 1], first[step].counts_ME)
+    for step in range(5, 9):
+        np.testing.assert_array_equal(trace.counts_SME[step - 1], again[step].counts_ME)
+    assert np.isnan(trace.figures["z_loss"][:4]).all() and np.isnan(trace.figures[LOSS][4:]).all()
+    assert not np.isnan(trace.figures[LOSS][:4]).any()
+    assert not np.isnan(trace.figures["z_loss"][4:]).any()
+
+
+ELSEWHERE = """
+import sys
+from tests.support.synthetic_trace import run_info, step_loads
+from titan_moe_lb import cli
+from titan_moe_lb.traces.trace import TraceWriter
+for step in (1, 2):
+    writer = TraceWriter(sys.argv[1], run_info())
+    writer.write(step, next(step_loads(run_info(), 1)))
+    writer.close()
+cli.main(["report", sys.argv[1]])
+cli.main(["report", sys.argv[1], "--compare", sys.argv[1]])
+cli.main(["watch", "--once", sys.argv[1]])
+cli.main(["diagnose", sys.argv[1]])
+"""
+
+
+def test_a_folder_whose_name_the_locale_lacks(tmp_path):
+    folder = tmp_path / "lauf-\u00e9-\u6f22"
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, folder],
+        env={**os.environ, **bare},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert read_trace(folder).steps.tolist() == [1, 2]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "compare.html",
+        FILE_NAME,
+        "report.html",
+    ]
+
+
+def test_resume_after_a_crash_drops_the_torn_step(tmp_path):
+    info = run_info()
+    file = write_run(tmp_path, info, 5) / FILE_NAME
+    file.write_bytes(file.read_bytes()[:-7])
+    (tmp_path / f"{FILE_NAME}.new").write_bytes(b"left by a killed resume")
+    TraceWriter(tmp_path, info).write(8, next(step_loads(info, 1)))
+    trace = read_trace(tmp_path)
+    assert trace.steps.tolist() == [1, 2, 3, 4, 8] and trace.damage == ()
+    assert not (tmp_path / f"{FILE_NAME}.new").exists()
+
+
+@pytest.mark.parametrize(
+    "earlier, first_step, reason",
+    [
+        (run_info(), 1, "it holds nothing before step 1"),
+        (run_info(4, 16), 3, "take two runs of one model"),
+        (None, 3, "is not a trace"),
+    ],
+)
+def test_what_is_not_continued_is_kept_aside(earlier, first_step, reason, tmp_path, caplog):
+    file = tmp_path / FILE_NAME
+    if earlier:
+        write_run(tmp_path, earlier, 4)
+    else:
+        file.write_text("something of yours")
+    before = file.read_bytes()
+    info = run_info()
+    with caplog.at_level(logging.WARNING):
+        TraceWriter(tmp_path, info).write(first_step, next(step_loads(info, 1)))
+    assert read_trace(tmp_path).steps.tolist() == [first_step]
+    assert (tmp_path / f"{FILE_NAME}.old-1").read_bytes() == before
+    (record,) = caplog.records
+    assert reason in record.getMessage() and f"{FILE_NAME}.old-1" in record.getMessage()
+
+
+def test_reader_goes_on_where_it_ended(tmp_path):
+    info = run_info()
+    writer = TraceWriter(tmp_path, info)
+    loads = loads_by_step(info, 4)
+    writer.write(1, loads[1])
+    reader = TraceReader(tmp_path)
+    assert reader.read().steps.tolist() == [1]
+    assert reader.read().steps.tolist() == []
+    writer.write(2, loads[2])
+    writer.write(3, loads[3])
+    assert reader.read().steps.tolist() == [2, 3]
+
+
+WRITE_FOREVER = """
+import itertools, sys
+from tests.support.synthetic_trace import run_info, step_loads
+from titan_moe_lb.traces.trace import TraceWriter
+info = run_info(8, 64)
+loads = itertools.cycle(list(step_loads(info, 20)))
+writer = TraceWriter(sys.argv[1], info)
+for step, load in enumerate(loads, start=1):
+    writer.write(step, load)
+    print(step, flush=True)
+"""
+
+
+def test_killed_run_is_reported_up_to_its_last_step(tmp_path, capsys):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    said = [process.stdout.readline() for _ in range(200)]
+    process.send_signal(signal.SIGKILL)
+    last_said = int([*said, *process.stdout.read().splitlines()][-1])
+    process.wait()
+    cli.main(["report", str(tmp_path)])
+    trace = read_trace(tmp_path)
+    # A step is announced after it was handed over, so none of those is lost.
+    assert len(trace.steps) in (last_said, last_said + 1)
+    assert trace.steps.tolist() == list(range(1, len(trace.steps) + 1))
+    assert f"{len(trace.steps)} steps" in capsys.readouterr().out
+
+
+FULL_DISK = """
+import logging, resource, sys
+from pathlib import Path
+from tests.support.synthetic_trace import run_info, step_loads
+from titan_moe_lb.traces.trace import TraceWriter
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+info = run_info(8, 64)
+writer = TraceWriter(Path(sys.argv[1]), info)
+for step, load in enumerate(step_loads(info, 20), start=int(sys.argv[3])):
+    writer.write(step, load)
+writer.close()
+print("trained to the end")
+"""
+
+
+def train_on_full_disk(folder, limit, first_step=1):
+    return subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder), str(limit), str(first_step)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+
+
+def test_full_disk_ends_the_recording_not_the_training(tmp_path):
+    limit = 20_000
+    warning, end = train_on_full_disk(tmp_path, limit)
+    assert end == "trained to the end"
+    assert warning.startswith("WARNING") and "training goes on" in warning
+    trace = read_trace(tmp_path)
+    assert 1 < len(trace.steps) < 20 and (tmp_path / FILE_NAME).stat().st_size == limit
+    assert trace.steps.tolist() == list(range(1, len(trace.steps) + 1))
+    assert f"its steps from {len(trace.steps) + 1} on are not recorded" in warning
+    assert trace.damage
+
+
+def test_full_disk_while_resuming_leaves_the_earlier_steps(tmp_path):
+    write_run(tmp_path, run_info(8, 64), 12)
+    before = (tmp_path / FILE_NAME).read_bytes()
+    warning, _end = train_on_full_disk(tmp_path, len(before) // 2, first_step=11)
+    assert "its steps from 11 on are not recorded" in warning
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_folder_that_cannot_be_made_is_one_warning(tmp_path, caplog):
+    (tmp_path / "outputs").write_text("a file where the folder should be")
+    info = run_info()
+    writer = TraceWriter(tmp_path / "outputs" / "run", info)
+    with caplog.at_level(logging.WARNING):
+        for step, load in enumerate(step_loads(info, 3), start=1):
+            writer.write(step, load)
+        writer.close()
+    (record,) = caplog.records
+    assert "training goes on, its steps from 1 on are not recorded" in record.getMessage()
+
+
+def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
+    info = run_info(2, 4)
+    file = write_run(tmp_path, info, 3) / FILE_NAME
+    content, load = file.read_bytes(), next(step_loads(info, 1))
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        array = np.frombuffer(content, dtype=np.uint8).copy()
+        array[random.integers(0, len(array), size=2)] = random.integers(0, 256, size=2)
+        file.write_bytes(array.tobytes())
+        writer = TraceWriter(tmp_path, info)
+        writer.write(4, load)
+        writer.close()
+        with pa.OSFile(str(file)) as stream:
+            assert pa.ipc.open_stream(stream).read_all()["step"].to_pylist()[-2:] == [4, 4]
+
+
+def test_a_trace_of_0_1_0_names_its_bias_rule():
+    """It had one rule and wrote its speed."""
+    table = dataclasses.asdict(run_info())
+    del table["expert_bias"], table["figures"]
+    table |= {"load_balance_coeff": 1e-3, "format_version": 1}
+    schema = pa.schema([]).with_metadata({b"titan_moe_lb": json.dumps(table).encode()})
+    assert RunInfo.of_schema(schema, Path("x")).expert_bias == "sign (speed 0.001)"
+
+
+def test_run_info_survives_its_own_json(tmp_path):
+    info = run_info(resumed_at=(5, 9), forced_routing='HotRank(rank=3, "half")', schedule=None)
+    schema = pa.schema([("step", pa.int64())], metadata=info.metadata())
+    assert RunInfo.of_schema(schema, tmp_path) == info
+
+
+def test_reading_and_reporting_need_no_torch(tmp_path):
+    write_run(tmp_path, run_info(), 3)
+    script = (
+        "import sys\n"
+        "from titan_moe_lb import cli\n"
+        "assert not {'torch', 'pyarrow', 'plotly'} & set(sys.modules)\n"
+        "cli.main(['report', sys.argv[1]]); cli.main(['watch', sys.argv[1], '--once'])\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)

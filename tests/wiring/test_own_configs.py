@@ -1,0 +1,184 @@
+"""Config functions of one's own: telemetry, adapters, and what their checkpoints hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.tensor import DTensor
+
+from tests.support.train_jobs import train_config
+from titan_moe_lb.balancing.losses import router_losses
+from titan_moe_lb.job import job_config
+from titan_moe_lb.traces.trace import read_trace
+
+JOB = [
+    "--module=tests.support.own_configs",
+    "--training.local_batch_size=4",
+    "--training.seq_len=128",
+]
+
+
+def run(
+    name: str, folder: str, *flags: str, first_step: int = 1
+) -> tuple[list[dict], dict[str, torch.Tensor], dict]:
+    """Train as a rank does: what is logged, the weights and biases at the end, and those that
+    learn with their values at the start."""
+    arguments = ["--debug.no-enable-structured-logging", *JOB, f"--config={name}", *flags]
+    config = job_config.load([*arguments, f"--dump_folder={folder}"]).config
+    start, parts = {}, []
+
+    def prepare(trainer) -> None:
+        parts.extend(trainer.model_parts)
+        start.update((n, p.detach().clone()) for n, p in parts[0].named_parameters())
+
+    logged = train_config(config, first_step=first_step, prepare=prepare)
+    end = {name: value.detach().clone() for name, value in parts[0].state_dict().items()}
+    return logged, end, start
+
+
+@pytest.mark.parametrize("name", ["torchtitans_metrics", "adapters_before", "adapters_after"])
+def test_torchtitans_metrics_bring_the_load_of_the_experts(ranks, tmp_path, name):
+    ((logged, _end, _start),) = ranks.run(1, run, name, str(tmp_path), "--training.steps=2")
+    assert [step["moe/seq_load_balancing_loss"] >= 1 for step in logged] == [True, True]
+    assert read_trace(tmp_path).steps.tolist() == [1, 2]
+
+
+def test_flags_of_the_metrics_of_experts_are_there():
+    config = job_config.load(
+        [*JOB, "--config=torchtitans_metrics", "--metrics.moe_extreme_experts=2"]
+    )
+    assert config.config.metrics.moe_extreme_experts == 2
+
+
+@pytest.mark.parametrize("start", ["titan-moe-lb train", "torchtitan.train"])
+@pytest.mark.parametrize("name", ["torchtitans_metrics", "metrics_of_ones_own"])
+def test_what_the_console_shows(tmp_path, start, name):
+    """8 rows a step: 4 on a rank, twice."""
+    flags = [*JOB, f"--config={name}", "--training.global_batch_size=8", "--training.steps=2"]
+    command = ["-m", "titan_moe_lb.cli", "train"]
+    if start == "torchtitan.train":
+        command = ["-c", TORCHTITANS]
+    run = subprocess.run(
+        [sys.executable, *command, *flags, "--metrics.log_freq=1", f"--dump_folder={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ
+        | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+        | {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+        if start == "torchtitan.train"
+        else os.environ,
+    )
+    said = run.stdout + run.stderr
+    assert run.returncode == 0, said
+    lines = [line for line in said.splitlines() if "moe: " in line]
+    traced = (tmp_path / "moe_load.arrow").exists()
+    if name == "torchtitans_metrics":
+        assert len(lines) == 2 and traced
+    else:
+        assert not lines and not traced
+        assert len([line for line in said.splitlines() if "OwnMetrics" in line]) == 1
+    if start == "titan-moe-lb train":
+        assert "8 x 128 tokens a step" in said
+
+
+TORCHTITANS = """
+import sys
+from titan_moe_lb.upstream import cpu
+cpu.prepare()
+from torchtitan.trainer import Trainer
+import tests.support.own_configs
+from torchtitan.config import ConfigManager
+values = dict(a.removeprefix("--").partition("=")[::2] for a in sys.argv[1:])
+config = getattr(tests.support.own_configs, values["config"])()
+config.training.local_batch_size, config.training.seq_len = 4, 128
+config.training.global_batch_size, config.training.steps = 8, 2
+config.metrics.log_freq, config.dump_folder = 1, values["dump_folder"]
+config.debug.enable_structured_logging = False
+from torchtitan.tools.logging import init_logger
+init_logger()
+cpu.adapt(config)
+trainer = config.build()
+trainer.train()
+trainer.close()
+"""
+
+
+@pytest.mark.parametrize("name", ["adapters_before", "adapters_after"])
+def test_adapters_learn_alone_and_the_bias_moves(ranks, tmp_path, name):
+    """On two ranks; the checkpoint goes on where it ended."""
+    flags = ["--parallelism.data_parallel_shard_degree=2", "--checkpoint.enable"]
+    flags += ["--checkpoint.no-last-save-model-only"]
+    folder = str(tmp_path)
+    for _logged, end, start in ranks.run(2, changed, name, folder, "--training.steps=2", *flags):
+        learned = {n for n, moved in start.items() if moved}
+        assert learned and all(".lora_a." in n or ".lora_b." in n for n in learned)
+        assert all(value > 0 for value in end.values())
+    flags.append("--training.steps=3")
+    ((logged, _end, _start), _other) = ranks.run(2, changed, name, folder, *flags, first_step=3)
+    assert [step["moe/seq_load_balancing_loss"] >= 1 for step in logged] == [True]
+
+
+def changed(name: str, folder: str, *flags: str, first_step: int = 1) -> tuple:
+    """Of a run: what is logged, the range of each layer's bias, and which weights changed."""
+    logged, end, start = run(name, folder, *flags, first_step=first_step)
+    biases = {n: (b.max() - b.min()).item() for n, b in end.items() if n.endswith("expert_bias_E")}
+    moved = {n: not torch.equal(_local(end[n]), _local(value)) for n, value in start.items()}
+    return logged, biases, moved
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def test_losses_without_effect_are_named(ranks, tmp_path):
+    (warnings,) = ranks.run(1, warnings_of, "adapters_late", str(tmp_path))
+    assert [line for line in warnings if "aux_losses" in line and "layer 1:" in line]
+    (warnings,) = ranks.run(1, warnings_of, "adapters_before", str(tmp_path))
+    assert not any("aux_losses" in line for line in warnings)
+
+
+def warnings_of(name: str, folder: str) -> list[str]:
+    lines: list[str] = []
+    original = router_losses.logger.warning
+    router_losses.logger.warning = lines.append
+    try:
+        run(name, folder, "--training.steps=1")
+    finally:
+        router_losses.logger.warning = original
+    return lines
+
+
+@pytest.mark.parametrize("in_hf", [False, True], ids=["distributed", "Hugging Face"])
+def test_export_in_bfloat16_keeps_the_bits_of_the_balance(ranks, tmp_path, in_hf):
+    flags = ["--parallelism.data_parallel_shard_degree=2", "--training.steps=3"]
+    flags += ["--checkpoint.enable", "--checkpoint.export_dtype=bfloat16"]
+    flags += ["--checkpoint.last-save-model-only"]
+    flags += ["--checkpoint.last_save_in_hf"] if in_hf else []
+    biases = ranks.run(2, exported, "torchtitans_metrics", str(tmp_path), *flags)[0]
+    folder = tmp_path / "checkpoint" / "step-3"
+    if in_hf:
+        saved = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+        names = [n for n in saved if n.endswith("e_score_correction_bias")]
+    else:
+        dcp_to_torch_save(folder, tmp_path / "whole.pt")
+        saved = torch.load(tmp_path / "whole.pt")
+        names = [n for n in saved if n.endswith("expert_bias_E")]
+    found = [saved[name] for name in sorted(names)]
+    assert len(found) == len(biases) > 0
+    for bias, right in zip(found, biases, strict=True):
+        assert bias.dtype == torch.float32 and torch.equal(bias, right)
+        assert not torch.equal(bias, bias.bfloat16().float()), "bits that bfloat16 has not"
+    weights = [v for n, v in saved.items() if n.endswith("weight")]
+    assert weights and all(weight.dtype == torch.bfloat16 for weight in weights)
+
+
+def exported(name: str, folder: str, *flags: str) -> list[torch.Tensor]:
+    _logged, end, _start = run(name, folder, *flags)
+    return [_local(end[n]) for n in sorted(end) if n.endswith("expert_bias_E")]

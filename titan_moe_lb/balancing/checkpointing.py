@@ -1,0 +1,126 @@
+"""What a balanced model adds to torchtitan's own ways to parallelize a model.
+
+Activation checkpointing keeps what the routers decide, the routers learn the pipeline schedule
+that they run under, and frozen weights stay frozen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torchtitan.config.override import derive
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    FullAC,
+    SelectiveAC,
+)
+
+from titan_moe_lb.balancing.recording.recomputation import Decisions
+from titan_moe_lb.balancing.router import routers_of
+from titan_moe_lb.parallel.schedules import actions_of, stages_of
+from titan_moe_lb.upstream.stage_ends import make_contiguous
+
+KEEP = torch.ops.titan_moe_lb.keep.default
+
+
+class FullACKeepingDecisions(FullAC):
+    """``FullAC`` that recomputes all of a block but what its router has decided.
+
+    Kept besides: the expert ids, 8 K bytes a token, and a table of losses, 4 E bytes a
+    sequence. An eager forward costs no operator more; a recomputed one skips the choice.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FullAC.Config):
+        compiled: bool = False
+        """The block is compiled, and then the policy has to name an operator."""
+
+    def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
+        _decide_by_operator([module], self.config.compiled)
+        return checkpoint_wrapper(
+            module,
+            context_fn=_contexts_of_operators if self.config.compiled else Decisions.contexts,
+            preserve_rng_state=self.config.preserve_rng_state,
+            determinism_check=self.config.determinism_check,
+            early_stop=False,
+            debug=self.config.debug,
+        )
+
+
+class SelectiveACKeepingDecisions(SelectiveAC):
+    """``SelectiveAC`` that saves what the router has decided, in place of every top-k."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SelectiveAC.Config):
+        pass
+
+    def get_save_ops(self) -> set:
+        return super().get_save_ops() - {torch.ops.aten.topk.default} | {KEEP}
+
+    def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
+        _decide_by_operator([module], True)
+        return super()._wrap_block(module, base_fqn=base_fqn)
+
+
+def _decide_by_operator(parts: list[nn.Module], by_operator: bool) -> None:
+    for router in routers_of(parts):
+        router.decides_by_operator = by_operator
+
+
+def _contexts_of_operators() -> tuple:
+    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+        kept = operator is KEEP
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def keeping_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A ``ModelSpec.parallelize_fn`` whose checkpointing keeps what the routers decide."""
+
+    @functools.wraps(parallelize)
+    def parallelize_keeping_decisions(
+        model: nn.Module,
+        *,
+        compile_config: Any,
+        ac_config: ActivationCheckpointing.Config | None,
+        **others: Any,
+    ) -> nn.Module:
+        compiled = compile_config.enable and "model" in compile_config.components
+        if type(ac_config) is FullAC.Config:
+            ac_config = derive(ac_config, FullACKeepingDecisions.Config, compiled=compiled)
+        elif type(ac_config) is SelectiveAC.Config:
+            ac_config = derive(ac_config, SelectiveACKeepingDecisions.Config)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        model = parallelize(model, compile_config=compile_config, ac_config=ac_config, **others)
+        # torchtitan 0.3.0 makes new parameters under spmd_types, and all of them learn.
+        for name, parameter in model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+        return model
+
+    return parallelize_keeping_decisions
+
+
+def telling_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A ``ModelSpec.pipelining_fn`` that tells the routers their stage and its schedule."""
+
+    @functools.wraps(pipeline)
+    def pipeline_telling_schedule(model: nn.Module, **arguments: Any) -> tuple:
+        schedule, parts, has_first, has_last = pipeline(model, **arguments)
+        rank = arguments["parallel_dims"].get_mesh("pp").get_local_rank()
+        actions = actions_of(schedule)[rank]
+        for stage, part in zip(stages_of(actions), parts, strict=True):
+            for router in routers_of([part]):
+                router.stage, router.actions = stage, actions
+            make_contiguous(part)
+        return schedule, parts, has_first, has_last
+
+    return pipeline_telling_schedule

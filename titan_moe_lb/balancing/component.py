@@ -1,0 +1,77 @@
+"""What losses, bias rules and forced strategies share: kinds that a job chooses by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torchtitan.protocols.module import Module
+
+from titan_moe_lb.balancing.own_dtypes import OwnDtypes
+from titan_moe_lb.errors import JobError
+
+
+class Component(OwnDtypes, Module):
+    """The base of a family has ``kinds``; a subclass of it that defines ``type_name`` enters
+    itself there, so that one of a user's own needs no registration."""
+
+    type_name: ClassVar[str]
+    """Name in a job config: ``type = "..."``."""
+
+    kinds: ClassVar[dict[str, type[Any]]]
+    """The family's components that can be configured, by ``type_name``."""
+
+    filled_by_job: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the Config that the job fills and a job file cannot set."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "type_name" in cls.__dict__:
+            enter(cls.kinds, "type_name", cls)
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        def describe(self) -> str:
+            """The component and what it was given in one phrase, for messages and the trace."""
+            # torchtitan's own fields are of its tensors, not of the method.
+            own = {field.name for field in dataclasses.fields(Module.Config)}
+            given = {
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if field.name not in own | self._owner.filled_by_job
+            }
+            settings = [
+                f"{name} {value}"
+                for name, value in given.items()
+                if value is not None and value is not False and value != []
+            ]
+            return f"{self._owner.type_name} ({', '.join(settings)})".removesuffix(" ()")
+
+
+def enter(kinds: dict[str, type], key: str, component: type) -> None:
+    """Add a class to its family, under its attribute ``key``. A module that is imported again
+    defines its classes anew.
+
+    Raises:
+        JobError: another class of the family has the name.
+    """
+    name, path = getattr(component, key), _path(component)
+    other = _path(kinds.get(name, component))
+    if other != path:
+        raise JobError(f"{path} and {other} both have {key} = {name!r}: rename one of them")
+    kinds[name] = component
+
+
+def _path(component: type) -> str:
+    return f"{component.__module__}.{component.__qualname__}"
+
+
+def require_formula(
+    what: str, component: type[Component], base: type[Component], method: str
+) -> None:
+    """Raises ``JobError``: a class has not overridden the method that says what it does."""
+    if getattr(component, method) is getattr(base, method):
+        raise JobError(
+            f"the {what} {component.__name__} has no formula: define {method}() in its class"
+        )

@@ -1,0 +1,22 @@
+"""What moves the bias that is added to the scores for the choice alone: one file a rule."""
+
+from titan_moe_lb.balancing.expert_bias.base import BiasStep, ExpertBias
+from titan_moe_lb.balancing.expert_bias.frozen import FrozenBias
+from titan_moe_lb.balancing.expert_bias.momentum import MomentumBias
+from titan_moe_lb.balancing.expert_bias.proportional import ProportionalBias
+from titan_moe_lb.balancing.expert_bias.quantile import QuantileBias
+from titan_moe_lb.balancing.expert_bias.quantile_trend import QuantileTrendBias
+from titan_moe_lb.balancing.expert_bias.sign import SignBias
+from titan_moe_lb.balancing.expert_bias.speed import SpeedBias
+
+__all__ = [
+    "BiasStep",
+    "ExpertBias",
+    "FrozenBias",
+    "MomentumBias",
+    "ProportionalBias",
+    "QuantileBias",
+    "QuantileTrendBias",
+    "SignBias",
+    "SpeedBias",
+]

@@ -1,0 +1,24 @@
+"""The bias as it is: kept, used, not moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from titan_moe_lb.balancing.expert_bias.base import ExpertBias
+
+
+class FrozenBias(ExpertBias):
+    """The bias that the checkpoint holds goes on acting on the choice.
+
+    DeepSeek-V3 trained its last 500 billion tokens so (arXiv 2412.19437, section 4.2).
+    """
+
+    type_name: ClassVar[str] = "frozen"
+    moves: ClassVar[bool] = False
+    filled_by_job: ClassVar[frozenset[str]] = ExpertBias.filled_by_job | {"changes"}
+    """There is no value that could change."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ExpertBias.Config):
+        pass

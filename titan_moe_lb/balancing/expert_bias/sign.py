@@ -1,0 +1,33 @@
+"""The sign rule: experts with too few tokens are favoured in the next step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.expert_bias.base import BiasStep
+from titan_moe_lb.balancing.expert_bias.speed import SpeedBias
+
+
+class SignBias(SpeedBias):
+    """``b_i += speed * sign(mean_j n_j - n_i)``, less the mean over the experts.
+
+    torchtitan 0.3.0's rule: the bias keeps its mean. Source of the sign update: arXiv
+    2408.15664, Algorithm 1. Fixed point: every expert has the mean load; near it the bias
+    goes on swinging by ``speed``.
+    """
+
+    type_name: ClassVar[str] = "sign"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SpeedBias.Config):
+        speed: float = 1e-3
+        """u in arXiv 2408.15664, gamma in DeepSeek-V3. ``changes`` change it."""
+
+    def delta(self, step: BiasStep) -> torch.Tensor:
+        num_experts = step.counts_NE.shape[-1]
+        # In integers: float32 would round counts beyond 2**24, and with them the sign.
+        delta_NE = self.speed * torch.sign(step.choices_N1 - num_experts * step.counts_NE)
+        return delta_NE - delta_NE.mean(dim=-1, keepdim=True)

@@ -1,0 +1,38 @@
+"""What the rules share that are tuned by a speed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from titan_moe_lb.balancing.expert_bias.base import ExpertBias
+from titan_moe_lb.balancing.value_schedule import check_changes, value_at
+from titan_moe_lb.errors import JobError
+
+
+class SpeedBias(ExpertBias):
+    """A rule whose step is proportional to a speed, which can change on a schedule.
+
+    Attributes:
+        speed: of the step that is about to end.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ExpertBias.Config):
+        speed: float
+        """Factor of every step of the bias. ``changes`` change it."""
+
+        def __post_init__(self) -> None:
+            if not (math.isfinite(self.speed) and self.speed > 0):
+                raise JobError(
+                    f"expert_bias speed is {self.speed}; it must be a finite number above 0 "
+                    '(to keep the bias as it is take type = "frozen", for none expert_bias = "none")'
+                )
+            check_changes("expert_bias", self.changes)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.speed = config.speed
+
+    def set_progress(self, step: int, tokens: int) -> None:
+        self.speed = value_at(self.config.speed, self.config.changes, step, tokens)

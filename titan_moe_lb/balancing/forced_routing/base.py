@@ -1,0 +1,105 @@
+"""What every forced strategy shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torchtitan.tools.logging import logger
+
+from titan_moe_lb.balancing.component import Component
+from titan_moe_lb.errors import JobError
+
+if TYPE_CHECKING:
+    from torchtitan.distributed import ParallelDims
+
+
+class ForcedRouting(Component):
+    """Takes the choice of experts from the router, for a benchmark.
+
+    The scores stay the router's: gradients flow through them as ever, and the scores
+    of the forced experts are gathered and normalised as those of chosen ones would be.
+    A strategy of one's own is a subclass with a ``type_name``.
+    """
+
+    kinds: ClassVar[dict[str, type[ForcedRouting]]] = {}
+    """Every strategy that can be configured, by ``type_name``."""
+
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k", "open_groups"})
+    """Fields of the Config that the router and ``update_from_config`` fill."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Component.Config):
+        num_experts: int | None = None
+        """E of the router. Filled by ``update_from_config``."""
+
+        top_k: int | None = None
+        """K of the router. Filled by ``update_from_config``."""
+
+        open_groups: int | None = None
+        """Expert groups that a token may reach; None: all. Filled by the router."""
+
+        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
+            """Take what the strategy needs of a ``Trainer.Config`` and of the router."""
+            self.num_experts = num_experts
+            self.top_k = top_k
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        if config.num_experts is None or config.top_k is None:
+            raise JobError(
+                "forced routing follows how a job cuts its batch: it needs torchtitan's Trainer"
+            )
+        self.config = config
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+
+    def wire(self, parallel_dims: ParallelDims, layer: int) -> None:
+        """Take this rank's place in the job. Once, when the model is built.
+
+        Args:
+            parallel_dims: torchtitan's ``ParallelDims``.
+            layer: number of the router's layer in the whole model.
+        """
+
+    def forward(
+        self,
+        scores_BLE: torch.Tensor,
+        forward_number: torch.Tensor,
+        limit_groups: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Choose the experts of every token.
+
+        Args:
+            scores_BLE: local scores ``(B, L, E)``, for their shape and device.
+            forward_number: forwards of this router so far, int64 ``()``, those before the
+                checkpoint of a resumed job included.
+            limit_groups: masks scores ``(B, L, E)`` as group-limited routing does.
+
+        Returns:
+            ``(B, L, K)`` int64, distinct in a token.
+        """
+        raise NotImplementedError
+
+
+def announce(strategies: Sequence[ForcedRouting | None]) -> None:
+    """Warn that a run is a benchmark.
+
+    Args:
+        strategies: of each MoE layer of the rank; None where the router decides.
+    """
+    forced = [strategy.config.describe() for strategy in strategies if strategy is not None]
+    for strategy in set(forced):
+        logger.warning(
+            f"FORCED ROUTING: {strategy} decides where tokens go in {forced.count(strategy)} MoE "
+            "layers. This run is a benchmark: its model is not worth keeping"
+        )
+
+
+def require_at_least_one(strategy: str, **values: int) -> None:
+    """Raises ``JobError``: a key is below 1."""
+    for key, value in values.items():
+        if value < 1:
+            raise JobError(f"{strategy} {key} is {value}; it must be at least 1")

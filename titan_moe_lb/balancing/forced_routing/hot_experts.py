@@ -1,0 +1,38 @@
+"""A given share of all tokens on some experts, wherever they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from titan_moe_lb.balancing.forced_routing.base import require_at_least_one
+from titan_moe_lb.balancing.forced_routing.functional import placed_experts
+from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
+
+
+class HotExperts(HotShare):
+    """``fraction`` of all routed tokens goes to ``num_hot`` experts.
+
+    Of every dispatch and of the global batch, to within one token; hot experts share evenly,
+    and so do cold ones. Contiguous, the hot experts are the first ones and heat up the first
+    EP ranks; spread, they are experts floor(i E / num_hot), as many on every rank to within
+    one: the same heat of an expert without a hot rank. W1 and W3 of Megatron-LM PR 7488.
+    """
+
+    type_name: ClassVar[str] = "hot_experts"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(HotShare.Config):
+        num_hot: int
+        """Hot experts."""
+
+        placement: Literal["contiguous", "spread"] = "contiguous"
+        """The first experts, or at equal distances over all."""
+
+        def __post_init__(self) -> None:
+            HotShare.Config.__post_init__(self)
+            require_at_least_one(self._owner.type_name, num_hot=self.num_hot)
+
+        def hot_experts(self) -> list[int]:
+            assert self.num_experts is not None
+            return placed_experts(self.num_hot, self.num_experts, self.placement)

@@ -1,0 +1,48 @@
+"""A given share of all tokens on the experts of some EP ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
+from titan_moe_lb.errors import JobError
+
+
+class HotRank(HotShare):
+    """``fraction`` of all routed tokens goes to the experts of the hot EP ranks.
+
+    The worst case for the memory of a GPU, dosed. The share holds over the tokens that
+    an EP group dispatches together, to within one token; hot experts share evenly, and
+    so do cold ones. W2 of Megatron-LM PR 7488, where it is the first quarter of the experts,
+    whoever has them (here ``hot_experts``).
+    """
+
+    type_name: ClassVar[str] = "hot_rank"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(HotShare.Config):
+        rank: int | None = None
+        """The hot rank of each EP group; or ``ranks``."""
+
+        ranks: list[int] | None = None
+        """Several hot ranks of each EP group."""
+
+        def __post_init__(self) -> None:
+            HotShare.Config.__post_init__(self)
+            if (self.rank is None) == (self.ranks is None):
+                raise JobError("hot_rank needs either rank or ranks: the EP ranks to overload")
+            if self.ranks is not None and len(set(self.ranks)) != max(len(self.ranks), 1):
+                raise JobError(
+                    f"hot_rank ranks are {self.ranks}; name at least one rank, each once"
+                )
+
+        @property
+        def hot_ranks(self) -> list[int]:
+            return sorted(self.ranks or []) if self.rank is None else [self.rank]
+
+        def hot_experts(self) -> list[int]:
+            """Torchtitan gives rank r experts [r E/EP, (r+1) E/EP)."""
+            assert self.num_experts is not None
+            per_rank = self.num_experts // self.expert_parallel
+            return [e for e in range(self.num_experts) if e // per_rank in self.hot_ranks]

@@ -1,0 +1,52 @@
+"""What the strategies share that give the hot experts a fixed share of all tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from titan_moe_lb.balancing.forced_routing.functional import hot_share_ids
+from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+from titan_moe_lb.errors import JobError
+
+
+class HotShare(DealtRouting):
+    """``fraction`` of all routed tokens goes to the hot experts, the rest to the cold ones.
+
+    Of every dispatch and of the global batch, to within one token; hot experts share
+    evenly, and so do cold ones.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(DealtRouting.Config):
+        fraction: float
+        """Share of all routed tokens, in (0, 1]."""
+
+        def __post_init__(self) -> None:
+            if not 0 < self.fraction <= 1:
+                name = self._owner.type_name
+                raise JobError(f"{name} fraction is {self.fraction}; it must be in (0, 1]")
+
+        def hot_experts(self) -> list[int]:
+            """In ascending order."""
+            raise NotImplementedError
+
+        def expert_lists(self) -> dict[str, list[int]]:
+            assert self.num_experts is not None
+            hot = self.hot_experts()
+            cold = sorted(set(range(self.num_experts)) - set(hot))
+            return {"hot_experts": hot, "cold_experts": cold}
+
+    hot_experts: torch.Tensor
+    cold_experts: torch.Tensor
+
+    def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        return hot_share_ids(
+            tokens_T,
+            self.top_k,
+            self.hot_experts,
+            self.cold_experts,
+            num_hot_choices=round(self.config.fraction * total_tokens * self.top_k),
+            total_tokens=total_tokens,
+        )

@@ -1,0 +1,56 @@
+"""Balanced experts, of which every source feeds others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.forced_routing.functional import ragged_rows, round_robin_ids
+from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+from titan_moe_lb.errors import JobError
+
+
+class Ragged(DealtRouting):
+    """What arrives is balanced; where it comes from is not.
+
+    W4 of Megatron-LM PR 7488 isolates skew before the dispatch: "uneven per-rank source token
+    counts, balanced destinations". Ranks of torchtitan always hold equally many tokens, so
+    what can be uneven is how much each source contributes to an expert. Every expert gets the
+    same number of tokens of every dispatch, to within one; but ``fraction`` of the tokens of a
+    dispatch, evenly taken from all its sources, choose by where they come from: the one at
+    share x of the dispatch (its ranks and their sequences in order) takes successive experts
+    from about ``(x + distance) E`` on. Rank r of an EP group so sends that part of its tokens to
+    rank ``r + distance EP``, instead of to all ranks alike: with 0 to itself, with 0.5 half way
+    round. That is to within one round of E / gcd(K, E) tokens, and but for tokens whose K
+    experts lie on two ranks. It makes all-to-all splits as uneven as they can be beside
+    balanced destinations, whatever the EP degree.
+    """
+
+    type_name: ClassVar[str] = "ragged"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(DealtRouting.Config):
+        fraction: float
+        """Share of the tokens that choose by their source, in (0, 1]."""
+
+        distance: float = 0.5
+        """How far away their experts are, as a share of all, in [0, 1); 0 is the own rank."""
+
+        def __post_init__(self) -> None:
+            if not 0 < self.fraction <= 1:
+                raise JobError(f"ragged fraction is {self.fraction}; it must be in (0, 1]")
+            if not 0 <= self.distance < 1:
+                raise JobError(f"ragged distance is {self.distance}; it must be in [0, 1)")
+
+    def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        rows_T = ragged_rows(
+            tokens_T,
+            self.top_k,
+            self.num_experts,
+            fraction=self.config.fraction,
+            distance=self.config.distance,
+            dispatched_tokens=total_tokens // (self._num_groups * self.config.num_micro_batches),
+        )
+        return round_robin_ids(rows_T, self.top_k, self.num_experts)

@@ -1,0 +1,59 @@
+"""What the strategies share that draw their logits at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
+from titan_moe_lb.balancing.forced_routing.functional import hash_seed
+from titan_moe_lb.parallel import layout
+
+
+class DrawnRouting(ForcedRouting):
+    """Takes the top-k of random logits, under the group limit of the model.
+
+    Attributes:
+        own_seed: of the tokens of this rank and this layer, int64 ``()``. Ranks that see the
+            same tokens (TP without EP) have the same.
+        shared_seed: of this layer on all ranks, int64 ``()``.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ForcedRouting.Config):
+        seed: int = 0
+        """Another seed gives other draws."""
+
+    own_seed: torch.Tensor
+    shared_seed: torch.Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._register(device=None)
+
+    def _register(self, device: torch.device | None) -> None:
+        for name in ("own_seed", "shared_seed"):
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            self.register_buffer(name, zero, persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self._register(buffer_device or self.own_seed.device)
+
+    def wire(self, parallel_dims, layer: int) -> None:
+        place, _num_places = layout.token_place(parallel_dims)
+        self.shared_seed.fill_(hash_seed(self.config.seed, layer))
+        self.own_seed.fill_(hash_seed(self.config.seed, layer, place + 1))
+
+    def logits(self, shape: tuple[int, ...], forward_number: torch.Tensor) -> torch.Tensor:
+        """Random logits of the local tokens.
+
+        Args:
+            shape: ``(B, L, E)``.
+            forward_number: as in :meth:`ForcedRouting.forward`.
+        """
+        raise NotImplementedError
+
+    def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
+        logits_BLE = self.logits(tuple(scores_BLE.shape), forward_number)
+        return limit_groups(logits_BLE).topk(self.top_k, dim=-1, sorted=False).indices

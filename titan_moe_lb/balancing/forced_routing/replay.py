@@ -1,0 +1,77 @@
+"""The routing of a recorded run, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
+from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.traces.routing_trace import open_routing_trace
+
+
+class Replay(ForcedRouting):
+    """Sends each token of the global batch where it went in a recorded step.
+
+    The recorded steps are replayed in order, and again from the first when they are
+    through; a resumed job goes on with that of its step. Exact under any layout that
+    holds the same global batch.
+    """
+
+    type_name: ClassVar[str] = "replay"
+    filled_by_job: ClassVar[frozenset[str]] = ForcedRouting.filled_by_job | {"place"}
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ForcedRouting.Config):
+        trace: str
+        """Folder of the run that recorded its routing."""
+
+        steps: list[int] | None = None
+        """Recorded steps to replay, in this order; None: all of them."""
+
+        place: batch_cut.Cut | None = None
+        """How the job cuts its global batch. Filled by ``update_from_config``."""
+
+        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
+            ForcedRouting.Config.update_from_config(
+                self, config=config, num_experts=num_experts, top_k=top_k
+            )
+            self.place = batch_cut.cut(config)
+
+    expert_ids_NBLK: torch.Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        # Filled by wire: the shape depends on how many steps were recorded.
+        self.register_buffer("expert_ids_NBLK", torch.zeros(0), persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        device = buffer_device or self.expert_ids_NBLK.device
+        self.expert_ids_NBLK = torch.zeros(0, device=device)
+
+    def wire(self, parallel_dims, layer: int) -> None:
+        trace = open_routing_trace(self.config.trace)
+        cut = self.config.place
+        assert cut is not None
+        positions = np.concatenate(
+            [
+                np.arange(start, start + length)
+                for start, length in batch_cut.token_slices(
+                    cut.seq_len, parallel_dims, cut.context_parallel_load_balancer
+                )
+            ]
+        )
+        parts = [
+            trace.expert_ids(step, layer, range(first, first + cut.micro_batch_size))[:, positions]
+            for step in (self.config.steps or trace.steps)
+            for first in batch_cut.first_sequences(cut, parallel_dims)
+        ]
+        ids_NBLK = np.stack(parts).astype(np.uint8 if self.num_experts <= 256 else np.int32)
+        self.expert_ids_NBLK = torch.from_numpy(ids_NBLK).to(self.expert_ids_NBLK.device)
+
+    def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
+        index = (forward_number % self.expert_ids_NBLK.shape[0]).unsqueeze(0)
+        return self.expert_ids_NBLK.index_select(0, index)[0].long()

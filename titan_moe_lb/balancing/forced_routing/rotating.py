@@ -1,0 +1,48 @@
+"""Hot experts that change from step to step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.forced_routing.base import require_at_least_one
+from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
+
+
+class Rotating(HotShare):
+    """As ``hot_experts``, contiguous, but every ``period`` steps the next experts are hot.
+
+    In step s, counted from 0, experts ``(s // period) num_hot + [0, num_hot)`` modulo E are.
+    What was planned by the load of past steps is stale whenever they change. A resumed job
+    goes on with the experts of its step. W6 of Megatron-LM PR 7488, whose period is 3.
+    """
+
+    type_name: ClassVar[str] = "rotating"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(HotShare.Config):
+        num_hot: int
+        """Hot experts."""
+
+        period: int = 3
+        """Steps until the next experts are hot."""
+
+        def __post_init__(self) -> None:
+            HotShare.Config.__post_init__(self)
+            require_at_least_one("rotating", num_hot=self.num_hot, period=self.period)
+
+        def hot_experts(self) -> list[int]:
+            """Those of step 0."""
+            return list(range(self.num_hot))
+
+        def different_steps(self) -> list[int]:
+            assert self.num_experts is not None
+            places = self.num_experts // math.gcd(self.num_experts, self.num_hot)
+            return [place * self.period for place in range(places)]
+
+    def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        first = step // self.config.period * self.config.num_hot
+        return (super().deal(tokens_T, total_tokens, step) + first) % self.num_experts

@@ -1,0 +1,34 @@
+"""Exact balance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.forced_routing.functional import round_robin_ids
+from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+
+
+class RoundRobin(DealtRouting):
+    """Every expert gets the same number of tokens of every dispatch, to within one.
+
+    So does every EP rank: experts are dealt out rank by rank, and none is idle while there
+    are as many choices as ranks (peers deal expert by expert, and the first few tokens all
+    go to the first ranks: vllm-project/afd-plugin issue 156, sgl-project/sglang PR 37741).
+    Where the model limits expert groups, a token takes runs of successive experts, and the
+    ranks are equal to within one run. W0 of Megatron-LM PR 7488.
+    """
+
+    type_name: ClassVar[str] = "round_robin"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(DealtRouting.Config):
+        def expert_lists(self) -> dict[str, list[int]]:
+            return {"order": self.even_order()}
+
+    order: torch.Tensor
+
+    def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        return self.order[round_robin_ids(tokens_T, self.top_k, self.num_experts)]

@@ -1,0 +1,96 @@
+"""What the strategies share that deal the experts out by the number of a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
+from titan_moe_lb.balancing.forced_routing.functional import even_order
+from titan_moe_lb.parallel import batch_cut, layout
+
+
+class DealtRouting(ForcedRouting):
+    """The experts of a token are a function of its number in the step, and of the step.
+
+    The tokens of a global batch are numbered so that those which an EP group dispatches
+    together, one micro-batch of its ranks, follow one another. What holds to within one
+    token for every run of successive numbers so holds for each dispatch and for the global
+    batch, and the counts of a step are the same numbers however the job cuts its batch.
+    Nothing is drawn: there is no seed, and every layer deals alike.
+    """
+
+    filled_by_job: ClassVar[frozenset[str]] = ForcedRouting.filled_by_job | {
+        "expert_parallel",
+        "num_micro_batches",
+    }
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ForcedRouting.Config):
+        expert_parallel: int = 1
+        """EP degree. Filled by ``update_from_config``."""
+
+        num_micro_batches: int = 1
+        """Forwards of one router in a step. Filled by ``update_from_config``."""
+
+        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
+            ForcedRouting.Config.update_from_config(
+                self, config=config, num_experts=num_experts, top_k=top_k
+            )
+            self.expert_parallel = config.parallelism.expert_parallel_degree
+            self.num_micro_batches = batch_cut.cut(config).num_micro_batches
+
+        def expert_lists(self) -> dict[str, list[int]]:
+            """Lists of experts that ``deal`` needs on the device, by the name of the buffer."""
+            return {}
+
+        def different_steps(self) -> list[int]:
+            """A step of each kind that ``deal`` tells apart."""
+            return [0]
+
+        def even_order(self) -> list[int]:
+            """All experts, in the order that keeps every EP rank busy."""
+            assert self.num_experts is not None and self.top_k is not None
+            return even_order(self.num_experts, self.top_k, self.expert_parallel, self.open_groups)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._place, self._num_places, self._num_groups = 0, 1, 1
+        self._register(device=None)
+
+    def _register(self, device: torch.device | None) -> None:
+        for name, experts in self.config.expert_lists().items():
+            ids = torch.tensor(experts, dtype=torch.int64, device=device)
+            self.register_buffer(name, ids, persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        device = next((buffer.device for buffer in self.buffers(recurse=False)), None)
+        self._register(buffer_device or device)
+
+    def wire(self, parallel_dims, layer: int) -> None:
+        self._place, self._num_places = layout.token_place(parallel_dims)
+        self._num_groups = self._num_places // parallel_dims.ep
+
+    def deal(self, tokens_T: torch.Tensor, total_tokens: int, step: torch.Tensor) -> torch.Tensor:
+        """The experts of some tokens.
+
+        Args:
+            tokens_T: int64 ``(T,)``, their numbers among those of the step's global batch.
+            total_tokens: how many those are.
+            step: finished steps, int64 ``()``: 0 in the step that is logged as 1.
+
+        Returns:
+            ``(T, K)`` int64, distinct in a token.
+        """
+        raise NotImplementedError
+
+    def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
+        B, L, _E = scores_BLE.shape
+        num_micro_batches = self.config.num_micro_batches
+        shard = forward_number % num_micro_batches * self._num_places + self._place
+        tokens_T = torch.arange(B * L, device=scores_BLE.device) + shard * (B * L)
+        total_tokens = B * L * self._num_places * num_micro_batches
+        ids_TK = self.deal(tokens_T, total_tokens, forward_number // num_micro_batches)
+        return ids_TK.view(B, L, self.top_k)

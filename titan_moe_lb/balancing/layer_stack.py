@@ -1,0 +1,106 @@
+"""Layers of a rank that are alike: their biases and losses, moved at once when a step ends."""
+
+from __future__ import annotations
+
+import torch
+from torchtitan.models.common.moe import MoE
+
+from titan_moe_lb.balancing.expert_bias import BiasStep
+from titan_moe_lb.balancing.recording.step_record import StepRecord, StepSums, histogram_of
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.parallel.local_shard import local_shard
+
+
+class LayerStack:
+    """Layers with as many experts, with the same top_k, and with the same rule of the expert bias.
+
+    The number of operators does not depend on how many layers there are.
+    """
+
+    def __init__(self, layers: list[MoE], members: list[int], record: StepRecord) -> None:
+        """
+        Args:
+            layers: all of the rank, in the order of the record.
+            members: places in ``layers`` of those of the stack.
+        """
+        self._layers = [layers[index] for index in members]
+        self._routers: list[LoadBalancedRouter] = [layer.router for layer in self._layers]  # type: ignore[misc]
+        self._members = members
+        self._record = record
+        self._rows: slice | torch.Tensor = slice(None)
+        if len(members) < len(layers):
+            self._rows = torch.tensor(members, device=record.counts_NMSE.device)
+        self._first = self._routers[0]
+
+    def move_bias(self, step: int, tokens: int) -> None:
+        """The rule's update, from the sums of the finished step.
+
+        Args:
+            step: number of the step that ends.
+            tokens: tokens of the global batches before it.
+        """
+        rule = self._first.expert_bias
+        if rule is None or not rule.moves:
+            return
+        assert self._record.sums is not None
+        rule.set_progress(step, tokens)
+        biases = [local_shard(layer.expert_bias_E) for layer in self._layers]
+        state = {
+            name: [local_shard(getattr(router.expert_bias, name)) for router in self._routers]
+            for name in rule.state_names
+        }
+        step_of_rule = BiasStep(
+            bias_NE=torch.stack(biases),
+            counts_NE=self._counts(self._record.sums, self._first.aux_losses.valid_source),
+            histogram_NEH=self._histogram(self._record.sums),
+            state={name: torch.stack(rows) for name, rows in state.items()},
+        )
+        delta_NE = rule.move(step_of_rule)
+        torch._foreach_add_(biases, delta_NE.unbind())
+        for name, rows in state.items():
+            torch._foreach_copy_(rows, step_of_rule.state[name].unbind())
+        for index, delta_E in zip(self._members, delta_NE.unbind(), strict=True):
+            self._record.bias_delta_N[index] = delta_E
+
+    def finish_losses(self) -> None:
+        """The losses take the counts of the finished step."""
+        losses = self._first.aux_losses
+        for name, loss in losses.items():
+            counts_NE = None
+            if loss.needs_step_counts:
+                assert self._record.sums is not None
+                counts_NE = self._counts(self._record.sums, losses.source_index(loss))
+            loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
+
+    def forget_losses(self) -> None:
+        """The step is skipped: the losses forget what they have counted in it."""
+        for name, loss in self._first.aux_losses.items():
+            if not loss.needs_step_counts:
+                loss.finish_step([router.aux_losses[name] for router in self._routers], None)
+
+    def _counts(self, sums: StepSums, source: int) -> torch.Tensor:
+        return sums.counts_NSE[self._rows, source, : self._first.num_experts]
+
+    def _histogram(self, sums: StepSums) -> torch.Tensor | None:
+        num_experts, num_bins = self._first.num_experts, self._first.num_bins
+        if sums.histogram_NEH is None or not num_bins:
+            return None
+        return histogram_of(sums.histogram_NEH[self._rows], num_experts, num_bins)
+
+
+def stacks_of(layers: list[MoE], record: StepRecord) -> list[LayerStack]:
+    """The layers of a rank, those that are alike together.
+
+    Args:
+        record: of the routers of these layers, in this order.
+    """
+    kinds: list[tuple] = []
+    members: list[list[int]] = []
+    for index, layer in enumerate(layers):
+        router = layer.router.config
+        kind = (router.num_experts, router.top_k, router.expert_bias)
+        if kind not in kinds:
+            kinds.append(kind)
+            members.append([])
+        members[kinds.index(kind)].append(index)
+    return [LayerStack(layers, indices, record) for indices in members]

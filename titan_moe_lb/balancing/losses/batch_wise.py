@@ -1,0 +1,41 @@
+"""The load-balancing loss over one rank's batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.losses.base import SumsLoss
+
+
+class BatchWiseAuxLoss(SumsLoss):
+    """sum_i f_i P_i over all T = B L tokens of the rank's local batch.
+
+    f_i = E / (K T) * #{t : i selected}, P_i = 1 / T * sum_t p(t,i); mean over the ranks.
+    Source: Switch Transformer, arXiv 2101.03961, Eqs. 4 to 6; the "micro-batch LBL" of
+    arXiv 2501.11873. Not additive over sequences, so its value depends on the
+    data-parallel degree by definition.
+    """
+
+    type_name: ClassVar[str] = "batch_wise"
+    metric_name: ClassVar[str] = "load_balancing_loss"
+    linear: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SumsLoss.Config):
+        pass
+
+    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        batch = sequences.together(counts_BE.shape[0])
+        f_1E = counts_BE.sum(dim=0, keepdim=True) * (self.num_experts / (self.top_k * batch.tokens))
+        P_1E = sums_BE.sum(dim=0, keepdim=True) / batch.tokens
+        return (f_1E * P_1E * batch.share).sum()
+
+    def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        """f_i / T, times the share of the batch."""
+        batch = sequences.together(counts_BE.shape[0])
+        scale = self.num_experts / self.top_k
+        return counts_BE.sum(dim=0, keepdim=True) * (scale * batch.share / batch.tokens**2)

@@ -1,0 +1,40 @@
+"""The entropy of the mean router distribution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.losses.base import SumsLoss
+
+
+class EntropyLoss(SumsLoss):
+    """log E - H(P) of each sequence, mean over the sequences: 0 at balance, at most log E.
+
+    H(P) = - sum_i P_i log P_i in nats, P_i = 1 / L * sum_t p(t,i). Source: the global
+    entropy loss of LIMoE, arXiv 2206.02770 (- H(P), over a batch and for each modality, up to
+    a threshold; over a sequence here). Unlike the local entropy of that paper it does not ask
+    single tokens to be sure.
+    """
+
+    type_name: ClassVar[str] = "entropy"
+    metric_name: ClassVar[str] = "entropy_loss"
+    needs_counts: ClassVar[bool] = False
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SumsLoss.Config):
+        pass
+
+    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        P_BE = sums_BE / sequences.tokens
+        terms_BE = torch.xlogy(P_BE, P_BE) + math.log(self.num_experts) / self.num_experts
+        return (terms_BE * sequences.share).sum()
+
+    def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        """(log P_i + 1) / L, times the share of the sequence."""
+        # An expert whose share is 0 in float32 would get an infinite gradient.
+        P_BE = (sums_BE / sequences.tokens).clamp_min(torch.finfo(torch.float32).tiny)
+        return (P_BE.log() + 1) * (sequences.share / sequences.tokens)

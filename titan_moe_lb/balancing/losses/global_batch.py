@@ -1,0 +1,123 @@
+"""The load-balancing loss over the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import spmd_types as spmd
+import torch
+import torch.distributed._functional_collectives as funcol
+from torchtitan.models.common.decoder_sharding import dense_param_placement
+from torchtitan.protocols.sharding import ShardingConfig
+
+from titan_moe_lb.balancing.losses.base import SumsLoss
+from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.parallel.local_shard import local_shard
+
+
+class GlobalBatchAuxLoss(SumsLoss):
+    """sum_i f_i P_i with f over the whole global batch, P over the tokens at hand.
+
+    f_i = E / (K T) * #{t : i selected} over all T tokens of the global batch, and
+    P_i = 1 / L * sum_t p(t,i) of each sequence, mean over the sequences. Source: arXiv
+    2501.11873, Eqs. 3 and 4; what Qwen3 trained with (arXiv 2505.09388). The counts of the
+    running step are not known while its first micro-batch runs backward, so one of two
+    stand-ins is taken:
+
+    - ``previous_step``: the counts of the last optimizer step, reduced over every rank
+      and micro-batch. f is then one constant, the loss is exactly additive, and its
+      gradient depends neither on the layout nor on the schedule. In the first step
+      f = 1, whose gradient is zero. f is part of the checkpoint.
+    - ``running``: the buffer of the paper: the micro-batches so far of the running
+      step, over the data-parallel ranks. One small collective a forward.
+
+    Attributes:
+        load_E: f of the last step, float32 ``(E,)``; ``previous_step`` alone.
+        counts_E: tokens per expert of this step so far, int64 ``(E,)``; ``running`` alone.
+    """
+
+    type_name: ClassVar[str] = "global_batch"
+    metric_name: ClassVar[str] = "global_load_balancing_loss"
+    linear: ClassVar[bool] = True
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SumsLoss.Config):
+        counts: Literal["previous_step", "running"] = "previous_step"
+        """Where f comes from; see the class."""
+
+        def bind(self, *, num_experts: int, top_k: int) -> None:
+            SumsLoss.Config.bind(self, num_experts=num_experts, top_k=top_k)
+            if self.counts == "previous_step":
+                # The same on every rank; torchtitan asks for a layout of all state.
+                self.sharding_config = ShardingConfig(
+                    state_shardings={"load_E": dense_param_placement(tp=spmd.R)}
+                )
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.running = config.counts == "running"
+        self._data_parallel_group = None
+        self._register(device=None)
+
+    def _register(self, device: torch.device | None) -> None:
+        if self.running:
+            zeros = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+            self.register_buffer("counts_E", zeros, persistent=False)
+        else:
+            self.register_buffer("load_E", torch.ones(self.num_experts, device=device))
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self._register(buffer_device or next(self.buffers()).device)
+
+    def wire_meshes(self, parallel_dims) -> None:
+        if self.running and parallel_dims is not None and parallel_dims.dp_enabled:
+            self._data_parallel_group = parallel_dims.get_mesh("batch").get_group()
+
+    @property
+    def needs_counts(self) -> bool:
+        return self.running
+
+    @property
+    def needs_step_counts(self) -> bool:
+        return not self.running
+
+    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        P_BE = sums_BE / sequences.tokens
+        return (self._load(counts_BE) * P_BE * sequences.share).sum()
+
+    def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        """f_i / L, times the share of the sequence."""
+        return self._load(counts_BE).unsqueeze(0) * (sequences.share / sequences.tokens)
+
+    def _load(self, counts_BE: torch.Tensor | None) -> torch.Tensor:
+        """f ``(E,)``; adds the micro-batch to the running counts."""
+        if not self.running:
+            return local_shard(self.load_E)
+        if not is_recomputation():
+            assert counts_BE is not None
+            batch_E = counts_BE.sum(dim=0)
+            if self._data_parallel_group is not None:
+                batch_E = funcol.all_reduce(batch_E, "sum", self._data_parallel_group)
+            self.counts_E.add_(batch_E)
+        return _relative_load(self.counts_E, 1.0)
+
+    @classmethod
+    def finish_step(
+        cls, losses: Sequence[GlobalBatchAuxLoss], counts_NE: torch.Tensor | None
+    ) -> None:
+        if counts_NE is None:
+            torch._foreach_zero_([loss.counts_E for loss in losses])
+        else:
+            loads = [local_shard(loss.load_E) for loss in losses]
+            load_NE = _relative_load(counts_NE, torch.stack(loads))
+            torch._foreach_copy_(loads, load_NE.unbind())
+
+
+def _relative_load(counts: torch.Tensor, otherwise: float | torch.Tensor) -> torch.Tensor:
+    """Each expert's share of the tokens in units of the mean share, float32 ``(..., E)``;
+    ``otherwise`` where no valid token was counted."""
+    total = counts.sum(dim=-1, keepdim=True)
+    load = counts * counts.shape[-1] / total.clamp_min(1)
+    return torch.where(total > 0, load, otherwise).float()

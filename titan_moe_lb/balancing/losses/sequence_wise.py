@@ -1,0 +1,55 @@
+"""The sequence-wise balance loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from titan_moe_lb.balancing.losses.base import SumsLoss
+from titan_moe_lb.errors import JobError
+
+
+class SequenceWiseAuxLoss(SumsLoss):
+    """sum_i f_i P_i of each sequence, mean over the sequences.
+
+    Over the L tokens of one sequence, f_i = E / (K L) * #{t : i selected} and
+    P_i = 1 / L * sum_t p(t,i); 1.0 at perfect balance. Source: DeepSeek-V3, arXiv
+    2412.19437, Eqs. 17 to 20; the expert-level loss of DeepSeek-V2, arXiv 2405.04434,
+    Eqs. 23 to 25.
+    """
+
+    type_name: ClassVar[str] = "sequence_wise"
+    metric_name: ClassVar[str] = "seq_load_balancing_loss"
+    linear: ClassVar[bool] = True
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SumsLoss.Config):
+        over: Literal["row", "document"] = "row"
+        """What a sequence is: a row of the batch, or each of the documents packed into it,
+        which weigh as many tokens as they have."""
+
+        max_documents: int = 64
+        """Documents of a row that are told apart; what comes after joins the last."""
+
+        @property
+        def documents(self) -> int | None:
+            return self.max_documents if self.over == "document" else None
+
+        def __post_init__(self) -> None:
+            SumsLoss.Config.__post_init__(self)
+            if self.max_documents < 1:
+                raise JobError(
+                    f"sequence_wise max_documents is {self.max_documents}; it must be at least 1"
+                )
+
+    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        f_BE = counts_BE * (self.num_experts / (self.top_k * sequences.tokens))
+        P_BE = sums_BE / sequences.tokens
+        return (f_BE * P_BE * sequences.share).sum()
+
+    def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
+        """f_i / L, times the share of the sequence."""
+        scale = self.num_experts / self.top_k
+        return counts_BE * (scale * sequences.share / sequences.tokens**2)

@@ -1,0 +1,35 @@
+"""The router z-loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from titan_moe_lb.balancing.losses.base import LogitsLoss
+
+
+class RouterZLoss(LogitsLoss):
+    """mean_t (log sum_i exp logits(t,i))**2: keeps the gate's logits small.
+
+    Source: ST-MoE, arXiv 2202.08906, Eq. 5.
+    """
+
+    type_name: ClassVar[str] = "z_loss"
+    metric_name: ClassVar[str] = "z_loss"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(LogitsLoss.Config):
+        pass
+
+    def per_token(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(logits_BLE, dim=-1).square()
+
+    def per_token_and_saved(self, logits_BLE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logsumexp_BL = torch.logsumexp(logits_BLE, dim=-1)
+        return logsumexp_BL.square(), logsumexp_BL
+
+    def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+        """2 logsumexp(logits) softmax(logits)."""
+        return torch.softmax(logits_BLE, dim=-1).mul_((saved * 2).unsqueeze(-1))

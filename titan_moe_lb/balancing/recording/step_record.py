@@ -1,0 +1,277 @@
+"""What the routers of a rank note during a step, on the device and without a host read.
+
+Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = sources that
+are counted, A = losses, B = rows and L = tokens of a row in a micro-batch, Q = sequences
+(rows, or documents in them), E = experts, K = top_k, H = bins of a histogram.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class RouterRecord(nn.Module):
+    """One router's rows of a :class:`StepRecord`.
+
+    Buffers that no checkpoint holds: torch's pipeline stages find out shapes by a real
+    forward, and put back what it has done to the buffers of a stage.
+
+    Attributes:
+        counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
+        micro_batch: forwards of the running step so far, int64 ``(1,)``; 0 where M is 1.
+        weights_A: what the gradient of each loss is multiplied by, float32.
+        steps: finished steps, those of the checkpoint included, int64 ``(1,)``.
+        one: 1, int64 ``()``: what a token adds to a count.
+        gradient_squares_2: of a leaf whose gradient they are; see :class:`StepRecord`.
+    """
+
+    counts_MSE: torch.Tensor
+    losses_A: torch.Tensor
+    histogram_EH: torch.Tensor | None
+    expert_ids_MBLK: torch.Tensor | None
+    micro_batch: torch.Tensor
+    weights_A: torch.Tensor
+    steps: torch.Tensor
+    one: torch.Tensor
+
+    def __init__(
+        self, *, gradient_squares_2: torch.Tensor | None, **rows: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self.gradient_squares_2 = gradient_squares_2
+        for name, row in rows.items():
+            self.register_buffer(name, row, persistent=False)
+
+    def _apply(self, fn, recurse: bool = True) -> RouterRecord:
+        """Stay where it is, in its own dtypes, when the model is moved or cast: the rows are parts
+        of one table of all routers."""
+        return self
+
+    def forward_number(self) -> torch.Tensor:
+        """Forwards of this router before this one, int64 ``()``: ``steps`` M and those of the
+        running step."""
+        return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
+
+    def note(self, counts_SQE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
+        """Add one forward. What comes after the M-th joins the last.
+
+        Args:
+            counts_SQE: tokens per source, sequence and expert, int64; sources beyond those
+                that are recorded are left out.
+            expert_ids_BLK: selected experts.
+        """
+        num_micro_batches, num_sources, _E = self.counts_MSE.shape
+        slot = self.micro_batch
+        if num_micro_batches > 1:
+            slot = slot.clamp(max=num_micro_batches - 1)
+            self.micro_batch.add_(1)
+        counts_QSE = counts_SQE[:num_sources].transpose(0, 1)
+        self.counts_MSE.index_add_(0, slot.expand(counts_QSE.shape[0]), counts_QSE)
+        if self.expert_ids_MBLK is not None:
+            ids_1BLK = expert_ids_BLK.to(self.expert_ids_MBLK.dtype).unsqueeze(0)
+            self.expert_ids_MBLK.index_copy_(0, slot, ids_1BLK)
+
+    def add_dot(self, loss: int, coefficients_BE: torch.Tensor, sums_BE: torch.Tensor) -> None:
+        """Add to the value of a loss the sum of the products of two tables, in one operator.
+
+        Args:
+            coefficients_BE: ``(B, E)`` or ``(1, E)``, float32.
+            sums_BE: ``(B, E)``, float32.
+        """
+        row_1N = coefficients_BE.expand_as(sums_BE).reshape(1, -1)
+        self.losses_A.narrow(0, loss, 1).addmv_(row_1N, sums_BE.reshape(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """A finished step over all micro-batches, and over the ranks that route its tokens."""
+
+    counts_NSE: torch.Tensor
+    """Tokens per expert, int64."""
+    losses_NA: torch.Tensor
+    """Raw values of the losses, float64."""
+    histogram_NEH: torch.Tensor | None
+    """What the rule of the expert bias has observed, int64."""
+
+
+class StepRecord:
+    """The running step of all routers of a rank, and the last finished one.
+
+    Stacked by router, so that to finish a step and to sum it over ranks take the same number of
+    operators for 4 layers and for 61. A router that has fewer experts, choices or bins than
+    another one uses the first part of its row; the rest of the row stays 0.
+
+    Attributes:
+        counts_NMSE: tokens per expert of the running step, int64: for each micro-batch a
+            row for each source that someone needs at the end of a step, what was dispatched
+            first (:mod:`titan_moe_lb.balancing.losses.counting`).
+        losses_NA: raw values of the losses, float32, summed over the rows of this rank.
+        histogram_NEH: what the rule of the expert bias observes of the running step, int32;
+            None where it has no bins.
+        expert_ids_NMBLK: experts of each token of the running step, uint8 up to 256 experts,
+            else int32; None unless ``token_shape``.
+        step_counts_NMSE, step_losses_NA: the same of the last finished step, the losses divided
+            by the rows of its global batch.
+        step_micro_batches: forwards in the last finished step, int64 ``(1,)``; None where every
+            step has as many, or M is 1.
+        sums: of the last finished step over all ranks, once someone has asked :meth:`reduce`.
+        weights_A: see :class:`RouterRecord`.
+        rows, forwards: of the running step on this rank, as the host counts them when a forward
+            begins: nothing is read from the device.
+        learns: whether the model is in a forward that learns; None where nobody says so.
+        gradient_squares_N2: a leaf, whose gradient in a step is the squares of that of the model's
+            loss and of the aux losses in the logits of each router, float32; None unless asked.
+        step_gradient_squares_N2: of the last finished step.
+        bias_delta_N: what the last step has added to the expert biases of each router, float32
+            ``(E,)``; None where it added nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_routers: int,
+        num_micro_batches: int,
+        num_sources: int,
+        num_experts: int,
+        num_losses: int,
+        num_bins: int = 0,
+        token_shape: tuple[int, int, int] | None,
+        device: torch.device,
+        finished_steps: int = 0,
+        varying: bool = False,
+        gradients: bool = False,
+    ) -> None:
+        """
+        Args:
+            num_micro_batches: of a step; the most where they vary.
+            num_experts, num_bins: the largest number of a router.
+            token_shape: (B, L, K) of a micro-batch, to keep the experts of each token.
+            finished_steps: of the checkpoint that the job goes on from.
+            varying: the steps differ in their number of micro-batches.
+            gradients: measure those of the model's loss and of the aux losses.
+        """
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(num_routers, *shape, dtype=dtype, device=device)
+
+        self.counts_NMSE = zeros(num_micro_batches, num_sources, num_experts)
+        self.step_counts_NMSE = torch.zeros_like(self.counts_NMSE)
+        # Rows of whole 16 bytes: a compiler would copy an input that is not aligned so.
+        self.losses_NA = zeros(-(-num_losses // 4) * 4, dtype=torch.float32)[:, :num_losses]
+        self.step_losses_NA = torch.zeros_like(self.losses_NA)
+        self._micro_batches_N1 = zeros(2)[:, :1]
+        counted = varying and num_micro_batches > 1
+        self.step_micro_batches = torch.zeros_like(self._micro_batches_N1[0]) if counted else None
+        self._steps = torch.full((1,), finished_steps, dtype=torch.int64, device=device)
+        self._one = torch.ones((), dtype=torch.int64, device=device)
+        self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
+        self.rows = self.forwards = 0
+        self.learns: bool | None = None
+        self.sums: StepSums | None = None
+        self.bias_delta_N: list[torch.Tensor | None] = [None] * num_routers
+        self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
+        self.gradient_squares_N2 = self.step_gradient_squares_N2 = None
+        if gradients:
+            self.gradient_squares_N2 = zeros(2, dtype=torch.float32).requires_grad_()
+            self._running_squares_N2 = zeros(2, dtype=torch.float32)
+            self.gradient_squares_N2.grad = self._running_squares_N2
+            self.step_gradient_squares_N2 = zeros(2, dtype=torch.float32)
+        self.expert_ids_NMBLK = None
+        if token_shape is not None:
+            ids_type = torch.uint8 if num_experts <= 256 else torch.int32
+            self.expert_ids_NMBLK = zeros(num_micro_batches, *token_shape, dtype=ids_type)
+
+    def router(self, index: int, num_experts: int, top_k: int, num_bins: int) -> RouterRecord:
+        """The rows of one router."""
+        ids, histogram = self.expert_ids_NMBLK, None
+        squares = self.gradient_squares_N2
+        if self.histogram_NEH is not None and num_bins:
+            histogram = histogram_of(self.histogram_NEH[index], num_experts, num_bins)
+        return RouterRecord(
+            gradient_squares_2=None if squares is None else squares[index],
+            counts_MSE=self.counts_NMSE[index, ..., :num_experts],
+            losses_A=self.losses_NA[index],
+            micro_batch=self._micro_batches_N1[index],
+            weights_A=self.weights_A,
+            steps=self._steps,
+            one=self._one,
+            histogram_EH=histogram,
+            expert_ids_MBLK=None if ids is None else ids[index, ..., :top_k],
+        )
+
+    def finish_step(self, num_rows: int) -> None:
+        """Keep the running step as the finished one and start anew, but for the histogram.
+
+        Args:
+            num_rows: of the global batch.
+        """
+        self.step_counts_NMSE.copy_(self.counts_NMSE)
+        torch.mul(self.losses_NA, 1 / num_rows, out=self.step_losses_NA)
+        if self.step_gradient_squares_N2 is not None:
+            self.step_gradient_squares_N2.copy_(self._running_squares_N2)
+        if self.step_micro_batches is not None:
+            self.step_micro_batches.copy_(self._micro_batches_N1[0])
+        self._start_anew()
+        self._steps.add_(1)
+        self.sums = None
+
+    def go_on_from(self, finished_steps: int) -> None:
+        """Take the steps of a checkpoint, before the first step."""
+        self._steps.fill_(finished_steps)
+
+    def discard_step(self) -> None:
+        """Forget the running step."""
+        self._start_anew()
+        self.forget_histogram()
+
+    def _start_anew(self) -> None:
+        torch._foreach_zero_([self.counts_NMSE, self.losses_NA, self._micro_batches_N1])
+        if self.gradient_squares_N2 is not None:
+            self._running_squares_N2.zero_()
+        self.rows = self.forwards = 0
+
+    def forget_histogram(self) -> None:
+        """Start the histogram anew, once the finished step has been summed."""
+        if self.histogram_NEH is not None:
+            self.histogram_NEH.zero_()
+
+    def reduce(self, groups: Sequence[dist.ProcessGroup]) -> StepSums:
+        """The finished step over all micro-batches and ranks, summed once. Collective.
+
+        Args:
+            groups: one for each mesh axis whose ranks route different tokens.
+        """
+        if self.sums is None:
+            parts = [self.step_counts_NMSE.sum(dim=1), self.step_losses_NA]
+            if self.histogram_NEH is not None:
+                parts.append(self.histogram_NEH)
+            # float64 holds the counts exactly up to 2**53 and takes the losses along.
+            fused = torch.cat([part.flatten().double() for part in parts])
+            for group in groups:
+                dist.all_reduce(fused, group=group)
+            counts, losses, *histogram = (
+                whole.view(part.shape)
+                for whole, part in zip(
+                    fused.split([part.numel() for part in parts]), parts, strict=True
+                )
+            )
+            self.sums = StepSums(
+                counts_NSE=counts.long(),
+                losses_NA=losses,
+                histogram_NEH=histogram[0].long() if histogram else None,
+            )
+        return self.sums
+
+
+def histogram_of(rows: torch.Tensor, num_experts: int, num_bins: int) -> torch.Tensor:
+    """The histograms of routers with so many experts and bins, a contiguous part of each row.
+
+    Args:
+        rows: of routers, ``(..., E, H)``.
+    """
+    return rows.flatten(-2)[..., : num_experts * num_bins].unflatten(-1, (num_experts, num_bins))

@@ -1,0 +1,337 @@
+"""What happens when the optimizer steps: the record is closed, the bias moves, losses take counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchtitan.components.checkpointer import TRAIN_STATE
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.moe import MoE
+
+from titan_moe_lb.balancing.forced_routing.base import announce
+from titan_moe_lb.balancing.layer_stack import stacks_of
+from titan_moe_lb.balancing.losses.router_losses import warn_without_effect
+from titan_moe_lb.balancing.own_dtypes import keep_dtypes
+from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.balancing.recording.seen_tokens import SeenTokens
+from titan_moe_lb.balancing.recording.step_record import StepRecord
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.balancing.tensor_checks import check_tensors
+from titan_moe_lb.balancing.valid_tokens.model_input import hand_on_tokens
+from titan_moe_lb.balancing.value_schedule import changes_after_tokens
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel.local_shard import local_shard
+
+
+def register_load_balancing(
+    optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims
+) -> None:
+    """A ``ModelSpec.post_optimizer_build_fn``: the expert bias, and our records.
+
+    Wires the routers, and closes the recorded step just before the optimizer steps,
+    after the last micro-batch of the step has run. It stands in for torchtitan's own bias
+    update, whose counts are doubled by activation checkpointing and miss the layers of
+    multi-token prediction; both would reduce the same counts.
+    """
+    hook = wire_parts(model_parts, parallel_dims)
+    announce([router.forced_routing for router in routers_of(model_parts)])
+    if hook is None:
+        return
+    optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
+    ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard * parallel_dims.cp
+
+    def go_on(part: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        # torchtitan's CheckpointManager passes all that it has loaded, also its Trainer.
+        if TRAIN_STATE in state_dict:
+            trained = state_dict[TRAIN_STATE].state_dict()
+            hook.go_on_from(trained["step"], trained["ntokens_seen"] * ranks)
+
+    model_parts[0].register_load_state_dict_pre_hook(go_on)
+
+
+def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> StepHook | None:
+    """Wire the routers of this rank's pipeline stages to their loop. Once, before training.
+
+    Returns:
+        What closes a step; None where nothing asks for one.
+    """
+    layers = moe_layers_of(model_parts)
+    for layer in layers:
+        keep_dtypes(layer)
+    record = None
+    if layers:
+        record = wire([layer.router for layer in layers], parallel_dims)  # type: ignore[misc]
+    for part in model_parts:
+        hand_on_tokens(part, routers_of([part]), parallel_dims)
+    if record is None:
+        return None
+    hook = StepHook(layers, record, parallel_dims)
+    model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
+    model_parts[0].register_forward_hook(hook.forward_ends)
+    hook.forward_ends(model_parts[0], (), None)
+    return hook
+
+
+def wire(
+    routers: list[LoadBalancedRouter], parallel_dims: ParallelDims | None
+) -> StepRecord | None:
+    """Give the routers of a rank one record, and the process groups.
+
+    Returns:
+        The record; None where nothing asks for one.
+    """
+    config, loop = routers[0].config, routers[0].config.loop
+    for router in routers:
+        router.wire(parallel_dims)
+    losses = routers[0].aux_losses
+    by_micro_batch = (
+        loop.track or loop.recorded_tokens is not None or config.forced_routing is not None
+    )
+    if not (by_micro_batch or len(losses) or any(router.needs_step_counts for router in routers)):
+        return None
+    record = StepRecord(
+        num_routers=len(routers),
+        num_micro_batches=loop.num_micro_batches if by_micro_batch else 1,
+        num_sources=losses.num_step_sources,
+        num_experts=max(router.num_experts for router in routers),
+        num_losses=len(losses),
+        num_bins=0
+        if config.forced_routing is not None
+        else max(router.num_bins for router in routers),
+        token_shape=(*loop.recorded_tokens, max(router.top_k for router in routers))
+        if loop.recorded_tokens
+        else None,
+        device=local_shard(routers[0].gate.weight).device,
+        finished_steps=loop.finished_steps,
+        varying=loop.varying,
+        gradients=loop.gradients,
+    )
+    for index, router in enumerate(routers):
+        router.note_in(record, index)
+    return record
+
+
+class StepHook:
+    """Opens and closes the steps of a rank's MoE layers. The number of operators does not depend
+    on how many layers there are, but on how many kinds (:mod:`titan_moe_lb.balancing.layer_stack`).
+
+    Attributes:
+        finished_steps: those of the checkpoint included.
+        tokens: those of the finished steps.
+        announced_rows: of the last closed step; 0 where it had none to announce.
+    """
+
+    def __init__(
+        self, layers: list[MoE], record: StepRecord, parallel_dims: ParallelDims | None
+    ) -> None:
+        """
+        Args:
+            record: of the routers of these layers, in this order.
+            parallel_dims: torchtitan's; None in a process without a mesh.
+        """
+        self._layers = layers
+        self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
+        self._record = record
+        self._stacks = stacks_of(layers, record)
+        self._token_groups: list[dist.ProcessGroup] = []
+        self._token_replicas = 1
+        self._batch_group: dist.ProcessGroup | None = None
+        # A pipeline finds out shapes by a forward that nobody announces.
+        self._counts_rows = parallel_dims is None or not parallel_dims.pp_enabled
+        if parallel_dims is not None:
+            if parallel_dims.dp_enabled:
+                self._batch_group = parallel_dims.get_mesh("batch").get_group()
+            self._token_groups = layout.token_groups(parallel_dims)
+            self._token_replicas = layout.token_replicas(parallel_dims)
+        self._loop = self._routers[0].config.loop
+        self.finished_steps = self._loop.finished_steps
+        per_step = self._loop.tokens_per_step
+        self.tokens = SeenTokens(
+            self._loop.seen_tokens,
+            per_step,
+            counted=per_step is None
+            and any(changes_after_tokens(router.config) for router in self._routers),
+        )
+        self._global_rows: int | None = None
+        self._closed_rows = self.announced_rows = 0
+        self._weights: list[float] | None = None
+        self._begin_step_if_alike()
+
+    def _begin_step_if_alike(self) -> None:
+        """Begin a step of a loop whose steps have as many rows, unless it has begun."""
+        self.tokens.read()
+        if self._global_rows is None and self._loop.global_batch_size is not None:
+            self.begin_step(self._loop.global_batch_size)
+
+    def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
+        """Say how large the global batch is, before its first forward.
+
+        The gradient of a loss is that of ``weight * sum over the rows / num_rows``. A loop whose
+        steps are alike needs no call: the step that ends begins the next.
+
+        Args:
+            num_rows: rows of the global batch, over all ranks.
+            loss_scale: what the loop divides the gradients by before it steps, besides the
+                ``gradient_divisor`` of every step.
+        """
+        self._global_rows = num_rows
+        self.tokens.read()
+        weights = [
+            loss.weight_at(self.finished_steps + 1, self.tokens.total)
+            * (loss_scale * self._loop.gradient_divisor)
+            / (num_rows * self._token_replicas)
+            for loss in self._routers[0].aux_losses.values()
+        ]
+        # A copy to the device where they change.
+        if weights != self._weights:
+            self._weights = weights
+            self._record.weights_A.copy_(torch.tensor(weights))
+
+    def go_on_from(self, finished_steps: int, tokens: int) -> None:
+        """Take the progress of a checkpoint, before the first step.
+
+        Args:
+            tokens: over all ranks.
+        """
+        self.finished_steps, self.tokens.total = finished_steps, tokens
+        self._record.go_on_from(finished_steps)
+        if self._global_rows is not None:
+            self.begin_step(self._global_rows)
+
+    def forward_begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the first model part of the rank.
+
+        Raises:
+            JobError: the step has more rows or forwards than the loop has announced.
+        """
+        self._record.learns = part.training and torch.is_grad_enabled()
+        if not self._record.learns:
+            return
+        if is_recomputation():  # of a checkpoint around the whole model
+            self._check_repetition()
+            return
+        self._begin_step_if_alike()
+        given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        rows = local_shard(given).shape[0]
+        has_losses = len(self._routers[0].aux_losses) > 0
+        if has_losses and rows != (self._loop.micro_batch_size or rows):
+            raise JobError(
+                f"the aux losses were bound to micro-batches of {self._loop.micro_batch_size} "
+                f"sequences and get {rows}: their weight would be wrong; set "
+                "training.local_batch_size (or parallelism.pipeline_parallel_microbatch_size) to "
+                "what the loop feeds"
+            )
+        if not self._counts_rows:
+            return
+        record = self._record
+        if not record.forwards:
+            check_tensors(self._layers, record.counts_NMSE.device)
+        record.rows += rows
+        record.forwards += 1
+        if has_losses:
+            self._check_step()
+        if self._loop.track and record.forwards > self._loop.num_micro_batches:
+            raise JobError(
+                f"forward {record.forwards} of one optimizer step, and its loop announced "
+                f"{self._loop.num_micro_batches}: a step that was skipped needs skip_step(), one "
+                "of many micro-batches attach(..., max_micro_batches=...)"
+            )
+
+    def forward_ends(self, part: nn.Module, args: tuple, output: Any) -> None:
+        """A forward hook of the first model part of the rank. Those of other parts may learn."""
+        self._record.learns = False if self._counts_rows else None
+
+    def _check_repetition(self) -> None:
+        if self._counts_rows and not self._record.forwards:
+            raise JobError(
+                "a reentrant checkpoint around the whole model runs its forward without gradients, "
+                "so that no token was counted: checkpoint with use_reentrant=False, or each block"
+            )
+
+    def _check_step(self) -> None:
+        if self._global_rows is None:
+            raise JobError(
+                "the aux losses are a mean over the rows of a step, and it has not said how many "
+                "it has: call begin_step(rows) before its first forward, or "
+                "attach(..., rows_per_step=...)"
+            )
+        whole = [loss for loss in self._routers[0].aux_losses.values() if not loss.additive]
+        if whole and self._record.forwards > 1:
+            raise JobError(
+                f"{whole[0].type_name} is a loss of a rank's whole batch and is no sum over "
+                "micro-batches: feed the rows of a step in one forward, or take another loss"
+            )
+        if self._record.rows > self._global_rows:
+            raise JobError(
+                f"the step has {self._record.rows} rows on this rank and announced "
+                f"{self._global_rows} on all: the weight of the aux losses would be wrong; call begin_step(rows) with "
+                "what the step has, and skip_step() after one that is skipped"
+            )
+
+    def close_step(self) -> None:
+        """The optimizer is about to step. Collective over the token groups."""
+        self._begin_step_if_alike()
+        self._closed_rows, self.announced_rows = self._record.rows, self._global_rows or 0
+        if self._batch_group is None:
+            self.check_announced_rows()
+        with torch.no_grad():
+            self._record.finish_step(self._global_rows or 1)
+            if any(router.needs_step_counts for router in self._routers) or self.tokens.counted:
+                self._record.reduce(self._token_groups)
+                self._record.forget_histogram()
+            for stack in self._stacks:
+                stack.move_bias(self.finished_steps + 1, self.tokens.total)
+                stack.finish_losses()
+            self._forget_torchtitans_counts()
+            self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
+        if self.finished_steps == self._loop.finished_steps:
+            warn_without_effect({r.layer: r.aux_losses for r in self._routers})
+        self.finished_steps += 1
+        self._global_rows = None
+        # Where the device counts, the first forward of the next step does it.
+        if not self.tokens.counted:
+            self._begin_step_if_alike()
+
+    def check_announced_rows(self) -> None:
+        """Of the last closed step, in a loop whose rows are counted. Collective over the ranks
+        that have other rows.
+
+        Raises:
+            JobError: an aux loss was divided by another number than there were. A step without
+                a row has none.
+        """
+        if not (self._counts_rows and self._loop.varying and self.announced_rows):
+            return
+        rows = self._closed_rows
+        if self._batch_group is not None:
+            total = torch.tensor([rows], device=self._record.counts_NMSE.device)
+            dist.all_reduce(total, group=self._batch_group)
+            rows = int(total)
+        if rows not in (0, self.announced_rows) and len(self._routers[0].aux_losses):
+            raise JobError(
+                f"the step had {rows} rows and announced {self.announced_rows}: the weight of the "
+                "aux losses was wrong; call begin_step(rows) with what each step has, and "
+                "skip_step() after one that is skipped"
+            )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the running step has counted a forward, or may have."""
+        return self._record.forwards > 0 or not self._counts_rows
+
+    def skip_step(self) -> None:
+        """The optimizer will not step: what the step has counted is forgotten."""
+        with torch.no_grad():
+            self._record.discard_step()
+            for stack in self._stacks:
+                stack.forget_losses()
+            self._forget_torchtitans_counts()
+
+    def _forget_torchtitans_counts(self) -> None:
+        """Counted by torchtitan's MoE.forward, and read by nobody here."""
+        torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])

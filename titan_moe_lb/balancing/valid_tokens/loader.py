@@ -1,0 +1,65 @@
+"""torchtitan's data loaders, which say what they know of the tokens of a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config.override import derive
+from torchtitan.hf_datasets.text_datasets import ChatDataLoader, InterleavedChatDataLoader
+
+from titan_moe_lb.balancing.valid_tokens.batch_tokens import before_padding, document_numbers
+from titan_moe_lb.balancing.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
+from titan_moe_lb.errors import JobError
+
+PADDING = (ChatDataLoader, InterleavedChatDataLoader)
+"""torchtitan's loaders that fill rows up, and mark nothing of it but the labels."""
+
+
+def tell_tokens(config: BaseDataLoader.Config, *, documents: bool) -> BaseDataLoader.Config:
+    """A loader's Config whose batches also say which tokens are valid, where some are not,
+    and which are of one document, if asked for. The same Config where there is nothing to say.
+    """
+    loader = config._owner
+    if getattr(loader, "tells_tokens", False) or not (issubclass(loader, PADDING) or documents):
+        return config
+    return derive(config, _telling(loader).Config, documents=documents)
+
+
+@functools.cache
+def _telling(loader: type[Any]) -> type[Any]:
+    class TellingLoader(loader):
+        tells_tokens: ClassVar[bool] = True
+        gives_valid_tokens: ClassVar[bool] = issubclass(loader, PADDING) or getattr(
+            loader, "gives_valid_tokens", False
+        )
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(loader.Config):  # type: ignore[name-defined]
+            documents: bool = False
+            """Number the documents of each row. Filled by ``update_from_config``."""
+
+        def __init__(self, config: Config, **kwargs: Any) -> None:
+            self._numbers_documents = config.documents
+            super().__init__(config, **kwargs)
+
+        def __iter__(self) -> Iterator[tuple[dict[str, Any], Any]]:
+            for inputs, labels in super().__iter__():
+                if issubclass(loader, PADDING):
+                    inputs[VALID_TOKENS] = before_padding(labels, IGNORE_INDEX)
+                if self._numbers_documents and DOCUMENT_IDS not in inputs:
+                    if "positions" not in inputs:
+                        raise JobError(
+                            'an aux loss has over = "document", and the batches of '
+                            f"{loader.__name__} have no positions, which tell where a document "
+                            'begins: set over = "row"'
+                        )
+                    inputs[DOCUMENT_IDS] = document_numbers(inputs["positions"])
+                yield inputs, labels
+
+    TellingLoader.__qualname__ = loader.__qualname__
+    return TellingLoader

@@ -1,0 +1,96 @@
+"""A model part hands its batch's tokens on to its routers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.distributed import ParallelDims
+
+from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, batch_tokens
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.local_shard import local_shard
+
+VALID_TOKENS = "valid_tokens"
+"""Argument of a model's forward and key of a data loader's batch: bool, whole rows."""
+
+DOCUMENT_IDS = "document_ids"
+"""The same, int64: number of each token's document in its row, from 0."""
+
+
+def hand_on_tokens(part: nn.Module, routers: Sequence[Any], parallel_dims: ParallelDims) -> None:
+    """Before every forward of the part, tell its routers which tokens are valid.
+
+    torchtitan gives what a data loader adds to ``input`` to every stage of a pipeline, as
+    arguments of the model, whole rows on every rank. The hook takes ours out again; in a loop
+    of one's own, ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid.
+
+    Args:
+        routers: of the part, each a :class:`titan_moe_lb.balancing.router.LoadBalancedRouter`.
+    """
+
+    needed = any(router.needs_tokens for router in routers)
+
+    def hook(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        valid, documents = kwargs.pop(VALID_TOKENS, None), kwargs.pop(DOCUMENT_IDS, None)
+        learns = part.training and torch.is_grad_enabled()
+        told = learns and not (valid is None and documents is None)
+        if told and routers and not needed:
+            raise JobError(
+                "the batch says which tokens are valid, and the loop has announced batches without "
+                "padding: attach(..., padded=True), or gives_valid_tokens = True in the class of "
+                "a job's data loader"
+            )
+        if needed:
+            tokens = _read(routers, args[0], valid, documents, parallel_dims) if told else None
+            for router in routers:
+                router.tokens = tokens
+        return args, kwargs
+
+    part.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _read(
+    routers: Sequence[Any],
+    model_input: torch.Tensor,
+    valid: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    parallel_dims: ParallelDims,
+) -> BatchTokens:
+    given = documents if valid is None else valid
+    assert given is not None
+    length = given.shape[-1]
+    model_input = local_shard(model_input)
+    if model_input.ndim == 2:  # the tokens themselves: a first stage
+        length = model_input.shape[1] * parallel_dims.cp
+    shape = (model_input.shape[0], length)
+    if valid is None:
+        valid = torch.ones(shape, dtype=torch.bool, device=model_input.device)
+    num_documents = max(router.aux_losses.num_documents for router in routers)
+    if documents is not None:
+        documents = _checked(DOCUMENT_IDS, documents, torch.int64, shape)
+    with torch.no_grad():
+        return batch_tokens(
+            _checked(VALID_TOKENS, valid, torch.bool, shape),
+            documents if num_documents > 1 else None,
+            max_documents=num_documents,
+            slices=batch_cut.token_slices(
+                length, parallel_dims, routers[0].config.loop.context_parallel_load_balancer
+            ),
+        )
+
+
+def _checked(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]
+) -> torch.Tensor:
+    tensor = local_shard(tensor)
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise JobError(
+            f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}; "
+            f"this batch needs {str(dtype).removeprefix('torch.')} of shape {shape}, whole rows "
+            "also where a rank holds a part of each"
+        )
+    return tensor

@@ -1,0 +1,191 @@
+"""Which checkpoint a job starts from, and whether all of it is there."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torchtitan.tools import filesystem
+
+from titan_moe_lb.errors import JobError
+
+_METADATA = ".metadata"
+_FINISHED = (_METADATA, "model.safetensors.index.json")
+"""Files by which torchtitan knows a step that it can load, though it cannot load the second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A distributed checkpoint that a job loads."""
+
+    path: Path
+
+    step: int | None
+    """Of the job's own run; None for weights from elsewhere (``checkpoint.initial_load_path``)."""
+
+
+def is_remote(config) -> bool:
+    """Whether a ``Trainer.Config`` keeps its checkpoints on no file system of this machine."""
+    checkpoint = config.checkpoint
+    folders = (config.dump_folder, checkpoint.folder, checkpoint.initial_load_path or "")
+    return any(filesystem.is_remote(folder) for folder in folders)
+
+
+def own_folder(config) -> Path:
+    """Where the job of a ``Trainer.Config`` writes its checkpoints, a folder for each step."""
+    return Path(config.dump_folder, config.checkpoint.folder)
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The steps that a run began to save, ascending."""
+    found = {
+        int(match[1]): path
+        for path in folder.glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the save of a step came to its end: what torchtitan takes for one that it can load."""
+    return any((path / name).is_file() for name in _FINISHED)
+
+
+def start_of(config) -> Checkpoint | None:
+    """The distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
+
+    That is ``checkpoint.load_step``, else the latest of its own with metadata, else
+    ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights, and
+    for remote folders, which are not looked into. So it is for a run that was killed in its first
+    save. One that has several steps, and none with metadata, would silently begin again: the
+    latest then, which nobody can load.
+    """
+    checkpoint = config.checkpoint
+    if not checkpoint.enable or checkpoint.create_seed_checkpoint or is_remote(config):
+        return None
+    folder = own_folder(config)
+    if checkpoint.load_step != -1:
+        path = folder / f"step-{checkpoint.load_step}"
+        return Checkpoint(path=path, step=checkpoint.load_step)
+    steps = steps_in(folder)
+    finished = {step: path for step, path in steps.items() if is_finished(path)}
+    if not finished and checkpoint.initial_load_in_hf:
+        return None
+    if not finished and checkpoint.initial_load_path:
+        return Checkpoint(path=Path(checkpoint.initial_load_path), step=None)
+    if not finished and len(steps) == 1:
+        return None
+    for step, path in reversed((finished or steps).items()):
+        return Checkpoint(path=path, step=step)
+    return None
+
+
+def is_model_only(config, start: Checkpoint) -> bool:
+    """Whether a job loads the weights of a checkpoint and nothing else of it."""
+    if start.step is None:
+        return config.checkpoint.initial_load_model_only
+    return start.step == 0
+
+
+def left_out(config, start: Checkpoint | None) -> list[int]:
+    """The steps of a run, newer than its start, whose save has not come to its end."""
+    if is_remote(config) or not config.checkpoint.enable or config.checkpoint.load_step != -1:
+        return []
+    begun = (start.step if start else None) or 0
+    return [
+        step
+        for step, path in steps_in(own_folder(config)).items()
+        if step > begun and not is_finished(path)
+    ]
+
+
+def remedy(folder: Path, broken: Path) -> str:
+    """What to set where a step of a run cannot be loaded.
+
+    Args:
+        folder: of the steps.
+        broken: the one that cannot.
+    """
+    for step, path in reversed(steps_in(folder).items()):
+        if path != broken and damage(path) is None:
+            return f"the last good step in {folder} is {step}: set checkpoint.load_step = {step}"
+    return (
+        f"no other step in {folder} is whole: name another checkpoint in "
+        "checkpoint.initial_load_path, or begin again in another checkpoint.folder"
+    )
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a checkpoint holds, without its tensors.
+
+    Raises:
+        JobError: there is no metadata, or it is cut.
+    """
+    file = path / _METADATA
+    if not file.is_file():
+        raise JobError(
+            f"{file} is missing (a save that was cut short, a copy that left it out, or Hugging "
+            "Face weights)"
+        )
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except Exception as error:  # noqa: BLE001  a cut pickle can fail in any way
+        raise JobError(f"{file} cannot be read ({type(error).__name__}): it is cut") from None
+    if not isinstance(metadata, Metadata):
+        raise JobError(f"{file} is no metadata of a checkpoint: it is damaged")
+    return metadata
+
+
+def damage(path: Path) -> str | None:
+    """The first file of a checkpoint that is missing or cut, in words; None if all are whole.
+
+    What the files hold is checked by who loads it: :mod:`titan_moe_lb.checkpoints.checked_loading`.
+    """
+    sizes: dict[str, int] = {}
+    try:
+        metadata = read_metadata(path)
+        torn = next((name for name in metadata.state_dict_metadata if _torn(metadata, name)), None)
+        for stored in (metadata.storage_data or {}).values():
+            end = stored.offset + stored.length
+            sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+        files = sorted((path / name, size) for name, size in sizes.items())
+    except JobError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  a changed pickle holds anything
+        return f"{path / _METADATA} is damaged ({type(error).__name__})"
+    if torn is not None:
+        return f"{path / _METADATA} is damaged: it does not say where all of {torn} is"
+    for file, size in files:
+        if not file.is_file():
+            return f"{file} is missing"
+        if os.path.getsize(file) < size:
+            return f"{file} is cut: it has {os.path.getsize(file):,} of {size:,} bytes"
+    return None
+
+
+def _torn(metadata: Metadata, name: str) -> bool:
+    """Whether the parts of an entry do not make a whole: torch would load what there is of it."""
+    entry, stored = metadata.state_dict_metadata[name], metadata.storage_data
+    if not isinstance(entry, TensorStorageMetadata):
+        return MetadataIndex(name) not in stored
+    parts = [part for part in entry.chunks if math.prod(part.sizes)]
+    inside = all(
+        offset >= 0 and offset + length <= size
+        for part in parts
+        for offset, length, size in zip(part.offsets, part.sizes, entry.size, strict=True)
+    )
+    return (
+        not inside
+        or len({tuple(part.offsets) for part in parts}) < len(parts)
+        or sum(math.prod(part.sizes) for part in parts) != math.prod(entry.size)
+        or any(MetadataIndex(name, part.offsets) not in stored for part in parts)
+    )

@@ -1,0 +1,102 @@
+"""What balances a run, read from its trace, and what of it to change."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+
+from titan_moe_lb.commands.diagnose.window import Window
+
+QUANTILE = 'expert_bias = {type = "quantile"}'
+
+OTHER_LOSSES = {
+    "z_loss": "keeps logits small",
+    "entropy_loss": "evens out probabilities",
+    "importance_loss": "evens out probabilities",
+    "device_level_loss": "evens out groups of experts",
+    "communication_loss": "evens out groups of experts",
+}
+"""Losses of this package that leave the loads of single experts as they are, by metric name, and
+what they do. A loss of one's own counts as one that balances."""
+
+
+class Remedy(TypedDict):
+    """Fields of a finding."""
+
+    remedy: str
+    toml: str
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """Losses and bias rule of the run whose end is looked at."""
+
+    window: Window
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Those that balance experts: metric name to weight."""
+        losses = self.window.trace.info.losses
+        return {name: weight for name, weight in losses.items() if name not in OTHER_LOSSES}
+
+    @property
+    def description(self) -> str:
+        """Of the rule and its settings; "" without a bias."""
+        return self.window.trace.info.expert_bias or ""
+
+    @property
+    def rule(self) -> str:
+        """``type_name`` of the rule; "" without a bias."""
+        return self.description.partition(" ")[0]
+
+    @property
+    def bias_moves(self) -> bool:
+        """A speed may have been changed to 0: the steps themselves decide, where they are known."""
+        steps_SM = self.window.figure("bias_largest_step")
+        return self.rule not in ("", "frozen") and (steps_SM is None or bool(steps_SM.any()))
+
+    def setting(self, name: str) -> float | None:
+        """Of the rule, as the trace describes it: ``quantile (num_bins 1000, ema 0.9)``."""
+        found = re.search(rf"[( ]{name} (\d+(?:\.\d+)?(?:e[+-]?\d+)?)", self.description)
+        return float(found[1]) if found else None
+
+    @property
+    def typical_score(self) -> float:
+        """1/E under a softmax, 1/2 under a sigmoid and where an older trace does not say."""
+        info = self.window.trace.info
+        return 1 / info.num_experts if info.score_func == "softmax" else 0.5
+
+    def moved(self, bias: np.ndarray) -> np.ndarray:
+        """The part of its balanced load that an expert gets or loses when its bias changes so.
+
+        For scores that are spread evenly from 0 to twice the typical one: then
+        ``bias / (2 typical)`` of all tokens choose otherwise, and an expert has K/E of them.
+        """
+        info = self.window.trace.info
+        return bias / (2 * self.typical_score) * info.num_experts / info.top_k
+
+    def harder(self, first: str = "") -> Remedy:
+        """What to do against uneven loads with what the job has.
+
+        Args:
+            first: what stands before the remedy.
+        """
+        remedy, toml = "add a bias that moves", QUANTILE
+        if self.bias_moves and self.setting("speed"):
+            remedy = "ten times the speed of the bias, or a rule without one"
+        elif self.bias_moves and self.setting("ema"):
+            remedy = "let the bias follow every step"
+            toml = f'expert_bias = {{type = "{self.rule}", ema = 0.0}}'
+        elif self.losses:
+            name, weight = max(self.losses.items(), key=lambda item: item[1])
+            remedy = f"ten times the weight of {name}"
+            toml = f"weight = {10 * weight:g}   # of {name}"
+            if not self.bias_moves:
+                remedy, toml = f"{remedy}, or a bias", f"{toml}; or: {QUANTILE}"
+        elif self.bias_moves:
+            remedy = "a loss that balances, beside the bias"
+            toml = 'aux_losses = [{type = "global_batch", weight = 1e-3}]'
+        return {"remedy": first + remedy, "toml": toml}

@@ -1,0 +1,113 @@
+"""What can be wrong with the balance of a run, and what explains what.
+
+A check is a function of the end of a run and an entry of :data:`CHECKS`. It returns a finding,
+or a sentence with the numbers that it found well, or None where there is nothing to look at.
+
+Shape suffixes: S = steps of the window, M = MoE layers, E = experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from titan_moe_lb.commands.diagnose.checks import bias, loads, losses, ranks, run
+from titan_moe_lb.commands.diagnose.finding import Finding, Severity
+from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.traces.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to look at; the function's name is the kind of its finding."""
+
+    look: Callable[[Window], Finding | str | None]
+    topic: str = ""
+    explains: tuple[str, ...] = ()
+    """Topics and kinds of the findings that follow from its own."""
+
+    @property
+    def kind(self) -> str:
+        return self.look.__name__
+
+
+CHECKS = (
+    Check(run.diverged, explains=("method", "loads")),
+    Check(run.forced_routing, explains=("nothing_balances", "method", "loads", "micro-batches")),
+    Check(losses.nothing_balances, explains=("loads",)),
+    Check(bias.bias_too_slow, "method", explains=("too_weak", "loads")),
+    Check(bias.bias_oscillates, "method", explains=("bias_saturates", "too_weak", "loads")),
+    Check(bias.bias_saturates, "method", explains=("too_weak", "loads")),
+    Check(losses.aux_loss_dominates),
+    Check(losses.too_weak, "method", explains=("loads",)),
+    Check(
+        loads.collapse, "loads", explains=("dead_experts", "hot_expert", "hot_rank", "first_layers")
+    ),
+    Check(loads.dead_experts, "loads"),
+    Check(loads.hot_expert, "loads", explains=("hot_rank", "first_layers")),
+    Check(ranks.hot_rank, "loads"),
+    Check(ranks.hidden_in_micro_batches, "micro-batches"),
+    Check(loads.first_layers, "loads"),
+    Check(run.padding),
+)
+"""A cause stands before what it explains. Of findings that are as bad as each other, the one that
+stands first here is named first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The end of a run."""
+
+    findings: list[Finding]
+    """One for each cause, the worst first."""
+    well: dict[str, str]
+    """Kind of each check that found nothing to the numbers that it looked at."""
+
+
+def diagnosis(trace: Trace) -> Diagnosis:
+    """Look at the end of a run of at least ``FEWEST_STEPS`` logged steps.
+
+    A finding that another one explains is listed with it. That one is as bad as the worst that
+    follows from it, unless it is a note, which may be meant.
+    """
+    window, well = Window(trace), {}
+    causes: list[tuple[Check, Finding, list[Finding]]] = []
+    for check in CHECKS:
+        seen = check.look(window)
+        if isinstance(seen, str):
+            well[check.kind] = seen
+        elif seen is not None:
+            finding = replace(seen, kind=check.kind)
+            explained = [
+                symptoms for one, cause, symptoms in causes if _explains(one, cause, check, finding)
+            ]
+            for symptoms in explained:
+                symptoms.append(finding)
+            if not explained:
+                causes.append((check, finding, []))
+    listed = [_with_symptoms(finding, symptoms) for _check, finding, symptoms in causes]
+    return Diagnosis(sorted(listed, key=lambda finding: -finding.severity), well)
+
+
+def _with_symptoms(cause: Finding, symptoms: list[Finding]) -> Finding:
+    severity = cause.severity
+    if severity is not Severity.NOTE:
+        severity = max([severity, *(symptom.severity for symptom in symptoms)])
+    explains = {symptom.kind: symptom.what for symptom in symptoms}
+    return replace(cause, severity=severity, explains=explains)
+
+
+def findings(trace: Trace) -> list[Finding]:
+    """All that is wrong at the end of a run: see :func:`diagnosis`."""
+    return diagnosis(trace).findings
+
+
+def _explains(cause: Check, finding: Finding, check: Check, symptom: Finding) -> bool:
+    """It is said to, has begun no later, and is in all layers of the symptom."""
+    if not {check.kind, check.topic} & {*cause.explains}:
+        return False
+    if finding.since is not None and symptom.since is not None and finding.since > symptom.since:
+        return False
+    if finding.layers is None:
+        return True
+    return symptom.layers is not None and {*symptom.layers} <= {*finding.layers}

@@ -1,0 +1,111 @@
+"""Of the expert bias: too slow, too fast, too large."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from titan_moe_lb.commands.diagnose.balancing import QUANTILE, Balancing
+from titan_moe_lb.commands.diagnose.finding import Finding
+from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.traces.balance_statistics import max_violation
+
+SHORT = 0.01
+"""Of the excess: a bias that moves less needs a hundred times the steps so far, and ten times
+where scores lie ten times closer than :meth:`Balancing.moved` takes them."""
+LARGE = 0.1
+"""Of an expert's balanced load: a step of the bias that moves more overshoots."""
+
+
+def bias_too_slow(window: Window) -> Finding | str | None:
+    """It cannot have reached what would balance the loads: by speed, or by an average."""
+    balancing, steps = Balancing(window), window.trace.steps
+    uneven_M, worst = window.lasts(window.uneven / 2), int(window.lasting_M.argmax())
+    range_SM, ema = window.trace.figures.get("bias_range"), balancing.setting("ema")
+    seen = f"MaxVio of layer {window.trace.layers[worst]} is {window.lasting_M[worst]:.2g}"
+    if not balancing.bias_moves:
+        return None
+    if balancing.setting("speed") and range_SM is not None:
+        range_M = np.nan_to_num(range_SM).max(axis=0)
+        moved_M = balancing.moved(range_M)
+        slow_M = uneven_M & (moved_M < SHORT * window.lasting_M)
+        seen += (
+            f"; the bias spans {range_M[worst]:.2g} at most up to step {steps[-1]}, against scores "
+            f"of {balancing.typical_score:.2g}, which moves {moved_M[worst]:.2g} of a load"
+        )
+        reason = f"below {SHORT} of what is too much, it needs a hundred times the steps so far"
+        remedy, toml = "at least a hundred times its speed, or a rule without one", QUANTILE
+    elif ema is not None and ema < 1:
+        lag, looked_at = ema / (1 - ema), int(steps[-1] - steps[window.first]) + 1
+        slow_M = uneven_M & (lag > looked_at)
+        seen += f" in the last {looked_at} steps; the bias is {lag:.3g} steps late"
+        reason = "a bias that is later than all the steps that were uneven cannot have met them"
+        remedy = "let the bias follow every step"
+        toml = f'expert_bias = {{type = "{balancing.rule}", ema = 0.0}}'
+    else:
+        return None
+    if not slow_M.any():
+        return seen
+    return Finding(
+        what=f"{balancing.description} is too slow to balance {window.layers(slow_M)}",
+        evidence=seen,
+        reason=reason,
+        remedy=remedy,
+        toml=toml,
+        layers=window.numbers(slow_M),
+    )
+
+
+def bias_oscillates(window: Window) -> Finding | str | None:
+    """It overshoots: other experts are full in every step."""
+    balancing, steps_SM = Balancing(window), window.figure("bias_largest_step")
+    speed = balancing.setting("speed")
+    if not balancing.bias_moves or (steps_SM is None and speed is None):
+        return None
+    step_M = np.array([speed]) if steps_SM is None else np.nanmean(steps_SM, axis=0)
+    moved_M = balancing.moved(2 * step_M)  # one expert goes up while another goes down
+    chance = max_violation(window.by_chance(window.tokens_per_step)).mean()
+    jumps_M = (window.violation_M > 3 * chance) & (window.lasting_M < window.violation_M / 2)
+    swings_M = jumps_M & (moved_M > LARGE)
+    worst = int(np.argmax(np.where(swings_M, window.violation_M, 0)))
+    seen = (
+        f"a step of {step_M.max():.2g} against scores of {balancing.typical_score:.2g} moves "
+        f"{moved_M.max():.2g} of an expert's load; MaxVio of layer {window.trace.layers[worst]} is "
+        f"{window.violation_M[worst]:.2f} in a step, {window.lasting_M[worst]:.2f} in the last "
+        f"{len(window.counts_SME)} together; chance makes {chance:.2f} in a step"
+    )
+    if not swings_M.any():
+        return seen
+    remedy, toml = "a tenth of its speed, or a rule without one", QUANTILE
+    if speed is None:
+        remedy = "let the bias average over ten steps"
+        toml = f'expert_bias = {{type = "{balancing.rule}", ema = 0.9}}'
+    return Finding(
+        what=f"{balancing.description} is too fast: loads swing in {window.layers(swings_M)}",
+        evidence=seen,
+        reason="steps twice as uneven as their sum and three times as uneven as chance, by a bias "
+        f"that moves more than {LARGE} of a load at once: it overshoots",
+        remedy=remedy,
+        toml=toml,
+        layers=window.numbers(swings_M),
+    )
+
+
+def bias_saturates(window: Window) -> Finding | str | None:
+    range_SM, balancing = window.figure("bias_range"), Balancing(window)
+    if range_SM is None:
+        return None
+    range_M = np.nan_to_num(range_SM[-1])
+    large_M = range_M > 1
+    seen = f"largest less smallest bias: {range_M.max():.3g}"
+    if not large_M.any():
+        return f"{seen}, at most 1"
+    speed = balancing.setting("speed") if balancing.bias_moves else None
+    slower = f"speed = {speed / 10:g}, " if speed else ""
+    return Finding(
+        what=f"the expert bias outweighs the scores in {window.layers(large_M)}",
+        evidence=seen,
+        reason="scores lie between 0 and 1: a range above 1 chooses experts whatever the token",
+        remedy="start it anew" + (", at a tenth of its speed" if slower else ""),
+        toml=f'expert_bias = {{type = "{balancing.rule}", {slower}reset = true}}',
+        layers=window.numbers(large_M),
+    )

@@ -1,0 +1,120 @@
+"""Of the experts of a layer: few that get all, some that get nothing, one that gets too much."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from titan_moe_lb.commands.diagnose.balancing import Balancing
+from titan_moe_lb.commands.diagnose.finding import Finding, Severity
+from titan_moe_lb.commands.diagnose.window import Window, effective_experts
+from titan_moe_lb.traces.balance_statistics import relative_load
+from titan_moe_lb.traces.placement import contiguous, overload
+
+
+def collapse(window: Window) -> Finding | str | None:
+    """The load has the entropy of few experts."""
+    effective_M = effective_experts(window.counts_SME).mean(axis=0)
+    info = window.trace.info
+    of_largest = float(effective_experts(window.by_chance(window.tokens_per_step)).mean())
+    chance_M = of_largest * info.num_experts_M / info.num_experts
+    collapsed_M = effective_M < chance_M / 2
+    worst = int((effective_M / chance_M).argmin())
+    seen = (
+        f"the load of layer {window.trace.layers[worst]} is as concentrated as on "
+        f"{effective_M[worst]:.1f} balanced experts, MaxVio {window.violation_M[worst]:.2f}; "
+        f"balance up to chance is {chance_M[worst]:.1f}"
+    )
+    if not collapsed_M.any():
+        return seen
+    course_S = effective_experts(window.trace.counts_SME[:, worst])
+    return Finding(
+        severity=Severity.FAULT,
+        what=f"routing collapses in {window.layers(collapsed_M)}",
+        evidence=seen,
+        reason="below half of it, the other experts hardly learn, and fall further behind",
+        **Balancing(window).harder("go on from a checkpoint before the collapse: "),
+        layers=window.numbers(collapsed_M),
+        since=window.since((chance_M[worst] + effective_M[worst]) / 2 - course_S),
+    )
+
+
+def dead_experts(window: Window) -> Finding | str | None:
+    """No token in the whole window, and not by chance."""
+    dead_ME = (window.load_ME == 0) & window.beyond_chance(window.load_ME)
+    seen = (
+        f"balance is {window.balanced:.0f} tokens each in the last {len(window.counts_SME)} steps"
+    )
+    if not dead_ME.any():
+        return f"{int((window.load_ME == 0).sum())} experts without a token; {seen}"
+    experts, dead_M = window.experts(dead_ME), dead_ME.any(axis=1)
+    row = int(np.flatnonzero(dead_M)[0])
+    load_S = relative_load(window.trace.counts_SME[:, row])[:, experts[0][1]]
+    return Finding(
+        severity=Severity.FAULT if dead_ME.mean() > 0.05 else Severity.WARNING,
+        what=f"{len(experts)} expert{'s' if len(experts) > 1 else ''} got no token at all in "
+        f"{window.layers(dead_M)}",
+        evidence=f"layer {experts[0][0]}: experts {np.flatnonzero(dead_ME[row])[:6].tolist()}; {seen}",
+        reason="an expert without tokens has no gradient, and does not come back by itself",
+        **Balancing(window).harder(),
+        layers=window.numbers(dead_M),
+        experts=experts,
+        since=window.since(0.5 - load_S),
+    )
+
+
+def hot_expert(window: Window) -> Finding | str | None:
+    """Single experts with far more than their share in the whole window."""
+    load_ME, most = window.load_ME, 1 + window.uneven
+    # Where others are dead, those that are left have more without one being hot.
+    num_experts_M1 = window.trace.info.num_experts_M[:, None]
+    alive_M1 = (load_ME > 0).sum(axis=1, keepdims=True) / num_experts_M1
+    hot_ME = (load_ME * alive_M1 > most) & window.beyond_chance(load_ME)
+    row, expert = np.unravel_index(np.nanargmax(load_ME * (hot_ME | ~hot_ME.any())), load_ME.shape)
+    load = float(load_ME[row, expert])
+    name = f"expert {expert} of layer {window.trace.layers[row]} gets {load:.2f} times its share"
+    if not hot_ME.any():
+        return f"{name}, bad above {most:.2g}"
+    since = window.since(relative_load(window.trace.counts_SME[:, row])[:, expert] - (1 + load) / 2)
+    others = f"; {hot_ME.sum() - 1} more in {window.layers(hot_ME.any(axis=1))}"
+    return Finding(
+        what=f"{name} since step {since}{others if hot_ME.sum() > 1 else ''}",
+        evidence=_cost(window, int(row), int(expert)),
+        reason=f"above {most:.2g} times, and beyond chance, it decides the time of those that wait",
+        **Balancing(window).harder(),
+        layers=window.numbers(hot_ME.any(axis=1)),
+        experts=window.experts(hot_ME),
+        since=since,
+    )
+
+
+def _cost(window: Window, row: int, expert: int) -> str:
+    """The overload of the hottest rank at the run's degree, with and without the expert's excess."""
+    ep, num_experts = window.trace.info.ep, int(window.trace.info.num_experts_M[row])
+    if ep == 1 or num_experts % ep:
+        return "without expert parallelism no rank waits for it; its own products take longer"
+    load_E, placed = window.load_ME[row, :num_experts], contiguous(num_experts, ep)
+    without_E = load_E.copy()
+    without_E[expert] = np.delete(load_E, expert).mean()
+    return (
+        f"at expert-parallel degree {ep} the hottest rank of the layer gets "
+        f"{overload(load_E, placed):.2f} times its share, {overload(without_E, placed):.2f} if the "
+        f"expert were like the others; it lies on rank {expert // placed.shape[1]}"
+    )
+
+
+def first_layers(window: Window) -> Finding | str | None:
+    if len(window.violation_M) < 4:
+        return None
+    first, others = float(window.violation_M[0]), float(np.median(window.violation_M[1:]))
+    seen = f"MaxVio {first:.2f} against {others:.2f}, the median of the other layers"
+    if first < window.uneven / 2 or first < 2 * others:
+        return seen
+    return Finding(
+        severity=Severity.NOTE,
+        what=f"the first MoE layer ({window.trace.layers[0]}) is far less balanced than the others",
+        evidence=seen,
+        reason="the first layer sees little but the token itself, and frequent tokens are few; "
+        "twice the others is where it decides the step's time",
+        **Balancing(window).harder("leave first layers dense, as DeepSeek-V3 does with three; or "),
+        layers=(window.trace.layers[0],),
+    )

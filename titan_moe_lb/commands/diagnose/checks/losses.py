@@ -1,0 +1,73 @@
+"""Of what balances: nothing, too little of it, or losses that are too strong."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from titan_moe_lb.commands.diagnose.balancing import OTHER_LOSSES, QUANTILE, Balancing
+from titan_moe_lb.commands.diagnose.finding import Finding
+from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
+from titan_moe_lb.traces.balance_statistics import max_violation
+
+STRONG = 3
+
+
+def nothing_balances(window: Window) -> Finding | str | None:
+    """Neither a loss nor a rule of the job moves tokens from full experts to empty ones."""
+    balancing = Balancing(window)
+    if balancing.losses or balancing.bias_moves:
+        bias = [balancing.description] * balancing.bias_moves
+        return f"balanced by {', '.join([*balancing.losses, *bias])}"
+    losses = window.trace.info.losses
+    there = [f"{name} {OTHER_LOSSES[name]}" for name in losses]
+    there += [f"the bias stands still ({balancing.description})"] * bool(balancing.rule)
+    return Finding(
+        what="neither an aux loss nor a moving expert bias balances the experts of this run",
+        evidence="; ".join([f"MaxVio {window.violation_M.mean():.2f}, mean over layers", *there]),
+        reason="left alone, routers prefer the experts that are ahead",
+        remedy="add the sign bias of DeepSeek-V3, or the quantile bias",
+        toml=QUANTILE,
+    )
+
+
+def too_weak(window: Window) -> Finding | str | None:
+    """In most layers the load is bad, and no better than at the middle of the run."""
+    trace, balancing = window.trace, Balancing(window)
+    if not (balancing.losses or balancing.bias_moves) or len(trace.steps) < 4 * FEWEST_STEPS:
+        return None
+    before_M = max_violation(trace.counts_SME[len(trace.steps) // 2 : window.first]).mean(axis=0)
+    now_M = window.violation_M
+    weak_M = window.lasts(window.uneven) & (now_M >= 0.9 * before_M)
+    course = f"MaxVio {before_M.mean():.2f} in the middle of the run, {now_M.mean():.2f} at its end"
+    if weak_M.mean() <= 0.5:
+        return f"{course}; bad above {window.uneven:.2g} in most layers"
+    return Finding(
+        what=f"the balance is bad and no longer gets better in {window.layers(weak_M)}",
+        evidence=course,
+        reason=f"above {window.uneven:.2g} the fullest expert decides the time of those that wait",
+        **balancing.harder(),
+        layers=window.numbers(weak_M),
+    )
+
+
+def aux_loss_dominates(window: Window) -> Finding | str | None:
+    """Where the job measures it: ``metrics.router_gradients``."""
+    main_SM, aux_SM = map(window.figure, ("main_gradient_squared", "aux_gradient_squared"))
+    losses = window.trace.info.losses
+    if main_SM is None or aux_SM is None or not losses:
+        return None
+    ratio_M = np.sqrt(np.nanmean(aux_SM, axis=0) / np.maximum(np.nanmean(main_SM, axis=0), 1e-300))
+    strong_M = ratio_M > STRONG
+    if not strong_M.any():
+        return f"gradient of the losses {ratio_M.max():.2g} of the model's, at most {STRONG}"
+    name, weight = max(losses.items(), key=lambda item: item[1])
+    return Finding(
+        what=f"the aux losses outweigh the model's own loss in the router of "
+        f"{window.layers(strong_M)}",
+        evidence=f"norm of their gradient in the logits over that of the model's loss: "
+        f"{ratio_M[strong_M].max():.2g}",
+        reason=f"above {STRONG} the router learns to be even, and hardly to choose",
+        remedy=f"a tenth of the weight of {name}",
+        toml=f"weight = {weight / 10:g}   # of {name}",
+        layers=window.numbers(strong_M),
+    )

@@ -1,0 +1,79 @@
+"""Of the ranks that wait for each other: which experts they hold, and what a micro-batch holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from titan_moe_lb.commands.diagnose.finding import Finding
+from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.traces import placement
+from titan_moe_lb.traces.balance_statistics import max_violation
+
+LATE = 1.2
+SEQUENCE_WISE = "seq_load_balancing_loss"
+
+
+def hot_rank(window: Window) -> Finding | str | None:
+    """Another order of the same experts would be far better."""
+    info = window.trace.info
+    if info.ep == 1 or (info.num_experts_M % info.ep).any():
+        return None
+    loads = [load_E[~np.isnan(load_E)] for load_E in window.load_ME]
+    as_placed = [placement.contiguous(len(load_E), info.ep) for load_E in loads]
+    factor_M = np.array(list(map(placement.overload, loads, as_placed)))
+    best_M = factor_M.copy()
+    experts_of_a_rank = int(info.num_experts_M.min()) // info.ep
+    late_M = (factor_M > LATE) & window.beyond_chance(factor_M, experts_of_a_rank)
+    for row in np.flatnonzero(late_M):
+        best = placement.greedy_in_groups(loads[row], info.ep, info.expert_groups or ())
+        best_M[row] = placement.overload(loads[row], best)
+    hot_M = best_M < 1 + (factor_M - 1) / 2
+    worst = int(np.argmax(np.where(hot_M, factor_M, 0))) if hot_M.any() else int(factor_M.argmax())
+    seen = (
+        f"layer {window.trace.layers[worst]}: rank "
+        f"{int(loads[worst][as_placed[worst]].sum(axis=-1).argmax())} of {info.ep} gets "
+        f"{factor_M[worst]:.2f} times its share"
+    )
+    if not hot_M.any():
+        return seen
+    return Finding(
+        what=f"one expert-parallel rank is hot because of what is placed on it, in "
+        f"{window.layers(hot_M)}",
+        evidence=f"{seen}; the same experts in another order would give {best_M[worst]:.2f}",
+        reason=f"above {LATE} every rank waits a fifth of the time of its experts",
+        remedy="titan-moe-lb plan --from-run says what moving experts buys, titan-moe-lb place "
+        "moves them; a stronger balance makes it needless",
+        layers=window.numbers(hot_M),
+    )
+
+
+def hidden_in_micro_batches(window: Window) -> Finding | str | None:
+    """What single micro-batches have too much, their sum has not."""
+    single_SM = window.figure("micro_batch_max_violation")
+    if single_SM is None:
+        return None
+    info = window.trace.info
+    tokens = info.micro_batch_size * info.seq_len * info.ep
+    chance = max_violation(window.by_chance(tokens)).mean()
+    single_M = np.nanmean(single_SM, axis=0)
+    hidden_M = (single_M > 1.5 * chance + 0.5) & (window.violation_M < single_M / 3)
+    worst = int(np.argmax(np.where(hidden_M, single_M, 0))) if hidden_M.any() else 0
+    seen = (
+        f"MaxVio {single_M[worst]:.2f} in a micro-batch, {window.violation_M[worst]:.2f} in a "
+        f"step; chance makes {chance:.2f} in a micro-batch"
+    )
+    if not hidden_M.any():
+        return seen
+    weight = info.losses.get(SEQUENCE_WISE)
+    return Finding(
+        what=f"single micro-batches are far less balanced than whole steps in "
+        f"{window.layers(hidden_M)}",
+        evidence=seen,
+        reason="ranks wait for each micro-batch, and memory peaks in one, however even the sum is",
+        remedy="a loss over each sequence spreads what a micro-batch holds"
+        + (", at ten times its weight" if weight else ""),
+        toml=f"weight = {10 * weight:g}   # of {SEQUENCE_WISE}"
+        if weight
+        else 'aux_losses = [{type = "sequence_wise", weight = 1e-3}]',
+        layers=window.numbers(hidden_M),
+    )

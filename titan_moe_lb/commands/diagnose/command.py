@@ -1,0 +1,73 @@
+"""``titan-moe-lb diagnose``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from pathlib import Path
+
+from titan_moe_lb.commands.diagnose.checks import Diagnosis, diagnosis
+from titan_moe_lb.commands.diagnose.finding import Severity
+from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS
+from titan_moe_lb.traces.trace import Trace, read_trace
+
+
+def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") -> int:
+    """Print what is wrong with a run.
+
+    Args:
+        run_dir: folder of the run, or its trace.
+        as_json: an object with ``steps``, ``findings`` and ``well`` instead of sentences.
+        fail_on: the least severity that the status tells; "never": none.
+
+    Returns:
+        1 where something at least as bad as ``fail_on`` was found, or the run is too short to say
+        whether; else 0.
+
+    Raises:
+        JobError: the trace cannot be read.
+    """
+    trace = read_trace(run_dir)
+    enough = len(trace.steps) >= FEWEST_STEPS
+    found = diagnosis(trace) if enough else Diagnosis(findings=[], well={})
+    print(_json(trace, found) if as_json else _sentences(trace, found, enough))
+    if fail_on == "never":
+        return 0
+    bad = [finding for finding in found.findings if finding.severity >= Severity[fail_on.upper()]]
+    return int(bool(bad) or not enough)
+
+
+def _json(trace: Trace, found: Diagnosis) -> str:
+    rows = [
+        {**dataclasses.asdict(finding), "severity": finding.severity.name.lower()}
+        for finding in found.findings
+    ]
+    answer = {"steps": len(trace.steps), "findings": rows, "well": found.well}
+    return json.dumps(answer, indent=2)
+
+
+def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
+    if not enough:
+        return (
+            f"{trace.path}: {len(trace.steps)} logged steps are too short to say: "
+            f"{FEWEST_STEPS} at least"
+        )
+    steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"
+    if not found.findings:
+        head = f"{steps}: nothing is wrong with the balance. Looked at, in the last quarter:"
+        return "\n".join([head, *(f"  {kind:<24} {seen}" for kind, seen in found.well.items())])
+    blocks = [f"{steps}:"]
+    for finding in found.findings:
+        lines = [
+            f"{finding.severity.name.lower()}: {finding.what}",
+            f"  seen    {finding.evidence}",
+            f"  bound   {finding.reason}",
+            *(f"  causes  {what}" for what in finding.explains.values()),
+            f"  do      {finding.remedy}",
+            *([f"  try     {finding.toml}"] if finding.toml else []),
+        ]
+        blocks.append(
+            "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 10) for line in lines)
+        )
+    return "\n\n".join(blocks)

@@ -1,0 +1,186 @@
+"""``titan-moe-lb doctor``: what is here, how a job would run on it, and what is missing.
+
+Needs the standard library alone, so that ``python -m titan_moe_lb.commands.doctor`` speaks also in an
+environment where nothing else does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import titan_moe_lb
+
+DISTRIBUTION = "titan-moe-lb"
+MINIMUM_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. Without ``ok`` something is missing that a job needs."""
+
+    what: str
+    said: str
+    ok: bool = True
+
+    def __str__(self) -> str:
+        return f"{'ok' if self.ok else 'MISSING':8}{self.what:12}{self.said}"
+
+
+def main() -> None:
+    """Print every finding. Status 1 where something is missing."""
+    print(f"titan_moe_lb {titan_moe_lb.__version__} in {Path(titan_moe_lb.__file__).parent}")
+    whole = True
+    for finding in findings():
+        print(finding)
+        whole &= finding.ok
+    raise SystemExit(0 if whole else 1)
+
+
+def findings() -> Iterator[Finding]:
+    yield _python()
+    yield from packages(DISTRIBUTION)
+    for what, look in _LOOKS.items():
+        try:
+            yield Finding(what, look())
+        except Exception as error:  # whatever a broken installation raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            yield Finding(what, f"{reason}: install {DISTRIBUTION} again", ok=False)
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    if sys.version_info < MINIMUM_PYTHON:
+        wanted = ".".join(map(str, MINIMUM_PYTHON))
+        return Finding("python", f"{version}, and {wanted} or newer is needed", ok=False)
+    return Finding("python", f"{version} in {sys.prefix}")
+
+
+def packages(distribution: str) -> Iterator[Finding]:
+    """Whether all that a distribution requires is here, and whatever that requires in turn."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield Finding("packages", "packaging is not here: pip install packaging", ok=False)
+        return
+    waiting = [Requirement(distribution)]
+    seen: dict[str, str] = {}
+    missing = False
+    while waiting:
+        wanted = waiting.pop()
+        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing = True
+            yield Finding("packages", f"{name} is not here: pip install '{wanted}'", ok=False)
+            continue
+        if not wanted.specifier.contains(found.version, prereleases=True):
+            missing = True
+            yield Finding(
+                "packages", f"{name} is {found.version}: pip install '{wanted}'", ok=False
+            )
+        if name in seen:
+            continue
+        seen[name] = found.version
+        if lost := _lost_files(found):
+            missing = True
+            remedy = f"pip install --force-reinstall --no-deps '{name}=={found.version}'"
+            yield Finding("packages", f"{name} has lost {lost} files: {remedy}", ok=False)
+        needs = map(Requirement, found.requires or ())
+        extras = {"", *wanted.extras}
+        waiting += [
+            need
+            for need in needs
+            if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras)
+        ]
+    if not missing:
+        told = ", ".join(f"{name} {seen[name]}" for name in ("torch", "torchtitan") if name in seen)
+        yield Finding("packages", f"all {len(seen)} are whole: {told}")
+
+
+def _lost_files(found: importlib.metadata.Distribution) -> int:
+    """Modules and libraries that were installed and are gone."""
+    names = [file for file in found.files or () if file.suffix in (".py", ".so")]
+    return sum(not os.path.exists(str(found.locate_file(file))) for file in names)
+
+
+def _devices() -> str:
+    import psutil
+    import torch
+
+    from titan_moe_lb.upstream import cpu
+
+    if cpu.needed():
+        memory = psutil.virtual_memory().total / 2**30
+        return f"no accelerator: {os.cpu_count()} CPU cores, {memory:.0f} GiB"
+    count = torch.accelerator.device_count()
+    return f"{count} x {torch.get_device_module().get_device_name(0)}"
+
+
+def _processes() -> str:
+    import torch.distributed
+
+    from titan_moe_lb.upstream import cpu
+
+    backend = "gloo"
+    if not cpu.needed():
+        device = torch.accelerator.current_accelerator(check_available=True)
+        backend = torch.distributed.get_default_backend_for_device(str(device))
+    if not torch.distributed.is_backend_available(backend):
+        raise RuntimeError(f"this torch has no {backend}")
+    return f"talk over {backend}"
+
+
+def _attention() -> str:
+    from titan_moe_lb.upstream import cpu
+
+    return "FlexAttention's mask, evaluated densely" if cpu.needed() else "FlexAttention"
+
+
+def _trainer() -> str:
+    from titan_moe_lb.upstream import cpu
+
+    cpu.prepare()
+    from titan_moe_lb.job import module_lookup
+
+    models = module_lookup.registered_models()
+    for model in models:
+        module_lookup.config_registry(model)
+    return f"models that load: {', '.join(models)}"
+
+
+def _compiler() -> str:
+    from titan_moe_lb.rules import compiler
+
+    found = compiler.cpp_compiler()
+    return found or f"no C++ compiler, which --compile.enable alone needs: {compiler.REMEDY}"
+
+
+def _data() -> str:
+    from titan_moe_lb.data import TOKENIZER_PATH, documents
+    from titan_moe_lb.job import job_files
+
+    jobs = job_files.names()
+    if not jobs or not (Path(TOKENIZER_PATH) / "tokenizer.json").is_file():
+        raise FileNotFoundError("tokenizer or job files")
+    return f"{len(documents())} texts, their tokenizer, {len(jobs)} job files"
+
+
+_LOOKS: dict[str, Callable[[], str]] = {
+    "devices": _devices,
+    "processes": _processes,
+    "attention": _attention,
+    "trainer": _trainer,
+    "compiler": _compiler,
+    "data": _data,
+}
+
+if __name__ == "__main__":
+    main()

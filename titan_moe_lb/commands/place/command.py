@@ -1,0 +1,261 @@
+"""From the arguments of ``titan-moe-lb place`` to a placed checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from titan_moe_lb.checkpoints import placement
+from titan_moe_lb.checkpoints.placement import Placement
+from titan_moe_lb.checkpoints.start import is_finished, steps_in
+from titan_moe_lb.commands.place import new_folder
+from titan_moe_lb.commands.place.by_expert import ExpertTensors, expert_tensors
+from titan_moe_lb.commands.place.checkpoint_files import CheckpointFiles, Moves
+from titan_moe_lb.commands.place.distributed import DistributedFiles
+from titan_moe_lb.commands.place.rewrite import rewrite
+from titan_moe_lb.commands.place.safetensors_files import SafetensorsFiles
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.placement import LAST_PART, contiguous, overload
+from titan_moe_lb.traces.trace import Trace, read_trace, trace_file
+
+
+def place(
+    path: Path,
+    *,
+    output: Path,
+    from_run: Path | None = None,
+    ep: int | None = None,
+    groups: str | None = None,
+    file: Path | None = None,
+    undo: bool = False,
+) -> list[str]:
+    """Write a checkpoint with the experts of its MoE layers in another order.
+
+    Args:
+        path: a checkpoint, or a run, whose newest finished step is taken.
+        output: a folder to make, of the same kind as ``path``; a name that ends in .json gets
+            the placement alone.
+        from_run: whose loads are to be balanced; that of the checkpoint by default.
+        ep: expert-parallel degree to balance for.
+        groups: how many groups of experts stay together, coarse to fine.
+        file: the placement instead of one from loads.
+        undo: put the experts back.
+
+    Returns:
+        What was done, in lines.
+
+    Raises:
+        JobError: the first thing that is wrong, in one line. Then nothing is left at ``output``.
+    """
+    folder = _checkpoint_of(path)
+    alone = output.suffix == ".json"
+    files = _open(folder)
+    new_folder.check(output, 0 if alone else files.num_bytes)
+    try:
+        layers = expert_tensors(files.tensors, files.objects)
+    except JobError as error:
+        raise JobError(f"{folder} cannot be placed: {error}") from None
+    done = placement.of_checkpoint(folder)
+    said = [_what(folder, files, layers)]
+    counts_ME = None
+    if undo:
+        if from_run is not None or ep is not None or groups is not None or alone:
+            raise JobError("--undo takes a placement back: it goes with --placement and -o alone")
+        plan = _to_undo(folder, done, file)
+    elif file is not None:
+        if from_run is not None:
+            raise JobError("--placement and --from-run are two placements: give one of them")
+        plan = _given(placement.read(file), file, ep, groups)
+    else:
+        trace = _loads(path, folder, from_run, done)
+        plan, counts_ME = _from_loads(trace, ep, groups)
+    num_experts = {layer.layer: layer.num_experts for layer in layers}
+    plan.check(num_experts, str(folder))
+    if counts_ME is not None:
+        said.append(_gain(plan, counts_ME))
+    if alone:
+        plan.write(output)
+        return [*said, f"{output}: place {path} --placement {output} -o NEW applies it"]
+    orders = plan.inverse() if undo else plan.orders
+    moves: Moves = {}
+    for layer in layers:
+        moves.update(layer.moves(orders[layer.layer]))
+    record = _record(plan, done, undo)
+    _write(files, output, folder.relative_to(path), moves, record)
+    moved = f"{len(moves):,} tensors by expert of {len(files.tensors):,} moved"
+    said.append(f"{output}: {moved}, read back and compared")
+    if record is not None:
+        said.append(f"back again: titan-moe-lb place {output} --undo -o NEW")
+    return said
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The folder of a checkpoint: itself, or the newest finished step of a run."""
+    if not path.is_dir():
+        raise JobError(f"{path}: there is no such folder: name a checkpoint, or a run that has one")
+    if (path / ".metadata").is_file() or any(path.glob("*.safetensors")):
+        return path
+    for folder in (path / "checkpoint", path):
+        steps = steps_in(folder)
+        finished = [step for step in steps.values() if is_finished(step)]
+        if finished:
+            return finished[-1]
+        if steps:
+            raise JobError(f"no step in {folder} was saved whole: there is nothing to place")
+    raise JobError(
+        f"{path} has no checkpoint: neither .metadata nor *.safetensors nor checkpoint/step-N"
+    )
+
+
+def _open(folder: Path) -> CheckpointFiles:
+    is_distributed = (folder / ".metadata").is_file()
+    return DistributedFiles(folder) if is_distributed else SafetensorsFiles(folder)
+
+
+def _what(folder: Path, files: CheckpointFiles, layers: list[ExpertTensors]) -> str:
+    experts = sorted({layer.num_experts for layer in layers})
+    moments = any(name.startswith("optimizer.state.") for name in files.tensors)
+    with_them = "with optimizer state" if moments else "without optimizer state"
+    return (
+        f"{folder}: {len(layers)} MoE layer(s) of {' and '.join(map(str, experts))} experts, "
+        f"{files.num_bytes / 1e9:,.3g} GB, {with_them}"
+    )
+
+
+def _to_undo(folder: Path, done: Placement | None, file: Path | None) -> Placement:
+    if done is None and file is None:
+        raise JobError(
+            f"{folder} has no {placement.FILE_NAME}, nor has its run: name the one that it was "
+            "placed with in --placement"
+        )
+    if done is not None and file is not None:
+        raise JobError(f"{folder} has a placement of its own: leave --placement out")
+    return done if done is not None else placement.read(file)  # type: ignore[arg-type]
+
+
+def _given(plan: Placement, file: Path, ep: int | None, groups: str | None) -> Placement:
+    if ep not in (None, plan.ep_degree):
+        raise JobError(f"--ep is {ep}, and {file} is a placement for EP {plan.ep_degree}")
+    if groups is not None and placement.parse_groups(groups) != plan.groups:
+        raise JobError(f"--groups is {groups}, and {file} keeps groups {list(plan.groups)}")
+    return plan
+
+
+def _loads(path: Path, folder: Path, from_run: Path | None, done: Placement | None) -> Trace:
+    """The run's trace, if its experts have the numbers that those of the checkpoint have."""
+    homes = (path, folder.parent.parent)
+    own = next((home for home in homes if trace_file(home).is_file()), None)
+    if from_run is None and own is None:
+        raise JobError(f"--from-run is missing: no run wrote a trace beside {folder}")
+    trace = read_trace(from_run or own)  # type: ignore[arg-type]
+    info, run = trace.info, trace.path.parent
+    if info.forced_routing is not None:
+        raise JobError(
+            f"the loads of {run} were forced ({info.forced_routing}): they are those of a number, "
+            "whatever expert has it; take a run without"
+        )
+    theirs = done.title if done is not None else None
+    is_own = own is not None and run.resolve() == trace_file(own).parent.resolve()
+    if info.placement != theirs and not is_own:
+        raise JobError(
+            f"the experts of {run} are {info.placement or 'as they were'}, and those of {folder} "
+            f"{theirs or 'as they were'}: they have other numbers"
+        )
+    return trace
+
+
+def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Placement, np.ndarray]:
+    """A placement, and the tokens of each expert of each layer that it is for ``(M, E)``."""
+    info, run = trace.info, trace.path.parent
+    if ep is None:
+        raise JobError("--ep is missing: the expert-parallel degree to balance for, as in --ep 8")
+    if ep < 2:
+        raise JobError(f"--ep is {ep}; it must be at least 2")
+    if groups is not None:
+        kept = placement.parse_groups(groups)
+    elif info.expert_groups is not None:
+        kept = info.expert_groups
+    else:
+        raise JobError(
+            f"{run} does not say whether experts are in groups that stay together: give --groups "
+            "with the num_expert_groups of the router, or --groups 1 for none"
+        )
+    for number in kept:
+        for num_experts in info.num_experts_M:
+            if num_experts % number:
+                raise JobError(f"--groups {number} does not divide {num_experts} experts")
+    steps = trace.steps[-max(1, len(trace.steps) // LAST_PART) :]
+    counts_ME = trace.counts_SME[-len(steps) :].sum(axis=0)
+    loads = f"steps {steps[0]} to {steps[-1]} of {run}"
+    return placement.from_loads(counts_ME, trace.layers, ep, kept, loads), counts_ME
+
+
+def _gain(plan: Placement, counts_ME: np.ndarray) -> str:
+    """What it is to do to the overload.
+
+    Raises:
+        JobError: nothing.
+    """
+    ep, kept = plan.ep_degree, plan.groups
+    counts = [counts_E[counts_E >= 0] for counts_E in counts_ME]
+    as_it_was = [contiguous(len(counts_E), ep) for counts_E in counts]
+    before_M = np.array(list(map(overload, counts, as_it_was)))
+    orders = [order[places] for order, places in zip(plan.orders.values(), as_it_was, strict=True)]
+    after_M = np.array(list(map(overload, counts, orders)))
+    if after_M.mean() >= before_M.mean():
+        whole = f" of whole groups ({', '.join(map(str, kept))})" if kept else ""
+        raise JobError(
+            f"EP {ep}, {plan.loads}: no order{whole} was found that loads the ranks more evenly: there "
+            "is nothing to place"
+        )
+    return (
+        f"EP {ep}, {plan.loads}: the busiest rank got {before_M.mean():.3f} x the balanced tokens "
+        f"(worst layer {before_M.max():.3f}); as placed {after_M.mean():.3f} x "
+        f"(worst layer {after_M.max():.3f})"
+    )
+
+
+def _record(plan: Placement, done: Placement | None, undo: bool) -> Placement | None:
+    """What the placed checkpoint says of itself."""
+    if undo:
+        return done.earlier if done is not None else None
+    return Placement(
+        orders=plan.orders,
+        ep_degree=plan.ep_degree,
+        groups=plan.groups,
+        loads=plan.loads,
+        earlier=done,
+    )
+
+
+def _write(
+    files: CheckpointFiles, output: Path, inside: Path, moves: Moves, record: Placement | None
+) -> None:
+    bar = Progress(
+        TextColumn("writing and reading back"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with new_folder.whole(output) as partial, bar:
+        task = bar.add_task("", total=3 * files.num_bytes)
+        target = partial / inside
+        target.mkdir(parents=True, exist_ok=True)
+        rewrite(files, target, moves, lambda count: bar.advance(task, count))
+        if record is not None:
+            record.write(partial / placement.FILE_NAME)

@@ -1,0 +1,64 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_moe_lb.checkpoints.start import steps_in
+from titan_moe_lb.errors import JobError
+
+
+def check(new: Path, num_bytes: int) -> None:
+    """Ask before the long work whether a folder can come to be there.
+
+    Raises:
+        JobError: something is there, it would change the numbering of a run midway, or there is
+            too little room.
+    """
+    if os.path.lexists(new):
+        raise JobError(f"{new} exists: name a new folder with --output")
+    if not new.parent.is_dir() or not os.access(new.parent, os.W_OK):
+        raise JobError(f"{new} cannot be made: {new.parent} is no folder that can be written to")
+    if steps_in(new.parent):
+        raise JobError(
+            f"{new} would be a step among those of a run, whose other steps and trace number the "
+            "experts otherwise: name a folder of its own"
+        )
+    free = shutil.disk_usage(new.parent).free
+    if free < num_bytes:
+        raise JobError(f"{new} needs {num_bytes:,} bytes, and {free:,} are free in {new.parent}")
+
+
+@contextlib.contextmanager
+def whole(new: Path) -> Iterator[Path]:
+    """A hidden folder beside it to write in, which gets its name when all of it is on the disk.
+
+    Raises:
+        JobError: the system refused to write, for one because the disk is full; nothing is left.
+    """
+    partial = new.with_name(f".{new.name}.{os.getpid()}")
+    try:
+        partial.mkdir()
+        yield partial
+        for folder, *_ in os.walk(partial):
+            _folder_to_disk(Path(folder))
+        os.rename(partial, new)
+        _folder_to_disk(new.parent)
+    except OSError as error:
+        raise JobError(
+            f"{new} could not be written ({error.strerror or error}): nothing of it is left"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _folder_to_disk(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

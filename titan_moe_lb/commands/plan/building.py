@@ -1,0 +1,46 @@
+"""This process while it builds models that nobody runs."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from titan_moe_lb.terminal.heartbeat import Patience
+
+
+@contextmanager
+def quiet_host() -> Iterator[None]:
+    """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
+    from titan_moe_lb.upstream import cpu
+
+    cpu.prepare()
+    world_size = os.environ.get("WORLD_SIZE")
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    # Copying pipeline stages makes millions of objects and no garbage: a quarter of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+        logging.disable(level)
+        if world_size is None:
+            os.environ.pop("WORLD_SIZE", None)
+        else:
+            os.environ["WORLD_SIZE"] = world_size
+
+
+def patience(doing: str) -> Patience:
+    """A line now and then on standard error while it lasts."""
+    return Patience(
+        lambda line: print(line, file=sys.stderr), lambda seconds: f"{doing}: {seconds} s so far"
+    )

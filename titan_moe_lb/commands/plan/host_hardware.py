@@ -1,0 +1,101 @@
+"""This machine as a device: measured in about a second, not looked up."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+from titan_moe_lb.costmodel.hardware.device import FIGURES, Hardware
+
+_BYTES = 32 * 2**20
+
+
+def measure_host(*, size: int = 768) -> Hardware:
+    """One process on this host as one rank.
+
+    Torch's BF16 matrix product of ``size`` x ``size`` in this process's threads, a copy of
+    memory, and a TCP connection to itself, which is what gloo uses between processes. All
+    ranks share one host, so that there is no scale-out link: its figures are the same. A
+    peak is the best of several times, since whatever else runs can only add to them.
+    """
+    import psutil
+
+    bandwidth, latency = _loopback()
+    figures = {
+        "bf16_flops": _matmul_flops(size),
+        "memory_bytes": float(psutil.virtual_memory().total),
+        "memory_bandwidth": _copy_bandwidth(),
+        "scale_up_domain": 2**20,
+        "scale_up_bandwidth": bandwidth,
+        "scale_up_latency": latency,
+        "scale_out_bandwidth": bandwidth,
+        "scale_out_latency": latency,
+    }
+    return Hardware(name="this host", **figures, sources=dict.fromkeys(FIGURES, "measured"))  # type: ignore[arg-type]
+
+
+def _seconds(run: Callable[[], object], repetitions: int = 7) -> list[float]:
+    run()
+    seconds = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _matmul_flops(size: int) -> float:
+    import torch
+
+    left = torch.randn(size, size, dtype=torch.bfloat16)
+    right = torch.randn(size, size, dtype=torch.bfloat16)
+    return 2 * size**3 / min(_seconds(lambda: left @ right))
+
+
+def _copy_bandwidth() -> float:
+    import torch
+
+    source = torch.ones(_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * _BYTES / min(_seconds(lambda: target.copy_(source)))
+
+
+def _loopback() -> tuple[float, float]:
+    """Bytes/s in one direction, and seconds to start a message, over TCP to this host."""
+    with socket.create_server(("localhost", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _address = server.accept()
+    block = bytes(2**20)
+
+    def echo() -> None:
+        """Answer each message of 1 byte, and each block sequence once it is complete."""
+        received = 0
+        while data := far.recv(2**20):
+            received += len(data)
+            if received == 1 or received >= _BYTES:
+                received = 0
+                far.sendall(b"x")
+
+    with near, far:
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answering = threading.Thread(target=echo, daemon=True)
+        answering.start()
+
+        def ping() -> None:
+            near.sendall(b"x")
+            near.recv(1)
+
+        def transfer() -> None:
+            for _ in range(_BYTES // len(block)):
+                near.sendall(block)
+            near.recv(1)
+
+        latency = statistics.median(_seconds(ping, repetitions=100)) / 2
+        seconds = min(_seconds(transfer))
+        near.shutdown(socket.SHUT_WR)
+        answering.join()
+    return _BYTES / seconds, latency

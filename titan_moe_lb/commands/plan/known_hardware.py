@@ -1,0 +1,74 @@
+"""The device that a name stands for: of the table with sources, of a user's file, or this host."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from titan_moe_lb import toml_tables
+from titan_moe_lb.commands.plan.host_hardware import measure_host
+from titan_moe_lb.costmodel.hardware.device import FIGURES, Hardware
+from titan_moe_lb.errors import JobError, nearest
+
+HOST = "host"
+"""The name that stands for this machine, measured."""
+
+USUAL = {
+    "bf16_flops": (1e11, 1e17, "FLOP/s, as in 989e12"),
+    "memory_bytes": (1e7, 1e14, "bytes, as in 80e9"),
+    "memory_bandwidth": (1e9, 1e15, "bytes/s, as in 3.35e12"),
+    "scale_up_domain": (1, 2**20, "devices, as in 8"),
+    "scale_up_bandwidth": (1e7, 1e14, "bytes/s in one direction, as in 450e9"),
+    "scale_up_latency": (1e-9, 1e-2, "seconds, as in 0.6e-6"),
+    "scale_out_bandwidth": (1e7, 1e14, "bytes/s in one direction, as in 50e9"),
+    "scale_out_latency": (1e-9, 1e-2, "seconds, as in 2.7e-6"),
+}
+"""Least and most that a device has, and the unit: a file in TFLOP/s, GB or µs is outside."""
+
+
+def hardware(name: str) -> Hardware:
+    """The device of that name, of a TOML file of the user's, or this host, measured.
+
+    Raises:
+        JobError: neither a known name nor a file; a file that does not define a device.
+    """
+    if name == HOST:
+        return measure_host()
+    if name.endswith(".toml"):
+        return _device(Path(name).stem, toml_tables.read(name, "--hardware"), name)
+    table = known_hardware()
+    key = name.lower().replace("-", "_")
+    if key not in table:
+        raise JobError(
+            f"--hardware {name!r} is unknown; {nearest(key, [*table, HOST])} To define one, write "
+            f"a file such as my.toml with {', '.join(('name', *FIGURES))} and give its path"
+        )
+    return _device(key, table[key], "hardware.toml")
+
+
+def known_hardware() -> dict[str, dict[str, Any]]:
+    """The table that comes with the package, by name."""
+    text = resources.files("titan_moe_lb.costmodel").joinpath("hardware.toml").read_text()
+    return tomli.loads(text)
+
+
+def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
+    valid = ("name", "sources", *FIGURES)
+    for figure in table:
+        if figure not in valid:
+            raise JobError(f"{place}: no figure {figure!r}; {nearest(figure, valid)}")
+    missing = [figure for figure in FIGURES if figure not in table]
+    if missing:
+        raise JobError(f"{place}: {key!r} lacks {', '.join(missing)}")
+    device = Hardware(**{"name": key, **table})
+    for figure, (least, most, unit) in USUAL.items():
+        value = table[figure]
+        if not least <= value <= most:
+            raise JobError(
+                f"{place}: {figure} is {value!r}; it is in {unit}, and usually from {least:g} to "
+                f"{most:g}"
+            )
+    return device

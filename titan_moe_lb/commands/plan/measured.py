@@ -1,0 +1,65 @@
+"""The recorded run that a plan takes its loads from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from titan_moe_lb.costmodel.loads.lognormal import fitted_sigma
+from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
+from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.placement import coarse_to_fine
+from titan_moe_lb.traces.trace import Trace
+
+
+def of_run(
+    trace: Trace, moe_layers: Mapping[int, MoELayer]
+) -> tuple[dict[str, Any], RecordedLoads]:
+    """What the run is, and its loads.
+
+    Raises:
+        JobError: its MoE layers have other shapes than the job's; names are left open.
+    """
+    info = trace.info
+    if info.num_experts_by_layer or info.top_k_by_layer:
+        raise JobError(
+            f"--from-run {trace.path.parent} is of {info.model_name}: a plan takes the loads of a "
+            "run whose layers have one number of experts and one top_k"
+        )
+    shapes = {number: (layer.num_experts, layer.top_k) for number, layer in moe_layers.items()}
+    layer = next(iter(moe_layers.values()))
+    if shapes != dict.fromkeys(info.layers, (info.num_experts, info.top_k)):
+        raise JobError(
+            f"--from-run {trace.path.parent} is of {info.model_name}, the job has {len(shapes)} MoE "
+            f"layers (the first is {min(shapes)}), {layer.num_experts} experts, top {layer.top_k}: "
+            "take a run of the job's model"
+        )
+    overload_S = trace.over_steps("max_overload_factor")
+    recorded = RecordedLoads(
+        counts_SME=trace.counts_SME,
+        micro_batch_counts_SME=trace.micro_batch_counts_SME,
+        expert_groups=(
+            coarse_to_fine([layer.num_groups]) if info.expert_groups is None else info.expert_groups
+        ),
+        ep_degree=info.ep,
+        max_overload_factor=float(np.nanmax(overload_S[len(overload_S) // 2 :])),
+    )
+    window = recorded.window
+    run = {
+        "path": str(trace.path.parent),
+        "layout": info.layout,
+        "losses": info.losses,
+        "expert_bias": info.expert_bias,
+        "first_steps": trace.steps[:window].tolist(),
+        "last_steps": trace.steps[-window:].tolist(),
+        "ep_degree": info.ep,
+        # Of single micro-batches; the counts are of whole global batches.
+        "max_overload_factor": float(np.nanmax(overload_S)),
+        "micro_batches": len(recorded.micro_batch_counts_SME),
+        # Of whole global batches, so that chance in a small one is not taken for a preference.
+        "sigma": fitted_sigma(recorded.known(slice(-window, None))),
+    }
+    return run, recorded

@@ -1,0 +1,53 @@
+"""The answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.verdict import Verdict
+from titan_moe_lb.costmodel.hardware.device import Hardware
+from titan_moe_lb.costmodel.times.job import JobModel
+from titan_moe_lb.costmodel.times.predict import DegreePlan
+
+MEMORY_RESERVE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was asked, and what comes of it at every degree."""
+
+    job: JobModel
+    """At the first degree."""
+    question: Question
+    device: Hardware
+    """With its peaks, not derated."""
+    usable_bytes: float
+    degrees: tuple[DegreePlan, ...]
+    verdict: Verdict
+    run: dict[str, Any] | None
+    """What the measured rows are of."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data. Seconds, bytes, tokens."""
+        first = next(iter(self.job.moe_layers.values()))
+        return {
+            "verdict": dataclasses.asdict(self.verdict),
+            "job": {
+                "model": self.job.model_name,
+                "flavor": self.job.flavor,
+                "ranks": self.job.num_ranks,
+                "moe_layers": list(self.job.moe_layers),
+                **dataclasses.asdict(first),
+                "checkpointing": self.job.checkpointing,
+                "steps": self.job.steps,
+            },
+            "states": [dataclasses.asdict(state) for state in self.job.states.values()],
+            "hardware": dataclasses.asdict(self.device),
+            "usable_memory_bytes": self.usable_bytes,
+            "assumptions": self.question.assumptions,
+            "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
+            "run": self.run,
+        }

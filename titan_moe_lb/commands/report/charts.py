@@ -1,0 +1,222 @@
+"""The charts over steps. Of one run all its curves; of several one panel a curve, runs overlaid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from titan_moe_lb.commands.report.load_codes import shown_steps
+from titan_moe_lb.commands.report.run_names import MARKS
+from titan_moe_lb.commands.report.summary import number
+from titan_moe_lb.pages.charts import (
+    MOST_LABELS,
+    PENS,
+    Chart,
+    Panel,
+    Pen,
+    add_curve,
+    blank_figure,
+    label_curves,
+)
+from titan_moe_lb.pages.palette import color, ramp
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.trace import Trace
+
+MOST_POINTS = 1000
+"""Points of a curve."""
+MOST_POINTS_PER_LAYER = 200
+"""Points of each of the curves where every layer has one."""
+
+_MAIN = Pen(color("ink"), width=2.4)
+_HIGHEST = Pen(color("red"), "dot")
+_HIGH = Pen(color("orange"), "dash")
+_MIDDLE = Pen(color("blue"), "dashdot")
+_OTHER = Pen(color("violet"), "longdash")
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """A number of each step, and how it is drawn."""
+
+    name: str
+    label: str
+    pen: Pen = PENS[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """Curves that share their axes, the one that matters most first."""
+
+    title: str
+    curves: tuple[_Curve, ...]
+
+
+_CHARTS = (
+    (
+        "Balance and learning",
+        "Does balancing cost the model anything? The language-model loss of the global batch, "
+        "and MaxVio, mean over the layers, over the same steps.",
+        (
+            _Axes("loss", (_Curve("loss", "loss"),)),
+            _Axes("MaxVio", (_Curve("MaxVio mean", "MaxVio"),)),
+        ),
+    ),
+    (
+        "Gradient norm and throughput",
+        "Norm of the gradient before clipping, and tokens per second and device as torchtitan "
+        "counts them, over the steps since the one that was logged before.",
+        (
+            _Axes("grad norm", (_Curve("grad_norm", "grad norm"),)),
+            _Axes("tokens per second", (_Curve("tokens_per_second", "tokens per second"),)),
+        ),
+    ),
+    (
+        "MaxVio over steps",
+        "How far the fullest expert is above the mean load of its layer, over the global "
+        "batch: 0 is balance. Mean, median, 95th percentile and maximum over the layers, and "
+        "the mean of every micro-batch by itself.",
+        (
+            _Axes(
+                "MaxVio",
+                (
+                    _Curve("MaxVio mean", "mean", _MAIN),
+                    _Curve("MaxVio maximum", "maximum", _HIGHEST),
+                    _Curve("MaxVio p95", "p95", _HIGH),
+                    _Curve("MaxVio p50", "p50", _MIDDLE),
+                    _Curve("micro_batch_max_violation", "micro-batch", _OTHER),
+                ),
+            ),
+        ),
+    ),
+    (
+        "Overload factors over steps",
+        "Tokens on the most loaded expert-parallel rank over the balanced number: 1 is "
+        "balance. The cumulative factor follows the tokens that are kept until their backward.",
+        (
+            _Axes(
+                "tokens / balanced",
+                (
+                    _Curve("avg_overload_factor", "mean", _MAIN),
+                    _Curve("max_overload_factor", "maximum", _HIGHEST),
+                    _Curve("max_cum_overload_factor", "cumulative", _MIDDLE),
+                ),
+            ),
+        ),
+    ),
+)
+"""Title, text, and what is drawn."""
+_SHOWN_ABOVE = {curve.name for *_, axes in _CHARTS for one in axes for curve in one.curves} | {
+    "step_seconds"
+}
+"""What needs no chart of its own; the seconds are the other side of the throughput."""
+_SUMMARIES = {"mean": "mean", "max": "maximum", "sum": "sum"}
+
+
+def charts(traces: list[Trace]) -> list[Chart]:
+    """Everything over steps.
+
+    A figure that has no place in the first charts gets a chart of its own, whatever it is.
+    """
+    series = [_series(trace) for trace in traces]
+
+    def known(curve: _Curve) -> bool:
+        return any(np.isfinite(one[curve.name]).any() for one in series if curve.name in one)
+
+    def panels(axes: tuple[_Axes, ...]) -> list[Panel]:
+        shown = [_Axes(one.title, tuple(filter(known, one.curves))) for one in axes]
+        if len(traces) == 1:
+            return [_of_run(traces[0], series[0], one) for one in shown if one.curves]
+        return [
+            _of_curve(traces, series, one.title, curve) for one in shown for curve in one.curves
+        ]
+
+    made = [Chart(title, text, panels(axes)) for title, text, axes in _CHARTS]
+    declared = {figure.name: figure for trace in traces for figure in trace.info.figures}
+    for figure in sorted(declared.values(), key=lambda figure: not figure.is_aux_loss):
+        if figure.name in _SHOWN_ABOVE:
+            continue
+        title, text = figure.name, figure.description
+        if figure.is_aux_loss:
+            title, text = f"Aux loss per layer: {title}", f"{text} Raw and unweighted."
+        label = _SUMMARIES[figure.summary] if figure.per == "layer" else "value"
+        if figure.per == "step" or len(traces) > 1:
+            y_title = f"{label} over the layers" if figure.per == "layer" else label
+            drawn = panels((_Axes(y_title, (_Curve(figure.name, label),)),))
+        elif known(_Curve(figure.name, label)):
+            drawn = [_per_layer(traces[0], figure, label)]
+            text = (
+                f"{text} One thin line per layer, from violet for the first to green for the "
+                f"last; the thick line is their {label}."
+            )
+        else:
+            drawn = []
+        made.append(Chart(title, text, drawn))
+    return [chart for chart in made if chart.panels]
+
+
+def _series(trace: Trace) -> dict[str, np.ndarray]:
+    """Everything that is one number per step, by name."""
+    violation_SM = max_violation(trace.counts_SME)
+    return {figure.name: trace.over_steps(figure.name) for figure in trace.info.figures} | {
+        "MaxVio maximum": violation_SM.max(axis=1),
+        "MaxVio p95": np.percentile(violation_SM, 95, axis=1),
+        "MaxVio p50": np.percentile(violation_SM, 50, axis=1),
+        "MaxVio mean": violation_SM.mean(axis=1),
+    }
+
+
+def _of_run(trace: Trace, series: dict[str, np.ndarray], axes: _Axes) -> Panel:
+    """All curves of some axes, of the one run there is."""
+    drawn = blank_figure(axes.title)
+    for curve in axes.curves:
+        _add(drawn, trace, curve.label, series[curve.name], MOST_POINTS, curve.pen)
+    label_curves(drawn, labelled=None if len(axes.curves) > 1 else [])
+    first = axes.curves[0]
+    return Panel(_course_of(first.label, series[first.name]), drawn)
+
+
+def _of_curve(
+    traces: list[Trace], series: list[dict[str, np.ndarray]], title: str, curve: _Curve
+) -> Panel:
+    """One curve of every run."""
+    drawn = blank_figure(title)
+    lacking = []
+    for mark, pen, trace, one in zip(MARKS, PENS, traces, series, strict=False):
+        if curve.name in one and np.isfinite(one[curve.name]).any():
+            _add(drawn, trace, mark, one[curve.name], MOST_POINTS, pen)
+        else:
+            lacking.append(mark)
+    label_curves(drawn)
+    note = f" (not recorded by {', '.join(lacking)})" if lacking else ""
+    return Panel(f"{curve.label}{note}", drawn)
+
+
+def _per_layer(trace: Trace, figure: Figure, label: str) -> Panel:
+    drawn = blank_figure(f"each layer, and their {label}")
+    values_SM = trace.figures[figure.name]
+    num_layers = len(trace.layers)
+    for index, (layer, values_S) in enumerate(zip(trace.layers, values_SM.T, strict=True)):
+        if not np.isnan(values_S).all():
+            pen = Pen(ramp(index, num_layers), width=1.0)
+            _add(drawn, trace, f"layer {layer}", values_S, MOST_POINTS_PER_LAYER, pen)
+    total_S = figure.over_layers(values_SM)
+    _add(drawn, trace, label, total_S, MOST_POINTS_PER_LAYER, Pen(color("ink"), width=2.8))
+    label_curves(drawn, labelled=None if len(drawn.data) <= MOST_LABELS else [label])
+    drawn.update_layout(hovermode="closest")
+    return Panel(_course_of(label, total_S), drawn)
+
+
+def _course_of(label: str, values_S: np.ndarray) -> str:
+    known = values_S[np.isfinite(values_S)]
+    return f"{label}: {number(known[0])} → {number(known[-1])}"
+
+
+def _add(
+    figure: go.Figure, trace: Trace, name: str, values_S: np.ndarray, most_points: int, pen: Pen
+) -> None:
+    steps = shown_steps(len(trace.steps), most_points)
+    x, y = trace.steps[steps].astype(np.int32), values_S[steps].astype(np.float32)
+    add_curve(figure, name, x, y, pen)

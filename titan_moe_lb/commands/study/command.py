@@ -1,0 +1,171 @@
+"""``titan-moe-lb study``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_moe_lb.commands.study import results
+from titan_moe_lb.commands.study.cell import CELLS, Cell, CellFolder, Record
+from titan_moe_lb.commands.study.design import SEED, Prediction, Study, read_study
+from titan_moe_lb.commands.study.measure import measure
+from titan_moe_lb.commands.study.page import write_page
+from titan_moe_lb.commands.study.progress import Display
+from titan_moe_lb.commands.study.run import Runner, stop_leftovers
+from titan_moe_lb.commands.study.search import Search
+from titan_moe_lb.commands.study.table import print_table
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.pages import output_file
+from titan_moe_lb.terminal.heartbeat import Patience
+
+PAGE = "study.html"
+
+
+def run_study(
+    path: Path,
+    *,
+    output: Path | None = None,
+    processes: int | None = None,
+    retry_failed: bool = False,
+) -> None:
+    """Run what of a study has not been run, and write what it has found.
+
+    Args:
+        path: its file.
+        output: its folder; default: ``outputs/`` and the name of the file.
+        processes: cells at once; default: as the file says.
+        retry_failed: run cells again that failed or diverged.
+
+    Raises:
+        JobError: the first thing that is wrong, in one line. Cells that have ended are kept.
+    """
+    study = read_study(path)
+    folder = (output or Path("outputs") / path.stem).absolute()
+    if processes is not None and processes < 1:
+        raise JobError(f"--processes {processes} must be at least 1")
+    from titan_moe_lb.terminal import run_folder
+
+    run_folder.claim(str(folder), f"study {os.getpid()}", name="output", kind="study")
+    stop_leftovers(folder / CELLS)
+    output_file.check(folder / PAGE)
+    found: list[CellFolder] = []
+    search = None if study.settings.sampler == "grid" else Search(study)
+    grid = study.grid() if search is None else []
+    total = len(grid) or study.settings.trials
+    if search is None:
+        check_jobs([cell for cell in grid if CellFolder(folder, cell).record() is None])
+    if study.plan is not None:
+        check_prediction(study.plan)
+    with contextlib.closing(Display(total)) as display:
+
+        def open_cells() -> Iterator[CellFolder]:
+            for cell in grid if search is None else search.cells():
+                at = CellFolder(folder, cell)
+                found.append(at)
+                record = at.record()
+                if record is None or (retry_failed and record.status != "done"):
+                    if search is not None:
+                        check_jobs([cell])
+                    yield at
+                else:
+                    display.known()
+                    tell(at, record)
+
+        def tell(at: CellFolder, record: Record) -> None:
+            if search is None:
+                return
+            loss = violation = float("nan")
+            if record.status == "done":
+                measured, _course = measure(at.path, study.settings.balanced_below)
+                loss, violation = measured.validation_loss, measured.max_violation
+                if math.isnan(loss):
+                    loss = measured.training_loss
+            search.tell(at.cell, loss, violation)
+
+        def ended(at: CellFolder, record: Record) -> None:
+            display.ended(at, record)
+            tell(at, record)
+
+        Runner(processes or study.settings.processes, study.settings.threads).run(
+            open_cells(), began=display.began, ended=ended
+        )
+    _conclude(study, folder, found)
+
+
+def _conclude(study: Study, folder: Path, found: list[CellFolder]) -> None:
+    cells = results.read_results(study, found)
+    good = [cell for cell in cells if cell.measured is not None]
+    if study.plan is not None and good:
+        from titan_moe_lb.commands.study.predict import step_seconds
+
+        pairs = [(cell.folder, cell.measured) for cell in good]
+        predicted = step_seconds(study.plan, pairs)  # type: ignore[arg-type]
+        times = {id(cell): time for cell, time in zip(good, predicted, strict=True)}
+        cells = [
+            dataclasses.replace(
+                cell, step_seconds=times[id(cell)][0], step_slowdown=times[id(cell)][1]
+            )
+            if id(cell) in times
+            else cell
+            for cell in cells
+        ]
+    groups = results.by_model(study, cells)
+    try:
+        results.write_json(study, groups, folder / results.FILE_NAME)
+    except OSError as error:
+        raise JobError(f"{folder} cannot be written ({error.strerror}): make room") from None
+    write_page(study, groups, folder / PAGE)
+    print_table(groups)
+    print(f"{folder / PAGE}\n{folder / results.FILE_NAME}")
+
+
+def check_jobs(cells: list[Cell]) -> None:
+    """Every setting once, before anything starts: a key that no job has is found here.
+
+    Raises:
+        JobError: of the first cell whose job does not hold.
+    """
+    from titan_moe_lb.commands.plan.building import quiet_host
+
+    settings = {
+        tuple(word for word in cell.flags if not word.startswith(f"--{SEED}=")): cell
+        for cell in cells
+    }
+    if not settings:
+        return
+    with quiet_host(), Patience(print, lambda seconds: f"reading the jobs: {seconds} s so far"):
+        for cell in settings.values():
+            _check_job(cell.flags, cell.ranks, f"cell {cell.name}")
+
+
+def check_prediction(plan: Prediction) -> None:
+    """What it names is known before the runs, not after them. Raises ``JobError``."""
+    from titan_moe_lb.commands.plan.building import quiet_host
+    from titan_moe_lb.commands.plan.known_hardware import hardware
+
+    try:
+        hardware(plan.hardware)
+    except JobError as error:
+        raise JobError(f"[plan]: {error}") from None
+    if plan.job:
+        degree = f"--parallelism.expert_parallel_degree={plan.ep}"
+        with quiet_host():
+            _check_job([*plan.job, degree], plan.ranks, "[plan]")
+
+
+def _check_job(flags: list[str], ranks: int, where: str) -> None:
+    """In the environment of :func:`quiet_host`, which is put back."""
+    from titan_moe_lb.job import job_config
+
+    os.environ["WORLD_SIZE"] = str(ranks)
+    try:
+        job_config.load([*flags, "--training.disable_cuda_graphs"])
+    except JobError as error:
+        raise JobError(f"{where}: {error}") from None
+    except SystemExit as stop:
+        reason = "of what is printed above" if stop.code else "--help trains nothing"
+        raise JobError(f"{where}: the job is refused because {reason}") from None

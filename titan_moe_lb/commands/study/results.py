@@ -1,0 +1,210 @@
+"""What a study has found: its cells by setting, and the settings by model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_moe_lb.commands.study.cell import CellFolder, Record
+from titan_moe_lb.commands.study.design import SEED, Study
+from titan_moe_lb.commands.study.measure import Course, Measured, measure
+from titan_moe_lb.errors import JobError
+
+FILE_NAME = "study.json"
+_MODEL_KEYS = {"module", "config", "job_config"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One cell that has ended."""
+
+    folder: CellFolder
+    record: Record
+    measured: Measured | None
+    """None where it failed or diverged."""
+    course: Course | None
+    step_seconds: float = math.nan
+    """Of the planned job; see :mod:`titan_moe_lb.commands.study.predict`."""
+    step_slowdown: float = math.nan
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """Everything that is one number, by name."""
+        if self.measured is None:
+            return {}
+        plain = {k: v for k, v in asdict(self.measured).items() if not isinstance(v, dict)}
+        by_domain = {
+            f"{name}_{domain}": value
+            for name in ("loss_of", "effective_experts_of")
+            for domain, value in getattr(self.measured, name).items()
+        }
+        predicted = {"step_seconds": self.step_seconds, "step_slowdown": self.step_slowdown}
+        return {**plain, **by_domain, **predicted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A number over the seeds of a setting."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """NaN of no value."""
+        if not values:
+            return cls(mean=math.nan, low=math.nan, high=math.nan)
+        return cls(mean=float(np.mean(values)), low=min(values), high=max(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Cells that differ in their seed alone."""
+
+    name: str
+    results: tuple[Result, ...]
+
+    def spread(self, number: str) -> Spread:
+        """Over the cells that have come to a good end."""
+        found = [result.numbers[number] for result in self.results if result.measured]
+        return Spread.of(found)
+
+    @property
+    def complete(self) -> bool:
+        """Every cell has come to a good end."""
+        return all(result.measured for result in self.results)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Settings of one model, which may be compared."""
+
+    name: str
+    """Of the model's value on its axis; empty where all cells are of one model."""
+    settings: tuple[Setting, ...]
+
+    @property
+    def loss(self) -> str:
+        """The loss by which settings are judged: on held-out text where every cell has it."""
+        has = [not math.isnan(s.spread("validation_loss").mean) for s in self.settings]
+        return "validation_loss" if all(has) else "training_loss"
+
+    def knows(self, number: str) -> bool:
+        """Whether some setting has it."""
+        return any(not math.isnan(setting.spread(number).mean) for setting in self.settings)
+
+    def front(self, cost: str) -> list[Setting]:
+        """Settings than which none is better in the loss and not worse in ``cost``, or the other
+        way round; by ascending cost."""
+        known = [s for s in self.settings if s.complete and math.isfinite(s.spread(cost).mean)]
+        at = {s.name: (s.spread(cost).mean, s.spread(self.loss).mean) for s in known}
+
+        def is_beaten(s: Setting) -> bool:
+            x, y = at[s.name]
+            return any(a <= x and b <= y and (a, b) != (x, y) for a, b in at.values())
+
+        return sorted((s for s in known if not is_beaten(s)), key=lambda s: at[s.name])
+
+
+def read_results(study: Study, folders: Iterable[CellFolder]) -> list[Result]:
+    """Of the cells that have ended."""
+    results = []
+    for folder in folders:
+        record = folder.record()
+        if record is None:
+            continue
+        measured = course = None
+        if record.status == "done":
+            try:
+                measured, course = measure(folder.path, study.settings.balanced_below)
+            except JobError as error:
+                record = replace(record, status="failed", error=str(error))
+        results.append(Result(folder=folder, record=record, measured=measured, course=course))
+    return results
+
+
+def by_model(study: Study, results: Sequence[Result]) -> list[Group]:
+    """The results in the order of the axes."""
+    of_model = [
+        axis.title
+        for axis in study.axes
+        if any(_MODEL_KEYS & {key.replace("-", "_") for key in sets} for sets in _sets(axis))
+    ]
+    seeds = [axis.title for axis in study.axes if axis.key == SEED]
+
+    def model(result: Result) -> str:
+        return ", ".join(result.record.labels[title] for title in of_model)
+
+    def setting(result: Result) -> str:
+        labels = result.record.labels
+        left = [title for title in labels if title not in (*of_model, *seeds)]
+        if len(left) == 1:
+            return labels[left[0]]
+        return ", ".join(f"{title} {labels[title]}" for title in left) or "the job"
+
+    return [
+        Group(
+            name=name,
+            settings=tuple(
+                Setting(name=title, results=tuple(cells))
+                for title, cells in _grouped(of_group, setting)
+            ),
+        )
+        for name, of_group in _grouped(results, model)
+    ]
+
+
+def write_json(study: Study, groups: Sequence[Group], path: Path) -> None:
+    """Every number of the table and the page, by setting and by cell."""
+
+    def setting(group: Group, one: Setting) -> dict[str, Any]:
+        names = next((list(r.numbers) for r in one.results if r.measured), [])
+        return {
+            "model": group.name,
+            "setting": one.name,
+            "cells": len(one.results),
+            "numbers": {name: asdict(one.spread(name)) for name in names},
+        }
+
+    def cell(result: Result) -> dict[str, Any]:
+        return {**asdict(result.record), "numbers": result.numbers}
+
+    content = {
+        "study": asdict(study.settings),
+        "plan": asdict(study.plan) if study.plan else None,
+        "settings": [setting(group, one) for group in groups for one in group.settings],
+        "cells": [cell(r) for group in groups for one in group.settings for r in one.results],
+    }
+    path.write_text(json.dumps(_plain(content), indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _sets(axis) -> list[dict[str, Any]]:
+    return [] if axis.is_range else list(axis.choices().values())
+
+
+def _grouped(
+    results: Iterable[Result], name: Callable[[Result], str]
+) -> list[tuple[str, list[Result]]]:
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(name(result), []).append(result)
+    return list(groups.items())

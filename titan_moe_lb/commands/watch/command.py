@@ -1,0 +1,55 @@
+"""``titan-moe-lb watch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from titan_moe_lb.commands.watch import pulse
+from titan_moe_lb.commands.watch.follower import Follower
+from titan_moe_lb.commands.watch.frame import MOST_FINDINGS, frame
+from titan_moe_lb.commands.watch.glyphs import glyphs_of
+from titan_moe_lb.commands.watch.keyboard import keyboard
+from titan_moe_lb.traces.trace import trace_file
+
+SECONDS_BETWEEN_LOOKS = 0.5
+_ROWS_BESIDE_LAYERS = 11 + MOST_FINDINGS
+
+
+def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> None:
+    """Follow a run until ``q`` is pressed, or until interrupted.
+
+    Args:
+        run_dir: folder of the run, or its trace; it may not exist yet.
+        once: print one frame and return; also done where the output is not a terminal, or one
+            that cannot be drawn on again.
+        console: to draw on; default: the standard output.
+
+    Raises:
+        JobError: what is there is not a trace; with ``once``, also where nothing is there.
+    """
+    console = console or Console()
+    follower, glyphs = Follower(run_dir), glyphs_of(console)
+    if once or not console.is_terminal or console.is_dumb_terminal:
+        follower.look(must_exist=True)
+        console.print(frame(follower, console.width, glyphs=glyphs))
+        return
+    waiting = Text(glyphs.inert(f"waiting for {trace_file(run_dir)}"))
+    shown: object = None
+    with keyboard() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+        hint = Text("q quits" if keys.is_there else "Ctrl-C quits", style="dim")
+        started = False
+        while True:
+            started |= follower.look()
+            # What would be drawn otherwise: a step, another size, an older step.
+            now = (console.size, started and (follower.written, pulse.age(follower)))
+            if now != shown:
+                shown = now
+                rows = max(1, console.height - _ROWS_BESIDE_LAYERS)
+                picture = frame(follower, console.width, rows, glyphs) if started else waiting
+                live.update(Group(picture, hint), refresh=True)
+            if "q" in keys.pressed(SECONDS_BETWEEN_LOOKS):
+                return

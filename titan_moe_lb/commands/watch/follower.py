@@ -1,0 +1,107 @@
+"""What is new in the trace of a run that still writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from titan_moe_lb.commands.diagnose.checks import findings
+from titan_moe_lb.commands.diagnose.finding import Finding
+from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace import Trace, TraceReader, trace_file
+
+MOST_RECENT = 200
+"""Logged steps that are kept: what is wrong is wrong of the end of a run."""
+
+
+class Follower:
+    """The last whole step of a growing trace, and what led to it.
+
+    Attributes:
+        info: of the run.
+        step, load: the last whole step; valid once :meth:`look` has returned True.
+        written: when the trace last grew, in seconds since the epoch; valid likewise.
+        max_violations: MaxVio of every step read, mean over the layers.
+    """
+
+    info: RunInfo
+    step: int
+    load: StepLoad
+    written: float
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._reader: TraceReader | None = None
+        self._file: tuple[int, int] | None = None
+        self._recent: Trace | None = None
+        self._wrong: list[Finding] | None = None
+        self.max_violations: list[float] = []
+        self._intervals: list[float] = []
+        self._previous = np.nan
+
+    @property
+    def seconds_between_steps(self) -> float | None:
+        """Between two logged steps, in the median; None where the trace does not say it."""
+        return median(self._intervals) if self._intervals else None
+
+    @property
+    def wrong(self) -> list[Finding]:
+        """What a diagnosis of the last steps finds; nothing where they are too few. Valid once
+        :meth:`look` has returned True."""
+        assert self._recent is not None
+        if self._wrong is None:
+            enough = len(self._recent.steps) >= FEWEST_STEPS
+            self._wrong = findings(self._recent) if enough else []
+        return self._wrong
+
+    def look(self, must_exist: bool = False) -> bool:
+        """Read what came since the last look.
+
+        Args:
+            must_exist: raise when there is no trace yet.
+
+        Returns:
+            Whether there was a new step.
+
+        Raises:
+            JobError: the file is not a trace.
+        """
+        file = trace_file(self._run_dir)
+        if not must_exist and not file.exists():
+            return False
+        if self._reader is None or self._file != _identity(file):
+            # Also when a resumed run has replaced the file.
+            self._reader = TraceReader(self._run_dir)
+            self._file = _identity(file)
+            self.max_violations.clear()
+            self._intervals.clear()
+            self._previous = np.nan
+            self._recent = None
+        news = self._reader.read()
+        if len(news.steps):
+            self.written = file.stat().st_mtime
+            seconds_S = np.diff(news.steps, prepend=self._previous) * news.over_steps(
+                "step_seconds"
+            )
+            self._intervals += seconds_S[np.isfinite(seconds_S)].tolist()
+            self._previous = float(news.steps[-1])
+            self._wrong = None
+            self._recent = (
+                news if self._recent is None else self._recent.followed_by(news, MOST_RECENT)
+            )
+            self.info, self.step, self.load = news.info, int(news.steps[-1]), news.load(-1)
+            self.max_violations += max_violation(news.counts_SME).mean(axis=1).tolist()
+        elif must_exist:
+            raise JobError(f"{file} holds no whole step yet: look again later")
+        return bool(len(news.steps))
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino

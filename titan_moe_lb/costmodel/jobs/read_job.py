@@ -1,0 +1,229 @@
+"""What the model needs to know of a job, read from the job itself.
+
+The job's config is built for its number of processes and one rank of each pipeline
+position is built on the meta device inside a fake process group, by torchtitan's own
+pipelining and parallelizing functions: nothing is typed again, nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.models.common.moe import MoE
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.utils import set_default_dtype
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
+from titan_moe_lb.costmodel.jobs.fake_rank import build_parts, fake_rank
+from titan_moe_lb.costmodel.jobs.rank_state import rank_state
+from titan_moe_lb.costmodel.jobs.read_block import BlockReader
+from titan_moe_lb.costmodel.times.job import Head, JobModel, RankState, Stage
+from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel.layer_numbers import layer_numbers
+from titan_moe_lb.parallel.schedules import Schedule
+from titan_moe_lb.upstream import cpu
+
+
+def read_job(
+    config: Trainer.Config,
+    *,
+    pipeline_ranks: Iterable[int] | None = None,
+    stages: tuple[Stage, ...] = (),
+    on_host: bool = False,
+) -> JobModel:
+    """Build ranks of the job on the meta device and read them. ``WORLD_SIZE`` is set.
+
+    Args:
+        config: resolved; it is consumed.
+        pipeline_ranks: the pipeline ranks to build; all of them by default.
+        stages: of the same job at another expert-parallel degree, which they do not
+            depend on; needed where not all pipeline ranks are built.
+        on_host: planned for the host as the device.
+
+    Raises:
+        JobError: the model has no MoE layers, or its checkpointing cannot be planned.
+    """
+    if cpu.needed():
+        cpu.adapt(config)
+    config.compile.enable = False
+    dims, cut = layout.resolve(config.parallelism), batch_cut.cut(config)
+    spec = config.model_spec
+    assert spec is not None
+    numbers = layer_numbers(spec.model)
+    spec.model.update_from_config(config=config)
+    moe_layers = moe_layers_of(spec)
+    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+        model = spec.model.build()
+    attention_flops = _attention_flops(config, model)
+    reader = BlockReader(tp_degree=dims.tp, seq_len=cut.seq_len, on_host=on_host)
+    loss_bytes = _loss_bytes(config, dims.tp)
+    found: dict[int, Stage] = {}
+    states: dict[int, RankState] = {}
+    schedule: Schedule = {}
+    for position in range(dims.pp) if pipeline_ranks is None else pipeline_ranks:
+        rank = position * (dims.world_size // dims.pp)
+        with fake_rank(rank, dims.world_size):
+            schedule, parts = build_parts(config, model, position)
+            states[position] = rank_state(rank, config, dims, list(parts.values()))
+            for index, part in parts.items():
+                found[index] = _stage(part, numbers, attention_flops, reader, loss_bytes)
+    return JobModel(
+        model_name=spec.name,
+        flavor=spec.flavor,
+        num_ranks=dims.world_size,
+        ep_degree=dims.ep,
+        tp_degree=dims.tp,
+        moe_layers=moe_layers,
+        dim=next(iter(moe_layers.values())).dim,
+        stages=stages or tuple(found[index] for index in sorted(found)),
+        schedule=schedule,
+        accumulation_steps=cut.accumulation_steps,
+        tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // dims.cp,
+        checkpointing=_checkpointing(config),
+        seq_len=cut.seq_len,
+        on_host=on_host,
+        # Upstream fact: torch before 2.15 holds the buffers of every micro-batch of a pass.
+        releases_buffers=hasattr(PipelineStage, "release_fwd_send_outputs"),
+        steps=config.training.steps,
+        tokens_per_step=cut.global_batch_size * cut.seq_len,
+        states=states,
+    )
+
+
+def moe_layers_of(spec: ModelSpec) -> dict[int, MoELayer]:
+    """By number in the whole model. Raises ``JobError`` where there are none."""
+    numbers = layer_numbers(spec.model)
+    if not numbers:
+        raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
+    return {numbers[name]: _moe_layer(moe) for name, moe, *_ in spec.model.traverse(MoE.Config)}
+
+
+def _moe_layer(moe: MoE.Config) -> MoELayer:
+    experts, shared = moe.routed_experts.inner_experts, moe.shared_experts
+    return MoELayer(
+        num_experts=moe.num_experts,
+        top_k=moe.router.top_k,
+        dim=experts.dim,
+        hidden_dim=experts.hidden_dim,
+        shared_hidden_dim=shared.w1.out_features if shared is not None else 0,
+        num_groups=moe.router.num_expert_groups or 1,
+        num_limited_groups=moe.router.num_limited_groups or 1,
+        expert_biases=isinstance(experts, GptOssGroupedExperts.Config),
+        neighbouring_choices=moe.router._debug_force_load_balance,
+    )
+
+
+def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
+    """Forward FLOPs of the scores and values of one layer for one token.
+
+    From the model's own count of FLOPs: the part that grows with the sequence.
+    """
+    assert config.model_spec is not None
+    model_config = config.model_spec.model
+    _parameters, flops = model_config.get_nparams_and_flops(model, config.training.seq_len)
+    _parameters, without = model_config.get_nparams_and_flops(model, 0)
+    # torchtitan counts the forward once and the backward twice, and the whole square of
+    # scores, of which a causal mask leaves half.
+    return (flops - without) / 3 / 2 / len(model_config.layers)
+
+
+def _loss_bytes(config: Trainer.Config, tp_degree: int) -> tuple[float, float]:
+    """Of the loss of one token, for each of its D values and for each of its V logits.
+
+    Chunks: the pieces of the hidden state in BF16 and the sum of their gradients in float32, of
+    all tokens on every rank of TP, which TP gathers first. Logits, of one chunk: in BF16, and in
+    float32 their logarithms, the gradient of these and that of the logits; where TP splits the
+    vocabulary the softmax as well.
+    """
+    chunks, of_hidden = 1, 0
+    if isinstance(config.loss, ChunkedLossWrapper.Config):
+        chunks = config.loss.num_chunks
+        of_hidden = tp_degree * (2 + 4) + (2 * tp_degree if tp_degree > 1 else 0)
+    return of_hidden, (2 + 4 * (4 if tp_degree > 1 else 3)) / chunks
+
+
+def _stage(
+    part: nn.Module,
+    numbers: dict[str, int],
+    attention_flops: float,
+    reader: BlockReader,
+    loss_bytes: tuple[float, float],
+) -> Stage:
+    blocks = _blocks(part)
+    matrix_parameters = 0
+    kept = 0.0
+    vocabulary = 0
+    for name, module in part.named_modules():
+        if not isinstance(module, nn.Linear) or ".moe." in f".{name}.":
+            continue
+        rows, columns = module.weight.shape
+        matrix_parameters += rows * columns
+        if "layers." in name:
+            kept += BF16_BYTES * (rows + columns)
+        else:
+            vocabulary += rows
+    head = None
+    if vocabulary:
+        dim = cast(nn.RMSNorm, part.norm).weight.shape[0]
+        head = Head(
+            norm=reader.norm(dim) + BF16_BYTES * dim,
+            loss=loss_bytes[0] * dim + loss_bytes[1] * vocabulary,
+        )
+    return Stage(
+        moe_layers=tuple(numbers[name] for name, _ in part.named_modules() if name in numbers),
+        num_layers=len(blocks),
+        dense_flops=2.0 * matrix_parameters + attention_flops * len(blocks),
+        dense_bytes=kept,
+        vocabulary=vocabulary,
+        blocks=tuple(
+            reader.read(block, numbers.get(f"{name}.moe")) for name, block in blocks.items()
+        ),
+        head=head,
+    )
+
+
+def _blocks(part: nn.Module) -> dict[str, nn.Module]:
+    """Its transformer blocks by name, those that predict further tokens too.
+
+    Raises:
+        JobError: one is built in another way than all of torchtitan's, which would be left out
+            of the memory in silence.
+    """
+    blocks = {
+        f"{group}.{name}": block
+        for group in ("layers", "mtp_layers")
+        for name, block in (getattr(part, group, None) or nn.ModuleList()).named_children()
+    }
+    for name, block in blocks.items():
+        if not hasattr(block, "attention_norm"):
+            raise JobError(
+                f"{name} is a {type(block).__name__} without an attention_norm: what such a block "
+                "keeps in memory is not known, and the job cannot be planned"
+            )
+    return blocks
+
+
+def _checkpointing(config: Trainer.Config) -> str:
+    policy = config.activation_checkpoint
+    if policy is None:
+        return "none"
+    if isinstance(policy, FullAC.Config):
+        return "full"
+    if isinstance(policy, SelectiveAC.Config):
+        return "selective"
+    raise JobError(
+        f"activation checkpointing {type(policy).__qualname__.removesuffix('.Config')} is the "
+        'compiler\'s decision, which cannot be planned: set [activation_checkpoint] type = "full", '
+        '"selective" or "none"'
+    )

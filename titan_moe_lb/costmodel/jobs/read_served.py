@@ -1,0 +1,102 @@
+"""What a deployment needs to know of a model, read from the model of the job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.tools.utils import set_default_dtype
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
+from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
+from titan_moe_lb.costmodel.times.kv_cache import KVCache
+from titan_moe_lb.costmodel.times.served_model import ServedLayer, ServedModel
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.layer_numbers import layer_numbers
+
+
+def read_served(config: Trainer.Config) -> ServedModel:
+    """Build the model on the meta device and read it; how the job cuts it is nothing to serving.
+
+    Args:
+        config: resolved; it is consumed.
+
+    Raises:
+        JobError: the model has no MoE layers, or attention of a kind that is not known.
+    """
+    spec = config.model_spec
+    assert spec is not None
+    numbers = layer_numbers(spec.model)
+    spec.model.update_from_config(config=config)
+    moe_layers = moe_layers_of(spec)
+    with torch.device("meta"), set_default_dtype(torch.bfloat16):
+        model: Any = spec.model.build()
+    blocks = {f"layers.{name}": block for name, block in model.layers.named_children()}
+    layers = [
+        ServedLayer(
+            linears=tuple(
+                (module.weight.shape[1], module.weight.shape[0])
+                for part, module in block.named_modules()
+                if isinstance(module, nn.Linear) and not part.startswith("moe.")
+            ),
+            cache=_cache(block.attention, _window(spec.model, layer)),
+            moe_layer=numbers.get(f"{name}.moe"),
+        )
+        for (name, block), layer in zip(blocks.items(), spec.model.layers, strict=True)
+    ]
+    routed = {
+        numbers[f"{name}.moe"]: _bytes(block.moe.routed_experts.inner_experts)
+        for name, block in blocks.items()
+        if f"{name}.moe" in numbers
+    }
+    further = _bytes(model.mtp_layers) if getattr(model, "mtp_layers", None) else 0
+    vocabulary, dim = model.lm_head.weight.shape
+    return ServedModel(
+        model_name=spec.name,
+        flavor=spec.flavor,
+        moe_layers=moe_layers,
+        layers=tuple(layers),
+        head=(dim, vocabulary),
+        shared_bytes=_bytes(model) - further - sum(routed.values()),
+        expert_bytes={
+            number: size // moe_layers[number].num_experts for number, size in routed.items()
+        },
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return BF16_BYTES * sum(parameter.numel() for parameter in module.parameters())
+
+
+def _window(model: Any, layer: Any) -> int | None:
+    """GPT-OSS has windows, Llama 4 chunks, beyond which a layer sees nothing."""
+    if getattr(layer, "mask", None) == "chunked":
+        return model.chunk_size
+    return getattr(layer.attention, "sliding_window_size", None)
+
+
+def _cache(attention: Any, window: int | None) -> KVCache:
+    """Keys and values of the heads that have some; or latents and the rotated part of the key."""
+    if hasattr(attention, "kv_lora_rank"):
+        latent, rotated = attention.kv_lora_rank, attention.qk_rope_head_dim
+        return KVCache(
+            bytes_per_token=BF16_BYTES * (latent + rotated),
+            # The latents stand for keys and values once wkv_b is in queries and results.
+            decode_flops=2 * attention.n_heads * (2 * latent + rotated),
+            prefill_flops=2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim),
+            window=window,
+        )
+    if not hasattr(attention, "n_kv_heads"):
+        raise JobError(
+            f"--serve: {type(attention).__name__} is neither grouped-query nor latent attention, "
+            "whose caches are known"
+        )
+    flops = 4 * attention.n_heads * attention.head_dim
+    return KVCache(
+        bytes_per_token=BF16_BYTES * 2 * attention.n_kv_heads * attention.head_dim,
+        decode_flops=flops,
+        prefill_flops=flops,
+        window=window,
+    )

@@ -1,0 +1,80 @@
+"""How often the tokens of a deployment choose each expert, and where the experts are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_moe_lb.costmodel.loads.expert_load import expert_load
+from titan_moe_lb.costmodel.loads.lognormal import Spread
+from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
+from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.placed_experts import placements
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedLoad:
+    """One load and one placement."""
+
+    name: str
+    """What a table calls it."""
+    said: str
+    """In a sentence."""
+    counts_NME: np.ndarray
+    """Tokens of each expert, or shares in the same proportion, under N loads."""
+    placement: str = "contiguous"
+    expert_groups: tuple[int, ...] = ()
+    redundant_experts: int = 0
+
+
+def two_level_loads(
+    layers: Sequence[MoELayer], factors: Sequence[float], num_hot_experts: int
+) -> list[ServedLoad]:
+    """Some experts hot, the others even, as a plan of training has them."""
+    loads = []
+    for factor in factors:
+        counts_ME = [_two_level(layer, factor, num_hot_experts) for layer in layers]
+        name = f"{counts_ME[0].max() / counts_ME[0].mean():.2f}"
+        said = "balance" if name == "1.00" else f"an imbalance of {name}"
+        loads.append(ServedLoad(name=name, said=said, counts_NME=np.stack(counts_ME)[None]))
+    return loads
+
+
+def drawn_loads(layers: Sequence[MoELayer], spreads: Sequence[Spread]) -> list[ServedLoad]:
+    """Log-normal ones."""
+    return [
+        ServedLoad(name=spread.name, said=spread.said, counts_NME=spread.loads(layers))
+        for spread in spreads
+    ]
+
+
+def _two_level(layer: MoELayer, factor: float, num_hot_experts: int) -> np.ndarray:
+    """Tokens of each expert of one that is routed; the hot ones are the first."""
+    load = expert_load(
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        num_tokens=1,
+        imbalance_factor=factor,
+        num_hot_experts=num_hot_experts,
+    )
+    counts_E = np.full(layer.num_experts, load.remaining_tokens)
+    counts_E[:num_hot_experts] = load.hot_tokens
+    return counts_E
+
+
+def recorded_loads(recorded: RecordedLoads, redundant_experts: Sequence[int]) -> list[ServedLoad]:
+    """That of a run's last steps, with experts placed for it in each way."""
+    counts_ME = recorded.known(slice(-recorded.window, None))
+    return [
+        ServedLoad(
+            name=placement + (f" +{redundant}" if redundant else ""),
+            said="the load of the run's last steps",
+            counts_NME=counts_ME[None],
+            placement=placement,
+            expert_groups=recorded.expert_groups,
+            redundant_experts=redundant,
+        )
+        for placement, redundant in placements(redundant_experts)
+    ]

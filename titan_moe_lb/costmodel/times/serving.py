@@ -1,0 +1,197 @@
+"""The answers for a deployment: how long a step takes, and how many sequences fit.
+
+A deployment is one expert-parallel group. Every rank has sequences of its own and the whole
+model but the routed experts, which are divided; all ranks take each step together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_moe_lb.costmodel.hardware.device import Hardware
+from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES, gemm_time, turning_rows
+from titan_moe_lb.costmodel.loads.expert_load import active_share
+from titan_moe_lb.costmodel.times.dispatch import Dispatcher
+from titan_moe_lb.costmodel.times.layer import Placement, served_layer_time
+from titan_moe_lb.costmodel.times.placed_experts import placed_experts
+from titan_moe_lb.costmodel.times.served_load import ServedLoad
+from titan_moe_lb.costmodel.times.served_model import ServedModel
+from titan_moe_lb.traces.placement import tokens_of_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedStep:
+    """One step of a rank. Seconds."""
+
+    cache_seconds: float
+    """Attending to the tokens before."""
+    linear_seconds: float
+    """Linear layers outside MoE layers, and the logits."""
+    step_seconds: float
+    """With the MoE layers."""
+    tokens_per_second: float
+    """Of one rank."""
+    memory_bytes: float
+    """Weights, and the caches of the sequences or prompts of the step."""
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedRow:
+    """So many tokens on every rank, under one load."""
+
+    load: str
+    """The imbalance, sigma or placement."""
+    tokens: int
+    active_experts: float
+    """Experts of a layer that have work on the rank that has most of them; the mean."""
+    experts_seconds: float
+    """Router, experts and shared experts of all MoE layers, on the busiest rank."""
+    exchange_seconds: float
+    """Dispatch and combine of all MoE layers."""
+    decode: ServedStep
+    """The tokens are the next ones of as many sequences."""
+    prefill: ServedStep
+    """The tokens are those of prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedDegree:
+    """One expert-parallel degree."""
+
+    ep_degree: int
+    weight_bytes: float
+    """Of a rank without copies of experts."""
+    most_sequences: int
+    """Whose caches fit beside them."""
+    turning_tokens: float | None
+    """Tokens of a rank from which on, at balance, the experts' arithmetic takes longer than
+    reading them; None where it never does."""
+    rows: tuple[ServedRow, ...]
+
+
+def serve_degree(
+    model: ServedModel,
+    hardware: Hardware,
+    *,
+    ep_degree: int,
+    loads: Sequence[ServedLoad],
+    tokens: Sequence[int],
+    context: int,
+    usable_bytes: float,
+    dispatcher: Dispatcher,
+) -> ServedDegree:
+    """Plan a deployment at one degree.
+
+    Args:
+        tokens: of one rank in one step.
+        context: tokens of a sequence, the prompt included.
+        usable_bytes: of a device's memory.
+
+    Raises:
+        JobError: the devices do not divide the experts and their copies.
+    """
+    weights = model.weight_bytes(ep_degree)
+    rows: list[ServedRow] = []
+    for load in loads:
+        chosen = _chosen(model, hardware, ep_degree, load)
+        for number in tokens:
+            placement = Placement(
+                tokens_per_rank=number, ep_degree=ep_degree, dispatcher=dispatcher
+            )
+            rows.append(_row(model, hardware, placement, load, chosen, context, usable_bytes))
+    layer = next(iter(model.moe_layers.values()))
+    even = turning_rows(layer.dim, layer.hidden_dim, hardware)
+    return ServedDegree(
+        ep_degree=ep_degree,
+        weight_bytes=weights,
+        most_sequences=max(0, int((usable_bytes - weights) / model.cache_bytes(context))),
+        turning_tokens=even and even * layer.num_experts / layer.top_k / ep_degree,
+        rows=tuple(rows),
+    )
+
+
+def _chosen(
+    model: ServedModel, hardware: Hardware, ep_degree: int, load: ServedLoad
+) -> dict[int, np.ndarray]:
+    """By MoE layer, the probability that a token chooses each slot ``(N, EP, n)``."""
+    chosen = {}
+    for row, (number, layer) in enumerate(model.moe_layers.items()):
+        counts_NE = load.counts_NME[:, row]
+        placed = placed_experts(
+            load.placement,
+            layer,
+            counts_NE.sum(axis=0),
+            ep_degree=ep_degree,
+            hardware=hardware,
+            expert_groups=load.expert_groups,
+            redundant_experts=load.redundant_experts,
+            row=row,
+        )
+        chosen[number] = tokens_of_experts(counts_NE, placed, layer.top_k)
+    return chosen
+
+
+def _row(
+    model: ServedModel,
+    hardware: Hardware,
+    placement: Placement,
+    load: ServedLoad,
+    chosen: dict[int, np.ndarray],
+    context: int,
+    usable_bytes: float,
+) -> ServedRow:
+    experts, exchange = 0.0, 0.0
+    active: list[float] = []
+    for number in model.expert_bytes:
+        time = served_layer_time(model.moe_layers[number], placement, hardware, chosen[number])
+        experts += float(np.mean(time.compute))
+        exchange += float(np.mean(time.dispatch + time.combine))
+        at_work = active_share(chosen[number], placement.tokens).sum(axis=-1)
+        active.append(float(np.mean(at_work.max(axis=-1))))
+    tokens = placement.tokens_per_rank
+    prompts = max(1.0, tokens / context)
+    caches = [layer.cache for layer in model.layers]
+    weights = model.weight_bytes(placement.ep_degree, load.redundant_experts)
+
+    def step(cache_seconds: float, sequences: float) -> ServedStep:
+        linear = _linear_seconds(model, tokens, sequences, hardware)
+        seconds = experts + exchange + cache_seconds + linear
+        memory = weights + sequences * model.cache_bytes(context)
+        return ServedStep(
+            cache_seconds=cache_seconds,
+            linear_seconds=linear,
+            step_seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            memory_bytes=memory,
+            fits=memory <= usable_bytes,
+        )
+
+    return ServedRow(
+        load=load.name,
+        tokens=tokens,
+        active_experts=float(np.mean(active)),
+        experts_seconds=experts,
+        exchange_seconds=exchange,
+        decode=step(sum(c.decode_seconds(tokens, context, hardware) for c in caches), tokens),
+        prefill=step(sum(c.prefill_seconds(tokens, context, hardware) for c in caches), prompts),
+    )
+
+
+def _linear_seconds(model: ServedModel, tokens: float, logits: float, hardware: Hardware) -> float:
+    """By roofline; what goes in and out once more by memory bandwidth, as in training.
+
+    Args:
+        logits: tokens whose next one is asked for, one of each sequence.
+    """
+    products = 0.0
+    values = 0
+    for layer in model.layers:
+        for inputs, outputs in layer.linears:
+            products += float(gemm_time(tokens, inputs, outputs, hardware))
+            values += inputs + outputs
+    products += float(gemm_time(logits, *model.head, hardware))
+    return products + 2 * BF16_BYTES * tokens * values / hardware.memory_bandwidth

@@ -1,0 +1,13 @@
+"""What a part of the model is called in a message: its layer, as a user counts them."""
+
+from __future__ import annotations
+
+import re
+
+
+def layer_name(fqn: str) -> str:
+    """From the name in a ``Trainer.Config`` (``model_spec.model.layers.1.moe``) to ``layer 1``."""
+    layer = re.search(r"(?:^|\.)(mtp_)?layers\.(\d+)(?:\.|$)", fqn)
+    if layer is None:
+        return fqn.removeprefix("model_spec.model.")
+    return f"{'multi-token-prediction ' if layer[1] else ''}layer {layer[2]}"

@@ -1,0 +1,191 @@
+"""Why a run failed, in one line.
+
+A mistake or a misfortune of the user (a full disk, no memory, a missing file) is said with
+its remedy. Anything else is named with its type, and its traceback is in the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+)
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.checkpoints.start import own_folder, remedy, start_of
+from titan_moe_lb.errors import JobError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = 2**20
+"""Bytes: torch's writer of checkpoints does not say why it failed."""
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+_PEER_IS_GONE = ("gloo", "nccl", "Connection closed by peer", "Connection reset by peer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """One line, and what the process ends with."""
+
+    line: str
+    status: int
+    """2: the job cannot run as written; 1: it ran and failed."""
+    has_traceback: bool
+    is_echo: bool = False
+    """Another process was lost: the cause is there."""
+
+    def sentence(self, saved: str, log: Path) -> str:
+        """The cause, with what was saved and where to read on."""
+        parts = [self.line]
+        if self.status != 2:
+            parts.append(f"saved: {saved}")
+        if self.has_traceback:
+            parts.append(f"traceback: {log}")
+        return "; ".join(parts)
+
+
+def of_error(error: BaseException, config: Trainer.Config, *, at_start: bool) -> Cause:
+    """The cause of an exception.
+
+    Args:
+        at_start: nothing was trained yet, so that a checkpoint that fails was being read.
+    """
+    if isinstance(error, JobError):
+        return Cause(line=str(error), status=2, has_traceback=False)
+    chain = list(_chain(error))
+    for one in chain:
+        if isinstance(one, OSError) and one.errno in _FULL:
+            return _full(config, one.filename)
+    text = " ".join(str(error).split())
+    if any(isinstance(one, (MemoryError, torch.OutOfMemoryError)) for one in chain) or any(
+        words in text for words in _NO_MEMORY
+    ):
+        return Cause(
+            line=f"out of memory ({_short(error)}): take a smaller training.local_batch_size or "
+            "training.seq_len, more ranks, or activation checkpointing",
+            status=1,
+            has_traceback=True,
+        )
+    if isinstance(error, CheckpointException) or "PytorchStreamWriter" in text:
+        if not at_start and _free(config) < _NO_ROOM:
+            return _full(config, None)
+        start = start_of(config) if at_start else None
+        if start is not None:
+            reason = str(chain[-1]) if isinstance(chain[-1], JobError) else _short(chain[-1])
+            line = f"{start.path} cannot be loaded ({reason}); "
+            line += remedy(own_folder(config), start.path)
+            return Cause(line=line, status=2, has_traceback=True)
+        line = f"a checkpoint failed ({_short(chain[-1])})"
+        return Cause(line=line, status=1, has_traceback=True)
+    if isinstance(error, OSError) and error.filename is not None:
+        line = f"{os.fspath(error.filename)}: {error.strerror}"
+        return Cause(line=line, status=1, has_traceback=True)
+    lost = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _PEER_IS_GONE)
+    )
+    line = f"it lost the connection to another process ({_short(error)})" if lost else _short(error)
+    return Cause(line=line, status=1, has_traceback=True, is_echo=lost)
+
+
+def _full(config: Trainer.Config, file: str | None) -> Cause:
+    return Cause(
+        line=f"the disk of {file or config.dump_folder} is full: free some space, or name another "
+        "folder with --dump_folder",
+        status=1,
+        has_traceback=True,
+    )
+
+
+def _free(config: Trainer.Config) -> int:
+    try:
+        return shutil.disk_usage(config.dump_folder).free
+    except OSError:
+        return _NO_ROOM
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The exception, then what led to it; of a checkpoint what its ranks have met."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        if isinstance(one, CheckpointException):
+            one = next(iter(one.failures.values()))[0]
+        else:
+            one = one.__cause__ or one.__context__
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def tell_launcher(cause: Cause) -> bool:
+    """Leave the cause in the error file that a launcher reads; False if there is none."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    message = {
+        "message": cause.line,
+        "extraInfo": {"py_callstack": cause.line, "timestamp": str(int(time.time()))},
+    }
+    ours = dataclasses.asdict(cause) | {"time": time.time()}
+    Path(file).write_text(json.dumps({"message": message, "titan_moe_lb": ours}))
+    return True
+
+
+def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
+    """Of the processes that a launcher has seen fail: the first, not those that it took along.
+
+    Returns:
+        The cause, and the log of that rank.
+    """
+    rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
+    log = logs / f"rank{rank}.log"
+    ours = failure.error_file_data.get("titan_moe_lb")
+    if failure.exitcode < 0:
+        name = failure.signal_name()
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        line = f"rank {rank} was killed by {name}{hint}; its log: {log}"
+        is_echo = failure.exitcode == -signal.SIGABRT
+        cause = Cause(line=line, status=1, has_traceback=False, is_echo=is_echo)
+    elif ours is None:
+        line = f"rank {rank} ended with status {failure.exitcode} and no word: see {log} and "
+        line += str(logs / "launcher.log")
+        cause = Cause(line=line, status=1, has_traceback=False)
+    else:
+        words = failure.error_file_data["message"]["message"]
+        cause = Cause(
+            line=words if ours["status"] == 2 else f"rank {rank}: {words}",
+            status=ours["status"],
+            has_traceback=ours["has_traceback"],
+            is_echo=ours["is_echo"],
+        )
+    return cause, log
+
+
+def _order(failure: ProcessFailure) -> tuple[int, float]:
+    """First what ended by itself; what its end has ended comes after."""
+    ours = failure.error_file_data.get("titan_moe_lb")
+    if ours is not None:
+        return (3 if ours["is_echo"] else 1), ours["time"]
+    if failure.exitcode == -signal.SIGTERM:  # the launcher's own
+        return 4, failure.timestamp
+    if failure.exitcode == -signal.SIGABRT:  # NCCL's, when a peer does not answer
+        return 2, failure.timestamp
+    return (0 if failure.exitcode < 0 else 1), failure.timestamp

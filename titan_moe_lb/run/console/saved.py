@@ -1,0 +1,57 @@
+"""What a run has left behind, in words: the first question when it ends."""
+
+from __future__ import annotations
+
+import os
+
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.checkpoints.start import is_finished, is_remote, own_folder, steps_in
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.trace import read_trace, trace_file
+
+
+def in_words(config: Trainer.Config, begun: float) -> str:
+    """The latest checkpoint and the last step of the trace.
+
+    Args:
+        begun: seconds since the epoch; a trace that was written before is another run's.
+    """
+    return f"{_checkpoint(config)}, {_trace(config, begun)}"
+
+
+def latest_checkpoint(config: Trainer.Config) -> int | None:
+    """The latest step that was saved whole; None without checkpoints on this machine's disks."""
+    if not config.checkpoint.enable or is_remote(config):
+        return None
+    steps = steps_in(own_folder(config))
+    finished = [step for step, path in steps.items() if is_finished(path)]
+    return max(finished, default=None)
+
+
+def trace_is_written(config: Trainer.Config, begun: float) -> bool:
+    try:
+        return os.stat(trace_file(config.dump_folder)).st_mtime >= begun
+    except OSError:
+        return False
+
+
+def _checkpoint(config: Trainer.Config) -> str:
+    if not config.checkpoint.enable:
+        return "no checkpoint (checkpoint.enable is off)"
+    if is_remote(config):
+        return f"checkpoints in {config.checkpoint.folder}"
+    step = latest_checkpoint(config)
+    if step is None:
+        return "no checkpoint yet"
+    return f"checkpoint of step {step} ({own_folder(config) / f'step-{step}'})"
+
+
+def _trace(config: Trainer.Config, begun: float) -> str:
+    if not trace_is_written(config, begun):
+        return "no trace"
+    file = trace_file(config.dump_folder)
+    try:
+        return f"trace up to step {int(read_trace(file).steps[-1])} ({file})"
+    except (JobError, IndexError):
+        return "no trace"

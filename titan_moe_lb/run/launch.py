@@ -1,0 +1,121 @@
+"""Check a job, then start its processes: ``titan-moe-lb train``, which ``run_train.sh`` calls.
+
+Environment, as in torchtitan's own script: ``NGPU`` processes on this node,
+``MODULE`` and ``CONFIG`` as defaults of the flags, ``LOG_RANK`` the ranks to show
+(default: the one that sees the loss), ``COMM_MODE`` for a dry run in one process; ``NNODES``,
+``NODE_RANK``, ``RDZV_ENDPOINT`` and ``RDZV_TIMEOUT`` (seconds) for several nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import catalog, job_config, model_help
+from titan_moe_lb.parallel import single_process
+from titan_moe_lb.rules.files import validate_files
+from titan_moe_lb.run import environment, processes, train
+from titan_moe_lb.terminal import run_folder
+from titan_moe_lb.upstream import cpu
+
+_UNSAID = logging.NullHandler()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if job_config.parse_command_line(arguments).list_models:
+            catalog.show()
+            return
+        environment.check_mode()
+        # What torchtitan warns of while it reads a job, it says again when it builds it.
+        logging.root.addHandler(_UNSAID)
+        draft = job_config.draft(arguments)
+        if {"-h", "--help"} & set(draft.command.rest):
+            model_help.show(draft.table.module)
+        nodes = environment.positive("NNODES", 1)
+        environment.check_nodes(nodes)
+        run = environment.run_name(nodes)
+        _check_restarts(draft.table, nodes)
+        here = _processes_on_this_node(draft.table, nodes)
+        environment.check_shown_ranks(here * nodes)
+        os.environ["WORLD_SIZE"] = str(here * nodes)
+        job = draft.resolve()
+        if not draft.command.print_config and job.config.comm.mode == "default":
+            validate_files(job.config)
+            run_folder.claim(job.config.dump_folder, run)
+    except JobError as error:
+        train.exit_with(error)
+    if draft.command.print_config:
+        print(job_config.render(job), end="")
+    elif job.config.comm.mode in ("fake_backend", "local_tensor"):
+        _run_here(job, world_size=here * nodes)
+    elif here * nodes == 1 and not job.table.max_restarts:
+        _run_here(job, world_size=1)
+    else:
+        environment.hand_on_run(run)
+        processes.run(job.config, arguments, here, nodes, job.table.max_restarts)
+
+
+def _with_environment(arguments: list[str]) -> list[str]:
+    """The flags, with MODULE, CONFIG and COMM_MODE standing in for flags not given."""
+    named = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    added = []
+    if "--job-config" not in named:
+        for variable, flag in (("MODULE", "--module"), ("CONFIG", "--config")):
+            if flag not in named and os.environ.get(variable):
+                added += [flag, os.environ[variable]]
+    mode = os.environ.get("COMM_MODE")
+    dry_run = [f"--comm.mode={mode}", "--training.steps=1"] if mode else []
+    return [*added, *arguments, *dry_run]
+
+
+def _check_restarts(table: job_config.JobTable, nodes: int) -> None:
+    if table.max_restarts and nodes > 1:
+        raise JobError(
+            f"max_restarts is {table.max_restarts}, and NNODES={nodes}: only processes of one node "
+            "are started again here; let the scheduler start every node again (sbatch --requeue), "
+            "which goes on from the last checkpoint too"
+        )
+
+
+def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
+    """NGPU; else what the job wants; else the number of GPUs; else 1."""
+    devices = 0 if cpu.needed() else torch.accelerator.device_count()
+    dry_run = bool(os.environ.get("COMM_MODE"))
+    if os.environ.get("NGPU"):
+        here = environment.positive("NGPU", 1)
+        if devices and here > devices and not dry_run:
+            raise JobError(f"NGPU={here} but this node has {devices} GPU(s): set NGPU={devices}")
+        return here
+    if table.ranks is None:
+        return devices or 1
+    if table.ranks % nodes:
+        raise JobError(f"[job] ranks {table.ranks} do not divide over NNODES={nodes}")
+    here = table.ranks // nodes
+    if here > (devices or max(os.cpu_count() or 1, 8)) and not dry_run:
+        raise JobError(
+            f"the job wants {table.ranks} ranks and this node would start {here}: set NNODES and "
+            f"NGPU for the cluster, or COMM_MODE=fake_backend NGPU={table.ranks} to build one "
+            "rank of it here"
+        )
+    return here
+
+
+def _run_here(job: job_config.Job, world_size: int) -> None:
+    """Train in this process: a single rank needs no launcher."""
+    single_process.announce(world_size)
+    # torchtitan reads the size of a fake process group from here.
+    os.environ["NGPU"] = str(world_size)
+    train.run(job, alone=True)
+
+
+def command(arguments: list[str] | None = None) -> None:
+    """Run as a program: :func:`main`, and the end of the process."""
+    main(arguments)
+    if cpu.needed():
+        cpu.leave()

@@ -1,0 +1,292 @@
+"""The processes of a job on this node: torchrun's agent, with a console of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, TextIO
+
+from torch.distributed import DistError, TCPStore
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    LogsDest,
+    SignalException,
+)
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.rules.files import validate_files
+from titan_moe_lb.run import environment
+from titan_moe_lb.run.console import cause, rank_log, saved, summary
+from titan_moe_lb.run.console.peers import Neighbours
+from titan_moe_lb.run.console.signals import ENDING, ended_by, heeded
+from titan_moe_lb.run.train import stopped
+from titan_moe_lb.terminal.heartbeat import Patience
+
+_RUN_ID = "titan_moe_lb"
+
+
+def run(
+    config: Trainer.Config, arguments: list[str], here: int, nodes: int, max_restarts: int = 0
+) -> None:
+    """Train in ``here`` processes of this node. Leaves with a status where they fail.
+
+    Args:
+        arguments: the command line of the job.
+        nodes: how many nodes the job has.
+        max_restarts: how often the processes are started again, from the last checkpoint, where
+            one of them was killed or failed by no mistake in the job.
+    """
+    begun = time.time()
+    logs = rank_log.folder_of(config.dump_folder)
+    console = rank_log.divert_errors(logs / "launcher.log")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if nodes > 1:
+        environment.choose_network()
+    where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
+    print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    attempt = _Attempt(config, arguments, here, nodes, begun, console)
+    for restart in range(1, max_restarts + 1):
+        if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
+            return
+        for number, handler in handlers.items():  # torch leaves its own behind
+            signal.signal(number, handler)
+        try:
+            validate_files(config)
+        except JobError as error:
+            rank_log.report(f"error: {error}", console)
+            raise SystemExit(2) from None
+    attempt.succeeds()
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """The processes of a job from their start to their end."""
+
+    config: Trainer.Config
+    arguments: list[str]
+    here: int
+    nodes: int
+    begun: float
+    """When the job was started first, in seconds since the epoch."""
+    console: TextIO
+
+    def succeeds(self, again: str = "") -> bool:
+        """Train. Leaves with a status where that fails.
+
+        Args:
+            again: what is said after a failure that is no mistake in the job: the answer is False
+                then. Empty: it ends as all others.
+        """
+        config, nodes = self.config, self.nodes
+        logs = rank_log.folder_of(config.dump_folder)
+        shown = summary.ranks_shown(config)
+        with (
+            tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
+            _Meeting(self.console, nodes) as meeting,
+            Neighbours(lambda: os.kill(os.getpid(), signal.SIGTERM)) as neighbours,
+        ):
+
+            def met(processes: list[dict[str, str]]) -> None:
+                meeting.close()
+                if nodes == 1:
+                    return
+                neighbours.meet(processes[0])
+                ranks = [int(one["RANK"]) for one in processes]
+                if not set(shown) & set(ranks):
+                    print(
+                        f"ranks {ranks[0]} to {ranks[-1]} work here; the node of rank {shown[0]} shows "
+                        f"the steps; logs: {logs}",
+                        flush=True,
+                    )
+
+            launch = elastic_launch(
+                LaunchConfig(
+                    min_nodes=nodes,
+                    max_nodes=nodes,
+                    nproc_per_node=self.here,
+                    run_id=_RUN_ID,
+                    role="rank",
+                    max_restarts=0,
+                    shutdown_timeout=5,
+                    signals_to_handle=",".join(one.name for one in (*heeded(), signal.SIGQUIT)),
+                    logs_specs=_Logs(errors, met),
+                    **_rendezvous(nodes),
+                ),
+                sys.executable,
+            )
+            told: cause.Cause | None = None
+            try:
+                launch("-u", "-m", "titan_moe_lb.run.train", *self.arguments)
+                return True
+            except ChildFailedError as error:
+                if not again:
+                    _be_deaf()
+                found, log = cause.of_processes(error, logs)
+                told = (neighbours.blame() if found.is_echo else None) or found
+                line = f"error: {told.sentence(saved.in_words(config, self.begun), log)}"
+                status = told.status
+                if again and status == 1:
+                    rank_log.report(f"{line}{again}", self.console)
+                    return False
+            except SignalException as error:
+                _be_deaf()
+                number = signal.Signals(error.sigval)
+                if neighbours.loss is None:
+                    line = stopped(number, saved.in_words(config, self.begun))
+                    status = 128 + number
+                    told = cause.Cause(
+                        line=f"stopped by {number.name}", status=1, has_traceback=False
+                    )
+                else:
+                    told = neighbours.loss
+                    line = f"error: {told.sentence(saved.in_words(config, self.begun), logs)}"
+                    status = told.status
+            except (RendezvousError, DistError):
+                traceback.print_exc()
+                line = f"error: {meeting.failed()}"
+                status = 1
+            except KeyboardInterrupt:  # between the meeting and torch's own handlers
+                line = stopped(signal.SIGINT, saved.in_words(config, self.begun))
+                status = 128 + signal.SIGINT
+            except Exception as error:
+                traceback.print_exc()
+                found = cause.of_error(error, config, at_start=True)
+                line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
+                status = found.status
+            rank_log.report(line, self.console)
+            if told is not None:
+                neighbours.tell(told)
+        raise SystemExit(status)
+
+
+def _be_deaf() -> None:
+    """The run has ended: a second signal must not cut its last word short."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Logs(DefaultLogsSpecs):
+    """Each rank keeps its own log: here are only the files that tell why one failed."""
+
+    def __init__(self, folder: str, met: Callable[[list[dict[str, str]]], None]) -> None:
+        super().__init__(folder)
+        self._met = met
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Called when every node is there, before this one starts its processes."""
+        self._met(list(envs.values()))
+        return super().reify(envs)
+
+
+class _Meeting:
+    """Until all nodes have found each other: says what is waited for, and ends at a signal."""
+
+    def __init__(self, console: TextIO, nodes: int) -> None:
+        self._console = console
+        self._nodes = nodes
+        self._timeout = environment.positive("RDZV_TIMEOUT", 900)
+        self._endpoint = os.environ.get("RDZV_ENDPOINT", "")
+        self._signals = ended_by(self._stop)
+        self._patience = Patience(self._say, self._waits)
+        # torch's own timeouts do not hold where a stranger listens at the port.
+        self._limit = threading.Timer(self._timeout, self._give_up)
+        self._limit.daemon = True
+
+    def __enter__(self) -> _Meeting:
+        self._signals.__enter__()
+        if self._nodes > 1:
+            self._patience.__enter__()
+            self._limit.start()
+        self._is_open = True
+        return self
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._patience.end()
+            self._limit.cancel()
+            self._signals.__exit__(None, None, None)
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def failed(self) -> str:
+        return (
+            f"RDZV_ENDPOINT={self._endpoint}: the {self._nodes} nodes have not found each other in "
+            f"RDZV_TIMEOUT={self._timeout} s: {self._seen()}"
+        )
+
+    def _give_up(self) -> NoReturn:
+        self._say(f"error: {self.failed()}")
+        os._exit(1)
+
+    def _waits(self, seconds: int) -> str:
+        return (
+            f"waiting for the other nodes at RDZV_ENDPOINT={self._endpoint} since {seconds} s: "
+            f"{self._seen()}; it is given up after RDZV_TIMEOUT={self._timeout} s"
+        )
+
+    def _seen(self) -> str:
+        """What a look at the endpoint shows."""
+        host, port = parse_rendezvous_endpoint(self._endpoint, environment.DEFAULT_PORT)
+        try:
+            socket.create_connection((host, port), timeout=3).close()
+        except OSError as error:
+            return f"nothing answers there ({error.strerror or error}), is that node started?"
+        if not _is_store(host, port):
+            return "what answers there is no node of a job: free that port, or take another"
+        return f"not all of the {self._nodes} nodes (NNODES) are there"
+
+    def _stop(self, number: signal.Signals) -> NoReturn:
+        self._say(stopped(number, "nothing, no process was started"))
+        os._exit(128 + number)
+
+    def _say(self, line: str) -> None:
+        rank_log.report(line, self._console)
+
+
+def _is_store(host: str, port: int) -> bool:
+    """Whether torch's store answers. Its client waits for ever for one that says nothing."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(DistError):
+            TCPStore(host, port, wait_for_workers=False)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(5)
+
+
+def _rendezvous(nodes: int) -> dict:
+    """How the nodes find each other: a node rank counts in a static rendezvous alone."""
+    endpoint = os.environ.get("RDZV_ENDPOINT")
+    if nodes == 1:
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint or "localhost:0"}
+    host, port = parse_rendezvous_endpoint(endpoint, environment.DEFAULT_PORT)
+    seconds = environment.positive("RDZV_TIMEOUT", 900) + 60  # _Meeting gives up before
+    found = {"rdzv_endpoint": f"[{host}]:{port}" if ":" in host else f"{host}:{port}"}
+    rank = os.environ.get("NODE_RANK")
+    if not rank:
+        waits = {"join_timeout": seconds, "read_timeout": seconds}
+        return {"rdzv_backend": "c10d", "rdzv_configs": waits, **found}
+    return {
+        "rdzv_backend": "static",
+        "rdzv_configs": {"rank": int(rank), "timeout": seconds},
+        **found,
+    }

@@ -1,0 +1,243 @@
+"""One process of a job: ``python -m titan_moe_lb.run.train``, under torchrun or alone.
+
+``titan_moe_lb.run.launch`` starts it with the right number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from titan_moe_lb.run import parent_process
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    parent_process.end_with_launcher(or_agent=True)
+
+import torch
+from torch.distributed.checkpoint import CheckpointException
+from torchtitan.config.override import derive
+from torchtitan.observability import structured_logger
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_config
+from titan_moe_lb.parallel import single_process
+from titan_moe_lb.run import dry_run, environment
+from titan_moe_lb.run.console import cause, rank_log, saved, summary
+from titan_moe_lb.run.console.signals import ended_by
+from titan_moe_lb.terminal import run_folder
+from titan_moe_lb.terminal.heartbeat import Patience
+from titan_moe_lb.upstream import cpu, finite_data, zero_bubble
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Resolve the job and train it."""
+    # Whoever started this process hears Ctrl-C too, and has the last word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # What torchtitan warns of while it reads a job, it says again when it builds it.
+    logging.root.addHandler(logging.NullHandler())
+    try:
+        job = job_config.load(sys.argv[1:] if arguments is None else arguments)
+    except JobError as error:
+        exit_with(error)
+    run(job)
+
+
+def trainer_config(*arguments: str) -> Trainer.Config:
+    """A job for torchtitan's own Trainer: ``trainer_config(...).build().train()``.
+
+    Args:
+        arguments: the command line of a job, as for ``run_train.sh``.
+
+    Raises:
+        JobError: the job does not hold.
+    """
+    config = job_config.load(list(arguments)).config
+    _adapt(config)
+    return _preparing(config)
+
+
+def _adapt(config: Trainer.Config) -> None:
+    """To this machine, and to what torchtitan 0.3.0 needs of us."""
+    if cpu.needed():
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+    finite_data.adapt(config)
+
+
+def _preparing(config: Trainer.Config) -> Trainer.Config:
+    """The same job, whose ``build()`` prepares this process. Reading a job leaves it as it is."""
+    upstream = type(config)
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(upstream):  # type: ignore[misc, valid-type]
+        def build(self, **kwargs: Any) -> Trainer:
+            single_process.announce_unless_launched()
+            cpu.prepare()
+            return upstream.build(self, **kwargs)
+
+    Config.__qualname__ = upstream.__qualname__
+    return derive(config, Config)
+
+
+def run(job: job_config.Job, *, alone: bool = False) -> None:
+    """Train a resolved job in this process, or build it if that is all that is asked.
+
+    Args:
+        alone: there is no launcher. This process holds the run's folder already, and prints
+            itself what a signal ended.
+    """
+    config = job.config
+    cpu.prepare()
+    _adapt(config)
+    if config.comm.mode != "default":
+        _build(config)
+        return
+    if not alone:
+        try:
+            run_folder.claim(config.dump_folder, environment.joined_run())
+        except JobError as error:
+            exit_with(error)
+    _Rank(config, alone=alone).train()
+
+
+class _Rank:
+    """This process of a run."""
+
+    def __init__(self, config: Trainer.Config, *, alone: bool) -> None:
+        self._config = config
+        self._alone = alone
+        self._rank = int(os.environ["RANK"])
+        self._begun = time.time()
+        self._log = rank_log.folder_of(config.dump_folder) / f"rank{self._rank}.log"
+        self._errors = rank_log.divert_errors(self._log)
+        self._trainer: Trainer | None = None
+
+    def train(self) -> None:
+        shown = summary.ranks_shown(self._config)
+        is_shown = self._rank in shown
+        with contextlib.ExitStack() as stack:
+            if self._alone:
+                stack.enter_context(ended_by(self._stop))
+            waits = Patience(_say, self._first_step_takes)
+            rank_log.begin(
+                shown=is_shown,
+                prefix=f"[rank{self._rank}] " if len(shown) > 1 else "",
+                known=rank_log.Known(
+                    loss=summary.knows_loss(self._config, self._rank),
+                    peak_flops=not cpu.needed(),
+                ),
+                first_step=waits.end,
+            )
+            if is_shown:
+                _say(summary.before(self._config, self._rank))
+                stack.enter_context(waits)
+            try:
+                self._train()
+            except (Exception, CheckpointException) as error:  # the second is a BaseException
+                self._fail(error)
+        if is_shown:
+            _say(summary.after(self._config, self._begun))
+
+    def _train(self) -> None:
+        """As torchtitan's ``main``, which reads the job again and has a console of its own."""
+        config = self._config
+        structured_logger.init_structured_logger(
+            source="training",
+            output_dir=config.dump_folder,
+            enable=config.debug.enable_structured_logging,
+        )
+        trainer = self._trainer = config.build()
+        try:
+            if config.checkpoint.create_seed_checkpoint:
+                trainer.checkpointer.save(curr_step=0, last_step=True)
+            else:
+                trainer.train()
+        finally:
+            trainer.close()
+        torch.distributed.destroy_process_group()
+
+    def _first_step_takes(self, seconds: int) -> str:
+        if self._trainer is None:
+            return f"building the model: {seconds} s so far"
+        compiles = ", which compiles the model" if self._config.compile.enable else ""
+        return f"still in the first step{compiles}: {seconds} s so far"
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        at_start = self._trainer is None or self._trainer.step == 0
+        found = cause.of_error(error, self._config, at_start=at_start)
+        with contextlib.suppress(OSError):  # the disk of the log may be full
+            traceback.print_exception(error)
+        if not cause.tell_launcher(found):
+            self._last_word(f"error: {found.sentence(self._saved(), self._log)}")
+        _leave(found.status)
+
+    def _stop(self, number: signal.Signals) -> NoReturn:
+        self._last_word(stopped(number, self._saved()))
+        _leave(128 + number)
+
+    def _saved(self) -> str:
+        return saved.in_words(self._config, self._begun)
+
+    def _last_word(self, line: str) -> None:
+        rank_log.report(line, self._errors)
+
+
+def _build(config: Trainer.Config) -> None:
+    """A dry run."""
+    if config.comm.mode == "local_tensor":
+        _say("torchtitan 0.3.0 trains nothing in the local_tensor mode")
+        return
+    log = Path(tempfile.gettempdir(), f"titan_moe_lb-dry-run-{os.getpid()}.log")
+    errors = rank_log.divert_errors(log)
+    rank_log.begin(shown=True, known=rank_log.Known())
+    try:
+        with Patience(_say, lambda seconds: f"building one rank: {seconds} s so far"):
+            dry_run.run(config)
+    except Exception as error:
+        found = cause.of_error(error, config, at_start=True)
+        traceback.print_exception(error)
+        print(f"titan_moe_lb: error: {found.sentence('nothing', log)}", file=errors)
+        _leave(found.status)
+    log.unlink()
+
+
+def stopped(number: signal.Signals, saved: str) -> str:
+    """What is said of a run that a signal has ended."""
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    return f"stopped by {name}; saved: {saved}; status {128 + number}"
+
+
+def exit_with(error: JobError) -> NoReturn:
+    """Print the one line of a user's mistake and leave with status 2."""
+    found = cause.Cause(line=str(error), status=2, has_traceback=False)
+    if not cause.tell_launcher(found):
+        print(f"titan_moe_lb: error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(line, flush=True)
+
+
+def _leave(status: int) -> NoReturn:
+    """Without waiting for threads and process groups that others have left in the middle."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
+    if cpu.needed():
+        cpu.leave()

@@ -1,0 +1,193 @@
+"""MoE metrics beside torchtitan's own, through its ``MetricsProcessor``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
+
+import torch.distributed as dist
+import tyro
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.config.override import derive
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.telemetry.step_metrics import console_line, domain_metrics, step_metrics
+from titan_moe_lb.traces.domain_trace import DomainLoad, DomainTraceWriter
+from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
+from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.trace import TraceWriter
+
+
+class LoadBalanceMetricsProcessor(MetricsProcessor):
+    """Adds the load of the experts to every sink, to the console and to the run's trace."""
+
+    filled_by_job: ClassVar[frozenset[str]] = frozenset({"run_info", "cut"})
+    """Fields of the Config that the model config's ``update_from_config`` fills."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        track_moe_metrics: bool = True
+        """Record the load of the experts and show it in every logged step."""
+
+        moe_per_layer_logging: bool = False
+        """Log every layer's own numbers as well, as moe/NAME_layer_NUMBER."""
+
+        moe_extreme_experts: int = 4
+        """How many of the hottest and of the coldest experts each logged step names; 0: none."""
+
+        router_gradients: bool = False
+        """Measure how strong the model's loss and the aux losses pull at each router."""
+
+        write_moe_trace: bool = True
+        """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
+
+        record_routing_steps: list[int] = field(default_factory=list)
+        """Steps whose routing is written to dump_folder/routing, token by token, for replay."""
+
+        run_info: Annotated[RunInfo | None, tyro.conf.Suppress] = None
+        """What the traces say of the run. Filled by ``update_from_config`` of the model."""
+
+        cut: Annotated[batch_cut.Cut | None, tyro.conf.Suppress] = None
+        """How the job cuts its global batch. Filled by ``update_from_config`` of the model."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parallel_dims: ParallelDims,
+        dump_folder: str = "./outputs",
+        pp_schedule: str = "1F1B",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            config,
+            parallel_dims=parallel_dims,
+            dump_folder=dump_folder,
+            pp_schedule=pp_schedule,
+            **kwargs,
+        )
+        self._trace: TraceWriter | None = None
+        self._domains: DomainTraceWriter | None = None
+        self._routing: RoutingTraceWriter | None = None
+        if config.run_info is None:
+            return
+        here = dist.get_rank() == layout.metrics_rank(parallel_dims, pp_schedule)
+        if config.track_moe_metrics and config.write_moe_trace and here:
+            self._trace = TraceWriter(dump_folder, config.run_info)
+            self._domains = DomainTraceWriter(dump_folder, config.run_info)
+        if config.record_routing_steps:
+            self._routing = RoutingTraceWriter(dump_folder, config.run_info, dist.get_rank())
+
+    def should_log(self, step: int) -> bool:
+        """As ``MetricsProcessor.should_log``, and for a step whose routing is recorded."""
+        return super().should_log(step) or step in self.config.record_routing_steps
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """As ``MetricsProcessor.log``. Collective: torchtitan calls it on every rank.
+
+        torchtitan divides the time since its last logged step by ``log_freq``. A step that
+        is out of turn is therefore not logged: only its routing is written.
+        """
+        assert self.model_parts is not None
+        if self._routing is not None and step in self.config.record_routing_steps:
+            self._record_routing(step, routers_of(self.model_parts))
+        if not super().should_log(step):
+            return
+        figures = () if self.config.run_info is None else self.config.run_info.figures
+        metrics: dict[str, float] = {}
+        if self.config.track_moe_metrics:
+            load = reduce_step(moe_layers_of(self.model_parts), self.parallel_dims)
+            metrics = step_metrics(
+                load,
+                figures,
+                num_extreme_experts=self.config.moe_extreme_experts,
+                per_layer=self.config.moe_per_layer_logging,
+            )
+            if metrics.get("moe/padding_share") == 1:
+                logger.warning(
+                    f"step {step} had no valid token: aux losses and expert bias stay as they were"
+                )
+            if self._trace is not None:
+                learning = self._learning(float(global_avg_loss), float(grad_norm))
+                load = replace(load, step_figures=load.step_figures | learning)
+                self._trace.write(step, load)
+        super().log(
+            step,
+            global_avg_loss,
+            global_max_loss,
+            grad_norm,
+            extra_metrics={**(extra_metrics or {}), **metrics},
+        )
+        if metrics:
+            losses = [figure.name for figure in figures if figure.is_aux_loss]
+            logger.info(console_line(step, metrics, losses, self.color))
+
+    def log_domains(self, loads: dict[str, DomainLoad], step: int) -> None:
+        """As ``MetricsProcessor.log_validation``, for a validation on several domains."""
+        if self._domains is not None:
+            self._domains.write(step, loads)
+        mean = sum(load.loss for load in loads.values()) / len(loads)
+        self.log_validation(loss=mean, step=step, extra_metrics=domain_metrics(loads))
+
+    def close(self) -> None:
+        for writer in (self._trace, self._domains, self._routing):
+            if writer is not None:
+                writer.close()
+        super().close()
+
+    def _learning(self, loss: float, grad_norm: float) -> dict[str, float]:
+        """What torchtitan logs itself, for the trace; on the rank that sees the loss.
+
+        Tokens per second are torchtitan's: of this rank, over the ranks that share them. The
+        seconds of a step follow from them, since the tokens of a step are known.
+        """
+        assert self.config.run_info is not None
+        tokens_per_step = self.config.run_info.global_batch_size * self.config.run_info.seq_len
+        seconds = time.perf_counter() - self.time_last_log
+        tokens_per_second = self.ntokens_since_last_log / (
+            seconds * self.parallel_dims.non_data_parallel_size
+        )
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": tokens_per_step / (tokens_per_second * self.parallel_dims.world_size),
+        }
+
+    def _record_routing(self, step: int, routers: list[LoadBalancedRouter]) -> None:
+        assert self._routing is not None and self.config.cut is not None
+        sequences = batch_cut.first_sequences(self.config.cut, self.parallel_dims)
+        cut = self.config.cut
+        slices = batch_cut.token_slices(
+            cut.seq_len, self.parallel_dims, cut.context_parallel_load_balancer
+        )
+        for router in routers:
+            record = router.record
+            assert record is not None and record.expert_ids_MBLK is not None
+            for first, ids_BLK in zip(sequences, record.expert_ids_MBLK.cpu().numpy(), strict=True):
+                self._routing.write(
+                    step=step,
+                    layer=router.layer,
+                    first_sequence=first,
+                    token_slices=slices,
+                    expert_ids_BLK=ids_BLK,
+                )
+
+
+def adapt(config: Trainer.Config) -> None:
+    """Give a balanced job that has torchtitan's own metrics these; others are left alone."""
+    if type(config.metrics) is MetricsProcessor.Config:
+        config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)

@@ -1,0 +1,256 @@
+"""Load balancing for any torchtitan MoE model: swap its routers, bind them to the job."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config.override import derive
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
+from torchtitan.protocols.model import BaseModel, ModelConfigConverter
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb import rules
+from titan_moe_lb.balancing.expert_bias import ExpertBias, SignBias
+from titan_moe_lb.balancing.forced_routing import ForcedRouting
+from titan_moe_lb.balancing.losses.base import AuxLoss
+from titan_moe_lb.balancing.own_dtypes import keep_dtypes
+from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of
+from titan_moe_lb.balancing.step_hook import register_load_balancing
+from titan_moe_lb.balancing.valid_tokens.loader import tell_tokens
+from titan_moe_lb.checkpoints import checked_loading
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.layer_numbers import layer_numbers
+from titan_moe_lb.rules.model import layers_count_their_experts_alike
+from titan_moe_lb.telemetry import metrics_processor
+from titan_moe_lb.telemetry.describe_run import describe_run
+from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
+from titan_moe_lb.wiring.resume_bias import BiasReset, remember_once_loaded, start_anew
+
+
+class LoadBalanceConverter(ModelConfigConverter):
+    """Give every MoE layer of a model config a :class:`LoadBalancedRouter`.
+
+    :func:`titan_moe_lb.wiring.model_spec.balanced` applies it together with the step hook that
+    it needs; in torchtitan's own ``converters=`` it would lack the hook and is refused.
+    The converted config also checks the job and binds the losses to it in
+    ``update_from_config``, which torchtitan calls before it builds the model.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        aux_losses: list[AuxLoss.Config] = field(default_factory=list)
+        """Losses of every router, each with its own copy."""
+
+        expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep"
+        """What moves the bias of every layer; None for no bias, "keep" for torchtitan's sign
+        rule at the model's own ``load_balance_coeff``."""
+
+        forced_routing: ForcedRouting.Config | None = None
+        """What decides where tokens go in a benchmark; None for training."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def convert(self, model_config: BaseModel.Config) -> BaseModel.Config:
+        """Convert in place where possible; returns the new root.
+
+        Raises:
+            JobError: the model has no MoE layer, or a router that is not torchtitan's.
+        """
+        layers = list(model_config.traverse(MoE.Config))
+        if not layers:
+            raise JobError(
+                f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
+                "aux loss: leave out [model] aux_losses or choose a MoE flavor "
+                "(a Hugging Face model: titan_moe_lb.balanced_transformers)"
+            )
+        rule = self.config.expert_bias
+        if rule not in (None, "keep") and not isinstance(rule, ExpertBias.Config):
+            raise JobError(f"expert_bias is {rule!r}; a model has one rule, None or 'keep'")
+        numbers = layer_numbers(model_config)
+        for fqn, moe, _parent, _attribute in layers:
+            assert isinstance(moe, MoE.Config)
+            self.convert_layer(fqn, moe, numbers[fqn])
+        layers_count_their_experts_alike(model_config)
+        bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
+        return derive(model_config, bound)
+
+    def convert_layer(self, fqn: str, moe: MoE.Config, number: int) -> None:
+        """Convert one layer in place.
+
+        Args:
+            number: of the layer in the whole model.
+        """
+        # A converter such as LoRA's makes subclasses of configs that build the same classes.
+        if moe.router._owner not in (TokenChoiceTopKRouter, LoadBalancedRouter):
+            raise JobError(
+                f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
+                "TokenChoiceTopKRouter can be replaced"
+            )
+        bias = self._expert_bias(moe)
+        # torchtitan's layer has the buffer of the bias where this is a number; its own
+        # update, whose speed the number is, does not run.
+        moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
+        moe.router = derive(
+            moe.router,
+            LoadBalancedRouter.Config,
+            aux_losses=copy.deepcopy(self.config.aux_losses),
+            expert_bias=bias,
+            forced_routing=copy.deepcopy(self.config.forced_routing),
+            layer=number,
+        )
+        # The dispatcher's own copy of the router's number.
+        moe.routed_experts.token_dispatcher.top_k = moe.router.top_k
+        moe.router.bind_components()
+
+    def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
+        if self.config.expert_bias == "keep":
+            if isinstance(moe.router, LoadBalancedRouter.Config):
+                return moe.router.expert_bias
+            speed = moe.load_balance_coeff
+            return None if speed is None else SignBias.Config(speed=speed)
+        return copy.deepcopy(self.config.expert_bias)  # type: ignore[return-value]
+
+
+@dataclass
+class BuildHooks:
+    """The ``post_optimizer_build_fn`` of a balanced ``ModelSpec``: the model's own, then ours."""
+
+    own: Callable | None = None
+    reset: BiasReset | None = None
+    """Filled by ``update_from_config`` of the model."""
+
+    of_trainer: bool = False
+    """The same: it was torchtitan's trainer that filled the model. Another loop attaches."""
+
+    other_metrics: str = ""
+    """The same: the class of metrics that log no load of the experts."""
+
+    def __call__(
+        self,
+        optimizers: OptimizersContainer,
+        model_parts: list[nn.Module],
+        parallel_dims: ParallelDims,
+    ) -> None:
+        if self.own is not None:
+            self.own(optimizers, model_parts, parallel_dims)
+        if not self.of_trainer:
+            return
+        if self.other_metrics:
+            logger.warning(
+                f"metrics is a {self.other_metrics}, which logs no load of the experts and writes "
+                "no trace: derive it from titan_moe_lb.LoadBalanceMetricsProcessor"
+            )
+        register_load_balancing(optimizers, model_parts, parallel_dims)
+        remember_once_loaded(model_parts)
+        if self.reset is not None:
+            self.reset.register(model_parts)
+
+
+class _BoundToJob:
+    """What :func:`_bound_to_job` returns."""
+
+    __slots__ = ()
+
+
+@functools.cache
+def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Config]:
+    """A subclass of a model's Config that binds its routers in ``update_from_config``."""
+    if issubclass(model_config_cls, _BoundToJob):
+        return model_config_cls
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(_BoundToJob, model_config_cls):
+        def build(self, **kwargs):
+            model = model_config_cls.build(self, **kwargs)
+            for layer in moe_layers_of([model]):
+                keep_dtypes(layer)
+            return model
+
+        def update_from_config(self, *, config, **kwargs) -> None:
+            routers = [router for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)]
+            for router in routers:  # a layer may have been changed since it was converted
+                router.bind_components()
+            if not isinstance(config, Trainer.Config):  # a loop of one's own, which attaches
+                layers_count_their_experts_alike(self)
+                model_config_cls.update_from_config(self, config=config, **kwargs)
+                return
+            hooks = _step_hooks(config)
+            hooks.of_trainer = True
+            metrics_processor.adapt(config)
+            checked_loading.adapt(config)
+            rules.validate(config)
+            config.dataloader = tell_tokens(
+                config.dataloader,
+                documents=any(
+                    loss.documents is not None for router in routers for loss in router.aux_losses
+                ),
+            )
+            model_config_cls.update_from_config(self, config=config, **kwargs)
+            metrics = config.metrics
+            reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
+            hooks.other_metrics = "" if reports else type(metrics).__qualname__
+            loop = _loop(config)
+            for router in routers:
+                router.loop = loop
+                router.bind_forced_routing(config)
+            start_anew(
+                config,
+                {
+                    fqn: router.expert_bias
+                    for fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)
+                    if router.expert_bias is not None
+                },
+            )
+            if routers:
+                hooks.reset = BiasReset.of(config, [router.expert_bias for router in routers])
+            if routers and reports:
+                metrics.run_info = describe_run(config)
+                metrics.cut = batch_cut.cut(config)
+
+    Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
+    return Config
+
+
+def _loop(config: Trainer.Config) -> TrainingLoop:
+    """What torchtitan's trainer does with a job."""
+    cut, metrics = batch_cut.cut(config), config.metrics
+    reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
+    recorded_tokens = None
+    if reports and metrics.record_routing_steps:
+        recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
+    loader = getattr(config.dataloader, "_owner", None)
+    return TrainingLoop(
+        track=reports and metrics.track_moe_metrics,
+        gradients=reports and metrics.track_moe_metrics and metrics.router_gradients,
+        num_micro_batches=cut.num_micro_batches,
+        micro_batch_size=cut.micro_batch_size,
+        global_batch_size=cut.global_batch_size,
+        tokens_per_step=cut.global_batch_size * cut.seq_len,
+        padded=getattr(loader, "gives_valid_tokens", False),
+        recorded_tokens=recorded_tokens,
+        context_parallel_load_balancer=cut.context_parallel_load_balancer,
+    )
+
+
+def _step_hooks(config: Trainer.Config) -> BuildHooks:
+    """Without them no step would be closed: no metrics, no counts for the next step."""
+    spec = config.model_spec
+    hooks = BuildHooks() if spec is None else spec.post_optimizer_build_fn
+    if not isinstance(hooks, BuildHooks):
+        raise JobError(
+            f"the routers of {spec.name} were converted but its step hook was not set: use "
+            "titan_moe_lb.balanced(spec, aux_losses=[...]) in place of "
+            "converters=[LoadBalanceConverter.Config(...)]"
+        )
+    return hooks

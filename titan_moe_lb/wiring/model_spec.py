@@ -1,0 +1,97 @@
+"""A ``ModelSpec`` that balances its experts, and the arguments that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torchtitan.components.optimizer import register_moe_load_balancing_hook
+from torchtitan.models.utils import validate_converter_order
+from torchtitan.protocols.model import ModelConfigConverter
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+
+from titan_moe_lb.balancing.checkpointing import keeping_decisions, telling_schedule
+from titan_moe_lb.balancing.expert_bias import ExpertBias
+from titan_moe_lb.balancing.forced_routing import ForcedRouting
+from titan_moe_lb.balancing.losses import AuxLoss
+from titan_moe_lb.wiring.converter import BuildHooks, LoadBalanceConverter
+
+
+@dataclass
+class BalancedModelSpec(ModelSpec):
+    """Adds what a job config needs to build the same model with other arguments."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the registry entry, every default filled in."""
+
+
+def balanced(
+    spec: ModelSpec,
+    *,
+    aux_losses: list[AuxLoss.Config] | None = None,
+    expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
+    forced_routing: ForcedRouting.Config | None = None,
+    converters: list[ModelConfigConverter.Config] | None = None,
+) -> BalancedModelSpec:
+    """Give a torchtitan model the losses and the step hook of this package.
+
+    A ``post_optimizer_build_fn`` of the spec runs before ours, except torchtitan's own
+    update of the expert bias, which ours replaces.
+
+    Args:
+        spec: any torchtitan ``ModelSpec`` of a MoE model; its config is consumed. One that is
+            balanced is balanced anew.
+        aux_losses: losses of every router, each with its own copy; None or an empty list
+            for none.
+        expert_bias: what moves the bias of the choice; None for no bias, "keep" for the
+            rule that the model has: torchtitan's is the sign rule.
+        forced_routing: what decides where tokens go, in a benchmark.
+        converters: converters of the user's own (quantization, LoRA), applied first.
+
+    Raises:
+        JobError: the model has no MoE layer, or a router that is not torchtitan's.
+    """
+    converter = LoadBalanceConverter.Config(
+        aux_losses=aux_losses or [], expert_bias=expert_bias, forced_routing=forced_routing
+    )
+    model = spec.model
+    validate_converter_order(converters or [])
+    for config in [*(converters or []), converter]:
+        model = config.build().convert(model)
+    fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
+    fields["model"] = model
+    if isinstance(spec, BalancedModelSpec):
+        return BalancedModelSpec(**fields)
+    # torchtitan's own update would move the same bias a second time.
+    replaced = spec.post_optimizer_build_fn is register_moe_load_balancing_hook
+    return BalancedModelSpec(
+        **{
+            **fields,
+            "parallelize_fn": keeping_decisions(spec.parallelize_fn),
+            "pipelining_fn": spec.pipelining_fn and telling_schedule(spec.pipelining_fn),
+            "post_optimizer_build_fn": BuildHooks(
+                own=None if replaced else spec.post_optimizer_build_fn
+            ),
+            "state_dict_adapter": _without_balance_state(spec.state_dict_adapter),
+        }
+    )
+
+
+def _without_balance_state(
+    adapter: type[BaseStateDictAdapter] | None,
+) -> type[BaseStateDictAdapter] | None:
+    """Keep what losses and bias rules remember out of Hugging Face checkpoints."""
+    if adapter is None:
+        return None
+
+    def ours(name: str) -> bool:
+        return ".router.aux_losses." in name or ".router.expert_bias." in name
+
+    class Adapter(adapter):  # type: ignore[valid-type]
+        def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return super().to_hf({k: v for k, v in state_dict.items() if not ours(k)})
+
+    Adapter.__qualname__ = adapter.__qualname__
+    return Adapter

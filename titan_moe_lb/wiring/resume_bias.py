@@ -1,0 +1,109 @@
+"""Going on from a checkpoint with another rule, or with ``reset = true``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchtitan.models.common.moe import MoE
+from torchtitan.tools.logging import logger
+
+from titan_moe_lb.balancing.expert_bias.base import ExpertBias
+from titan_moe_lb.checkpoints.start import is_remote, own_folder, read_metadata, remedy, start_of
+from titan_moe_lb.errors import JobError
+
+MARKER = "expert_bias_reset.json"
+"""In the run's checkpoint folder: the step from whose checkpoint the bias was reset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasReset:
+    """Sets the biases of a rank to zero when its model is loaded."""
+
+    marker: Path
+    step: int
+    """Of the checkpoint that is loaded; 0 for weights from elsewhere."""
+
+    @classmethod
+    def of(cls, config, rules: Sequence[ExpertBias.Config | None]) -> BiasReset | None:
+        """What a job has to do: nothing after a restart from a later checkpoint of its own.
+
+        Args:
+            config: a ``Trainer.Config``, before it has loaded anything.
+            rules: of the expert bias of each layer.
+        """
+        if not any(rule and rule.reset for rule in rules) or not config.checkpoint.enable:
+            return None
+        if is_remote(config):
+            raise JobError(
+                "expert_bias reset = true is noted beside the run's checkpoints, which has to be "
+                "a local folder: set dump_folder, checkpoint.folder and initial_load_path to one"
+            )
+        start = start_of(config)
+        step = 0 if start is None or start.step is None else start.step
+        marker = own_folder(config) / MARKER
+        if marker.is_file():
+            before = json.loads(marker.read_text())["step"]
+            if step > before:
+                logger.info(
+                    f"The expert bias was reset after step {before} and goes on as it was learned "
+                    f"since (delete {marker} to reset it again)"
+                )
+                return None
+        return cls(marker=marker, step=step)
+
+    def register(self, model_parts: list[nn.Module]) -> None:
+        """torchtitan loads a checkpoint after ``post_optimizer_build_fn``."""
+        for part in model_parts:
+            part.register_load_state_dict_post_hook(self._zero)
+
+    def _zero(self, part: nn.Module, _keys: object) -> None:
+        with torch.no_grad():
+            for layer in part.modules():
+                if isinstance(layer, MoE) and layer.expert_bias_E is not None:
+                    layer.expert_bias_E.zero_()
+        if dist.get_rank() == 0:
+            logger.info("The expert bias of the checkpoint was set to zero (reset = true)")
+            self.marker.parent.mkdir(parents=True, exist_ok=True)
+            self.marker.write_text(json.dumps({"step": self.step}) + "\n")
+
+
+def start_anew(config, rules: dict[str, ExpertBias.Config]) -> None:
+    """Let rules begin with nothing to remember where another rule wrote the checkpoint.
+
+    torchtitan loads all state of a model and ends in a traceback where the checkpoint lacks
+    a part, so that this part is no state until the model is loaded.
+
+    Args:
+        config: a ``Trainer.Config``, before it has loaded anything.
+        rules: of the model's routers, by their names in it.
+    """
+    start = start_of(config)
+    if start is None or not any(rule._owner.state_names for rule in rules.values()):
+        return
+    try:
+        saved = read_metadata(start.path).state_dict_metadata
+    except JobError as error:
+        folder = own_folder(config)
+        raise JobError(f"{error}; {remedy(folder, start.path)}") from None
+    for fqn, rule in rules.items():
+        names = [f"{fqn}.expert_bias.{name}" for name in rule._owner.state_names]
+        rule.starts_anew = any(name not in saved for name in names)
+
+
+def remember_once_loaded(model_parts: list[nn.Module]) -> None:
+    """What :func:`start_anew` left out is part of the checkpoints that this job writes."""
+
+    def remember(part: nn.Module, _keys: object) -> None:
+        for rule in part.modules():
+            if isinstance(rule, ExpertBias) and rule.config.starts_anew:
+                for name in rule.state_names:
+                    rule.register_buffer(name, getattr(rule, name), persistent=True)
+
+    for part in model_parts:
+        part.register_load_state_dict_post_hook(remember)
