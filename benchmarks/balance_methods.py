@@ -85,7 +85,7 @@ def main() -> None:
             violation_S[(trace.steps >= first) & (trace.steps <= last)].mean()
             for first, last in (EARLY, LATE)
         ]
-        loss = np.mean(trace.step_figures["loss"][trace.steps > STEPS - 20])
+        loss = np.mean(trace.step_columns["loss"][trace.steps > STEPS - 20])
         print(f"| {name} | {windows[0]:.2f} | {windows[1]:.3f} | {loss:.3f} |", flush=True)
 
 

@@ -35,7 +35,7 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.commands.place.command import place
 from titan_moe_lb.commands.plan.command import make_plan
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.run.train import trainer_config
 
@@ -64,7 +64,7 @@ def main() -> None:
         single_process.announce()
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         torch.multiprocessing.spawn(_rank, args=(arguments, folder, store.port), nprocs=RANKS)
-        question = Question(
+        question = PlanArguments(
             hardware="host",
             ranks=RANKS,
             ep=str(RANKS),

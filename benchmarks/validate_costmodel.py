@@ -41,7 +41,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from titan_moe_lb.balancing.forced_routing.functional import hot_share_ids
 from titan_moe_lb.commands.plan.host_hardware import measure_host
-from titan_moe_lb.costmodel.times.layer import MoELayer, Placement, moe_layer_time
+from titan_moe_lb.costmodel.times.layer import MoELayer, RankRole, moe_layer_time
 
 IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)
 
@@ -107,7 +107,7 @@ def _predict(arguments: Arguments) -> list[float]:
         dim=arguments.dim,
         hidden_dim=arguments.hidden_dim,
     )
-    placement = Placement(tokens_per_rank=arguments.tokens_per_rank, ep_degree=arguments.ep_degree)
+    placement = RankRole(tokens_per_rank=arguments.tokens_per_rank, ep_degree=arguments.ep_degree)
     seconds = []
     for imbalance in IMBALANCES:
         layer_time = moe_layer_time(

@@ -20,7 +20,7 @@ from torchtitan.config import TrainingConfig
 from examples.chat_data import loader_config, write_chats
 from model_registry.qwen3 import model_registry
 from titan_moe_lb import GlobalBatchAuxLoss, attach, build_model
-from titan_moe_lb.balancing.valid_tokens.loader import tell_tokens
+from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 
 SEQ_LEN, ROWS = 128, 4
 
@@ -70,7 +70,7 @@ def chats(rank: int, ranks: int):
     with tempfile.TemporaryDirectory() as folder:
         write_chats(Path(folder))
         tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=f"{folder}/tokenizer")
-        config = tell_tokens(loader_config(folder), documents=False)
+        config = with_token_mask(loader_config(folder), documents=False)
         yield from config.build(
             dp_world_size=ranks,
             dp_rank=rank,

@@ -40,8 +40,8 @@ _MODULES = {
     "forced_routing": (
         "BiasedNormal",
         "Burst",
-        "DealtRouting",
-        "DrawnRouting",
+        "TokenIndexRouting",
+        "RandomRouting",
         "ForcedRouting",
         "HotExperts",
         "HotRank",
@@ -82,8 +82,8 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names
     from titan_moe_lb.balancing.forced_routing import (
         BiasedNormal as BiasedNormal,
         Burst as Burst,
-        DealtRouting as DealtRouting,
-        DrawnRouting as DrawnRouting,
+        TokenIndexRouting as TokenIndexRouting,
+        RandomRouting as RandomRouting,
         ForcedRouting as ForcedRouting,
         HotExperts as HotExperts,
         HotRank as HotRank,

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from titan_moe_lb import host_threads
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.run import parent_process
@@ -105,7 +105,7 @@ class Diagnose:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Question):
+class Plan(PlanArguments):
     """Plan a job before it runs: what imbalance costs in time and memory, by EP degree."""
 
     def run(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titan_moe_lb.commands.plan.command import make_plan
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.result import Plan
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 
@@ -64,7 +64,7 @@ def planned(
 ) -> Plan:
     """The plan of the job of these flags at one degree, as ``titan-moe-lb plan`` makes it."""
     return make_plan(
-        Question(
+        PlanArguments(
             hardware=hardware,
             ranks=ranks,
             ep=str(ep),

@@ -28,7 +28,7 @@ from benchmarks.published.jobs import (
     planned,
 )
 from titan_moe_lb.commands.plan.known_hardware import hardware
-from titan_moe_lb.costmodel.hardware.device import FIGURES
+from titan_moe_lb.costmodel.hardware.device import SPECS
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 
 AUTOMODEL = "NeMo AutoModel performance summary of 2025-10-02"
@@ -313,7 +313,7 @@ def _predict(run: Run, device: str) -> tuple[int, float]:
 def _changed(name: str, factors: Mapping[str, float], folder: str) -> str:
     """A file in the folder with a device some of whose figures are others."""
     device = hardware(name)
-    figures = {name: getattr(device, name) * factors.get(name, 1) for name in FIGURES}
+    figures = {name: getattr(device, name) * factors.get(name, 1) for name in SPECS}
     figures["scale_up_domain"] = device.scale_up_domain
     file = Path(folder) / "device.toml"
     file.write_text(tomli_w.dumps(figures))

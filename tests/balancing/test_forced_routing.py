@@ -115,7 +115,7 @@ def test_random_numbers_are_independent_and_of_their_distribution():
     assert (normal.abs() > 1.959964).double().mean().item() == pytest.approx(0.05, abs=0.002)
 
 
-# (seed, number) as DrawnRouting and the router make them.
+# (seed, number) as RandomRouting and the router make them.
 STREAMS = {
     "forwards of one router": [(hash_seed(0, 1, 1), number) for number in range(4800)],
     "routers": [
@@ -181,7 +181,7 @@ def test_round_robin_is_exact_on_four_ranks(ranks, tmp_path):
     assert trace.layers == LAYERS
     assert (trace.counts_SME == CHOICES // EXPERTS).all()
     assert (trace.figures["max_overload_factor"] == 1).all() and (
-        trace.step_figures["max_cum_overload_factor"] == 1
+        trace.step_columns["max_cum_overload_factor"] == 1
     ).all()
 
 
@@ -217,7 +217,7 @@ def test_hot_rank_overload_is_the_hand_computed_one(ranks, tmp_path, layout):
     expected = float(fraction * ep)
     assert (trace.figures["avg_overload_factor"] == expected).all()
     assert (trace.figures["max_overload_factor"] == expected).all()
-    assert (trace.step_figures["max_cum_overload_factor"] == expected).all()
+    assert (trace.step_columns["max_cum_overload_factor"] == expected).all()
     assert logged[0]["moe/max_cum_overload_factor"] == expected
 
 

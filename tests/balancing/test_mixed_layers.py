@@ -241,7 +241,7 @@ def test_diagnose_and_place_count_the_experts_that_are_there():
         counts_SME=np.stack([counts_ME] * 8),
         micro_batch_counts_SME=np.zeros((0, 2, 16)),
         figures={},
-        step_figures={},
+        step_columns={},
         damage=(),
     )
     (found,) = diagnosis(trace).findings

@@ -9,7 +9,7 @@ from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from tests.balancing.test_router import BOUND, EXPERTS, TOP_K, router, sequence_wise, wired
-from titan_moe_lb.balancing.checkpointing import FullACKeepingDecisions, SelectiveACKeepingDecisions
+from titan_moe_lb.balancing.checkpointing import FullACSavingDecisions, SelectiveACSavingDecisions
 from titan_moe_lb.balancing.forced_routing import BiasedNormal
 from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
@@ -68,16 +68,16 @@ def upstream(block: nn.Module) -> nn.Module:
 
 
 def full(block: nn.Module) -> nn.Module:
-    return FullACKeepingDecisions.Config().build()._wrap_block(block)
+    return FullACSavingDecisions.Config().build()._wrap_block(block)
 
 
 def full_compiled(block: nn.Module) -> nn.Module:
-    wrapped = FullACKeepingDecisions.Config(compiled=True).build()._wrap_block(block)
+    wrapped = FullACSavingDecisions.Config(compiled=True).build()._wrap_block(block)
     return torch.compile(wrapped, fullgraph=True, backend="aot_eager")
 
 
 def selective(block: nn.Module) -> nn.Module:
-    config = SelectiveACKeepingDecisions.Config(force_recompute_mm_shapes_by_fqns=[])
+    config = SelectiveACSavingDecisions.Config(force_recompute_mm_shapes_by_fqns=[])
     return config.build()._wrap_block(block)
 
 
@@ -173,5 +173,5 @@ def test_what_depends_on_the_micro_batch_is_that_of_the_forward(how, options):
 
 def test_types_of_torchtitan_are_those_that_are_replaced():
     """A torchtitan with another hierarchy would leave them unreplaced without a word."""
-    assert issubclass(FullACKeepingDecisions, FullAC)
-    assert issubclass(SelectiveACKeepingDecisions, SelectiveAC)
+    assert issubclass(FullACSavingDecisions, FullAC)
+    assert issubclass(SelectiveACSavingDecisions, SelectiveAC)

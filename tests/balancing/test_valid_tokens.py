@@ -15,7 +15,7 @@ from examples.chat_data import write_chats
 from tests.parity.gradients import LoaderThatTells
 from tests.support.chat_jobs import padding_of, train_chats
 from titan_moe_lb.balancing.router import moe_layers_of
-from titan_moe_lb.balancing.valid_tokens.loader import tell_tokens
+from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 from titan_moe_lb.balancing.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
@@ -77,7 +77,7 @@ class Rows(BaseDataLoader):
 
 
 def test_documents_need_positions():
-    config = tell_tokens(Rows.Config(), documents=True)
+    config = with_token_mask(Rows.Config(), documents=True)
     with pytest.raises(JobError, match='the batches of Rows have no positions.*over = "row"'):
         next(iter(config.build()))
 
@@ -95,15 +95,15 @@ class NumberedRows(Rows):
 
 
 def test_documents_of_a_loader_that_numbers_them_are_its_own():
-    inputs, _labels = next(iter(tell_tokens(NumberedRows.Config(), documents=True).build()))
+    inputs, _labels = next(iter(with_token_mask(NumberedRows.Config(), documents=True).build()))
     assert torch.equal(inputs[DOCUMENT_IDS], torch.arange(8).expand(2, -1))
 
 
 def test_a_loader_with_nothing_to_say_stays_itself():
     config = Rows.Config()
-    assert tell_tokens(config, documents=False) is config
-    told = tell_tokens(config, documents=True)
-    assert tell_tokens(told, documents=True) is told
+    assert with_token_mask(config, documents=False) is config
+    told = with_token_mask(config, documents=True)
+    assert with_token_mask(told, documents=True) is told
 
 
 def bad_masks() -> dict[str, str]:

@@ -20,7 +20,7 @@ from titan_moe_lb.commands.diagnose.finding import Finding, Severity
 from titan_moe_lb.commands.diagnose.window import Window
 from titan_moe_lb.traces import placement
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
@@ -76,9 +76,9 @@ MODELS = {
 def info_of(model: str, **changes) -> RunInfo:
     fields = {"global_batch_size": 64, "seq_len": 1024, "micro_batch_size": 4}
     info = run_info(**{"model": model, **fields, **MODELS[model], **changes})
-    of_bias = Figure("bias_largest_step", summary="max")
-    losses = tuple(Figure(name, is_aux_loss=True) for name in info.losses)
-    padding = Figure("padding_share", per="step")
+    of_bias = Column("bias_largest_step", summary="max")
+    losses = tuple(Column(name, is_aux_loss=True) for name in info.losses)
+    padding = Column("padding_share", per="step")
     return dataclasses.replace(info, figures=(*losses, *FIGURES, of_bias, padding))
 
 
@@ -101,7 +101,7 @@ def write(folder: Path, info: RunInfo, share_SME, seed: int = 0, **figures) -> P
             layers=info.layers,
             counts_ME=counts_SME[step],
             figures={name: np.full(len(info.layers), v) for name, v in of_layers.items()},
-            step_figures={name: float(value_S[step]) for name, value_S in of_step.items()},
+            step_columns={name: float(value_S[step]) for name, value_S in of_step.items()},
         )
         writer.write(step + 1, load)
     writer.close()

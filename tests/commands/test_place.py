@@ -25,7 +25,7 @@ from titan_moe_lb.checkpoints.placement import FILE_NAME, read
 from titan_moe_lb.checkpoints.start import read_metadata
 from titan_moe_lb.commands.place.command import place
 from titan_moe_lb.commands.plan.command import make_plan
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.traces.trace import Trace, read_trace
 
 TRAIN = [
@@ -132,7 +132,7 @@ def test_a_hot_rank_is_as_loaded_as_was_planned(name, request):
     info = traces["greedy"].info
     assert traces["contiguous"].info.placement is None and info.placement == read(file).title
     assert info.expert_groups == ((4,) if name == "deepseek" else ())
-    question = Question(
+    question = PlanArguments(
         hardware="h100",
         ranks=info.ep,
         ep=str(info.ep),

@@ -16,7 +16,7 @@ import pytest
 from tests.support.synthetic_trace import FIGURES, LOSS, rewritten, run_info, step_loads, write_run
 from titan_moe_lb import cli
 from titan_moe_lb.commands.report.run_names import run_names
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
 
@@ -123,12 +123,12 @@ def test_curves_are_the_trace(small):
         (violation, "micro-batch", trace.figures["micro_batch_max_violation"].mean(axis=1)),
         (overload, "mean", trace.figures["avg_overload_factor"].mean(axis=1)),
         (overload, "maximum", trace.figures["max_overload_factor"].max(axis=1)),
-        (overload, "cumulative", trace.step_figures["max_cum_overload_factor"]),
+        (overload, "cumulative", trace.step_columns["max_cum_overload_factor"]),
         (loss, "layer 3", trace.figures[LOSS][:, 2]),
-        (learning[0], "loss", trace.step_figures["loss"]),
+        (learning[0], "loss", trace.step_columns["loss"]),
         (learning[1], "MaxVio", violation_SM.mean(axis=1)),
-        (pace[0], "grad norm", trace.step_figures["grad_norm"]),
-        (pace[1], "tokens per second", trace.step_figures["tokens_per_second"]),
+        (pace[0], "grad norm", trace.step_columns["grad_norm"]),
+        (pace[1], "tokens per second", trace.step_columns["tokens_per_second"]),
         (bias, "maximum", trace.figures["bias_range"].max(axis=1)),
         (loss, "mean", trace.figures[LOSS].mean(axis=1)),
     ):
@@ -151,7 +151,7 @@ def test_numbers_and_tables_are_the_trace(small):
         (counts.max(axis=1) / counts.mean(axis=1) - 1).mean()
         for counts in trace.counts_SME[[0, -1]]
     )
-    loss_S = trace.step_figures["loss"]
+    loss_S = trace.step_columns["loss"]
     found = re.findall(r"(?:Loss|MaxVio), first → last ([\d.]+) → ([\d.]+)", spaced(page))
     captions = re.findall(r"(?:loss|MaxVio): ([\d.]+) → ([\d.]+)", page.visible)
     expected = [(loss_S[0], loss_S[-1]), (first, last)]
@@ -315,9 +315,9 @@ HOSTILE = '<script>alert("1")</script><b>%{y}'
 
 def test_metric_of_ones_own_is_a_chart_and_any_name_is_inert(tmp_path):
     own = (
-        Figure(HOSTILE, summary="sum", description="What <i>I</i> measured."),
-        Figure("of_the_step", per="step", description="One number."),
-        Figure("never_recorded"),
+        Column(HOSTILE, summary="sum", description="What <i>I</i> measured."),
+        Column("of_the_step", per="step", description="One number."),
+        Column("never_recorded"),
     )
     info = run_info(3, 8, figures=(*FIGURES, *own), losses={}, model=HOSTILE)
     writer = TraceWriter(tmp_path, info)
@@ -328,7 +328,7 @@ def test_metric_of_ones_own_is_a_chart_and_any_name_is_inert(tmp_path):
             dataclasses.replace(
                 load,
                 figures=load.figures | mine,
-                step_figures=load.step_figures | {"of_the_step": 10.0 * step},
+                step_columns=load.step_columns | {"of_the_step": 10.0 * step},
             ),
         )
     page = page_of(tmp_path)

@@ -92,7 +92,7 @@ def test_the_numbers_are_those_of_the_runs(tmp_path, quick):
         expected = (counts.max(-1) / counts.mean(-1) - 1).mean()
         assert cell["numbers"]["max_violation"] == pytest.approx(expected, rel=1e-12)
         assert cell["numbers"]["training_loss"] == pytest.approx(
-            trace.step_figures["loss"][-4:].mean(), rel=1e-12
+            trace.step_columns["loss"][-4:].mean(), rel=1e-12
         )
     for setting in content["settings"]:
         of_cells = [

@@ -26,7 +26,7 @@ from titan_moe_lb.commands.watch import pulse
 from titan_moe_lb.commands.watch.follower import Follower
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.commands.watch.glyphs import ASCII, UNICODE, glyphs_of
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
@@ -87,7 +87,7 @@ def test_bars_and_figures_are_those_of_the_step(tmp_path):
             "max_overload_factor": np.array([2.5]),
             "bias_range": np.array([0.0625]),
         },
-        step_figures={
+        step_columns={
             "max_cum_overload_factor": 1.75,
             "loss": 3.5,
             "grad_norm": 0.75,
@@ -111,7 +111,7 @@ def test_bars_and_figures_are_those_of_the_step(tmp_path):
 
 
 def test_hostile_names_do_not_reach_the_terminal(tmp_path):
-    figures = (Figure("\x1b[2Jgone", is_aux_loss=True),)
+    figures = (Column("\x1b[2Jgone", is_aux_loss=True),)
     info = run_info(1, 8, 1, model="\x1b]0;title\x07", figures=figures, forced_routing="a\nb")
     load = StepLoad(
         layers=(1,), counts_ME=np.ones((1, 8)), figures={figures[0].name: np.array([2.0])}
@@ -246,7 +246,7 @@ def test_run_whose_next_step_is_far_too_late_looks_dead(tmp_path):
     folder = write_run(tmp_path, info, 9, every=5)
     follower = Follower(folder)
     follower.look()
-    seconds_S = read_trace(folder).step_figures["step_seconds"]
+    seconds_S = read_trace(folder).step_columns["step_seconds"]
     assert follower.seconds_between_steps == pytest.approx(5 * np.median(seconds_S[1:]))
     assert pulse.age(follower, follower.written + 12) == "12 s ago"
     assert pulse.age(follower, follower.written - 5) == "0 s ago", "of another clock"
@@ -261,8 +261,8 @@ def test_run_whose_next_step_is_far_too_late_looks_dead(tmp_path):
     writer, steps = TraceWriter(slow, info), list(step_loads(info, 4))
     follower = Follower(slow)
     for step, load in enumerate(steps, start=1):
-        own = load.step_figures | {"step_seconds": 10.0}
-        writer.write(step, dataclasses.replace(load, step_figures=own))
+        own = load.step_columns | {"step_seconds": 10.0}
+        writer.write(step, dataclasses.replace(load, step_columns=own))
         follower.look()  # one at a time, as it is followed
     assert follower.seconds_between_steps == 10
     assert pulse.verdict(follower, follower.written + 99) is None

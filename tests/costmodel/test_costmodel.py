@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
 from titan_moe_lb.costmodel import all_to_all_time, expert_load, receiver_skew
-from titan_moe_lb.costmodel.hardware.device import FIGURES, Hardware
+from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
 from titan_moe_lb.costmodel.hardware.roofline import gemm_time
 from titan_moe_lb.costmodel.times.activation import (
     bytes_of_combine,
@@ -26,7 +26,7 @@ from titan_moe_lb.costmodel.times.activation import (
 from titan_moe_lb.costmodel.times.dispatch import exchange_time
 from titan_moe_lb.costmodel.times.layer import (
     MoELayer,
-    Placement,
+    RankRole,
     measured_layer_time,
     moe_layer_time,
 )
@@ -300,7 +300,7 @@ def test_moved_values_of_dispatchers_and_biases():
         (MoELayer(**plain), "standard", 1, 3 * 32 + 5 * 64),
         (MoELayer(**plain), "deepep", 1, 3 * 32 + 5 * 64),
     ):
-        placement = Placement(tokens_per_rank=64, ep_degree=degree, dispatcher=dispatcher)
+        placement = RankRole(tokens_per_rank=64, ep_degree=degree, dispatcher=dispatcher)
         time = moe_layer_time(layer, placement, DEVICE, imbalance_factor=1.0)
         assert time.movement == pytest.approx(64 * 2 * values * 2 / DEVICE.memory_bandwidth)
 
@@ -319,7 +319,7 @@ LAYER = MoELayer(num_experts=16, top_k=2, dim=64, hidden_dim=32, shared_hidden_d
 @pytest.mark.parametrize("degree", [1, 2, 4, 16])
 @pytest.mark.parametrize(("factor", "hot"), [(1.0, 1), (2.0, 2), (4.0, 1), (8.0, 2)])
 def test_measured_load_of_two_levels_is_the_analytic_one(degree, factor, hot):
-    placement = Placement(tokens_per_rank=1680, ep_degree=degree)
+    placement = RankRole(tokens_per_rank=1680, ep_degree=degree)
     mean = placement.tokens * 2 / 16
     rest = (placement.tokens * 2 - hot * factor * mean) / (16 - hot)
     counts_E = np.full(16, rest)
@@ -433,7 +433,7 @@ def test_combine_keeps_what_the_formula_says():
     saved = _saved_bytes(lambda: dispatcher.combine(routed, metadata, x_TD), (tokens * k, dim))
     layer = MoELayer(num_experts=4, top_k=k, dim=dim, hidden_dim=1)
     for name in ("standard", "deepep"):
-        placement = Placement(tokens_per_rank=tokens, ep_degree=1, dispatcher=name)
+        placement = RankRole(tokens_per_rank=tokens, ep_degree=1, dispatcher=name)
         assert saved == bytes_of_combine(layer, placement, tokens * k)
 
 
@@ -453,7 +453,7 @@ def test_combine_of_deepep_keeps_what_the_formula_says():
         torch.zeros(tokens, dim, dtype=results.dtype).scatter_add(0, index, weighted)
 
     layer = MoELayer(num_experts=8, top_k=3, dim=dim, hidden_dim=1)
-    placement = Placement(tokens_per_rank=tokens, ep_degree=2, dispatcher="deepep")
+    placement = RankRole(tokens_per_rank=tokens, ep_degree=2, dispatcher="deepep")
     assert _saved_bytes(combine, (rows, dim)) == bytes_of_combine(layer, placement, rows)
 
 
@@ -483,10 +483,10 @@ def test_exchanges_bring_what_the_formula_says():
         ("standard", 1, 0),
         ("deepep", 1, 0),
     ):
-        placement = Placement(tokens_per_rank=100, ep_degree=degree, dispatcher=dispatcher)
+        placement = RankRole(tokens_per_rank=100, ep_degree=degree, dispatcher=dispatcher)
         assert bytes_of_exchanges(layer, placement, 400) == pytest.approx(rows * 8 * 2)
     # All 1,600 choices of the group in one rank: no rank gets a token twice.
-    crowded = Placement(tokens_per_rank=100, ep_degree=4, dispatcher="deepep")
+    crowded = RankRole(tokens_per_rank=100, ep_degree=4, dispatcher="deepep")
     assert bytes_of_exchanges(layer, crowded, 1600) == (400 + 100) * 8 * 2
 
 
@@ -536,17 +536,17 @@ def test_largest_that_fits():
 @pytest.mark.parametrize("name", sorted(known_hardware()))
 def test_every_figure_has_a_source(name):
     device = hardware(name)
-    assert set(device.sources) == set(FIGURES)
+    assert set(device.sources) == set(SPECS)
     assert all(len(source) > 10 for source in device.sources.values())
 
 
 def test_hardware_of_the_users_own(tmp_path):
     path = tmp_path / "mine.toml"
-    figures = {name: getattr(DEVICE, name) for name in FIGURES}
+    figures = {name: getattr(DEVICE, name) for name in SPECS}
     path.write_text("\n".join(f"{name} = {value!r}" for name, value in figures.items()))
     device = hardware(str(path))
     assert device.name == "mine"
-    assert {name: getattr(device, name) for name in FIGURES} == figures
+    assert {name: getattr(device, name) for name in SPECS} == figures
 
 
 @pytest.mark.parametrize(
@@ -580,19 +580,19 @@ IN_OTHER_UNITS = {
 
 
 @pytest.mark.parametrize(
-    ("figure", "value"), [(name, value) for name in FIGURES for value in IN_OTHER_UNITS[name]]
+    ("figure", "value"), [(name, value) for name in SPECS for value in IN_OTHER_UNITS[name]]
 )
 def test_a_figure_in_another_unit_is_refused_by_name(figure, value, tmp_path):
     path = tmp_path / "mine.toml"
     figures = known_hardware()["h100"] | {figure: value}
-    path.write_text("\n".join(f"{name} = {figures[name]!r}" for name in FIGURES))
+    path.write_text("\n".join(f"{name} = {figures[name]!r}" for name in SPECS))
     with pytest.raises(JobError, match=f"{figure} is {value!r}; .*(/s|bytes|seconds|devices)"):
         hardware(str(path))
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "fast"])
 def test_figure_that_is_none(value):
-    figures = {name: getattr(DEVICE, name) for name in FIGURES}
+    figures = {name: getattr(DEVICE, name) for name in SPECS}
     with pytest.raises(JobError, match="bf16_flops is .* must be a number above 0"):
         Hardware(name="mine", **{**figures, "bf16_flops": value})
 

@@ -18,7 +18,7 @@ from titan_moe_lb.costmodel.times.dispatch import exchange_time
 from titan_moe_lb.costmodel.times.kv_cache import KVCache
 from titan_moe_lb.costmodel.times.layer import (
     MoELayer,
-    Placement,
+    RankRole,
     measured_layer_time,
     served_layer_time,
 )
@@ -146,7 +146,7 @@ def test_an_expert_that_every_token_chooses_is_active():
 def test_one_token_has_no_skew_at_balance():
     """However few tokens: the device with most of them has the mean."""
     one = MoELayer(num_experts=64, top_k=2, dim=8, hidden_dim=8)
-    placement = Placement(tokens_per_rank=1, ep_degree=16)
+    placement = RankRole(tokens_per_rank=1, ep_degree=16)
     time = served_layer_time(one, placement, UNIT, np.full((16, 4), 2 / 64))
     even = 1 * 2 * (15 / 16) * 8 * 2
     # 8 of 15 peers are further away, at the same bandwidth.
@@ -156,7 +156,7 @@ def test_one_token_has_no_skew_at_balance():
 def test_of_many_tokens_it_is_the_layer_of_a_training():
     """Where every expert has work, with loads that are uneven."""
     tokens_dn = np.array([[50, 30, 10, 6], [1000, 200, 100, 652]]) * 8.0
-    placement = Placement(tokens_per_rank=int(tokens_dn.sum()) // 2 // 2, ep_degree=2)
+    placement = RankRole(tokens_per_rank=int(tokens_dn.sum()) // 2 // 2, ep_degree=2)
     layer = MoELayer(num_experts=8, top_k=2, dim=64, hidden_dim=32, shared_hidden_dim=32)
     served = served_layer_time(layer, placement, UNIT, tokens_dn / placement.tokens)
     trained = measured_layer_time(layer, placement, UNIT, tokens_dn)

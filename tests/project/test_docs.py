@@ -42,7 +42,7 @@ from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.losses import AuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.commands.plan import command as plan_command
 from titan_moe_lb.commands.plan.known_hardware import hardware
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.study import command as study_command
 from titan_moe_lb.commands.study.design import read_study
 from titan_moe_lb.commands.study.search import Search
@@ -125,7 +125,7 @@ def at_home(home, monkeypatch):
         yield monkeypatch
 
 
-def read_plan(question: Question) -> None:
+def read_plan(question: PlanArguments) -> None:
     draft = job_config.draft(question.job_arguments)
     os.environ["WORLD_SIZE"] = str(question.ranks or draft.table.ranks or 1)
     draft.resolve()

@@ -37,7 +37,7 @@ from titan_moe_lb.job import job_config
 from titan_moe_lb.run import processes
 from titan_moe_lb.run.console import cause, rank_log
 from titan_moe_lb.run.console.signals import ended_by
-from titan_moe_lb.terminal.heartbeat import Patience
+from titan_moe_lb.terminal.heartbeat import Heartbeat
 
 TINY = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--metrics.log_freq=1"]
 
@@ -226,7 +226,7 @@ def test_patience_speaks_again_and_not_when_it_is_over():
             twice.set()
         return "still"
 
-    with Patience(lambda line: None, what, after=0.5):
+    with Heartbeat(lambda line: None, what, after=0.5):
         assert twice.wait(30)
     heard = len(said)
     time.sleep(1.2)
@@ -351,7 +351,7 @@ def test_what_the_console_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(root, "filters", [])
     monkeypatch.setattr(logging, "raiseExceptions", True)
     first: list[int] = []
-    known = rank_log.Known(loss=False, peak_flops=False)
+    known = rank_log.StepLine(loss=False, peak_flops=False)
     rank_log.begin(shown=True, known=known, first_step=lambda: first.append(1))
 
     def say(path: str, level: int, text: str, function: str = "log") -> None:

@@ -17,7 +17,7 @@ from tests.support.network_namespaces import two_machines
 from titan_moe_lb.run import environment
 from titan_moe_lb.run.console import peers
 from titan_moe_lb.run.console.cause import Cause
-from titan_moe_lb.run.console.peers import Neighbours
+from titan_moe_lb.run.console.peers import Peers
 
 SLURM_SCRIPT = Path(__file__).parents[2] / "scripts/slurm.sh"
 
@@ -69,7 +69,7 @@ def three_nodes():
     with contextlib.ExitStack() as stack:
         nodes = []
         for node, lost in losses.items():
-            nodes.append(stack.enter_context(Neighbours(lambda lost=lost: lost.append(True))))
+            nodes.append(stack.enter_context(Peers(lambda lost=lost: lost.append(True))))
             nodes[-1].meet(
                 {
                     "GROUP_RANK": str(node),

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titan_moe_lb.commands.plan.building import quiet_host
-from titan_moe_lb.costmodel.hardware.device import FIGURES, Hardware
+from titan_moe_lb.commands.plan.building import silent_build
+from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
 from titan_moe_lb.costmodel.jobs.read_job import read_job
 from titan_moe_lb.costmodel.times.outcome import View
 from titan_moe_lb.job import job_config
@@ -112,11 +112,11 @@ def measured_bytes(arguments: list[str]) -> int:
 def planned_bytes(arguments: list[str], world_size: int) -> dict[int, float]:
     """At balance, of the first rank of each pipeline position, with the host as the device."""
     os.environ.update(WORLD_SIZE=str(world_size), NGPU=str(world_size))
-    with quiet_host():
+    with silent_build():
         config = job_config.load(arguments).config
         zero_bubble.adapt(config)
         job = read_job(config, on_host=True)
-    device = Hardware(name="any", **{**dict.fromkeys(FIGURES, 1.0), "scale_up_domain": 8})
+    device = Hardware(name="any", **{**dict.fromkeys(SPECS, 1.0), "scale_up_domain": 8})
 
     def planned(position: int) -> float:
         alone = dataclasses.replace(job, states={position: job.states[position]})

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from titan_moe_lb import cli
-from titan_moe_lb.commands.plan.building import quiet_host
+from titan_moe_lb.commands.plan.building import silent_build
 from titan_moe_lb.commands.plan.serving.command import ALONE
-from titan_moe_lb.costmodel.hardware.device import FIGURES
+from titan_moe_lb.costmodel.hardware.device import SPECS
 from titan_moe_lb.job import job_config
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter
@@ -38,7 +38,7 @@ DEVICE = {
 
 
 def device_file(folder: Path) -> str:
-    assert set(DEVICE) == set(FIGURES)
+    assert set(DEVICE) == set(SPECS)
     path = folder / "device.toml"
     path.write_text("\n".join(f"{name} = {value!r}" for name, value in DEVICE.items()))
     return str(path)
@@ -70,7 +70,7 @@ def write_run(
         "seq_len": 128,
         "started": "2026-01-01T00:00:00+00:00",
         "version": "0",
-        "figures": (Figure("max_overload_factor", summary="max"),),
+        "figures": (Column("max_overload_factor", summary="max"),),
         **changes,
     }
     writer = TraceWriter(folder, RunInfo(**facts))
@@ -177,6 +177,6 @@ def served_sizes(
     os.environ["WORLD_SIZE"] = "1"
     module = next(name for name in ("deepseek_v3", "qwen3", "gpt_oss") if config.startswith(name))
     job = ["--module", module, "--config", config, *ALONE, *(flags or [])]
-    with quiet_host():
+    with silent_build():
         model = read_served(job_config.load(job).config)
     return model.cache_bytes(context) / context, model.weight_bytes(ep_degree=1)

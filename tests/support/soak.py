@@ -93,7 +93,7 @@ def figures(by_rank: list[list[int]], folder: Path) -> dict:
     warm = steps // 5
     per_100_steps = 100 / MEASURED_EVERY / 2**20
     memory = [slope(np.array(held[warm // MEASURED_EVERY :]) * per_100_steps) for held in by_rank]
-    seconds = trace.step_figures["step_seconds"][warm:]
+    seconds = trace.step_columns["step_seconds"][warm:]
     per_step, error = slope(seconds)
     size = (folder / FILE_NAME).stat().st_size / steps
     return {

@@ -39,8 +39,8 @@ def write(folder: Path, seed: int, nan: bool = False, skew: float = 1.0) -> None
     trace, domains = TraceWriter(folder, info), DomainTraceWriter(folder, info)
     for step, load in enumerate(step_loads(info, STEPS, seed, skew), start=1):
         if nan and step > STEPS // 2:
-            figures = load.step_figures | {"loss": float("nan")}
-            load = dataclasses.replace(load, step_figures=figures)
+            figures = load.step_columns | {"loss": float("nan")}
+            load = dataclasses.replace(load, step_columns=figures)
         trace.write(step, load)
     counts_ME = np.full((len(info.layers), info.num_experts), 100)
     loads = {name: DomainLoad(loss=5 + seed % 7 / 10, counts_ME=counts_ME) for name in ("a", "b")}

@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
 LOSS = "seq_load_balancing_loss"
 FIGURES = (
-    Figure("avg_overload_factor"),
-    Figure("max_overload_factor", summary="max"),
-    Figure("micro_batch_max_violation"),
-    Figure("bias_range", summary="max", description="Largest bias minus the smallest."),
-    Figure("max_cum_overload_factor", per="step"),
-    Figure("loss", per="step"),
-    Figure("grad_norm", per="step"),
-    Figure("tokens_per_second", per="step"),
-    Figure("step_seconds", per="step"),
+    Column("avg_overload_factor"),
+    Column("max_overload_factor", summary="max"),
+    Column("micro_batch_max_violation"),
+    Column("bias_range", summary="max", description="Largest bias minus the smallest."),
+    Column("max_cum_overload_factor", per="step"),
+    Column("loss", per="step"),
+    Column("grad_norm", per="step"),
+    Column("tokens_per_second", per="step"),
+    Column("step_seconds", per="step"),
 )
 
 
@@ -53,7 +53,7 @@ def run_info(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **change
         "version": "0.1.0",
     }
     fields |= changes
-    losses = tuple(Figure(name, is_aux_loss=True) for name in fields["losses"])
+    losses = tuple(Column(name, is_aux_loss=True) for name in fields["losses"])
     return RunInfo(**{"figures": (*losses, *FIGURES), **fields})
 
 
@@ -96,7 +96,7 @@ def step_loads(
                 "micro_batch_max_violation": violation_M * 1.2 + 0.05,
                 "bias_range": 0.002 * (1 + step) ** 0.5 * (1 + random.random(num_layers)),
             },
-            step_figures={
+            step_columns={
                 "max_cum_overload_factor": float(overload_M.mean()),
                 "loss": 2.5 + 8.5 * (1 + step) ** -0.4 + 0.03 * random.standard_normal(),
                 "grad_norm": 0.5 + (1 + step) ** -0.5 + 0.05 * random.random(),

@@ -63,7 +63,7 @@ def test_trace_holds_what_torchtitan_logs_where_the_loss_is_known(paced):
     trace = read_trace(folder)
     assert trace.steps.tolist() == [1, 3, 6]
     for index, (step, steps_since) in enumerate([(1, 1), (3, 2), (6, 3)]):
-        metrics, found = by_rank[1][step], trace.load(index).step_figures
+        metrics, found = by_rank[1][step], trace.load(index).step_columns
         assert found["loss"] == metrics["loss_metrics/global_avg_loss"] > 0
         assert found["grad_norm"] == metrics["grad_norm"] == by_rank[0][step]["grad_norm"]
         assert found["tokens_per_second"] == pytest.approx(metrics["throughput(tps)"], rel=0.05)

@@ -7,17 +7,17 @@ import pytest
 
 from tests.support.synthetic_trace import run_info, step_loads
 from titan_moe_lb.telemetry.step_metrics import step_metrics
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.step_load import StepLoad
 
 FIGURES = (
-    Figure("z_loss", is_aux_loss=True),
-    Figure("avg_overload_factor"),
-    Figure("max_overload_factor", summary="max"),
-    Figure("dropped", summary="sum"),
-    Figure("nowhere"),
-    Figure("max_cum_overload_factor", per="step"),
-    Figure("not_this_step", per="step"),
+    Column("z_loss", is_aux_loss=True),
+    Column("avg_overload_factor"),
+    Column("max_overload_factor", summary="max"),
+    Column("dropped", summary="sum"),
+    Column("nowhere"),
+    Column("max_cum_overload_factor", per="step"),
+    Column("not_this_step", per="step"),
 )
 LOAD = StepLoad(
     layers=(1, 3),
@@ -29,7 +29,7 @@ LOAD = StepLoad(
         "dropped": np.array([3.0, 4.0]),
         "nowhere": np.array([np.nan, np.nan]),
     },
-    step_figures={"max_cum_overload_factor": 1.75},
+    step_columns={"max_cum_overload_factor": 1.75},
 )
 
 

@@ -84,7 +84,7 @@ def test_collectives_do_not_grow_with_the_layers(ranks, ep):
 def test_stage_without_moe_layers_neither_hangs_nor_dilutes(ranks):
     by_rank = ranks.run(4, collectives_of_a_logged_step, [[], [4, 7]], 2)
     assert all(rank["layers"] == (4, 7) for rank in by_rank)
-    for name in ("figures", "step_figures"):
+    for name in ("figures", "step_columns"):
         assert all(rank[name] == by_rank[2][name] for rank in by_rank)
     # The stage holds half of the sequences that its layers were bound to.
     assert 0.9 < 2 * by_rank[0]["figures"]["seq_load_balancing_loss"][0] < 2

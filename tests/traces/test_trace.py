@@ -22,7 +22,7 @@ from tests.support.synthetic_trace import FIGURES, LOSS, run_info, step_loads, w
 from titan_moe_lb import cli
 from titan_moe_lb.commands.diagnose.checks import findings
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import FORMAT_VERSION, RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import FILE_NAME, MICRO_BATCH, TraceReader, TraceWriter, read_trace
@@ -37,7 +37,7 @@ def runs(draw):
     num_layers, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     names = st.text(min_size=1, max_size=8).filter(lambda n: n not in ("step", "layer", "counts"))
     figures = tuple(
-        Figure(name, draw(st.sampled_from(["layer", "step"])), draw(st.sampled_from(SUMMARIES)))
+        Column(name, draw(st.sampled_from(["layer", "step"])), draw(st.sampled_from(SUMMARIES)))
         for name in draw(st.sets(names, max_size=4))
     )
     info = run_info(num_layers, num_experts, 1, figures=figures)
@@ -53,7 +53,7 @@ def runs(draw):
             layers=info.layers,
             counts_ME=np.array(draw(counts), dtype=np.int64).reshape(num_layers, num_experts),
             figures={f.name: per_layer() for f in figures if f.per == "layer" and draw(BOOLEAN)},
-            step_figures={f.name: draw(NUMBERS) for f in figures if f.per == "step"},
+            step_columns={f.name: draw(NUMBERS) for f in figures if f.per == "step"},
         )
         for _ in range(draw(st.integers(1, 3)))
     ]
@@ -78,8 +78,8 @@ def test_what_is_written_comes_back(run, tmp_path_factory):
         np.testing.assert_array_equal(found.counts_ME, load.counts_ME)
         for figure in info.figures:
             if figure.per == "step":
-                expected = load.step_figures[figure.name]
-                np.testing.assert_array_equal(found.step_figures[figure.name], expected)
+                expected = load.step_columns[figure.name]
+                np.testing.assert_array_equal(found.step_columns[figure.name], expected)
                 np.testing.assert_array_equal(trace.over_steps(figure.name)[index], expected)
             else:
                 expected = load.figures.get(figure.name, np.full(len(info.layers), np.nan))
@@ -93,19 +93,19 @@ def test_layers_are_summarised_as_declared(rows):
     empty_S = np.isnan(values_SM).all(axis=1)
     for summary, function in (("mean", np.nanmean), ("max", np.nanmax), ("sum", np.nansum)):
         expected_S = np.where(empty_S, np.nan, function(values_SM, axis=1))
-        found_S = Figure("any", summary=summary).over_layers(values_SM)
+        found_S = Column("any", summary=summary).over_layers(values_SM)
         np.testing.assert_allclose(found_S, expected_S, rtol=1e-9, atol=1e-6)
 
 
 def test_figure_that_is_not_declared_is_refused(tmp_path):
-    load = dataclasses.replace(next(step_loads(run_info(), 1)), step_figures={"mine": 1.0})
+    load = dataclasses.replace(next(step_loads(run_info(), 1)), step_columns={"mine": 1.0})
     with pytest.raises(ValueError, match="'mine'"):
         TraceWriter(tmp_path, run_info()).write(1, load)
 
 
 @pytest.mark.parametrize("name", ["counts", "loss"])
 def test_figure_with_the_name_of_another_column_is_refused(name, tmp_path):
-    figures = (*FIGURES, Figure(name))
+    figures = (*FIGURES, Column(name))
     with pytest.raises(JobError, match=f"would be called '{name}': give the metric another name"):
         TraceWriter(tmp_path, run_info(figures=figures))
 
@@ -390,7 +390,7 @@ def test_counts_of_micro_batches_are_there_where_asked_for(tmp_path):
 def test_million_layer_steps_in_seconds(tmp_path):
     info, num_steps = run_info(50, 16, figures=FIGURES[:4]), 20_000
     writer, load = TraceWriter(tmp_path, info), next(step_loads(info, 1))
-    load = dataclasses.replace(load, figures=dict(list(load.figures.items())[1:]), step_figures={})
+    load = dataclasses.replace(load, figures=dict(list(load.figures.items())[1:]), step_columns={})
     writer.write(1, load)
     file = tmp_path / FILE_NAME
     size = file.stat().st_size

@@ -27,10 +27,10 @@ from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.parallel.schedules import actions_of, stages_of
 from titan_moe_lb.upstream.stage_ends import make_contiguous
 
-KEEP = torch.ops.titan_moe_lb.keep.default
+SAVE = torch.ops.titan_moe_lb.save_decision.default
 
 
-class FullACKeepingDecisions(FullAC):
+class FullACSavingDecisions(FullAC):
     """``FullAC`` that recomputes all of a block but what its router has decided.
 
     Kept besides: the expert ids, 8 K bytes a token, and a table of losses, 4 E bytes a
@@ -43,7 +43,7 @@ class FullACKeepingDecisions(FullAC):
         """The block is compiled, and then the policy has to name an operator."""
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
-        _decide_by_operator([module], self.config.compiled)
+        _save_by_operator([module], self.config.compiled)
         return checkpoint_wrapper(
             module,
             context_fn=_contexts_of_operators if self.config.compiled else Decisions.contexts,
@@ -54,7 +54,7 @@ class FullACKeepingDecisions(FullAC):
         )
 
 
-class SelectiveACKeepingDecisions(SelectiveAC):
+class SelectiveACSavingDecisions(SelectiveAC):
     """``SelectiveAC`` that saves what the router has decided, in place of every top-k."""
 
     @dataclass(kw_only=True, slots=True)
@@ -62,31 +62,31 @@ class SelectiveACKeepingDecisions(SelectiveAC):
         pass
 
     def get_save_ops(self) -> set:
-        return super().get_save_ops() - {torch.ops.aten.topk.default} | {KEEP}
+        return super().get_save_ops() - {torch.ops.aten.topk.default} | {SAVE}
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
-        _decide_by_operator([module], True)
+        _save_by_operator([module], True)
         return super()._wrap_block(module, base_fqn=base_fqn)
 
 
-def _decide_by_operator(parts: list[nn.Module], by_operator: bool) -> None:
+def _save_by_operator(parts: list[nn.Module], by_operator: bool) -> None:
     for router in routers_of(parts):
-        router.decides_by_operator = by_operator
+        router.saves_by_operator = by_operator
 
 
 def _contexts_of_operators() -> tuple:
     def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-        kept = operator is KEEP
+        kept = operator is SAVE
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
-def keeping_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def saving_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """A ``ModelSpec.parallelize_fn`` whose checkpointing keeps what the routers decide."""
 
     @functools.wraps(parallelize)
-    def parallelize_keeping_decisions(
+    def parallelize_saving_decisions(
         model: nn.Module,
         *,
         compile_config: Any,
@@ -95,9 +95,9 @@ def keeping_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn
     ) -> nn.Module:
         compiled = compile_config.enable and "model" in compile_config.components
         if type(ac_config) is FullAC.Config:
-            ac_config = derive(ac_config, FullACKeepingDecisions.Config, compiled=compiled)
+            ac_config = derive(ac_config, FullACSavingDecisions.Config, compiled=compiled)
         elif type(ac_config) is SelectiveAC.Config:
-            ac_config = derive(ac_config, SelectiveACKeepingDecisions.Config)
+            ac_config = derive(ac_config, SelectiveACSavingDecisions.Config)
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         model = parallelize(model, compile_config=compile_config, ac_config=ac_config, **others)
         # torchtitan 0.3.0 makes new parameters under spmd_types, and all of them learn.
@@ -106,14 +106,14 @@ def keeping_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn
                 parameter.requires_grad_(False)
         return model
 
-    return parallelize_keeping_decisions
+    return parallelize_saving_decisions
 
 
-def telling_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
+def announcing_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
     """A ``ModelSpec.pipelining_fn`` that tells the routers their stage and its schedule."""
 
     @functools.wraps(pipeline)
-    def pipeline_telling_schedule(model: nn.Module, **arguments: Any) -> tuple:
+    def pipeline_announcing_schedule(model: nn.Module, **arguments: Any) -> tuple:
         schedule, parts, has_first, has_last = pipeline(model, **arguments)
         rank = arguments["parallel_dims"].get_mesh("pp").get_local_rank()
         actions = actions_of(schedule)[rank]
@@ -123,4 +123,4 @@ def telling_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
             make_contiguous(part)
         return schedule, parts, has_first, has_last
 
-    return pipeline_telling_schedule
+    return pipeline_announcing_schedule

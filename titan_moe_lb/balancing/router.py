@@ -26,7 +26,11 @@ from titan_moe_lb.balancing.losses.functional import inverse_sums
 from titan_moe_lb.balancing.losses.gradient_norms import measured, taught
 from titan_moe_lb.balancing.losses.injection import gather_scores
 from titan_moe_lb.balancing.losses.router_losses import RouterLosses
-from titan_moe_lb.balancing.recording.recomputation import decide, is_recomputation, keep
+from titan_moe_lb.balancing.recording.recomputation import (
+    is_recomputation,
+    save_decision,
+    saved_decision,
+)
 from titan_moe_lb.balancing.recording.replayed import RouterReplay
 from titan_moe_lb.balancing.recording.step_record import RouterRecord, StepRecord
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
@@ -105,7 +109,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.num_bins = self.expert_bias.num_bins if self.expert_bias is not None else 0
         self.replay: RouterReplay | None = None
         """Experts of an earlier forward that take the place of the choice."""
-        self.decides_by_operator = False
+        self.saves_by_operator = False
         """The decision passes through an operator that a checkpointing policy saves."""
         self.held_out_counts_E: torch.Tensor | None = None
         """Where forwards that do not learn add their tokens, int64 ``(E,)``; None: nowhere."""
@@ -152,7 +156,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             self._check_loop()
             if self.needs_tokens:
                 with spmd.no_typecheck(), torch.no_grad():
-                    tokens = decide(self._kept_tokens)
+                    tokens = saved_decision(self._kept_tokens)
             squares_2 = None if self.record is None else self.record.gradient_squares_2
             taught_BLE = logits_BLE if squares_2 is None else measured(logits_BLE, squares_2[1])
             taught_BLE = self.aux_losses.attach_to_logits(taught_BLE, self.record, tokens)
@@ -162,7 +166,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             local_scores_BLE = local_shard(scores_BLE)
             inverse_BL = self._inverse_sums(local_scores_BLE, tokens) if learns else None
             local_bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
-            ids_BLK, coefficients_BE = decide(
+            ids_BLK, coefficients_BE = saved_decision(
                 lambda: self._decide(local_scores_BLE, local_bias_E, inverse_BL, tokens, learns)
             )
         topk_expert_ids_BLK = placed_as(scores_BLE, ids_BLK)
@@ -252,7 +256,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, through an operator that a checkpointing policy saves, where it needs one."""
-        return keep(tensor) if self.decides_by_operator else tensor
+        return save_decision(tensor) if self.saves_by_operator else tensor
 
     def _kept_tokens(self) -> BatchTokens | None:
         """Those of the running forward: a repeated one may run after others have begun."""
@@ -262,7 +266,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 'an aux loss has over = "document", and the batch does not say which tokens are '
                 "of one document: call the whole model, with document_ids=..."
             )
-        if tokens is not None and self.decides_by_operator:
+        if tokens is not None and self.saves_by_operator:
             tokens = tokens.kept(self._kept)
         return tokens
 

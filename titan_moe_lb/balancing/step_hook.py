@@ -21,7 +21,7 @@ from titan_moe_lb.balancing.recording.seen_tokens import SeenTokens
 from titan_moe_lb.balancing.recording.step_record import StepRecord
 from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.balancing.tensor_checks import check_tensors
-from titan_moe_lb.balancing.valid_tokens.model_input import hand_on_tokens
+from titan_moe_lb.balancing.valid_tokens.model_input import register_token_mask
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
@@ -67,7 +67,7 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
     if layers:
         record = wire([layer.router for layer in layers], parallel_dims)  # type: ignore[misc]
     for part in model_parts:
-        hand_on_tokens(part, routers_of([part]), parallel_dims)
+        register_token_mask(part, routers_of([part]), parallel_dims)
     if record is None:
         return None
     hook = StepHook(layers, record, parallel_dims)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torchtitan.protocols.model_spec import ModelSpec
 
-from titan_moe_lb.balancing.checkpointing import keeping_decisions
+from titan_moe_lb.balancing.checkpointing import saving_decisions
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
@@ -53,7 +53,7 @@ def balanced_transformers(
         return spec.parallelize_fn(model, **arguments)
 
     return dataclasses.replace(
-        spec, parallelize_fn=keeping_decisions(parallelize), post_optimizer_build_fn=_initialize
+        spec, parallelize_fn=saving_decisions(parallelize), post_optimizer_build_fn=_initialize
     )
 
 

@@ -9,7 +9,13 @@ import torch
 import torch._dynamo
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.balancing.forced_routing import DealtRouting, HotRank, HotShare, Replay, ZeroLoad
+from titan_moe_lb.balancing.forced_routing import (
+    HotRank,
+    HotShare,
+    Replay,
+    TokenIndexRouting,
+    ZeroLoad,
+)
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
@@ -98,7 +104,7 @@ def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
         if (
             kind in tried
             or router.num_expert_groups is None
-            or not issubclass(forced._owner, DealtRouting)
+            or not issubclass(forced._owner, TokenIndexRouting)
         ):
             continue
         tried.append(kind)

@@ -31,10 +31,10 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.run import environment
 from titan_moe_lb.run.console import cause, rank_log, saved, summary
-from titan_moe_lb.run.console.peers import Neighbours
+from titan_moe_lb.run.console.peers import Peers
 from titan_moe_lb.run.console.signals import ENDING, ended_by, heeded
 from titan_moe_lb.run.train import stopped
-from titan_moe_lb.terminal.heartbeat import Patience
+from titan_moe_lb.terminal.heartbeat import Heartbeat
 
 _RUN_ID = "titan_moe_lb"
 
@@ -98,14 +98,14 @@ class _Attempt:
         with (
             tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
             _Meeting(self.console, nodes) as meeting,
-            Neighbours(lambda: os.kill(os.getpid(), signal.SIGTERM)) as neighbours,
+            Peers(lambda: os.kill(os.getpid(), signal.SIGTERM)) as peers,
         ):
 
             def met(processes: list[dict[str, str]]) -> None:
                 meeting.close()
                 if nodes == 1:
                     return
-                neighbours.meet(processes[0])
+                peers.meet(processes[0])
                 ranks = [int(one["RANK"]) for one in processes]
                 if not set(shown) & set(ranks):
                     print(
@@ -135,25 +135,25 @@ class _Attempt:
                 return True
             except ChildFailedError as error:
                 if not again:
-                    _be_deaf()
+                    _ignore_signals()
                 found, log = cause.of_processes(error, logs)
-                told = (neighbours.blame() if found.is_echo else None) or found
+                told = (peers.blame() if found.is_echo else None) or found
                 line = f"error: {told.sentence(saved.in_words(config, self.begun), log)}"
                 status = told.status
                 if again and status == 1:
                     rank_log.report(f"{line}{again}", self.console)
                     return False
             except SignalException as error:
-                _be_deaf()
+                _ignore_signals()
                 number = signal.Signals(error.sigval)
-                if neighbours.loss is None:
+                if peers.loss is None:
                     line = stopped(number, saved.in_words(config, self.begun))
                     status = 128 + number
                     told = cause.Cause(
                         line=f"stopped by {number.name}", status=1, has_traceback=False
                     )
                 else:
-                    told = neighbours.loss
+                    told = peers.loss
                     line = f"error: {told.sentence(saved.in_words(config, self.begun), logs)}"
                     status = told.status
             except (RendezvousError, DistError):
@@ -170,11 +170,11 @@ class _Attempt:
                 status = found.status
             rank_log.report(line, self.console)
             if told is not None:
-                neighbours.tell(told)
+                peers.tell(told)
         raise SystemExit(status)
 
 
-def _be_deaf() -> None:
+def _ignore_signals() -> None:
     """The run has ended: a second signal must not cut its last word short."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
@@ -202,7 +202,7 @@ class _Meeting:
         self._timeout = environment.positive("RDZV_TIMEOUT", 900)
         self._endpoint = os.environ.get("RDZV_ENDPOINT", "")
         self._signals = ended_by(self._stop)
-        self._patience = Patience(self._say, self._waits)
+        self._patience = Heartbeat(self._say, self._waits)
         # torch's own timeouts do not hold where a stranger listens at the port.
         self._limit = threading.Timer(self._timeout, self._give_up)
         self._limit.daemon = True

@@ -35,7 +35,7 @@ from titan_moe_lb.run import dry_run, environment
 from titan_moe_lb.run.console import cause, rank_log, saved, summary
 from titan_moe_lb.run.console.signals import ended_by
 from titan_moe_lb.terminal import run_folder
-from titan_moe_lb.terminal.heartbeat import Patience
+from titan_moe_lb.terminal.heartbeat import Heartbeat
 from titan_moe_lb.upstream import cpu, finite_data, zero_bubble
 
 
@@ -128,11 +128,11 @@ class _Rank:
         with contextlib.ExitStack() as stack:
             if self._alone:
                 stack.enter_context(ended_by(self._stop))
-            waits = Patience(_say, self._first_step_takes)
+            waits = Heartbeat(_say, self._first_step_takes)
             rank_log.begin(
                 shown=is_shown,
                 prefix=f"[rank{self._rank}] " if len(shown) > 1 else "",
-                known=rank_log.Known(
+                known=rank_log.StepLine(
                     loss=summary.knows_loss(self._config, self._rank),
                     peak_flops=not cpu.needed(),
                 ),
@@ -199,9 +199,9 @@ def _build(config: Trainer.Config) -> None:
         return
     log = Path(tempfile.gettempdir(), f"titan_moe_lb-dry-run-{os.getpid()}.log")
     errors = rank_log.divert_errors(log)
-    rank_log.begin(shown=True, known=rank_log.Known())
+    rank_log.begin(shown=True, known=rank_log.StepLine())
     try:
-        with Patience(_say, lambda seconds: f"building one rank: {seconds} s so far"):
+        with Heartbeat(_say, lambda seconds: f"building one rank: {seconds} s so far"):
             dry_run.run(config)
     except Exception as error:
         found = cause.of_error(error, config, at_start=True)

@@ -11,15 +11,15 @@ from titan_moe_lb.checkpoints import placement
 from titan_moe_lb.checkpoints.start import start_of
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.telemetry.metric import Metric
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.run_info import RunInfo
 
 LEARNING = (
-    Figure("loss", per="step", description="Language-model loss, mean over the global batch."),
-    Figure("grad_norm", per="step", description="Norm of the gradient before it is clipped."),
-    Figure("tokens_per_second", per="step", description="Tokens per second and device."),
-    Figure("step_seconds", per="step", description="Seconds of a step since the last logged one."),
+    Column("loss", per="step", description="Language-model loss, mean over the global batch."),
+    Column("grad_norm", per="step", description="Norm of the gradient before it is clipped."),
+    Column("tokens_per_second", per="step", description="Tokens per second and device."),
+    Column("step_seconds", per="step", description="Seconds of a step since the last logged one."),
 )
 
 
@@ -47,7 +47,7 @@ def describe_run(config) -> RunInfo:
         num_experts_by_layer=tuple(experts) if len(set(experts)) > 1 else None,
         top_k_by_layer=tuple(top_k) if len(set(top_k)) > 1 else None,
         losses={name: loss.weight for name, loss in losses.items()},
-        figures=(*figures_of(routers), *LEARNING),
+        figures=(*columns_of(routers), *LEARNING),
         world_size=dims.world_size,
         pp=dims.pp,
         dp_replicate=dims.dp_replicate,
@@ -70,12 +70,12 @@ def describe_run(config) -> RunInfo:
     )
 
 
-def figures_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Figure, ...]:
+def columns_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Column, ...]:
     """What is measured of the routers of a model: raw losses and metrics."""
     losses = [loss._owner for loss in routers[0].aux_losses]
     return (
         *(
-            Figure(loss.metric_name, is_aux_loss=True, description=_first_line(loss.__doc__))
+            Column(loss.metric_name, is_aux_loss=True, description=_first_line(loss.__doc__))
             for loss in losses
         ),
         *(kind.figure() for kind in Metric.kinds.values() if any(map(kind.applies_to, routers))),

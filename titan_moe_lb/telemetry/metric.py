@@ -18,7 +18,7 @@ from titan_moe_lb.telemetry import overload
 from titan_moe_lb.telemetry.rank_step import RankStep
 from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.capacity import capacity_factor
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 
 
 class Reduction(Enum):
@@ -58,9 +58,9 @@ class Metric:
             enter(Metric.kinds, "name", cls)
 
     @classmethod
-    def figure(cls) -> Figure:
+    def figure(cls) -> Column:
         """What the trace says of it."""
-        return Figure(
+        return Column(
             cls.name,
             per="step" if cls.of_step else "layer",
             summary=cls.over_layers.value,

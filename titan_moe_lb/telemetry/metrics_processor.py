@@ -122,7 +122,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
                 )
             if self._trace is not None:
                 learning = self._learning(float(global_avg_loss), float(grad_norm))
-                load = replace(load, step_figures=load.step_figures | learning)
+                load = replace(load, step_columns=load.step_columns | learning)
                 self._trace.write(step, load)
         super().log(
             step,

@@ -168,7 +168,7 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
         layers=tuple(present.tolist()),
         counts_ME=rows[:, 1 : 1 + num_experts].astype(np.int64),
         micro_batch_counts_ME=rows[:, 1 + num_experts : first].astype(np.int64),
-        step_figures={name: float(np.nanmax(figures.pop(name))) for name in of_step},
+        step_columns={name: float(np.nanmax(figures.pop(name))) for name in of_step},
         figures=figures,
     )
 

@@ -14,7 +14,7 @@ from titan_moe_lb.traces.balance_statistics import (
     num_dead_experts,
     relative_load,
 )
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.domain_trace import DomainLoad
 from titan_moe_lb.traces.step_load import StepLoad
 
@@ -31,7 +31,7 @@ _WITHOUT_PERCENTILES = ("normalized_entropy", "dead_experts")
 
 def step_metrics(
     load: StepLoad,
-    figures: Iterable[Figure],
+    figures: Iterable[Column],
     *,
     num_extreme_experts: int = 0,
     per_layer: bool = False,
@@ -48,12 +48,12 @@ def step_metrics(
     """
     if not load.counts_ME.any():
         return {}
-    figures = [*figures, *map(Figure, OF_COUNTS)]
+    figures = [*figures, *map(Column, OF_COUNTS)]
     of_layers = load.figures | {name: f(load.counts_ME) for name, f in OF_COUNTS.items()}
     metrics = {
-        figure.name: load.step_figures[figure.name]
+        figure.name: load.step_columns[figure.name]
         for figure in figures
-        if figure.per == "step" and figure.name in load.step_figures
+        if figure.per == "step" and figure.name in load.step_columns
     }
     for figure in figures:
         values_M = of_layers.get(figure.name)

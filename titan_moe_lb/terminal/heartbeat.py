@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 
-class Patience:
+class Heartbeat:
     """Says ``what(seconds)`` after a while, and again each time twice as long has passed.
 
     Args:
@@ -24,7 +24,7 @@ class Patience:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._wait, daemon=True)
 
-    def __enter__(self) -> Patience:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Column:
     """One named number of every layer, or of the step. The trace has a column of its name."""
 
     name: str

@@ -13,7 +13,7 @@ import pyarrow as pa
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 
 FORMAT_VERSION = 2
 _KEY = b"titan_moe_lb"
@@ -21,10 +21,10 @@ _SIZES = ("top_k", "local_batch_size", "global_batch_size", "micro_batch_size", 
 _SIZES += ("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 
 FIGURES_OF_FORMAT_1 = (
-    Figure("avg_overload_factor"),
-    Figure("max_overload_factor", summary="max"),
-    Figure("max_cum_overload_factor", per="step"),
-    Figure("micro_batch_max_violation"),
+    Column("avg_overload_factor"),
+    Column("max_overload_factor", summary="max"),
+    Column("max_cum_overload_factor", per="step"),
+    Column("micro_batch_max_violation"),
 )
 """What a trace had before it declared its figures, besides its aux losses."""
 
@@ -47,7 +47,7 @@ class RunInfo:
     """The same of ``top_k``."""
     losses: dict[str, float] = field(default_factory=dict)
     """Metric name of each aux loss to its weight."""
-    figures: tuple[Figure, ...] = ()
+    figures: tuple[Column, ...] = ()
     """What the trace holds of every step besides the counts: a column each."""
     world_size: int
     pp: int
@@ -171,12 +171,12 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
             "update titan_moe_lb"
         )
     if version == 1:
-        losses = tuple(Figure(name, is_aux_loss=True) for name in table["losses"])
+        losses = tuple(Column(name, is_aux_loss=True) for name in table["losses"])
         table["figures"] = FIGURES_OF_FORMAT_1 + losses
         speed = table.get("load_balance_coeff")  # of the one rule that there was
         table["expert_bias"] = None if speed is None else f"sign (speed {speed:g})"
     else:
-        table["figures"] = tuple(Figure(**_known(Figure, one)) for one in table["figures"])
+        table["figures"] = tuple(Column(**_known(Column, one)) for one in table["figures"])
     table["layers"] = tuple(table["layers"])
     table["resumed_at"] = tuple(table["resumed_at"])
     for name in ("expert_groups", "num_experts_by_layer", "top_k_by_layer"):

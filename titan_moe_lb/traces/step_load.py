@@ -20,6 +20,6 @@ class StepLoad:
     """Tokens that one micro-batch of one expert-parallel group routed to each expert, int64
     ``(M, E)``: the step's first of the first group, the same in every layer."""
     figures: dict[str, np.ndarray] = field(default_factory=dict)
-    """Name to float64 ``(M,)``, NaN where a layer lacks it. :class:`Figure` says what it is."""
-    step_figures: dict[str, float] = field(default_factory=dict)
+    """Name to float64 ``(M,)``, NaN where a layer lacks it. :class:`Column` says what it is."""
+    step_columns: dict[str, float] = field(default_factory=dict)
     """Name to the one number of the step."""

@@ -1,7 +1,7 @@
 """The trace of a run: every logged step's load of every MoE layer, in ``moe_load.arrow``.
 
 One record batch per logged step, one row per MoE layer: ``step``, ``layer``, ``counts``,
-``micro_batch_counts``, and a column for each declared :class:`Figure`. Columns are read by name.
+``micro_batch_counts``, and a column for each declared :class:`Column`. Columns are read by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad
@@ -84,7 +84,7 @@ class Trace:
     have recorded one, which in a trace of an older version are none; none unless asked for."""
     figures: dict[str, np.ndarray]
     """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the figure."""
-    step_figures: dict[str, np.ndarray]
+    step_columns: dict[str, np.ndarray]
     """Name to float64 ``(S,)``."""
     damage: tuple[str, ...]
     """A sentence for each stretch of the file that could not be read."""
@@ -98,8 +98,8 @@ class Trace:
 
         NaN where the trace lacks it.
         """
-        if name in self.step_figures:
-            return self.step_figures[name]
+        if name in self.step_columns:
+            return self.step_columns[name]
         for figure in self.info.figures:
             if figure.name == name:
                 return figure.over_layers(self.figures[name])
@@ -116,8 +116,8 @@ class Trace:
             steps=joined(self.steps, later.steps),
             counts_SME=joined(self.counts_SME, later.counts_SME),
             figures={k: joined(self.figures[k], v) for k, v in later.figures.items()},
-            step_figures={
-                k: joined(self.step_figures[k], v) for k, v in later.step_figures.items()
+            step_columns={
+                k: joined(self.step_columns[k], v) for k, v in later.step_columns.items()
             },
         )
 
@@ -127,7 +127,7 @@ class Trace:
             layers=self.layers,
             counts_ME=self.counts_SME[index],
             figures={name: values_SM[index] for name, values_SM in self.figures.items()},
-            step_figures={name: float(v_S[index]) for name, v_S in self.step_figures.items()},
+            step_columns={name: float(v_S[index]) for name, v_S in self.step_columns.items()},
         )
 
 
@@ -207,7 +207,7 @@ class TraceReader:
             counts_SME=counts_SME,
             micro_batch_counts_SME=micro_batch_counts_SME[:num_micro_batches],
             figures=recorded("layer"),
-            step_figures={name: values_SM[:, 0] for name, values_SM in recorded("step").items()},
+            step_columns={name: values_SM[:, 0] for name, values_SM in recorded("step").items()},
             damage=tuple(self._damage(steps)),
         )
 
@@ -309,11 +309,11 @@ def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
         or declared & types.keys() - floats
     ):
         raise JobError(f"{path} has other columns than a trace: it is damaged, take another run")
-    others = [Figure(name) for name in types if name in floats - declared]
+    others = [Column(name) for name in types if name in floats - declared]
     return dataclasses.replace(info, figures=(*info.figures, *others))
 
 
-def _batch(step: int, load: StepLoad, figures: tuple[Figure, ...]) -> pa.RecordBatch:
+def _batch(step: int, load: StepLoad, figures: tuple[Column, ...]) -> pa.RecordBatch:
     num_layers, num_experts = load.counts_ME.shape
     columns = {
         "step": pa.array(np.full(num_layers, step, dtype=np.int64)),
@@ -323,7 +323,7 @@ def _batch(step: int, load: StepLoad, figures: tuple[Figure, ...]) -> pa.RecordB
         if load.micro_batch_counts_ME is None
         else _lists(load.micro_batch_counts_ME, pa.int32()),
     }
-    recorded = load.figures | load.step_figures
+    recorded = load.figures | load.step_columns
     for figure in figures:
         values = np.full(num_layers, recorded.pop(figure.name, np.nan), dtype=np.float64)
         # A missing number is null, as every reader of Arrow knows it.

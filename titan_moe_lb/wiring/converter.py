@@ -25,7 +25,7 @@ from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of
 from titan_moe_lb.balancing.step_hook import register_load_balancing
-from titan_moe_lb.balancing.valid_tokens.loader import tell_tokens
+from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 from titan_moe_lb.checkpoints import checked_loading
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
@@ -190,7 +190,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             metrics_processor.adapt(config)
             checked_loading.adapt(config)
             rules.validate(config)
-            config.dataloader = tell_tokens(
+            config.dataloader = with_token_mask(
                 config.dataloader,
                 documents=any(
                     loss.documents is not None for router in routers for loss in router.aux_losses

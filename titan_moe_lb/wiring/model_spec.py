@@ -12,7 +12,7 @@ from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from titan_moe_lb.balancing.checkpointing import keeping_decisions, telling_schedule
+from titan_moe_lb.balancing.checkpointing import announcing_schedule, saving_decisions
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.losses import AuxLoss
@@ -69,8 +69,8 @@ def balanced(
     return BalancedModelSpec(
         **{
             **fields,
-            "parallelize_fn": keeping_decisions(spec.parallelize_fn),
-            "pipelining_fn": spec.pipelining_fn and telling_schedule(spec.pipelining_fn),
+            "parallelize_fn": saving_decisions(spec.parallelize_fn),
+            "pipelining_fn": spec.pipelining_fn and announcing_schedule(spec.pipelining_fn),
             "post_optimizer_build_fn": BuildHooks(
                 own=None if replaced else spec.post_optimizer_build_fn
             ),

@@ -8,18 +8,18 @@ from titan_moe_lb.balancing.forced_routing.hot_rank import HotRank
 from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
 from titan_moe_lb.balancing.forced_routing.ragged import Ragged
 from titan_moe_lb.balancing.forced_routing.random_balanced import RandomBalanced
-from titan_moe_lb.balancing.forced_routing.random_routing import DrawnRouting
+from titan_moe_lb.balancing.forced_routing.random_routing import RandomRouting
 from titan_moe_lb.balancing.forced_routing.replay import Replay
 from titan_moe_lb.balancing.forced_routing.rotating import Rotating
 from titan_moe_lb.balancing.forced_routing.round_robin import RoundRobin
-from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 from titan_moe_lb.balancing.forced_routing.zero_load import ZeroLoad
 
 __all__ = [
     "BiasedNormal",
     "Burst",
-    "DealtRouting",
-    "DrawnRouting",
+    "TokenIndexRouting",
+    "RandomRouting",
     "ForcedRouting",
     "HotExperts",
     "HotRank",

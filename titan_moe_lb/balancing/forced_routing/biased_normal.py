@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import torch
 
 from titan_moe_lb.balancing.forced_routing.functional import standard_normal
-from titan_moe_lb.balancing.forced_routing.random_routing import DrawnRouting
+from titan_moe_lb.balancing.forced_routing.random_routing import RandomRouting
 from titan_moe_lb.errors import JobError
 
 
-class BiasedNormal(DrawnRouting):
+class BiasedNormal(RandomRouting):
     """Top-k of standard normal logits plus ``std`` times a normal bias of each expert.
 
     The bias is the same on every rank, so that the imbalance of the whole job does not
@@ -24,7 +24,7 @@ class BiasedNormal(DrawnRouting):
     type_name: ClassVar[str] = "biased_normal"
 
     @dataclass(kw_only=True, slots=True)
-    class Config(DrawnRouting.Config):
+    class Config(RandomRouting.Config):
         std: float
         """Standard deviation of the bias, in standard deviations of the logits; above 0."""
 

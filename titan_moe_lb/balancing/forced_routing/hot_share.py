@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from titan_moe_lb.balancing.forced_routing.functional import hot_share_ids
-from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 from titan_moe_lb.errors import JobError
 
 
-class HotShare(DealtRouting):
+class HotShare(TokenIndexRouting):
     """``fraction`` of all routed tokens goes to the hot experts, the rest to the cold ones.
 
     Of every dispatch and of the global batch, to within one token; hot experts share
@@ -19,7 +19,7 @@ class HotShare(DealtRouting):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(DealtRouting.Config):
+    class Config(TokenIndexRouting.Config):
         fraction: float
         """Share of all routed tokens, in (0, 1]."""
 

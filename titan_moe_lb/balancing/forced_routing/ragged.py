@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from titan_moe_lb.balancing.forced_routing.functional import ragged_rows, round_robin_ids
-from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 from titan_moe_lb.errors import JobError
 
 
-class Ragged(DealtRouting):
+class Ragged(TokenIndexRouting):
     """What arrives is balanced; where it comes from is not.
 
     W4 of Megatron-LM PR 7488 isolates skew before the dispatch: "uneven per-rank source token
@@ -31,7 +31,7 @@ class Ragged(DealtRouting):
     type_name: ClassVar[str] = "ragged"
 
     @dataclass(kw_only=True, slots=True)
-    class Config(DealtRouting.Config):
+    class Config(TokenIndexRouting.Config):
         fraction: float
         """Share of the tokens that choose by their source, in (0, 1]."""
 

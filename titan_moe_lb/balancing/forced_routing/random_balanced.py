@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 
 from titan_moe_lb.balancing.forced_routing.functional import uniform
-from titan_moe_lb.balancing.forced_routing.random_routing import DrawnRouting
+from titan_moe_lb.balancing.forced_routing.random_routing import RandomRouting
 
 
-class RandomBalanced(DrawnRouting):
+class RandomBalanced(RandomRouting):
     """Top-k of random logits, new ones for every token and forward, others on every rank.
 
     The load is balanced up to chance.
@@ -20,7 +20,7 @@ class RandomBalanced(DrawnRouting):
     type_name: ClassVar[str] = "random_balanced"
 
     @dataclass(kw_only=True, slots=True)
-    class Config(DrawnRouting.Config):
+    class Config(RandomRouting.Config):
         pass
 
     def logits(self, shape: tuple[int, ...], forward_number: torch.Tensor) -> torch.Tensor:

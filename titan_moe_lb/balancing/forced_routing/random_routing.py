@@ -11,7 +11,7 @@ from titan_moe_lb.balancing.forced_routing.functional import hash_seed
 from titan_moe_lb.parallel import layout
 
 
-class DrawnRouting(ForcedRouting):
+class RandomRouting(ForcedRouting):
     """Takes the top-k of random logits, under the group limit of the model.
 
     Attributes:

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 
 from titan_moe_lb.balancing.forced_routing.functional import round_robin_ids
-from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 
 
-class RoundRobin(DealtRouting):
+class RoundRobin(TokenIndexRouting):
     """Every expert gets the same number of tokens of every dispatch, to within one.
 
     So does every EP rank: experts are dealt out rank by rank, and none is idle while there
@@ -24,7 +24,7 @@ class RoundRobin(DealtRouting):
     type_name: ClassVar[str] = "round_robin"
 
     @dataclass(kw_only=True, slots=True)
-    class Config(DealtRouting.Config):
+    class Config(TokenIndexRouting.Config):
         def expert_lists(self) -> dict[str, list[int]]:
             return {"order": self.even_order()}
 

@@ -12,7 +12,7 @@ from titan_moe_lb.balancing.forced_routing.functional import even_order
 from titan_moe_lb.parallel import batch_cut, layout
 
 
-class DealtRouting(ForcedRouting):
+class TokenIndexRouting(ForcedRouting):
     """The experts of a token are a function of its number in the step, and of the step.
 
     The tokens of a global batch are numbered so that those which an EP group dispatches

@@ -9,10 +9,10 @@ import torch
 
 from titan_moe_lb.balancing.forced_routing.base import require_at_least_one
 from titan_moe_lb.balancing.forced_routing.functional import placed_experts, round_robin_ids
-from titan_moe_lb.balancing.forced_routing.token_index import DealtRouting
+from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 
 
-class ZeroLoad(DealtRouting):
+class ZeroLoad(TokenIndexRouting):
     """``num_zero`` experts get no token; the others get the same number, to within one.
 
     Of every dispatch and of the global batch. Contiguous, the first experts get nothing, so
@@ -24,7 +24,7 @@ class ZeroLoad(DealtRouting):
     type_name: ClassVar[str] = "zero_load"
 
     @dataclass(kw_only=True, slots=True)
-    class Config(DealtRouting.Config):
+    class Config(TokenIndexRouting.Config):
         num_zero: int
         """Experts without load."""
 

@@ -33,20 +33,20 @@ def is_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def decide(make: Callable[[], T]) -> T:
+def saved_decision(make: Callable[[], T]) -> T:
     """What ``make`` returns; in a repeated forward under :class:`Decisions`, what it returned."""
     if torch.compiler.is_compiling() or _current.decisions is None:
         return make()
     return _current.decisions._next(make)
 
 
-@torch.library.custom_op("titan_moe_lb::keep", mutates_args=())
-def keep(tensor: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("titan_moe_lb::save_decision", mutates_args=())
+def save_decision(tensor: torch.Tensor) -> torch.Tensor:
     """A copy, by an operator of its own that a checkpointing policy can save."""
     return tensor.clone()
 
 
-@keep.register_fake
+@save_decision.register_fake
 def _(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor)
 

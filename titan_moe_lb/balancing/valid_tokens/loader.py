@@ -20,18 +20,18 @@ PADDING = (ChatDataLoader, InterleavedChatDataLoader)
 """torchtitan's loaders that fill rows up, and mark nothing of it but the labels."""
 
 
-def tell_tokens(config: BaseDataLoader.Config, *, documents: bool) -> BaseDataLoader.Config:
+def with_token_mask(config: BaseDataLoader.Config, *, documents: bool) -> BaseDataLoader.Config:
     """A loader's Config whose batches also say which tokens are valid, where some are not,
     and which are of one document, if asked for. The same Config where there is nothing to say.
     """
     loader = config._owner
     if getattr(loader, "tells_tokens", False) or not (issubclass(loader, PADDING) or documents):
         return config
-    return derive(config, _telling(loader).Config, documents=documents)
+    return derive(config, _with_mask(loader).Config, documents=documents)
 
 
 @functools.cache
-def _telling(loader: type[Any]) -> type[Any]:
+def _with_mask(loader: type[Any]) -> type[Any]:
     class TellingLoader(loader):
         tells_tokens: ClassVar[bool] = True
         gives_valid_tokens: ClassVar[bool] = issubclass(loader, PADDING) or getattr(

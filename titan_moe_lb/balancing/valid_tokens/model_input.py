@@ -21,7 +21,9 @@ DOCUMENT_IDS = "document_ids"
 """The same, int64: number of each token's document in its row, from 0."""
 
 
-def hand_on_tokens(part: nn.Module, routers: Sequence[Any], parallel_dims: ParallelDims) -> None:
+def register_token_mask(
+    part: nn.Module, routers: Sequence[Any], parallel_dims: ParallelDims
+) -> None:
     """Before every forward of the part, tell its routers which tokens are valid.
 
     torchtitan gives what a data loader adds to ``input`` to every stage of a pipeline, as

@@ -109,7 +109,7 @@ class Window:
 
     def figure(self, name: str) -> np.ndarray | None:
         """A figure of the layers ``(S, M)`` or of the step ``(S,)``; None where it is not known."""
-        values = (self.trace.figures | self.trace.step_figures).get(name)
+        values = (self.trace.figures | self.trace.step_columns).get(name)
         if values is None or np.isnan(values[self.first :]).all():
             return None
         return values[self.first :]

@@ -8,41 +8,41 @@ from typing import Any
 
 import numpy as np
 
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.costmodel.loads.expert_load import TOLERANCE, WORST
 from titan_moe_lb.costmodel.loads.lognormal import MOST_SIGMA, Overload, Spread
 from titan_moe_lb.costmodel.times.layer import MoELayer
 from titan_moe_lb.errors import JobError
 
 
-def check(question: Question) -> None:
+def check(flags: PlanArguments) -> None:
     """What can be said before the job is read."""
-    if question.hot_experts < 1:
-        raise JobError(f"--hot-experts {question.hot_experts} must be at least 1")
+    if flags.hot_experts < 1:
+        raise JobError(f"--hot-experts {flags.hot_experts} must be at least 1")
     for name in ("compute_efficiency", "network_efficiency"):
-        share = getattr(question, name)
+        share = getattr(flags, name)
         if not 0 < share <= 1:
             raise JobError(
                 f"--{name.replace('_', '-')} {share} must be above 0 and at most 1: it is a share"
             )
-    if question.drop_share is not None and not 0 < question.drop_share < 1:
-        raise JobError(f"--drop-share {question.drop_share} must be above 0 and below 1")
+    if flags.drop_share is not None and not 0 < flags.drop_share < 1:
+        raise JobError(f"--drop-share {flags.drop_share} must be above 0 and below 1")
     for name, given in (
-        ("redundant-experts", question.redundant_experts),
-        ("drop-share", question.drop_share),
+        ("redundant-experts", flags.redundant_experts),
+        ("drop-share", flags.drop_share),
     ):
-        if given is not None and question.from_run is None:
+        if given is not None and flags.from_run is None:
             raise JobError(f"--{name} is answered from the load of a run: give --from-run as well")
-    if question.serve:
-        if question.drop_share is not None:
+    if flags.serve:
+        if flags.drop_share is not None:
             raise JobError("--drop-share is about the buffers of a training: leave out --serve")
-        if question.ranks is not None:
+        if flags.ranks is not None:
             raise JobError("--ranks is of a training; a deployment has the devices of --ep")
         return
-    for name, given in (("tokens", question.tokens), ("context", question.context)):
+    for name, given in (("tokens", flags.tokens), ("context", flags.context)):
         if given is not None:
             raise JobError(f"--{name} is of a deployment: give --serve as well")
-    if question.dispatcher == "low_latency":
+    if flags.dispatcher == "low_latency":
         raise JobError(
             "--dispatcher low_latency is of kernels without a backward: give --serve as well, or "
             "take deepep"
@@ -99,15 +99,15 @@ def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:
     return list(dict.fromkeys(int(word) for word in words))
 
 
-def degrees(question: Question) -> list[int]:
+def degrees(flags: PlanArguments) -> list[int]:
     """Those asked for; none if none are."""
-    return whole_numbers("--ep", question.ep, ", as in 8,16,32") if question.ep else []
+    return whole_numbers("--ep", flags.ep, ", as in 8,16,32") if flags.ep else []
 
 
-def redundant(question: Question, degrees: list[int]) -> list[int]:
-    if question.redundant_experts is None:
+def redundant(flags: PlanArguments, degrees: list[int]) -> list[int]:
+    if flags.redundant_experts is None:
         return []
-    numbers = whole_numbers("--redundant-experts", question.redundant_experts)
+    numbers = whole_numbers("--redundant-experts", flags.redundant_experts)
     for number in numbers:
         for degree in degrees:
             if number % degree:
@@ -118,12 +118,14 @@ def redundant(question: Question, degrees: list[int]) -> list[int]:
     return numbers
 
 
-def fit_model(question: Question, factors: list[float], moe_layers: Mapping[int, MoELayer]) -> None:
+def fit_model(
+    flags: PlanArguments, factors: list[float], moe_layers: Mapping[int, MoELayer]
+) -> None:
     """Whether the model's layers can be as unbalanced as is asked."""
     for number, layer in moe_layers.items():
-        if question.hot_experts > layer.top_k:
+        if flags.hot_experts > layer.top_k:
             raise JobError(
-                f"--hot-experts {question.hot_experts} is above the {layer.top_k} experts that a "
+                f"--hot-experts {flags.hot_experts} is above the {layer.top_k} experts that a "
                 f"token takes in layer {number}: no more can be the most loaded at once"
             )
         worst = layer.num_experts / layer.top_k
@@ -134,12 +136,12 @@ def fit_model(question: Question, factors: list[float], moe_layers: Mapping[int,
             )
 
 
-def ranks(question: Question, of_job: int | None) -> int:
+def ranks(flags: PlanArguments, of_job: int | None) -> int:
     """The flag; else NGPU, as when the job is started; else what the job wants; else 1."""
     announced = os.environ.get("NGPU")
-    if question.ranks is None and announced and not announced.isdecimal():
+    if flags.ranks is None and announced and not announced.isdecimal():
         raise JobError(f"NGPU={announced} must be a whole number of at least 1")
-    number = int(announced or of_job or 1) if question.ranks is None else question.ranks
+    number = int(announced or of_job or 1) if flags.ranks is None else flags.ranks
     if number < 1:
         raise JobError(f"--ranks {number} must be at least 1")
     return number

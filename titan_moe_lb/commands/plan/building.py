@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from titan_moe_lb.terminal.heartbeat import Patience
+from titan_moe_lb.terminal.heartbeat import Heartbeat
 
 
 @contextmanager
-def quiet_host() -> Iterator[None]:
+def silent_build() -> Iterator[None]:
     """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
     from titan_moe_lb.upstream import cpu
 
@@ -39,8 +39,8 @@ def quiet_host() -> Iterator[None]:
             os.environ["WORLD_SIZE"] = world_size
 
 
-def patience(doing: str) -> Patience:
+def heartbeat(doing: str) -> Heartbeat:
     """A line now and then on standard error while it lasts."""
-    return Patience(
+    return Heartbeat(
         lambda line: print(line, file=sys.stderr), lambda seconds: f"{doing}: {seconds} s so far"
     )

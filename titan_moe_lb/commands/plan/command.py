@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from titan_moe_lb.commands.plan import arguments, measured, page
-from titan_moe_lb.commands.plan.building import patience, quiet_host
+from titan_moe_lb.commands.plan.building import heartbeat, silent_build
 from titan_moe_lb.commands.plan.known_hardware import HOST, hardware
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.result import MEMORY_RESERVE, Plan
 from titan_moe_lb.commands.plan.serving import page as serving_page
 from titan_moe_lb.commands.plan.serving.answer import Serving
@@ -35,7 +35,7 @@ DROP_SHARE = 0.01
 Answer = TypeVar("Answer", Plan, Serving)
 
 
-def make_plan(question: Question) -> Plan:
+def make_plan(flags: PlanArguments) -> Plan:
     """Read the job, and the run if one is named, and plan every degree.
 
     Raises:
@@ -43,46 +43,46 @@ def make_plan(question: Question) -> Plan:
     """
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
 
-    arguments.check(question)
-    factors, drawn = arguments.imbalances(question.imbalance or IMBALANCES)
-    device = hardware(question.hardware)
+    arguments.check(flags)
+    factors, drawn = arguments.imbalances(flags.imbalance or IMBALANCES)
+    device = hardware(flags.hardware)
     derated = device.derated(
-        compute_efficiency=question.compute_efficiency,
-        network_efficiency=question.network_efficiency,
+        compute_efficiency=flags.compute_efficiency,
+        network_efficiency=flags.network_efficiency,
     )
-    trace = read_trace(question.from_run, micro_batches=True) if question.from_run else None
-    if question.drop_share is not None and trace and not len(trace.micro_batch_counts_SME):
+    trace = read_trace(flags.from_run, micro_batches=True) if flags.from_run else None
+    if flags.drop_share is not None and trace and not len(trace.micro_batch_counts_SME):
         raise JobError(
-            f"--drop-share: the trace in {question.from_run} has no loads of single micro-batches, "
+            f"--drop-share: the trace in {flags.from_run} has no loads of single micro-batches, "
             "which a capacity is for: take one that this version has written"
         )
-    with quiet_host(), patience("building one rank of each pipeline position"):
-        configs = _configs(question)
+    with silent_build(), heartbeat("building one rank of each pipeline position"):
+        configs = _configs(flags)
         moe_layers = moe_layers_of(next(iter(configs.values())).model_spec)
         # Everything is checked before ranks are built, which takes minutes for a large model.
-        arguments.fit_model(question, factors, moe_layers)
+        arguments.fit_model(flags, factors, moe_layers)
         spreads = arguments.spreads(drawn, list(moe_layers.values()))
-        redundant = arguments.redundant(question, list(configs))
+        redundant = arguments.redundant(flags, list(configs))
         run, recorded = measured.of_run(trace, moe_layers) if trace else (None, None)
-        jobs = _read_jobs(question, derated, list(configs.values()))
+        jobs = _read_jobs(flags, derated, list(configs.values()))
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     degrees = tuple(
         plan_degree(
             job,
             derated,
             factors,
-            num_hot_experts=question.hot_experts,
+            num_hot_experts=flags.hot_experts,
             usable_bytes=usable,
             spreads=spreads,
             recorded=recorded,
             redundant_experts=redundant,
-            drop_share=question.drop_share or DROP_SHARE,
+            drop_share=flags.drop_share or DROP_SHARE,
         )
         for job in sorted(jobs, key=lambda job: job.ep_degree)
     )
     return Plan(
         job=jobs[0],
-        question=question,
+        flags=flags,
         device=device,
         usable_bytes=usable,
         degrees=degrees,
@@ -91,15 +91,15 @@ def make_plan(question: Question) -> Plan:
     )
 
 
-def _configs(question: Question) -> dict[int, Trainer.Config]:
+def _configs(flags: PlanArguments) -> dict[int, Trainer.Config]:
     """The job, resolved at every expert-parallel degree."""
     from titan_moe_lb.job import job_config
     from titan_moe_lb.parallel import layout
 
-    draft = job_config.draft(question.job_arguments)
-    ranks = arguments.ranks(question, draft.table.ranks)
+    draft = job_config.draft(flags.job_arguments)
+    ranks = arguments.ranks(flags, draft.table.ranks)
     os.environ["WORLD_SIZE"] = str(ranks)
-    degrees = arguments.degrees(question)
+    degrees = arguments.degrees(flags)
     for degree in degrees:
         if degree > ranks:
             raise JobError(f"--ep {degree} is above the job's {ranks} rank(s)")
@@ -112,7 +112,7 @@ def _configs(question: Question) -> dict[int, Trainer.Config]:
     return {
         degree: job_config.load(
             arguments.with_flags(
-                question.job_arguments,
+                flags.job_arguments,
                 [f"--parallelism.expert_parallel_degree={degree}", uncaptured],
             )
         ).config
@@ -121,42 +121,42 @@ def _configs(question: Question) -> dict[int, Trainer.Config]:
 
 
 def _read_jobs(
-    question: Question, derated: Hardware, configs: list[Trainer.Config]
+    flags: PlanArguments, derated: Hardware, configs: list[Trainer.Config]
 ) -> list[JobModel]:
     """The job at every degree, the first one with all of its pipeline ranks."""
     from titan_moe_lb.costmodel.jobs.read_job import read_job
 
-    on_host = question.hardware == HOST
+    on_host = flags.hardware == HOST
     first = read_job(configs[0], on_host=on_host)
-    heaviest = heaviest_pipeline_ranks(first, derated, question.hot_experts)
+    heaviest = heaviest_pipeline_ranks(first, derated, flags.hot_experts)
     others = [
         read_job(config, pipeline_ranks=heaviest, stages=first.stages, on_host=on_host)
         for config in configs[1:]
     ]
-    return [dataclasses.replace(job, dispatcher=question.dispatcher) for job in (first, *others)]
+    return [dataclasses.replace(job, dispatcher=flags.dispatcher) for job in (first, *others)]
 
 
-def run(question: Question) -> None:
+def run(flags: PlanArguments) -> None:
     """Answer on the terminal, and on a page where one is asked for."""
-    if question.output:
-        named = (question.job_config, question.hardware, question.from_run)
-        output_file.check(question.output, [trace_file(path) for path in named if path])
-    if question.serve:
-        serving = serve(question)
-        _show(question, serving, print_serving, serving_page.render)
+    if flags.output:
+        named = (flags.job_config, flags.hardware, flags.from_run)
+        output_file.check(flags.output, [trace_file(path) for path in named if path])
+    if flags.serve:
+        serving = serve(flags)
+        _show(flags, serving, print_serving, serving_page.render)
     else:
-        _show(question, make_plan(question), print_plan, page.render)
+        _show(flags, make_plan(flags), print_plan, page.render)
 
 
 def _show(
-    question: Question,
+    flags: PlanArguments,
     answer: Answer,
     print_answer: Callable[[Answer], None],
     render: Callable[[Answer], str],
 ) -> None:
-    if question.json:
+    if flags.json:
         print(json.dumps(answer.as_json(), indent=2, default=str))
     else:
         print_answer(answer)
-    if question.output:
-        output_file.write(render(answer), question.output)
+    if flags.output:
+        output_file.write(render(answer), flags.output)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from titan_moe_lb.costmodel.hardware.device import FIGURES, Hardware
+from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
 
 _BYTES = 32 * 2**20
 
@@ -34,7 +34,7 @@ def measure_host(*, size: int = 768) -> Hardware:
         "scale_out_bandwidth": bandwidth,
         "scale_out_latency": latency,
     }
-    return Hardware(name="this host", **figures, sources=dict.fromkeys(FIGURES, "measured"))  # type: ignore[arg-type]
+    return Hardware(name="this host", **figures, sources=dict.fromkeys(SPECS, "measured"))  # type: ignore[arg-type]
 
 
 def _seconds(run: Callable[[], object], repetitions: int = 7) -> list[float]:

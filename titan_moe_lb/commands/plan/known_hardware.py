@@ -10,7 +10,7 @@ import tomli
 
 from titan_moe_lb import toml_tables
 from titan_moe_lb.commands.plan.host_hardware import measure_host
-from titan_moe_lb.costmodel.hardware.device import FIGURES, Hardware
+from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
 from titan_moe_lb.errors import JobError, nearest
 
 HOST = "host"
@@ -44,7 +44,7 @@ def hardware(name: str) -> Hardware:
     if key not in table:
         raise JobError(
             f"--hardware {name!r} is unknown; {nearest(key, [*table, HOST])} To define one, write "
-            f"a file such as my.toml with {', '.join(('name', *FIGURES))} and give its path"
+            f"a file such as my.toml with {', '.join(('name', *SPECS))} and give its path"
         )
     return _device(key, table[key], "hardware.toml")
 
@@ -56,11 +56,11 @@ def known_hardware() -> dict[str, dict[str, Any]]:
 
 
 def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
-    valid = ("name", "sources", *FIGURES)
+    valid = ("name", "sources", *SPECS)
     for figure in table:
         if figure not in valid:
             raise JobError(f"{place}: no figure {figure!r}; {nearest(figure, valid)}")
-    missing = [figure for figure in FIGURES if figure not in table]
+    missing = [figure for figure in SPECS if figure not in table]
     if missing:
         raise JobError(f"{place}: {key!r} lacks {', '.join(missing)}")
     device = Hardware(**{"name": key, **table})

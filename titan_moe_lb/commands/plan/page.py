@@ -22,7 +22,7 @@ def render(plan: Plan) -> str:
         sentences=sentences,
         placed=placed,
         extra_tables=_extra_tables(plan),
-        bought=table.bought,
+        savings=table.savings,
         run_line=table.run_line(plan) if plan.run else None,
         charts=made,
         drawings=html_page.drawings(made),

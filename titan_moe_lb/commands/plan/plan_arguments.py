@@ -12,7 +12,7 @@ from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class PlanArguments:
     """What is asked of which job. The texts are those of the command's help."""
 
     hardware: str

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.verdict import Verdict
 from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.times.job import JobModel
@@ -21,7 +21,7 @@ class Plan:
 
     job: JobModel
     """At the first degree."""
-    question: Question
+    flags: PlanArguments
     device: Hardware
     """With its peaks, not derated."""
     usable_bytes: float
@@ -47,7 +47,7 @@ class Plan:
             "states": [dataclasses.asdict(state) for state in self.job.states.values()],
             "hardware": dataclasses.asdict(self.device),
             "usable_memory_bytes": self.usable_bytes,
-            "assumptions": self.question.assumptions,
+            "assumptions": self.flags.assumptions,
             "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
             "run": self.run,
         }

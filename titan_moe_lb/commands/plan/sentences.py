@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.result import MEMORY_RESERVE, Plan
 from titan_moe_lb.commands.plan.verdict import Gain
 from titan_moe_lb.costmodel.hardware.device import Hardware
@@ -34,11 +34,11 @@ def usable_memory(usable_bytes: float, device: Hardware) -> str:
     )
 
 
-def efficiencies(question: Question) -> str:
+def efficiencies(flags: PlanArguments) -> str:
     """What is assumed of the device, and the dispatcher."""
     return (
-        f"{question.compute_efficiency:.0%} of peak compute, {question.network_efficiency:.0%} of "
-        f"link bandwidth; {question.dispatcher} dispatch"
+        f"{flags.compute_efficiency:.0%} of peak compute, {flags.network_efficiency:.0%} of "
+        f"link bandwidth; {flags.dispatcher} dispatch"
     )
 
 
@@ -76,7 +76,7 @@ def _bought(gain: Gain) -> str:
 
 
 def _copies(plan: Plan) -> str:
-    if not plan.question.redundant_experts:
+    if not plan.flags.redundant_experts:
         return ""
     return " (copies are a what-if: torchtitan's dispatchers have none)"
 

@@ -28,7 +28,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.run:
         say(console, [run_line(plan)])
         console.print(_measured(plan))
-        say(console, map(bought, plan.degrees))
+        say(console, map(savings, plan.degrees))
         say(console, [STALE])
         console.print(_table(STALE_COLUMNS, plan, stale_cells))
     if plan.degrees[0].capacity:
@@ -59,8 +59,8 @@ def headline(plan: Plan) -> list[str]:
         f"{job.tokens_per_microbatch} tokens a micro-batch, checkpointing {job.checkpointing}",
         f"largest rank at EP {job.ep_degree}: rank {state.rank}, {state.num_parameters:,} "
         f"parameters, {state.parameter_bytes / GIB:.2f} GiB; "
-        f"{sentences.usable_memory(plan.usable_bytes, device)}; {plan.question.hot_experts} hot "
-        f"expert(s); {sentences.efficiencies(plan.question)}",
+        f"{sentences.usable_memory(plan.usable_bytes, device)}; {plan.flags.hot_experts} hot "
+        f"expert(s); {sentences.efficiencies(plan.flags)}",
     ]
 
 
@@ -157,8 +157,8 @@ def run_line(plan: Plan) -> str:
     )
 
 
-def bought(degree: DegreePlan) -> str:
-    """What balancing has bought during the run, and what moving experts could buy."""
+def savings(degree: DegreePlan) -> str:
+    """What balancing has savings during the run, and what moving experts could buy."""
     contiguous, greedy, *_with_copies = degree.measured
     first, last, moved = (
         f"{one.step_slowdown:.2f} x balance ({duration(one.step_seconds)})"

@@ -22,7 +22,7 @@ from titan_moe_lb.pages.charts import (
 )
 from titan_moe_lb.pages.palette import color, ramp
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column import Figure
+from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.trace import Trace
 
 MOST_POINTS = 1000
@@ -194,7 +194,7 @@ def _of_curve(
     return Panel(f"{curve.label}{note}", drawn)
 
 
-def _per_layer(trace: Trace, figure: Figure, label: str) -> Panel:
+def _per_layer(trace: Trace, figure: Column, label: str) -> Panel:
     drawn = blank_figure(f"each layer, and their {label}")
     values_SM = trace.figures[figure.name]
     num_layers = len(trace.layers)

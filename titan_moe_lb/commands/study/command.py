@@ -20,7 +20,7 @@ from titan_moe_lb.commands.study.search import Search
 from titan_moe_lb.commands.study.table import print_table
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
-from titan_moe_lb.terminal.heartbeat import Patience
+from titan_moe_lb.terminal.heartbeat import Heartbeat
 
 PAGE = "study.html"
 
@@ -129,7 +129,7 @@ def check_jobs(cells: list[Cell]) -> None:
     Raises:
         JobError: of the first cell whose job does not hold.
     """
-    from titan_moe_lb.commands.plan.building import quiet_host
+    from titan_moe_lb.commands.plan.building import silent_build
 
     settings = {
         tuple(word for word in cell.flags if not word.startswith(f"--{SEED}=")): cell
@@ -137,14 +137,14 @@ def check_jobs(cells: list[Cell]) -> None:
     }
     if not settings:
         return
-    with quiet_host(), Patience(print, lambda seconds: f"reading the jobs: {seconds} s so far"):
+    with silent_build(), Heartbeat(print, lambda seconds: f"reading the jobs: {seconds} s so far"):
         for cell in settings.values():
             _check_job(cell.flags, cell.ranks, f"cell {cell.name}")
 
 
 def check_prediction(plan: Prediction) -> None:
     """What it names is known before the runs, not after them. Raises ``JobError``."""
-    from titan_moe_lb.commands.plan.building import quiet_host
+    from titan_moe_lb.commands.plan.building import silent_build
     from titan_moe_lb.commands.plan.known_hardware import hardware
 
     try:
@@ -153,12 +153,12 @@ def check_prediction(plan: Prediction) -> None:
         raise JobError(f"[plan]: {error}") from None
     if plan.job:
         degree = f"--parallelism.expert_parallel_degree={plan.ep}"
-        with quiet_host():
+        with silent_build():
             _check_job([*plan.job, degree], plan.ranks, "[plan]")
 
 
 def _check_job(flags: list[str], ranks: int, where: str) -> None:
-    """In the environment of :func:`quiet_host`, which is put back."""
+    """In the environment of :func:`silent_build`, which is put back."""
     from titan_moe_lb.job import job_config
 
     os.environ["WORLD_SIZE"] = str(ranks)

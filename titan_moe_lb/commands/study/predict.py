@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from titan_moe_lb.commands.plan.command import make_plan
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.study.cell import CellFolder
 from titan_moe_lb.commands.study.design import Prediction
 from titan_moe_lb.commands.study.measure import Measured
@@ -63,8 +63,8 @@ def _without_layout(flags: Sequence[str]) -> list[str]:
     return kept
 
 
-def _question(prediction: Prediction, flags: Sequence[str], **asked) -> Question:
-    return Question(
+def _question(prediction: Prediction, flags: Sequence[str], **asked) -> PlanArguments:
+    return PlanArguments(
         hardware=prediction.hardware,
         job_flags=tuple(flags),
         ranks=prediction.ranks,

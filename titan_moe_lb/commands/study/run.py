@@ -175,7 +175,7 @@ def _status(path: Path, error: str) -> Literal["done", "diverged", "failed"]:
     if error:
         return "diverged" if _NOT_FINITE in error else "failed"
     try:
-        loss_S = read_trace(path).step_figures.get("loss", np.zeros(1))
+        loss_S = read_trace(path).step_columns.get("loss", np.zeros(1))
     except JobError:  # a job that writes no trace has nothing to say of it
         return "failed"
     return "done" if np.isfinite(loss_S[-1]) else "diverged"

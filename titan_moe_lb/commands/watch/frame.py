@@ -135,7 +135,7 @@ def _numbers(follower: Follower) -> dict[str, float]:
         for figure in follower.info.figures
         if figure.name in load.figures
     }
-    numbers = of_layers | load.step_figures
+    numbers = of_layers | load.step_columns
     return {name: number for name, number in numbers.items() if np.isfinite(number)}
 
 

@@ -33,7 +33,7 @@ class Hardware:
     """Where each figure comes from."""
 
     def __post_init__(self) -> None:
-        for figure in FIGURES:
+        for figure in SPECS:
             value = getattr(self, figure)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and value > 0):
@@ -94,6 +94,6 @@ class Hardware:
         )
 
 
-FIGURES = tuple(
+SPECS = tuple(
     field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "sources")
 )

@@ -13,7 +13,7 @@ from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES, FP32_BYTES
 from titan_moe_lb.costmodel.loads.expert_load import Array
 from titan_moe_lb.costmodel.times.dispatch import places_of_a_token
 from titan_moe_lb.costmodel.times.job import JobModel, Stage
-from titan_moe_lb.costmodel.times.layer import MoELayer, Placement
+from titan_moe_lb.costmodel.times.layer import MoELayer, RankRole
 from titan_moe_lb.parallel.schedules import peak, stages_of
 
 
@@ -26,7 +26,7 @@ def bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
     return BF16_BYTES * (layer.dim + 4 * layer.hidden_dim / expert_shards)
 
 
-def bytes_of_combine(layer: MoELayer, placement: Placement, received: Array) -> Array:
+def bytes_of_combine(layer: MoELayer, placement: RankRole, received: Array) -> Array:
     """Kept by the combine: what the experts gave, for the gradient of the scores.
 
     In float32 where the tokens came from; with DeepEP in BF16 where they went to, since the
@@ -40,7 +40,7 @@ def bytes_of_combine(layer: MoELayer, placement: Placement, received: Array) -> 
     return placement.tokens_per_rank * layer.top_k * layer.dim * FP32_BYTES
 
 
-def bytes_of_exchanges(layer: MoELayer, placement: Placement, received: Array) -> Array:
+def bytes_of_exchanges(layer: MoELayer, placement: RankRole, received: Array) -> Array:
     """What the all-to-alls bring, there and back. With DeepEP a token comes once to a rank, and
     its sum goes back. Arguments: as :func:`bytes_of_combine`."""
     if not placement.exchanges:
@@ -66,7 +66,7 @@ def working_bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) ->
 
 
 def activation_peak(
-    job: JobModel, placement: Placement, position: int, received: Mapping[int, np.ndarray]
+    job: JobModel, placement: RankRole, position: int, received: Mapping[int, np.ndarray]
 ) -> float:
     """Bytes of activations at the peak on one pipeline rank.
 
@@ -144,7 +144,7 @@ def _released_bytes(job: JobModel, stages: list[int], index: int) -> tuple[float
 
 
 def _stage_bytes(
-    job: JobModel, placement: Placement, stage: Stage, received: Mapping[int, Array]
+    job: JobModel, placement: RankRole, stage: Stage, received: Mapping[int, Array]
 ) -> tuple[Array, Array]:
     """Kept by one micro-batch of a stage, and needed besides while it runs.
 

@@ -49,7 +49,7 @@ class MoELayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class RankRole:
     """How a rank takes part in a MoE layer."""
 
     tokens_per_rank: int
@@ -117,7 +117,7 @@ class LayerTime:
 
 def moe_layer_time(
     layer: MoELayer,
-    placement: Placement,
+    placement: RankRole,
     hardware: Hardware,
     *,
     imbalance_factor: ArrayLike = WORST,
@@ -135,7 +135,7 @@ def moe_layer_time(
 
 
 def layer_load(
-    layer: MoELayer, placement: Placement, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike
+    layer: MoELayer, placement: RankRole, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike
 ) -> ExpertLoad:
     """The two-level load of one micro-batch. Errors: as :func:`moe_layer_time`."""
     return expert_load(
@@ -149,7 +149,7 @@ def layer_load(
 
 
 def measured_layer_time(
-    layer: MoELayer, placement: Placement, hardware: Hardware, device_experts_dn: np.ndarray
+    layer: MoELayer, placement: RankRole, hardware: Hardware, device_experts_dn: np.ndarray
 ) -> LayerTime:
     """The time under measured loads.
 
@@ -171,7 +171,7 @@ def measured_layer_time(
 
 
 def served_layer_time(
-    layer: MoELayer, placement: Placement, hardware: Hardware, chosen_dn: np.ndarray
+    layer: MoELayer, placement: RankRole, hardware: Hardware, chosen_dn: np.ndarray
 ) -> LayerTime:
     """The time where tokens are so few that some experts have no work, and are not read.
 
@@ -189,7 +189,7 @@ def served_layer_time(
 
 
 def _layer_time(
-    layer: MoELayer, placement: Placement, hardware: Hardware, *, experts: Array, skew: Array
+    layer: MoELayer, placement: RankRole, hardware: Hardware, *, experts: Array, skew: Array
 ) -> LayerTime:
     tokens, degree = placement.tokens_per_rank, placement.ep_degree
     exchange = exchange_time(
@@ -219,7 +219,7 @@ def _layer_time(
     )
 
 
-def _moved_bytes(layer: MoELayer, placement: Placement, skew: Array) -> Array:
+def _moved_bytes(layer: MoELayer, placement: RankRole, skew: Array) -> Array:
     """Read and written by the busiest rank in a forward, each operation fused into one.
 
     Of what it receives: the activation (two in, one out). Biases are written out for each token

@@ -13,7 +13,7 @@ from titan_moe_lb.costmodel.times.activation import activation_peak
 from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.layer import (
     LayerTime,
-    Placement,
+    RankRole,
     layer_load,
     measured_layer_time,
     moe_layer_time,
@@ -72,7 +72,7 @@ class View:
         self.hardware = hardware
         self.usable_bytes = usable_bytes
         self.num_hot_experts = num_hot_experts
-        self.placement = Placement(
+        self.placement = RankRole(
             tokens_per_rank=job.tokens_per_rank,
             ep_degree=job.ep_degree,
             expert_shards=job.tp_degree if job.ep_degree == 1 else 1,

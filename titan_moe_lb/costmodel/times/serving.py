@@ -15,7 +15,7 @@ from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES, gemm_time, turning_rows
 from titan_moe_lb.costmodel.loads.expert_load import active_share
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher
-from titan_moe_lb.costmodel.times.layer import Placement, served_layer_time
+from titan_moe_lb.costmodel.times.layer import RankRole, served_layer_time
 from titan_moe_lb.costmodel.times.placed_experts import placed_experts
 from titan_moe_lb.costmodel.times.served_load import ServedLoad
 from titan_moe_lb.costmodel.times.served_model import ServedModel
@@ -99,9 +99,7 @@ def serve_degree(
     for load in loads:
         chosen = _chosen(model, hardware, ep_degree, load)
         for number in tokens:
-            placement = Placement(
-                tokens_per_rank=number, ep_degree=ep_degree, dispatcher=dispatcher
-            )
+            placement = RankRole(tokens_per_rank=number, ep_degree=ep_degree, dispatcher=dispatcher)
             rows.append(_row(model, hardware, placement, load, chosen, context, usable_bytes))
     layer = next(iter(model.moe_layers.values()))
     even = turning_rows(layer.dim, layer.hidden_dim, hardware)
@@ -138,7 +136,7 @@ def _chosen(
 def _row(
     model: ServedModel,
     hardware: Hardware,
-    placement: Placement,
+    placement: RankRole,
     load: ServedLoad,
     chosen: dict[int, np.ndarray],
     context: int,

@@ -30,7 +30,7 @@ _GRACE = 6.0
 _FAILED = "failed"
 
 
-class Neighbours:
+class Peers:
     """What this node knows of the others, from when they have met until it leaves.
 
     Args:
@@ -51,7 +51,7 @@ class Neighbours:
         self.loss: Cause | None = None
         """What ``on_loss`` was called for."""
 
-    def __enter__(self) -> Neighbours:
+    def __enter__(self) -> Peers:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -89,7 +89,7 @@ class Neighbours:
         watched = range(1, nodes) if node == 0 else range(1)
         with contextlib.suppress(DistError):
             host, port = process["MASTER_ADDR"], int(process["MASTER_PORT"])
-            store = PrefixStore("neighbours", TCPStore(host, port, wait_for_workers=False))
+            store = PrefixStore("peers", TCPStore(host, port, wait_for_workers=False))
             self._names[node] = f"node {node} (from rank {process['RANK']}, {socket.gethostname()})"
             store.set(f"name {node}", self._names[node])
             for other in watched:

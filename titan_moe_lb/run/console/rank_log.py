@@ -31,7 +31,7 @@ _MFU = re.compile(r" *(\x1b\[[\d;]*m)?mfu: +[\d.]+%")
 
 
 @dataclass(kw_only=True)
-class Known:
+class StepLine:
     """What a rank can say of a step."""
 
     loss: bool = True
@@ -68,7 +68,7 @@ def begin(
     *,
     shown: bool,
     prefix: str = "",
-    known: Known,
+    known: StepLine,
     first_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Take over Python's logging in this process.
@@ -103,7 +103,7 @@ def _is_of_a_step(record: logging.LogRecord) -> bool:
 class _HonestSteps(logging.Filter):
     """Takes out of torchtitan's line of a step what this rank cannot know."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: StepLine) -> None:
         super().__init__()
         self._known = known
 

@@ -12,7 +12,7 @@ MUCH_PADDING = 0.3
 
 def diverged(window: Window) -> Finding | str | None:
     """The language-model loss was a number and is none any more."""
-    loss_S = window.trace.step_figures.get("loss")
+    loss_S = window.trace.step_columns.get("loss")
     if loss_S is None or np.isnan(loss_S).all():  # a trace may never have known it
         return None
     bad_S = ~np.isfinite(loss_S)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.times.served_load import ServedLoad
 from titan_moe_lb.costmodel.times.served_model import ServedModel
@@ -26,7 +26,7 @@ class Serving:
     """What was asked, and what comes of it at every degree."""
 
     model: ServedModel
-    question: Question
+    flags: PlanArguments
     context: int
     judged: ServedLoad
     """The run's with experts in blocks, else the first log-normal one, else the first."""
@@ -89,7 +89,7 @@ class Serving:
             },
             "hardware": dataclasses.asdict(self.device),
             "usable_memory_bytes": self.usable_bytes,
-            "assumptions": {"context": self.context, **self.question.assumptions},
+            "assumptions": {"context": self.context, **self.flags.assumptions},
             "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
             "run": self.run,
         }

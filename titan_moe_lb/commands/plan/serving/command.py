@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from titan_moe_lb.commands.plan import arguments, measured
-from titan_moe_lb.commands.plan.building import patience, quiet_host
+from titan_moe_lb.commands.plan.building import heartbeat, silent_build
 from titan_moe_lb.commands.plan.known_hardware import hardware
-from titan_moe_lb.commands.plan.plan_arguments import Question
+from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.result import MEMORY_RESERVE
 from titan_moe_lb.commands.plan.serving.answer import Serving
 from titan_moe_lb.costmodel.times.layer import MoELayer
@@ -41,7 +41,7 @@ ALONE = [
 """Flags of a job in one process: how its training is cut is nothing to a deployment."""
 
 
-def serve(question: Question) -> Serving:
+def serve(flags: PlanArguments) -> Serving:
     """Read the model, and the run if one is named, and plan every degree.
 
     Raises:
@@ -50,34 +50,34 @@ def serve(question: Question) -> Serving:
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.costmodel.jobs.read_served import read_served
 
-    arguments.check(question)
-    factors, drawn = arguments.imbalances(question.imbalance or "1.0")
-    tokens = arguments.whole_numbers("--tokens", question.tokens or TOKENS)
-    context = CONTEXT if question.context is None else question.context
+    arguments.check(flags)
+    factors, drawn = arguments.imbalances(flags.imbalance or "1.0")
+    tokens = arguments.whole_numbers("--tokens", flags.tokens or TOKENS)
+    context = CONTEXT if flags.context is None else flags.context
     if context < 1:
         raise JobError(f"--context {context} must be at least 1")
-    device = hardware(question.hardware)
+    device = hardware(flags.hardware)
     derated = device.derated(
-        compute_efficiency=question.compute_efficiency,
-        network_efficiency=question.network_efficiency,
+        compute_efficiency=flags.compute_efficiency,
+        network_efficiency=flags.network_efficiency,
     )
-    trace = read_trace(question.from_run) if question.from_run else None
-    with quiet_host(), patience("building the model"):
-        config, degrees = _config(question)
+    trace = read_trace(flags.from_run) if flags.from_run else None
+    with silent_build(), heartbeat("building the model"):
+        config, degrees = _config(flags)
         moe_layers = moe_layers_of(config.model_spec)
-        _check_degrees(question, moe_layers)
-        arguments.fit_model(question, factors, moe_layers)
+        _check_degrees(flags, moe_layers)
+        arguments.fit_model(flags, factors, moe_layers)
         run, recorded = measured.of_run(trace, moe_layers) if trace else (None, None)
-        redundant = arguments.redundant(question, degrees)
+        redundant = arguments.redundant(flags, degrees)
         model = read_served(config)
     layers = list(model.moe_layers.values())
-    two_level = two_level_loads(layers, factors, question.hot_experts)
+    two_level = two_level_loads(layers, factors, flags.hot_experts)
     log_normal = drawn_loads(layers, arguments.spreads(drawn, layers))
     of_run = recorded_loads(recorded, redundant) if recorded else []
     usable = device.memory_bytes * (1 - MEMORY_RESERVE)
     return Serving(
         model=model,
-        question=question,
+        flags=flags,
         context=context,
         judged=(of_run or log_normal or two_level)[0],
         device=device,
@@ -91,7 +91,7 @@ def serve(question: Question) -> Serving:
                 tokens=tokens,
                 context=context,
                 usable_bytes=usable,
-                dispatcher=question.dispatcher,
+                dispatcher=flags.dispatcher,
             )
             for degree in sorted(degrees)
         ),
@@ -99,21 +99,21 @@ def serve(question: Question) -> Serving:
     )
 
 
-def _config(question: Question) -> tuple[Trainer.Config, list[int]]:
+def _config(flags: PlanArguments) -> tuple[Trainer.Config, list[int]]:
     """The job, and the degrees: those asked for, or the job's own and those near it."""
     from titan_moe_lb.job import job_config
 
-    degrees = arguments.degrees(question)
+    degrees = arguments.degrees(flags)
     os.environ["WORLD_SIZE"] = "1"
     if not degrees:
-        uncut = job_config.draft(question.job_arguments).build()
+        uncut = job_config.draft(flags.job_arguments).build()
         degrees = arguments.usual_degrees(uncut, most=MOST_DEVICES)
-    job = arguments.with_flags(question.job_arguments, ALONE)
+    job = arguments.with_flags(flags.job_arguments, ALONE)
     return job_config.load(job).config, degrees
 
 
-def _check_degrees(question: Question, moe_layers: Mapping[int, MoELayer]) -> None:
-    for degree in arguments.degrees(question):
+def _check_degrees(flags: PlanArguments, moe_layers: Mapping[int, MoELayer]) -> None:
+    for degree in arguments.degrees(flags):
         for number, layer in moe_layers.items():
             if layer.num_experts % degree:
                 raise JobError(

@@ -86,7 +86,7 @@ def headline(answer: Serving) -> list[str]:
         f"{len(model.layers)}, {layer.num_experts} experts, top {layer.top_k}; caches of "
         f"{per_token / 1024:.1f} KiB a token, {number(answer.context * per_token / GIB)} GiB a sequence of "
         f"{answer.context:,}",
-        f"{usable_memory(answer.usable_bytes, device)}; {efficiencies(answer.question)}; tokens are "
+        f"{usable_memory(answer.usable_bytes, device)}; {efficiencies(answer.flags)}; tokens are "
         "those of one device in a step",
     ]
     if answer.run:
