@@ -1,1 +1,1 @@
-""""""
+"""Tests of own_loop."""

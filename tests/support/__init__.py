@@ -1,1 +1,1 @@
-""""""
+"""Jobs, ranks and traces that several tests share."""

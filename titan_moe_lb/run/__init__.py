@@ -1,1 +1,1 @@
-""""""
+"""From a config to processes, and what they print."""

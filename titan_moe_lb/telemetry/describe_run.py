@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-import titan_moe_lb
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.checkpoints import placement
 from titan_moe_lb.checkpoints.start import start_of
@@ -14,6 +13,7 @@ from titan_moe_lb.telemetry.metric import Metric
 from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.version import __version__
 
 LEARNING = (
     Column("loss", per="step", description="Language-model loss, mean over the global batch."),
@@ -66,7 +66,7 @@ def describe_run(config) -> RunInfo:
         expert_groups=coarse_to_fine(groups),
         placement=_placement(config),
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
-        version=titan_moe_lb.__version__,
+        version=__version__,
     )
 
 

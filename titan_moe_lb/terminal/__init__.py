@@ -1,1 +1,1 @@
-""""""
+"""Parts of the terminal output that several commands share."""

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
-from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.batch_cut import Cut, first_sequences, token_slices
+from titan_moe_lb.parallel.batch_cut import cut as cut_of
 from titan_moe_lb.traces.routing_trace import open_routing_trace
 
 
@@ -22,7 +23,7 @@ class Replay(ForcedRouting):
     """
 
     type_name: ClassVar[str] = "replay"
-    filled_by_job: ClassVar[frozenset[str]] = ForcedRouting.filled_by_job | {"place"}
+    filled_by_job: ClassVar[frozenset[str]] = ForcedRouting.filled_by_job | {"batch_cut"}
 
     @dataclass(kw_only=True, slots=True)
     class Config(ForcedRouting.Config):
@@ -32,14 +33,14 @@ class Replay(ForcedRouting):
         steps: list[int] | None = None
         """Recorded steps to replay, in this order; None: all of them."""
 
-        place: batch_cut.Cut | None = None
+        batch_cut: Cut | None = None
         """How the job cuts its global batch. Filled by ``update_from_config``."""
 
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
             ForcedRouting.Config.update_from_config(
                 self, config=config, num_experts=num_experts, top_k=top_k
             )
-            self.place = batch_cut.cut(config)
+            self.batch_cut = cut_of(config)
 
     expert_ids_NBLK: torch.Tensor
 
@@ -54,12 +55,12 @@ class Replay(ForcedRouting):
 
     def wire(self, parallel_dims, layer: int) -> None:
         trace = open_routing_trace(self.config.trace)
-        cut = self.config.place
+        cut = self.config.batch_cut
         assert cut is not None
         positions = np.concatenate(
             [
                 np.arange(start, start + length)
-                for start, length in batch_cut.token_slices(
+                for start, length in token_slices(
                     cut.seq_len, parallel_dims, cut.context_parallel_load_balancer
                 )
             ]
@@ -67,7 +68,7 @@ class Replay(ForcedRouting):
         parts = [
             trace.expert_ids(step, layer, range(first, first + cut.micro_batch_size))[:, positions]
             for step in (self.config.steps or trace.steps)
-            for first in batch_cut.first_sequences(cut, parallel_dims)
+            for first in first_sequences(cut, parallel_dims)
         ]
         ids_NBLK = np.stack(parts).astype(np.uint8 if self.num_experts <= 256 else np.int32)
         self.expert_ids_NBLK = torch.from_numpy(ids_NBLK).to(self.expert_ids_NBLK.device)

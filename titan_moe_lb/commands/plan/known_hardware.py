@@ -46,12 +46,12 @@ def hardware(name: str) -> Hardware:
             f"--hardware {name!r} is unknown; {nearest(key, [*table, HOST])} To define one, write "
             f"a file such as my.toml with {', '.join(('name', *SPECS))} and give its path"
         )
-    return _device(key, table[key], "hardware.toml")
+    return _device(key, table[key], "devices.toml")
 
 
 def known_hardware() -> dict[str, dict[str, Any]]:
     """The table that comes with the package, by name."""
-    text = resources.files("titan_moe_lb.costmodel").joinpath("hardware.toml").read_text()
+    text = resources.files("titan_moe_lb.costmodel.hardware").joinpath("devices.toml").read_text()
     return tomli.loads(text)
 
 

@@ -12,7 +12,7 @@ from titan_moe_lb.pages import html_page
 def render(plan: Plan) -> str:
     made = charts(plan)
     return html_page.render(
-        "plan/page.html.jinja",
+        "commands/plan/page.html.jinja",
         plan=plan,
         headline=table.headline(plan),
         columns=table.COLUMNS,

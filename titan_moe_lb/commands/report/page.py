@@ -47,7 +47,7 @@ def render(traces: list[Trace]) -> str:
         ],
     }
     return html_page.render(
-        "report/page.html.jinja",
+        "commands/report/page.html.jinja",
         runs=runs,
         charts=shown,
         data=html_page.packed(json.dumps(data)),

@@ -21,7 +21,7 @@ def write_page(study: Study, groups: Sequence[Group], output: Path) -> None:
 def render(study: Study, groups: Sequence[Group], name: str) -> str:
     shown = charts(groups, study.settings.balanced_below)
     return html_page.render(
-        "study/page.html.jinja",
+        "commands/study/page.html.jinja",
         name=name,
         study=study,
         groups=[

@@ -1,1 +1,1 @@
-""""""
+"""Devices, links, and the time of one operation on them."""

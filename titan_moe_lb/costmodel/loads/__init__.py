@@ -1,1 +1,1 @@
-""""""
+"""Loads of experts: assumed, drawn and recorded."""

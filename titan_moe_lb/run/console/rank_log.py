@@ -22,9 +22,7 @@ from rich.console import Console
 from torchtitan.components import metrics
 from torchtitan.tools import filesystem
 
-import titan_moe_lb
-
-_OURS = os.path.dirname(titan_moe_lb.__file__) + os.sep
+_OURS = str(Path(__file__).parents[2]) + os.sep
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
 _LOSS = re.compile(r"(\x1b\[[\d;]*m)?loss: +-?[\d.]+ *")
 _MFU = re.compile(r" *(\x1b\[[\d;]*m)?mfu: +[\d.]+%")

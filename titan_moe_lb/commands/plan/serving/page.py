@@ -11,7 +11,7 @@ from titan_moe_lb.pages import html_page
 def render(answer: Serving) -> str:
     made = charts(answer)
     return html_page.render(
-        "plan/serving/page.html.jinja",
+        "commands/plan/serving/page.html.jinja",
         answer=answer,
         verdict=table.verdict(answer),
         headline=table.headline(answer),
