@@ -272,9 +272,9 @@ def test_quantiles_balance_under_every_group_limit(rule, num_experts):
     layers = moe_layers(list(range(len(kinds))), [], expert_bias=rule, kinds=kinds)
     hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
     generator = torch.Generator().manual_seed(0)
-    x_BLD = (torch.randn(2, 256, 64, generator=generator) + 0.5) / 8
+    x_BLD = (torch.randn(4, 256, 64, generator=generator) + 0.5) / 8
     violations = []
-    for _step in range(30):
+    for _step in range(60):
         for layer in layers:
             layer.router(x_BLD, layer.expert_bias_E)
         hook.close_step()
