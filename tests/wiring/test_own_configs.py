@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import DTensor
+from torchtitan.tools.logging import logger
 
 from tests.support.train_jobs import train_config
-from titan_moe_lb.balancing.losses import router_losses
 from titan_moe_lb.job import job_config
 from titan_moe_lb.traces.trace import read_trace
 
@@ -146,12 +146,12 @@ def test_losses_without_effect_are_named(ranks, tmp_path):
 
 def warnings_of(name: str, folder: str) -> list[str]:
     lines: list[str] = []
-    original = router_losses.logger.warning
-    router_losses.logger.warning = lines.append
+    original = logger.warning
+    logger.warning = lines.append
     try:
         run(name, folder, "--training.steps=1")
     finally:
-        router_losses.logger.warning = original
+        logger.warning = original
     return lines
 
 

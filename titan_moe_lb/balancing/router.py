@@ -7,6 +7,7 @@ are counted, Q = sequences.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,13 +40,8 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.schedules import Action
 
-
-def _softmax(logits_BLE: torch.Tensor) -> torch.Tensor:
-    return F.softmax(logits_BLE, dim=-1)
-
-
-SCORE_FUNCTIONS = {"softmax": _softmax, "sigmoid": torch.sigmoid}
-"""What makes scores of logits, by the value of ``score_func``."""
+SCORE_FUNCTIONS = {"softmax": functools.partial(F.softmax, dim=-1), "sigmoid": torch.sigmoid}
+"""Scores of logits ``(..., E)``, by the value of ``score_func``."""
 
 
 class LoadBalancedRouter(TokenChoiceTopKRouter):

@@ -13,13 +13,17 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb.balancing.forced_routing.base import announce
+from titan_moe_lb.balancing.frozen_gates import warn_without_effect
 from titan_moe_lb.balancing.layer_stack import stacks_of
-from titan_moe_lb.balancing.losses.router_losses import warn_without_effect
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.balancing.recording.seen_tokens import SeenTokens
 from titan_moe_lb.balancing.recording.step_record import StepRecord
-from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.balancing.router import (
+    LoadBalancedRouter,
+    moe_layers_of,
+    routers_of,
+)
 from titan_moe_lb.balancing.tensor_checks import check_tensors
 from titan_moe_lb.balancing.valid_tokens.model_input import register_token_mask
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
@@ -70,6 +74,8 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
         register_token_mask(part, routers_of([part]), parallel_dims)
     if record is None:
         return None
+    if not parallel_dims.pp_enabled:  # what a stage receives may come from weights that learn
+        warn_without_effect(model_parts)
     hook = StepHook(layers, record, parallel_dims)
     model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
     model_parts[0].register_forward_hook(hook.forward_ends)
@@ -289,8 +295,6 @@ class StepHook:
                 stack.finish_losses()
             self._forget_torchtitans_counts()
             self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
-        if self.finished_steps == self._loop.finished_steps:
-            warn_without_effect({r.layer: r.aux_losses for r in self._routers})
         self.finished_steps += 1
         self._global_rows = None
         # Where the device counts, the first forward of the next step does it.

@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.module import ModuleDict
-from torchtitan.tools.logging import logger
 
 from titan_moe_lb.balancing.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
 from titan_moe_lb.balancing.losses.counting import DISPATCHED, SELECTED, CountSource
@@ -36,11 +35,7 @@ class RouterLosses(ModuleDict):
             the end of the step before the rest.
         num_step_sources: how many of these someone needs at the end of the step.
         num_documents: D; 1 where every row is one sequence.
-        reach_weights: whether the last learning forward had anything to learn at or before the
-            gate; None before.
     """
-
-    reach_weights: bool | None = None
 
     def __init__(self, configs: Sequence[AuxLoss.Config]) -> None:
         for config in configs:
@@ -100,7 +95,6 @@ class RouterLosses(ModuleDict):
         self, logits_BLE: torch.Tensor, record: RouterRecord | None, tokens: BatchTokens | None
     ) -> torch.Tensor:
         """Add the gradients of the losses of each token; records their raw values."""
-        self.reach_weights = logits_BLE.requires_grad
         for index, loss in self._of_logits:
             assert record is not None
             local_BLE = local_shard(logits_BLE)
@@ -218,17 +212,3 @@ class RouterLosses(ModuleDict):
 
 def _same(table: torch.Tensor) -> torch.Tensor:
     return table
-
-
-def warn_without_effect(losses: dict[int, RouterLosses]) -> None:
-    """Name the layers whose losses can change no weight. After the first step of a run.
-
-    Args:
-        losses: of each router of the rank, by layer.
-    """
-    layers = [str(n) for n, of in losses.items() if len(of) and of.reach_weights is False]
-    if layers:
-        logger.warning(
-            f"aux_losses have no effect in layer {', '.join(layers)}: the gate and all weights "
-            "before it are frozen; train one of them, or leave the losses out"
-        )

@@ -1,0 +1,27 @@
+"""Aux losses of gates that learn nothing."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchtitan.tools.logging import logger
+
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+
+
+def warn_without_effect(model_parts: list[nn.Module]) -> None:
+    """Name the layers whose aux losses can change no weight: all parameters up to their gate,
+    in the order of the model, are frozen."""
+    frozen = []
+    for part in model_parts:
+        trained: list[nn.Parameter] = []
+        for module in part.modules():
+            trained += [p for p in module.parameters(recurse=False) if p.requires_grad]
+            if isinstance(module, LoadBalancedRouter) and len(module.aux_losses):
+                trained += [p for p in module.parameters() if p.requires_grad]
+                if not trained:
+                    frozen.append(str(module.layer))
+    if frozen:
+        logger.warning(
+            f"aux_losses have no effect in layer {', '.join(frozen)}: the gate and all weights "
+            "before it are frozen; train one of them, or leave the losses out"
+        )
