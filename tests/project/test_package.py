@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -154,15 +155,15 @@ def test_threads_wait_without_spinning_unless_the_user_says():
         assert said.strip() == expected
 
 
-def test_public_face_is_the_same_to_a_type_checker():
-    """Each name is re-exported by its own alias, from where it is imported when it is used."""
-    tree = ast.parse(Path(titan_moe_lb.__file__).read_text())
-    typed = {
-        alias.asname: node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
-        for alias in node.names
-        if alias.name == alias.asname
-    }
-    home = {name: f"titan_moe_lb.{module}" for name, module in titan_moe_lb._HOME.items()}
-    assert typed == home
+def test_every_public_name_is_what_its_stub_names():
+    """``__init__.pyi`` lists the names by module; ``import *`` and an editor see the same."""
+    tree = ast.parse(Path(titan_moe_lb.__file__).with_suffix(".pyi").read_text())
+    for node in tree.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.asname == alias.name, "a stub exports what it names twice"
+            home = importlib.import_module(f"titan_moe_lb.{node.module or alias.name}")
+            public = getattr(titan_moe_lb, alias.name)
+            assert public is (getattr(home, alias.name) if node.module else home)
+    assert {"attach", "balanced", "functional", "trainer_config"} < set(titan_moe_lb.__all__)
+    assert titan_moe_lb.__version__
