@@ -28,12 +28,13 @@ from torchtitan.components.dataloader import BaseDataLoader
 import titan_moe_lb
 from model_registry import recipes
 from model_registry.entry import Default, registry_entry
+from tests import other_torch, soak
 from tests.chaos import __main__ as chaos
 from tests.fuzz import __main__ as fuzz
 from tests.parity import __main__ as parity
 from tests.parity.layout import parse
 from tests.run.test_launch import JOB_VARIABLES
-from tests.support import doc_examples, other_torch, soak
+from tests.support import doc_examples
 from tests.support.doc_examples import ROOT, Block
 from tests.support.place_jobs import saved
 from tests.support.synthetic_trace import run_info, write_run
@@ -224,8 +225,8 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "python -m tests.parity": run_parity,
     "python -m tests.fuzz": run_with(fuzz.Arguments),
     "python -m tests.chaos": run_with(chaos.Arguments),
-    "python -m tests.support.soak": run_with(soak.Arguments),
-    "python -m tests.support.other_torch": run_other_torch,
+    "python -m tests.soak": run_with(soak.Arguments),
+    "python -m tests.other_torch": run_other_torch,
     "python -m pip": run_pip,
     "mkdocs": run_mkdocs,
     "sbatch": run_sbatch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support import soak
+from tests import soak
 
 
 def test_growth_is_told_from_noise_and_from_what_a_save_holds():

@@ -1,4 +1,4 @@
-"""A smoke set with another release of torch: ``python -m tests.support.other_torch 2.14.0``.
+"""A smoke set with another release of torch: ``python -m tests.other_torch 2.14.0``.
 
 The release gets an environment of its own beside ``.venv`` (about 6 GB, minutes, once).
 What follows the version goes to pytest, in place of the smoke set.
@@ -13,7 +13,7 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PARITY = "tests/balancing/test_parity.py::test_gradient_does_not_depend_on"
 SMOKE = (
     "tests/balancing/test_functional.py",
@@ -30,9 +30,7 @@ SMOKE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.support.other_torch", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.other_torch", description=__doc__)
     parser.add_argument("version", help="of torch, for example 2.14.0")
     parser.add_argument("pytest", nargs=argparse.REMAINDER, help="arguments of pytest")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """A long run of the tiny model with everything on: memory, files and the time of a step stay flat.
 
-python -m tests.support.soak [--steps 3000]
+python -m tests.soak [--steps 3000]
 """
 
 from __future__ import annotations
