@@ -58,7 +58,7 @@ def install(extras: set[str]) -> None:
     if not stamp():
         run(sys.executable, "-m", "venv", "--clear", str(VENV))
     STAMP.unlink(missing_ok=True)
-    target = f".[{','.join(sorted(extras))}]"
+    target = f".[{','.join(sorted(extras))}]" if extras else "."  # pip refuses ".[]"
     run(str(PYTHON), "-m", "pip", "--log", str(VENV / "install.log"), "install", "-e", target)
     STAMP.write_text(" ".join([digest(), *sorted(extras)]))
 

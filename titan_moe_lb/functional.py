@@ -1,4 +1,4 @@
-"""The formulas of the auxiliary losses, for plain tensors. Torch alone."""
+"""The formulas of the auxiliary losses, for plain tensors."""
 
 from titan_moe_lb.balancing.losses.functional import (
     add_tokens_ as add_tokens_,

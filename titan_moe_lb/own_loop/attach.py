@@ -285,7 +285,7 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
         raise JobError(
             f"{type(parts[0]).__name__} has no MoE layer of torchtitan: a layer is balanced where "
             "it is a torchtitan.models.common.moe.MoE; for a router of another kind, "
-            "titan_moe_lb.balancing.losses.functional has the losses of plain tensors"
+            "titan_moe_lb.functional has the losses of plain tensors"
         )
     for part in parts:
         for name, module in part.named_modules():
