@@ -109,6 +109,16 @@ def _():
     attach(MoELayers([SequenceWiseAuxLoss.Config(weight=weight) for weight in (1.0, 1e-3)]))
 
 
+@case("a layer whose aux losses are not those of the others")
+def _():
+    weights = iter((1e-3, 1.0, 1.0))
+
+    def change(router):
+        router.aux_losses[0].weight = next(weights)
+
+    attach(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)], change=change))
+
+
 @case("a group limit that leaves a token fewer experts than `top_k`")
 def _():
     def change(router):
