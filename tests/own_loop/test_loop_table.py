@@ -141,6 +141,14 @@ def _():
     attach(MoELayers([BatchWiseAuxLoss.Config(weight=1.0)]), None, dims)
 
 
+@case("a step of a pipeline without `begin_step(rows)`, and there is an aux loss")
+def _():
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, world_size=2)
+    model = MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)])
+    attach(model, None, dims)
+    train(model)
+
+
 @case("`build_model` with memory-budget checkpointing")
 def _():
     build_model(
