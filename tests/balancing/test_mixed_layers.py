@@ -258,7 +258,9 @@ def test_diagnose_and_place_count_the_experts_that_are_there():
 def test_a_recorded_run_is_replayed(run, ranks, tmp_path):
     folder, _biases = run
     replayed = Replay.Config(trace=str(folder))
-    ranks.run(1, train_mixed, str(tmp_path), {"training.steps": 2}, forced_routing=replayed)
+    rows = read_trace(folder).info.global_batch_size
+    settings = {"training.steps": 2, "training.global_batch_size": rows}
+    ranks.run(1, train_mixed, str(tmp_path), settings, forced_routing=replayed)
     counts_SME = read_trace(tmp_path).counts_SME
     assert (counts_SME == read_trace(folder).counts_SME[[1, 1]]).all()
 
