@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from torchtitan.config import TrainingConfig
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.deepseek_v3 import model_registry
 
+from model_registry.deepseek_v3 import config_registry
 from tests.support.mixed_jobs import NUM_EXPERTS, SPEEDS, TOP_K, mixed_spec, train_mixed
 from tests.support.synthetic_trace import run_info
 from tests.support.telemetry_jobs import DeviceOperators, forward_and_backward, moe_layers
-from titan_moe_lb import attach, build_model
+from titan_moe_lb import attach, build_model, rules
 from titan_moe_lb.balancing.forced_routing import Replay
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.step_hook import StepHook, wire
@@ -256,7 +258,9 @@ def test_diagnose_and_place_count_the_experts_that_are_there():
 def test_a_recorded_run_is_replayed(run, ranks, tmp_path):
     folder, _biases = run
     replayed = Replay.Config(trace=str(folder))
-    ranks.run(1, train_mixed, str(tmp_path), {"training.steps": 2}, forced_routing=replayed)
+    rows = read_trace(folder).info.global_batch_size
+    settings = {"training.steps": 2, "training.global_batch_size": rows}
+    ranks.run(1, train_mixed, str(tmp_path), settings, forced_routing=replayed)
     counts_SME = read_trace(tmp_path).counts_SME
     assert (counts_SME == read_trace(folder).counts_SME[[1, 1]]).all()
 
@@ -286,4 +290,17 @@ def test_numbers_of_a_layer_that_differ_are_refused(name):
             balanced(spec)
         else:
             layers_count_their_experts_alike(spec.model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("losses", ["another weight", "none"])
+def test_losses_of_a_layer_that_differ_are_refused(losses):
+    """All layers would learn with the weights of the first, or one would fail in the first step."""
+    config = config_registry.deepseek_v3_tiny()
+    router = config.model_spec.model.layers[2].moe.router
+    router.aux_losses = copy.deepcopy(router.aux_losses) if losses == "another weight" else []
+    for loss in router.aux_losses:
+        loss.weight = 1.0
+    with pytest.raises(JobError, match="aux_losses of layer 2 are .* those of layer 1 ") as error:
+        rules.validate(config)
     assert "\n" not in str(error.value)

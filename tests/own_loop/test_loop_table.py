@@ -109,6 +109,16 @@ def _():
     attach(MoELayers([SequenceWiseAuxLoss.Config(weight=weight) for weight in (1.0, 1e-3)]))
 
 
+@case("a layer whose aux losses are not those of the others")
+def _():
+    weights = iter((1e-3, 1.0, 1.0))
+
+    def change(router):
+        router.aux_losses[0].weight = next(weights)
+
+    attach(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)], change=change))
+
+
 @case("a group limit that leaves a token fewer experts than `top_k`")
 def _():
     def change(router):
@@ -129,6 +139,14 @@ def _():
 def _():
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, world_size=2)
     attach(MoELayers([BatchWiseAuxLoss.Config(weight=1.0)]), None, dims)
+
+
+@case("a step of a pipeline without `begin_step(rows)`, and there is an aux loss")
+def _():
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, world_size=2)
+    model = MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)])
+    attach(model, None, dims)
+    train(model)
 
 
 @case("`build_model` with memory-budget checkpointing")

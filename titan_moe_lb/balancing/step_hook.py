@@ -232,6 +232,12 @@ class StepHook:
                 "training.local_batch_size (or parallelism.pipeline_parallel_microbatch_size) to "
                 "what the loop feeds"
             )
+        if has_losses and self._global_rows is None:
+            raise JobError(
+                "the aux losses are a mean over the rows of a step, and it has not said how many "
+                "it has: call begin_step(rows) before its first forward, or "
+                "attach(..., rows_per_step=...)"
+            )
         if not self._counts_rows:
             return
         record = self._record
@@ -260,12 +266,8 @@ class StepHook:
             )
 
     def _check_step(self) -> None:
-        if self._global_rows is None:
-            raise JobError(
-                "the aux losses are a mean over the rows of a step, and it has not said how many "
-                "it has: call begin_step(rows) before its first forward, or "
-                "attach(..., rows_per_step=...)"
-            )
+        """Of a loop whose rows are counted and announced."""
+        assert self._global_rows is not None
         whole = [loss for loss in self._routers[0].aux_losses.values() if not loss.additive]
         if whole and self._record.forwards > 1:
             raise JobError(

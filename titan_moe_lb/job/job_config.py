@@ -262,7 +262,7 @@ def _rebuild_model(
     entry = registry_entry(registry)
     hints = model_keys(entry)
     arguments = dict(spec.arguments) if isinstance(spec, BalancedModelSpec) else {}
-    if entry is balanced:  # what an entry of the registry built the model with is in the model
+    if entry is balanced:  # other arguments of an entry of the registry are in the model
         arguments = {name: value for name, value in arguments.items() if name in hints}
     for place, values in ((where, table), ("--model", overrides)):
         if not isinstance(values, dict):
@@ -279,7 +279,7 @@ def _rebuild_model(
                 raise JobError(f"{place} has no key {name!r}; {nearest(name, hints)}")
             arguments[name] = toml_tables.construct(hints[name], value, f"{place} {name}")
     if entry is balanced:
-        config.model_spec = dataclasses.replace(balanced(spec, **arguments), arguments=arguments)
+        config.model_spec = balanced(spec, **arguments)
         return
     config.model_spec = entry(**arguments)
     loss_config = getattr(registry, "loss_config", None)

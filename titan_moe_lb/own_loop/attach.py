@@ -21,7 +21,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
-from titan_moe_lb.rules.routers import check_router
+from titan_moe_lb.rules.routers import check_routers
 from titan_moe_lb.telemetry.describe_run import columns_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
@@ -295,7 +295,13 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
                     "nobody balances: build the model from the spec that "
                     "titan_moe_lb.balanced(spec) returns"
                 )
-            if isinstance(module, LoadBalancedRouter):
-                check_router(layer_name(name), module.config)
-                if dims.pp_enabled:
-                    refuse_in_parts(module.config, "pipeline parallelism")
+            if isinstance(module, LoadBalancedRouter) and dims.pp_enabled:
+                refuse_in_parts(module.config, "pipeline parallelism")
+    check_routers(
+        {
+            name: module.config
+            for part in parts
+            for name, module in part.named_modules()
+            if isinstance(module, LoadBalancedRouter)
+        }
+    )

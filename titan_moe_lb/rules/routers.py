@@ -1,6 +1,8 @@
-"""Rules of one router, for jobs and for loops of one's own. See :mod:`titan_moe_lb.rules`."""
+"""Rules of routers, for jobs and for loops of one's own. See :mod:`titan_moe_lb.rules`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torchtitan.trainer import Trainer
 
@@ -9,18 +11,21 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.rules.layer_names import layer_name
 
 
-def check_router(where: str, router: LoadBalancedRouter.Config) -> None:
+def check_routers(routers: Mapping[str, LoadBalancedRouter.Config]) -> None:
     """Run every rule of this page.
 
     Args:
-        where: name of the layer for the message.
+        routers: of a model, or of a rank's part of it, by the module name of each.
 
     Raises:
         JobError: the first rule that does not hold.
     """
-    _expert_groups_fit(where, router)
-    _score_function_is_known(where, router)
-    _one_loss_of_each_kind(where, router)
+    for name, router in routers.items():
+        where = layer_name(name)
+        _expert_groups_fit(where, router)
+        _score_function_is_known(where, router)
+        _one_loss_of_each_kind(where, router)
+    _losses_are_alike(routers)
 
 
 def _expert_groups_fit(where: str, router: LoadBalancedRouter.Config) -> None:
@@ -62,9 +67,22 @@ def _one_loss_of_each_kind(where: str, router: LoadBalancedRouter.Config) -> Non
             )
 
 
+def _losses_are_alike(routers: Mapping[str, LoadBalancedRouter.Config]) -> None:
+    """The weights of the losses, and what they count, are those of the first layer."""
+    losses = {
+        name: [loss.describe() for loss in router.aux_losses] for name, router in routers.items()
+    }
+    first = next(iter(losses), "")
+    for name, of_layer in losses.items():
+        if of_layer != losses[first]:
+            raise JobError(
+                f"aux_losses of {layer_name(name)} are {', '.join(of_layer) or 'none'}, and those of "
+                f"{layer_name(first)} {', '.join(losses[first]) or 'none'}: give every layer the same"
+            )
+
+
 def routers_are_right(config: Trainer.Config) -> None:
-    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        check_router(layer_name(fqn), router)
+    check_routers({fqn: router for fqn, router, *_ in config.traverse(LoadBalancedRouter.Config)})
 
 
 RULES = (routers_are_right,)

@@ -24,7 +24,8 @@ class BalancedModelSpec(ModelSpec):
     """Adds what a job config needs to build the same model with other arguments."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the registry entry, every default filled in."""
+    """Arguments of the registry entry, every default filled in; without an entry, those of
+    :func:`balanced`."""
 
 
 def balanced(
@@ -62,6 +63,11 @@ def balanced(
         model = config.build().convert(model)
     fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
     fields["model"] = model
+    fields["arguments"] = {
+        "aux_losses": aux_losses,
+        "expert_bias": expert_bias,
+        "forced_routing": forced_routing,
+    }
     if isinstance(spec, BalancedModelSpec):
         return BalancedModelSpec(**fields)
     # torchtitan's own update would move the same bias a second time.
