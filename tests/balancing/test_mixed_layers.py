@@ -17,7 +17,8 @@ from tests.support.mixed_jobs import NUM_EXPERTS, SPEEDS, TOP_K, mixed_spec, tra
 from tests.support.synthetic_trace import run_info
 from tests.support.telemetry_jobs import DeviceOperators, forward_and_backward, moe_layers
 from titan_moe_lb import attach, build_model
-from titan_moe_lb.balancing.forced_routing import Replay
+from titan_moe_lb.balancing.forced_routing import RandomBalanced, Replay
+from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.step_hook import StepHook, wire
 from titan_moe_lb.checkpoints import placement
@@ -29,6 +30,7 @@ from titan_moe_lb.commands.watch.follower import Follower
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.rules.model import layers_count_their_experts_alike
+from titan_moe_lb.rules.routers import routers_are_right
 from titan_moe_lb.traces.balance_statistics import ABSENT
 from titan_moe_lb.traces.routing_trace import RoutingTrace
 from titan_moe_lb.traces.trace import Trace, read_trace
@@ -133,6 +135,32 @@ def test_operators_of_a_step_end_grow_with_the_kinds_alone():
             hook.close_step()
         counts.append(operators.count)
     assert counts[0] == counts[1]
+
+
+def other_weight(router):
+    router.aux_losses[0].weight = 5.0
+
+
+def no_loss(router):
+    router.aux_losses = []
+
+
+def other_routing(router):
+    router.forced_routing = None
+
+
+@pytest.mark.parametrize("change", [other_weight, no_loss, other_routing])
+def test_losses_and_forced_routing_are_those_of_every_layer(change):
+    """A step has one weight for a loss; layers with numbers of their own are still alike."""
+    spec = balanced(
+        mixed_spec(),
+        aux_losses=[SequenceWiseAuxLoss.Config(weight=1e-3)],
+        forced_routing=RandomBalanced.Config(),
+    )
+    routers_are_right(spec.model)
+    change(spec.model.layers[3].moe.router)
+    with pytest.raises(JobError, match="^layer 3 has .* and layer 1 has .*: give all layers"):
+        routers_are_right(spec.model)
 
 
 LAYOUTS = {

@@ -109,6 +109,15 @@ def _():
     attach(MoELayers([SequenceWiseAuxLoss.Config(weight=weight) for weight in (1.0, 1e-3)]))
 
 
+@case("layers with other losses than the first")
+def _():
+    def change(router):
+        if router.layer == 2:
+            router.aux_losses[0].weight = 1e-3
+
+    attach(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)], change=change))
+
+
 @case("a group limit that leaves a token fewer experts than `top_k`")
 def _():
     def change(router):

@@ -21,7 +21,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
-from titan_moe_lb.rules.routers import check_router
+from titan_moe_lb.rules.routers import check_alike, check_router
 from titan_moe_lb.telemetry.describe_run import columns_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
@@ -299,3 +299,4 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
                 check_router(layer_name(name), module.config)
                 if dims.pp_enabled:
                     refuse_in_parts(module.config, "pipeline parallelism")
+    check_alike([(f"layer {router.layer}", router.config) for router in routers])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.balancing.router import SCORE_FUNCTIONS, LoadBalancedRouter
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.rules.layer_names import layer_name
@@ -62,9 +66,52 @@ def _one_loss_of_each_kind(where: str, router: LoadBalancedRouter.Config) -> Non
             )
 
 
+def check_alike(routers: list[tuple[str, LoadBalancedRouter.Config]]) -> None:
+    """The step has one weight for a loss and one name for a figure, for all layers; a rule of the
+    bias may be another in each.
+
+    Args:
+        routers: of a model, with the names of their layers for the message.
+
+    Raises:
+        JobError: a layer has other losses than the first, or is forced otherwise.
+    """
+    if not routers:
+        return
+    (first, reference), *others = routers
+    for where, router in others:
+        if list(map(_given, router.aux_losses)) != list(map(_given, reference.aux_losses)):
+            raise JobError(
+                f"{where} has aux_losses {_described(router.aux_losses)} and {first} has "
+                f"{_described(reference.aux_losses)}: give all layers the same, in the same order"
+            )
+        if _given(router.forced_routing) != _given(reference.forced_routing):
+            raise JobError(
+                f"{where} has forced_routing {_described([router.forced_routing])} and {first} has "
+                f"{_described([reference.forced_routing])}: give all layers the same"
+            )
+
+
+def _given(component: Component.Config | None) -> tuple[type, dict[str, Any]] | None:
+    """What a user has chosen: a job fills in numbers that may differ between layers."""
+    if component is None:
+        return None
+    own = {field.name for field in dataclasses.fields(component)} - component._owner.filled_by_job
+    return type(component), {name: getattr(component, name) for name in own}
+
+
+def _described(components: list[Any]) -> str:
+    return ", ".join(one.describe() for one in components if one is not None) or "none"
+
+
 def routers_are_right(config: Trainer.Config) -> None:
-    for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        check_router(layer_name(fqn), router)
+    routers = [
+        (layer_name(fqn), router)
+        for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config)
+    ]
+    for where, router in routers:
+        check_router(where, router)
+    check_alike(routers)
 
 
 RULES = (routers_are_right,)
