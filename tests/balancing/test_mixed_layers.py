@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from torchtitan.config import TrainingConfig
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.deepseek_v3 import model_registry
 
-from model_registry.deepseek_v3 import config_registry
 from tests.support.mixed_jobs import NUM_EXPERTS, SPEEDS, TOP_K, mixed_spec, train_mixed
 from tests.support.synthetic_trace import run_info
 from tests.support.telemetry_jobs import DeviceOperators, forward_and_backward, moe_layers
-from titan_moe_lb import attach, build_model, rules
-from titan_moe_lb.balancing.forced_routing import Replay
+from titan_moe_lb import attach, build_model
+from titan_moe_lb.balancing.forced_routing import RandomBalanced, Replay
+from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.step_hook import StepHook, wire
 from titan_moe_lb.checkpoints import placement
@@ -31,6 +30,7 @@ from titan_moe_lb.commands.watch.follower import Follower
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.rules.model import layers_count_their_experts_alike
+from titan_moe_lb.rules.routers import routers_are_right
 from titan_moe_lb.traces.balance_statistics import ABSENT
 from titan_moe_lb.traces.routing_trace import RoutingTrace
 from titan_moe_lb.traces.trace import Trace, read_trace
@@ -135,6 +135,32 @@ def test_operators_of_a_step_end_grow_with_the_kinds_alone():
             hook.close_step()
         counts.append(operators.count)
     assert counts[0] == counts[1]
+
+
+def other_weight(router):
+    router.aux_losses[0].weight = 5.0
+
+
+def no_loss(router):
+    router.aux_losses = []
+
+
+def other_routing(router):
+    router.forced_routing = None
+
+
+@pytest.mark.parametrize("change", [other_weight, no_loss, other_routing])
+def test_losses_and_forced_routing_are_those_of_every_layer(change):
+    """A step has one weight for a loss; layers with numbers of their own are still alike."""
+    spec = balanced(
+        mixed_spec(),
+        aux_losses=[SequenceWiseAuxLoss.Config(weight=1e-3)],
+        forced_routing=RandomBalanced.Config(),
+    )
+    routers_are_right(spec.model)
+    change(spec.model.layers[3].moe.router)
+    with pytest.raises(JobError, match="^layer 3 has .* and layer 1 has .*: give all layers"):
+        routers_are_right(spec.model)
 
 
 LAYOUTS = {
@@ -290,17 +316,4 @@ def test_numbers_of_a_layer_that_differ_are_refused(name):
             balanced(spec)
         else:
             layers_count_their_experts_alike(spec.model)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("losses", ["another weight", "none"])
-def test_losses_of_a_layer_that_differ_are_refused(losses):
-    """All layers would learn with the weights of the first, or one would fail in the first step."""
-    config = config_registry.deepseek_v3_tiny()
-    router = config.model_spec.model.layers[2].moe.router
-    router.aux_losses = copy.deepcopy(router.aux_losses) if losses == "another weight" else []
-    for loss in router.aux_losses:
-        loss.weight = 1.0
-    with pytest.raises(JobError, match="aux_losses of layer 2 are .* those of layer 1 ") as error:
-        rules.validate(config)
     assert "\n" not in str(error.value)

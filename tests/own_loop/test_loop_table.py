@@ -27,7 +27,7 @@ from titan_moe_lb.balancing.expert_bias import (
     QuantileTrendBias,
     SignBias,
 )
-from titan_moe_lb.balancing.losses import BatchWiseAuxLoss, SequenceWiseAuxLoss
+from titan_moe_lb.balancing.losses import BatchWiseAuxLoss, RouterZLoss, SequenceWiseAuxLoss
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.own_loop.build import build_model
@@ -109,12 +109,11 @@ def _():
     attach(MoELayers([SequenceWiseAuxLoss.Config(weight=weight) for weight in (1.0, 1e-3)]))
 
 
-@case("a layer whose aux losses are not those of the others")
+@case("layers with other losses than the first")
 def _():
-    weights = iter((1e-3, 1.0, 1.0))
-
     def change(router):
-        router.aux_losses[0].weight = next(weights)
+        if router.layer == 2:
+            router.aux_losses[0].weight = 1e-3
 
     attach(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)], change=change))
 
@@ -233,6 +232,21 @@ def _():
     loop.step()
 
 
+# A model that is copied
+
+
+@case("a copy of the model made after `attach()`, as a reference")
+def _(ranks):
+    """A copy shares the process groups, which cannot be copied."""
+    after(lambda model: copy.deepcopy(model).eval()(torch.randn(2, 8, 64)))
+    assert ranks.run(2, loop_rank_jobs.copy_after_attach) == [True, True]
+
+
+@case("a copy of the model made after `attach()` that learns")
+def _():
+    train(copy.deepcopy(Loop().model))
+
+
 # Checkpointing of one's own
 
 
@@ -339,6 +353,18 @@ def _():
         loop.optimizer.step()
         assert all(state.isfinite().all() for state in states(loop.model).values())
         assert loop.balance.finished_steps == 4
+
+
+@case("a forward without a token beside others, with an aux loss")
+def _():
+    loss = SequenceWiseAuxLoss.Config(weight=1.0)
+    loop = Loop(MoELayers([loss, RouterZLoss.Config(weight=1.0)]), rows_per_step=4)
+    loop.model(torch.randn(2, 0, 64).requires_grad_()).sum().backward()
+    loop.step()
+    for name, chosen in loop.model.chosen.items():
+        del chosen[0]
+        assert loop.model.layers[name].router.gate.weight.grad.isfinite().all()
+    loop.assert_right()
 
 
 @case("two optimizers, and the second steps without a forward")

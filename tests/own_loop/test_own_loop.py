@@ -9,6 +9,7 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.models.deepseek_v3 import model_registry as torchtitans_registry
 
 from examples.chat_data import write_chats
+from tests.support.loop_model import MoELayers
 from tests.support.own_loop_jobs import (
     Layer,
     as_the_trainer,
@@ -188,12 +189,31 @@ def test_a_batch_that_a_job_has_not_announced_is_refused(ranks):
     ("arguments", "line"),
     [
         ({"gradients": "average"}, r"attach\(gradients='average'\): it must be .sum. or .mean."),
-        ({"rows_per_step": 0}, r"attach\(rows_per_step\) is 0; a step has at least one row"),
+        ({"rows_per_step": 0}, r"attach\(rows_per_step\) is 0; it must be a whole number"),
+        ({"rows_per_step": "4"}, r"attach\(rows_per_step\) is '4'; it must be a whole number"),
+        ({"max_micro_batches": 0}, r"attach\(max_micro_batches\) is 0; .* of at least 1"),
+        ({"finished_steps": -1}, r"attach\(finished_steps\) is -1; .* of at least 0"),
+        ({"seen_tokens": 2.5}, r"attach\(seen_tokens\) is 2.5; .* of at least 0"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, line):
     with pytest.raises(JobError, match=line):
         loop(**arguments)
+
+
+@pytest.mark.parametrize("optimizer", [[], "adam"])
+def test_an_optimizer_that_is_none(optimizer):
+    """Before the model has a loop: the next attach() is right."""
+    model = MoELayers()
+    with pytest.raises(JobError, match=r"attach\(optimizer\) is a (list|str): give it a torch"):
+        attach(model, optimizer)
+    attach(model)
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
+def test_a_loss_scale_that_cannot_be(scale):
+    with pytest.raises(JobError, match=r"begin_step\(loss_scale\) is .*; it must be a finite"):
+        loop()[2].begin_step(2, loss_scale=scale)
 
 
 def test_a_step_without_rows_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ def step_on_rank_0_alone() -> str | None:
         if step == 0 or rank == 0:
             loop.optimizer.step()
     return error_of(loop.balance.metrics)
+
+
+def copy_after_attach() -> bool:
+    """The copy chooses as the model does."""
+    _rank()
+    loop = Loop()
+    x_BLD = torch.randn(2, 8, 64)
+    with torch.no_grad():
+        return torch.equal(copy.deepcopy(loop.model)(x_BLD), loop.model(x_BLD))
 
 
 def announce_other_rows() -> str | None:

@@ -16,6 +16,7 @@ from titan_moe_lb.balancing.forced_routing.base import announce
 from titan_moe_lb.balancing.frozen_gates import warn_without_effect
 from titan_moe_lb.balancing.layer_stack import stacks_of
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
+from titan_moe_lb.balancing.part_hooks import PartHooks
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.balancing.recording.seen_tokens import SeenTokens
 from titan_moe_lb.balancing.recording.step_record import StepRecord
@@ -77,9 +78,7 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
     if not parallel_dims.pp_enabled:  # what a stage receives may come from weights that learn
         warn_without_effect(model_parts)
     hook = StepHook(layers, record, parallel_dims)
-    model_parts[0].register_forward_pre_hook(hook.forward_begins, with_kwargs=True)
-    model_parts[0].register_forward_hook(hook.forward_ends)
-    hook.forward_ends(model_parts[0], (), None)
+    PartHooks(model_parts[0], hook)
     return hook
 
 

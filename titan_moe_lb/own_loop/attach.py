@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
-from titan_moe_lb.rules.routers import check_routers
+from titan_moe_lb.rules.routers import check_alike, check_router
 from titan_moe_lb.telemetry.describe_run import columns_of
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
@@ -75,7 +77,16 @@ def attach(
     if gradients not in ("sum", "mean"):
         raise JobError(f'attach(gradients={gradients!r}): it must be "sum" or "mean"')
     if rows_per_step is not None:
-        _require_rows("attach(rows_per_step)", rows_per_step)
+        _require_at_least(1, "attach(rows_per_step)", rows_per_step)
+    _require_at_least(1, "attach(max_micro_batches)", max_micro_batches)
+    _require_at_least(0, "attach(finished_steps)", finished_steps)
+    _require_at_least(0, "attach(seen_tokens)", seen_tokens)
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    if optimizer is not None and not hasattr(next(iter(optimizers), None), _BEFORE_STEP):
+        raise JobError(
+            f"attach(optimizer) is a {type(optimizer).__name__}: give it a torch.optim.Optimizer "
+            "or a sequence of them, or none and call close_step() before each of their steps"
+        )
     cpu.prepare()
     parts = [model] if isinstance(model, nn.Module) else list(model)
     dims = _every_process_alone() if parallel_dims is None else parallel_dims
@@ -97,8 +108,7 @@ def attach(
     for part in parts:
         _keep_records_apart(part)
     if optimizer is not None:
-        first = optimizer[0] if isinstance(optimizer, Sequence) else optimizer
-        first.register_step_pre_hook(lambda *args, **kwargs: balance.close_step())
+        getattr(optimizers[0], _BEFORE_STEP)(lambda *args, **kwargs: balance.close_step())
     return balance
 
 
@@ -151,9 +161,13 @@ class Balance:
             loss_scale: what a gradient scaler multiplies the loop's own loss by.
 
         Raises:
-            JobError: there are no rows.
+            JobError: there are no rows, or the scale is no finite number above 0.
         """
-        _require_rows("begin_step(rows)", rows)
+        _require_at_least(1, "begin_step(rows)", rows)
+        if not 0 < loss_scale < math.inf:
+            raise JobError(
+                f"begin_step(loss_scale) is {loss_scale}; it must be a finite number above 0"
+            )
         if self._hook is not None:
             if self._hook.has_begun:
                 self._hook.skip_step()
@@ -244,6 +258,8 @@ class Balance:
 
 
 _NONE = -(2**62)
+_BEFORE_STEP = "register_step_pre_hook"
+"""Of torch's optimizers and of torchtitan's container."""
 
 
 def _keep_records_apart(part: nn.Module) -> None:
@@ -258,9 +274,13 @@ def _keep_records_apart(part: nn.Module) -> None:
     part._ddp_params_and_buffers_to_ignore = [*others, *records]  # type: ignore[assignment]
 
 
-def _require_rows(where: str, rows: int) -> None:
-    if rows < 1:
-        raise JobError(f"{where} is {rows}; a step has at least one row")
+def _require_at_least(least: int, where: str, given: Any) -> None:
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(given, bool):
+        raise JobError(f"{where} is {given!r}; it must be a whole number of at least {least}")
 
 
 def _every_process_alone() -> ParallelDims:
@@ -273,7 +293,7 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
     if any(router.record is not None for router in routers):
         raise JobError(
             "the model has its training loop already: attach() it once, and not to a model that "
-            "torchtitan's Trainer trains"
+            "torchtitan's Trainer trains; copy a model before attach()"
         )
     if not routers and not dims.pp_enabled:
         modules = [module for part in parts for module in part.modules()]
@@ -295,13 +315,8 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
                     "nobody balances: build the model from the spec that "
                     "titan_moe_lb.balanced(spec) returns"
                 )
-            if isinstance(module, LoadBalancedRouter) and dims.pp_enabled:
-                refuse_in_parts(module.config, "pipeline parallelism")
-    check_routers(
-        {
-            name: module.config
-            for part in parts
-            for name, module in part.named_modules()
-            if isinstance(module, LoadBalancedRouter)
-        }
-    )
+            if isinstance(module, LoadBalancedRouter):
+                check_router(layer_name(name), module.config)
+                if dims.pp_enabled:
+                    refuse_in_parts(module.config, "pipeline parallelism")
+    check_alike([(f"layer {router.layer}", router.config) for router in routers])

@@ -1,31 +1,30 @@
-"""Rules of routers, for jobs and for loops of one's own. See :mod:`titan_moe_lb.rules`."""
+"""Rules of one router, for jobs and for loops of one's own. See :mod:`titan_moe_lb.rules`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from typing import Any
 
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.balancing.router import SCORE_FUNCTIONS, LoadBalancedRouter
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.rules.layer_names import layer_name
 
 
-def check_routers(routers: Mapping[str, LoadBalancedRouter.Config]) -> None:
+def check_router(where: str, router: LoadBalancedRouter.Config) -> None:
     """Run every rule of this page.
 
     Args:
-        routers: of a model, or of a rank's part of it, by the module name of each.
+        where: name of the layer for the message.
 
     Raises:
         JobError: the first rule that does not hold.
     """
-    for name, router in routers.items():
-        where = layer_name(name)
-        _expert_groups_fit(where, router)
-        _score_function_is_known(where, router)
-        _one_loss_of_each_kind(where, router)
-    _losses_are_alike(routers)
+    _expert_groups_fit(where, router)
+    _score_function_is_known(where, router)
+    _one_loss_of_each_kind(where, router)
 
 
 def _expert_groups_fit(where: str, router: LoadBalancedRouter.Config) -> None:
@@ -67,22 +66,52 @@ def _one_loss_of_each_kind(where: str, router: LoadBalancedRouter.Config) -> Non
             )
 
 
-def _losses_are_alike(routers: Mapping[str, LoadBalancedRouter.Config]) -> None:
-    """The weights of the losses, and what they count, are those of the first layer."""
-    losses = {
-        name: [loss.describe() for loss in router.aux_losses] for name, router in routers.items()
-    }
-    first = next(iter(losses), "")
-    for name, of_layer in losses.items():
-        if of_layer != losses[first]:
+def check_alike(routers: list[tuple[str, LoadBalancedRouter.Config]]) -> None:
+    """The step has one weight for a loss and one name for a figure, for all layers; a rule of the
+    bias may be another in each.
+
+    Args:
+        routers: of a model, with the names of their layers for the message.
+
+    Raises:
+        JobError: a layer has other losses than the first, or is forced otherwise.
+    """
+    if not routers:
+        return
+    (first, reference), *others = routers
+    for where, router in others:
+        if list(map(_given, router.aux_losses)) != list(map(_given, reference.aux_losses)):
             raise JobError(
-                f"aux_losses of {layer_name(name)} are {', '.join(of_layer) or 'none'}, and those of "
-                f"{layer_name(first)} {', '.join(losses[first]) or 'none'}: give every layer the same"
+                f"{where} has aux_losses {_described(router.aux_losses)} and {first} has "
+                f"{_described(reference.aux_losses)}: give all layers the same, in the same order"
+            )
+        if _given(router.forced_routing) != _given(reference.forced_routing):
+            raise JobError(
+                f"{where} has forced_routing {_described([router.forced_routing])} and {first} has "
+                f"{_described([reference.forced_routing])}: give all layers the same"
             )
 
 
+def _given(component: Component.Config | None) -> tuple[type, dict[str, Any]] | None:
+    """What a user has chosen: a job fills in numbers that may differ between layers."""
+    if component is None:
+        return None
+    own = {field.name for field in dataclasses.fields(component)} - component._owner.filled_by_job
+    return type(component), {name: getattr(component, name) for name in own}
+
+
+def _described(components: list[Any]) -> str:
+    return ", ".join(one.describe() for one in components if one is not None) or "none"
+
+
 def routers_are_right(config: Trainer.Config) -> None:
-    check_routers({fqn: router for fqn, router, *_ in config.traverse(LoadBalancedRouter.Config)})
+    routers = [
+        (layer_name(fqn), router)
+        for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config)
+    ]
+    for where, router in routers:
+        check_router(where, router)
+    check_alike(routers)
 
 
 RULES = (routers_are_right,)

@@ -73,7 +73,8 @@ def count(
             valid_BL1 = valid_BL1 * reached
         if document_BL1 is not None:
             counted_BLK = counted_BLK + document_BL1 * num_experts
-        sums_BE = add_tokens_(counts_QE.view(num_rows, -1), counted_BLK, valid_BL1)
+        rows_BE = counts_QE.view(num_rows, num_documents * num_experts)
+        sums_BE = add_tokens_(rows_BE, counted_BLK, valid_BL1)
         by_source.append(sums_BE.view_as(counts_QE))
     return counts_SQE, by_source
 

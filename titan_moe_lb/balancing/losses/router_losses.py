@@ -95,6 +95,8 @@ class RouterLosses(ModuleDict):
         self, logits_BLE: torch.Tensor, record: RouterRecord | None, tokens: BatchTokens | None
     ) -> torch.Tensor:
         """Add the gradients of the losses of each token; records their raw values."""
+        if not local_shard(logits_BLE).numel():
+            return logits_BLE
         for index, loss in self._of_logits:
             assert record is not None
             local_BLE = local_shard(logits_BLE)
@@ -137,9 +139,9 @@ class RouterLosses(ModuleDict):
 
         Returns:
             ``(B, E)`` or ``(1, E)``, float32, with documents ``(B, D, E)``; None without such
-            a loss.
+            a loss or without a token.
         """
-        if not self._of_sums:
+        if not self._of_sums or not scores_BLE.numel():
             return None
         num_rows = scores_BLE.shape[0]
         documents = self.num_documents > 1
