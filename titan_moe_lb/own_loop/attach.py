@@ -24,7 +24,7 @@ from titan_moe_lb.parallel import layout
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
 from titan_moe_lb.rules.routers import check_alike, check_router
-from titan_moe_lb.telemetry.describe_run import columns_of
+from titan_moe_lb.telemetry.describe_run import columns_in
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import step_metrics
 from titan_moe_lb.traces.step_load import StepLoad
@@ -250,10 +250,8 @@ class Balance:
             JobError: as :meth:`load`.
         """
         load = self.load()
-        routers = routers_of(self.model_parts)
-        figures = columns_of([router.config for router in routers]) if routers else ()
         return step_metrics(
-            load, figures, per_layer=per_layer, num_extreme_experts=num_extreme_experts
+            load, columns_in(load), per_layer=per_layer, num_extreme_experts=num_extreme_experts
         )
 
 

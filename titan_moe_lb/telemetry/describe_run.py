@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.checkpoints import placement
 from titan_moe_lb.checkpoints.start import start_of
@@ -13,6 +14,7 @@ from titan_moe_lb.telemetry.metric import Metric
 from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.placement import coarse_to_fine
 from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.version import __version__
 
 LEARNING = (
@@ -72,14 +74,24 @@ def describe_run(config) -> RunInfo:
 
 def columns_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Column, ...]:
     """What is measured of the routers of a model: raw losses and metrics."""
-    losses = [loss._owner for loss in routers[0].aux_losses]
     return (
-        *(
-            Column(loss.metric_name, is_aux_loss=True, description=_first_line(loss.__doc__))
-            for loss in losses
-        ),
+        *(_of_loss(loss._owner) for loss in routers[0].aux_losses),
         *(kind.figure() for kind in Metric.kinds.values() if any(map(kind.applies_to, routers))),
     )
+
+
+def columns_in(load: StepLoad) -> tuple[Column, ...]:
+    """What was measured in a step: the same on every rank, whatever layers a rank has."""
+    known = (
+        *map(_of_loss, AuxLoss.kinds.values()),
+        *(kind.figure() for kind in Metric.kinds.values()),
+    )
+    measured = {*load.figures, *load.step_columns}
+    return tuple(column for column in known if column.name in measured)
+
+
+def _of_loss(loss: type[AuxLoss]) -> Column:
+    return Column(loss.metric_name, is_aux_loss=True, description=_first_line(loss.__doc__))
 
 
 def _placement(config) -> str | None:
