@@ -146,6 +146,8 @@ WRONG_JOB = {
     "train TINY --hf_assets_path nowhere": "hf_assets_path 'nowhere' is not a folder",
     "train TINY --training.enable_cpu_offload": "training.enable_cpu_offload needs a GPU",
     "train TINY --checkpoint.enable --checkpoint.async_mode async_with_pinned_mem": "checkpoint.async_m",
+    "train TINY --checkpoint.enable --checkpoint.exclude_from_loading dataloder": "exclude_from_loading"
+    " 'dataloder' is no part of a checkpoint; did you mean 'dataloader'?",
     "NGPU=2 train TINY --parallelism.context_parallel_degree 2 --training.seq_len 192": "training.seq_"
     "len 192 is not divisible by 256",
     "train --job-config sgd.toml": "optimizer.param_groups[0].optimizer_name is 'SGD'",

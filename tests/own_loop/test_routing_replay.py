@@ -200,6 +200,8 @@ RIGHT = [[0, 3], [1, 4], [7, 2]]
         ({"expert_ids_TK": [[2**16, 3], [1, 4], [7, 2]]}, "expert_ids_TK.*for token 0"),
         ({"layer": 0}, "layer=0"),
         ({"sample": -1}, "sample=-1"),
+        ({"sample": 8.5}, "sample=8.5"),
+        ({"sample": "8"}, "sample=8"),
         ({"step": 1}, "step=1"),
         ({"step": -1}, "step=-1"),
     ],
@@ -266,11 +268,12 @@ def test_a_balance_has_one_replay():
         ({"sample_ids": torch.zeros(1, 8, dtype=torch.int64)}, "sample_ids"),
         ({"sample_ids": torch.zeros(16, dtype=torch.int64)}, "sample_ids"),
         ({"sample_ids": torch.zeros(2, 8)}, "sample_ids"),
+        ({"sample_ids": [[0] * 8] * 2}, "sample_ids"),
         ({"sample_positions": torch.zeros(2, 7, dtype=torch.int64)}, "sample_positions"),
         ({"sample_positions": torch.arange(8).expand(2, 8) - 1}, "sample_positions"),
         ({"sample_ids": torch.zeros(2, 8, dtype=torch.int64)}, "sample_positions"),
     ],
-    ids=["rows", "flat", "float", "positions too short", "negative", "twice"],
+    ids=["rows", "flat", "float", "list", "positions too short", "negative", "twice"],
 )
 def test_samples_that_cannot_be(arguments, named):
     model, _optimizer, replay = replaying()

@@ -73,6 +73,8 @@ def samples_and_positions(
 
 
 def _whole_rows(name: str, given: torch.Tensor, rows: int, length: int | None) -> np.ndarray:
+    if not torch.is_tensor(given):
+        raise JobError(f"{name} is a {type(given).__name__}; give an int64 tensor of whole rows")
     found = tuple(given.shape)
     integers = not (given.dtype.is_floating_point or given.dtype == torch.bool)
     if not (integers and len(found) == 2 and found[0] == rows and length in (None, found[1])):

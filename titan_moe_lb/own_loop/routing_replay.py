@@ -9,6 +9,7 @@ takes them again in training; the scores, and so the gradient of the gate, are t
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -117,8 +118,12 @@ class RoutingReplay:
         """
         if layer not in self._layers:
             raise JobError(f"add(layer={layer}): the MoE layers of the model are {self._layers}")
-        if sample < 0:
-            raise JobError(f"add(sample={sample}): the number of a sample is at least 0")
+        try:
+            number = operator.index(sample)
+        except TypeError:
+            number = UNKNOWN
+        if number < 0:
+            raise JobError(f"add(sample={sample}): a sample has a whole number, at least 0")
         if step is not None and not 0 <= step <= self._now:
             raise JobError(
                 f"add(step={step}): the loop has finished {self._now} optimizer steps; give those "
@@ -130,7 +135,7 @@ class RoutingReplay:
             for row, router in enumerate(part.routers):
                 if router.layer == layer:
                     ids_TK = expert_ids(expert_ids_TK, router.top_k, router.num_experts)
-                    part.memory.add(recording, int(sample), row, part.padded(ids_TK))
+                    part.memory.add(recording, number, row, part.padded(ids_TK))
 
     def forget(self, samples: Sequence[int] | None = None) -> None:
         """Drop some samples; None: all."""

@@ -8,6 +8,12 @@ import math
 import torch
 import torch._dynamo
 from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
+from torchtitan.components.checkpointer.base import (
+    DATALOADER,
+    LR_SCHEDULER,
+    OPTIMIZER,
+    TRAIN_STATE,
+)
 from torchtitan.models.common.attention import FlexAttention
 from torchtitan.trainer import Trainer
 
@@ -187,6 +193,17 @@ def compile_components_are_known(config: Trainer.Config) -> None:
             )
 
 
+def states_that_are_not_loaded_are_known(config: Trainer.Config) -> None:
+    for name in config.checkpoint.exclude_from_loading if config.checkpoint.enable else ():
+        if name not in _LEFT_OUT_OF_LOADING:
+            raise JobError(
+                f"checkpoint.exclude_from_loading {name!r} is no part of a checkpoint; "
+                f"{nearest(name, _LEFT_OUT_OF_LOADING)}"
+            )
+
+
+_LEFT_OUT_OF_LOADING = (DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE)
+
 RULES = (
     sizes_are_positive,
     learning_rate_shrinks,
@@ -200,4 +217,5 @@ RULES = (
     flex_attention_takes_the_slices,
     compile_backend_is_known,
     compile_components_are_known,
+    states_that_are_not_loaded_are_known,
 )
