@@ -144,6 +144,7 @@ def test_a_terminal_that_is_closed_leaves_the_line_in_the_log(tmp_path):
     if not process_id:
         train = [sys.executable, "-m", "titan_moe_lb.cli", "train"]
         environment = of_a_start({"NGPU": "2"})
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite itself may run under nohup
         os.execve(sys.executable, [*train, *LONG, f"--dump_folder={tmp_path}"], environment)
     with os.fdopen(terminal, "rb", closefd=True) as opened, contextlib.suppress(OSError):
         for line in opened:
