@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_moe_lb.balancing.losses import functional
+from titan_moe_lb import functional
 from titan_moe_lb.balancing.losses.injection import gather_scores
 
 RELATIVE = 1e-10

@@ -74,7 +74,7 @@ def scene(ranks, folder: Path, job: list[str], layout: list[str], ep: int) -> Sc
     """The experts of the first rank begin hot, and are placed by the steps that follow."""
     run, placed = folder / "run", folder / "placed"
     flags = [*job, *TRAIN, *layout, "--training.steps=2", f"--dump_folder={run}"]
-    ranks.run(ep, train_with_hot_experts, flags, 8 // ep, 0.05)
+    ranks.run(ep, train_with_hot_experts, flags, 8 // ep, 0.1)
     before = resumed(ranks, job, run, layout)
     place(run, output=placed, ep=ep, from_run=before[1].path.parent)
     return Scene(job=job, folder=folder, before=before, after=resumed(ranks, job, placed, layout))

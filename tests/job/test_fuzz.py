@@ -80,7 +80,8 @@ def test_a_traceback_and_a_hang_are_failures(monkeypatch):
 @pytest.mark.parametrize("field", ["global_batch_size", "seq_len"])
 def test_a_routing_trace_that_claims_more_tokens_than_memory_is_one_line(field, tmp_path):
     """Found by the fuzzing."""
-    info = run_info(2, 8, world_size=10**9, **{field: 10**12})
+    sizes = {"global_batch_size": 10**6, "seq_len": 10**6, field: 10**9}
+    info = run_info(2, 8, world_size=10**9, **sizes)
     writer = RoutingTraceWriter(tmp_path, info, rank=0)
     ids = [[[0, 1]] * 4]
     writer.write(step=1, layer=1, first_sequence=0, token_slices=[(0, 4)], expert_ids_BLK=ids)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torchtitan.config import ParallelismConfig
 from transformers import Qwen3MoeConfig
 
@@ -87,9 +88,9 @@ def test_dense_hugging_face_model_is_refused():
     spec = backend.model_registry("debugmodel")
     with pytest.raises(JobError, match="no MoE layer.*titan_moe_lb.balanced_transformers"):
         balanced(spec)
-    model = SimpleNamespace(
-        layers={"0": object()}, config=SimpleNamespace(architectures=["Qwen3ForCausalLM"])
-    )
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"0": nn.Identity()})
+    model.config = SimpleNamespace(architectures=["Qwen3ForCausalLM"])
     with pytest.raises(JobError, match="finds no MoE layer in Qwen3ForCausalLM: choose a MoE"):
         balanced_transformers(spec).parallelize_fn(
             model,

@@ -89,7 +89,7 @@ def test_public_face_is_imported_when_it_is_used():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     names = set(result.stdout.split())
     assert {"balanced", "SequenceWiseAuxLoss", "SignBias", "FrozenBias", "HotRank"} <= names
-    with pytest.raises(AttributeError, match="has no attribute 'blanced'"):
+    with pytest.raises(AttributeError, match="blanced"):
         titan_moe_lb.blanced  # noqa: B018
 
 

@@ -316,7 +316,9 @@ def layout(monkeypatch, processes: int, **degrees: int) -> list[str]:
     """Flags of a layout; the job has that many processes from here on."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     degrees = {"data_parallel_shard": 1, "expert_parallel": 1} | degrees
-    return [f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()]
+    flags = [f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()]
+    # Flex attention wants whole blocks of a row on every rank.
+    return [*flags, *(["--training.seq_len=256"] if "context_parallel" in degrees else [])]
 
 
 BEGIN_AGAIN = ["--checkpoint.exclude_from_loading", "dataloader"]

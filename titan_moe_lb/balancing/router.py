@@ -23,7 +23,6 @@ from titan_moe_lb.balancing.float32_gate import in_float32
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.losses import counting
 from titan_moe_lb.balancing.losses.base import AuxLoss
-from titan_moe_lb.balancing.losses.functional import inverse_sums
 from titan_moe_lb.balancing.losses.gradient_norms import measured, taught
 from titan_moe_lb.balancing.losses.injection import gather_scores
 from titan_moe_lb.balancing.losses.router_losses import RouterLosses
@@ -37,6 +36,7 @@ from titan_moe_lb.balancing.recording.step_record import RouterRecord, StepRecor
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.functional import inverse_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.schedules import Action
 

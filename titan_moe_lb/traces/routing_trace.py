@@ -199,7 +199,7 @@ class RoutingTrace:
         if step not in self.steps:
             recorded = ", ".join(map(str, self.steps[:8])) + ("..." if len(self.steps) > 8 else "")
             return f"{self.folder} has no step {step}: it holds steps {recorded or 'none'}"
-        sequence, position = np.argwhere(~filled_BL)[0]
+        sequence, position = np.unravel_index(np.argmin(filled_BL), filled_BL.shape)
         reasons = []
         if self._missing_ranks:
             ranks = ", ".join(map(str, self._missing_ranks[:8]))

@@ -4,7 +4,7 @@
 gradient takes, and each loss has a file of its own.
 """
 
-from titan_moe_lb.balancing.losses import functional
+from titan_moe_lb import functional
 from titan_moe_lb.balancing.losses.base import AuxLoss, LogitsLoss, SumsLoss
 from titan_moe_lb.balancing.losses.batch_wise import BatchWiseAuxLoss
 from titan_moe_lb.balancing.losses.device_groups import CommunicationLoss, DeviceLevelLoss

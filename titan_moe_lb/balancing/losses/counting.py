@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from titan_moe_lb.balancing.losses.functional import add_tokens_
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
+from titan_moe_lb.functional import add_tokens_
 
 
 class CountSource(NamedTuple):

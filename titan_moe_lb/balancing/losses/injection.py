@@ -16,7 +16,7 @@ import spmd_types as spmd
 import torch
 from spmd_types.runtime import get_local_type, get_partition_spec
 
-from titan_moe_lb.balancing.losses.functional import at_least_float32, load_balance_score_grad
+from titan_moe_lb.functional import at_least_float32, load_balance_score_grad
 
 if TYPE_CHECKING:
     from titan_moe_lb.balancing.losses.base import LogitsLoss
@@ -38,7 +38,7 @@ def gather_scores(
         scores_BLE: scores after the score function ``(B, L, E)``.
         topk_expert_ids_BLK: selected experts ``(B, L, K)``, int64, distinct in a token.
         coefficients_BE: ``(B, E)``, ``(1, E)`` or ``(B, D, E)``, float32, see
-            :func:`titan_moe_lb.balancing.losses.functional.load_balance_score_grad`.
+            :func:`titan_moe_lb.functional.load_balance_score_grad`.
         inverse_sums_BL: 1 / sum_j s(t,j) ``(B, L)``, 0 for padding; None where all scores
             sum to one, as those of a softmax, and there is no padding.
         document_BL: number of each token's document, where documents have coefficients.

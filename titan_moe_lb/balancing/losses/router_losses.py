@@ -14,11 +14,11 @@ from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb.balancing.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
 from titan_moe_lb.balancing.losses.counting import DISPATCHED, SELECTED, CountSource
-from titan_moe_lb.balancing.losses.functional import at_least_float32, probability_sums
 from titan_moe_lb.balancing.losses.injection import attach_to_logits
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.balancing.recording.step_record import RouterRecord
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, Sequences
+from titan_moe_lb.functional import at_least_float32, probability_sums
 from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 
