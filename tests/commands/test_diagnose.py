@@ -225,6 +225,15 @@ ROWS = {
         ),
         ("bias_too_slow", SYMPTOMS),
     ),
+    "sign at 1e-6 in all layers but a frozen one": (
+        (
+            "deepseek_v3",
+            bias("frozen; sign (speed 1e-06)"),
+            UNEVEN,
+            {"bias_range": 4e-5, "bias_largest_step": 1e-6},
+        ),
+        ("bias_too_slow", SYMPTOMS),
+    ),
     "sign at 1e-8 beside a z-loss": (
         (
             "qwen3",

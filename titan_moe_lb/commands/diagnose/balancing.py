@@ -44,8 +44,9 @@ class Balancing:
 
     @property
     def description(self) -> str:
-        """Of the rule and its settings; "" without a bias."""
-        return self.window.trace.info.expert_bias or ""
+        """The rule and its settings; "" without a bias. Of several, by layer, the first that moves."""
+        rules = (self.window.trace.info.expert_bias or "").split("; ")
+        return next((rule for rule in rules if rule.partition(" ")[0] != "frozen"), rules[0])
 
     @property
     def rule(self) -> str:
