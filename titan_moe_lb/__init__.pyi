@@ -131,6 +131,7 @@ from .telemetry.metric import (
 from .telemetry.metrics_processor import (
     LoadBalanceMetricsProcessor as LoadBalanceMetricsProcessor,
 )
+from .version import __version__ as __version__
 from .wiring.model_spec import (
     balanced as balanced,
 )

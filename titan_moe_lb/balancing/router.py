@@ -7,13 +7,11 @@ are counted, Q = sequences.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import spmd_types as spmd
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
@@ -36,12 +34,9 @@ from titan_moe_lb.balancing.recording.step_record import RouterRecord, StepRecor
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.functional import inverse_sums
+from titan_moe_lb.functional import SCORE_FUNCTIONS, inverse_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.schedules import Action
-
-SCORE_FUNCTIONS = {"softmax": functools.partial(F.softmax, dim=-1), "sigmoid": torch.sigmoid}
-"""Scores of logits ``(..., E)``, by the value of ``score_func``."""
 
 
 class LoadBalancedRouter(TokenChoiceTopKRouter):

@@ -8,8 +8,9 @@ from typing import Any
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.balancing.component import Component
-from titan_moe_lb.balancing.router import SCORE_FUNCTIONS, LoadBalancedRouter
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.functional import SCORE_FUNCTIONS
 from titan_moe_lb.rules.layer_names import layer_name
 
 

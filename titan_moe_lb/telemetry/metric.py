@@ -197,7 +197,7 @@ class BiasNorm(_OfBias):
     description = "Euclidean norm of the expert biases"
 
     def measure(self, step: RankStep) -> np.ndarray | None:
-        return _of_known(step.bias_NE, np.linalg.norm)
+        return _of_known(step.bias_NE, lambda bias_E: float(np.linalg.norm(bias_E)))
 
 
 class BiasLargestStep(_OfBias):

@@ -17,8 +17,15 @@ from titan_moe_lb.traces.column import Column
 
 FORMAT_VERSION = 2
 _KEY = b"titan_moe_lb"
-_SIZES = ("top_k", "local_batch_size", "global_batch_size", "micro_batch_size", "seq_len")
-_SIZES += ("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+_DEGREES = ("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+_SIZES = (
+    "top_k",
+    "local_batch_size",
+    "global_batch_size",
+    "micro_batch_size",
+    "seq_len",
+    *_DEGREES,
+)
 
 FIGURES_OF_FORMAT_1 = (
     Column("avg_overload_factor"),
@@ -127,8 +134,8 @@ class RunInfo:
         Raises:
             JobError: one line that names both models.
         """
-        names = ("model", "flavor", "num_experts", "top_k", "layers")
-        names += ("num_experts_by_layer", "top_k_by_layer")
+        of_layers = ("layers", "num_experts_by_layer", "top_k_by_layer")
+        names = ("model", "flavor", "num_experts", "top_k", *of_layers)
         if any(getattr(self, name) != getattr(other, name) for name in names):
             raise JobError(
                 f"{here} is of {self.model_name}, {there} is of {other.model_name}: "

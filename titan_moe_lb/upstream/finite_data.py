@@ -64,6 +64,7 @@ def _stopping_together(loader: type[Any]) -> type[Any]:
 
         def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
             batches, given = super().__iter__(), 0
+            batch: Any
             fewest = self._rows if self._end.whole else 1
             while _all(len((batch := next(batches, ({}, ())))[1]) >= fewest):
                 yield batch

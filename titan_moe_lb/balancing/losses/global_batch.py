@@ -61,6 +61,9 @@ class GlobalBatchAuxLoss(SumsLoss):
         self._data_parallel_group = None
         self._register(device=None)
 
+    counts_E: torch.Tensor
+    load_E: torch.Tensor
+
     def _register(self, device: torch.device | None) -> None:
         if self.running:
             zeros = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
