@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
+import torch.distributed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other by spinning take the cores from the tests beside.
@@ -37,6 +39,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Every case that did not run and why; pytest itself folds those of one reason."""
     for report in terminalreporter.stats.get("skipped", ()):
         terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_group_outlives_its_module() -> Generator[None, None, None]:
+    """A loop of one's own leaves one in this process, by which later tests would count the ranks."""
+    yield
+    if torch.distributed.is_initialized():
+        from tests.support import gone_meshes
+
+        torch.distributed.destroy_process_group()
+        gone_meshes.forget()
 
 
 class Ranks(RankPool):
