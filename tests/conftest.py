@@ -52,6 +52,15 @@ def no_process_group_outlives_its_module() -> Generator[None, None, None]:
         gone_meshes.forget()
 
 
+@pytest.fixture(autouse=True)
+def no_launcher_outlives_its_test() -> Generator[None, None, None]:
+    """A launcher that was called in this process leaves its name to the processes of other tests,
+    which would end because it is not their parent."""
+    yield
+    for name in ("TITAN_MOE_LB_LAUNCHER", "TITAN_MOE_LB_RUN"):
+        os.environ.pop(name, None)
+
+
 class Ranks(RankPool):
     """A pool that skips the test that asks for more ranks than there are GPUs."""
 
