@@ -78,7 +78,7 @@ def test_wrong_job_is_one_line_and_status_2(arguments, environment, expected, mo
 
 
 def test_public_face_is_imported_when_it_is_used():
-    """So that help is instant."""
+    """Help has to be instant."""
     program = (
         "import sys, titan_moe_lb; assert not {'torch', 'torchtitan'} & set(sys.modules); "
         "assert all(getattr(titan_moe_lb, name) for name in dir(titan_moe_lb)); "

@@ -223,7 +223,7 @@ def checkpoint_has_training_state(config: Trainer.Config) -> None:
 
 def _holds_training_state(path: Path) -> bool:
     saved = read_metadata(path).state_dict_metadata
-    return any(name.startswith("train_state.") for name in saved)
+    return any(name.startswith(f"{TRAIN_STATE}.") for name in saved)
 
 
 def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
