@@ -53,12 +53,14 @@ def no_process_group_outlives_its_module() -> Generator[None, None, None]:
 
 
 @pytest.fixture(autouse=True)
-def no_launcher_outlives_its_test() -> Generator[None, None, None]:
-    """A launcher that was called in this process leaves its name to the processes of other tests,
-    which would end because it is not their parent."""
+def environment_ends_with_its_test() -> Generator[None, None, None]:
+    """Restore the environment: a job that was resolved or started in this process announces its
+    ranks and its launcher there, and later tests would count and obey them."""
+    before = dict(os.environ)
     yield
-    for name in ("TITAN_MOE_LB_LAUNCHER", "TITAN_MOE_LB_RUN"):
-        os.environ.pop(name, None)
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class Ranks(RankPool):
