@@ -8,15 +8,18 @@ The flavors are torchtitan's (``debugmodel``, ``16B``, ``236B``, ``671B``) and
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
+from torch import nn
 from torchtitan.models import deepseek_v3 as upstream
+from torchtitan.models.common import ComplexRoPE
 from torchtitan.protocols.model_spec import ModelSpec
 
-from model_registry.deepseek_v3.tiny import tiny
-from model_registry.entry import Default, registry_entry
+from model_registry.entry import Default, registry_entry, resized
 from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.losses import CommunicationLoss, DeviceLevelLoss, SequenceWiseAuxLoss
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.upstream.layer_builders import deepseek_v3_mtp_layers
 
 FLAVORS = (*upstream.deepseekv3_configs, "tiny")
 
@@ -87,3 +90,51 @@ def model_registry(
             num_mtp_layers=num_mtp_layers,
         ),
     )
+
+
+def tiny(
+    attn_backend: str,
+    moe_comm_backend: str,
+    non_blocking_capacity_factor: float | None = None,
+    num_mtp_layers: int = 0,
+) -> upstream.DeepSeekV3Model.Config:
+    """Four layers (the first dense) of width 64; sigmoid scores, 2 of 4 expert groups, top 2."""
+    dim, rope_dim = 64, 16
+    linear = {"weight": partial(nn.init.normal_, std=0.02), "bias": nn.init.zeros_}
+    experts = {name: partial(nn.init.normal_, std=0.02) for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
+    layers = upstream.build_mla_moe_layers(
+        n_layers=4,
+        n_dense_layers=1,
+        dim=dim,
+        n_heads=4,
+        q_lora_rank=0,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=16,
+        mscale=1.0,
+        dense_hidden_dim=128,
+        moe_hidden_dim=32,
+        num_experts=8,
+        num_shared_experts=1,
+        router_top_k=2,
+        router_score_func="sigmoid",
+        router_num_expert_groups=4,
+        router_num_limited_groups=2,
+        router_route_scale=2.5,
+        router_route_norm=True,
+        attn_backend=attn_backend,
+        moe_comm_backend=moe_comm_backend,
+        non_blocking_capacity_factor=non_blocking_capacity_factor,
+        linear_init=linear,
+        norm_init={"weight": nn.init.ones_},
+        depth_init=lambda layer_id: linear,
+        depth_experts_init=lambda layer_id: experts,
+        rope=ComplexRoPE.Config(dim=rope_dim, max_seq_len=4096, theta=10000.0),
+    )
+    config = resized(
+        upstream.deepseekv3_configs["debugmodel"](attn_backend, moe_comm_backend), dim, layers
+    )
+    config.lm_head.param_init = linear
+    config.mtp_layers = deepseek_v3_mtp_layers(layers[-1], dim=dim, num_mtp_layers=num_mtp_layers)
+    return config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torchtitan.trainer import Trainer
-
 from model_registry import recipes
 from model_registry.gpt_oss import model_registry
 
@@ -11,21 +9,21 @@ debug_config = "gpt_oss_debugmodel"
 """The job that runs when none is named."""
 
 
-def gpt_oss_tiny() -> Trainer.Config:
+def gpt_oss_tiny():
     """A few seconds on a laptop: for tests. Longer than the sliding window."""
     return recipes.debug(model_registry("tiny"))
 
 
-def gpt_oss_debugmodel() -> Trainer.Config:
+def gpt_oss_debugmodel():
     """4 layers of 8 experts, on text that comes with Python."""
     return recipes.debug(model_registry("debugmodel"), local_batch_size=4)
 
 
-def gpt_oss_20b() -> Trainer.Config:
+def gpt_oss_20b():
     """20.9B parameters, experts over 8 ranks."""
     return recipes.pretraining(model_registry("20b"), assets="./assets/hf/gpt-oss-20b")
 
 
-def gpt_oss_120b() -> Trainer.Config:
+def gpt_oss_120b():
     """116.8B parameters, experts over 8 ranks."""
     return recipes.pretraining(model_registry("120b"), assets="./assets/hf/gpt-oss-120b")

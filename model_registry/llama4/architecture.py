@@ -20,8 +20,7 @@ from torchtitan.models.common.config_utils import (
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.param_init import depth_scaled_std
 
-from model_registry.llama4.attention import AttentionTemperature
-from model_registry.llama4.experts import InputWeightedExperts
+from model_registry.llama4.layers import AttentionTemperature, InputWeightedExperts
 from model_registry.llama4.model import Llama4Model, Llama4TransformerBlock
 
 _LINEAR_INIT: dict[str, Callable] = {"weight": partial(nn.init.trunc_normal_, std=0.02)}

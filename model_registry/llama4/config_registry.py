@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torchtitan.distributed.activation_checkpoint import FullAC
-from torchtitan.trainer import Trainer
 
 from model_registry import recipes
 from model_registry.llama4 import model_registry
@@ -12,31 +11,31 @@ debug_config = "llama4_debugmodel"
 """The job that runs when none is named."""
 
 
-def llama4_tiny() -> Trainer.Config:
+def llama4_tiny():
     """A few seconds on a laptop: for tests."""
     return recipes.debug(model_registry("tiny"), seq_len=128)
 
 
-def llama4_debugmodel() -> Trainer.Config:
+def llama4_debugmodel():
     """Under a minute on a laptop, on text that comes with Python."""
     return recipes.debug(model_registry("debugmodel"))
 
 
-def llama4_17bx16e() -> Trainer.Config:
+def llama4_17bx16e():
     """Scout: 109B parameters, 17B of them active, experts over 8 ranks."""
     return _pretraining(
         "17Bx16E", "./assets/hf/Llama-4-Scout-17B-16E", expert_parallel=8, seq_len=8192
     )
 
 
-def llama4_17bx128e() -> Trainer.Config:
+def llama4_17bx128e():
     """Maverick: 400B parameters, 17B of them active, experts over 128 ranks."""
     return _pretraining(
         "17Bx128E", "./assets/hf/Llama-4-Maverick-17B-128E", expert_parallel=128, seq_len=4096
     )
 
 
-def _pretraining(flavor: str, assets: str, *, expert_parallel: int, seq_len: int) -> Trainer.Config:
+def _pretraining(flavor: str, assets: str, *, expert_parallel: int, seq_len: int):
     return recipes.pretraining(
         model_registry(flavor),
         assets=assets,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 
 from torchtitan.models import qwen3 as upstream
+from torchtitan.models.common import CosSinRoPE
 from torchtitan.protocols.model_spec import ModelSpec
 
-from model_registry.entry import Default, registry_entry
-from model_registry.qwen3.tiny import tiny
+from model_registry.entry import Default, registry_entry, resized
 from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss
+from titan_moe_lb.upstream.layer_builders import qwen3_moe_layers
 
 FLAVORS = ("debugmodel_moe", "30B-A3B", "235B-A22B", "tiny")
 
@@ -49,3 +50,22 @@ def model_registry(
         flavor=flavor,
         model=build(attn_backend=attn_backend, moe_comm_backend=moe_comm_backend),
     )
+
+
+def tiny(attn_backend: str, moe_comm_backend: str) -> upstream.Qwen3Model.Config:
+    """Four MoE layers of width 64; softmax scores, normalised over the top 2 of 8 experts."""
+    dim, head_dim = 64, 16
+    layers = qwen3_moe_layers(
+        n_layers=4,
+        dim=dim,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=head_dim,
+        moe_hidden_dim=32,
+        num_experts=8,
+        top_k=2,
+        attn_backend=attn_backend,
+        moe_comm_backend=moe_comm_backend,
+        rope=CosSinRoPE.Config(dim=head_dim, max_seq_len=4096, theta=1000000.0),
+    )
+    return resized(upstream.qwen3_configs["debugmodel_moe"](attn_backend), dim, layers)

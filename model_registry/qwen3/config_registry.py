@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torchtitan.trainer import Trainer
-
 from model_registry import recipes
 from model_registry.qwen3 import model_registry
 
@@ -11,21 +9,21 @@ debug_config = "qwen3_debugmodel_moe"
 """The job that runs when none is named."""
 
 
-def qwen3_tiny() -> Trainer.Config:
+def qwen3_tiny():
     """A few seconds on a laptop: for tests."""
     return recipes.debug(model_registry("tiny"), seq_len=128)
 
 
-def qwen3_debugmodel_moe() -> Trainer.Config:
+def qwen3_debugmodel_moe():
     """8 layers of 64 experts, on text that comes with Python."""
     return recipes.debug(model_registry("debugmodel_moe"), local_batch_size=4)
 
 
-def qwen3_30b_a3b() -> Trainer.Config:
+def qwen3_30b_a3b():
     """30.5B parameters, experts over 8 ranks."""
     return recipes.pretraining(model_registry("30B-A3B"), assets="./assets/hf/Qwen3-30B-A3B")
 
 
-def qwen3_235b_a22b() -> Trainer.Config:
+def qwen3_235b_a22b():
     """235B parameters, experts over 8 ranks."""
     return recipes.pretraining(model_registry("235B-A22B"), assets="./assets/hf/Qwen3-235B-A22B")

@@ -7,8 +7,8 @@ import os
 import pytest
 from torchtitan.models import deepseek_v3 as upstream
 
+from model_registry.deepseek_v3 import tiny
 from model_registry.deepseek_v3.config_registry import deepseek_v3_tiny
-from model_registry.deepseek_v3.tiny import tiny
 from titan_moe_lb.costmodel.jobs.read_job import read_job
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.wiring.model_spec import balanced

@@ -12,16 +12,13 @@ from torchtitan.models.deepseek_v3 import MTPLoss
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from model_registry import recipes
+from model_registry import deepseek_v3, recipes
 from tests.support.train_jobs import train, train_config
 from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.upstream import cpu
 from titan_moe_lb.wiring.model_spec import balanced
-
-# The package's attribute of this name is the function.
-tiny = importlib.import_module("model_registry.deepseek_v3.tiny")
 
 
 def upstream_spec(module: str, flavor: str, **arguments) -> ModelSpec:
@@ -115,11 +112,10 @@ def _two_steps(spec: ModelSpec, arguments: dict) -> Trainer.Config:
 
 def train_with_experts(num_experts: int, arguments: list[str]) -> list[dict[str, float]]:
     """As :func:`tests.support.train_jobs.train`; the tiny DeepSeek-V3 with more experts than its 8."""
-    upstream = tiny.upstream
-    build = upstream.build_mla_moe_layers
+    build = deepseek_v3.upstream.build_mla_moe_layers
 
     def layers(**settings: Any) -> list:
         return build(**{**settings, "num_experts": num_experts})
 
-    with patch.object(upstream, "build_mla_moe_layers", layers):
+    with patch.object(deepseek_v3.upstream, "build_mla_moe_layers", layers):
         return train(arguments)
