@@ -39,8 +39,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model_registry import recipes
+from model_registry.deepseek_v3 import tiny
 from tests.parity.textbook import sequence_counts, textbook_loss
-from tests.support.other_models import tiny
 from tests.support.own_loop_jobs import forward
 from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
@@ -74,7 +74,7 @@ class Seen:
 def spec(ours: bool) -> ModelSpec:
     """The tiny DeepSeek-V3, torchtitan's own or balanced."""
     upstream = deepseek_v3.model_registry("debugmodel")
-    upstream.model = tiny.tiny("flex", "standard")
+    upstream.model = tiny("flex", "standard")
     return balanced(upstream, aux_losses=LOSSES) if ours else upstream
 
 
