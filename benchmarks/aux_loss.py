@@ -44,6 +44,7 @@ from titan_moe_lb.balancing.losses import (
 )
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.step_hook import wire
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 # Tokens, experts, top_k.
 SHAPES = [(16384, 64, 6), (16384, 128, 8), (8192, 256, 8)]
@@ -194,7 +195,7 @@ def _router(
     torch.manual_seed(0)
     torch.nn.init.normal_(router.gate.weight, std=dim**-0.5)
     if loss is not None:
-        wire([router], None).weights_A.fill_(WEIGHT / SEQUENCES)
+        wire([router], RankGroups()).weights_A.fill_(WEIGHT / SEQUENCES)
     return router
 
 

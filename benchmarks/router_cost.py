@@ -40,6 +40,7 @@ from titan_moe_lb.balancing.losses import (
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.step_hook import wire
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 EXPERTS, TOP_K, DIM = 256, 8, 32
 SEQUENCES, LENGTH = 2, 2
@@ -119,7 +120,7 @@ def _balanced(losses: list[AuxLoss.Config]) -> LoadBalancedRouter:
     loop = TrainingLoop(num_micro_batches=4)
     config = derive(_config(), LoadBalancedRouter.Config, aux_losses=losses, loop=loop)
     router = _initialised(config.build())
-    record = wire([router], None)
+    record = wire([router], RankGroups())
     record.weights_A.copy_(torch.tensor([loss.weight / SEQUENCES for loss in losses]))
     return router
 

@@ -24,6 +24,7 @@ from titan_moe_lb.balancing.expert_bias import (
 from titan_moe_lb.balancing.expert_bias.required import required_bias
 from titan_moe_lb.balancing.step_hook import StepHook, wire
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 NO_GROUPS = {"num_groups": None, "num_limited_groups": None}
 COUNTS = torch.tensor([[4, 10, 1, 1]])  # mean 4, sum 16
@@ -270,7 +271,7 @@ def test_quantiles_balance_under_every_group_limit(rule, num_experts):
     """Routers of every limit, on fixed tokens of which each expert likes others."""
     kinds = limits_of(num_experts)
     layers = moe_layers(list(range(len(kinds))), [], expert_bias=rule, kinds=kinds)
-    hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
+    hook = StepHook(layers, wire([layer.router for layer in layers], RankGroups()), RankGroups())
     generator = torch.Generator().manual_seed(0)
     x_BLD = (torch.randn(4, 256, 64, generator=generator) + 0.5) / 8
     violations = []

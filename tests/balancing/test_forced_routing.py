@@ -25,7 +25,7 @@ from titan_moe_lb.balancing.forced_routing.functional import (
 from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
-from titan_moe_lb.parallel.batch_cut import token_slices
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.traces import routing_trace
 from titan_moe_lb.traces.routing_trace import RoutingTrace
 from titan_moe_lb.traces.trace import read_trace
@@ -240,10 +240,8 @@ def positions(arguments):
     batch = {"input": torch.zeros_like(whole), "positions": whole}
     _inputs, _labels, extra = trainer.post_dataloading_process(batch, torch.zeros_like(whole))
     seen = extra["positions"][0].tolist()
-    slices = token_slices(
-        config.training.seq_len,
-        trainer.parallel_dims,
-        config.parallelism.context_parallel_load_balancer,
+    slices = RankGroups.of(trainer.parallel_dims).token_slices(
+        config.training.seq_len, config.parallelism.context_parallel_load_balancer
     )
     trainer.close()
     return seen, [start + i for start, length in slices for i in range(length)]

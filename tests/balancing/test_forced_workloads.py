@@ -28,6 +28,7 @@ from titan_moe_lb.balancing.forced_routing.functional import (
     ragged_rows,
     round_robin_ids,
 )
+from titan_moe_lb.parallel.rank_groups import Axis, RankGroups
 from titan_moe_lb.traces.routing_trace import RoutingTrace
 from titan_moe_lb.traces.trace import read_trace
 
@@ -141,25 +142,6 @@ WORKLOADS = {
 }
 
 
-class Place:
-    """What ``wire`` reads of torchtitan's ParallelDims: data-parallel ranks, and EP over some."""
-
-    dp_cp_enabled, tp_enabled, ep_enabled = True, False, False
-
-    def __init__(self, rank: int, num_ranks: int, ep: int) -> None:
-        self.rank, self.num_ranks, self.ep = rank, num_ranks, ep
-
-    def get_mesh(self, axis):
-        assert axis == "loss"
-        return self
-
-    def get_local_rank(self):
-        return self.rank
-
-    def size(self):
-        return self.num_ranks
-
-
 def dispatches(config, cut, step) -> np.ndarray:
     """Counts ``(dispatches of the step, E)`` that the ranks of a job produce."""
     num_ranks, ep, num_micro_batches = cut
@@ -169,7 +151,8 @@ def dispatches(config, cut, step) -> np.ndarray:
     counts = np.zeros((num_micro_batches, num_ranks // ep, EXPERTS), dtype=int)
     for rank in range(num_ranks):
         strategy = config.build()
-        strategy.wire(Place(rank, num_ranks, ep), layer=1)
+        groups = RankGroups(loss=Axis(rank, num_ranks), experts=Axis(size=ep))
+        strategy.wire(groups, layer=1)
         for micro_batch in range(num_micro_batches):
             number = torch.tensor(step * num_micro_batches + micro_batch)
             ids = strategy(torch.zeros(1, length, EXPERTS), number, lambda scores: scores)

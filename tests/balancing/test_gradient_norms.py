@@ -22,6 +22,7 @@ from tests.parity.compare import Parity, assert_same_log, relative_error
 from tests.parity.layout import parse
 from titan_moe_lb.balancing.losses import RouterZLoss
 from titan_moe_lb.balancing.step_hook import wire
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 WEIGHT, Z_WEIGHT = 0.5, 0.25
 
@@ -29,7 +30,7 @@ WEIGHT, Z_WEIGHT = 0.5, 0.25
 def measuring(losses, score_func):
     built = router(losses, score_func)
     built.config.loop = dataclasses.replace(built.config.loop, gradients=True)
-    record = wire([built], None)
+    record = wire([built], RankGroups())
     record.weights_A.copy_(
         torch.tensor([loss.config.weight / BATCH for loss in built.aux_losses.values()])
     )

@@ -27,6 +27,7 @@ from titan_moe_lb.balancing.valid_tokens.batch_tokens import (
     document_numbers,
 )
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 DIM, EXPERTS, TOP_K, ROWS, LENGTH, GROUPS = 16, 8, 3, 3, 20, 4
 WEIGHT = 0.3
@@ -65,7 +66,7 @@ def built(loss, score_func: str, padded: bool) -> LoadBalancedRouter:
     )
     router = config.build()
     torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(3))
-    wire([router], None).weights_A.fill_(WEIGHT / ROWS)
+    wire([router], RankGroups()).weights_A.fill_(WEIGHT / ROWS)
     return router
 
 

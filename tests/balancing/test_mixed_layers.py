@@ -29,6 +29,7 @@ from titan_moe_lb.commands.report.page import render
 from titan_moe_lb.commands.watch.follower import Follower
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.rules.routers import routers_are_right
 from titan_moe_lb.traces.balance_statistics import ABSENT
@@ -107,11 +108,13 @@ def mixed_layers(rule: str, copies: int = 1) -> list[MoE]:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_layer_among_others_is_what_it_is_alone(rule):
     together, alone = mixed_layers(rule), mixed_layers(rule)
-    hooks = [StepHook(together, wire([layer.router for layer in together], None), None)]
+    hooks = [
+        StepHook(together, wire([layer.router for layer in together], RankGroups()), RankGroups())
+    ]
     for layer in alone:
-        record = wire([layer.router], None)
+        record = wire([layer.router], RankGroups())
         assert record is not None
-        hooks.append(StepHook([layer], record, None))
+        hooks.append(StepHook([layer], record, RankGroups()))
     for _step in range(3):
         forward_and_backward(together)
         forward_and_backward(alone)
@@ -129,7 +132,9 @@ def test_operators_of_a_step_end_grow_with_the_kinds_alone():
     counts = []
     for copies in (1, 8):
         layers = mixed_layers("sign", copies)
-        hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
+        hook = StepHook(
+            layers, wire([layer.router for layer in layers], RankGroups()), RankGroups()
+        )
         forward_and_backward(layers)
         with DeviceOperators() as operators:
             hook.close_step()

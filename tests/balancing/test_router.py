@@ -24,6 +24,7 @@ from titan_moe_lb.balancing.losses import (
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.step_hook import wire
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 DIM, EXPERTS, TOP_K, BATCH, LENGTH = 32, 8, 2, 3, 20
 BOUND = {"num_experts": EXPERTS, "top_k": TOP_K}
@@ -50,7 +51,7 @@ def router(losses=(), score_func="sigmoid", cls=LoadBalancedRouter, **options):
 
 def wired(built: LoadBalancedRouter, rows: int = BATCH) -> LoadBalancedRouter:
     """Alone in its process, with the weights of its losses over the rows of a batch."""
-    record = wire([built], None)
+    record = wire([built], RankGroups())
     weights = [loss.config.weight / rows for loss in built.aux_losses.values()]
     record.weights_A.copy_(torch.tensor(weights))
     return built

@@ -17,6 +17,7 @@ from titan_moe_lb.balancing.value_schedule import Change, value_at
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.rules.files import validate_files
 
 TINY = ["--config", "deepseek_v3_tiny", "--training.seq_len=64", "--training.local_batch_size=2"]
@@ -67,7 +68,7 @@ def test_bias_stands_still_from_the_step_on_that_says_so():
     (layer,) = layers = moe_layers([0])
     config = layer.router.expert_bias.config
     config.changes = [Change(value=0.0, step=3)]
-    hook = StepHook(layers, wire([layer.router], None), None)
+    hook = StepHook(layers, wire([layer.router], RankGroups()), RankGroups())
     seen = []
     for _ in range(4):
         forward_and_backward(layers)

@@ -23,6 +23,7 @@ from titan_moe_lb.balancing.router import moe_layers_of, routers_of
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import document_numbers
 from titan_moe_lb.balancing.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 from titan_moe_lb.job import job_config
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
 
@@ -123,7 +124,7 @@ def layout_gradients(
         gradients = gather_gradients(trainer)
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
         step()
-        load = reduce_step(layers, trainer.parallel_dims)
+        load = reduce_step(layers, RankGroups.of(trainer.parallel_dims))
         metrics = [loss.metric_name for loss in AuxLoss.kinds.values()]
         metrics += ["main_gradient_squared", "aux_gradient_squared"]
         losses_M = {

@@ -27,6 +27,7 @@ from titan_moe_lb.balancing.losses import (
     SequenceWiseAuxLoss,
 )
 from titan_moe_lb.balancing.step_hook import StepHook, wire
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 ROOT = Path(__file__).parents[2]
 LOSSES = (
@@ -43,7 +44,9 @@ RULES = ("sign", "proportional", "momentum", "quantile", "quantile_trend")
 
 def built(rule: str, num_layers: int = 2) -> tuple[list, StepHook]:
     layers = moe_layers(list(range(num_layers)), list(LOSSES), expert_bias=rule)
-    return layers, StepHook(layers, wire([layer.router for layer in layers], None), None)
+    return layers, StepHook(
+        layers, wire([layer.router for layer in layers], RankGroups()), RankGroups()
+    )
 
 
 def forward_and_backward(layers: list) -> None:

@@ -46,6 +46,7 @@ from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.own_loop.transformers_backend import balanced_transformers
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu
 from titan_moe_lb.wiring.model_spec import balanced
@@ -119,7 +120,7 @@ def watch(parts: list[nn.Module], optimizers: Any, dims: ParallelDims) -> Seen:
     def after_step(*_: Any) -> None:
         seen.biases.append([whole(layer.expert_bias_E).tolist() for layer in layers])
         if ours:
-            seen.counts.append(reduce_step(layers, dims).counts_ME.tolist())
+            seen.counts.append(reduce_step(layers, RankGroups.of(dims)).counts_ME.tolist())
             return
         counts = torch.stack(
             [sequence_counts(torch.cat(ids), layers[0].router.num_experts).sum(0) for ids in noted]

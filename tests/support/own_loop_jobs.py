@@ -37,6 +37,7 @@ from titan_moe_lb.balancing.router import moe_layers_of, routers_of
 from titan_moe_lb.balancing.value_schedule import Change
 from titan_moe_lb.own_loop.attach import Balance, attach
 from titan_moe_lb.own_loop.build import BuiltModel, build_model
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.run.train import trainer_config
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu
@@ -216,7 +217,7 @@ def as_the_trainer(
         inputs, labels = next(batches)
         trainer.step = step
         trainer.train_step(iter([(inputs, labels)]))
-        load = reduce_step(moe_layers_of(trainer.model_parts), trainer.parallel_dims)
+        load = reduce_step(moe_layers_of(trainer.model_parts), RankGroups.of(trainer.parallel_dims))
         theirs.append((load.counts_ME.tolist(), load.figures, load.step_columns))
         with context():
             forward(model, inputs.pop("input"), **inputs).sum().mul(0.0).backward()

@@ -13,6 +13,7 @@ from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.own_loop.attach import Balance, attach
 from titan_moe_lb.own_loop.routing_replay import RoutingReplay
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.run.train import trainer_config
 
 ROWS, LENGTH = 4, 64
@@ -50,7 +51,9 @@ def rollout_and_training(
     config = trainer_config(*arguments)
     config.metrics.write_moe_trace = False
     trainer = config.build()
-    replay = RoutingReplay(Balance(trainer.model_parts, None, trainer.parallel_dims, 0))
+    replay = RoutingReplay(
+        Balance(trainer.model_parts, None, RankGroups.of(trainer.parallel_dims), 0)
+    )
     trainer.metrics_processor.should_log = lambda step: False
     answers: Choices = {}
 

@@ -26,6 +26,7 @@ from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.balancing.step_hook import StepHook, wire
 from titan_moe_lb.job import job_config
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu, zero_bubble
 
@@ -137,7 +138,7 @@ def small_router(
     router = derive(config, LoadBalancedRouter.Config, layer=layer, **options).build()
     generator = torch.Generator(router.gate.weight.device).manual_seed(layer)
     torch.nn.init.normal_(router.gate.weight, generator=generator)
-    wire([router], None)
+    wire([router], RankGroups())
     return router
 
 
@@ -244,17 +245,17 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
     parallel_dims.build_mesh()
-    stage = parallel_dims.get_mesh("pp").get_local_rank() if parallel_dims.pp_enabled else 0
-    layers = moe_layers(layers_by_stage[stage])
+    groups = RankGroups.of(parallel_dims)
+    layers = moe_layers(layers_by_stage[groups.stages.rank])
     of_bias_update = CommDebugMode()
     if layers:
-        record = wire([layer.router for layer in layers], parallel_dims)
-        hook = StepHook(layers, record, parallel_dims)
+        record = wire([layer.router for layer in layers], groups)
+        hook = StepHook(layers, record, groups)
         forward_and_backward(layers)
         with of_bias_update:
             hook.close_step()
     with CommDebugMode() as of_metrics:
-        load = reduce_step(layers, parallel_dims)
+        load = reduce_step(layers, groups)
     return {
         "of_bias_update": of_bias_update.get_total_counts() if layers else None,
         "of_metrics": of_metrics.get_total_counts(),

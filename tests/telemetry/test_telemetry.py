@@ -33,6 +33,7 @@ from titan_moe_lb.balancing.forced_routing import (
 )
 from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss, RouterZLoss, SequenceWiseAuxLoss
 from titan_moe_lb.balancing.step_hook import StepHook, wire
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import one_forward_one_backward
 from titan_moe_lb.telemetry import overload
 
@@ -102,7 +103,7 @@ THREE_LOSSES = (
 @pytest.mark.parametrize("num_layers", [4, 61])
 def test_operators_of_a_step_end_do_not_grow_with_the_layers(num_layers, losses):
     layers = moe_layers(list(range(num_layers)), losses and list(losses))
-    hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
+    hook = StepHook(layers, wire([layer.router for layer in layers], RankGroups()), RankGroups())
     forward_and_backward(layers)
     with DeviceOperators() as operators:
         hook.close_step()
@@ -125,7 +126,9 @@ def test_operators_of_a_bias_rule(rule, at_step_end, in_router):
     the group limit asks of an expert."""
     for num_layers in (1, 4):
         layers = moe_layers(list(range(num_layers)), [], expert_bias=rule)
-        hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
+        hook = StepHook(
+            layers, wire([layer.router for layer in layers], RankGroups()), RankGroups()
+        )
         forward_and_backward(layers)
         with DeviceOperators() as operators:
             hook.close_step()
@@ -160,7 +163,7 @@ def test_operators_of_a_router():
     assert unwired == 30, "torchtitan's own"
     counts = []
     for router in (bare, default, three):
-        wire([router], None)
+        wire([router], RankGroups())
         counts.append(operators_of_a_router(router, torch.randn(2, 8, 64, requires_grad=True)))
     assert counts == [33, 45, 57]
 

@@ -36,6 +36,7 @@ from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.functional import SCORE_FUNCTIONS, inverse_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action
 
 
@@ -111,17 +112,13 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.actions: Sequence[Action] | None = None
         """What its pipeline rank does in a pass; None without pipeline parallelism."""
 
-    def wire(self, parallel_dims) -> None:
-        """Take the loop of the config and the process groups. Once, before training.
-
-        Args:
-            parallel_dims: torchtitan's ``ParallelDims``; None in a process without a mesh.
-        """
+    def wire(self, groups: RankGroups) -> None:
+        """Read the training loop of the config and the process groups. Once, before training."""
         padded = self.config.loop.padded
-        self.aux_losses.wire(parallel_dims, padded=padded)
+        self.aux_losses.wire(groups, padded=padded)
         self.needs_tokens = padded or self.aux_losses.num_documents > 1
-        if self.forced_routing is not None and parallel_dims is not None:
-            self.forced_routing.wire(parallel_dims, self.layer)
+        if self.forced_routing is not None:
+            self.forced_routing.wire(groups, self.layer)
 
     def note_in(self, step_record: StepRecord, index: int) -> None:
         """Take the ``index``-th rows of the record of all routers of the rank."""

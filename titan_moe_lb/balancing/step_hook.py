@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 from torchtitan.components.checkpointer import TRAIN_STATE
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb.balancing.forced_routing.base import announce
@@ -29,12 +28,12 @@ from titan_moe_lb.balancing.tensor_checks import check_tensors
 from titan_moe_lb.balancing.valid_tokens.model_input import register_token_mask
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 def register_load_balancing(
-    optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims
+    optimizers: OptimizersContainer, model_parts: list[nn.Module], groups: RankGroups
 ) -> None:
     """A ``ModelSpec.post_optimizer_build_fn``: the expert bias, and our records.
 
@@ -43,23 +42,22 @@ def register_load_balancing(
     update, whose counts are doubled by activation checkpointing and miss the layers of
     multi-token prediction; both would reduce the same counts.
     """
-    hook = wire_parts(model_parts, parallel_dims)
+    hook = wire_parts(model_parts, groups)
     announce([router.forced_routing for router in routers_of(model_parts)])
     if hook is None:
         return
     optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
-    ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard * parallel_dims.cp
 
     def go_on(part: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         # torchtitan's CheckpointManager passes all that it has loaded, also its Trainer.
         if TRAIN_STATE in state_dict:
             trained = state_dict[TRAIN_STATE].state_dict()
-            hook.go_on_from(trained["step"], trained["ntokens_seen"] * ranks)
+            hook.go_on_from(trained["step"], trained["ntokens_seen"] * groups.loss.size)
 
     model_parts[0].register_load_state_dict_pre_hook(go_on)
 
 
-def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> StepHook | None:
+def wire_parts(model_parts: list[nn.Module], groups: RankGroups) -> StepHook | None:
     """Wire the routers of this rank's pipeline stages to their loop. Once, before training.
 
     Returns:
@@ -70,21 +68,19 @@ def wire_parts(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> Ste
         keep_dtypes(layer)
     record = None
     if layers:
-        record = wire([layer.router for layer in layers], parallel_dims)  # type: ignore[misc]
+        record = wire([layer.router for layer in layers], groups)  # type: ignore[misc]
     for part in model_parts:
-        register_token_mask(part, routers_of([part]), parallel_dims)
+        register_token_mask(part, routers_of([part]), groups)
     if record is None:
         return None
-    if not parallel_dims.pp_enabled:  # what a stage receives may come from weights that learn
+    if groups.stages.size == 1:  # what a stage receives may come from weights that learn
         warn_without_effect(model_parts)
-    hook = StepHook(layers, record, parallel_dims)
+    hook = StepHook(layers, record, groups)
     PartHooks(model_parts[0], hook)
     return hook
 
 
-def wire(
-    routers: list[LoadBalancedRouter], parallel_dims: ParallelDims | None
-) -> StepRecord | None:
+def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | None:
     """Give the routers of a rank one record, and the process groups.
 
     Returns:
@@ -92,7 +88,7 @@ def wire(
     """
     config, loop = routers[0].config, routers[0].config.loop
     for router in routers:
-        router.wire(parallel_dims)
+        router.wire(groups)
     losses = routers[0].aux_losses
     by_micro_batch = (
         loop.track or loop.recorded_tokens is not None or config.forced_routing is not None
@@ -131,28 +127,18 @@ class StepHook:
         announced_rows: of the last closed step; 0 where it had none to announce.
     """
 
-    def __init__(
-        self, layers: list[MoE], record: StepRecord, parallel_dims: ParallelDims | None
-    ) -> None:
+    def __init__(self, layers: list[MoE], record: StepRecord, groups: RankGroups) -> None:
         """
         Args:
             record: of the routers of these layers, in this order.
-            parallel_dims: torchtitan's; None in a process without a mesh.
         """
         self._layers = layers
         self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
         self._record = record
         self._stacks = stacks_of(layers, record)
-        self._token_groups: list[dist.ProcessGroup] = []
-        self._token_replicas = 1
-        self._batch_group: dist.ProcessGroup | None = None
+        self._groups = groups
         # A pipeline finds out shapes by a forward that nobody announces.
-        self._counts_rows = parallel_dims is None or not parallel_dims.pp_enabled
-        if parallel_dims is not None:
-            if parallel_dims.dp_enabled:
-                self._batch_group = parallel_dims.get_mesh("batch").get_group()
-            self._token_groups = layout.token_groups(parallel_dims)
-            self._token_replicas = layout.token_replicas(parallel_dims)
+        self._counts_rows = groups.stages.size == 1
         self._loop = self._routers[0].config.loop
         self.finished_steps = self._loop.finished_steps
         per_step = self._loop.tokens_per_step
@@ -189,7 +175,7 @@ class StepHook:
         weights = [
             loss.weight_at(self.finished_steps + 1, self.tokens.total)
             * (loss_scale * self._loop.gradient_divisor)
-            / (num_rows * self._token_replicas)
+            / (num_rows * self._groups.token_replicas)
             for loss in self._routers[0].aux_losses.values()
         ]
         # A copy to the device where they change.
@@ -284,12 +270,12 @@ class StepHook:
         """The optimizer is about to step. Collective over the token groups."""
         self._begin_step_if_alike()
         self._closed_rows, self.announced_rows = self._record.rows, self._global_rows or 0
-        if self._batch_group is None:
+        if self._groups.batch.group is None:
             self.check_announced_rows()
         with torch.no_grad():
             self._record.finish_step(self._global_rows or 1)
             if any(router.needs_step_counts for router in self._routers) or self.tokens.counted:
-                self._record.reduce(self._token_groups)
+                self._record.reduce(self._groups.tokens)
                 self._record.forget_histogram()
             for stack in self._stacks:
                 stack.move_bias(self.finished_steps + 1, self.tokens.total)
@@ -313,9 +299,9 @@ class StepHook:
         if not (self._counts_rows and self._loop.varying and self.announced_rows):
             return
         rows = self._closed_rows
-        if self._batch_group is not None:
+        if self._groups.batch.group is not None:
             total = torch.tensor([rows], device=self._record.counts_NMSE.device)
-            dist.all_reduce(total, group=self._batch_group)
+            dist.all_reduce(total, group=self._groups.batch.group)
             rows = int(total)
         if rows not in (0, self.announced_rows) and len(self._routers[0].aux_losses):
             raise JobError(

@@ -20,7 +20,7 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, rou
 from titan_moe_lb.balancing.step_hook import StepHook, wire_parts
 from titan_moe_lb.balancing.tensor_checks import not_finite
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
 from titan_moe_lb.rules.routers import check_alike, check_router
@@ -89,22 +89,22 @@ def attach(
         )
     cpu.prepare()
     parts = [model] if isinstance(model, nn.Module) else list(model)
-    dims = _every_process_alone() if parallel_dims is None else parallel_dims
+    groups = RankGroups.each_alone() if parallel_dims is None else RankGroups.of(parallel_dims)
     routers = routers_of(parts)
-    _check(parts, routers, dims)
+    _check(parts, routers, groups)
     loop = TrainingLoop(
         num_micro_batches=max_micro_batches,
         varying=True,
         global_batch_size=rows_per_step,
         padded=padded,
         context_parallel_load_balancer=context_parallel_load_balancer,
-        gradient_divisor=dims.dp_replicate * dims.dp_shard * dims.cp if gradients == "mean" else 1,
+        gradient_divisor=groups.loss.size if gradients == "mean" else 1,
         finished_steps=finished_steps,
         seen_tokens=seen_tokens,
     )
     for router in routers:
         router.config.loop = loop
-    balance = Balance(parts, wire_parts(parts, dims), dims, finished_steps)
+    balance = Balance(parts, wire_parts(parts, groups), groups, finished_steps)
     for part in parts:
         _keep_records_apart(part)
     if optimizer is not None:
@@ -119,7 +119,7 @@ class Balance:
         self,
         model_parts: list[nn.Module],
         hook: StepHook | None,
-        parallel_dims: ParallelDims,
+        groups: RankGroups,
         finished_steps: int,
     ) -> None:
         """
@@ -127,7 +127,7 @@ class Balance:
             hook: of the MoE layers; None on a pipeline stage without any.
         """
         self.model_parts = model_parts
-        self.parallel_dims = parallel_dims
+        self.groups = groups
         self._hook = hook
         self._first_step = finished_steps
         self._closed_steps = 0
@@ -195,7 +195,7 @@ class Balance:
         self._compare_ranks()
         if self._hook is not None:
             self._hook.check_announced_rows()
-        return reduce_step(moe_layers_of(self.model_parts), self.parallel_dims)
+        return reduce_step(moe_layers_of(self.model_parts), self.groups)
 
     def _compare_ranks(self) -> None:
         """Find out on every rank what is wrong on any, so that all raise and none waits for another
@@ -212,7 +212,7 @@ class Balance:
             ],
             device=utils.device_type,
         )
-        for group in layout.loop_groups(self.parallel_dims):
+        for group in self.groups.loop:
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         closed, fewest, rows, fewest_rows, layer = most.tolist()
         if not closed:
@@ -281,19 +281,13 @@ def _require_at_least(least: int, where: str, given: Any) -> None:
         raise JobError(f"{where} is {given!r}; it must be a whole number of at least {least}")
 
 
-def _every_process_alone() -> ParallelDims:
-    """Each process holds the whole model and rows of its own."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return ParallelDims(dp_replicate=ranks, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=ranks)
-
-
-def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: ParallelDims) -> None:
+def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], groups: RankGroups) -> None:
     if any(router.record is not None for router in routers):
         raise JobError(
             "the model has its training loop already: attach() it once, and not to a model that "
             "torchtitan's Trainer trains; copy a model before attach()"
         )
-    if not routers and not dims.pp_enabled:
+    if not routers and groups.stages.size == 1:
         modules = [module for part in parts for module in part.modules()]
         if any(isinstance(module, MoE) for module in modules):
             raise JobError(
@@ -315,6 +309,6 @@ def _check(parts: list[nn.Module], routers: list[LoadBalancedRouter], dims: Para
                 )
             if isinstance(module, LoadBalancedRouter):
                 check_router(layer_name(name), module.config)
-                if dims.pp_enabled:
+                if groups.stages.size > 1:
                     refuse_in_parts(module.config, "pipeline parallelism")
     check_alike([(f"layer {router.layer}", router.config) for router in routers])

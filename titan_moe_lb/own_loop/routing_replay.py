@@ -36,7 +36,6 @@ from titan_moe_lb.own_loop.routing_memory import (
     RoutingMemory,
     places_of_samples,
 )
-from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.parallel.local_shard import local_shard
 
 
@@ -70,7 +69,7 @@ class RoutingReplay:
                 "forget() its samples"
             )
         self._balance = balance
-        self._dims = balance.parallel_dims
+        self._groups = balance.groups
         self._mode: Literal["record", "replay"] | None = None
         self._parts = [_Part(part) for part in balance.model_parts if routers_of([part])]
         self._layers = self._layers_of_the_model()
@@ -146,7 +145,7 @@ class RoutingReplay:
     def exchange(self) -> None:
         """Give every rank what the others have recorded of its layers; of a sample that several
         ranks have, the newest recording. Collective over the ranks that route other tokens."""
-        for group in layout.token_groups(self._dims):
+        for group in self._groups.tokens:
             ranks: list[Any] = [None] * dist.get_world_size(group)
             mine = [(part.memory.recordings, part.memory.experts) for part in self._parts]
             dist.all_gather_object(ranks, (self._recordings, mine), group=group)
@@ -181,7 +180,7 @@ class RoutingReplay:
         most_1 = torch.tensor([self._most_steps_off_policy], device=device)
         self._tokens = self._steps_off_policy = self._most_steps_off_policy = 0
         self._own_choices = self._choices = 0
-        for group in self._groups:
+        for group in self._groups.loop:
             dist.all_reduce(sums_6, group=group)
             dist.all_reduce(most_1, op=dist.ReduceOp.MAX, group=group)
         changed, taken, tokens, steps, choices, own_choices = sums_6.tolist()
@@ -195,13 +194,6 @@ class RoutingReplay:
         }
 
     @property
-    def _groups(self) -> list[dist.ProcessGroup]:
-        groups = layout.token_groups(self._dims)
-        if self._dims.pp_enabled:
-            groups.append(self._dims.get_mesh("pp").get_group())
-        return groups
-
-    @property
     def _now(self) -> int:
         return self._balance.finished_steps
 
@@ -213,8 +205,8 @@ class RoutingReplay:
         """The numbers of all MoE layers. Collective over the stages of a pipeline."""
         mine = [router.layer for part in self._parts for router in part.routers]
         stages: list[Any] = [mine]
-        if self._dims.pp_enabled:
-            group = self._dims.get_mesh("pp").get_group()
+        group = self._groups.stages.group
+        if group is not None:
             stages = [None] * dist.get_world_size(group)
             dist.all_gather_object(stages, mine, group=group)
         return sorted({layer for layers in stages for layer in layers})
@@ -245,7 +237,7 @@ class RoutingReplay:
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
         shape = tuple(local_shard(given).shape)
         # Token ids; the activations between two stages have one more dimension.
-        length = shape[1] * self._dims.cp if len(shape) == 2 else None
+        length = shape[1] * self._groups.context.size if len(shape) == 2 else None
         whole = samples_and_positions(samples, positions, rows=shape[0], length=length)
         part.samples_BL, part.positions_BL = (rows_BS[:, self._held(rows_BS)] for rows_BS in whole)
         if self._mode == "record":
@@ -266,9 +258,8 @@ class RoutingReplay:
 
     def _held(self, rows_BS: np.ndarray) -> np.ndarray:
         """Indices of the tokens of whole rows that the routers of this rank see."""
-        slices = batch_cut.token_slices(
+        slices = self._groups.token_slices(
             rows_BS.shape[1],
-            self._dims,
             self._parts[0].routers[0].config.loop.context_parallel_load_balancer,
         )
         return np.concatenate([np.arange(start, start + length) for start, length in slices])

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchtitan.distributed import ParallelDims
-
 from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,48 +61,11 @@ def cut(config) -> Cut:
     )
 
 
-def first_sequences(cut: Cut, parallel_dims: ParallelDims) -> list[int]:
+def first_sequences(cut: Cut, groups: RankGroups) -> list[int]:
     """Number of the first sequence of each of this rank's micro-batches, in order."""
-    ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
-    rank = parallel_dims.get_mesh("batch").get_local_rank() if ranks > 1 else 0
+    rank, ranks, _group = groups.batch
     return [
         (step * ranks + rank) * cut.local_batch_size + first
         for step in range(cut.accumulation_steps)
         for first in range(0, cut.local_batch_size, cut.micro_batch_size)
     ]
-
-
-def token_slices(
-    length: int, parallel_dims: ParallelDims, load_balancer: str | None
-) -> list[tuple[int, int]]:
-    """(start, length) in a row of ``length`` tokens of those that a router of this rank sees.
-
-    Context parallelism's "headtail" balancer gives rank r of n the r-th slice of 2 n and
-    the r-th last; tensor parallelism then splits what a rank has.
-    """
-    pieces = [(0, length)]
-    if parallel_dims.cp > 1:
-        rank = parallel_dims.get_mesh("cp").get_local_rank()
-        if load_balancer == "headtail":
-            length = length // (2 * parallel_dims.cp)
-            pieces = [(rank * length, length), ((2 * parallel_dims.cp - 1 - rank) * length, length)]
-        else:
-            length = length // parallel_dims.cp
-            pieces = [(rank * length, length)]
-    if parallel_dims.ep_enabled and parallel_dims.tp > 1:
-        rank = parallel_dims.get_mesh("tp").get_local_rank()
-        pieces = _part(pieces, rank, parallel_dims.tp)
-    return pieces
-
-
-def _part(pieces: list[tuple[int, int]], rank: int, num_ranks: int) -> list[tuple[int, int]]:
-    """The rank-th of equal parts of the positions, in their order."""
-    share = sum(length for _start, length in pieces) // num_ranks
-    skip, part = rank * share, []
-    for start, length in pieces:
-        taken = max(0, min(length - skip, share))
-        if taken > 0:
-            part.append((start + max(skip, 0), taken))
-            share -= taken
-        skip = max(skip - length, 0)
-    return part

@@ -64,55 +64,6 @@ def resolve(parallelism: ParallelismConfig, num_processes: int | None = None) ->
     return dims
 
 
-def token_axes(dims: ParallelDims) -> list[str]:
-    """Mesh axes whose ranks route different tokens: DP and CP, and TP when EP is on."""
-    axes = ["loss"] if dims.dp_cp_enabled else []
-    if dims.ep_enabled and dims.tp_enabled:
-        axes.append("tp")
-    return axes
-
-
-def sequence_axes(dims: ParallelDims) -> list[str]:
-    """Mesh axes over which a router sees the tokens of one row split. With EP, torchtitan shards
-    them over TP ranks before the gate; without, every TP rank routes the same tokens."""
-    axes = ["cp"] if dims.cp_enabled else []
-    if dims.ep_enabled and dims.tp_enabled:
-        axes.append("tp")
-    return axes
-
-
-def token_replicas(dims: ParallelDims) -> int:
-    """Ranks that route the same tokens and whose gradients are summed: under TP without EP,
-    where spmd_types keeps plain tensors, whose gradient on a replicated axis is a partial
-    sum. A DTensor's gradient is whole on every rank."""
-    return dims.tp if dims.spmd_backend == "spmd_types" and not dims.ep_enabled else 1
-
-
-def token_place(dims: ParallelDims) -> tuple[int, int]:
-    """Number of this rank among those that route different tokens, and how many those are.
-
-    The ranks of an EP group follow one another.
-    """
-    place, num_places = 0, 1
-    for axis in token_axes(dims):
-        mesh = dims.get_mesh(axis)
-        place = place * mesh.size() + mesh.get_local_rank()
-        num_places *= mesh.size()
-    return place, num_places
-
-
-def token_groups(dims: ParallelDims) -> list[dist.ProcessGroup]:
-    """The process groups of this rank over :func:`token_axes`."""
-    return [dims.get_mesh(axis).get_group() for axis in token_axes(dims)]
-
-
-def loop_groups(dims: ParallelDims) -> list[dist.ProcessGroup]:
-    """The process groups over which the ranks of a loop put their numbers together: those that
-    route different tokens, and the stages of a pipeline."""
-    stages = [dims.get_mesh("pp").get_group()] if dims.pp_enabled else []
-    return [*token_groups(dims), *stages]
-
-
 def metrics_rank(dims: ParallelDims, schedule: str) -> int:
     """The global rank that sees the loss: the first of the last pipeline stage.
 

@@ -13,8 +13,8 @@ from torchtitan.components.validate import Validator
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
-from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 from titan_moe_lb.telemetry.reduction import reduce_counts
 from titan_moe_lb.traces.balance_statistics import mark_absent
@@ -66,18 +66,18 @@ class DomainValidator(Validator):
 
     def _counts(self, routers: list[LoadBalancedRouter]) -> np.ndarray:
         """Of the domain, over all ranks and stages ``(M, E)``."""
-        counts_NE = None
+        counts_NE, groups = None, RankGroups.of(self.parallel_dims)
         if routers:
             stacked = torch.nn.utils.rnn.pad_sequence(
                 [router.held_out_counts_E for router in routers],  # type: ignore[misc]
                 batch_first=True,
             )
-            for group in layout.token_groups(self.parallel_dims):
+            for group in groups.tokens:
                 dist.all_reduce(stacked, group=group)
             num_experts_N = np.array([router.num_experts for router in routers])
             counts_NE = mark_absent(stacked.cpu().numpy(), num_experts_N)
         numbers = [router.layer for router in routers]
-        return reduce_counts(numbers, counts_NE, self.parallel_dims)
+        return reduce_counts(numbers, counts_NE, groups)
 
 
 class _Caught:

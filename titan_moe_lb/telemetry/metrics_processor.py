@@ -16,6 +16,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.step_metrics import console_line, domain_metrics, step_metrics
 from titan_moe_lb.traces.domain_trace import DomainLoad, DomainTraceWriter
@@ -72,6 +73,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             pp_schedule=pp_schedule,
             **kwargs,
         )
+        self._groups = RankGroups.of(parallel_dims)
         self._trace: TraceWriter | None = None
         self._domains: DomainTraceWriter | None = None
         self._routing: RoutingTraceWriter | None = None
@@ -109,7 +111,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         figures = () if self.config.run_info is None else self.config.run_info.figures
         metrics: dict[str, float] = {}
         if self.config.track_moe_metrics:
-            load = reduce_step(moe_layers_of(self.model_parts), self.parallel_dims)
+            load = reduce_step(moe_layers_of(self.model_parts), self._groups)
             metrics = step_metrics(
                 load,
                 figures,
@@ -169,11 +171,9 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
     def _record_routing(self, step: int, routers: list[LoadBalancedRouter]) -> None:
         assert self._routing is not None and self.config.cut is not None
-        sequences = batch_cut.first_sequences(self.config.cut, self.parallel_dims)
+        sequences = batch_cut.first_sequences(self.config.cut, self._groups)
         cut = self.config.cut
-        slices = batch_cut.token_slices(
-            cut.seq_len, self.parallel_dims, cut.context_parallel_load_balancer
-        )
+        slices = self._groups.token_slices(cut.seq_len, cut.context_parallel_load_balancer)
         for router in routers:
             record = router.record
             assert record is not None and record.expert_ids_MBLK is not None

@@ -13,11 +13,11 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchtitan.distributed import ParallelDims
 
 from titan_moe_lb.balancing.recording.step_record import StepRecord
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action, actions_of
 from titan_moe_lb.telemetry import overload
 from titan_moe_lb.traces.balance_statistics import mark_absent, num_existing
@@ -73,7 +73,7 @@ class RankStep:
 def read(
     routers: list[LoadBalancedRouter],
     record: StepRecord,
-    parallel_dims: ParallelDims,
+    groups: RankGroups,
     biases: list[torch.Tensor | None],
 ) -> RankStep:
     """Of the last finished step. Collective over the EP group; waits for the device.
@@ -84,11 +84,9 @@ def read(
     ran = record.step_micro_batches
     # A step without a forward has one micro-batch, of no token.
     num_ran = None if ran is None else max(1, int(ran))
-    counts, ep_rank = record.step_counts_NMSE[:, :num_ran, 0].clone(), 0
-    if parallel_dims.ep_enabled:
-        mesh = parallel_dims.get_mesh("ep")
-        ep_rank = mesh.get_local_rank()
-        dist.all_reduce(counts, group=mesh.get_group())
+    counts = record.step_counts_NMSE[:, :num_ran, 0].clone()
+    if groups.experts.size > 1:
+        dist.all_reduce(counts, group=groups.experts.group)
     assert record.sums is not None
     losses, padded = routers[0].aux_losses, routers[0].config.loop.padded
     sums_NSE = record.sums.counts_NSE
@@ -107,8 +105,8 @@ def read(
         gradient_squares_N2=None if squares is None else squares.detach().cpu().numpy(),
         stages=tuple(router.stage for router in routers),
         actions=routers[0].actions or actions_of(None)[0],
-        ep_degree=parallel_dims.ep,
-        ep_rank=ep_rank,
+        ep_degree=groups.experts.size,
+        ep_rank=groups.experts.rank,
     )
 
 

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools.utils import device_type
 
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry import rank_step
 from titan_moe_lb.telemetry.metric import Metric, Reduction
 from titan_moe_lb.traces.balance_statistics import ABSENT
 from titan_moe_lb.traces.step_load import StepLoad
 
 
-def reduce_step(layers: list[MoE], parallel_dims: ParallelDims) -> StepLoad:
+def reduce_step(layers: list[MoE], groups: RankGroups) -> StepLoad:
     """The load of the last finished step. Collective: call on every rank.
 
     The number of collectives does not depend on the number of layers: one over the EP
@@ -32,12 +31,12 @@ def reduce_step(layers: list[MoE], parallel_dims: ParallelDims) -> StepLoad:
     Args:
         layers: the balanced MoE layers of this rank.
     """
-    table = _Table.of_stage(layers, parallel_dims) if layers else None
-    return _over_stages(table, parallel_dims)
+    table = _Table.of_stage(layers, groups) if layers else None
+    return _over_stages(table, groups)
 
 
 def reduce_counts(
-    layers: list[int], counts_NE: np.ndarray | None, parallel_dims: ParallelDims
+    layers: list[int], counts_NE: np.ndarray | None, groups: RankGroups
 ) -> np.ndarray:
     """Counts alone, of other tokens than a step's. Collective over the stages.
 
@@ -51,7 +50,7 @@ def reduce_counts(
     table = None
     if counts_NE is not None:
         table = _Table(layers, counts_NE, np.zeros_like(counts_NE), {})
-    return _over_stages(table, parallel_dims).counts_ME
+    return _over_stages(table, groups).counts_ME
 
 
 @dataclass
@@ -64,18 +63,19 @@ class _Table:
     values: dict[str, np.ndarray]
 
     @classmethod
-    def of_stage(cls, layers: list[MoE], parallel_dims: ParallelDims) -> _Table:
+    def of_stage(cls, layers: list[MoE], groups: RankGroups) -> _Table:
         """Over the ranks that route the tokens of this stage. Waits for the device."""
         routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
         record = routers[0].step_record
         assert record is not None
-        groups = layout.token_groups(parallel_dims)
-        sums = record.reduce(groups)
+        sums = record.reduce(groups.tokens)
         biases = [layer.expert_bias_E for layer in layers]
-        step = rank_step.read(routers, record, parallel_dims, biases)
+        step = rank_step.read(routers, record, groups, biases)
         measured = {name: kind().measure(step) for name, kind in Metric.kinds.items()}
         values, micro_batch_NE = _over_ranks(
-            {k: v for k, v in measured.items() if v is not None}, step.counts_NME[:, 0], groups
+            {k: v for k, v in measured.items() if v is not None},
+            step.counts_NME[:, 0],
+            groups.tokens,
         )
         losses_NA = sums.losses_NA.cpu().numpy()
         for index, loss in enumerate(routers[0].aux_losses.values()):
@@ -122,7 +122,7 @@ def _over_ranks(
     return reduced, micro_batch_NE
 
 
-def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
+def _over_stages(table: _Table | None, groups: RankGroups) -> StepLoad:
     """Put the layers of all stages together: every stage fills its own rows of one table.
 
     The table is summed, so that a row is exactly what its stage wrote.
@@ -130,11 +130,10 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
     names = sorted({*Metric.kinds, *(loss.metric_name for loss in AuxLoss.kinds.values())})
     num_rows = max(table.layers) + 1 if table else 0
     num_experts = table.counts_NE.shape[1] if table else 0
-    if parallel_dims.pp_enabled:
+    if groups.stages.size > 1:
         # A stage without MoE layers learns here how large the table is.
         shape = torch.tensor([num_rows, num_experts], device=device_type)
-        group = parallel_dims.get_mesh("pp").get_group()
-        dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=groups.stages.group)
         num_rows, num_experts = shape.tolist()
     # Columns: the layer is there, both counts, and for each name a flag and a value.
     first = 1 + 2 * num_experts
@@ -151,9 +150,9 @@ def _over_stages(table: _Table | None, parallel_dims: ParallelDims) -> StepLoad:
             column = first + 2 * names.index(name)
             rows[table.layers, column] = 1.0
             rows[table.layers, column + 1] = values_N
-    if parallel_dims.pp_enabled:
+    if groups.stages.size > 1:
         whole = _on_device(rows)
-        dist.all_reduce(whole, group=group)
+        dist.all_reduce(whole, group=groups.stages.group)
         rows = whole.cpu().numpy()
     present = np.flatnonzero(rows[:, 0])
     rows = rows[present]

@@ -30,6 +30,7 @@ from titan_moe_lb.checkpoints import checked_loading
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.telemetry import metrics_processor
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -151,7 +152,7 @@ class BuildHooks:
                 f"metrics is a {self.other_metrics}, which logs no load of the experts and writes "
                 "no trace: derive it from titan_moe_lb.LoadBalanceMetricsProcessor"
             )
-        register_load_balancing(optimizers, model_parts, parallel_dims)
+        register_load_balancing(optimizers, model_parts, RankGroups.of(parallel_dims))
         remember_once_loaded(model_parts)
         if self.reset is not None:
             self.reset.register(model_parts)

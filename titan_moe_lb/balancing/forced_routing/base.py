@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.errors import JobError
-
-if TYPE_CHECKING:
-    from torchtitan.distributed import ParallelDims
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 class ForcedRouting(Component):
@@ -56,11 +54,10 @@ class ForcedRouting(Component):
         self.num_experts = config.num_experts
         self.top_k = config.top_k
 
-    def wire(self, parallel_dims: ParallelDims, layer: int) -> None:
-        """Take this rank's place in the job. Once, when the model is built.
+    def wire(self, groups: RankGroups, layer: int) -> None:
+        """Read this rank's place in the job. Once, when the model is built.
 
         Args:
-            parallel_dims: torchtitan's ``ParallelDims``.
             layer: number of the router's layer in the whole model.
         """
 

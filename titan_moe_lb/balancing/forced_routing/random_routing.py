@@ -8,7 +8,6 @@ import torch
 
 from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
 from titan_moe_lb.balancing.forced_routing.functional import hash_seed
-from titan_moe_lb.parallel import layout
 
 
 class RandomRouting(ForcedRouting):
@@ -40,10 +39,9 @@ class RandomRouting(ForcedRouting):
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self._register(buffer_device or self.own_seed.device)
 
-    def wire(self, parallel_dims, layer: int) -> None:
-        place, _num_places = layout.token_place(parallel_dims)
+    def wire(self, groups, layer: int) -> None:
         self.shared_seed.fill_(hash_seed(self.config.seed, layer))
-        self.own_seed.fill_(hash_seed(self.config.seed, layer, place + 1))
+        self.own_seed.fill_(hash_seed(self.config.seed, layer, groups.token_ranks.rank + 1))
 
     def logits(self, shape: tuple[int, ...], forward_number: torch.Tensor) -> torch.Tensor:
         """Random logits of the local tokens.

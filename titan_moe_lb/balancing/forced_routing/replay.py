@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
-from titan_moe_lb.parallel.batch_cut import Cut, first_sequences, token_slices
+from titan_moe_lb.parallel.batch_cut import Cut, first_sequences
 from titan_moe_lb.parallel.batch_cut import cut as cut_of
 from titan_moe_lb.traces.routing_trace import open_routing_trace
 
@@ -53,22 +53,22 @@ class Replay(ForcedRouting):
         device = buffer_device or self.expert_ids_NBLK.device
         self.expert_ids_NBLK = torch.zeros(0, device=device)
 
-    def wire(self, parallel_dims, layer: int) -> None:
+    def wire(self, groups, layer: int) -> None:
         trace = open_routing_trace(self.config.trace)
         cut = self.config.batch_cut
         assert cut is not None
         positions = np.concatenate(
             [
                 np.arange(start, start + length)
-                for start, length in token_slices(
-                    cut.seq_len, parallel_dims, cut.context_parallel_load_balancer
+                for start, length in groups.token_slices(
+                    cut.seq_len, cut.context_parallel_load_balancer
                 )
             ]
         )
         parts = [
             trace.expert_ids(step, layer, range(first, first + cut.micro_batch_size))[:, positions]
             for step in (self.config.steps or trace.steps)
-            for first in first_sequences(cut, parallel_dims)
+            for first in first_sequences(cut, groups)
         ]
         ids_NBLK = np.stack(parts).astype(np.uint8 if self.num_experts <= 256 else np.int32)
         self.expert_ids_NBLK = torch.from_numpy(ids_NBLK).to(self.expert_ids_NBLK.device)

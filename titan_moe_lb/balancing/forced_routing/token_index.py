@@ -9,7 +9,7 @@ import torch
 
 from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
 from titan_moe_lb.balancing.forced_routing.functional import even_order
-from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel import batch_cut
 
 
 class TokenIndexRouting(ForcedRouting):
@@ -69,9 +69,9 @@ class TokenIndexRouting(ForcedRouting):
         device = next((buffer.device for buffer in self.buffers(recurse=False)), None)
         self._register(buffer_device or device)
 
-    def wire(self, parallel_dims, layer: int) -> None:
-        self._place, self._num_places = layout.token_place(parallel_dims)
-        self._num_groups = self._num_places // parallel_dims.ep
+    def wire(self, groups, layer: int) -> None:
+        self._place, self._num_places, _group = groups.token_ranks
+        self._num_groups = self._num_places // groups.experts.size
 
     def deal(self, tokens_T: torch.Tensor, total_tokens: int, step: torch.Tensor) -> torch.Tensor:
         """The experts of some tokens.

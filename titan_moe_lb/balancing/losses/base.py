@@ -13,6 +13,7 @@ from titan_moe_lb.balancing.component import Component, require_formula
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import Sequences
 from titan_moe_lb.balancing.value_schedule import Change, check_changes, value_at
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 class AuxLoss(Component):
@@ -104,8 +105,8 @@ class AuxLoss(Component):
         """Whether the loss takes the counts of every finished step, over all ranks."""
         return False
 
-    def wire_meshes(self, parallel_dims) -> None:
-        """Take the process groups that the loss communicates over, if any."""
+    def wire(self, groups: RankGroups) -> None:
+        """Take the process groups, for a loss that communicates. Once, before training."""
 
     @classmethod
     def finish_step(cls, losses: Sequence[AuxLoss], counts_NE: torch.Tensor | None) -> None:

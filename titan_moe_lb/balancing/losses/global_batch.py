@@ -15,6 +15,7 @@ from torchtitan.protocols.sharding import ShardingConfig
 from titan_moe_lb.balancing.losses.base import SumsLoss
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 class GlobalBatchAuxLoss(SumsLoss):
@@ -58,7 +59,7 @@ class GlobalBatchAuxLoss(SumsLoss):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.running = config.counts == "running"
-        self._data_parallel_group = None
+        self._groups = RankGroups()
         self._register(device=None)
 
     counts_E: torch.Tensor
@@ -74,9 +75,8 @@ class GlobalBatchAuxLoss(SumsLoss):
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self._register(buffer_device or next(self.buffers()).device)
 
-    def wire_meshes(self, parallel_dims) -> None:
-        if self.running and parallel_dims is not None and parallel_dims.dp_enabled:
-            self._data_parallel_group = parallel_dims.get_mesh("batch").get_group()
+    def wire(self, groups) -> None:
+        self._groups = groups
 
     @property
     def needs_counts(self) -> bool:
@@ -101,8 +101,8 @@ class GlobalBatchAuxLoss(SumsLoss):
         if not is_recomputation():
             assert counts_BE is not None
             batch_E = counts_BE.sum(dim=0)
-            if self._data_parallel_group is not None:
-                batch_E = funcol.all_reduce(batch_E, "sum", self._data_parallel_group)
+            if self._groups.batch.group is not None:
+                batch_E = funcol.all_reduce(batch_E, "sum", self._groups.batch.group)
             self.counts_E.add_(batch_E)
         return _relative_load(self.counts_E, 1.0)
 

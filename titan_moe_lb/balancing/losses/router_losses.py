@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import spmd_types as spmd
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb.balancing.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
@@ -19,8 +16,8 @@ from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.balancing.recording.step_record import RouterRecord
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, Sequences
 from titan_moe_lb.functional import at_least_float32, probability_sums
-from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 class RouterLosses(ModuleDict):
@@ -52,19 +49,15 @@ class RouterLosses(ModuleDict):
         self._needs_whole_sums = not all(loss.linear for loss in of_sums)
         self._needs_whole_counts = any(loss.needs_counts for loss in of_sums)
 
-    def wire(self, parallel_dims: ParallelDims | None, *, padded: bool) -> None:
+    def wire(self, groups: RankGroups, *, padded: bool) -> None:
         """Take the process groups, and find out what has to be counted. Once, before training.
 
         Args:
             padded: batches say which tokens are valid.
         """
-        self._sequence_groups = []
-        if parallel_dims is not None:
-            axes = layout.sequence_axes(parallel_dims)
-            self._sequence_groups = [parallel_dims.get_mesh(axis).get_group() for axis in axes]
-        self._sequence_shards = math.prod(map(dist.get_world_size, self._sequence_groups))
+        self._groups = groups
         for loss in self.values():
-            loss.wire_meshes(parallel_dims)
+            loss.wire(groups)
         self._padded = padded
         of_sums = [loss for _index, loss in self._of_sums]
         at_step_end = [self._source(loss) for loss in of_sums if loss.needs_step_counts]
@@ -104,7 +97,7 @@ class RouterLosses(ModuleDict):
                 per_token_BL, saved = loss.per_token_and_saved(at_least_float32(local_BLE))
                 share: float | torch.Tensor
                 if tokens is None:
-                    length = local_BLE.shape[1] * self._sequence_shards
+                    length = local_BLE.shape[1] * self._groups.sequence_shards
                     share = 1 / length
                     total, scale = per_token_BL.sum(), share
                 else:
@@ -175,7 +168,7 @@ class RouterLosses(ModuleDict):
                     record.add_dot(index, coefficients_BE, sums_BE)
                 else:
                     value = loss.value(sums_BE, counts_BE, sequences)
-                    record.losses_A[index].add_(value, alpha=1 / self._sequence_shards)
+                    record.losses_A[index].add_(value, alpha=1 / self._groups.sequence_shards)
             if documents:  # (B, D, E), or broadcasting to it
                 shape = (num_rows, -1) if of_documents else (-1, 1)
                 coefficients_BE = coefficients_BE.unflatten(0, shape)
@@ -192,7 +185,7 @@ class RouterLosses(ModuleDict):
         self, loss: SumsLoss, local_length: int, tokens: BatchTokens | None
     ) -> Sequences:
         if tokens is None:
-            return Sequences(local_length * self._sequence_shards, 1.0)
+            return Sequences(local_length * self._groups.sequence_shards, 1.0)
         if loss.config.documents is not None and tokens.documents is not None:
             return tokens.documents
         return tokens.rows
@@ -201,13 +194,13 @@ class RouterLosses(ModuleDict):
         return table_QE.unflatten(0, (-1, self.num_documents)).sum(dim=1)
 
     def _whole_counts(self, counts_by_source: list[torch.Tensor]) -> list[torch.Tensor]:
-        if not self._sequence_groups:
+        if not self._groups.sequence:
             return counts_by_source
         return list(self._whole_sequences(torch.stack(counts_by_source)).unbind())
 
     def _whole_sequences(self, table: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold parts of the same sequences."""
-        for group in self._sequence_groups:
+        for group in self._groups.sequence:
             table = funcol.all_reduce(table, "sum", group)
         return table
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchtitan.distributed import ParallelDims
 
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, batch_tokens
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.rank_groups import RankGroups
 
 VALID_TOKENS = "valid_tokens"
 """Argument of a model's forward and key of a data loader's batch: bool, whole rows."""
@@ -21,9 +20,7 @@ DOCUMENT_IDS = "document_ids"
 """The same, int64: number of each token's document in its row, from 0."""
 
 
-def register_token_mask(
-    part: nn.Module, routers: Sequence[Any], parallel_dims: ParallelDims
-) -> None:
+def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGroups) -> None:
     """Before every forward of the part, tell its routers which tokens are valid.
 
     torchtitan gives what a data loader adds to ``input`` to every stage of a pipeline, as
@@ -47,7 +44,7 @@ def register_token_mask(
                 "a job's data loader"
             )
         if needed:
-            tokens = _read(routers, args[0], valid, documents, parallel_dims) if told else None
+            tokens = _read(routers, args[0], valid, documents, groups) if told else None
             for router in routers:
                 router.tokens = tokens
         return args, kwargs
@@ -60,14 +57,14 @@ def _read(
     model_input: torch.Tensor,
     valid: torch.Tensor | None,
     documents: torch.Tensor | None,
-    parallel_dims: ParallelDims,
+    groups: RankGroups,
 ) -> BatchTokens:
     given = documents if valid is None else valid
     assert given is not None
     length = given.shape[-1]
     model_input = local_shard(model_input)
     if model_input.ndim == 2:  # the tokens themselves: a first stage
-        length = model_input.shape[1] * parallel_dims.cp
+        length = model_input.shape[1] * groups.context.size
     shape = (model_input.shape[0], length)
     if valid is None:
         valid = torch.ones(shape, dtype=torch.bool, device=model_input.device)
@@ -79,8 +76,8 @@ def _read(
             _checked(VALID_TOKENS, valid, torch.bool, shape),
             documents if num_documents > 1 else None,
             max_documents=num_documents,
-            slices=batch_cut.token_slices(
-                length, parallel_dims, routers[0].config.loop.context_parallel_load_balancer
+            slices=groups.token_slices(
+                length, routers[0].config.loop.context_parallel_load_balancer
             ),
         )
 
