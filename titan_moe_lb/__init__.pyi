@@ -122,10 +122,10 @@ from .own_loop.transformers_backend import (
 from .run.train import (
     trainer_config as trainer_config,
 )
-from .telemetry.metric import (
+from .telemetry.metrics import (
     Metric as Metric,
 )
-from .telemetry.metric import (
+from .telemetry.metrics import (
     Reduction as Reduction,
 )
 from .telemetry.metrics_processor import (

@@ -25,7 +25,7 @@ from titan_moe_lb.balancing.losses import AuxLoss, SumsLoss
 from titan_moe_lb.commands.report.page import render
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config, model_help
-from titan_moe_lb.telemetry.metric import Metric
+from titan_moe_lb.telemetry.metrics import Metric
 from titan_moe_lb.traces.trace import read_trace
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.steps=2"]
@@ -168,7 +168,7 @@ def test_bias_rule_moves_the_bias_by_its_formula(ranks, tmp_path):
         ("bias_norm", np.linalg.norm(bias_SME, axis=-1)),
         ("bias_largest_step", np.abs(delta_SME).max(axis=-1)),
     ):
-        np.testing.assert_allclose(trace.figures[name], expected_SM, rtol=1e-5)
+        np.testing.assert_allclose(trace.layer_columns[name], expected_SM, rtol=1e-5)
     assert logged[1]["moe/bias_range"] == pytest.approx(np.ptp(bias_SME[1], axis=-1).mean())
 
 
@@ -196,8 +196,8 @@ def test_metric_is_measured_reduced_and_written(ranks, tmp_path):
     ]
     by_rank = ranks.run(4, train_with, "busiest_share", [*TINY, *flags])
     trace = read_trace(tmp_path)
-    share_SM = trace.figures["my_busiest_share"]
-    np.testing.assert_allclose(share_SM, trace.figures["max_overload_factor"] / 2)
+    share_SM = trace.layer_columns["my_busiest_share"]
+    np.testing.assert_allclose(share_SM, trace.layer_columns["max_overload_factor"] / 2)
     assert (share_SM > 0.5).all()
     assert all(
         logged[1]["moe/my_busiest_share"] == pytest.approx(share_SM[1].max()) for logged in by_rank

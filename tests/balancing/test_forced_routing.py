@@ -180,7 +180,7 @@ def test_round_robin_is_exact_on_four_ranks(ranks, tmp_path):
     trace, _ = run(ranks, 4, tmp_path, *force('type = "round_robin"'), *layout)
     assert trace.layers == LAYERS
     assert (trace.counts_SME == CHOICES // EXPERTS).all()
-    assert (trace.figures["max_overload_factor"] == 1).all() and (
+    assert (trace.layer_columns["max_overload_factor"] == 1).all() and (
         trace.step_columns["max_cum_overload_factor"] == 1
     ).all()
 
@@ -215,8 +215,8 @@ def test_hot_rank_overload_is_the_hand_computed_one(ranks, tmp_path, layout):
     assert (per_rank.sum(axis=-1) == CHOICES).all()
     assert (per_rank[..., hot] == fraction * CHOICES).all()
     expected = float(fraction * ep)
-    assert (trace.figures["avg_overload_factor"] == expected).all()
-    assert (trace.figures["max_overload_factor"] == expected).all()
+    assert (trace.layer_columns["avg_overload_factor"] == expected).all()
+    assert (trace.layer_columns["max_overload_factor"] == expected).all()
     assert (trace.step_columns["max_cum_overload_factor"] == expected).all()
     assert logged[0]["moe/max_cum_overload_factor"] == expected
 

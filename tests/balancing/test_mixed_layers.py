@@ -202,7 +202,7 @@ def require_own_rules(trace: Trace, biases: dict[int, list[float]]) -> None:
     """The biases are what torchtitan's rule makes of the trace at each layer's speed."""
     assert biases.keys() == {number for number, speed in SPEEDS.items() if speed is not None}
     for row, number in enumerate(trace.layers):
-        range_S = trace.figures["bias_range"][:, row]
+        range_S = trace.layer_columns["bias_range"][:, row]
         if SPEEDS[number] is None:
             assert np.isnan(range_S).all()
         else:
@@ -226,7 +226,7 @@ def test_each_layer_keeps_its_own_under_the_trainer(run):
         assert (trace.counts_SME[:, row, NUM_EXPERTS[number] :] == ABSENT).all()
         assert (counts_SE.sum(axis=1) == TOP_K[number] * tokens).all()
         violation_S = counts_SE.max(axis=1) / counts_SE.mean(axis=1) - 1
-        single_S = trace.figures["micro_batch_max_violation"][:, row]
+        single_S = trace.layer_columns["micro_batch_max_violation"][:, row]
         assert (single_S >= violation_S - 1e-9).all()
 
 
@@ -273,7 +273,7 @@ def test_diagnose_and_place_count_the_experts_that_are_there():
         steps=np.arange(8),
         counts_SME=np.stack([counts_ME] * 8),
         micro_batch_counts_SME=np.zeros((0, 2, 16)),
-        figures={},
+        layer_columns={},
         step_columns={},
         damage=(),
     )

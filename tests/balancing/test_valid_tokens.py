@@ -52,8 +52,8 @@ def test_padding_of_chats_is_known_on_every_layout(ranks, chats, layout):
     for step, (padding, tokens) in zip(logged, expected, strict=True):
         assert step["moe/padding_share"] == pytest.approx(padding / tokens, rel=1e-12)
         assert step["moe/seq_load_balancing_loss"] > 0
-    figures = {figure.name: figure for figure in read_trace(f"{chats}/run").info.figures}
-    assert figures["padding_share"].per == "step"
+    columns = {column.name: column for column in read_trace(f"{chats}/run").info.columns}
+    assert columns["padding_share"].per == "step"
 
 
 class Rows(BaseDataLoader):

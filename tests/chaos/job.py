@@ -158,8 +158,8 @@ def differences(folder: Path, peaceful: Path, lost: frozenset[int] = frozenset()
         wrong.append(trace.damage[0])
     if not np.array_equal(trace.counts_SME, whole.counts_SME[kept]):
         wrong.append("counts of the trace")
-    for name, values in (whole.figures | whole.step_columns).items():
-        others = (trace.figures | trace.step_columns)[name]
+    for name, values in (whole.layer_columns | whole.step_columns).items():
+        others = (trace.layer_columns | trace.step_columns)[name]
         if name not in _TIMED and not np.array_equal(others, values[kept], equal_nan=True):
             wrong.append(f"{name} of the trace")
     return wrong

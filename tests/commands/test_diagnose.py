@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.synthetic_trace import FIGURES, run_info
+from tests.support.synthetic_trace import COLUMNS, run_info
 from titan_moe_lb import cli
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.commands.diagnose import checks
@@ -18,12 +18,12 @@ from titan_moe_lb.commands.diagnose.balancing import OTHER_LOSSES
 from titan_moe_lb.commands.diagnose.command import diagnose
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
 from titan_moe_lb.commands.diagnose.window import Window
-from titan_moe_lb.traces import placement
+from titan_moe_lb.traces import expert_order
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
+from titan_moe_lb.traces.trace_columns import Column
 
 STEPS = 40
 GLOBAL = {"global_load_balancing_loss": 1e-3}
@@ -79,28 +79,28 @@ def info_of(model: str, **changes) -> RunInfo:
     of_bias = Column("bias_largest_step", summary="max")
     losses = tuple(Column(name, is_aux_loss=True) for name in info.losses)
     padding = Column("padding_share", per="step")
-    return dataclasses.replace(info, figures=(*losses, *FIGURES, of_bias, padding))
+    return dataclasses.replace(info, columns=(*losses, *COLUMNS, of_bias, padding))
 
 
-def write(folder: Path, info: RunInfo, share_SME, seed: int = 0, **figures) -> Path:
+def write(folder: Path, info: RunInfo, share_SME, seed: int = 0, **columns) -> Path:
     """The trace of a run whose experts get such shares, with the noise of chance.
 
     Args:
-        figures: names to values that replace the healthy ones, of a step where there are as many.
+        columns: names to values that replace the healthy ones, of a step where there are as many.
     """
     choices = info.global_batch_size * info.seq_len * info.top_k
     shares = share_SME / share_SME.sum(axis=-1, keepdims=True)
     counts_SME = np.random.default_rng(seed).multinomial(choices, shares)
     of_layers = {"bias_range": 0.05, "bias_largest_step": 1e-3, "micro_batch_max_violation": 0.4}
     of_step = {"loss": np.linspace(5, 4, STEPS), "padding_share": np.full(STEPS, 0.1)}
-    of_layers |= {name: value for name, value in figures.items() if name in of_layers}
-    of_step |= {name: np.broadcast_to(v, STEPS) for name, v in figures.items() if name in of_step}
+    of_layers |= {name: value for name, value in columns.items() if name in of_layers}
+    of_step |= {name: np.broadcast_to(v, STEPS) for name, v in columns.items() if name in of_step}
     writer = TraceWriter(folder, info)
     for step in range(len(share_SME)):
         load = StepLoad(
             layers=info.layers,
             counts_ME=counts_SME[step],
-            figures={name: np.full(len(info.layers), v) for name, v in of_layers.items()},
+            layer_columns={name: np.full(len(info.layers), v) for name, v in of_layers.items()},
             step_columns={name: float(value_S[step]) for name, value_S in of_step.items()},
         )
         writer.write(step + 1, load)
@@ -159,7 +159,7 @@ def bias(description: str, **losses: float) -> dict:
     return {"expert_bias": description, "losses": losses}
 
 
-# Model, changes of its run, shares, figures, the kind expected first (None: nothing is wrong),
+# Model, changes of its run, shares, columns, the kind expected first (None: nothing is wrong),
 # kinds that must not be listed.
 SYMPTOMS = ("too_weak", "collapse", "dead_experts", "hot_expert", "hot_rank", "first_layers")
 ROWS = {
@@ -358,9 +358,9 @@ ROWS = {
 
 
 def planted(folder: Path, name: str) -> Path:
-    model, changes, made, figures = ROWS[name][0]
+    model, changes, made, columns = ROWS[name][0]
     info = info_of(model, **changes)
-    return write(folder, info, made(info), **figures)
+    return write(folder, info, made(info), **columns)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -559,5 +559,5 @@ def test_a_run_that_is_too_short_says_so(tmp_path, capsys):
 def test_overload_of_the_best_order_by_hand():
     """4, 3, 2, 1 on two ranks of two: 4 + 1 and 3 + 2."""
     for load_E, expected in (([4.0, 3.0, 2.0, 1.0], 1), ([9.0, 1.0, 1.0, 1.0], 10 / 6)):
-        best = placement.greedy(np.array(load_E), 2)
-        assert placement.overload(np.array(load_E), best) == expected
+        best = expert_order.greedy(np.array(load_E), 2)
+        assert expert_order.overload(np.array(load_E), best) == expected

@@ -125,7 +125,7 @@ def test_the_trace_says_what_a_speed_is_judged_by(trained):
     assert trained("momentum at 0.3").info.score_func == "sigmoid"
     trace = trained("sign at 1e-6")
     assert trace.info.score_func == "softmax"
-    assert 0 < trace.figures["bias_range"].max() <= 48.1e-6
+    assert 0 < trace.layer_columns["bias_range"].max() <= 48.1e-6
     assert trace.info.expert_bias == "sign (speed 1e-06)"
     momentum = trained("momentum at 0.3").info.expert_bias
     assert momentum == "momentum (speed 0.3, scale 2.0, momentum 0.5)"

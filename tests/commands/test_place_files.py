@@ -22,7 +22,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.rules.meta_model import meta_state
-from titan_moe_lb.traces.placement import greedy, greedy_in_groups
+from titan_moe_lb.traces.expert_order import greedy, greedy_in_groups
 from titan_moe_lb.traces.trace import read_trace
 
 E = 8

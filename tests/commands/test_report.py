@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.synthetic_trace import FIGURES, LOSS, rewritten, run_info, step_loads, write_run
+from tests.support.synthetic_trace import COLUMNS, LOSS, rewritten, run_info, step_loads, write_run
 from titan_moe_lb import cli
 from titan_moe_lb.commands.report.run_names import run_names
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
+from titan_moe_lb.traces.trace_columns import Column
 
 
 class Page(HTMLParser):
@@ -120,17 +120,17 @@ def test_curves_are_the_trace(small):
         (violation, "mean", violation_SM.mean(axis=1)),
         (violation, "maximum", violation_SM.max(axis=1)),
         (violation, "p50", (ordered_SM[:, 1] + ordered_SM[:, 2]) / 2),
-        (violation, "micro-batch", trace.figures["micro_batch_max_violation"].mean(axis=1)),
-        (overload, "mean", trace.figures["avg_overload_factor"].mean(axis=1)),
-        (overload, "maximum", trace.figures["max_overload_factor"].max(axis=1)),
+        (violation, "micro-batch", trace.layer_columns["micro_batch_max_violation"].mean(axis=1)),
+        (overload, "mean", trace.layer_columns["avg_overload_factor"].mean(axis=1)),
+        (overload, "maximum", trace.layer_columns["max_overload_factor"].max(axis=1)),
         (overload, "cumulative", trace.step_columns["max_cum_overload_factor"]),
-        (loss, "layer 3", trace.figures[LOSS][:, 2]),
+        (loss, "layer 3", trace.layer_columns[LOSS][:, 2]),
         (learning[0], "loss", trace.step_columns["loss"]),
         (learning[1], "MaxVio", violation_SM.mean(axis=1)),
         (pace[0], "grad norm", trace.step_columns["grad_norm"]),
         (pace[1], "tokens per second", trace.step_columns["tokens_per_second"]),
-        (bias, "maximum", trace.figures["bias_range"].max(axis=1)),
-        (loss, "mean", trace.figures[LOSS].mean(axis=1)),
+        (bias, "maximum", trace.layer_columns["bias_range"].max(axis=1)),
+        (loss, "mean", trace.layer_columns[LOSS].mean(axis=1)),
     ):
         steps, values_S = curve(figure, name)
         assert steps.tolist() == trace.steps.tolist()
@@ -234,7 +234,7 @@ def test_two_runs_side_by_side(tmp_path):
     for (figure,), trace in ((z_loss, read_trace(other)), (bias, read_trace(one))):
         drawn = curve(figure, "B" if figure is z_loss[0] else "A")
         name, summary = ("z_loss", np.mean) if figure is z_loss[0] else ("bias_range", np.max)
-        np.testing.assert_allclose(drawn[1], summary(trace.figures[name], axis=1), rtol=1e-6)
+        np.testing.assert_allclose(drawn[1], summary(trace.layer_columns[name], axis=1), rtol=1e-6)
     assert [one["name"] for one in z_loss[0]["data"]] == ["B"]
     assert "mean (not recorded by A)" in page.visible
     assert [one["name"] for one in bias[0]["data"]] == ["A", "B"]
@@ -319,7 +319,7 @@ def test_metric_of_ones_own_is_a_chart_and_any_name_is_inert(tmp_path):
         Column("of_the_step", per="step", description="One number."),
         Column("never_recorded"),
     )
-    info = run_info(3, 8, figures=(*FIGURES, *own), losses={}, model=HOSTILE)
+    info = run_info(3, 8, columns=(*COLUMNS, *own), losses={}, model=HOSTILE)
     writer = TraceWriter(tmp_path, info)
     for step, load in enumerate(step_loads(info, 5), start=1):
         mine = {HOSTILE: np.arange(3.0) + step}
@@ -327,7 +327,7 @@ def test_metric_of_ones_own_is_a_chart_and_any_name_is_inert(tmp_path):
             step,
             dataclasses.replace(
                 load,
-                figures=load.figures | mine,
+                layer_columns=load.layer_columns | mine,
                 step_columns=load.step_columns | {"of_the_step": 10.0 * step},
             ),
         )

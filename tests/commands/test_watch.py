@@ -26,9 +26,9 @@ from titan_moe_lb.commands.watch import pulse
 from titan_moe_lb.commands.watch.follower import Follower
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.commands.watch.glyphs import ASCII, UNICODE, glyphs_of
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
+from titan_moe_lb.traces.trace_columns import Column
 
 BARS = UNICODE.bars
 
@@ -74,14 +74,14 @@ def test_fits_the_terminal(width, shape, tmp_path):
     assert len(re.findall(r"^\s*\d+  [" + BARS + "·]", shown, re.MULTILINE)) == min(5, shape[0])
 
 
-def test_bars_and_figures_are_those_of_the_step(tmp_path):
+def test_bars_and_numbers_are_those_of_the_step(tmp_path):
     info = run_info(1, 8, 1)
     # 8 experts, balanced 100: dead, half, balanced, twice, and four times the load.
     counts_ME = np.array([[0, 50, 100, 200, 400, 50, 0, 0]])
     load = StepLoad(
         layers=(1,),
         counts_ME=counts_ME,
-        figures={
+        layer_columns={
             "seq_load_balancing_loss": np.array([1.25]),
             "avg_overload_factor": np.array([1.5]),
             "max_overload_factor": np.array([2.5]),
@@ -111,10 +111,10 @@ def test_bars_and_figures_are_those_of_the_step(tmp_path):
 
 
 def test_hostile_names_do_not_reach_the_terminal(tmp_path):
-    figures = (Column("\x1b[2Jgone", is_aux_loss=True),)
-    info = run_info(1, 8, 1, model="\x1b]0;title\x07", figures=figures, forced_routing="a\nb")
+    columns = (Column("\x1b[2Jgone", is_aux_loss=True),)
+    info = run_info(1, 8, 1, model="\x1b]0;title\x07", columns=columns, forced_routing="a\nb")
     load = StepLoad(
-        layers=(1,), counts_ME=np.ones((1, 8)), figures={figures[0].name: np.array([2.0])}
+        layers=(1,), counts_ME=np.ones((1, 8)), layer_columns={columns[0].name: np.array([2.0])}
     )
     TraceWriter(tmp_path, info).write(1, load)
     follower = Follower(tmp_path)

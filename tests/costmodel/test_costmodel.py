@@ -33,7 +33,7 @@ from titan_moe_lb.costmodel.times.layer import (
 from titan_moe_lb.costmodel.times.makespan import makespan
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.schedules import one_forward_one_backward
-from titan_moe_lb.traces.placement import contiguous, greedy, tokens_of_experts
+from titan_moe_lb.traces.expert_order import contiguous, greedy, tokens_of_experts
 
 DEVICE = Hardware(
     name="round numbers",

@@ -128,7 +128,9 @@ def layout_gradients(
         metrics = [loss.metric_name for loss in AuxLoss.kinds.values()]
         metrics += ["main_gradient_squared", "aux_gradient_squared"]
         losses_M = {
-            name: values_M.tolist() for name, values_M in load.figures.items() if name in metrics
+            name: values_M.tolist()
+            for name, values_M in load.layer_columns.items()
+            if name in metrics
         }
         recorded.append(Recorded(losses_M, load.counts_ME.tolist(), load.layers))
         recorded[-1].bias = {

@@ -18,7 +18,7 @@ from types import ModuleType
 from titan_moe_lb.balancing.expert_bias.base import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.losses import AuxLoss
-from titan_moe_lb.telemetry.metric import Metric
+from titan_moe_lb.telemetry.metrics import Metric
 
 ROOT = Path(__file__).parents[2]
 PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))

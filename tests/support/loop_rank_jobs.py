@@ -85,7 +85,7 @@ def distributed_data_parallel_after_attach() -> dict[str, Any]:
             )
         ],
         "counts": load.counts_ME.tolist(),
-        "loss": load.figures["seq_load_balancing_loss"],
+        "loss": load.layer_columns["seq_load_balancing_loss"],
     }
 
 

@@ -218,12 +218,12 @@ def as_the_trainer(
         trainer.step = step
         trainer.train_step(iter([(inputs, labels)]))
         load = reduce_step(moe_layers_of(trainer.model_parts), RankGroups.of(trainer.parallel_dims))
-        theirs.append((load.counts_ME.tolist(), load.figures, load.step_columns))
+        theirs.append((load.counts_ME.tolist(), load.layer_columns, load.step_columns))
         with context():
             forward(model, inputs.pop("input"), **inputs).sum().mul(0.0).backward()
         optimizer.step()
         load = balance.load()
-        ours.append((load.counts_ME.tolist(), load.figures, load.step_columns))
+        ours.append((load.counts_ME.tolist(), load.layer_columns, load.step_columns))
     trainer.close()
     return theirs, ours
 

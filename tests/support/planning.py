@@ -16,10 +16,10 @@ from titan_moe_lb.commands.plan.building import silent_build
 from titan_moe_lb.commands.plan.serving.command import ALONE
 from titan_moe_lb.costmodel.hardware.device import SPECS
 from titan_moe_lb.job import job_config
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter
+from titan_moe_lb.traces.trace_columns import Column
 from titan_moe_lb.upstream import cpu
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
@@ -70,7 +70,7 @@ def write_run(
         "seq_len": 128,
         "started": "2026-01-01T00:00:00+00:00",
         "version": "0",
-        "figures": (Column("max_overload_factor", summary="max"),),
+        "columns": (Column("max_overload_factor", summary="max"),),
         **changes,
     }
     writer = TraceWriter(folder, RunInfo(**facts))
@@ -81,7 +81,7 @@ def write_run(
             layers=layers,
             counts_ME=counts_ME,
             micro_batch_counts_ME=None if micro_batches_SME is None else micro_batches_SME[index],
-            figures={"max_overload_factor": ones},
+            layer_columns={"max_overload_factor": ones},
         )
         writer.write(index + 1, load)
     writer.close()

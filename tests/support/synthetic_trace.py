@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
+from titan_moe_lb.traces.trace_columns import Column
 
 LOSS = "seq_load_balancing_loss"
-FIGURES = (
+COLUMNS = (
     Column("avg_overload_factor"),
     Column("max_overload_factor", summary="max"),
     Column("micro_batch_max_violation"),
@@ -54,7 +54,7 @@ def run_info(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **change
     }
     fields |= changes
     losses = tuple(Column(name, is_aux_loss=True) for name in fields["losses"])
-    return RunInfo(**{"figures": (*losses, *FIGURES), **fields})
+    return RunInfo(**{"columns": (*losses, *COLUMNS), **fields})
 
 
 def step_loads(
@@ -86,7 +86,7 @@ def step_loads(
         yield StepLoad(
             layers=info.layers,
             counts_ME=counts_ME,
-            figures={
+            layer_columns={
                 name: 1 + violation_M**2 / 20 + 0.01 * random.random(num_layers)
                 for name in info.losses
             }

@@ -261,7 +261,7 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
         "of_metrics": of_metrics.get_total_counts(),
         "layers": load.layers,
         "tokens": load.counts_ME.sum(axis=1).tolist(),
-        "figures": {name: values.tolist() for name, values in load.figures.items()},
+        "layer_columns": {name: values.tolist() for name, values in load.layer_columns.items()},
         "step_columns": load.step_columns,
         "micro_batch": load.micro_batch_counts_ME.tolist(),
         "mine": record.step_counts_NMSE[:, 0, 0].tolist() if layers else [],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.eplb import eplb
-from titan_moe_lb.traces.placement import contiguous, greedy, tokens_of_experts
+from titan_moe_lb.traces.expert_order import contiguous, greedy, tokens_of_experts
 
 LOADS = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

@@ -18,14 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.synthetic_trace import FIGURES, LOSS, run_info, step_loads, write_run
+from tests.support.synthetic_trace import COLUMNS, LOSS, run_info, step_loads, write_run
 from titan_moe_lb import cli
 from titan_moe_lb.commands.diagnose.checks import findings
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import FORMAT_VERSION, RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import FILE_NAME, MICRO_BATCH, TraceReader, TraceWriter, read_trace
+from titan_moe_lb.traces.trace_columns import Column
 
 SUMMARIES, BOOLEAN = ["mean", "max", "sum"], st.booleans()
 NUMBERS = st.floats(allow_infinity=False)
@@ -33,14 +33,14 @@ NUMBERS = st.floats(allow_infinity=False)
 
 @st.composite
 def runs(draw):
-    """A run with figures of any name, some of them in no load."""
+    """A run with columns of any name, some of them in no load."""
     num_layers, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     names = st.text(min_size=1, max_size=8).filter(lambda n: n not in ("step", "layer", "counts"))
-    figures = tuple(
+    columns = tuple(
         Column(name, draw(st.sampled_from(["layer", "step"])), draw(st.sampled_from(SUMMARIES)))
         for name in draw(st.sets(names, max_size=4))
     )
-    info = run_info(num_layers, num_experts, 1, figures=figures)
+    info = run_info(num_layers, num_experts, 1, columns=columns)
     counts = st.lists(
         st.integers(0, 2**62), min_size=num_layers * num_experts, max_size=num_layers * num_experts
     )
@@ -52,8 +52,10 @@ def runs(draw):
         StepLoad(
             layers=info.layers,
             counts_ME=np.array(draw(counts), dtype=np.int64).reshape(num_layers, num_experts),
-            figures={f.name: per_layer() for f in figures if f.per == "layer" and draw(BOOLEAN)},
-            step_columns={f.name: draw(NUMBERS) for f in figures if f.per == "step"},
+            layer_columns={
+                f.name: per_layer() for f in columns if f.per == "layer" and draw(BOOLEAN)
+            },
+            step_columns={f.name: draw(NUMBERS) for f in columns if f.per == "step"},
         )
         for _ in range(draw(st.integers(1, 3)))
     ]
@@ -76,14 +78,14 @@ def test_what_is_written_comes_back(run, tmp_path_factory):
     for index, load in enumerate(loads):
         found = trace.load(index)
         np.testing.assert_array_equal(found.counts_ME, load.counts_ME)
-        for figure in info.figures:
-            if figure.per == "step":
-                expected = load.step_columns[figure.name]
-                np.testing.assert_array_equal(found.step_columns[figure.name], expected)
-                np.testing.assert_array_equal(trace.over_steps(figure.name)[index], expected)
+        for column in info.columns:
+            if column.per == "step":
+                expected = load.step_columns[column.name]
+                np.testing.assert_array_equal(found.step_columns[column.name], expected)
+                np.testing.assert_array_equal(trace.over_steps(column.name)[index], expected)
             else:
-                expected = load.figures.get(figure.name, np.full(len(info.layers), np.nan))
-                np.testing.assert_array_equal(found.figures[figure.name], expected)
+                expected = load.layer_columns.get(column.name, np.full(len(info.layers), np.nan))
+                np.testing.assert_array_equal(found.layer_columns[column.name], expected)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -97,17 +99,17 @@ def test_layers_are_summarised_as_declared(rows):
         np.testing.assert_allclose(found_S, expected_S, rtol=1e-9, atol=1e-6)
 
 
-def test_figure_that_is_not_declared_is_refused(tmp_path):
+def test_column_that_is_not_declared_is_refused(tmp_path):
     load = dataclasses.replace(next(step_loads(run_info(), 1)), step_columns={"mine": 1.0})
     with pytest.raises(ValueError, match="'mine'"):
         TraceWriter(tmp_path, run_info()).write(1, load)
 
 
 @pytest.mark.parametrize("name", ["counts", "loss"])
-def test_figure_with_the_name_of_another_column_is_refused(name, tmp_path):
-    figures = (*FIGURES, Column(name))
+def test_column_with_the_name_of_another_column_is_refused(name, tmp_path):
+    columns = (*COLUMNS, Column(name))
     with pytest.raises(JobError, match=f"would be called '{name}': give the metric another name"):
-        TraceWriter(tmp_path, run_info(figures=figures))
+        TraceWriter(tmp_path, run_info(columns=columns))
 
 
 def test_any_reader_of_arrow_can_open_it(tmp_path):
@@ -121,7 +123,7 @@ def test_any_reader_of_arrow_can_open_it(tmp_path):
     routed = info.global_batch_size * info.seq_len * info.top_k
     assert {sum(counts) for counts in table["counts"].to_pylist()} == {routed}
     first = next(step_loads(info, 3))
-    assert table[LOSS].to_pylist()[:2] == first.figures[LOSS].tolist()
+    assert table[LOSS].to_pylist()[:2] == first.layer_columns[LOSS].tolist()
 
 
 def test_cut_at_every_byte_gives_whole_steps_or_one_line(tmp_path):
@@ -191,8 +193,8 @@ def test_every_undamaged_step_is_read(sound, damage, tmp_path_factory):
     found = read_trace(file)
     assert found.steps.tolist() == [step for step, ok in enumerate(whole, start=1) if ok]
     np.testing.assert_array_equal(found.counts_SME, trace.counts_SME[whole])
-    for name, values_SM in found.figures.items():
-        np.testing.assert_array_equal(values_SM, trace.figures[name][whole])
+    for name, values_SM in found.layer_columns.items():
+        np.testing.assert_array_equal(values_SM, trace.layer_columns[name][whole])
     last = max(step for step, ok in enumerate(whole) if ok)
     gaps = sum(not ok and (i == 0 or whole[i - 1]) for i, ok in enumerate(whole[: last + 1]))
     said = [sentence for sentence in found.damage if "could not be read" in sentence]
@@ -267,7 +269,7 @@ def as_format_1(table):
 
 
 def test_trace_of_format_1_is_read(tmp_path):
-    """Its columns as they were: four figures and the losses, none of them declared."""
+    """Its columns as they were: four columns and the losses, none of them declared."""
     file = write_run(tmp_path, run_info(), 3) / FILE_NAME
     new = read_trace(file)
     batches, _metadata = without_checksums(file, as_format_1)
@@ -279,8 +281,8 @@ def test_trace_of_format_1_is_read(tmp_path):
     np.testing.assert_array_equal(old.counts_SME, new.counts_SME)
     for name in kept[3:]:
         np.testing.assert_array_equal(old.over_steps(name), new.over_steps(name))
-    assert old.figures.keys() == {*kept[3:5], *kept[6:]}
-    assert [figure.name for figure in old.info.figures if figure.is_aux_loss] == [LOSS]
+    assert old.layer_columns.keys() == {*kept[3:5], *kept[6:]}
+    assert [column.name for column in old.info.columns if column.is_aux_loss] == [LOSS]
     for name in ("bias_range", "loss", "step_seconds"):
         assert np.isnan(old.over_steps(name)).all() and len(old.over_steps(name)) == 3
     cli.main(["report", str(tmp_path)])
@@ -329,15 +331,18 @@ def test_what_a_newer_writer_adds_is_kept(tmp_path):
         ],
     )
     trace = read_trace(file)
-    assert trace.figures["theirs"].tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
+    assert trace.layer_columns["theirs"].tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
     assert trace.over_steps("theirs").tolist() == [1.5] * 3
     TraceWriter(tmp_path, run_info()).write(3, next(step_loads(run_info(), 1)))
     table = pa.ipc.open_stream(file.read_bytes()).read_all()
     assert table["note"].to_pylist() == ["x"] * 8 + [None] * 4
-    assert np.isnan(read_trace(file).figures["theirs"][2]).all()
+    assert np.isnan(read_trace(file).layer_columns["theirs"][2]).all()
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunInfo)])
+DESCRIPTION = json.loads(run_info().metadata()[b"titan_moe_lb"])
+
+
+@pytest.mark.parametrize("name", DESCRIPTION)
 def test_description_that_is_none_is_one_line(name, tmp_path):
     file = write_run(tmp_path, run_info(), 6) / FILE_NAME
     content = file.read_bytes()
@@ -388,9 +393,11 @@ def test_counts_of_micro_batches_are_there_where_asked_for(tmp_path):
 
 
 def test_million_layer_steps_in_seconds(tmp_path):
-    info, num_steps = run_info(50, 16, figures=FIGURES[:4]), 20_000
+    info, num_steps = run_info(50, 16, columns=COLUMNS[:4]), 20_000
     writer, load = TraceWriter(tmp_path, info), next(step_loads(info, 1))
-    load = dataclasses.replace(load, figures=dict(list(load.figures.items())[1:]), step_columns={})
+    load = dataclasses.replace(
+        load, layer_columns=dict(list(load.layer_columns.items())[1:]), step_columns={}
+    )
     writer.write(1, load)
     file = tmp_path / FILE_NAME
     size = file.stat().st_size
@@ -472,15 +479,18 @@ def test_resumed_run_continues_the_file(tmp_path):
     trace = read_trace(tmp_path)
     assert trace.steps.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert trace.info.resumed_at == (5,) and trace.info.losses == {"z_loss": 1.0}
-    assert {f.name for f in trace.info.figures if f.is_aux_loss} == {LOSS, "z_loss"}
+    assert {f.name for f in trace.info.columns if f.is_aux_loss} == {LOSS, "z_loss"}
     first = loads_by_step(info, 7)
     for step in range(1, 5):
         np.testing.assert_array_equal(trace.counts_SME[step - 1], first[step].counts_ME)
     for step in range(5, 9):
         np.testing.assert_array_equal(trace.counts_SME[step - 1], again[step].counts_ME)
-    assert np.isnan(trace.figures["z_loss"][:4]).all() and np.isnan(trace.figures[LOSS][4:]).all()
-    assert not np.isnan(trace.figures[LOSS][:4]).any()
-    assert not np.isnan(trace.figures["z_loss"][4:]).any()
+    assert (
+        np.isnan(trace.layer_columns["z_loss"][:4]).all()
+        and np.isnan(trace.layer_columns[LOSS][4:]).all()
+    )
+    assert not np.isnan(trace.layer_columns[LOSS][:4]).any()
+    assert not np.isnan(trace.layer_columns["z_loss"][4:]).any()
 
 
 ELSEWHERE = """
@@ -671,7 +681,7 @@ def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
 def test_a_trace_of_0_1_0_names_its_bias_rule():
     """It had one rule and wrote its speed."""
     table = dataclasses.asdict(run_info())
-    del table["expert_bias"], table["figures"]
+    del table["expert_bias"], table["columns"]
     table |= {"load_balance_coeff": 1e-3, "format_version": 1}
     schema = pa.schema([]).with_metadata({b"titan_moe_lb": json.dumps(table).encode()})
     assert RunInfo.of_schema(schema, Path("x")).expert_bias == "sign (speed 0.001)"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.placement import coarse_to_fine, contiguous, greedy_in_groups
+from titan_moe_lb.traces.expert_order import coarse_to_fine, contiguous, greedy_in_groups
 
 FILE_NAME = "placement.json"
 _FORMAT = 1

@@ -24,9 +24,9 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
 from titan_moe_lb.rules.routers import check_alike, check_router
-from titan_moe_lb.telemetry.describe_run import columns_in
+from titan_moe_lb.telemetry.columns import columns_in
 from titan_moe_lb.telemetry.reduction import reduce_step
-from titan_moe_lb.telemetry.step_metrics import step_metrics
+from titan_moe_lb.telemetry.sink_metrics import sink_metrics
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.upstream import cpu
 
@@ -185,7 +185,7 @@ class Balance:
         self._closed_steps += 1
 
     def load(self) -> StepLoad:
-        """Tokens of every expert and figures of every layer in the last closed step.
+        """Tokens of every expert and columns of every layer in the last closed step.
         Collective: call on every rank.
 
         Raises:
@@ -250,7 +250,7 @@ class Balance:
             JobError: as :meth:`load`.
         """
         load = self.load()
-        return step_metrics(
+        return sink_metrics(
             load, columns_in(load), per_layer=per_layer, num_extreme_experts=num_extreme_experts
         )
 

@@ -68,7 +68,7 @@ def _one_loss_of_each_kind(where: str, router: LoadBalancedRouter.Config) -> Non
 
 
 def check_alike(routers: list[tuple[str, LoadBalancedRouter.Config]]) -> None:
-    """The step has one weight for a loss and one name for a figure, for all layers; a rule of the
+    """The step has one weight for a loss and one name for a column, for all layers; a rule of the
     bias may be another in each.
 
     Args:

@@ -1,4 +1,4 @@
-"""Validation on held-out text of several domains: what each costs, and which experts it uses."""
+"""Validation on held-out text of several domains: loss of each, and the experts that it uses."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class DomainValidator(Validator):
         domains: list[str] = field(default_factory=list)
         """Datasets to validate on, one after the other, each in place of dataloader.dataset."""
 
-    metrics_processor: MetricsProcessor | _Caught
+    metrics_processor: MetricsProcessor | _CaughtLoss
     dl_config: HuggingFaceTextDataLoader.Config
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """As ``Validator.validate``. Collective: torchtitan calls it on every rank."""
+        """Validate on each domain. Collective: torchtitan calls it on every rank."""
         domains = self.config.domains
         if not domains:
             super().validate(model_parts, step)
@@ -47,7 +47,7 @@ class DomainValidator(Validator):
         routers = routers_of(model_parts)
         loads: dict[str, DomainLoad] = {}
         for domain in domains:
-            caught = _Caught(metrics)
+            caught = _CaughtLoss(metrics)
             self.metrics_processor = caught
             self.dl_config = replace(dataloader, dataset=domain)
             for router in routers:
@@ -65,7 +65,7 @@ class DomainValidator(Validator):
         metrics.log_domains(loads, step)
 
     def _counts(self, routers: list[LoadBalancedRouter]) -> np.ndarray:
-        """Of the domain, over all ranks and stages ``(M, E)``."""
+        """Counts of the domain over all ranks and stages ``(M, E)``."""
         counts_NE, groups = None, RankGroups.of(self.parallel_dims)
         if routers:
             stacked = torch.nn.utils.rnn.pad_sequence(
@@ -80,8 +80,8 @@ class DomainValidator(Validator):
         return reduce_counts(numbers, counts_NE, groups)
 
 
-class _Caught:
-    """Stands in for the metrics processor: keeps what torchtitan would log of one domain."""
+class _CaughtLoss:
+    """Metrics processor that saves the loss of one domain instead of logging it."""
 
     def __init__(self, metrics: LoadBalanceMetricsProcessor) -> None:
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""MoE metrics beside torchtitan's own, through its ``MetricsProcessor``."""
+"""torchtitan's ``MetricsProcessor`` with MoE metrics: to the sinks, the console and the trace."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.parallel.rank_groups import RankGroups
+from titan_moe_lb.telemetry.columns import columns_in
+from titan_moe_lb.telemetry.console_line import console_line
 from titan_moe_lb.telemetry.reduction import reduce_step
-from titan_moe_lb.telemetry.step_metrics import console_line, domain_metrics, step_metrics
+from titan_moe_lb.telemetry.sink_metrics import domain_metrics, sink_metrics
 from titan_moe_lb.traces.domain_trace import DomainLoad, DomainTraceWriter
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 from titan_moe_lb.traces.run_info import RunInfo
@@ -34,7 +36,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         track_moe_metrics: bool = True
-        """Record the load of the experts and show it in every logged step."""
+        """Record the load of the experts and log it in every logged step."""
 
         moe_per_layer_logging: bool = False
         """Log every layer's own numbers as well, as moe/NAME_layer_NUMBER."""
@@ -43,7 +45,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         """How many of the hottest and of the coldest experts each logged step names; 0: none."""
 
         router_gradients: bool = False
-        """Measure how strong the model's loss and the aux losses pull at each router."""
+        """Measure the gradients of the model's loss and of the aux losses in each router."""
 
         write_moe_trace: bool = True
         """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
@@ -52,7 +54,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         """Steps whose routing is written to dump_folder/routing, token by token, for replay."""
 
         run_info: Annotated[RunInfo | None, tyro.conf.Suppress] = None
-        """What the traces say of the run. Filled by ``update_from_config`` of the model."""
+        """Description of the run in its traces. Filled by ``update_from_config`` of the model."""
 
         cut: Annotated[batch_cut.Cut | None, tyro.conf.Suppress] = None
         """How the job cuts its global batch. Filled by ``update_from_config`` of the model."""
@@ -87,7 +89,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             self._routing = RoutingTraceWriter(dump_folder, config.run_info, dist.get_rank())
 
     def should_log(self, step: int) -> bool:
-        """As ``MetricsProcessor.should_log``, and for a step whose routing is recorded."""
+        """Extend ``MetricsProcessor.should_log`` to a step whose routing is recorded."""
         return super().should_log(step) or step in self.config.record_routing_steps
 
     def log(
@@ -98,7 +100,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """As ``MetricsProcessor.log``. Collective: torchtitan calls it on every rank.
+        """Extend ``MetricsProcessor.log``. Collective: torchtitan calls it on every rank.
 
         torchtitan divides the time since its last logged step by ``log_freq``. A step that
         is out of turn is therefore not logged: only its routing is written.
@@ -108,13 +110,13 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             self._record_routing(step, routers_of(self.model_parts))
         if not super().should_log(step):
             return
-        figures = () if self.config.run_info is None else self.config.run_info.figures
         metrics: dict[str, float] = {}
         if self.config.track_moe_metrics:
             load = reduce_step(moe_layers_of(self.model_parts), self._groups)
-            metrics = step_metrics(
+            columns = columns_in(load)
+            metrics = sink_metrics(
                 load,
-                figures,
+                columns,
                 num_extreme_experts=self.config.moe_extreme_experts,
                 per_layer=self.config.moe_per_layer_logging,
             )
@@ -134,11 +136,11 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             extra_metrics={**(extra_metrics or {}), **metrics},
         )
         if metrics:
-            losses = [figure.name for figure in figures if figure.is_aux_loss]
+            losses = [column.name for column in columns if column.is_aux_loss]
             logger.info(console_line(step, metrics, losses, self.color))
 
     def log_domains(self, loads: dict[str, DomainLoad], step: int) -> None:
-        """As ``MetricsProcessor.log_validation``, for a validation on several domains."""
+        """Log a validation on several domains, as ``MetricsProcessor.log_validation`` does one."""
         if self._domains is not None:
             self._domains.write(step, loads)
         mean = sum(load.loss for load in loads.values()) / len(loads)
@@ -151,7 +153,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         super().close()
 
     def _learning(self, loss: float, grad_norm: float) -> dict[str, float]:
-        """What torchtitan logs itself, for the trace; on the rank that sees the loss.
+        """Compute the columns of :data:`LEARNING`, on the rank that sees the loss.
 
         Tokens per second are torchtitan's: of this rank, over the ranks that share them. The
         seconds of a step follow from them, since the tokens of a step are known.
@@ -188,6 +190,6 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
 
 def adapt(config: Trainer.Config) -> None:
-    """Give a balanced job that has torchtitan's own metrics these; others are left alone."""
+    """Replace torchtitan's own metrics processor of a balanced job; leave any other."""
     if type(config.metrics) is MetricsProcessor.Config:
         config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)

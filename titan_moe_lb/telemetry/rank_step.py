@@ -1,4 +1,4 @@
-"""A finished step as one rank sees it: what the metrics are computed from.
+"""Loads, biases and gradients of a finished step on one rank: the input of every metric.
 
 Shape suffixes: N = routers of the rank, M = micro-batches, S = count sources,
 E = experts, R = ranks of an EP group.
@@ -19,13 +19,12 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action, actions_of
-from titan_moe_lb.telemetry import overload
 from titan_moe_lb.traces.balance_statistics import mark_absent, num_existing
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """On the host, as numpy arrays. At least one router.
+    """A step on the host, as numpy arrays, of at least one router.
 
     E is the largest number of experts of a router. Where another one has fewer, its counts end in
     :data:`~titan_moe_lb.traces.balance_statistics.ABSENT` and its biases in NaN.
@@ -36,38 +35,33 @@ class RankStep:
     global_counts_NE: np.ndarray
     """Tokens per expert of the step over all ranks, int64."""
     valid_counts_NE: np.ndarray | None
-    """The same of the tokens that may teach; None where batches do not say which do."""
+    """The same of the valid tokens; None if batches have no token mask."""
     bias_NE: np.ndarray | None
     """Expert biases after the step, float32; NaN for a layer that has none, None where no layer
     has one."""
     bias_delta_NE: np.ndarray | None
-    """What the step has added to them; NaN for a layer to which it added nothing, None where it
-    added nothing to any."""
+    """Change of them in the step; NaN for a layer without a change, None if no layer has one."""
     gradient_squares_N2: np.ndarray | None
-    """Squares of the gradient in the logits of this rank's tokens, float32: of the model's loss and
-    of the aux losses; None unless the job asks for them."""
+    """Squared norms of the gradients of the model's loss and of the aux losses in the logits of this
+    rank's tokens, float32; None unless ``metrics.router_gradients`` is set."""
     stages: tuple[int, ...]
     """Pipeline stage of each router."""
     actions: Sequence[Action]
-    """What the pipeline rank does in one pass; see :mod:`titan_moe_lb.parallel.schedules`."""
+    """Actions of the pipeline rank in one pass; see :mod:`titan_moe_lb.parallel.schedules`."""
     ep_degree: int
     ep_rank: int
 
     @cached_property
     def received_NMR(self) -> np.ndarray:
-        """Tokens that each rank of the EP group gets, int64."""
+        """Tokens that each rank of the EP group gets, int64; rank r holds the experts
+        ``[r E/R, (r+1) E/R)`` of a router with E experts."""
         num_experts_N = num_existing(self.counts_NME[:, 0])
         return np.stack(
             [
-                overload.tokens_per_rank(counts_ME[:, :num_experts], self.ep_degree)
+                counts_ME[:, :num_experts].reshape(len(counts_ME), self.ep_degree, -1).sum(axis=-1)
                 for counts_ME, num_experts in zip(self.counts_NME, num_experts_N, strict=True)
             ]
         )
-
-    @cached_property
-    def overload_NM(self) -> np.ndarray:
-        """Overload factor of each micro-batch: see :func:`overload.overload_factors`."""
-        return overload.overload_factors(self.received_NMR, self.received_NMR.mean(axis=-1))
 
 
 def read(
@@ -76,10 +70,13 @@ def read(
     groups: RankGroups,
     biases: list[torch.Tensor | None],
 ) -> RankStep:
-    """Of the last finished step. Collective over the EP group; waits for the device.
+    """Read the last finished step. Collective over the EP group; waits for the device.
 
     Args:
-        biases: of each layer; None where it has none.
+        routers: the routers of this rank, at least one.
+        record: their counts.
+        groups: process groups of this rank.
+        biases: expert bias of each layer ``(E,)``, None for a layer without.
     """
     ran = record.step_micro_batches
     # A step without a forward has one micro-batch, of no token.
@@ -111,7 +108,7 @@ def read(
 
 
 def _rows(rows: list[torch.Tensor | None]) -> np.ndarray | None:
-    """Rows of several lengths as one table, NaN where nothing is; None where there is no row."""
+    """Stack rows of several lengths, NaN at their ends and for None; None if all are None."""
     known = [row for row in rows if row is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""How uneven tokens-per-expert counts are. Pure functions on numpy arrays.
+"""Statistics of tokens-per-expert counts. Pure functions on numpy arrays.
 
 Every function takes ``counts (..., E)`` of any numeric dtype and reduces the last
 dimension. E is the number of experts and K = top_k. Where nothing was routed the
@@ -57,6 +57,21 @@ def relative_load(counts: np.ndarray) -> np.ndarray:
     """Each expert's count over the balanced count, ``(..., E)``: 1 at balance, at most E/K; NaN
     for an expert that the layer does not have."""
     return np.where(counts >= 0, _relative(counts, counts, keepdims=True), np.nan)
+
+
+def extreme_experts(
+    values_ME: np.ndarray, number: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Row and expert of the ``number`` largest values, descending, and of the smallest, ascending.
+
+    Args:
+        values_ME: a number of each expert, NaN for one that a layer does not have.
+        number: length of each list, if there are as many.
+    """
+    # NaNs are sorted to the end.
+    order = np.argsort(values_ME, axis=None, kind="stable")[: np.isfinite(values_ME).sum()]
+    places = [divmod(index, values_ME.shape[1]) for index in order.tolist()]
+    return places[::-1][:number], places[:number]
 
 
 def _relative(values: np.ndarray, counts: np.ndarray, keepdims: bool = False) -> np.ndarray:

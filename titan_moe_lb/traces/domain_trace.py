@@ -1,4 +1,4 @@
-"""What a run's held-out domains cost and which experts they use: ``domains.arrow`` beside the trace.
+"""Loss and expert load of a run's held-out domains: ``domains.arrow`` beside the trace.
 
 One record batch per validation, a row for each domain and MoE layer: ``step``, ``domain``,
 ``loss`` (of the language model, the same in all layers), ``layer``, ``counts``.
@@ -18,6 +18,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
+from titan_moe_lb.traces.trace_columns import count_lists
 
 FILE_NAME = "domains.arrow"
 
@@ -53,7 +54,7 @@ class DomainTraceWriter:
     def write(self, step: int, loads: dict[str, DomainLoad]) -> None:
         """Append one validation, all domains of it."""
         layers = self._info.layers
-        counts = np.concatenate([load.counts_ME for load in loads.values()]).astype(np.int64)
+        counts = np.concatenate([load.counts_ME for load in loads.values()])
         rows = len(loads) * len(layers)
         batch = pa.record_batch(
             [
@@ -61,9 +62,7 @@ class DomainTraceWriter:
                 pa.array(np.repeat(list(loads), len(layers)).tolist(), pa.string()),
                 pa.array(np.repeat([load.loss for load in loads.values()], len(layers))),
                 pa.array(np.tile(layers, len(loads)).astype(np.int32)),
-                pa.FixedSizeListArray.from_arrays(
-                    pa.array(counts.reshape(-1)), self._info.num_experts
-                ),
+                count_lists(counts, pa.int64()),
             ],
             schema=self._schema,
         )
@@ -92,7 +91,7 @@ class DomainTrace:
 
 
 def read_domain_trace(folder: Path | str) -> DomainTrace | None:
-    """What a run has measured on its held-out domains; None where it has not.
+    """Read the validations of a run on its held-out domains; None if it has none.
 
     Raises:
         JobError: the file is not one of ours, or validations differ in their domains.

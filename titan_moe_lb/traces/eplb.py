@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.placement import greedy
+from titan_moe_lb.traces.expert_order import greedy
 
 
 def eplb(

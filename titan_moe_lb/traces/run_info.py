@@ -1,4 +1,4 @@
-"""What a trace says about the run that wrote it."""
+"""Description of a run in the metadata of its traces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.column import Column
+from titan_moe_lb.traces.trace_columns import Column
 
 FORMAT_VERSION = 2
 _KEY = b"titan_moe_lb"
@@ -27,13 +27,13 @@ _SIZES = (
     *_DEGREES,
 )
 
-FIGURES_OF_FORMAT_1 = (
+COLUMNS_OF_FORMAT_1 = (
     Column("avg_overload_factor"),
     Column("max_overload_factor", summary="max"),
     Column("max_cum_overload_factor", per="step"),
     Column("micro_batch_max_violation"),
 )
-"""What a trace had before it declared its figures, besides its aux losses."""
+"""Columns of a trace of format 1 besides its aux losses: it declared none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,8 @@ class RunInfo:
     """The same of ``top_k``."""
     losses: dict[str, float] = field(default_factory=dict)
     """Metric name of each aux loss to its weight."""
-    figures: tuple[Column, ...] = ()
-    """What the trace holds of every step besides the counts: a column each."""
+    columns: tuple[Column, ...] = ()
+    """Declared columns of the trace; its metadata calls them ``figures``."""
     world_size: int
     pp: int
     dp_replicate: int
@@ -144,7 +144,9 @@ class RunInfo:
 
     def metadata(self) -> dict[bytes, bytes]:
         """For the schema of a trace file."""
-        return {_KEY: json.dumps(dataclasses.asdict(self)).encode()}
+        table = dataclasses.asdict(self)
+        table["figures"] = table.pop("columns")
+        return {_KEY: json.dumps(table).encode()}
 
     @classmethod
     def of_schema(cls, schema: pa.Schema, path: Path) -> RunInfo:
@@ -179,11 +181,11 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if version == 1:
         losses = tuple(Column(name, is_aux_loss=True) for name in table["losses"])
-        table["figures"] = FIGURES_OF_FORMAT_1 + losses
+        table["columns"] = COLUMNS_OF_FORMAT_1 + losses
         speed = table.get("load_balance_coeff")  # of the one rule that there was
         table["expert_bias"] = None if speed is None else f"sign (speed {speed:g})"
     else:
-        table["figures"] = tuple(Column(**_known(Column, one)) for one in table["figures"])
+        table["columns"] = tuple(Column(**_known(Column, one)) for one in table["figures"])
     table["layers"] = tuple(table["layers"])
     table["resumed_at"] = tuple(table["resumed_at"])
     for name in ("expert_groups", "num_experts_by_layer", "top_k_by_layer"):

@@ -1,4 +1,4 @@
-"""The load of a whole model over one global batch. Imports numpy alone."""
+"""Load of a whole model over one global batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepLoad:
     micro_batch_counts_ME: np.ndarray | None = None
     """Tokens that one micro-batch of one expert-parallel group routed to each expert, int64
     ``(M, E)``: the step's first of the first group, the same in every layer."""
-    figures: dict[str, np.ndarray] = field(default_factory=dict)
-    """Name to float64 ``(M,)``, NaN where a layer lacks it. :class:`Column` says what it is."""
+    layer_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Name of a :class:`Column` to float64 ``(M,)``, NaN where a layer lacks it."""
     step_columns: dict[str, float] = field(default_factory=dict)
-    """Name to the one number of the step."""
+    """Name of a :class:`Column` to the one number of the step."""

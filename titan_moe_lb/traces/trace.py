@@ -1,7 +1,9 @@
 """The trace of a run: every logged step's load of every MoE layer, in ``moe_load.arrow``.
 
-One record batch per logged step, one row per MoE layer: ``step``, ``layer``, ``counts``,
-``micro_batch_counts``, and a column for each declared :class:`Column`. Columns are read by name.
+One record batch per logged step, one row per MoE layer, with the columns of ``trace_columns``.
+Columns are read by name.
+
+Shape suffixes: S = logged steps, M = MoE layers, E = experts.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace_columns import MICRO_BATCH, Column, all_columns, always, batch_of
 
 FILE_NAME = "moe_load.arrow"
 
@@ -32,10 +34,10 @@ class TraceWriter:
         """
         Args:
             path: the run's folder, or the file in it.
-            info: of the run; one column is made for each of ``info.figures``.
+            info: description of the run; ``info.columns`` declares the columns.
 
         Raises:
-            JobError: two figures have one name, or that of a column that is always there.
+            JobError: two columns have one name.
         """
         self._info = info
         self._file = StepFile(trace_file(path), _schema(info), self._continued, compression="zstd")
@@ -44,10 +46,10 @@ class TraceWriter:
         """Append one step. A model without MoE layers has no trace.
 
         Raises:
-            ValueError: the load has a figure that ``info`` does not declare.
+            ValueError: the load has a column that ``info`` does not declare.
         """
         if load.layers:
-            self._file.write(step, _batch(step, load, self._info.figures))
+            self._file.write(step, batch_of(step, load, self._info.columns))
 
     def close(self) -> None:
         self._file.close()
@@ -55,11 +57,11 @@ class TraceWriter:
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
         earlier = _info_of(schema, self._file.path)
         self._info.require_same_model(earlier, "this run", self._file.path.name)
-        # Figures that either part of the run has: the column is null in the other part.
-        figures = {figure.name: figure for figure in (*earlier.figures, *self._info.figures)}
+        # A column that only one part of the run has is null in the other part.
+        columns = {column.name: column for column in (*earlier.columns, *self._info.columns)}
         info = dataclasses.replace(
             self._info,
-            figures=tuple(figures.values()),
+            columns=tuple(columns.values()),
             placement=self._info.placement or earlier.placement,
             resumed_at=(*earlier.resumed_at, first_step),
         )
@@ -82,8 +84,8 @@ class Trace:
     micro_batch_counts_SME: np.ndarray
     """The same of one micro-batch of each step, int32 ``(S', M, E)``: of those S' steps that
     have recorded one, which in a trace of an older version are none; none unless asked for."""
-    figures: dict[str, np.ndarray]
-    """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the figure."""
+    layer_columns: dict[str, np.ndarray]
+    """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the number."""
     step_columns: dict[str, np.ndarray]
     """Name to float64 ``(S,)``."""
     damage: tuple[str, ...]
@@ -94,15 +96,15 @@ class Trace:
         return self.info.layers
 
     def over_steps(self, name: str) -> np.ndarray:
-        """A figure as one number per step, float64 ``(S,)``: layers summarised as it declares.
+        """A column as one number per step, float64 ``(S,)``: layers summarised as it declares.
 
         NaN where the trace lacks it.
         """
         if name in self.step_columns:
             return self.step_columns[name]
-        for figure in self.info.figures:
-            if figure.name == name:
-                return figure.over_layers(self.figures[name])
+        for column in self.info.columns:
+            if column.name == name:
+                return column.over_layers(self.layer_columns[name])
         return np.full(len(self.steps), np.nan)
 
     def followed_by(self, later: Trace, most: int) -> Trace:
@@ -115,7 +117,9 @@ class Trace:
             later,
             steps=joined(self.steps, later.steps),
             counts_SME=joined(self.counts_SME, later.counts_SME),
-            figures={k: joined(self.figures[k], v) for k, v in later.figures.items()},
+            layer_columns={
+                k: joined(self.layer_columns[k], v) for k, v in later.layer_columns.items()
+            },
             step_columns={
                 k: joined(self.step_columns[k], v) for k, v in later.step_columns.items()
             },
@@ -126,7 +130,7 @@ class Trace:
         return StepLoad(
             layers=self.layers,
             counts_ME=self.counts_SME[index],
-            figures={name: values_SM[index] for name, values_SM in self.figures.items()},
+            layer_columns={name: v_SM[index] for name, v_SM in self.layer_columns.items()},
             step_columns={name: float(v_S[index]) for name, v_S in self.step_columns.items()},
         )
 
@@ -163,8 +167,8 @@ class TraceReader:
         self.info = _info_of(self._batches.schema, self._path)
         self._layers = pa.array(self.info.layers, pa.int32())
         names = self._batches.schema.names
-        figures = {figure.name for figure in self.info.figures}
-        self._numbers = ["step", *(name for name in names if name in figures)]
+        declared = {column.name for column in self.info.columns}
+        self._numbers = ["step", *(name for name in names if name in declared)]
         self._micro_batch = [MICRO_BATCH] if micro_batches and MICRO_BATCH in names else []
 
     def read(self) -> Trace:
@@ -193,11 +197,11 @@ class TraceReader:
 
         def recorded(per: str) -> dict[str, np.ndarray]:
             return {
-                figure.name: table[figure.name].to_numpy().reshape(shape_SM)
-                if figure.name in self._numbers
+                column.name: table[column.name].to_numpy().reshape(shape_SM)
+                if column.name in self._numbers
                 else np.full(shape_SM, np.nan)
-                for figure in self.info.figures
-                if figure.per == per
+                for column in self.info.columns
+                if column.per == per
             }
 
         return Trace(
@@ -206,7 +210,7 @@ class TraceReader:
             steps=steps,
             counts_SME=counts_SME,
             micro_batch_counts_SME=micro_batch_counts_SME[:num_micro_batches],
-            figures=recorded("layer"),
+            layer_columns=recorded("layer"),
             step_columns={name: values_SM[:, 0] for name, values_SM in recorded("step").items()},
             damage=tuple(self._damage(steps)),
         )
@@ -263,82 +267,33 @@ def _existing_trace(path: Path | str) -> Path:
     raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
 
 
-MICRO_BATCH = "micro_batch_counts"
-
-
-def _always(num_experts: int) -> dict[str, pa.DataType]:
-    """The columns of every trace."""
-    return {
-        "step": pa.int64(),
-        "layer": pa.int32(),
-        "counts": pa.list_(pa.int64(), num_experts),
-    }
-
-
-def _micro_batch_lists(num_experts: int) -> pa.DataType:
-    return pa.list_(pa.int32(), num_experts)
-
-
 def _schema(info: RunInfo) -> pa.Schema:
-    columns = _always(info.num_experts) | {MICRO_BATCH: _micro_batch_lists(info.num_experts)}
-    for figure in info.figures:
-        if figure.name in columns:
-            raise JobError(
-                f"two columns of the trace would be called {figure.name!r}: give the metric "
-                "another name"
-            )
-        columns[figure.name] = pa.float64()
-    return pa.schema(list(columns.items()), metadata=info.metadata())
+    types = all_columns(info.num_experts, info.columns)
+    return pa.schema(list(types.items()), metadata=info.metadata())
 
 
 def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
-    """The run of a trace's schema, with a figure for every column that none declares.
+    """Read the description of a trace's run; a float column that it does not declare is added.
 
     Raises:
-        JobError: it is not that of a trace.
+        JobError: the schema is not that of a trace.
     """
     info = RunInfo.of_schema(schema, path)
-    always, lists = _always(info.num_experts), _micro_batch_lists(info.num_experts)
-    types = dict(zip(schema.names, schema.types, strict=True))
-    declared = {figure.name for figure in info.figures}
-    floats = {name for name, type_ in types.items() if type_ == pa.float64()}
+    found = dict(zip(schema.names, schema.types, strict=True))
+    floats = {name for name, kind in found.items() if kind == pa.float64()}
+    declared = {column.name for column in info.columns}
+    types = all_columns(info.num_experts, ())
     if (
-        len(types) != len(schema)
-        or always.items() - types.items()
-        or types.get(MICRO_BATCH, lists) != lists
-        or declared & types.keys() - floats
+        len(found) != len(schema)
+        or always(info.num_experts).items() - found.items()
+        or found.get(MICRO_BATCH, types[MICRO_BATCH]) != types[MICRO_BATCH]
+        or declared & found.keys() - floats
     ):
         raise JobError(f"{path} has other columns than a trace: it is damaged, take another run")
-    others = [Column(name) for name in types if name in floats - declared]
-    return dataclasses.replace(info, figures=(*info.figures, *others))
-
-
-def _batch(step: int, load: StepLoad, figures: tuple[Column, ...]) -> pa.RecordBatch:
-    num_layers, num_experts = load.counts_ME.shape
-    columns = {
-        "step": pa.array(np.full(num_layers, step, dtype=np.int64)),
-        "layer": pa.array(np.array(load.layers, dtype=np.int32)),
-        "counts": _lists(load.counts_ME, pa.int64()),
-        MICRO_BATCH: pa.nulls(num_layers, _micro_batch_lists(num_experts))
-        if load.micro_batch_counts_ME is None
-        else _lists(load.micro_batch_counts_ME, pa.int32()),
-    }
-    recorded = load.figures | load.step_columns
-    for figure in figures:
-        values = np.full(num_layers, recorded.pop(figure.name, np.nan), dtype=np.float64)
-        # A missing number is null, as every reader of Arrow knows it.
-        columns[figure.name] = pa.array(values, mask=np.isnan(values))
-    if recorded:
-        raise ValueError(f"figures {sorted(recorded)} are not among the declared ones")
-    return pa.record_batch(columns)
+    others = [Column(name) for name in found if name in floats - declared]
+    return dataclasses.replace(info, columns=(*info.columns, *others))
 
 
 def _counts(lists: pa.Array, shape_ME: tuple[int, int]) -> np.ndarray:
-    """What :func:`_lists` was made of."""
+    """The inverse of :func:`count_lists`."""
     return lists.flatten().to_numpy().reshape(shape_ME)
-
-
-def _lists(counts_ME: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """One list for each layer."""
-    values = np.ascontiguousarray(counts_ME, dtype=kind.to_pandas_dtype()).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values, kind), counts_ME.shape[1])

@@ -56,7 +56,7 @@ class Balancing:
     @property
     def bias_moves(self) -> bool:
         """A speed may have been changed to 0: the steps themselves decide, where they are known."""
-        steps_SM = self.window.figure("bias_largest_step")
+        steps_SM = self.window.column("bias_largest_step")
         return self.rule not in ("", "frozen") and (steps_SM is None or bool(steps_SM.any()))
 
     def setting(self, name: str) -> float | None:

@@ -107,9 +107,9 @@ class Window:
         start = np.argmin(np.concatenate([[0.0], np.cumsum(excess_S[:-1])]))
         return int(self.trace.steps[start])
 
-    def figure(self, name: str) -> np.ndarray | None:
-        """A figure of the layers ``(S, M)`` or of the step ``(S,)``; None where it is not known."""
-        values = (self.trace.figures | self.trace.step_columns).get(name)
+    def column(self, name: str) -> np.ndarray | None:
+        """A column of the layers ``(S, M)`` or of the step ``(S,)``; None where it is not known."""
+        values = (self.trace.layer_columns | self.trace.step_columns).get(name)
         if values is None or np.isnan(values[self.first :]).all():
             return None
         return values[self.first :]

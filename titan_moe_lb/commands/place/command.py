@@ -26,7 +26,8 @@ from titan_moe_lb.commands.place.distributed import DistributedFiles
 from titan_moe_lb.commands.place.rewrite import rewrite
 from titan_moe_lb.commands.place.safetensors_files import SafetensorsFiles
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.placement import LAST_PART, contiguous, overload
+from titan_moe_lb.traces.expert_order import contiguous, overload
+from titan_moe_lb.traces.step_windows import tenth
 from titan_moe_lb.traces.trace import Trace, read_trace, trace_file
 
 
@@ -195,8 +196,9 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Place
         for num_experts in info.num_experts_M:
             if num_experts % number:
                 raise JobError(f"--groups {number} does not divide {num_experts} experts")
-    steps = trace.steps[-max(1, len(trace.steps) // LAST_PART) :]
-    counts_ME = trace.counts_SME[-len(steps) :].sum(axis=0)
+    window = tenth(len(trace.steps))
+    steps = trace.steps[-window:]
+    counts_ME = trace.counts_SME[-window:].sum(axis=0)
     loads = f"steps {steps[0]} to {steps[-1]} of {run}"
     return placement.from_loads(counts_ME, trace.layers, ep, kept, loads), counts_ME
 

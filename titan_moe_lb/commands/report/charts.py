@@ -22,8 +22,8 @@ from titan_moe_lb.pages.charts import (
 )
 from titan_moe_lb.pages.palette import color, ramp
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column import Column
 from titan_moe_lb.traces.trace import Trace
+from titan_moe_lb.traces.trace_columns import Column
 
 MOST_POINTS = 1000
 """Points of a curve."""
@@ -118,7 +118,7 @@ _SUMMARIES = {"mean": "mean", "max": "maximum", "sum": "sum"}
 def charts(traces: list[Trace]) -> list[Chart]:
     """Everything over steps.
 
-    A figure that has no place in the first charts gets a chart of its own, whatever it is.
+    A column that is in none of the first charts gets a chart of its own, whatever it is.
     """
     series = [_series(trace) for trace in traces]
 
@@ -134,19 +134,19 @@ def charts(traces: list[Trace]) -> list[Chart]:
         ]
 
     made = [Chart(title, text, panels(axes)) for title, text, axes in _CHARTS]
-    declared = {figure.name: figure for trace in traces for figure in trace.info.figures}
-    for figure in sorted(declared.values(), key=lambda figure: not figure.is_aux_loss):
-        if figure.name in _SHOWN_ABOVE:
+    declared = {column.name: column for trace in traces for column in trace.info.columns}
+    for column in sorted(declared.values(), key=lambda column: not column.is_aux_loss):
+        if column.name in _SHOWN_ABOVE:
             continue
-        title, text = figure.name, figure.description
-        if figure.is_aux_loss:
+        title, text = column.name, column.description
+        if column.is_aux_loss:
             title, text = f"Aux loss per layer: {title}", f"{text} Raw and unweighted."
-        label = _SUMMARIES[figure.summary] if figure.per == "layer" else "value"
-        if figure.per == "step" or len(traces) > 1:
-            y_title = f"{label} over the layers" if figure.per == "layer" else label
-            drawn = panels((_Axes(y_title, (_Curve(figure.name, label),)),))
-        elif known(_Curve(figure.name, label)):
-            drawn = [_per_layer(traces[0], figure, label)]
+        label = _SUMMARIES[column.summary] if column.per == "layer" else "value"
+        if column.per == "step" or len(traces) > 1:
+            y_title = f"{label} over the layers" if column.per == "layer" else label
+            drawn = panels((_Axes(y_title, (_Curve(column.name, label),)),))
+        elif known(_Curve(column.name, label)):
+            drawn = [_per_layer(traces[0], column, label)]
             text = (
                 f"{text} One thin line per layer, from violet for the first to green for the "
                 f"last; the thick line is their {label}."
@@ -160,7 +160,7 @@ def charts(traces: list[Trace]) -> list[Chart]:
 def _series(trace: Trace) -> dict[str, np.ndarray]:
     """Everything that is one number per step, by name."""
     violation_SM = max_violation(trace.counts_SME)
-    return {figure.name: trace.over_steps(figure.name) for figure in trace.info.figures} | {
+    return {column.name: trace.over_steps(column.name) for column in trace.info.columns} | {
         "MaxVio maximum": violation_SM.max(axis=1),
         "MaxVio p95": np.percentile(violation_SM, 95, axis=1),
         "MaxVio p50": np.percentile(violation_SM, 50, axis=1),
@@ -194,15 +194,15 @@ def _of_curve(
     return Panel(f"{curve.label}{note}", drawn)
 
 
-def _per_layer(trace: Trace, figure: Column, label: str) -> Panel:
+def _per_layer(trace: Trace, column: Column, label: str) -> Panel:
     drawn = blank_figure(f"each layer, and their {label}")
-    values_SM = trace.figures[figure.name]
+    values_SM = trace.layer_columns[column.name]
     num_layers = len(trace.layers)
     for index, (layer, values_S) in enumerate(zip(trace.layers, values_SM.T, strict=True)):
         if not np.isnan(values_S).all():
             pen = Pen(ramp(index, num_layers), width=1.0)
             _add(drawn, trace, f"layer {layer}", values_S, MOST_POINTS_PER_LAYER, pen)
-    total_S = figure.over_layers(values_SM)
+    total_S = column.over_layers(values_SM)
     _add(drawn, trace, label, total_S, MOST_POINTS_PER_LAYER, Pen(color("ink"), width=2.8))
     label_curves(drawn, labelled=None if len(drawn.data) <= MOST_LABELS else [label])
     drawn.update_layout(hovermode="closest")

@@ -13,6 +13,7 @@ import numpy as np
 
 from titan_moe_lb.traces.balance_statistics import max_violation, normalized_entropy
 from titan_moe_lb.traces.domain_trace import DomainTrace, read_domain_trace
+from titan_moe_lb.traces.step_windows import tenth
 from titan_moe_lb.traces.trace import Trace, read_trace
 
 
@@ -64,7 +65,7 @@ def measure(folder: Path, balanced_below: float) -> tuple[Measured, Course]:
     late = slice(-max(1, len(trace.steps) // 4), None)
     measured = Measured(
         validation_loss=float(domains.loss_VD[-1].mean()) if domains else float("nan"),
-        training_loss=float(loss_S[-max(1, len(loss_S) // 10) :].mean()),
+        training_loss=float(loss_S[-tenth(len(loss_S)) :].mean()),
         max_violation=float(violation_S[late].mean()),
         micro_batch_max_violation=float(single_S[late].mean()),
         steps_until_balanced=until_balanced(trace, violation_S, balanced_below),

@@ -46,7 +46,7 @@ MOST_FINDINGS = 3
 """Lines for what is wrong."""
 _STYLES = {Severity.FAULT: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: ""}
 _WIDEST_EXPERT = 8
-_LABEL, _FIGURE = 6, 7
+_LABEL, _MAX_VIOLATION = 6, 7
 """Columns before the strip (layer number) and after it (MaxVio)."""
 
 
@@ -86,10 +86,10 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
     step = Text(f"step {follower.step}", style="bold")
     step.append(f"  {pulse.age(follower)}", style="not bold")
     step.append(f"  dead experts {dead}", style="bold red" if dead else "not bold")
-    for figure in info.figures:
-        if figure.is_aux_loss and figure.name in numbers:
+    for column in info.columns:
+        if column.is_aux_loss and column.name in numbers:
             step.append(
-                f"  {glyphs.inert(figure.name)} {numbers[figure.name]:.4f}", style="not bold"
+                f"  {glyphs.inert(column.name)} {numbers[column.name]:.4f}", style="not bold"
             )
     lines = [title, step]
     if late := pulse.verdict(follower):
@@ -107,9 +107,7 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
     lines += _wrong(follower, glyphs)
     for line in lines:
         line.truncate(width, overflow=glyphs.overflow)
-    columns = (
-        f"layer {'load of each expert':<{max(0, width - _LABEL - _FIGURE)}}{'MaxVio':>{_FIGURE}}"
-    )
+    columns = f"layer {'load of each expert':<{max(0, width - _LABEL - _MAX_VIOLATION)}}{'MaxVio':>{_MAX_VIOLATION}}"
     return [*lines, Text(columns, style="dim")]
 
 
@@ -128,12 +126,12 @@ def _wrong(follower: Follower, glyphs: Glyphs) -> list[Text]:
 
 
 def _numbers(follower: Follower) -> dict[str, float]:
-    """Every figure of the step that is known, by name; layers summarised."""
+    """Every finite column of the step, by name; layers summarised."""
     load = follower.load
     of_layers = {
-        figure.name: float(figure.over_layers(load.figures[figure.name]))
-        for figure in follower.info.figures
-        if figure.name in load.figures
+        column.name: float(column.over_layers(load.layer_columns[column.name]))
+        for column in follower.info.columns
+        if column.name in load.layer_columns
     }
     numbers = of_layers | load.step_columns
     return {name: number for name, number in numbers.items() if np.isfinite(number)}
@@ -142,7 +140,7 @@ def _numbers(follower: Follower) -> dict[str, float]:
 def _strip(layer: int, counts_E: np.ndarray, violation: float, width: int, glyphs: Glyphs) -> Text:
     line = Text(f"{layer:>{_LABEL - 2}}  ", style="default")
     load_E = relative_load(counts_E[counts_E >= 0])
-    room = max(1, width - _LABEL - _FIGURE)
+    room = max(1, width - _LABEL - _MAX_VIOLATION)
     columns = max(1, min(_WIDEST_EXPERT, room // len(load_E)))
     for load in _most_uneven(load_E, room):
         if load == 0:
@@ -179,7 +177,7 @@ def _scale(num_shown: int, follower: Follower, width: int, glyphs: Glyphs) -> Te
         octaves = (bar - BALANCED) / BARS_PER_OCTAVE
         line.append(glyph, style=_color(octaves)).append(f" {2**octaves:.2g}  ")
     line.append(glyphs.dead, style="bold red").append(" none")
-    neighbours = -(-num_experts // max(1, width - _LABEL - _FIGURE))
+    neighbours = -(-num_experts // max(1, width - _LABEL - _MAX_VIOLATION))
     if neighbours > 1:
         line.append(
             f"\n{'':{_LABEL}}a column is {neighbours} experts, the one furthest from balance"
@@ -190,7 +188,7 @@ def _scale(num_shown: int, follower: Follower, width: int, glyphs: Glyphs) -> Te
 
 
 def _history(values: list[float], room: int, glyphs: Glyphs) -> str:
-    """The course of a figure since the first step, as bars from zero to its maximum."""
+    """Bars of the values since the first step, from zero to their maximum."""
     if len(values) < 2 or room < 1:
         return ""
     columns = np.array_split(np.asarray(values), min(room, 40, len(values)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titan_moe_lb.traces.placement import LAST_PART
+from titan_moe_lb.traces.step_windows import tenth
 
 MOST_LOADS = 32
 """Micro-batches of a window that are planned with; of more, as many evenly."""
@@ -33,7 +33,7 @@ class RecordedLoads:
     @property
     def window(self) -> int:
         """Steps at the beginning and at the end: a tenth."""
-        return max(1, len(self.counts_SME) // LAST_PART)
+        return tenth(len(self.counts_SME))
 
     @property
     def half(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.times.layer import MoELayer
 from titan_moe_lb.traces.eplb import eplb
-from titan_moe_lb.traces.placement import contiguous, greedy_in_groups
+from titan_moe_lb.traces.expert_order import contiguous, greedy_in_groups
 
 
 def placements(redundant_experts: Sequence[int]) -> list[tuple[str, int]]:

@@ -16,7 +16,7 @@ from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.outcome import Outcome, View
 from titan_moe_lb.costmodel.times.placed_experts import placed_experts, placements
 from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
-from titan_moe_lb.traces.placement import contiguous
+from titan_moe_lb.traces.expert_order import contiguous
 
 CURVE_POINTS = 17
 

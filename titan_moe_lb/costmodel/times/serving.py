@@ -19,7 +19,7 @@ from titan_moe_lb.costmodel.times.layer import RankRole, served_layer_time
 from titan_moe_lb.costmodel.times.placed_experts import placed_experts
 from titan_moe_lb.costmodel.times.served_load import ServedLoad
 from titan_moe_lb.costmodel.times.served_model import ServedModel
-from titan_moe_lb.traces.placement import tokens_of_experts
+from titan_moe_lb.traces.expert_order import tokens_of_experts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ def bias_too_slow(window: Window) -> Finding | str | None:
     """It cannot have reached what would balance the loads: by speed, or by an average."""
     balancing, steps = Balancing(window), window.trace.steps
     uneven_M, worst = window.lasts(window.uneven / 2), int(window.lasting_M.argmax())
-    range_SM, ema = window.trace.figures.get("bias_range"), balancing.setting("ema")
+    range_SM, ema = window.trace.layer_columns.get("bias_range"), balancing.setting("ema")
     seen = f"MaxVio of layer {window.trace.layers[worst]} is {window.lasting_M[worst]:.2g}"
     if not balancing.bias_moves:
         return None
@@ -57,7 +57,7 @@ def bias_too_slow(window: Window) -> Finding | str | None:
 
 def bias_oscillates(window: Window) -> Finding | str | None:
     """It overshoots: other experts are full in every step."""
-    balancing, steps_SM = Balancing(window), window.figure("bias_largest_step")
+    balancing, steps_SM = Balancing(window), window.column("bias_largest_step")
     speed = balancing.setting("speed")
     if not balancing.bias_moves or (steps_SM is None and speed is None):
         return None
@@ -91,7 +91,7 @@ def bias_oscillates(window: Window) -> Finding | str | None:
 
 
 def bias_saturates(window: Window) -> Finding | str | None:
-    range_SM, balancing = window.figure("bias_range"), Balancing(window)
+    range_SM, balancing = window.column("bias_range"), Balancing(window)
     if range_SM is None:
         return None
     range_M = np.nan_to_num(range_SM[-1])

@@ -8,7 +8,7 @@ from titan_moe_lb.commands.diagnose.balancing import Balancing
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
 from titan_moe_lb.commands.diagnose.window import Window, effective_experts
 from titan_moe_lb.traces.balance_statistics import relative_load
-from titan_moe_lb.traces.placement import contiguous, overload
+from titan_moe_lb.traces.expert_order import contiguous, overload
 
 
 def collapse(window: Window) -> Finding | str | None:

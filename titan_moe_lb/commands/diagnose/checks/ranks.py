@@ -6,7 +6,7 @@ import numpy as np
 
 from titan_moe_lb.commands.diagnose.finding import Finding
 from titan_moe_lb.commands.diagnose.window import Window
-from titan_moe_lb.traces import placement
+from titan_moe_lb.traces import expert_order
 from titan_moe_lb.traces.balance_statistics import max_violation
 
 LATE = 1.2
@@ -19,14 +19,14 @@ def hot_rank(window: Window) -> Finding | str | None:
     if info.ep == 1 or (info.num_experts_M % info.ep).any():
         return None
     loads = [load_E[~np.isnan(load_E)] for load_E in window.load_ME]
-    as_placed = [placement.contiguous(len(load_E), info.ep) for load_E in loads]
-    factor_M = np.array(list(map(placement.overload, loads, as_placed)))
+    as_placed = [expert_order.contiguous(len(load_E), info.ep) for load_E in loads]
+    factor_M = np.array(list(map(expert_order.overload, loads, as_placed)))
     best_M = factor_M.copy()
     experts_of_a_rank = int(info.num_experts_M.min()) // info.ep
     late_M = (factor_M > LATE) & window.beyond_chance(factor_M, experts_of_a_rank)
     for row in np.flatnonzero(late_M):
-        best = placement.greedy_in_groups(loads[row], info.ep, info.expert_groups or ())
-        best_M[row] = placement.overload(loads[row], best)
+        best = expert_order.greedy_in_groups(loads[row], info.ep, info.expert_groups or ())
+        best_M[row] = expert_order.overload(loads[row], best)
     hot_M = best_M < 1 + (factor_M - 1) / 2
     worst = int(np.argmax(np.where(hot_M, factor_M, 0))) if hot_M.any() else int(factor_M.argmax())
     seen = (
@@ -49,7 +49,7 @@ def hot_rank(window: Window) -> Finding | str | None:
 
 def hidden_in_micro_batches(window: Window) -> Finding | str | None:
     """What single micro-batches have too much, their sum has not."""
-    single_SM = window.figure("micro_batch_max_violation")
+    single_SM = window.column("micro_batch_max_violation")
     if single_SM is None:
         return None
     info = window.trace.info

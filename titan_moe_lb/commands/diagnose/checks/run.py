@@ -46,7 +46,7 @@ def forced_routing(window: Window) -> Finding | None:
 
 
 def padding(window: Window) -> Finding | str | None:
-    share_S = window.figure("padding_share")
+    share_S = window.column("padding_share")
     if share_S is None:
         return None
     what = f"{np.nanmean(share_S):.0%} of the routed tokens are padding"

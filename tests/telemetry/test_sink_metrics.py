@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.support.synthetic_trace import run_info, step_loads
-from titan_moe_lb.telemetry.step_metrics import step_metrics
-from titan_moe_lb.traces.column import Column
+from titan_moe_lb.telemetry.sink_metrics import sink_metrics
 from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace_columns import Column
 
-FIGURES = (
+COLUMNS = (
     Column("z_loss", is_aux_loss=True),
     Column("avg_overload_factor"),
     Column("max_overload_factor", summary="max"),
@@ -22,7 +22,7 @@ FIGURES = (
 LOAD = StepLoad(
     layers=(1, 3),
     counts_ME=np.array([[4, 4, 4, 4], [8, 4, 4, 0]]),
-    figures={
+    layer_columns={
         "z_loss": np.array([np.nan, 2.0]),
         "avg_overload_factor": np.array([1.0, 1.5]),
         "max_overload_factor": np.array([1.25, 2.0]),
@@ -56,20 +56,20 @@ def test_by_hand():
         "dropped": 7.0,
         "max_cum_overload_factor": 1.75,
     }
-    metrics = step_metrics(LOAD, FIGURES)
+    metrics = sink_metrics(LOAD, COLUMNS)
     assert metrics == pytest.approx({f"moe/{name}": value for name, value in expected.items()})
     assert all(type(value) is float for value in metrics.values())
 
 
 def test_every_layer_by_itself():
-    metrics = step_metrics(LOAD, FIGURES, per_layer=True)
+    metrics = sink_metrics(LOAD, COLUMNS, per_layer=True)
     assert metrics["moe/max_violation_layer_3"] == 1.0
     assert metrics["moe/avg_overload_factor_layer_1"] == 1.0
     assert metrics["moe/z_loss_layer_3"] == 2.0 and "moe/z_loss_layer_1" not in metrics
 
 
 def test_hottest_and_coldest_experts_in_a_stable_order():
-    metrics = step_metrics(LOAD, FIGURES, num_extreme_experts=2)
+    metrics = sink_metrics(LOAD, COLUMNS, num_extreme_experts=2)
     found = [
         tuple(metrics[f"moe/{place}_{what}"] for what in ("load", "layer", "expert"))
         for place in ("hottest_1", "hottest_2", "coldest_1", "coldest_2")
@@ -83,7 +83,7 @@ def test_number_of_names_does_not_grow_with_experts_or_layers():
     def names(num_layers, num_experts):
         info = run_info(num_layers, num_experts)
         load = next(step_loads(info, 1))
-        return step_metrics(load, info.figures, num_extreme_experts=4).keys()
+        return sink_metrics(load, info.columns, num_extreme_experts=4).keys()
 
     few, many = names(4, 8), names(61, 512)
     assert few == many and len(few) < 80
@@ -93,9 +93,9 @@ def test_number_of_names_does_not_grow_with_experts_or_layers():
 
 def test_more_extreme_experts_than_there_are():
     load = StepLoad(layers=(0,), counts_ME=np.array([[1, 2]]))
-    metrics = step_metrics(load, (), num_extreme_experts=9)
+    metrics = sink_metrics(load, (), num_extreme_experts=9)
     assert sum(name.startswith("moe/hottest") for name in metrics) == 2 * 3
 
 
 def test_model_without_moe_layers_has_none():
-    assert step_metrics(StepLoad(layers=(), counts_ME=np.zeros((0, 0))), FIGURES) == {}
+    assert sink_metrics(StepLoad(layers=(), counts_ME=np.zeros((0, 0))), COLUMNS) == {}

@@ -1,4 +1,4 @@
-"""Which device holds which expert, and what a measured load means for each of them."""
+"""Orders of the experts over the devices of expert parallelism, and the load of each device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from titan_moe_lb.errors import JobError
-
-LAST_PART = 10
-"""A placement is for the last tenth of the logged steps of a run."""
 
 
 def coarse_to_fine(numbers: Iterable[int]) -> tuple[int, ...]:

@@ -1,0 +1,41 @@
+"""Columns of a job's trace besides the counts: raw losses, metrics, and the course of learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from titan_moe_lb.balancing.losses.base import AuxLoss
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.telemetry.metrics import Metric
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace_columns import Column
+
+LEARNING = (
+    Column("loss", per="step", description="Language-model loss, mean over the global batch."),
+    Column("grad_norm", per="step", description="Norm of the gradient before it is clipped."),
+    Column("tokens_per_second", per="step", description="Tokens per second and device."),
+    Column("step_seconds", per="step", description="Seconds of a step since the last logged one."),
+)
+"""Columns of what torchtitan logs itself."""
+
+
+def columns_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Column, ...]:
+    """Columns of the losses and metrics that the routers of a model have."""
+    return (
+        *(_of_loss(loss._owner) for loss in routers[0].aux_losses),
+        *(kind.column() for kind in Metric.kinds.values() if any(map(kind.applies_to, routers))),
+    )
+
+
+def columns_in(load: StepLoad) -> tuple[Column, ...]:
+    """Columns of the losses and metrics in a load: the same on every rank."""
+    known = (
+        *map(_of_loss, AuxLoss.kinds.values()),
+        *(kind.column() for kind in Metric.kinds.values()),
+    )
+    return tuple(one for one in known if one.name in load.layer_columns | load.step_columns)
+
+
+def _of_loss(loss: type[AuxLoss]) -> Column:
+    description = (loss.__doc__ or "").partition("\n")[0]
+    return Column(loss.metric_name, is_aux_loss=True, description=description)

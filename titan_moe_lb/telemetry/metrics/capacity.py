@@ -1,0 +1,22 @@
+"""Capacity factor that a step would need."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from titan_moe_lb.telemetry.metrics.base import Metric, Reduction
+from titan_moe_lb.telemetry.rank_step import RankStep
+from titan_moe_lb.traces.capacity import capacity_factor
+
+
+class CapacityFactor(Metric):
+    name = "capacity_factor_1pct"
+    description = (
+        "Room of an expert-parallel rank, over the balanced tokens, with which no "
+        "expert-parallel group would drop more than 1 % of the tokens of the step"
+    )
+    over_ranks = Reduction.MAX
+    over_layers = Reduction.MAX
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        return capacity_factor(step.received_NMR, 0.01)

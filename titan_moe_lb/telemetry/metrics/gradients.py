@@ -1,0 +1,37 @@
+"""Gradients of the model's loss and of the aux losses in the logits of a router."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.telemetry.metrics.base import Metric, Reduction
+from titan_moe_lb.telemetry.rank_step import RankStep
+
+
+class _OfGradient(Metric):
+    over_ranks = Reduction.SUM
+    index: ClassVar[int]
+    """In the last axis of ``RankStep.gradient_squares_N2``."""
+
+    @classmethod
+    def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        return router.loop.gradients
+
+    def measure(self, step: RankStep) -> np.ndarray | None:
+        squares_N2 = step.gradient_squares_N2
+        return None if squares_N2 is None else squares_N2[:, self.index].astype(np.float64)
+
+
+class MainGradient(_OfGradient):
+    name = "main_gradient_squared"
+    description = "Squared norm of the gradient of the model's loss in the logits of the router"
+    index = 0
+
+
+class AuxGradient(_OfGradient):
+    name = "aux_gradient_squared"
+    description = "Squared norm of the gradient of the aux losses in the logits of the router"
+    index = 1

@@ -1,0 +1,18 @@
+"""MaxVio of single micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from titan_moe_lb.telemetry.metrics.base import Metric, Reduction
+from titan_moe_lb.telemetry.rank_step import RankStep
+from titan_moe_lb.traces.balance_statistics import max_violation
+
+
+class MicroBatchMaxViolation(Metric):
+    name = "micro_batch_max_violation"
+    description = "MaxVio of a micro-batch by itself, mean over micro-batches"
+    over_ranks = Reduction.MEAN
+
+    def measure(self, step: RankStep) -> np.ndarray:
+        return max_violation(step.counts_NME).mean(axis=1)

@@ -1,0 +1,83 @@
+"""Names and numbers that TensorBoard, W&B and ``Balance.metrics()`` get of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from titan_moe_lb.telemetry.metrics.of_counts import OF_COUNTS, WITHOUT_PERCENTILES
+from titan_moe_lb.traces.balance_statistics import extreme_experts, max_violation, relative_load
+from titan_moe_lb.traces.domain_trace import DomainLoad
+from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace_columns import Column
+
+_PERCENTILES = {"p50": 50, "p95": 95, "max": 100}
+"""Suffix of the name to the percentile over the layers."""
+
+
+def sink_metrics(
+    load: StepLoad,
+    columns: Iterable[Column],
+    *,
+    num_extreme_experts: int = 0,
+    per_layer: bool = False,
+) -> dict[str, float]:
+    """Compute the named numbers of a step, of all layers together.
+
+    The number of names depends on the columns, not on the number of experts.
+
+    Args:
+        load: the step.
+        columns: declarations of its columns.
+        num_extreme_experts: name that many of the hottest and of the coldest experts.
+        per_layer: add every layer's own number, as ``moe/<name>_layer_<number>``.
+
+    Returns:
+        Name to number; empty for a model without MoE layers, and for a step that routed nothing.
+    """
+    if not load.counts_ME.any():
+        return {}
+    of_layers = load.layer_columns | {name: f(load.counts_ME) for name, f in OF_COUNTS.items()}
+    metrics = dict(load.step_columns)
+    for column in (*columns, *map(Column, OF_COUNTS)):
+        values_M = of_layers.get(column.name)
+        if values_M is None or np.isnan(values_M).all():
+            continue
+        metrics[column.name] = column.over_layers(values_M)
+        if column.summary != "sum" and column.name not in WITHOUT_PERCENTILES:
+            for suffix, percent in _PERCENTILES.items():
+                if suffix != column.summary:
+                    metrics[f"{column.name}_{suffix}"] = np.nanpercentile(values_M, percent)
+        if per_layer:
+            metrics |= {
+                f"{column.name}_layer_{layer}": value
+                for layer, value in zip(load.layers, values_M, strict=True)
+                if not np.isnan(value)
+            }
+    metrics |= _extreme_experts(load, num_extreme_experts)
+    return {f"moe/{name}": float(value) for name, value in metrics.items()}
+
+
+def _extreme_experts(load: StepLoad, number: int) -> dict[str, float]:
+    """``hottest_1_load`` (relative to the balanced load), ``_layer`` and ``_expert``, and so on."""
+    load_ME = relative_load(load.counts_ME)
+    metrics = {}
+    for end, experts in zip(("hottest", "coldest"), extreme_experts(load_ME, number), strict=True):
+        for place, (row, expert) in enumerate(experts, start=1):
+            metrics[f"{end}_{place}_load"] = load_ME[row, expert]
+            metrics[f"{end}_{place}_layer"] = load.layers[row]
+            metrics[f"{end}_{place}_expert"] = expert
+    return metrics
+
+
+def domain_metrics(loads: dict[str, DomainLoad]) -> dict[str, float]:
+    """Compute loss and MaxVio, mean over the layers, of a validation, by domain."""
+    return {
+        f"validation_metrics/{name}_{domain}": float(value)
+        for domain, load in loads.items()
+        for name, value in (
+            ("loss", load.loss),
+            ("max_violation", max_violation(load.counts_ME).mean()),
+        )
+    }

@@ -1,0 +1,86 @@
+"""Columns of the trace: those that every trace has, and those that the job declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.step_load import StepLoad
+
+MICRO_BATCH = "micro_batch_counts"
+"""Column of the counts of one micro-batch; null, or absent from a trace of an older version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Declaration of one named number of every layer, or of the step."""
+
+    name: str
+    per: Literal["layer", "step"] = "layer"
+    summary: Literal["mean", "max", "sum"] = "mean"
+    """How the layers become one number of the step."""
+    is_aux_loss: bool = False
+    description: str = ""
+    """One line for the chart of the report."""
+
+    def over_layers(self, values: np.ndarray) -> np.ndarray:
+        """Summarise float64 ``(..., M)`` to ``(...)``, without NaNs; NaN where all are NaN."""
+        known = np.ma.masked_where(np.isnan(values), values)
+        return np.ma.filled(getattr(known, self.summary)(axis=-1), np.nan)
+
+
+def always(num_experts: int) -> dict[str, pa.DataType]:
+    """Names and types of the columns of every trace."""
+    return {"step": pa.int64(), "layer": pa.int32(), "counts": pa.list_(pa.int64(), num_experts)}
+
+
+def all_columns(num_experts: int, columns: Iterable[Column]) -> dict[str, pa.DataType]:
+    """Names and types of the columns of a new trace.
+
+    Raises:
+        JobError: two of them have one name.
+    """
+    types = always(num_experts) | {MICRO_BATCH: pa.list_(pa.int32(), num_experts)}
+    for column in columns:
+        if column.name in types:
+            raise JobError(
+                f"two columns of the trace would be called {column.name!r}: give the metric "
+                "another name"
+            )
+        types[column.name] = pa.float64()
+    return types
+
+
+def batch_of(step: int, load: StepLoad, columns: Iterable[Column]) -> pa.RecordBatch:
+    """One step as a record batch, a row for each layer.
+
+    Raises:
+        ValueError: the load has a column that is not declared.
+    """
+    num_layers, num_experts = load.counts_ME.shape
+    arrays = {
+        "step": pa.array(np.full(num_layers, step, dtype=np.int64)),
+        "layer": pa.array(np.array(load.layers, dtype=np.int32)),
+        "counts": count_lists(load.counts_ME, pa.int64()),
+        MICRO_BATCH: pa.nulls(num_layers, pa.list_(pa.int32(), num_experts))
+        if load.micro_batch_counts_ME is None
+        else count_lists(load.micro_batch_counts_ME, pa.int32()),
+    }
+    recorded = load.layer_columns | load.step_columns
+    for column in columns:
+        values = np.full(num_layers, recorded.pop(column.name, np.nan), dtype=np.float64)
+        arrays[column.name] = pa.array(values, from_pandas=True)  # NaN becomes null
+    if recorded:
+        raise ValueError(f"columns {sorted(recorded)} are not declared")
+    return pa.record_batch(arrays)
+
+
+def count_lists(counts: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Counts ``(rows, E)`` as lists of one length, a list for each row."""
+    values = np.ascontiguousarray(counts, dtype=kind.to_pandas_dtype()).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values, kind), counts.shape[1])
