@@ -1,10 +1,9 @@
-"""TOML tables onto dataclass configs and back, strictly checked.
+"""Strict conversion between TOML tables and dataclass configs.
 
-A table may set fields of the config that the registry built; an unknown key, a
-wrong type or a value outside a choice raises ``JobError`` naming the place and
-the nearest valid name. TOML has no null: the string ``"none"`` stands for None in
-a field that may be None. A choice between configs (activation checkpointing, aux
-losses, the expert bias) is a table with a ``type``.
+A table sets fields of a config that exists. An unknown key, a wrong type or a value outside a
+choice raises ``JobError`` with the key and the nearest valid name. TOML has no null: ``"none"``
+means None. A choice between configs (activation checkpointing, aux losses, the expert bias) is a
+table with a ``type``.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -27,10 +27,10 @@ _NOT_IN_TOML = {"model_spec", "param_init", "sharding_config"}
 
 
 def read(path: str, flag: str) -> dict[str, Any]:
-    """Parse a user's file, which ``flag`` has named.
+    """Parse the file that the user's ``flag`` names.
 
     Raises:
-        JobError: it is missing or cannot be read, or its syntax is bad.
+        JobError: the file is missing, unreadable or no TOML.
     """
     try:
         return tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -53,24 +53,21 @@ def merge(config: Any, table: Any, where: str) -> Any:
     Raises:
         JobError: the first key that does not fit.
     """
-    hints = _hints(type(config))
-    for key, value in _table(table, where, hints).items():
+    for key, value in _table(table, where, _hints(type(config))).items():
         merge_field(config, key, value, f"{where} {key}")
     return config
 
 
 def build(cls: type, table: Any, where: str) -> Any:
-    """A dataclass instance from a table. Args and errors: as :func:`merge`."""
+    """Build a dataclass instance from a table. Args and errors: as :func:`merge`."""
     hints = _hints(cls)
     table = _table(table, where, hints)
     for field in settable(cls):
         if default(field) is dataclasses.MISSING and field.name not in table:
             raise JobError(f"{where} needs {field.name!r}")
-    arguments = {
-        key: construct(hints[key], value, f"{where} {key}") for key, value in table.items()
-    }
+    values = {key: construct(hints[key], value, f"{where} {key}") for key, value in table.items()}
     try:
-        return cls(**arguments)
+        return cls(**values)
     except ValueError as error:
         raise JobError(f"{where}: {error}") from None
 
@@ -102,20 +99,20 @@ def settable(cls: type) -> dict[dataclasses.Field, Any]:
 
 
 def default(field: dataclasses.Field) -> Any:
-    """The value of a field that is left out; ``dataclasses.MISSING`` where it has to be given."""
+    """The default of a field; ``dataclasses.MISSING`` where it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def construct(hint: Any, value: Any, where: str, current: Any = None) -> Any:
-    """The value that TOML means for an annotated parameter or field.
+    """Convert a TOML value to the type of an annotated parameter or field.
 
     Args:
         hint: the annotation.
         value: parsed TOML.
         where: as in :func:`merge`.
-        current: the value that it has, which a table is merged into.
+        current: its present value; a table is merged into a config.
 
     Raises:
         JobError: the value does not fit.
@@ -143,7 +140,7 @@ def construct(hint: Any, value: Any, where: str, current: Any = None) -> Any:
 
 
 def _list_of_configs(current: list, element: Any, value: Any, where: str) -> list:
-    """Kinds of a component as they are given; others merge into the current ones by position."""
+    """Build kinds of a component anew; merge other configs into the current ones by position."""
     tables = value if isinstance(value, list) else [value]
     choices = _choices([element])
     entries = []
@@ -226,13 +223,8 @@ def inline(value: Any) -> str:
         raise JobError(f"{value} is a date or a time, which no key of a job takes") from None
 
 
-def kinds(hint: Any) -> dict[str, type | None]:
-    """The types that a table of this annotation can have, and their classes."""
-    return _choices(_members(hint))
-
-
 def describe(hint: Any) -> str:
-    """What a value of this annotation is, in words."""
+    """A valid value of an annotation, in words."""
     return " or ".join(_describe_member(member) for member in _members(hint))
 
 
@@ -262,16 +254,15 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _members(hint: Any) -> tuple:
-    """Of a union, or the annotation itself."""
+    """The members of a union, or the annotation itself."""
     plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     union = typing.get_origin(plain) in (Union, types.UnionType)
     return typing.get_args(plain) if union else (plain,)
 
 
-def _choices(members: typing.Iterable) -> dict[str, type | None]:
-    """Names and classes of a choice of configs: of the kinds of a component (aux losses, expert
-    bias, forced routing), or of a union that tyro offers as subcommands."""
-    members = tuple(members)
+def _choices(members: Sequence) -> dict[str, type | None]:
+    """Names and classes of a choice of configs: the kinds of a component (aux losses, expert bias,
+    forced routing), or the members of a union that tyro offers as subcommands."""
     found: dict[str, type | None] = {}
     for member in members:
         kinds = getattr(getattr(member, "_owner", None), "kinds", {})
@@ -285,17 +276,17 @@ def _choices(members: typing.Iterable) -> dict[str, type | None]:
     return found
 
 
-def _literals(members: typing.Iterable) -> list[str]:
+def _literals(members: Sequence) -> list[str]:
     literals = [m for m in members if typing.get_origin(m) is Literal]
     return [c for m in literals for c in typing.get_args(m) if isinstance(c, str)]
 
 
-def _table(value: Any, where: str, valid: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The value as a table, each of whose keys is one of ``valid``, if that is given."""
+def _table(value: Any, where: str, valid: dict[str, Any]) -> dict[str, Any]:
+    """Check that a value is a table and that each key is one of ``valid``."""
     if not isinstance(value, dict):
         raise _wrong(where, value, "a table")
     for key in value:
-        if valid is not None and key not in valid:
+        if key not in valid:
             raise JobError(f"{where} has no key {key!r}; {nearest(key, valid)}")
     return value
 

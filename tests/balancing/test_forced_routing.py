@@ -433,61 +433,6 @@ def test_recomputation_takes_the_same_decisions(
     assert (trace.counts_SME == expected.counts_SME).all()
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ('type = "hot_rank", rank = 0, fraction = 0.5', "expert_parallel_degree is 1"),
-        ('type = "hotrank"', "did you mean 'hot_rank'"),
-        ('type = "hot_rank", rank = 0', "needs 'fraction'"),
-        ('type = "hot_rank", fraction = 0.5', "either rank or ranks"),
-        ('type = "biased_normal", std = -1.0', "finite number above 0"),
-        ('type = "replay", trace = "/nowhere"', "holds no routing trace"),
-    ],
-)
-def test_bad_input_is_one_line(monkeypatch, table, message):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(JobError, match=message):
-        job_config.load([*TINY, *force(table)])
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ('type = "hot_rank", rank = 2, fraction = 0.5', "has rank 2; the ranks of an EP group"),
-        ('type = "hot_rank", rank = -1, fraction = 0.5', "has rank -1"),
-    ],
-)
-def test_hot_rank_that_does_not_exist(monkeypatch, table, message):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(JobError, match=message):
-        job_config.load([*TINY, "--parallelism.expert_parallel_degree=2", *force(table)])
-
-
-def test_hot_rank_with_too_few_experts(monkeypatch):
-    """Rank 0 of 8 has one expert, and a token takes two different ones."""
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    forced = force('type = "hot_rank", rank = 0, fraction = 0.75')
-    with pytest.raises(JobError, match=r"must be in \[0, 0.5\]"):
-        job_config.load([*TINY, "--parallelism.expert_parallel_degree=8", *forced])
-
-
-@pytest.mark.parametrize("step", [-3, 0, 11])
-def test_recorded_step_that_never_comes(monkeypatch, step):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(JobError, match=f"has step {step}; the steps of this job are 1 to 10"):
-        job_config.load([*TINY, "--metrics.record_routing_steps", str(step)])
-
-
-def test_two_strategies_at_once(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    both = '--model.forced_routing=[{type = "round_robin"}, {type = "random_balanced"}]'
-    with pytest.raises(JobError, match="must be one table with a type"):
-        job_config.load([*TINY, both])
-    flags = [*force('type = "round_robin"'), "--debug.moe_force_load_balance"]
-    with pytest.raises(JobError, match="keep one"):
-        job_config.load([*TINY, *flags])
-
-
 def test_trace_that_does_not_fit_is_refused(monkeypatch, recorded):
     folder, _ = recorded
     monkeypatch.setenv("WORLD_SIZE", "1")

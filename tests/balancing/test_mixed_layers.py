@@ -21,7 +21,7 @@ from titan_moe_lb.balancing.forced_routing import RandomBalanced, Replay
 from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.step_hook import StepHook, wire
-from titan_moe_lb.checkpoints import placement
+from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.commands.diagnose.checks import diagnosis
 from titan_moe_lb.commands.plan.measured import of_run
 from titan_moe_lb.commands.report import load_codes, summary
@@ -282,7 +282,7 @@ def test_diagnose_and_place_count_the_experts_that_are_there():
     trace.counts_SME[:, 0, 3], trace.counts_SME[:, 0, 5] = 400, 4000
     (found,) = diagnosis(trace).findings
     assert (found.kind, found.experts) == ("hot_expert", ((1, 5),))
-    order = placement.from_loads(counts_ME, (1, 2), 2, (), "").orders
+    order = placement_file.from_loads(counts_ME, (1, 2), 2, (), "").orders
     assert [sorted(order[number].tolist()) for number in (1, 2)] == [[*range(8)], [*range(16)]]
 
 

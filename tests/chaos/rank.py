@@ -13,7 +13,7 @@ import torch
 from torchtitan.config.override import derive
 
 from tests.support import rank_pool
-from titan_moe_lb.checkpoints.checked_loading import CheckedCheckpoints
+from titan_moe_lb.checkpoints.loading import CheckedCheckpoints
 from titan_moe_lb.job import job_config
 from titan_moe_lb.run import train
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor

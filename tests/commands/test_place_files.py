@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.place_jobs import layer_state, save_in_a_grid, saved
 from tests.support.synthetic_trace import run_info, write_run
-from titan_moe_lb.checkpoints.placement import FILE_NAME, read
+from titan_moe_lb.checkpoints.placement_file import FILE_NAME, read
 from titan_moe_lb.commands.place.by_expert import Stored, expert_tensors
 from titan_moe_lb.commands.place.command import place
 from titan_moe_lb.errors import JobError
@@ -214,7 +214,7 @@ BAD_PLACEMENTS = {
     "the placement is of MoE layers 1, and": {"orders": {1: list(range(E))}},
     "the placement has 4 experts in layer 1, and": {"orders": {1: [0, 1, 2, 3], 2: list(range(E))}},
     "is no order of its 8 experts": {"orders": {1: [0] * E, 2: list(range(E))}},
-    "tears one of the 4 groups of experts of layer 1 apart": {
+    "splits one of the 4 expert groups of layer 1": {
         "groups": [4],
         "orders": {n: [0, 2, 1, 3, 4, 5, 6, 7] for n in (1, 2)},
     },

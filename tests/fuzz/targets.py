@@ -229,7 +229,7 @@ def _read_trace(case: TraceCase, folder: Path) -> None:
         diagnose(folder)
         diagnose(folder, as_json=True)
         if case.page:
-            cli.Report(run_dir=folder).run()
+            cli.report(folder)
 
 
 def _write_routing(folder: Path) -> None:

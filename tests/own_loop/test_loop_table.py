@@ -461,9 +461,10 @@ def _(ranks):
         assert found["loss"] == pytest.approx(of_rows / 8, rel=1e-5)
 
 
-def test_bad_rows_leave_no_trace():
-    """What an own loop is refused for leaves nothing attached: the same model again, right."""
+@pytest.mark.parametrize("wrong", [{"rows_per_step": 0}, {"optimizer": []}])
+def test_a_refused_attach_leaves_no_trace(wrong):
+    """The next attach() of the same model is right."""
     model = MoELayers(rule=SIGN)
     with pytest.raises(JobError):
-        attach(model, rows_per_step=0)
+        attach(model, **wrong)
     Loop(model).step()

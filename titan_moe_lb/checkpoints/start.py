@@ -1,4 +1,4 @@
-"""Which checkpoint a job starts from, and whether all of it is there."""
+"""The checkpoint that a job starts from, and a check that all of its files are there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torchtitan.tools import filesystem
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.terminal import run_folder
 
 _METADATA = ".metadata"
 _FINISHED = (_METADATA, "model.safetensors.index.json")
@@ -34,14 +34,14 @@ class Checkpoint:
 
 
 def is_remote(config) -> bool:
-    """Whether a ``Trainer.Config`` keeps its checkpoints on no file system of this machine."""
+    """Whether a folder of a job's checkpoints is not on this machine's file systems."""
     checkpoint = config.checkpoint
     folders = (config.dump_folder, checkpoint.folder, checkpoint.initial_load_path or "")
-    return any(filesystem.is_remote(folder) for folder in folders)
+    return any(run_folder.is_remote(folder) for folder in folders)
 
 
 def own_folder(config) -> Path:
-    """Where the job of a ``Trainer.Config`` writes its checkpoints, a folder for each step."""
+    """The folder to which a job writes its checkpoints, one folder a step."""
     return Path(config.dump_folder, config.checkpoint.folder)
 
 
@@ -56,18 +56,20 @@ def steps_in(folder: Path) -> dict[int, Path]:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the save of a step came to its end: what torchtitan takes for one that it can load."""
+    """Whether torchtitan takes a step for one that it can load: its save was completed."""
     return any((path / name).is_file() for name in _FINISHED)
 
 
 def start_of(config) -> Checkpoint | None:
     """The distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
 
-    That is ``checkpoint.load_step``, else the latest of its own with metadata, else
-    ``checkpoint.initial_load_path``. None for a start from random or Hugging Face weights, and
-    for remote folders, which are not looked into. So it is for a run that was killed in its first
-    save. One that has several steps, and none with metadata, would silently begin again: the
-    latest then, which nobody can load.
+    That is ``checkpoint.load_step``, else the job's latest step with metadata, else
+    ``checkpoint.initial_load_path``.
+
+    Returns:
+        None for a start from random or Hugging Face weights, for a run that was killed in its first
+        save, and for remote folders, which are not read. torchtitan would silently begin again
+        where a run has several steps and none with metadata: the latest, which cannot be loaded.
     """
     checkpoint = config.checkpoint
     if not checkpoint.enable or checkpoint.create_seed_checkpoint or is_remote(config):
@@ -84,20 +86,19 @@ def start_of(config) -> Checkpoint | None:
         return Checkpoint(path=Path(checkpoint.initial_load_path), step=None)
     if not finished and len(steps) == 1:
         return None
-    for step, path in reversed((finished or steps).items()):
-        return Checkpoint(path=path, step=step)
-    return None
+    latest = max(finished or steps, default=None)
+    return None if latest is None else Checkpoint(path=steps[latest], step=latest)
 
 
 def is_model_only(config, start: Checkpoint) -> bool:
-    """Whether a job loads the weights of a checkpoint and nothing else of it."""
+    """Whether a job loads only the weights of a checkpoint."""
     if start.step is None:
         return config.checkpoint.initial_load_model_only
     return start.step == 0
 
 
 def left_out(config, start: Checkpoint | None) -> list[int]:
-    """The steps of a run, newer than its start, whose save has not come to its end."""
+    """The steps of a run that are newer than its start and whose save was not completed."""
     if is_remote(config) or not config.checkpoint.enable or config.checkpoint.load_step != -1:
         return []
     begun = (start.step if start else None) or 0
@@ -109,12 +110,7 @@ def left_out(config, start: Checkpoint | None) -> list[int]:
 
 
 def remedy(folder: Path, broken: Path) -> str:
-    """What to set where a step of a run cannot be loaded.
-
-    Args:
-        folder: of the steps.
-        broken: the one that cannot.
-    """
+    """The key to set where the step ``broken`` of a run in ``folder`` cannot be loaded."""
     for step, path in reversed(steps_in(folder).items()):
         if path != broken and damage(path) is None:
             return f"the last good step in {folder} is {step}: set checkpoint.load_step = {step}"
@@ -125,7 +121,7 @@ def remedy(folder: Path, broken: Path) -> str:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What a checkpoint holds, without its tensors.
+    """Names, shapes and files of the tensors in a checkpoint.
 
     Raises:
         JobError: there is no metadata, or it is cut.
@@ -148,7 +144,7 @@ def read_metadata(path: Path) -> Metadata:
 def damage(path: Path) -> str | None:
     """The first file of a checkpoint that is missing or cut, in words; None if all are whole.
 
-    What the files hold is checked by who loads it: :mod:`titan_moe_lb.checkpoints.checked_loading`.
+    :mod:`titan_moe_lb.checkpoints.loading` checks their contents.
     """
     sizes: dict[str, int] = {}
     try:
@@ -173,7 +169,7 @@ def damage(path: Path) -> str | None:
 
 
 def _torn(metadata: Metadata, name: str) -> bool:
-    """Whether the parts of an entry do not make a whole: torch would load what there is of it."""
+    """Whether parts of an entry are missing: torch would load the others without an error."""
     entry, stored = metadata.state_dict_metadata[name], metadata.storage_data
     if not isinstance(entry, TensorStorageMetadata):
         return MetadataIndex(name) not in stored

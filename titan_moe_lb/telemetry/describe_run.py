@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
-from titan_moe_lb.checkpoints import placement
+from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.checkpoints.start import start_of
 from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.telemetry.columns import LEARNING, columns_of
@@ -64,5 +64,5 @@ def describe_run(config) -> RunInfo:
 def _placement(config) -> str | None:
     """Title of the expert order of the checkpoint that the job starts from."""
     start = start_of(config)
-    found = placement.of_checkpoint(start.path) if start is not None else None
+    found = placement_file.of_checkpoint(start.path) if start is not None else None
     return found.title if found is not None else None

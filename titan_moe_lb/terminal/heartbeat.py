@@ -1,15 +1,14 @@
-"""A sign of life while nothing else can be said."""
+"""Lines in the terminal while a command has no other output."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 
 class Heartbeat:
-    """Says ``what(seconds)`` after a while, and again each time twice as long has passed.
+    """Print ``what(seconds)`` after a while, and again each time twice as long has passed.
 
     Args:
         say: prints a line.
@@ -28,16 +27,11 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.end()
 
     def end(self) -> None:
-        """There is something to see: no more lines."""
+        """Print no more lines."""
         self._over.set()
 
     def _wait(self) -> None:

@@ -1,4 +1,4 @@
-"""The folder that a run writes to: it can be written, and no other run is at work in it."""
+"""The folder that a run writes to: writable, and locked against other runs."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ import functools
 import os
 import tempfile
 
-from torchtitan.tools import filesystem
-
 from titan_moe_lb.errors import JobError
 
 _LOCK = ".run.lock"
 
 
-def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run") -> None:
-    """Make ``dump_folder`` and keep it for a run until this process ends.
+def is_remote(folder: str) -> bool:
+    """Whether torch and torchtitan write to a folder through fsspec, as to ``s3://bucket``."""
+    return "://" in folder
 
-    The launcher and every rank of a run do so: it is taken as long as one of them lives.
+
+def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run") -> None:
+    """Make a folder and lock it for a run until this process ends.
+
+    The launcher and every rank of a run share the lock.
 
     Args:
-        run: what the processes have in common that may share the folder: those of one run.
-        name: of the user's own key, which is a flag too.
-        kind: of what is at work there.
+        run: name of the run.
+        name: the user's own key of the folder, which is a flag too.
+        kind: what runs there, for the message.
 
     Raises:
-        JobError: nothing can be written there, or another run holds it.
+        JobError: the folder is not writable, or another run holds the lock.
     """
     if not folder:
         raise JobError(f"{name} is empty: name a folder, as in --{name} ./outputs")
-    if filesystem.is_remote(folder):
+    if is_remote(folder):
         return
     try:
         os.makedirs(folder, exist_ok=True)
@@ -55,13 +58,13 @@ def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run"
 
 
 def _hold(lock: int, run: bytes) -> bytes:
-    """Whose lock it is: ours if nobody held it, else that of who came first."""
+    """Take the lock if it is free; return the run that holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(lock, 0)
         os.pwrite(lock, run, 0)
     except BlockingIOError:
         pass
-    # Who writes the name holds the lock alone; who waits here reads a name that is whole.
+    # The writer holds an exclusive lock, so readers never see a partial name.
     fcntl.flock(lock, fcntl.LOCK_SH)
     return os.pread(lock, 4096, 0)

@@ -1,1 +1,2 @@
-"""What torchtitan 0.3.0 lacks. A newer torchtitan makes files here deletable."""
+"""What torch 2.14 and torchtitan 0.3.0 lack, and their private names. Newer ones make files here
+deletable."""

@@ -26,7 +26,7 @@ from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of
 from titan_moe_lb.balancing.step_hook import register_load_balancing
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
-from titan_moe_lb.checkpoints import checked_loading
+from titan_moe_lb.checkpoints import loading
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
@@ -189,7 +189,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             hooks = _step_hooks(config)
             hooks.of_trainer = True
             metrics_processor.adapt(config)
-            checked_loading.adapt(config)
+            loading.adapt(config)
             rules.validate(config)
             config.dataloader = with_token_mask(
                 config.dataloader,

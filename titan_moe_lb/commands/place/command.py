@@ -16,8 +16,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from titan_moe_lb.checkpoints import placement
-from titan_moe_lb.checkpoints.placement import Placement
+from titan_moe_lb.checkpoints import placement_file
+from titan_moe_lb.checkpoints.placement_file import ExpertOrder
 from titan_moe_lb.checkpoints.start import is_finished, steps_in
 from titan_moe_lb.commands.place import new_folder
 from titan_moe_lb.commands.place.by_expert import ExpertTensors, expert_tensors
@@ -67,7 +67,7 @@ def place(
         layers = expert_tensors(files.tensors, files.objects)
     except JobError as error:
         raise JobError(f"{folder} cannot be placed: {error}") from None
-    done = placement.of_checkpoint(folder)
+    done = placement_file.of_checkpoint(folder)
     said = [_what(folder, files, layers)]
     counts_ME = None
     if undo:
@@ -77,7 +77,7 @@ def place(
     elif file is not None:
         if from_run is not None:
             raise JobError("--placement and --from-run are two placements: give one of them")
-        plan = _given(placement.read(file), file, ep, groups)
+        plan = _given(placement_file.read(file), file, ep, groups)
     else:
         trace = _loads(path, folder, from_run, done)
         plan, counts_ME = _from_loads(trace, ep, groups)
@@ -134,26 +134,26 @@ def _what(folder: Path, files: CheckpointFiles, layers: list[ExpertTensors]) -> 
     )
 
 
-def _to_undo(folder: Path, done: Placement | None, file: Path | None) -> Placement:
+def _to_undo(folder: Path, done: ExpertOrder | None, file: Path | None) -> ExpertOrder:
     if done is None and file is None:
         raise JobError(
-            f"{folder} has no {placement.FILE_NAME}, nor has its run: name the one that it was "
+            f"{folder} has no {placement_file.FILE_NAME}, nor has its run: name the one that it was "
             "placed with in --placement"
         )
     if done is not None and file is not None:
         raise JobError(f"{folder} has a placement of its own: leave --placement out")
-    return done if done is not None else placement.read(file)  # type: ignore[arg-type]
+    return done if done is not None else placement_file.read(file)  # type: ignore[arg-type]
 
 
-def _given(plan: Placement, file: Path, ep: int | None, groups: str | None) -> Placement:
+def _given(plan: ExpertOrder, file: Path, ep: int | None, groups: str | None) -> ExpertOrder:
     if ep not in (None, plan.ep_degree):
         raise JobError(f"--ep is {ep}, and {file} is a placement for EP {plan.ep_degree}")
-    if groups is not None and placement.parse_groups(groups) != plan.groups:
+    if groups is not None and placement_file.parse_groups(groups) != plan.groups:
         raise JobError(f"--groups is {groups}, and {file} keeps groups {list(plan.groups)}")
     return plan
 
 
-def _loads(path: Path, folder: Path, from_run: Path | None, done: Placement | None) -> Trace:
+def _loads(path: Path, folder: Path, from_run: Path | None, done: ExpertOrder | None) -> Trace:
     """The run's trace, if its experts have the numbers that those of the checkpoint have."""
     homes = (path, folder.parent.parent)
     own = next((home for home in homes if trace_file(home).is_file()), None)
@@ -176,7 +176,7 @@ def _loads(path: Path, folder: Path, from_run: Path | None, done: Placement | No
     return trace
 
 
-def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Placement, np.ndarray]:
+def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[ExpertOrder, np.ndarray]:
     """A placement, and the tokens of each expert of each layer that it is for ``(M, E)``."""
     info, run = trace.info, trace.path.parent
     if ep is None:
@@ -184,7 +184,7 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Place
     if ep < 2:
         raise JobError(f"--ep is {ep}; it must be at least 2")
     if groups is not None:
-        kept = placement.parse_groups(groups)
+        kept = placement_file.parse_groups(groups)
     elif info.expert_groups is not None:
         kept = info.expert_groups
     else:
@@ -200,10 +200,10 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Place
     steps = trace.steps[-window:]
     counts_ME = trace.counts_SME[-window:].sum(axis=0)
     loads = f"steps {steps[0]} to {steps[-1]} of {run}"
-    return placement.from_loads(counts_ME, trace.layers, ep, kept, loads), counts_ME
+    return placement_file.from_loads(counts_ME, trace.layers, ep, kept, loads), counts_ME
 
 
-def _gain(plan: Placement, counts_ME: np.ndarray) -> str:
+def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
     """What it is to do to the overload.
 
     Raises:
@@ -228,11 +228,11 @@ def _gain(plan: Placement, counts_ME: np.ndarray) -> str:
     )
 
 
-def _record(plan: Placement, done: Placement | None, undo: bool) -> Placement | None:
+def _record(plan: ExpertOrder, done: ExpertOrder | None, undo: bool) -> ExpertOrder | None:
     """What the placed checkpoint says of itself."""
     if undo:
         return done.earlier if done is not None else None
-    return Placement(
+    return ExpertOrder(
         orders=plan.orders,
         ep_degree=plan.ep_degree,
         groups=plan.groups,
@@ -242,7 +242,7 @@ def _record(plan: Placement, done: Placement | None, undo: bool) -> Placement | 
 
 
 def _write(
-    files: CheckpointFiles, output: Path, inside: Path, moves: Moves, record: Placement | None
+    files: CheckpointFiles, output: Path, inside: Path, moves: Moves, record: ExpertOrder | None
 ) -> None:
     bar = Progress(
         TextColumn("writing and reading back"),
@@ -260,4 +260,4 @@ def _write(
         target.mkdir(parents=True, exist_ok=True)
         rewrite(files, target, moves, lambda count: bar.advance(task, count))
         if record is not None:
-            record.write(partial / placement.FILE_NAME)
+            record.write(partial / placement_file.FILE_NAME)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from titan_moe_lb.checkpoints import placement
+from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.commands.place.checkpoint_files import CheckpointFiles, Moves
 from titan_moe_lb.errors import JobError
 
@@ -26,7 +26,7 @@ def rewrite(
     for path in source.folder.iterdir():
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
-        elif path.name not in {*source.data_files, placement.FILE_NAME}:
+        elif path.name not in {*source.data_files, placement_file.FILE_NAME}:
             shutil.copy2(path, folder)
     source.write(folder, moves, advance)
     _compare(source, type(source)(folder), moves, advance)

@@ -1,4 +1,4 @@
-"""What ``titan-moe-lb plan`` is asked: its flags. Imports little, so that ``--help`` is instant."""
+"""Flags of ``titan-moe-lb plan``. Imports little, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """What is asked of which job. The texts are those of the command's help."""
+    """The job to plan, its hardware and its loads."""
 
     hardware: str
     """h100, h200, b200, gb200_nvl72, mi300x, tpu_v5p, host (measured), or a TOML file."""

@@ -20,7 +20,8 @@ from typing import TextIO
 
 from rich.console import Console
 from torchtitan.components import metrics
-from torchtitan.tools import filesystem
+
+from titan_moe_lb.terminal.run_folder import is_remote
 
 _OURS = str(Path(__file__).parents[2]) + os.sep
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
@@ -41,7 +42,7 @@ class StepLine:
 
 def folder_of(dump_folder: str) -> Path:
     """Where the log files of a run are: under the working folder if the run's is remote."""
-    return Path("logs") if filesystem.is_remote(dump_folder) else Path(dump_folder, "logs")
+    return Path("logs") if is_remote(dump_folder) else Path(dump_folder, "logs")
 
 
 def divert_errors(path: Path) -> TextIO:

@@ -1,4 +1,4 @@
-"""Which expert stands where in each layer: found from loads, checked, kept as JSON."""
+"""The order of the experts in each layer of a checkpoint: computed, checked, saved as JSON."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class ExpertOrder:
     """An order of the experts for every MoE layer."""
 
     orders: dict[int, np.ndarray]
-    """By number of the layer: which expert comes to stand at each place ``(E,)``, int64."""
+    """The expert at each place ``(E,)``, int64, by the number of the layer."""
     ep_degree: int
-    """The expert-parallel degree that it balances; the model is the same at every other."""
+    """Expert-parallel degree that it balances; it changes the model at no degree."""
     groups: tuple[int, ...]
-    """Into how many equal groups of neighbours the experts are divided that stay together."""
+    """Numbers of equal groups of neighbouring experts that stay together."""
     loads: str
-    """What it was made for, in words."""
-    earlier: Placement | None = None
-    """The one of the checkpoint that it was applied to."""
+    """The loads that it balances, in words."""
+    earlier: ExpertOrder | None = None
+    """The order of the checkpoint that it was applied to."""
 
     @property
     def title(self) -> str:
-        """One phrase; that of another order is another."""
+        """A phrase with a digest of the order."""
         text = json.dumps({number: order.tolist() for number, order in self.orders.items()})
         digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
         return f"placed for EP {self.ep_degree} ({digest})"
@@ -43,14 +43,14 @@ class Placement:
         return {number: np.argsort(order) for number, order in self.orders.items()}
 
     def check(self, num_experts: dict[int, int], what: str) -> None:
-        """Whether it is one of a model.
+        """Check that it fits a model.
 
         Args:
-            num_experts: of each MoE layer, by number.
+            num_experts: E of each MoE layer, by number.
             what: the model, for the message.
 
         Raises:
-            JobError: other layers, other experts, an order that is none or breaks a group.
+            JobError: layers or experts differ, an order is no permutation or splits a group.
         """
         if self.orders.keys() != num_experts.keys():
             raise JobError(
@@ -78,8 +78,8 @@ class Placement:
                 members = order[contiguous(len(order), groups)] // (len(order) // groups)
                 if (members != members[:, :1]).any():
                     raise JobError(
-                        f"the placement tears one of the {groups} groups of experts of layer "
-                        f"{number} apart, which makes it another model"
+                        f"the placement splits one of the {groups} expert groups of layer "
+                        f"{number}, which would change the routing"
                     )
 
     def as_json(self) -> dict[str, Any]:
@@ -102,17 +102,21 @@ def from_loads(
     ep_degree: int,
     groups: tuple[int, ...],
     loads: str,
-) -> Placement:
-    """The planner's greedy placement, for the tokens of each expert of each layer ``(M, E)``."""
+) -> ExpertOrder:
+    """Greedy order for the tokens of each expert of each layer ``(M, E)``; -1: no such expert."""
     orders = {
         number: greedy_in_groups(counts_E[counts_E >= 0], ep_degree, groups, roll=row).reshape(-1)
         for row, (number, counts_E) in enumerate(zip(layers, counts_ME, strict=True))
     }
-    return Placement(orders=orders, ep_degree=ep_degree, groups=groups, loads=loads)
+    return ExpertOrder(orders=orders, ep_degree=ep_degree, groups=groups, loads=loads)
 
 
-def read(file: Path) -> Placement:
-    """Raises JobError: it is missing, or no placement."""
+def read(file: Path) -> ExpertOrder:
+    """Read a saved order.
+
+    Raises:
+        JobError: the file is missing, or no placement.
+    """
     try:
         return _of_json(json.loads(file.read_text()))
     except JobError:
@@ -126,8 +130,8 @@ def read(file: Path) -> Placement:
         ) from None
 
 
-def of_checkpoint(path: Path) -> Placement | None:
-    """That of a checkpoint: noted in its folder, or in that of the run that it is a step of."""
+def of_checkpoint(path: Path) -> ExpertOrder | None:
+    """The order saved in a checkpoint's folder, or in that of the run that it is a step of."""
     for folder in (path, path.parent.parent):
         if (folder / FILE_NAME).is_file():
             return read(folder / FILE_NAME)
@@ -135,10 +139,10 @@ def of_checkpoint(path: Path) -> Placement | None:
 
 
 def parse_groups(text: str) -> tuple[int, ...]:
-    """Of ``--groups``, as ``"4,8"``.
+    """Parse ``--groups``, as in ``"4,8"``.
 
     Raises:
-        JobError: no whole numbers.
+        JobError: an entry is no whole number of at least 1.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
@@ -146,7 +150,7 @@ def parse_groups(text: str) -> tuple[int, ...]:
     return coarse_to_fine(map(int, words))
 
 
-def _of_json(table: dict[str, Any]) -> Placement:
+def _of_json(table: dict[str, Any]) -> ExpertOrder:
     orders = {
         int(number): np.array([int(expert) for expert in order], dtype=np.int64)
         for number, order in table["orders"].items()
@@ -155,7 +159,7 @@ def _of_json(table: dict[str, Any]) -> Placement:
     if table["ep_degree"] < 1 or not orders or min(groups, default=1) < 1:
         raise ValueError
     earlier = table.get("earlier")
-    return Placement(
+    return ExpertOrder(
         orders=orders,
         ep_degree=int(table["ep_degree"]),
         groups=coarse_to_fine(groups),

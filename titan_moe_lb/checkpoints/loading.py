@@ -1,0 +1,54 @@
+"""torchtitan's checkpoint manager, with checked loading and an exact balance state.
+
+``checkpoint.export_dtype`` is for weights. An expert bias in bfloat16 would send tokens to other
+experts than the run did.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import MODEL
+from torchtitan.config.override import derive
+from torchtitan.trainer import Trainer
+
+from titan_moe_lb.terminal.run_folder import is_remote
+from titan_moe_lb.upstream.checked_reader import CheckedReader
+
+_BALANCE = re.compile(r"(^|\.)expert_bias_E$|\.router\.(aux_losses|expert_bias)\.")
+"""Names of the expert bias, and of the state of losses and bias rules."""
+
+
+class CheckedCheckpoints(CheckpointManager):
+    """Checkpoint manager that checks what it reads from this machine's disks.
+
+    It saves the state of the balance in that state's own dtype.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CheckpointManager.Config):
+        pass
+
+    def dcp_save(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        model = self.states[MODEL].state_dict()
+        balance = {k: model[k] for k in state_dict if k in model and _BALANCE.search(k)}
+        return super().dcp_save({**state_dict, **balance}, *args, **kwargs)
+
+    def dcp_load(
+        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
+    ) -> None:
+        if from_hf or is_remote(checkpoint_id):
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        dcp.load(state_dict, storage_reader=CheckedReader(checkpoint_id))
+        self.states[MODEL].load_state_dict(state_dict)
+
+
+def adapt(config: Trainer.Config) -> None:
+    """Replace torchtitan's own checkpoint manager in a job, in place; leave any other alone."""
+    if type(config.checkpoint) is CheckpointManager.Config:
+        config.checkpoint = derive(config.checkpoint, CheckedCheckpoints.Config)
