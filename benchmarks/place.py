@@ -32,6 +32,7 @@ if cpu.needed():
 import torch.distributed.checkpoint as dcp
 from torchtitan.trainer import Trainer
 
+from benchmarks.host_hardware import as_toml, measure_host
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.commands.place.command import place
 from titan_moe_lb.commands.plan.command import make_plan
@@ -64,14 +65,16 @@ def main() -> None:
         single_process.announce()
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         torch.multiprocessing.spawn(_rank, args=(arguments, folder, store.port), nprocs=RANKS)
-        question = PlanArguments(
-            hardware="host",
+        device = folder / "host.toml"
+        device.write_text(as_toml(measure_host()))
+        flags = PlanArguments(
+            hardware=str(device),
             ranks=RANKS,
             ep=str(RANKS),
             from_run=folder / "recorded",
             job_flags=arguments.job,
         )
-        rows = {row.placement: row.last for row in make_plan(question).degrees[0].measured}
+        rows = {row.placement: row.last for row in make_plan(flags).degrees[0].measured}
         measured = json.loads((folder / "measured.json").read_text())
     finally:
         shutil.rmtree(folder)

@@ -39,8 +39,8 @@ from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
+from benchmarks.host_hardware import measure_host
 from titan_moe_lb.balancing.forced_routing.functional import hot_share_ids
-from titan_moe_lb.commands.plan.host_hardware import measure_host
 from titan_moe_lb.costmodel.times.layer import MoELayer, RankRole, moe_layer_time
 
 IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)

@@ -8,6 +8,7 @@ Prints the rows of the table in docs/planning.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.published.jobs import (
     DEEPSEEK_9B,
@@ -19,6 +20,8 @@ from benchmarks.published.jobs import (
 )
 
 GIB = 2**30
+HOST = str(Path(__file__).with_name("composed_operators.toml"))
+"""An A100 whose attention is composed of operators; the peak does not depend on its speed."""
 B200_GIB = 178.4
 """What torchtitan calls the capacity of a B200: 66.91 GiB are 37.51 % of it in its pull 2389."""
 
@@ -139,7 +142,7 @@ PEAKS = (
         name="the same, attention composed of operators",
         source=PULL_3000,
         gpu="A100",
-        hardware="host",
+        hardware=HOST,
         ranks=4,
         ep=1,
         gib=22.19,

@@ -23,7 +23,7 @@ from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.step_hook import StepHook, wire
 from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.commands.diagnose.checks import diagnosis
-from titan_moe_lb.commands.plan.measured import of_run
+from titan_moe_lb.commands.plan.recorded_run import loads_of_run
 from titan_moe_lb.commands.report import load_codes, summary
 from titan_moe_lb.commands.report.page import render
 from titan_moe_lb.commands.watch.follower import Follower
@@ -259,7 +259,7 @@ def test_what_reads_a_run_counts_the_experts_that_are_there(run):
     assert f"dead experts {(trace.counts_SME[-1] == 0).sum()}" in console.export_text()
 
     with pytest.raises(JobError, match="--from-run"):
-        of_run(trace, {})
+        loads_of_run(trace, {})
 
 
 def test_diagnose_and_place_count_the_experts_that_are_there():

@@ -238,6 +238,39 @@ def test_table_and_page(ranks, device, tmp_path):
     assert "http" not in text.split('<script type="text/plain"')[0].split("<footer>")[0]
 
 
+TABLE = """
+from titan_moe_lb.commands.answer.answer import Cell, Column, Table
+
+def table(plan):
+    rows = [(d.ep_degree, Cell(value=d.tokens_per_rank, is_bad=True)) for d in plan.degrees]
+    columns = (Column(title="EP"), Column(title="routed", unit="tokens", show="{:,}".format))
+    return Table(title="Tokens", columns=columns, groups=[rows], notes=["[all]"], key="tokens")
+"""
+
+
+def test_a_table_is_one_file_and_one_line(ranks, device, tmp_path):
+    """The same data in the terminal, as JSON and on the page."""
+    file, page = tmp_path / "tokens.py", tmp_path / "plan.html"
+    file.write_text(TABLE)
+    words = ["plan", "--hardware", device, "--ranks=2", "--ep=1,2", "-o", str(page)]
+
+    def out(*more: str) -> str:
+        run = planning.command_with_table, str(file), [*words, *more, "--", *TINY]
+        status, out, err = ranks.run(1, *run)[0]
+        assert (status, err) == (0, "")
+        return out
+
+    expected = [(ep, 8 * 128) for ep in (1, 2)]
+    shown = out().partition("routed tokens")[2]
+    assert re.findall(r"^ +(\d) +([\d,]+) *$", shown, re.M) == [("1", "1,024"), ("2", "1,024")]
+    assert shown.endswith("[all]\n")
+    assert json.loads(out("--json"))["tokens"] == [
+        {"EP": ep, "routed tokens": tokens} for ep, tokens in expected
+    ]
+    section = page.read_text().partition("<h2>Tokens</h2>")[2].partition("</section>")[0]
+    assert section.count('<td class="bad">1,024</td>') == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "job", "message"),
     [

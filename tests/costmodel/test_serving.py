@@ -165,7 +165,7 @@ def test_of_many_tokens_it_is_the_layer_of_a_training():
 
 def test_copies_of_a_hot_expert_share_its_tokens():
     """All tokens want expert 0 of 4: one device of two has them all, or two copies of three."""
-    hot = {"said": "one hot expert", "counts_NME": np.array([[[6.0, 0, 0, 0]]])}
+    hot = {"description": "one hot expert", "counts_NME": np.array([[[6.0, 0, 0, 0]]])}
     _degree, alone = served(UNIT, ServedLoad(name="contiguous", **hot), 3)
     _degree, copied = served(
         UNIT, ServedLoad(name="eplb +2", placement="eplb", redundant_experts=2, **hot), 3

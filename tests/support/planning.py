@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from titan_moe_lb import cli
+from titan_moe_lb.commands.plan import tables
 from titan_moe_lb.commands.plan.building import silent_build
 from titan_moe_lb.commands.plan.serving.command import ALONE
 from titan_moe_lb.costmodel.hardware.device import SPECS
@@ -98,6 +100,16 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
         except SystemExit as stop:
             status = int(stop.code or 0)
     return status, out.getvalue(), err.getvalue()
+
+
+def command_with_table(file: str, arguments: list[str]) -> tuple[int, str, str]:
+    """The same where the plan has one more table, that of a file."""
+    before = tables.TABLES
+    tables.TABLES = (*before, runpy.run_path(file)["table"])
+    try:
+        return command(arguments)
+    finally:
+        tables.TABLES = before
 
 
 def built_state(arguments: list[str]) -> dict[str, Any]:

@@ -1,22 +1,142 @@
-"""What the flags of ``titan-moe-lb plan`` say, read and checked."""
+"""The flags of ``titan-moe-lb plan``, read and checked."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from titan_moe_lb.commands.plan.known_hardware import hardware
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
+from titan_moe_lb.commands.plan.recorded_run import loads_of_run
+from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.loads.expert_load import TOLERANCE, WORST
 from titan_moe_lb.costmodel.loads.lognormal import MOST_SIGMA, Overload, Spread
+from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
 from titan_moe_lb.costmodel.times.layer import MoELayer
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.trace import Trace, read_trace
 
 
-def check(flags: PlanArguments) -> None:
-    """What can be said before the job is read."""
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """The loads to plan with, which the model's layers can have."""
+
+    factors: list[float]
+    """Imbalances of the two-level load."""
+    spreads: list[Spread]
+    redundant_experts: list[int]
+    run: dict[str, Any] | None
+    recorded: RecordedLoads | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the flags name, checked as far as it can be without the job."""
+
+    flags: PlanArguments
+    factors: list[float]
+    log_normal: list[Spread | Overload]
+    device: Hardware
+    """With its peaks."""
+    derated: Hardware
+    degrees: list[int]
+    """Those asked for; none if none are."""
+    trace: Trace | None
+
+    @classmethod
+    def of(cls, flags: PlanArguments, imbalances: str) -> Inputs:
+        """Read the flags.
+
+        Args:
+            imbalances: default of ``--imbalance``.
+
+        Raises:
+            JobError: the first flag that is wrong.
+        """
+        _check(flags)
+        factors, log_normal = _imbalances(flags.imbalance or imbalances)
+        degrees = whole_numbers("--ep", flags.ep, ", as in 8,16,32") if flags.ep else []
+        device = hardware(flags.hardware)
+        trace = None
+        if flags.from_run:
+            trace = read_trace(flags.from_run, micro_batches=not flags.serve)
+        if flags.drop_share is not None and trace and not len(trace.micro_batch_counts_SME):
+            raise JobError(
+                f"--drop-share: the trace in {flags.from_run} has no loads of single micro-batches, "
+                "which a capacity is for: take one that this version has written"
+            )
+        return cls(
+            flags=flags,
+            factors=factors,
+            log_normal=log_normal,
+            device=device,
+            derated=device.derated(
+                compute_efficiency=flags.compute_efficiency,
+                network_efficiency=flags.network_efficiency,
+            ),
+            degrees=degrees,
+            trace=trace,
+        )
+
+    def loads(self, moe_layers: Mapping[int, MoELayer], degrees: Iterable[int]) -> Loads:
+        """The loads, fitted to the model.
+
+        Args:
+            moe_layers: by number.
+            degrees: expert-parallel ones that are planned.
+
+        Raises:
+            JobError: its layers cannot be that unevenly loaded, or are not those of the run.
+        """
+        self._check_layers(moe_layers)
+        layers = list(moe_layers.values())
+        spreads = [
+            given.spread(layers) if isinstance(given, Overload) else given
+            for given in self.log_normal
+        ]
+        redundant = self._redundant_experts(degrees)
+        run, recorded = loads_of_run(self.trace, moe_layers) if self.trace else (None, None)
+        return Loads(
+            factors=self.factors,
+            spreads=spreads,
+            redundant_experts=redundant,
+            run=run,
+            recorded=recorded,
+        )
+
+    def _check_layers(self, moe_layers: Mapping[int, MoELayer]) -> None:
+        hot, most = self.flags.hot_experts, max(self.factors)
+        for number, layer in moe_layers.items():
+            if hot > layer.top_k:
+                raise JobError(
+                    f"--hot-experts {hot} is above the {layer.top_k} experts that a token takes in "
+                    f"layer {number}: no more can be the most loaded at once"
+                )
+            worst = layer.num_experts / layer.top_k
+            if most > worst * (1 + TOLERANCE):
+                raise JobError(
+                    f"--imbalance {most:g} is above {worst:g}, the worst of layer {number}, where "
+                    f"every token takes the same {layer.top_k} of {layer.num_experts} experts"
+                )
+
+    def _redundant_experts(self, degrees: Iterable[int]) -> list[int]:
+        if self.flags.redundant_experts is None:
+            return []
+        numbers = whole_numbers("--redundant-experts", self.flags.redundant_experts)
+        for degree in degrees:
+            for number in numbers:
+                if number % degree:
+                    raise JobError(
+                        f"--redundant-experts {number} is no multiple of EP {degree}: every rank "
+                        "holds as many copies as the others"
+                    )
+        return numbers
+
+
+def _check(flags: PlanArguments) -> None:
     if flags.hot_experts < 1:
         raise JobError(f"--hot-experts {flags.hot_experts} must be at least 1")
     for name in ("compute_efficiency", "network_efficiency"):
@@ -27,10 +147,8 @@ def check(flags: PlanArguments) -> None:
             )
     if flags.drop_share is not None and not 0 < flags.drop_share < 1:
         raise JobError(f"--drop-share {flags.drop_share} must be above 0 and below 1")
-    for name, given in (
-        ("redundant-experts", flags.redundant_experts),
-        ("drop-share", flags.drop_share),
-    ):
+    needs_run = {"redundant-experts": flags.redundant_experts, "drop-share": flags.drop_share}
+    for name, given in needs_run.items():
         if given is not None and flags.from_run is None:
             raise JobError(f"--{name} is answered from the load of a run: give --from-run as well")
     if flags.serve:
@@ -39,7 +157,7 @@ def check(flags: PlanArguments) -> None:
         if flags.ranks is not None:
             raise JobError("--ranks is of a training; a deployment has the devices of --ep")
         return
-    for name, given in (("tokens", flags.tokens), ("context", flags.context)):
+    for name, given in {"tokens": flags.tokens, "context": flags.context}.items():
         if given is not None:
             raise JobError(f"--{name} is of a deployment: give --serve as well")
     if flags.dispatcher == "low_latency":
@@ -49,20 +167,20 @@ def check(flags: PlanArguments) -> None:
         )
 
 
-def imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
+def _imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
     """Imbalances of the two-level load, and log-normal ones."""
     factors: list[float] = []
-    drawn: list[Spread | Overload] = []
+    log_normal: list[Spread | Overload] = []
     for word in (word.strip() for word in text.split(",")):
         kind, colon, number = word.partition(":")
         try:
             if word == "worst":
                 factors.append(WORST)
             elif colon and kind == "lognormal":
-                drawn.append(Spread(sigma=float(number), name=f"σ {float(number):.2f}"))
+                log_normal.append(Spread(sigma=float(number), name=f"σ {float(number):.2f}"))
             elif colon and kind == "overload":
                 overload, _at, degree = number.partition("@")
-                drawn.append(Overload(factor=float(overload), ep_degree=int(degree)))
+                log_normal.append(Overload(factor=float(overload), ep_degree=int(degree)))
             else:
                 factors.append(float(word))
         except ValueError:
@@ -73,7 +191,7 @@ def imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
     for factor in factors:
         if not (factor == WORST or factor >= 1):
             raise JobError(f"--imbalance {factor:g} is below 1, which is balance")
-    for given in drawn:
+    for given in log_normal:
         if isinstance(given, Spread) and not 0 <= given.sigma <= MOST_SIGMA:
             raise JobError(
                 f"--imbalance lognormal:{given.sigma:g} is outside [0, {MOST_SIGMA:g}]; recorded "
@@ -83,12 +201,7 @@ def imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
             raise JobError(
                 f"--imbalance {given}: an overload factor is at least 1, of an EP degree above 1"
             )
-    return factors or [1.0], drawn
-
-
-def spreads(drawn: list[Spread | Overload], layers: Sequence[MoELayer]) -> list[Spread]:
-    """An overload factor as the log-normal loads that have it in these layers."""
-    return [given.spread(layers) if isinstance(given, Overload) else given for given in drawn]
+    return factors or [1.0], log_normal
 
 
 def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:
@@ -97,43 +210,6 @@ def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise JobError(f"{flag} {text} must be whole numbers of at least 1{example}")
     return list(dict.fromkeys(int(word) for word in words))
-
-
-def degrees(flags: PlanArguments) -> list[int]:
-    """Those asked for; none if none are."""
-    return whole_numbers("--ep", flags.ep, ", as in 8,16,32") if flags.ep else []
-
-
-def redundant(flags: PlanArguments, degrees: list[int]) -> list[int]:
-    if flags.redundant_experts is None:
-        return []
-    numbers = whole_numbers("--redundant-experts", flags.redundant_experts)
-    for number in numbers:
-        for degree in degrees:
-            if number % degree:
-                raise JobError(
-                    f"--redundant-experts {number} is no multiple of EP {degree}: every rank "
-                    "holds as many copies as the others"
-                )
-    return numbers
-
-
-def fit_model(
-    flags: PlanArguments, factors: list[float], moe_layers: Mapping[int, MoELayer]
-) -> None:
-    """Whether the model's layers can be as unbalanced as is asked."""
-    for number, layer in moe_layers.items():
-        if flags.hot_experts > layer.top_k:
-            raise JobError(
-                f"--hot-experts {flags.hot_experts} is above the {layer.top_k} experts that a "
-                f"token takes in layer {number}: no more can be the most loaded at once"
-            )
-        worst = layer.num_experts / layer.top_k
-        if max(factors) > worst * (1 + TOLERANCE):
-            raise JobError(
-                f"--imbalance {max(factors):g} is above {worst:g}, the worst of layer {number}, "
-                f"where every token takes the same {layer.top_k} of {layer.num_experts} experts"
-            )
 
 
 def ranks(flags: PlanArguments, of_job: int | None) -> int:
@@ -154,16 +230,17 @@ def with_flags(job: list[str], flags: list[str]) -> list[str]:
     return [*job[:end], *flags, *job[end:]]
 
 
-def usual_degrees(config: Any, most: int) -> list[int]:
-    """The job's own degree, then half and twice as often as the layout allows."""
-    from torchtitan.models.common.moe import MoE
+def usual_degrees(own: int, layers: Sequence[MoELayer], most: int) -> list[int]:
+    """The job's own degree, then the four nearest powers of two that the layout allows.
 
-    experts = [moe.num_experts for _f, moe, _p, _a in config.traverse(MoE.Config)]
-    own = config.parallelism.expert_parallel_degree
-    possible = [
-        2**power
-        for power in range(most.bit_length())
-        if most % 2**power == 0 and all(number % 2**power == 0 for number in experts)
-    ]
-    near = sorted((d for d in possible if d != own), key=lambda d: abs(np.log2(d / own)))
+    Args:
+        own: the job's degree.
+        most: the degree divides it, and the experts of every layer.
+    """
+    common = math.gcd(most, *(layer.num_experts for layer in layers))
+    possible = [2**power for power in range(common.bit_length()) if common % 2**power == 0]
+    near = sorted(
+        (degree for degree in possible if degree != own),
+        key=lambda degree: abs(math.log2(degree / own)),
+    )
     return [own, *near[:4]]

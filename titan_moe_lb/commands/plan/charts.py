@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
+from titan_moe_lb.commands.answer.words import GIB
 from titan_moe_lb.commands.plan.result import Plan
-from titan_moe_lb.commands.plan.sentences import GIB
-from titan_moe_lb.commands.plan.verdict import placed
-from titan_moe_lb.costmodel.times.predict import Outcome
+from titan_moe_lb.costmodel.times.outcome import Outcome
 from titan_moe_lb.pages.charts import (
     PENS,
     Chart,
@@ -25,7 +24,7 @@ from titan_moe_lb.pages.palette import color, ramp
 
 
 def charts(plan: Plan) -> list[Chart]:
-    """Step time, memory and the parts of a layer; what was measured where there is a run."""
+    """Step time, memory and the parts of a layer; the measured load where there is a run."""
 
     def of_step(draw: Callable[[Plan, Callable[[Outcome], float], str], go.Figure]) -> list[Panel]:
         return [
@@ -69,23 +68,42 @@ def charts(plan: Plan) -> list[Chart]:
     return made
 
 
-def _over_imbalance(plan: Plan, value: Callable[[Outcome], float], title: str) -> go.Figure:
-    figure = blank_figure(title, "imbalance")
-    figure.update_xaxes(type="log", tickvals=_ticks(plan))
-    for index, degree in enumerate(plan.degrees):
-        x = np.array([row.imbalance_factor for row in degree.curve])
-        y = np.array([value(row.outcome) for row in degree.curve])
-        pen = Pen(ramp(index, len(plan.degrees)), PENS[index % len(PENS)].dash)
-        add_curve(figure, f"EP {degree.ep_degree}", x, y, pen)
+def curves_by_degree(
+    curves: dict[int, Iterable[tuple[float, float]]],
+    *,
+    y_title: str,
+    x_title: str,
+    ticks: Sequence[float],
+) -> go.Figure:
+    """One curve for each expert-parallel degree, over a logarithmic axis.
+
+    Args:
+        curves: points of the curve, by degree.
+        ticks: of the axis of x.
+    """
+    figure = blank_figure(y_title, x_title)
+    figure.update_xaxes(type="log", tickvals=ticks)
+    for index, (degree, points) in enumerate(curves.items()):
+        x, y = np.array(sorted(points)).T
+        pen = Pen(ramp(index, len(curves)), PENS[index % len(PENS)].dash)
+        add_curve(figure, f"EP {degree}", x, y, pen)
     label_curves(figure)
     return figure
 
 
-def _ticks(plan: Plan) -> list[float]:
-    """The imbalances that were asked for, and powers of two between."""
+def _over_imbalance(plan: Plan, value: Callable[[Outcome], float], title: str) -> go.Figure:
     asked = {round(row.imbalance_factor, 2) for row in plan.degrees[0].rows}
     most = plan.degrees[0].curve[-1].imbalance_factor
-    return sorted(asked | {2.0**power for power in range(int(np.log2(most)) + 1)})
+    between = {2.0**power for power in range(int(np.log2(most)) + 1)}
+    return curves_by_degree(
+        {
+            degree.ep_degree: [(row.imbalance_factor, value(row.outcome)) for row in degree.curve]
+            for degree in plan.degrees
+        },
+        y_title=title,
+        x_title="imbalance",
+        ticks=sorted(asked | between),
+    )
 
 
 def _memory(plan: Plan) -> go.Figure:
@@ -124,5 +142,5 @@ def _measured(plan: Plan, value: Callable[[Outcome], float], title: str) -> go.F
     for index, (place, when) in enumerate(shown):
         rows = [degree.measured[place] for degree in plan.degrees]
         values = [value(getattr(row, when)) for row in rows]
-        add_bars(figure, f"{placed(rows[0])}, {when} steps", labels, values, index)
+        add_bars(figure, f"{rows[0].label}, {when} steps", labels, values, index)
     return figure

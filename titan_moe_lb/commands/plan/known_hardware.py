@@ -1,4 +1,4 @@
-"""The device that a name stands for: of the table with sources, of a user's file, or this host."""
+"""Devices by name: of the table with sources, or of a user's file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from typing import Any
 import tomli
 
 from titan_moe_lb import toml_tables
-from titan_moe_lb.commands.plan.host_hardware import measure_host
-from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
+from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware, Host
 from titan_moe_lb.errors import JobError, nearest
-
-HOST = "host"
-"""The name that stands for this machine, measured."""
 
 USUAL = {
     "bf16_flops": (1e11, 1e17, "FLOP/s, as in 989e12"),
@@ -28,22 +24,22 @@ USUAL = {
 }
 """Least and most that a device has, and the unit: a file in TFLOP/s, GB or µs is outside."""
 
+KINDS = {"gpu": Hardware, "host": Host}
+
 
 def hardware(name: str) -> Hardware:
-    """The device of that name, of a TOML file of the user's, or this host, measured.
+    """The device of that name, or of a TOML file of the user's.
 
     Raises:
         JobError: neither a known name nor a file; a file that does not define a device.
     """
-    if name == HOST:
-        return measure_host()
     if name.endswith(".toml"):
         return _device(Path(name).stem, toml_tables.read(name, "--hardware"), name)
     table = known_hardware()
     key = name.lower().replace("-", "_")
     if key not in table:
         raise JobError(
-            f"--hardware {name!r} is unknown; {nearest(key, [*table, HOST])} To define one, write "
+            f"--hardware {name!r} is unknown; {nearest(key, table)} To define one, write "
             f"a file such as my.toml with {', '.join(('name', *SPECS))} and give its path"
         )
     return _device(key, table[key], "devices.toml")
@@ -56,15 +52,20 @@ def known_hardware() -> dict[str, dict[str, Any]]:
 
 
 def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
-    valid = ("name", "sources", *SPECS)
+    valid = ("name", "sources", "kind", *SPECS)
     for figure in table:
         if figure not in valid:
             raise JobError(f"{place}: no figure {figure!r}; {nearest(figure, valid)}")
     missing = [figure for figure in SPECS if figure not in table]
     if missing:
         raise JobError(f"{place}: {key!r} lacks {', '.join(missing)}")
-    device = Hardware(**{"name": key, **table})
-    for figure, (least, most, unit) in USUAL.items():
+    values = {"name": key, **table}
+    kind = values.pop("kind", "gpu")
+    if kind not in KINDS:
+        raise JobError(f"{place}: kind is {kind!r}; {nearest(str(kind), KINDS)}")
+    device = KINDS[kind](**values)
+    # A host is measured, in these units, and may be slower than any accelerator.
+    for figure, (least, most, unit) in (USUAL if kind == "gpu" else {}).items():
         value = table[figure]
         if not least <= value <= most:
             raise JobError(

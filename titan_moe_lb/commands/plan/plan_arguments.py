@@ -16,7 +16,7 @@ class PlanArguments:
     """The job to plan, its hardware and its loads."""
 
     hardware: str
-    """h100, h200, b200, gb200_nvl72, mi300x, tpu_v5p, host (measured), or a TOML file."""
+    """h100, h200, b200, gb200_nvl72, mi300x, tpu_v5p, or a TOML file."""
     job_config: str | None = None
     """The job's TOML file or its name, as for train; without it, the default debug job."""
     job_flags: tyro.conf.Positional[tuple[str, ...]] = ()

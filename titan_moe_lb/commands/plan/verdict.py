@@ -1,4 +1,4 @@
-"""What to do, before any table: the degree, the head-room, what balancing and placing would buy."""
+"""The verdict: the best degree, its head-room, and what balancing and placing would save."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from titan_moe_lb.costmodel.times.job import JobModel
-from titan_moe_lb.costmodel.times.predict import DegreePlan, MeasuredRow, Outcome
+from titan_moe_lb.costmodel.times.outcome import Outcome
+from titan_moe_lb.costmodel.times.predict import DegreePlan
 
 CLOSE = 0.1
 """Degrees whose steps differ by less are too close for this model to rank."""
@@ -14,7 +15,7 @@ CLOSE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """What a change would buy at the chosen degree."""
+    """Saving of a change at the chosen degree."""
 
     by: str
     share: float
@@ -25,24 +26,24 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What to do with the job."""
+    """Advice for the job."""
 
     load: str
-    """The load that it is judged under."""
-    ep_degree: int | None
+    """The load under which degrees are compared."""
+    ep_degree: int | None = None
     """The fastest degree that fits; None where none does."""
-    outcome: Outcome | None
+    outcome: Outcome | None = None
     """At that degree."""
-    head_room_bytes: float
-    largest_imbalance_that_fits: float | None
-    gpu_hours: float
+    head_room_bytes: float = 0.0
+    largest_imbalance_that_fits: float | None = None
+    gpu_hours: float = 0.0
     """Of all steps of the job."""
-    balancing: Gain | None
-    placements: tuple[Gain, ...]
+    balancing: Gain | None = None
+    placements: tuple[Gain, ...] = ()
     """Placed for the first half of the run, judged at its end."""
-    next_degree: int | None
+    next_degree: int | None = None
     """The next fastest that fits."""
-    next_slower: float
+    next_slower: float = 0.0
     """By how much its step is slower."""
 
     @property
@@ -51,10 +52,10 @@ class Verdict:
 
 
 def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> Verdict:
-    """Under the load of the run where there is one, else log-normal loads, else at balance.
+    """Compare the degrees under the run's load, else log-normal loads, else at balance.
 
-    At balance there is nothing to gain; there the gain is that at the largest imbalance
-    asked for that is not the worst case.
+    Balance leaves nothing to save. There the saving is that at the largest imbalance asked for
+    below the worst case.
     """
     load, outcome_of = _load(degrees)
     fitting = sorted(
@@ -62,18 +63,7 @@ def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> 
         key=lambda degree: outcome_of(degree).step_seconds,
     )
     if not fitting:
-        return Verdict(
-            load=load,
-            ep_degree=None,
-            outcome=None,
-            head_room_bytes=0.0,
-            largest_imbalance_that_fits=None,
-            gpu_hours=0.0,
-            balancing=None,
-            placements=(),
-            next_degree=None,
-            next_slower=0.0,
-        )
+        return Verdict(load=load)
     best, *others = fitting
     outcome = outcome_of(best)
 
@@ -84,7 +74,8 @@ def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> 
         saved = before.step_seconds - after.step_seconds
         return Gain(by=by, share=saved / before.step_seconds, gpu_hours=hours(saved))
 
-    below_worst = [row for row in best.rows if 1 < row.imbalance_factor < _worst(best)]
+    worst = best.curve[-1].imbalance_factor
+    below_worst = [row for row in best.rows if 1 < row.imbalance_factor < worst]
     balancing = None
     if best.measured or best.lognormal:
         balancing = gain("balance", outcome, best.balance)
@@ -101,29 +92,18 @@ def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> 
         gpu_hours=hours(outcome.step_seconds),
         balancing=balancing,
         placements=tuple(
-            gain(placed(row), outcome, row.stale_last)
+            gain(row.label, outcome, row.stale_last)
             for row in best.measured
             if row.placement != "contiguous"
         ),
         next_degree=others[0].ep_degree if others else None,
-        next_slower=outcome_of(others[0]).step_seconds / outcome.step_seconds - 1
-        if others
-        else 0.0,
+        next_slower=outcome_of((others or fitting)[0]).step_seconds / outcome.step_seconds - 1,
     )
-
-
-def placed(row: MeasuredRow) -> str:
-    """What the tables call a placement."""
-    return row.placement + (f" +{row.redundant_experts}" if row.redundant_experts else "")
-
-
-def _worst(degree: DegreePlan) -> float:
-    return degree.curve[-1].imbalance_factor
 
 
 def _load(degrees: Sequence[DegreePlan]) -> tuple[str, Callable[[DegreePlan], Outcome]]:
     if degrees[0].measured:
         return "the load of the run's last steps", lambda degree: degree.measured[0].last
     if degrees[0].lognormal:
-        return degrees[0].lognormal[0].said, lambda degree: degree.lognormal[0].outcome
+        return degrees[0].lognormal[0].description, lambda degree: degree.lognormal[0].outcome
     return "balance", lambda degree: degree.balance

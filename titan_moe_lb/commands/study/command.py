@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from titan_moe_lb.commands.answer import page, plain_data, terminal
 from titan_moe_lb.commands.study import results
+from titan_moe_lb.commands.study.answer import answer
 from titan_moe_lb.commands.study.cell import CELLS, Cell, CellFolder, Record
 from titan_moe_lb.commands.study.design import SEED, Prediction, Study, read_study
 from titan_moe_lb.commands.study.measure import measure
-from titan_moe_lb.commands.study.page import write_page
 from titan_moe_lb.commands.study.progress import Display
 from titan_moe_lb.commands.study.run import Runner, stop_leftovers
 from titan_moe_lb.commands.study.search import Search
-from titan_moe_lb.commands.study.table import print_table
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 
-PAGE = "study.html"
+PAGE, NUMBERS = "study.html", "study.json"
 
 
 def run_study(
@@ -96,31 +95,20 @@ def run_study(
     _conclude(study, folder, found)
 
 
-def _conclude(study: Study, folder: Path, found: list[CellFolder]) -> None:
-    cells = results.read_results(study, found)
-    good = [cell for cell in cells if cell.measured is not None]
-    if study.plan is not None and good:
-        from titan_moe_lb.commands.study.predict import step_seconds
+def _conclude(study: Study, folder: Path, folders: list[CellFolder]) -> None:
+    cells = results.read_results(study, folders)
+    if study.plan is not None:
+        from titan_moe_lb.commands.study.predict import predicted
 
-        pairs = [(cell.folder, cell.measured) for cell in good]
-        predicted = step_seconds(study.plan, pairs)  # type: ignore[arg-type]
-        times = {id(cell): time for cell, time in zip(good, predicted, strict=True)}
-        cells = [
-            dataclasses.replace(
-                cell, step_seconds=times[id(cell)][0], step_slowdown=times[id(cell)][1]
-            )
-            if id(cell) in times
-            else cell
-            for cell in cells
-        ]
-    groups = results.by_model(study, cells)
+        cells = predicted(study.plan, cells)
+    found = answer(study, results.by_model(study, cells), folder.name)
     try:
-        results.write_json(study, groups, folder / results.FILE_NAME)
+        (folder / NUMBERS).write_text(plain_data.as_json(found, indent=1) + "\n")
     except OSError as error:
         raise JobError(f"{folder} cannot be written ({error.strerror}): make room") from None
-    write_page(study, groups, folder / PAGE)
-    print_table(groups)
-    print(f"{folder / PAGE}\n{folder / results.FILE_NAME}")
+    output_file.write(page.render(found), folder / PAGE)
+    terminal.print_answer(found)
+    print(f"{folder / PAGE}\n{folder / NUMBERS}")
 
 
 def check_jobs(cells: list[Cell]) -> None:

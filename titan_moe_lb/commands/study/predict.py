@@ -1,21 +1,22 @@
-"""How long a step would take at the imbalance that a cell has measured."""
+"""The step time of the planned job at the imbalance of each cell."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from titan_moe_lb.commands.plan.command import make_plan
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
-from titan_moe_lb.commands.study.cell import CellFolder
+from titan_moe_lb.commands.plan.result import Plan
 from titan_moe_lb.commands.study.design import Prediction
-from titan_moe_lb.commands.study.measure import Measured
+from titan_moe_lb.commands.study.results import Result
+from titan_moe_lb.costmodel.times.outcome import Outcome
 from titan_moe_lb.errors import JobError
 
 
-def step_seconds(
-    prediction: Prediction, cells: Sequence[tuple[CellFolder, Measured]]
-) -> list[tuple[float, float]]:
-    """Seconds of a step, and their ratio to those at balance, of each cell.
+def predicted(prediction: Prediction, cells: Sequence[Result]) -> list[Result]:
+    """The cells with the step time of their load, and its ratio to that at balance.
 
     With a job of its own the prediction is of that job, whose fullest expert is as far above the
     mean as the cell's; without, of the cell's job under the load of its last steps.
@@ -23,51 +24,56 @@ def step_seconds(
     Raises:
         JobError: the job cannot be planned.
     """
+    good = [cell for cell in cells if cell.measured is not None]
     try:
-        if prediction.job:
-            return _of_job(prediction, [measured for _folder, measured in cells])
-        return [_of_cell(prediction, folder) for folder, _measured in cells]
+        outcomes = _outcomes(prediction, good) if good else []
     except JobError as error:
         raise JobError(f"[plan]: {error}") from None
+    by_cell = {id(cell): outcome for cell, outcome in zip(good, outcomes, strict=True)}
+    return [
+        dataclasses.replace(
+            cell,
+            step_seconds=by_cell[id(cell)].step_seconds,
+            step_slowdown=by_cell[id(cell)].step_slowdown,
+        )
+        if id(cell) in by_cell
+        else cell
+        for cell in cells
+    ]
 
 
-def _of_job(prediction: Prediction, cells: Sequence[Measured]) -> list[tuple[float, float]]:
-    if not cells:
-        return []
-    factors = ",".join(f"{1 + measured.max_violation:.6f}" for measured in cells)
-    plan = make_plan(_question(prediction, prediction.job, imbalance=factors))
-    outcomes = [row.outcome for row in plan.degrees[0].rows]
-    return [(outcome.step_seconds, outcome.step_slowdown) for outcome in outcomes]
-
-
-def _of_cell(prediction: Prediction, folder: CellFolder) -> tuple[float, float]:
-    flags = _without_layout(folder.cell.flags)
-    plan = make_plan(_question(prediction, flags, from_run=folder.path))
-    outcome = plan.degrees[0].measured[0].last
-    return outcome.step_seconds, outcome.step_slowdown
+def _outcomes(prediction: Prediction, cells: Sequence[Result]) -> list[Outcome]:
+    if prediction.job:
+        violations = [cell.measured.max_violation for cell in cells if cell.measured]
+        factors = ",".join(f"{1 + violation:.6f}" for violation in violations)
+        plan = _plan(prediction, prediction.job, imbalance=factors)
+        return [row.outcome for row in plan.degrees[0].rows]
+    plans = [
+        _plan(prediction, _without_layout(cell.folder.cell.flags), from_run=cell.folder.path)
+        for cell in cells
+    ]
+    return [plan.degrees[0].measured[0].last for plan in plans]
 
 
 def _without_layout(flags: Sequence[str]) -> list[str]:
-    """The prediction has a layout of its own. A flag and its value may be two words."""
+    """Flags without those of a layout, whose value may be a word of its own."""
     kept: list[str] = []
     drops_value = False
     for word in flags:
-        is_flag = word.startswith("--")
-        if word.startswith("--parallelism."):
-            drops_value = "=" not in word
-        elif is_flag or not drops_value:
+        drops = word.startswith("--parallelism.")
+        if not drops and (word.startswith("--") or not drops_value):
             kept.append(word)
-            drops_value = False
-        else:
-            drops_value = False
+        drops_value = drops and "=" not in word
     return kept
 
 
-def _question(prediction: Prediction, flags: Sequence[str], **asked) -> PlanArguments:
-    return PlanArguments(
-        hardware=prediction.hardware,
-        job_flags=tuple(flags),
-        ranks=prediction.ranks,
-        ep=str(prediction.ep),
-        **{"imbalance": "1.0", **asked},
+def _plan(prediction: Prediction, flags: Sequence[str], **asked: Any) -> Plan:
+    return make_plan(
+        PlanArguments(
+            hardware=prediction.hardware,
+            job_flags=tuple(flags),
+            ranks=prediction.ranks,
+            ep=str(prediction.ep),
+            **{"imbalance": "1.0", **asked},
+        )
     )

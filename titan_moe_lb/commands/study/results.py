@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from titan_moe_lb.commands.study.design import SEED, Study
 from titan_moe_lb.commands.study.measure import Course, Measured, measure
 from titan_moe_lb.errors import JobError
 
-FILE_NAME = "study.json"
 _MODEL_KEYS = {"module", "config", "job_config"}
 
 
@@ -160,41 +157,6 @@ def by_model(study: Study, results: Sequence[Result]) -> list[Group]:
         )
         for name, of_group in _grouped(results, model)
     ]
-
-
-def write_json(study: Study, groups: Sequence[Group], path: Path) -> None:
-    """Every number of the table and the page, by setting and by cell."""
-
-    def setting(group: Group, one: Setting) -> dict[str, Any]:
-        names = next((list(r.numbers) for r in one.results if r.measured), [])
-        return {
-            "model": group.name,
-            "setting": one.name,
-            "cells": len(one.results),
-            "numbers": {name: asdict(one.spread(name)) for name in names},
-        }
-
-    def cell(result: Result) -> dict[str, Any]:
-        return {**asdict(result.record), "numbers": result.numbers}
-
-    content = {
-        "study": asdict(study.settings),
-        "plan": asdict(study.plan) if study.plan else None,
-        "settings": [setting(group, one) for group in groups for one in group.settings],
-        "cells": [cell(r) for group in groups for one in group.settings for r in one.results],
-    }
-    path.write_text(json.dumps(_plain(content), indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _sets(axis) -> list[dict[str, Any]]:

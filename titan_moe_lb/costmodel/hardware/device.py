@@ -94,6 +94,10 @@ class Hardware:
         )
 
 
+class Host(Hardware):
+    """A machine without an accelerator, where torch composes attention and norms of operators."""
+
+
 SPECS = tuple(
     field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "sources")
 )

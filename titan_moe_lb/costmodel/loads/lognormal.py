@@ -30,7 +30,7 @@ class Spread:
     """What a table calls them."""
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         """In a sentence."""
         return f"log-normal loads of sigma {self.sigma:.3g}"
 

@@ -17,6 +17,11 @@ def placements(redundant_experts: Sequence[int]) -> list[tuple[str, int]]:
     return [("contiguous", 0), ("greedy", 0), *(("eplb", n) for n in redundant_experts)]
 
 
+def label(placement: str, redundant_experts: int) -> str:
+    """Name of a placement in tables."""
+    return placement + (f" +{redundant_experts}" if redundant_experts else "")
+
+
 def placed_experts(
     placement: str,
     layer: MoELayer,

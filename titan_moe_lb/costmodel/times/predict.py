@@ -14,7 +14,7 @@ from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
 from titan_moe_lb.costmodel.times.activation import largest_that_fits
 from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.outcome import Outcome, View
-from titan_moe_lb.costmodel.times.placed_experts import placed_experts, placements
+from titan_moe_lb.costmodel.times.placed_experts import label, placed_experts, placements
 from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
 from titan_moe_lb.traces.expert_order import contiguous
 
@@ -53,6 +53,10 @@ class MeasuredRow:
     """The second half of the run, placed for its first half: what placing once buys."""
     stale_last: Outcome
     """The last steps, placed for the first half of the run."""
+
+    @property
+    def label(self) -> str:
+        return label(self.placement, self.redundant_experts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from titan_moe_lb.costmodel.loads.expert_load import expert_load
 from titan_moe_lb.costmodel.loads.lognormal import Spread
 from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
 from titan_moe_lb.costmodel.times.layer import MoELayer
-from titan_moe_lb.costmodel.times.placed_experts import placements
+from titan_moe_lb.costmodel.times.placed_experts import label, placements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class ServedLoad:
 
     name: str
     """What a table calls it."""
-    said: str
+    description: str
     """In a sentence."""
     counts_NME: np.ndarray
     """Tokens of each expert, or shares in the same proportion, under N loads."""
@@ -37,15 +37,19 @@ def two_level_loads(
     for factor in factors:
         counts_ME = [_two_level(layer, factor, num_hot_experts) for layer in layers]
         name = f"{counts_ME[0].max() / counts_ME[0].mean():.2f}"
-        said = "balance" if name == "1.00" else f"an imbalance of {name}"
-        loads.append(ServedLoad(name=name, said=said, counts_NME=np.stack(counts_ME)[None]))
+        description = "balance" if name == "1.00" else f"an imbalance of {name}"
+        loads.append(
+            ServedLoad(name=name, description=description, counts_NME=np.stack(counts_ME)[None])
+        )
     return loads
 
 
 def drawn_loads(layers: Sequence[MoELayer], spreads: Sequence[Spread]) -> list[ServedLoad]:
     """Log-normal ones."""
     return [
-        ServedLoad(name=spread.name, said=spread.said, counts_NME=spread.loads(layers))
+        ServedLoad(
+            name=spread.name, description=spread.description, counts_NME=spread.loads(layers)
+        )
         for spread in spreads
     ]
 
@@ -69,8 +73,8 @@ def recorded_loads(recorded: RecordedLoads, redundant_experts: Sequence[int]) ->
     counts_ME = recorded.known(slice(-recorded.window, None))
     return [
         ServedLoad(
-            name=placement + (f" +{redundant}" if redundant else ""),
-            said="the load of the run's last steps",
+            name=label(placement, redundant),
+            description="the load of the run's last steps",
             counts_NME=counts_ME[None],
             placement=placement,
             expert_groups=recorded.expert_groups,

@@ -1,95 +1,179 @@
-"""The answer, and what to do."""
+"""The answer of ``titan-moe-lb plan --serve``: verdict, table, charts."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable
 
-from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
-from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.times.served_load import ServedLoad
-from titan_moe_lb.costmodel.times.served_model import ServedModel
-from titan_moe_lb.costmodel.times.serving import ServedDegree, ServedRow
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A row, and the degree that it is of."""
-
-    ep_degree: int
-    row: ServedRow
+from titan_moe_lb.commands.answer.answer import Answer, Column, Row, Table
+from titan_moe_lb.commands.answer.words import GIB, duration, memory, number
+from titan_moe_lb.commands.plan.answer import device_sources, efficiencies, usable_memory
+from titan_moe_lb.commands.plan.charts import curves_by_degree
+from titan_moe_lb.commands.plan.serving.result import Choice, Serving
+from titan_moe_lb.costmodel.times.serving import ServedDegree, ServedRow, ServedStep
+from titan_moe_lb.pages.charts import Chart, Panel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """What was asked, and what comes of it at every degree."""
+def answer(serving: Serving) -> Answer:
+    """The deployment as sentences, a table and charts."""
+    model = serving.model
+    return Answer(
+        kind="Plan of a deployment",
+        title=f"{model.model_name} {model.flavor}, {serving.device.name}",
+        verdict=_verdict(serving),
+        headline=_headline(serving),
+        sections=[lambda: _charts(serving), _table(serving)],
+        footer=device_sources(serving.device),
+        numbers=serving.as_json(),
+    )
 
-    model: ServedModel
-    flags: PlanArguments
-    context: int
-    judged: ServedLoad
-    """The run's with experts in blocks, else the first log-normal one, else the first."""
-    device: Hardware
-    """With its peaks, not derated."""
-    usable_bytes: float
-    degrees: tuple[ServedDegree, ...]
-    run: dict[str, Any] | None
-    """What the rows of placements are of."""
 
-    def _judged(self) -> list[Choice]:
-        """Rows under that load."""
+def _verdict(serving: Serving) -> list[str]:
+    load = serving.judged.description
+    most, least = serving.most_decoded, serving.shortest_step
+    ahead = serving.most_prefilled
+    if not (most and least and ahead):
         return [
-            Choice(ep_degree=degree.ep_degree, row=row)
-            for degree in self.degrees
-            for row in degree.rows
-            if row.load == self.judged.name
+            f"Verdict: under {load} nothing fits in {serving.usable_bytes / GIB:.1f} GiB. More "
+            "devices in the expert-parallel group, a shorter --context, or fewer --tokens"
+        ]
+    return [
+        f"Verdict: under {load} EP {most.ep_degree} decodes most: {_speed(most)} with "
+        f"{most.row.tokens:,} sequences of {serving.context:,} tokens on each, "
+        f"{duration(most.row.decode.step_seconds)} a token; "
+        f"{number(most.row.decode.memory_bytes / GIB)} GiB",
+        f"Shortest step: {duration(least.row.decode.step_seconds)} a token, EP {least.ep_degree} "
+        f"with {least.row.tokens:,} on each device ({_speed(least)})",
+        f"Prefill: EP {ahead.ep_degree} with {ahead.row.tokens:,} tokens on each device, "
+        f"{number(ahead.row.prefill.tokens_per_second)} tokens/s a device",
+        "How sure: a lower bound of the time, without the start of kernels, sampling and scheduling; "
+        "weights and caches in BF16; absolute times rest on the assumed efficiencies (docs/planning.md)",
+    ]
+
+
+def _speed(choice: Choice) -> str:
+    return f"{number(choice.row.decode.tokens_per_second)} tokens/s a device"
+
+
+def _headline(serving: Serving) -> list[str]:
+    model, device = serving.model, serving.device
+    layer = next(iter(model.moe_layers.values()))
+    per_token = model.cache_bytes(serving.context) / serving.context
+    lines = [
+        f"{model.model_name} {model.flavor} on {device.name}: {len(model.expert_bytes)} MoE layers of "
+        f"{len(model.layers)}, {layer.num_experts} experts, top {layer.top_k}; caches of "
+        f"{per_token / 1024:.1f} KiB a token, {number(serving.context * per_token / GIB)} GiB a "
+        f"sequence of {serving.context:,}",
+        f"{usable_memory(serving.usable_bytes, device)}; {efficiencies(serving.flags)}; tokens are "
+        "those of one device in a step",
+    ]
+    if serving.run:
+        lines.append(
+            f"placements are for the loads of {serving.run['path']}, its last steps, and judged by them"
+        )
+    return lines
+
+
+def _table(serving: Serving) -> Table:
+    milliseconds = ("experts", "exchange", "cache", "decode")
+    return Table(
+        title="Every degree and number of tokens",
+        columns=(
+            Column(title="EP"),
+            Column(title="load"),
+            Column(title="tokens", show="{:,}".format),
+            Column(title="active", show=number),
+            *(Column(title=title, unit="ms", show=number) for title in milliseconds),
+            Column(title="decode/s", show=number),
+            Column(title="GiB", show=number),
+            Column(title="prefill", unit="ms", show=number),
+            Column(title="prefill/s", show=number),
+        ),
+        groups=[[_row(degree.ep_degree, row) for row in degree.rows] for degree in serving.degrees],
+        legend=[
+            "Times of a whole step on the busiest device: experts and exchange of all MoE layers, "
+            "cache of all layers in decoding. Tokens decoded and prefilled in a second are those of one "
+            "device; memory is that of decoding."
+        ],
+        notes=[_limits(serving, degree) for degree in serving.degrees],
+    )
+
+
+def _row(ep_degree: int, row: ServedRow) -> Row:
+    return (
+        ep_degree,
+        row.load,
+        row.tokens,
+        row.active_experts,
+        row.experts_seconds * 1e3,
+        row.exchange_seconds * 1e3,
+        row.decode.cache_seconds * 1e3,
+        row.decode.step_seconds * 1e3,
+        row.decode.tokens_per_second,
+        memory(row.decode.memory_bytes, row.decode.fits),
+        row.prefill.step_seconds * 1e3,
+        row.prefill.tokens_per_second,
+    )
+
+
+def _limits(serving: Serving, degree: ServedDegree) -> str:
+    """How many sequences fit, and what limits the experts."""
+    turn = (
+        "reading the experts is the limit at any number of tokens"
+        if degree.turning_tokens is None
+        else f"reading the experts is the limit up to {math.ceil(degree.turning_tokens):,} tokens on a "
+        "device, then their arithmetic"
+    )
+    room = (
+        f"weights of {number(degree.weight_bytes / GIB)} GiB leave room for "
+        f"{degree.most_sequences:,} sequences of {serving.context:,}"
+        if degree.weight_bytes <= serving.usable_bytes
+        else f"weights of {number(degree.weight_bytes / GIB)} GiB do not fit"
+    )
+    return f"EP {degree.ep_degree}: {room}; {turn}"
+
+
+def _charts(serving: Serving) -> list[Chart]:
+    """Time, throughput and memory against the tokens of a step, under the judged load."""
+
+    def panel(caption: str, unit: str, value: Callable[[ServedRow], float]) -> Panel:
+        curves = {
+            degree.ep_degree: [
+                (row.tokens, value(row)) for row in degree.rows if row.load == serving.judged.name
+            ]
+            for degree in serving.degrees
+        }
+        ticks = sorted({row.tokens for row in serving.degrees[0].rows})
+        return Panel(
+            caption,
+            curves_by_degree(
+                curves, y_title=unit, x_title="tokens of a device in a step", ticks=ticks
+            ),
+        )
+
+    def step(of: Callable[[ServedRow], ServedStep]) -> list[Panel]:
+        return [
+            panel("a step", "ms", lambda row: of(row).step_seconds * 1e3),
+            panel("tokens a second", "tokens/s", lambda row: of(row).tokens_per_second),
         ]
 
-    def _decoding(self) -> list[Choice]:
-        """Those whose sequences fit."""
-        return [one for one in self._judged() if one.row.decode.fits]
-
-    @property
-    def most_decoded(self) -> Choice | None:
-        """Most new tokens a second on each device; None where nothing fits."""
-        return max(self._decoding(), key=lambda one: one.row.decode.tokens_per_second, default=None)
-
-    @property
-    def shortest_step(self) -> Choice | None:
-        """The shortest time between two tokens of a sequence."""
-        return min(self._decoding(), key=lambda one: one.row.decode.step_seconds, default=None)
-
-    @property
-    def most_prefilled(self) -> Choice | None:
-        """Most prompt tokens a second on each device."""
-        fitting = [one for one in self._judged() if one.row.prefill.fits]
-        return max(fitting, key=lambda one: one.row.prefill.tokens_per_second, default=None)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data. Seconds, bytes, tokens of one rank."""
-
-        def plain(choice: Choice | None) -> dict[str, Any] | None:
-            return None if choice is None else dataclasses.asdict(choice)
-
-        first = next(iter(self.model.moe_layers.values()))
-        return {
-            "verdict": {
-                "load": self.judged.name,
-                "most_decoded": plain(self.most_decoded),
-                "shortest_step": plain(self.shortest_step),
-                "most_prefilled": plain(self.most_prefilled),
-            },
-            "model": {
-                "model": self.model.model_name,
-                "flavor": self.model.flavor,
-                "moe_layers": list(self.model.expert_bytes),
-                **dataclasses.asdict(first),
-                "cache_bytes_per_sequence": self.model.cache_bytes(self.context),
-            },
-            "hardware": dataclasses.asdict(self.device),
-            "usable_memory_bytes": self.usable_bytes,
-            "assumptions": {"context": self.context, **self.flags.assumptions},
-            "degrees": [dataclasses.asdict(degree) for degree in self.degrees],
-            "run": self.run,
-        }
+    return [
+        Chart(
+            "Decode",
+            f"One token of each sequence of {serving.context:,}, under the load "
+            f"{serving.judged.name}: how long a step takes, and how many tokens a device makes in a "
+            "second.",
+            step(lambda row: row.decode),
+        ),
+        Chart(
+            "Prefill",
+            "So many tokens of prompts of that length in one step.",
+            step(lambda row: row.prefill),
+        ),
+        Chart(
+            "Memory",
+            "Weights, and the caches of as many sequences as tokens. Usable: "
+            f"{serving.usable_bytes / GIB:.1f} GiB.",
+            [panel("", "GiB", lambda row: row.decode.memory_bytes / GIB)],
+        ),
+    ]

@@ -1,4 +1,8 @@
-"""This machine as a device: measured in about a second, not looked up."""
+"""This machine as a device, measured in about a second, as a file for ``titan-moe-lb plan``.
+
+python -m benchmarks.host_hardware > host.toml
+titan-moe-lb plan --hardware host.toml
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,16 @@ import threading
 import time
 from collections.abc import Callable
 
-from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
+import psutil
+import tomli_w
+import torch
+
+from titan_moe_lb.costmodel.hardware.device import SPECS, Host
 
 _BYTES = 32 * 2**20
 
 
-def measure_host(*, size: int = 768) -> Hardware:
+def measure_host(*, size: int = 768) -> Host:
     """One process on this host as one rank.
 
     Torch's BF16 matrix product of ``size`` x ``size`` in this process's threads, a copy of
@@ -21,8 +29,6 @@ def measure_host(*, size: int = 768) -> Hardware:
     ranks share one host, so that there is no scale-out link: its figures are the same. A
     peak is the best of several times, since whatever else runs can only add to them.
     """
-    import psutil
-
     bandwidth, latency = _loopback()
     figures = {
         "bf16_flops": _matmul_flops(size),
@@ -34,7 +40,13 @@ def measure_host(*, size: int = 768) -> Hardware:
         "scale_out_bandwidth": bandwidth,
         "scale_out_latency": latency,
     }
-    return Hardware(name="this host", **figures, sources=dict.fromkeys(SPECS, "measured"))  # type: ignore[arg-type]
+    return Host(name="this host", **figures, sources=dict.fromkeys(SPECS, "measured"))  # type: ignore[arg-type]
+
+
+def as_toml(host: Host) -> str:
+    """The file that defines the device."""
+    figures = {figure: getattr(host, figure) for figure in SPECS}
+    return tomli_w.dumps({"name": host.name, "kind": "host", **figures, "sources": host.sources})
 
 
 def _seconds(run: Callable[[], object], repetitions: int = 7) -> list[float]:
@@ -48,16 +60,12 @@ def _seconds(run: Callable[[], object], repetitions: int = 7) -> list[float]:
 
 
 def _matmul_flops(size: int) -> float:
-    import torch
-
     left = torch.randn(size, size, dtype=torch.bfloat16)
     right = torch.randn(size, size, dtype=torch.bfloat16)
     return 2 * size**3 / min(_seconds(lambda: left @ right))
 
 
 def _copy_bandwidth() -> float:
-    import torch
-
     source = torch.ones(_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * _BYTES / min(_seconds(lambda: target.copy_(source)))
@@ -99,3 +107,7 @@ def _loopback() -> tuple[float, float]:
         near.shutdown(socket.SHUT_WR)
         answering.join()
     return _BYTES / seconds, latency
+
+
+if __name__ == "__main__":
+    print(as_toml(measure_host()), end="")

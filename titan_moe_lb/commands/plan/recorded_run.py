@@ -1,4 +1,4 @@
-"""The recorded run that a plan takes its loads from."""
+"""The loads of a recorded run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from titan_moe_lb.traces.expert_order import coarse_to_fine
 from titan_moe_lb.traces.trace import Trace
 
 
-def of_run(
+def loads_of_run(
     trace: Trace, moe_layers: Mapping[int, MoELayer]
 ) -> tuple[dict[str, Any], RecordedLoads]:
-    """What the run is, and its loads.
+    """Facts of the run as plain data, and its loads.
 
     Raises:
-        JobError: its MoE layers have other shapes than the job's; names are left open.
+        JobError: its MoE layers have other shapes than the job's; names may differ.
     """
     info = trace.info
     if info.num_experts_by_layer or info.top_k_by_layer:

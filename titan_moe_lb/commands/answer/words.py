@@ -1,0 +1,30 @@
+"""Numbers in sentences and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from titan_moe_lb.commands.answer.answer import Cell
+
+GIB = 2**30
+
+
+def number(value: float, digits: int = 3) -> str:
+    """So many significant digits; larger numbers are whole."""
+    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or milliseconds where there are few."""
+    return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(seconds * 1e3)} ms"
+
+
+def memory(num_bytes: float, fits: bool) -> Cell:
+    """GiB, marked where they do not fit."""
+    gib = num_bytes / GIB
+    return Cell(value=gib, text=number(gib) + ("" if fits else " no"), is_bad=not fits)
+
+
+def decimals(places: int) -> Any:
+    """Text of a value with so many digits after the point."""
+    return f"{{:,.{places}f}}".format

@@ -1,0 +1,41 @@
+"""Room of a rank's buffers for the loads of a run."""
+
+from __future__ import annotations
+
+from titan_moe_lb.commands.answer.answer import Column, Table
+from titan_moe_lb.commands.answer.words import decimals, memory, number
+from titan_moe_lb.commands.plan.result import Plan
+
+
+def table(plan: Plan) -> Table | None:
+    if not plan.degrees[0].capacity:
+        return None
+    return Table(
+        title="Capacity",
+        columns=(
+            Column(title="EP"),
+            Column(title="drops", show=lambda share: f"{share:.3g}" if share else "none"),
+            Column(title="capacity factor", show=decimals(3)),
+            Column(title="HybridEP's", show=decimals(4)),
+            Column(title="memory", unit="GiB", show=number),
+        ),
+        groups=[
+            [
+                (
+                    degree.ep_degree,
+                    row.drop_share,
+                    row.capacity_factor,
+                    row.non_blocking_capacity_factor,
+                    memory(row.memory_bytes, row.fits),
+                )
+                for row in degree.capacity
+            ]
+            for degree in plan.degrees
+        ],
+        text=[
+            "Capacity of a rank's buffers, for the loads of the run's second half: the factor over "
+            "its balanced tokens (Megatron's moe_expert_rank_capacity_factor), the same as a share of "
+            "the worst case (non_blocking_capacity_factor of torchtitan's HybridEP), and the memory "
+            "with such buffers in every MoE layer"
+        ],
+    )

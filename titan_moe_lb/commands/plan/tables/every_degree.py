@@ -1,0 +1,64 @@
+"""Every expert-parallel degree under every assumed imbalance."""
+
+from __future__ import annotations
+
+from titan_moe_lb.commands.answer.answer import Column, Table
+from titan_moe_lb.commands.answer.words import duration
+from titan_moe_lb.commands.plan.result import Plan
+from titan_moe_lb.commands.plan.tables import outcome
+from titan_moe_lb.costmodel.times.predict import DegreePlan
+
+
+def table(plan: Plan) -> Table:
+    return Table(
+        title="Every degree and imbalance",
+        columns=(Column(title="EP"), Column(title="imbalance"), *outcome.COLUMNS),
+        groups=[
+            [
+                *(
+                    (degree.ep_degree, f"{row.imbalance_factor:.2f}", *outcome.row(row.outcome))
+                    for row in degree.rows
+                ),
+                *(
+                    (degree.ep_degree, row.name, *outcome.row(row.outcome))
+                    for row in degree.lognormal
+                ),
+            ]
+            for degree in plan.degrees
+        ],
+        legend=[
+            "Times of one micro-batch's forward in one MoE layer (ms), of a whole step (step s), and "
+            "against balance at the same degree (layer x, step x). Tokens and memory are those of the "
+            "busiest rank."
+        ],
+        notes=[_fastest(plan), *map(_fits_up_to, plan.degrees)],
+    )
+
+
+def _fastest(plan: Plan) -> str:
+    """The degree with the shortest step at the least and at the most imbalance.
+
+    The slowdowns do not show it: each is against balance at its own degree.
+    """
+    found = []
+    rows = list(zip(*(degree.rows for degree in plan.degrees), strict=True))
+    for row in sorted({0, len(rows) - 1}, key=lambda row: rows[row][0].imbalance_factor):
+        imbalance = f"imbalance {rows[row][0].imbalance_factor:.2f}"
+        fitting = [
+            (one.outcome.step_seconds, degree.ep_degree)
+            for degree, one in zip(plan.degrees, rows[row], strict=True)
+            if one.outcome.fits
+        ]
+        if fitting:
+            seconds, ep_degree = min(fitting)
+            found.append(f"EP {ep_degree} at {imbalance} ({duration(seconds)} a step)")
+        else:
+            found.append(f"none fits at {imbalance}")
+    return f"Fastest of those that fit: {', '.join(found)}. Each x is against balance at its own EP"
+
+
+def _fits_up_to(degree: DegreePlan) -> str:
+    largest = degree.largest_imbalance_that_fits
+    if largest is None:
+        return f"EP {degree.ep_degree}: does not fit even at balance"
+    return f"EP {degree.ep_degree}: fits up to imbalance {largest:.2f}"

@@ -1,0 +1,57 @@
+"""The load of a recorded run, under every placement."""
+
+from __future__ import annotations
+
+from titan_moe_lb.commands.answer.answer import Column, Table
+from titan_moe_lb.commands.answer.words import duration
+from titan_moe_lb.commands.plan.result import Plan
+from titan_moe_lb.commands.plan.tables import outcome
+from titan_moe_lb.costmodel.times.predict import DegreePlan
+
+
+def table(plan: Plan) -> Table | None:
+    if plan.run is None:
+        return None
+    run = plan.run
+    losses = ", ".join(f"{name} {weight:g}" for name, weight in run["losses"].items()) or "none"
+    return Table(
+        title="Measured load",
+        columns=(
+            Column(title="EP"),
+            Column(title="experts placed"),
+            Column(title="steps"),
+            *outcome.COLUMNS,
+        ),
+        groups=[
+            [
+                (degree.ep_degree, row.label, steps, *outcome.row(getattr(row, steps)))
+                for row in degree.measured
+                for steps in ("first", "last")
+            ]
+            for degree in plan.degrees
+        ],
+        text=[
+            f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
+            f"{run['expert_bias'] or 'off'}): steps {_span(run['first_steps'])} and "
+            f"{_span(run['last_steps'])}. In single micro-batches its busiest rank had up to "
+            f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']}); at last "
+            f"its loads are about log-normal with sigma {run['sigma']:.2f}"
+        ],
+        notes=[*map(_savings, plan.degrees)],
+    )
+
+
+def _savings(degree: DegreePlan) -> str:
+    contiguous, greedy, *_with_copies = degree.measured
+    first, last, moved = (
+        f"{one.step_slowdown:.2f} x balance ({duration(one.step_seconds)})"
+        for one in (contiguous.first, contiguous.last, greedy.last)
+    )
+    return (
+        f"EP {degree.ep_degree}: a step took {first} at first and takes {last} at last; "
+        f"with experts placed greedily {moved}"
+    )
+
+
+def _span(steps: list[int]) -> str:
+    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
