@@ -1,4 +1,4 @@
-"""What every forced strategy shares."""
+"""Base class of the forced strategies."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 class ForcedRouting(Component):
-    """Takes the choice of experts from the router, for a benchmark.
+    """Chooses the experts in place of the router, for a benchmark.
 
-    The scores stay the router's: gradients flow through them as ever, and the scores
-    of the forced experts are gathered and normalised as those of chosen ones would be.
-    A strategy of one's own is a subclass with a ``type_name``.
+    The scores stay the router's: their gradients flow, and the scores of the forced experts are
+    gathered and normalised as usual. A strategy of one's own is a subclass with a ``type_name``.
     """
 
     kinds: ClassVar[dict[str, type[ForcedRouting]]] = {}
@@ -40,9 +39,13 @@ class ForcedRouting(Component):
         """Expert groups that a token may reach; None: all. Filled by the router."""
 
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
-            """Take what the strategy needs of a ``Trainer.Config`` and of the router."""
+            """Fill the fields that depend on a ``Trainer.Config`` and on the router."""
             self.num_experts = num_experts
             self.top_k = top_k
+
+        def tensors(self) -> dict[str, torch.Tensor]:
+            """Tensors of the strategy, by the name of their buffer."""
+            return {}
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -53,6 +56,13 @@ class ForcedRouting(Component):
         self.config = config
         self.num_experts = config.num_experts
         self.top_k = config.top_k
+        self._init_self_buffers()
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        """Make the buffers; again where torchtitan initializes a model."""
+        for name, tensor in self.config.tensors().items():
+            device = buffer_device or getattr(self, name, tensor).device
+            self.register_buffer(name, tensor.to(device), persistent=False)
 
     def wire(self, groups: RankGroups, layer: int) -> None:
         """Read this rank's place in the job. Once, when the model is built.
@@ -96,7 +106,13 @@ def announce(strategies: Sequence[ForcedRouting | None]) -> None:
 
 
 def require_at_least_one(strategy: str, **values: int) -> None:
-    """Raises ``JobError``: a key is below 1."""
+    """Raise ``JobError`` for a key below 1."""
     for key, value in values.items():
         if value < 1:
             raise JobError(f"{strategy} {key} is {value}; it must be at least 1")
+
+
+def require_share(strategy: str, fraction: float) -> None:
+    """Raise ``JobError`` for a fraction outside (0, 1]."""
+    if not 0 < fraction <= 1:
+        raise JobError(f"{strategy} fraction is {fraction}; it must be in (0, 1]")

@@ -1,4 +1,4 @@
-"""Balance, and now and then a step of heat."""
+"""Balanced steps, interrupted by steps with hot experts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from titan_moe_lb.balancing.forced_routing.hot_experts import HotExperts
 
 
 class Burst(HotExperts):
-    """As ``round_robin``, but every ``period``-th step is as ``hot_experts``.
+    """Routes as ``round_robin``, and in every ``period``-th step as ``hot_experts``.
 
-    Those are the steps logged as ``period``, ``2 period``, ...; a resumed job keeps to them.
-    What is measured over many steady steps hides what one such step costs, and what it costs
-    to adapt to it and back. W7 of Megatron-LM PR 7488, whose period is 4.
+    Those are the steps logged as ``period``, ``2 period``, ..., also in a resumed job. A mean over
+    many steady steps hides the cost of one such step and of adapting to it. W7 of Megatron-LM PR
+    7488, whose period is 4.
     """
 
     type_name: ClassVar[str] = "burst"

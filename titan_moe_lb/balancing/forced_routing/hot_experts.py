@@ -1,4 +1,4 @@
-"""A given share of all tokens on some experts, wherever they are."""
+"""A given share of all tokens on some experts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
 
 
 class HotExperts(HotShare):
-    """``fraction`` of all routed tokens goes to ``num_hot`` experts.
+    """Sends ``fraction`` of all routed tokens to ``num_hot`` experts.
 
-    Of every dispatch and of the global batch, to within one token; hot experts share evenly,
-    and so do cold ones. Contiguous, the hot experts are the first ones and heat up the first
-    EP ranks; spread, they are experts floor(i E / num_hot), as many on every rank to within
-    one: the same heat of an expert without a hot rank. W1 and W3 of Megatron-LM PR 7488.
+    Contiguous, the hot experts are the first ones and heat up the first EP ranks. Spread, they are
+    experts floor(i E / num_hot), as many on every rank to within one: hot experts without a hot
+    rank. W1 and W3 of Megatron-LM PR 7488.
     """
 
     type_name: ClassVar[str] = "hot_experts"

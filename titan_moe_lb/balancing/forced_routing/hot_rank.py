@@ -10,12 +10,10 @@ from titan_moe_lb.errors import JobError
 
 
 class HotRank(HotShare):
-    """``fraction`` of all routed tokens goes to the experts of the hot EP ranks.
+    """Sends ``fraction`` of all routed tokens to the experts of the hot EP ranks.
 
-    The worst case for the memory of a GPU, dosed. The share holds over the tokens that
-    an EP group dispatches together, to within one token; hot experts share evenly, and
-    so do cold ones. W2 of Megatron-LM PR 7488, where it is the first quarter of the experts,
-    whoever has them (here ``hot_experts``).
+    With fraction 1 it is the worst case for the memory of a GPU. W2 of Megatron-LM PR 7488, where
+    the first quarter of the experts is hot on whatever ranks they are (here ``hot_experts``).
     """
 
     type_name: ClassVar[str] = "hot_rank"

@@ -1,4 +1,4 @@
-"""What the strategies share that give the hot experts a fixed share of all tokens."""
+"""Base class of the strategies that give hot experts a fixed share of all tokens."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from titan_moe_lb.balancing.forced_routing.base import require_share
 from titan_moe_lb.balancing.forced_routing.functional import hot_share_ids
 from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
-from titan_moe_lb.errors import JobError
 
 
 class HotShare(TokenIndexRouting):
-    """``fraction`` of all routed tokens goes to the hot experts, the rest to the cold ones.
+    """Sends ``fraction`` of all routed tokens to the hot experts and the rest to the cold ones.
 
-    Of every dispatch and of the global batch, to within one token; hot experts share
-    evenly, and so do cold ones.
+    The share holds for every dispatch and for the global batch, to within one token. Hot experts
+    share evenly, and so do cold ones.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -24,12 +24,10 @@ class HotShare(TokenIndexRouting):
         """Share of all routed tokens, in (0, 1]."""
 
         def __post_init__(self) -> None:
-            if not 0 < self.fraction <= 1:
-                name = self._owner.type_name
-                raise JobError(f"{name} fraction is {self.fraction}; it must be in (0, 1]")
+            require_share(self._owner.type_name, self.fraction)
 
         def hot_experts(self) -> list[int]:
-            """In ascending order."""
+            """The hot experts, ascending."""
             raise NotImplementedError
 
         def expert_lists(self) -> dict[str, list[int]]:

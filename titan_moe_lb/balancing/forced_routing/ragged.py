@@ -1,4 +1,4 @@
-"""Balanced experts, of which every source feeds others."""
+"""Balanced experts, unevenly fed by the source ranks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from typing import ClassVar
 
 import torch
 
+from titan_moe_lb.balancing.forced_routing.base import require_share
 from titan_moe_lb.balancing.forced_routing.functional import ragged_rows, round_robin_ids
 from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 from titan_moe_lb.errors import JobError
 
 
 class Ragged(TokenIndexRouting):
-    """What arrives is balanced; where it comes from is not.
+    """Balances the destinations of tokens and skews their sources.
 
     W4 of Megatron-LM PR 7488 isolates skew before the dispatch: "uneven per-rank source token
-    counts, balanced destinations". Ranks of torchtitan always hold equally many tokens, so
-    what can be uneven is how much each source contributes to an expert. Every expert gets the
-    same number of tokens of every dispatch, to within one; but ``fraction`` of the tokens of a
-    dispatch, evenly taken from all its sources, choose by where they come from: the one at
-    share x of the dispatch (its ranks and their sequences in order) takes successive experts
-    from about ``(x + distance) E`` on. Rank r of an EP group so sends that part of its tokens to
-    rank ``r + distance EP``, instead of to all ranks alike: with 0 to itself, with 0.5 half way
-    round. That is to within one round of E / gcd(K, E) tokens, and but for tokens whose K
-    experts lie on two ranks. It makes all-to-all splits as uneven as they can be beside
-    balanced destinations, whatever the EP degree.
+    counts, balanced destinations". Ranks of torchtitan hold equally many tokens, so the skew is in
+    how much each source sends to an expert. Every expert gets the same number of tokens of every
+    dispatch, to within one. ``fraction`` of them, evenly taken from all sources, choose by their
+    source: the token at share x of the dispatch (its ranks and their sequences in order) takes
+    successive experts from about ``(x + distance) E`` on. Rank r of an EP group sends these tokens
+    to rank ``r + distance EP``: with 0 to itself, with 0.5 half way round. This holds to within
+    one round of E / gcd(K, E) tokens, except for tokens whose K experts are on two ranks. The
+    all-to-all splits are as uneven as balanced destinations allow, at every EP degree.
     """
 
     type_name: ClassVar[str] = "ragged"
@@ -39,8 +38,7 @@ class Ragged(TokenIndexRouting):
         """How far away their experts are, as a share of all, in [0, 1); 0 is the own rank."""
 
         def __post_init__(self) -> None:
-            if not 0 < self.fraction <= 1:
-                raise JobError(f"ragged fraction is {self.fraction}; it must be in (0, 1]")
+            require_share("ragged", self.fraction)
             if not 0 <= self.distance < 1:
                 raise JobError(f"ragged distance is {self.distance}; it must be in [0, 1)")
 

@@ -1,4 +1,4 @@
-"""What the strategies share that draw their logits at random."""
+"""Base class of the strategies that draw their logits at random."""
 
 from __future__ import annotations
 
@@ -24,20 +24,12 @@ class RandomRouting(ForcedRouting):
         seed: int = 0
         """Another seed gives other draws."""
 
+        def tensors(self) -> dict[str, torch.Tensor]:
+            names = ("own_seed", "shared_seed")  # filled by wire
+            return {name: torch.zeros((), dtype=torch.int64) for name in names}
+
     own_seed: torch.Tensor
     shared_seed: torch.Tensor
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self._register(device=None)
-
-    def _register(self, device: torch.device | None) -> None:
-        for name in ("own_seed", "shared_seed"):
-            zero = torch.zeros((), dtype=torch.int64, device=device)
-            self.register_buffer(name, zero, persistent=False)
-
-    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        self._register(buffer_device or self.own_seed.device)
 
     def wire(self, groups, layer: int) -> None:
         self.shared_seed.fill_(hash_seed(self.config.seed, layer))

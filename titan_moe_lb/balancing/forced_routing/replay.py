@@ -17,9 +17,8 @@ from titan_moe_lb.traces.routing_trace import open_routing_trace
 class Replay(ForcedRouting):
     """Sends each token of the global batch where it went in a recorded step.
 
-    The recorded steps are replayed in order, and again from the first when they are
-    through; a resumed job goes on with that of its step. Exact under any layout that
-    holds the same global batch.
+    The recorded steps are replayed in order, and then again from the first; a resumed job continues
+    with the one of its step. Exact under any layout of the same global batch.
     """
 
     type_name: ClassVar[str] = "replay"
@@ -42,16 +41,11 @@ class Replay(ForcedRouting):
             )
             self.batch_cut = cut_of(config)
 
+        def tensors(self) -> dict[str, torch.Tensor]:
+            # Filled by wire: the shape depends on how many steps were recorded.
+            return {"expert_ids_NBLK": torch.zeros(0)}
+
     expert_ids_NBLK: torch.Tensor
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        # Filled by wire: the shape depends on how many steps were recorded.
-        self.register_buffer("expert_ids_NBLK", torch.zeros(0), persistent=False)
-
-    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        device = buffer_device or self.expert_ids_NBLK.device
-        self.expert_ids_NBLK = torch.zeros(0, device=device)
 
     def wire(self, groups, layer: int) -> None:
         trace = open_routing_trace(self.config.trace)

@@ -13,11 +13,11 @@ from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
 
 
 class Rotating(HotShare):
-    """As ``hot_experts``, contiguous, but every ``period`` steps the next experts are hot.
+    """Routes as contiguous ``hot_experts``, and makes the next experts hot every ``period`` steps.
 
-    In step s, counted from 0, experts ``(s // period) num_hot + [0, num_hot)`` modulo E are.
-    What was planned by the load of past steps is stale whenever they change. A resumed job
-    goes on with the experts of its step. W6 of Megatron-LM PR 7488, whose period is 3.
+    In step s, counted from 0, experts ``(s // period) num_hot + [0, num_hot)`` modulo E are hot,
+    also in a resumed job. A plan made from the load of past steps is stale whenever they change.
+    W6 of Megatron-LM PR 7488, whose period is 3.
     """
 
     type_name: ClassVar[str] = "rotating"
@@ -35,7 +35,7 @@ class Rotating(HotShare):
             require_at_least_one("rotating", num_hot=self.num_hot, period=self.period)
 
         def hot_experts(self) -> list[int]:
-            """Those of step 0."""
+            """The hot experts of step 0."""
             return list(range(self.num_hot))
 
         def different_steps(self) -> list[int]:

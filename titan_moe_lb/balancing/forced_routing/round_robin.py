@@ -12,13 +12,13 @@ from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 
 
 class RoundRobin(TokenIndexRouting):
-    """Every expert gets the same number of tokens of every dispatch, to within one.
+    """Gives every expert the same number of tokens of every dispatch, to within one.
 
-    So does every EP rank: experts are dealt out rank by rank, and none is idle while there
-    are as many choices as ranks (peers deal expert by expert, and the first few tokens all
-    go to the first ranks: vllm-project/afd-plugin issue 156, sgl-project/sglang PR 37741).
-    Where the model limits expert groups, a token takes runs of successive experts, and the
-    ranks are equal to within one run. W0 of Megatron-LM PR 7488.
+    So it does every EP rank: it assigns experts rank by rank, and no rank is idle while there are
+    as many choices as ranks. (Where experts are assigned in their own order, the first tokens all
+    go to the first ranks: vllm-project/afd-plugin issue 156, sgl-project/sglang PR 37741.) Where
+    the model limits expert groups, a token takes runs of successive experts, and the ranks are
+    equal to within one run. W0 of Megatron-LM PR 7488.
     """
 
     type_name: ClassVar[str] = "round_robin"

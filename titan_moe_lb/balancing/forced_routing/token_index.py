@@ -1,4 +1,4 @@
-"""What the strategies share that deal the experts out by the number of a token."""
+"""Base class of the strategies that assign experts by the number of a token."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from titan_moe_lb.parallel import batch_cut
 
 
 class TokenIndexRouting(ForcedRouting):
-    """The experts of a token are a function of its number in the step, and of the step.
+    """Chooses the experts of a token by its number in the step, and by the step.
 
-    The tokens of a global batch are numbered so that those which an EP group dispatches
-    together, one micro-batch of its ranks, follow one another. What holds to within one
-    token for every run of successive numbers so holds for each dispatch and for the global
-    batch, and the counts of a step are the same numbers however the job cuts its batch.
-    Nothing is drawn: there is no seed, and every layer deals alike.
+    The tokens that an EP group dispatches together, one micro-batch of its ranks, have successive
+    numbers. What holds for every run of successive numbers to within one token therefore holds for
+    each dispatch and for the global batch, and the counts of a step do not depend on the layout.
+    There is no seed, and every layer chooses alike.
     """
 
     filled_by_job: ClassVar[frozenset[str]] = ForcedRouting.filled_by_job | {
@@ -43,31 +42,25 @@ class TokenIndexRouting(ForcedRouting):
             self.num_micro_batches = batch_cut.cut(config).num_micro_batches
 
         def expert_lists(self) -> dict[str, list[int]]:
-            """Lists of experts that ``deal`` needs on the device, by the name of the buffer."""
+            """Lists of experts that ``deal`` reads, by the name of their buffer."""
             return {}
 
+        def tensors(self) -> dict[str, torch.Tensor]:
+            lists = self.expert_lists().items()
+            return {name: torch.tensor(experts, dtype=torch.int64) for name, experts in lists}
+
         def different_steps(self) -> list[int]:
-            """A step of each kind that ``deal`` tells apart."""
+            """One step of each kind that ``deal`` distinguishes."""
             return [0]
 
         def even_order(self) -> list[int]:
-            """All experts, in the order that keeps every EP rank busy."""
+            """All experts, in an order that leaves no EP rank idle."""
             assert self.num_experts is not None and self.top_k is not None
             return even_order(self.num_experts, self.top_k, self.expert_parallel, self.open_groups)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._place, self._num_places, self._num_groups = 0, 1, 1
-        self._register(device=None)
-
-    def _register(self, device: torch.device | None) -> None:
-        for name, experts in self.config.expert_lists().items():
-            ids = torch.tensor(experts, dtype=torch.int64, device=device)
-            self.register_buffer(name, ids, persistent=False)
-
-    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        device = next((buffer.device for buffer in self.buffers(recurse=False)), None)
-        self._register(buffer_device or device)
 
     def wire(self, groups, layer: int) -> None:
         self._place, self._num_places, _group = groups.token_ranks

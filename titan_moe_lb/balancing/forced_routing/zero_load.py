@@ -1,4 +1,4 @@
-"""Experts that get nothing, and ranks that get nothing."""
+"""Experts and ranks without a token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 
 
 class ZeroLoad(TokenIndexRouting):
-    """``num_zero`` experts get no token; the others get the same number, to within one.
+    """Sends no token to ``num_zero`` experts and the same number to the others, to within one.
 
-    Of every dispatch and of the global batch. Contiguous, the first experts get nothing, so
-    that the first EP rank gets nothing once ``num_zero`` is E / EP; spread, they are experts
-    floor(i E / num_zero), as many on every rank to within one. W5 of Megatron-LM PR 7488,
-    where the first half gets nothing.
+    Contiguous, these are the first experts; with ``num_zero`` E / EP the first EP rank gets
+    nothing. Spread, they are experts floor(i E / num_zero), as many on every rank to within one.
+    W5 of Megatron-LM PR 7488, where the first half gets nothing.
     """
 
     type_name: ClassVar[str] = "zero_load"
