@@ -102,10 +102,10 @@ from .errors import (
     JobError as JobError,
 )
 from .own_loop.attach import (
-    Balance as Balance,
-)
-from .own_loop.attach import (
     attach as attach,
+)
+from .own_loop.balance import (
+    Balance as Balance,
 )
 from .own_loop.build import (
     BuiltModel as BuiltModel,

@@ -13,7 +13,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torchtitan.config import TrainingConfig
 from torchtitan.config.override import derive
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
@@ -135,17 +134,13 @@ def _():
 
 
 @case("`batch_wise` in a pipeline")
-def _():
-    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, world_size=2)
-    attach(MoELayers([BatchWiseAuxLoss.Config(weight=1.0)]), None, dims)
+def _(ranks):
+    raise_the_one_error(ranks.run(2, loop_rank_jobs.attach_to_a_stage, BatchWiseAuxLoss))
 
 
 @case("a step of a pipeline without `begin_step(rows)`, and there is an aux loss")
-def _():
-    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, world_size=2)
-    model = MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)])
-    attach(model, None, dims)
-    train(model)
+def _(ranks):
+    raise_the_one_error(ranks.run(2, loop_rank_jobs.attach_to_a_stage, SequenceWiseAuxLoss))
 
 
 @case("`build_model` with memory-budget checkpointing")
@@ -244,7 +239,9 @@ def _(ranks):
 
 @case("a copy of the model made after `attach()` that learns")
 def _():
-    train(copy.deepcopy(Loop().model))
+    copied = copy.deepcopy(Loop().model)
+    assert error_of(lambda: copied.layers["1"](torch.randn(2, 8, 64))) is not None
+    train(copied)
 
 
 # Checkpointing of one's own

@@ -178,7 +178,7 @@ REFUSED = {
     "metrics() after optimizer.step()": lambda: loop(rows_per_step=2)[2].metrics(),
     "has its training loop already": lambda: attach(loop()[0]),
     "Linear has no MoE layer": lambda: attach(nn.Linear(2, 2)),
-    "the model are torchtitan's own": lambda: attach(
+    "is a TokenChoiceTopKRouter": lambda: attach(
         nn.Sequential(torchtitans_registry("debugmodel").model.layers[-1].moe.build())
     ),
     "needs torchtitan's Trainer": lambda: Layer(forced_routing=RoundRobin.Config()),

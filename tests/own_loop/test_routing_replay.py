@@ -329,6 +329,18 @@ def test_layers_are_added_one_after_another():
             memory.recall(np.zeros((1, 3), dtype=np.int64), np.arange(3)[None])
 
 
+@pytest.mark.parametrize("newer", [Recording(1, 1, 1), Recording(0, 6, 0)])
+def test_a_later_step_and_then_more_recordings_win_on_every_rank(newer):
+    older = Recording(finished_steps=0, number=5, step=0)
+    memories = [RoutingMemory(num_layers=2, top_k=1) for _ in range(2)]
+    for memory, recording, position in zip(memories, (older, newer), (3, 4), strict=True):
+        memory.keep(recording, 7, np.array([0]), experts_of(position))
+    known = [(dict(memory.recordings), dict(memory.experts)) for memory in memories]
+    for memory in memories:
+        memory.merge(known)
+        assert memory.experts[7].ravel().tolist() == [4, 14] and memory.recordings == {7: newer}
+
+
 def test_parts_of_several_ranks_are_put_together_and_older_ones_left_out():
     """Positions 0 and 2 of one rank, 1 and 3 of another; a third has an older recording."""
     memories = [RoutingMemory(num_layers=2, top_k=1) for _ in range(3)]

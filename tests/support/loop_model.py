@@ -14,7 +14,8 @@ from titan_moe_lb.balancing.expert_bias import ExpertBias, SignBias
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.own_loop.attach import Balance, attach
+from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.own_loop.balance import Balance
 
 SPEED = 1e-2
 SIGN = SignBias.Config(speed=SPEED)

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torchtitan.config import CommConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
 from tests.support.loop_model import Loop, MoELayers, error_of
-from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
+from titan_moe_lb.balancing.losses import AuxLoss, SequenceWiseAuxLoss
+from titan_moe_lb.own_loop.attach import attach
 
 
 def _rank() -> int:
@@ -50,6 +52,19 @@ def copy_after_attach() -> bool:
     x_BLD = torch.randn(2, 8, 64)
     with torch.no_grad():
         return torch.equal(copy.deepcopy(loop.model)(x_BLD), loop.model(x_BLD))
+
+
+def attach_to_a_stage(loss: type[AuxLoss]) -> str | None:
+    """A stage of a pipeline of 2, and a forward before its step is announced."""
+    _rank()
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, world_size=2)
+    model = MoELayers([loss.Config(weight=1.0)])
+
+    def train() -> None:
+        attach(model, None, dims)
+        model(torch.randn(2, 8, 64)).sum().backward()
+
+    return error_of(train)
 
 
 def announce_other_rows() -> str | None:

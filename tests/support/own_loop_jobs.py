@@ -35,7 +35,8 @@ from titan_moe_lb.balancing.losses import (
 )
 from titan_moe_lb.balancing.router import moe_layers_of, routers_of
 from titan_moe_lb.balancing.value_schedule import Change
-from titan_moe_lb.own_loop.attach import Balance, attach
+from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.own_loop.balance import Balance
 from titan_moe_lb.own_loop.build import BuiltModel, build_model
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.run.train import trainer_config

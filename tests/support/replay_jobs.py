@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.support.own_loop_jobs import Layer
 from titan_moe_lb.balancing.router import routers_of
-from titan_moe_lb.own_loop.attach import Balance, attach
+from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.own_loop.balance import Balance
 from titan_moe_lb.own_loop.routing_replay import RoutingReplay
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.parallel.rank_groups import RankGroups

@@ -9,8 +9,9 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter
 
 
 def warn_without_effect(model_parts: list[nn.Module]) -> None:
-    """Name the layers whose aux losses can change no weight: all parameters up to their gate,
-    in the order of the model, are frozen."""
+    """Warn of the layers whose aux losses can change no weight: all parameters up to their gate are
+    frozen. The order is that of registration, which in torchtitan's models is that of the forward;
+    a model that registers an earlier module later gets a warning too much."""
     frozen = []
     for part in model_parts:
         trained: list[nn.Parameter] = []

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
-
-from titan_moe_lb.errors import JobError
 
 
 class PartHooks:
@@ -30,11 +27,6 @@ class PartHooks:
     def _begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if part is self._part:
             self._step_hook.forward_begins(part, args, kwargs)
-        elif part.training and torch.is_grad_enabled():
-            raise JobError(
-                "the model is a copy of one that has a training loop, and nobody closes its own "
-                "steps: copy the model before attach(), and attach() each that learns"
-            )
 
     def _ends(self, part: nn.Module, args: tuple, output: Any) -> None:
         if part is self._part:

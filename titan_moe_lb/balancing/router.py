@@ -183,6 +183,12 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                     "closes its steps: call titan_moe_lb.attach(model, optimizer) before the first "
                     "forward"
                 )
+        elif self.step_record.of_copy:
+            raise JobError(
+                f"layer {self.layer} is of a copy of a model that has a training loop, and nobody "
+                "closes the steps of the copy: copy the model before attach(), and attach() each "
+                "that learns"
+            )
         elif self.step_record.learns is False and len(self.aux_losses) and not is_recomputation():
             raise JobError(
                 f"layer {self.layer} with an aux loss runs outside a forward of the model that "
@@ -331,6 +337,16 @@ def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:
         for part in model_parts
         for module in part.modules()
         if isinstance(module, MoE) and isinstance(module.router, LoadBalancedRouter)
+    ]
+
+
+def unbalanced_layers_of(model_parts: list[nn.Module]) -> list[tuple[str, MoE]]:
+    """Names and MoE layers of this rank whose router is not a :class:`LoadBalancedRouter`."""
+    return [
+        (name, module)
+        for part in model_parts
+        for name, module in part.named_modules()
+        if isinstance(module, MoE) and not isinstance(module.router, LoadBalancedRouter)
     ]
 
 

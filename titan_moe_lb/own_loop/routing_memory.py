@@ -1,4 +1,4 @@
-"""Experts that the tokens of samples had, in host memory. Numpy alone.
+"""The experts of the tokens of samples, in host memory. Needs numpy alone.
 
 Shape suffixes: N = MoE layers, B = rows, L = tokens of a row, T = tokens of a sample, K = top_k.
 """
@@ -13,20 +13,24 @@ import numpy as np
 from titan_moe_lb.errors import JobError
 
 UNKNOWN = -1
-"""In place of an expert: nobody has recorded it."""
+"""In place of an expert that was not recorded."""
 
 OWN_CHOICE = -2
-"""In place of an expert: the token was added without experts and chooses itself."""
+"""In place of an expert of a token that was added without experts and chooses itself."""
 
 
 class Recording(NamedTuple):
-    """When a sample was recorded. The larger one is the newer, also from another rank."""
+    """When a sample was recorded. The larger one counts as the newer, also of two ranks.
+
+    Ranks that record one sample in the same optimizer step have no common clock: where they split
+    the sample, or record it in turn, each opens as many ``record()`` between two ``exchange()``.
+    """
 
     finished_steps: int
     """Optimizer steps of the loop by then."""
 
     number: int
-    """Of the recording in the loop; ranks agree on it after an exchange."""
+    """Number of the recording on its rank, counted on from the largest of all at an exchange."""
 
     step: int
     """Finished optimizer steps of the weights that chose."""
@@ -49,16 +53,16 @@ class RoutingMemory:
     def keep(
         self, recording: Recording, sample: int, positions_T: np.ndarray, ids_NTK: np.ndarray
     ) -> None:
-        """Remember the experts of some positions of a sample, beside those that the same
-        recording has kept before and in place of those of an older one."""
+        """Save the experts of some positions of a sample: add them to those of the same recording,
+        replace those of an older one."""
         if self.recordings.get(sample) != recording:
             self.forget(sample)
             self.recordings[sample] = recording
         self._at_least(sample, int(positions_T.max()) + 1)[:, positions_T] = ids_NTK
 
     def add(self, recording: Recording, sample: int, layer: int, ids_TK: np.ndarray) -> None:
-        """Remember the experts of one layer of a sample, in place of all that is known of the
-        layer. Once every layer was added, the next addition begins the sample anew.
+        """Replace the experts of one layer of a sample. Once every layer was added, the next
+        addition begins the sample anew.
 
         Args:
             layer: index of the layer.
@@ -81,8 +85,7 @@ class RoutingMemory:
             of_samples.pop(sample, None)
 
     def merge(self, memories: Sequence[tuple[dict[int, Recording], dict[int, np.ndarray]]]) -> None:
-        """Take for each sample the newest recording of some ranks, put together from all ranks
-        that have a part of it.
+        """Take the newest recording of each sample, joined from all ranks that have a part of it.
 
         Args:
             memories: ``recordings`` and ``experts`` of each rank, in the same order on all.
@@ -144,7 +147,7 @@ class RoutingMemory:
         return ids_NTK.reshape(self._num_layers, *samples_BL.shape, self._top_k)
 
     def _at_least(self, sample: int, length: int) -> np.ndarray:
-        """What is known of a sample, with room for so many tokens."""
+        """The saved experts of a sample, with room for ``length`` tokens."""
         known = self.experts.get(sample)
         if known is None:
             known = np.full((self._num_layers, 0, self._top_k), UNKNOWN, dtype=np.int16)
@@ -160,7 +163,7 @@ def _longer(ids_NTK: np.ndarray, length: int) -> np.ndarray:
 
 
 def _filled(known_NTK: np.ndarray, other_NTK: np.ndarray) -> np.ndarray:
-    """Experts of a sample where they are known, else those of another part of it."""
+    """Fill unknown experts of a sample with those of another part of it."""
     length = max(known_NTK.shape[1], other_NTK.shape[1])
     known_NTK, other_NTK = _longer(known_NTK, length), _longer(other_NTK, length)
     return np.where(known_NTK == UNKNOWN, other_NTK, known_NTK)

@@ -22,7 +22,7 @@ from torch import nn
 from titan_moe_lb.balancing.recording.replayed import RouterReplay
 from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.own_loop.attach import Balance
+from titan_moe_lb.own_loop.balance import Balance
 from titan_moe_lb.own_loop.routing_input import (
     SAMPLE_IDS,
     SAMPLE_POSITIONS,
@@ -143,8 +143,11 @@ class RoutingReplay:
                 part.memory.forget(sample)
 
     def exchange(self) -> None:
-        """Give every rank what the others have recorded of its layers; of a sample that several
-        ranks have, the newest recording. Collective over the ranks that route other tokens."""
+        """Share all recordings of this rank's layers between the ranks that route other tokens.
+
+        Of a sample that several ranks have recorded, the newest recording wins: the one of the
+        later optimizer step, else of the rank with more recordings so far. Collective.
+        """
         for group in self._groups.tokens:
             ranks: list[Any] = [None] * dist.get_world_size(group)
             mine = [(part.memory.recordings, part.memory.experts) for part in self._parts]

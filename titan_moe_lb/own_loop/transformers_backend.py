@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, Literal
 
 from torch import nn
-from torchtitan.protocols.model_spec import ModelSpec
 
 from titan_moe_lb.balancing.checkpointing import saving_decisions
 from titan_moe_lb.balancing.expert_bias import ExpertBias
@@ -17,22 +16,24 @@ from titan_moe_lb.wiring.converter import LoadBalanceConverter
 
 
 def balanced_transformers(
-    spec: ModelSpec,
+    spec: Any,
     *,
     aux_losses: list[AuxLoss.Config] | None = None,
     expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
-) -> ModelSpec:
-    """What :func:`titan_moe_lb.balanced` is for torchtitan's own models. The trainer is built from
-    it, and then :func:`titan_moe_lb.own_loop.attach.attach` is called.
+) -> Any:
+    """Give the MoE layers of a Hugging Face model balanced routers, as
+    :func:`titan_moe_lb.balanced` does for torchtitan's own models. Build the trainer from the
+    result, then call :func:`titan_moe_lb.attach`.
 
-    The config of such a model has no MoE layer: torchtitan reads the layers off the Hugging Face
-    model once that is built, and puts its own in their place when it parallelizes.
+    The config of such a model has no MoE layer: torchtitan replaces the layers of the Hugging Face
+    model when it parallelizes it.
 
     Args:
-        spec: of ``torchtitan.experiments.transformers_modeling_backend``; stays as it is.
+        spec: a ``ModelSpec`` of ``torchtitan.experiments.transformers_modeling_backend``; it is not
+            changed.
 
     Raises:
-        JobError: when the trainer is built: no layer of the model is replaced.
+        JobError: when the trainer is built, if no layer of the model is replaced.
     """
     converter = LoadBalanceConverter.Config(
         aux_losses=aux_losses or [], expert_bias=expert_bias
@@ -58,7 +59,9 @@ def balanced_transformers(
 
 
 def _initialize(_optimizers: Any, model_parts: list[nn.Module], _parallel_dims: Any) -> None:
-    """Upstream fact: the backend initializes what Hugging Face's classes know, and leaves the MoE
-    layers, with the expert bias, to what the memory held. Before a checkpoint is loaded."""
+    """Initialize the MoE layers, before a checkpoint is loaded.
+
+    Upstream fact: the backend initializes the modules of Hugging Face's classes alone.
+    """
     for layer in moe_layers_of(model_parts):
         layer.init_states()

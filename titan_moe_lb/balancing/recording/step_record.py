@@ -7,8 +7,10 @@ are counted, A = losses, B = rows and L = tokens of a row in a micro-batch, Q = 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,6 +126,7 @@ class StepRecord:
         rows, forwards: of the running step on this rank, as the host counts them when a forward
             begins: nothing is read from the device.
         learns: whether the model is in a forward that learns; None where nobody says so.
+        of_copy: whether it belongs to a copy of a model, whose steps nobody closes.
         gradient_squares_N2: a leaf, whose gradient in a step is the squares of that of the model's
             loss and of the aux losses in the logits of each router, float32; None unless asked.
         step_gradient_squares_N2: of the last finished step.
@@ -172,6 +175,7 @@ class StepRecord:
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
         self.rows = self.forwards = 0
         self.learns: bool | None = None
+        self.of_copy = False
         self.sums: StepSums | None = None
         self.bias_delta_N: list[torch.Tensor | None] = [None] * num_routers
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
@@ -185,6 +189,11 @@ class StepRecord:
         if token_shape is not None:
             ids_type = torch.uint8 if num_experts <= 256 else torch.int32
             self.expert_ids_NMBLK = zeros(num_micro_batches, *token_shape, dtype=ids_type)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepRecord:
+        copied = memo[id(self)] = object.__new__(StepRecord)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo), of_copy=True)
+        return copied
 
     def router(self, index: int, num_experts: int, top_k: int, num_bins: int) -> RouterRecord:
         """The rows of one router."""

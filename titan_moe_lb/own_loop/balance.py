@@ -1,0 +1,176 @@
+"""``Balance``: steps and metrics of the balance of a model in a loop of one's own."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.balancing.step_hook import StepHook
+from titan_moe_lb.balancing.tensor_checks import not_finite
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.rank_groups import RankGroups
+from titan_moe_lb.telemetry.columns import columns_in
+from titan_moe_lb.telemetry.reduction import reduce_step
+from titan_moe_lb.telemetry.sink_metrics import sink_metrics
+from titan_moe_lb.traces.step_load import StepLoad
+
+_NONE = -(2**62)
+"""Smaller than any number that ranks compare."""
+
+
+class Balance:
+    """The balance of a model in a loop that is not torchtitan's trainer; :func:`attach` makes it."""
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        hook: StepHook | None,
+        groups: RankGroups,
+        finished_steps: int,
+    ) -> None:
+        """
+        Args:
+            hook: step hook of the MoE layers; None on a pipeline stage without any.
+        """
+        self.model_parts = model_parts
+        self.groups = groups
+        self._hook = hook
+        self._first_step = finished_steps
+        self._closed_steps = 0
+
+    @property
+    def finished_steps(self) -> int:
+        """Optimizer steps so far, including those of the checkpoint."""
+        return self._first_step + self._closed_steps
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens of all closed steps over all ranks, including padding and the checkpoint's tokens.
+        Read it between two steps.
+
+        Raises:
+            JobError: no loss and no bias rule changes after a number of tokens.
+        """
+        if self._hook is None or not self._hook.tokens.counted:
+            raise JobError(
+                "nothing on this rank changes after a number of tokens, so that nobody counts them"
+            )
+        self._hook.tokens.read()
+        return self._hook.tokens.total
+
+    def begin_step(self, rows: int, *, loss_scale: float = 1.0) -> None:
+        """Announce a step before its first forward. Counts since the last closed step are dropped.
+
+        Args:
+            rows: rows of the global batch, over all ranks.
+            loss_scale: factor by which a gradient scaler multiplies the loop's own loss.
+
+        Raises:
+            JobError: ``rows`` is below 1, or the scale is no finite number above 0.
+        """
+        require_at_least(1, "begin_step(rows)", rows)
+        if not 0 < loss_scale < math.inf:
+            raise JobError(
+                f"begin_step(loss_scale) is {loss_scale}; it must be a finite number above 0"
+            )
+        if self._hook is not None:
+            if self._hook.has_begun:
+                self._hook.skip_step()
+            self._hook.begin_step(rows, loss_scale)
+
+    def skip_step(self) -> None:
+        """Drop the counts of a step that the optimizer skips, as after gradients of NaN."""
+        if self._hook is not None:
+            self._hook.skip_step()
+
+    def close_step(self) -> None:
+        """Close a step just before the optimizer steps. Collective over the ranks that route other
+        tokens."""
+        if self._hook is not None:
+            self._hook.close_step()
+        self._closed_steps += 1
+
+    def load(self) -> StepLoad:
+        """Tokens of every expert and columns of every layer in the last closed step.
+        Collective: call on every rank.
+
+        Raises:
+            JobError: no step was closed, or not on every rank; it had other rows than announced;
+                the gate of a layer is not finite. The same on every rank.
+        """
+        self._compare_ranks()
+        if self._hook is not None:
+            self._hook.check_announced_rows()
+        return reduce_step(moe_layers_of(self.model_parts), self.groups)
+
+    def _compare_ranks(self) -> None:
+        """Raise on every rank what is wrong on any, so that no rank waits for another in a later
+        collective. Collective, with the same shape whatever a rank has done."""
+        broken = not_finite(moe_layers_of(self.model_parts))
+        announced = None if self._hook is None else self._hook.announced_rows
+        # The largest of each, and the largest of each with the other sign: the smallest.
+        most = torch.tensor(
+            [
+                self._closed_steps,
+                -self._closed_steps,
+                *((_NONE, _NONE) if announced is None else (announced, -announced)),
+                max(broken, default=_NONE),
+            ],
+            device=next(self.model_parts[0].parameters()).device,
+        )
+        for group in self.groups.loop:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        closed, fewest, rows, fewest_rows, layer = most.tolist()
+        if not closed:
+            raise JobError(
+                "no optimizer step has ended yet: ask for metrics() after optimizer.step() (or "
+                "close_step(), without an optimizer)"
+            )
+        if closed != -fewest:
+            raise JobError(
+                f"a rank has ended {closed} optimizer steps and another {-fewest}: call "
+                "optimizer.step() (or close_step()) on every rank, also on one without a batch"
+            )
+        if rows != -fewest_rows and rows != _NONE:
+            raise JobError(
+                f"begin_step(rows) announced {rows} on a rank and {-fewest_rows} on another: give "
+                "each the rows of the global batch, over all ranks"
+            )
+        if layer != _NONE:
+            raise JobError(
+                f"the gate or the expert bias of layer {layer} is not finite: continue from a "
+                "checkpoint, and call skip_step() in place of optimizer.step() after gradients "
+                "that are not finite"
+            )
+
+    def metrics(self, *, per_layer: bool = False, num_extreme_experts: int = 0) -> dict[str, float]:
+        """Metrics of the last closed step over all ranks and micro-batches, by name
+        (docs/telemetry.md); empty where no rank has routed a token. Collective: call on every rank.
+
+        Args:
+            per_layer: add those of every layer, ``moe/<name>_layer_<number>``.
+            num_extreme_experts: how many of the hottest and of the coldest experts to add.
+
+        Raises:
+            JobError: as :meth:`load`.
+        """
+        load = self.load()
+        return sink_metrics(
+            load, columns_in(load), per_layer=per_layer, num_extreme_experts=num_extreme_experts
+        )
+
+
+def require_at_least(least: int, where: str, given: Any) -> None:
+    """Raise ``JobError`` for an argument ``where`` that is no whole number of at least ``least``."""
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(given, bool):
+        raise JobError(f"{where} is {given!r}; it must be a whole number of at least {least}")
