@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,6 @@ def figures(by_rank: list[list[int]], folder: Path) -> dict:
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    os.environ["WORLD_SIZE"] = str(RANKS)
     with TemporaryDirectory(prefix="titan_moe_lb-soak-") as folder, RankPool(RANKS) as pool:
         rank_pool.TIMEOUT_SECONDS = 24 * 3600  # it answers at its end
         by_rank = pool.run(RANKS, held_memory, arguments.steps, folder)

@@ -233,8 +233,7 @@ def test_strategy_has_the_load_that_it_promises(ranks, tmp_path):
         ("cold = 4", "did you mean 'num_cold'"),
     ],
 )
-def test_strategy_of_a_bad_job(monkeypatch, table, message):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_strategy_of_a_bad_job(table, message):
     flags = [f'--model.forced_routing={{type = "cold_experts", {table}}}']
     with doc_examples.imported("cold_experts"), pytest.raises(JobError, match=message):
         job_config.load([*TINY, *flags])

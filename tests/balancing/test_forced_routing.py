@@ -433,9 +433,8 @@ def test_recomputation_takes_the_same_decisions(
     assert (trace.counts_SME == expected.counts_SME).all()
 
 
-def test_trace_that_does_not_fit_is_refused(monkeypatch, recorded):
+def test_trace_that_does_not_fit_is_refused(recorded):
     folder, _ = recorded
-    monkeypatch.setenv("WORLD_SIZE", "1")
     replay = force(f'type = "replay", trace = "{folder}"')
     with pytest.raises(JobError, match="seq_len 256 and this job has 128"):
         job_config.load([*TINY, *replay])

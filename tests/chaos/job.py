@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -64,9 +63,8 @@ class End:
 def start(folder: Path, blow: rank.Blow | None = None, *flags: str) -> End:
     """Check the job as its launcher does, run it, and end all ranks when one has ended badly."""
     arguments = [*JOB, f"--dump_folder={folder}", *flags]
-    os.environ["WORLD_SIZE"] = str(RANKS)
     try:
-        validate_files(job_config.load(arguments).config)
+        validate_files(job_config.load(arguments, RANKS))
     except JobError as error:
         return End((2,) * RANKS, str(error))
     folder.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ def run(arguments: list[str], console: str) -> None:
     file = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NGPU"):
+    for name in ("RANK", "NGPU"):
         os.environ.pop(name, None)
     launch.main(arguments)
     cpu.leave()

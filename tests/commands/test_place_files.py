@@ -21,7 +21,6 @@ from titan_moe_lb.commands.place.command import place
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
-from titan_moe_lb.rules.meta_model import meta_state
 from titan_moe_lb.traces.expert_order import greedy, greedy_in_groups
 from titan_moe_lb.traces.trace import read_trace
 
@@ -149,14 +148,13 @@ def test_where_no_whole_groups_can_move_none_does(groups, ep):
     assert greedy_in_groups(counts_E, ep, groups, roll=1).ravel().tolist() == list(range(12))
 
 
-def test_numbers_of_layers_are_those_of_a_trace(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_numbers_of_layers_are_those_of_a_trace():
     for name in ("deepseek_v3_debugmodel_mtp", "deepseek_v3_tiny"):
-        config = job_config.load(["--config", name]).config
-        _model, state = meta_state(config)
+        job = job_config.load(["--config", name])
+        state = job.meta_model.state_dict()
         tensors = {key: Stored(tuple(value.shape), "") for key, value in state.items()}
         found = sorted(layer.layer for layer in expert_tensors(tensors))
-        assert found == sorted(layer_numbers(config.model_spec.model).values())
+        assert found == sorted(layer_numbers(job.config.model_spec.model).values())
 
 
 NEW = "layers.1.moe"

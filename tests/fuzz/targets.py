@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -25,12 +25,11 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import strategies as st
 from rich.console import Console
 from torch.distributed.checkpoint.metadata import Metadata
-from torchtitan.trainer import Trainer
 
 from tests.fuzz.damage import HOSTILE_TEXT, MOMENTS, VALUES, damaged, trees
 from tests.support.synthetic_trace import run_info, write_run
 from titan_moe_lb import cli
-from titan_moe_lb.checkpoints.start import read_metadata
+from titan_moe_lb.checkpoints.start import read_metadata, start_of
 from titan_moe_lb.commands.diagnose.command import diagnose
 from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
 from titan_moe_lb.commands.study import command as study_command
@@ -39,8 +38,8 @@ from titan_moe_lb.commands.study.cell import CELLS, CellFolder
 from titan_moe_lb.commands.study.search import Search
 from titan_moe_lb.commands.watch.command import watch
 from titan_moe_lb.job import job_config, job_files
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules import files as file_rules
-from titan_moe_lb.rules.meta_model import meta_state
 from titan_moe_lb.traces.routing_trace import FOLDER, RoutingTrace, RoutingTraceWriter
 from titan_moe_lb.traces.trace import FILE_NAME
 
@@ -90,10 +89,9 @@ def _read_job(content: bytes, folder: Path) -> None:
     file.write_bytes(content)
     draft = job_config.draft(["--job-config", str(file), f"--dump_folder={folder}/outputs"])
     ranks = draft.table.ranks
-    os.environ["WORLD_SIZE"] = str(1 if ranks is None else ranks)
-    job = draft.resolve()
-    file_rules.validate_files(job.config)
-    assert tomli.loads(job_config.render(job))
+    job = draft.resolve(1 if ranks is None else ranks)
+    file_rules.validate_files(job)
+    assert tomli.loads(job_config.render(draft.table, job.config))
 
 
 def _read_hardware(content: bytes, folder: Path) -> None:
@@ -267,17 +265,16 @@ CHECKPOINT_JOB = ("--config=deepseek_v3_tiny", "--checkpoint.enable", "--trainin
 
 
 @functools.cache
-def _checkpoint() -> tuple[TemporaryDirectory, Trainer.Config]:
+def _checkpoint() -> tuple[TemporaryDirectory, Job]:
     """A folder with the sound checkpoint of a step, and the job that it is of."""
-    os.environ["WORLD_SIZE"] = "1"
-    config = job_config.load(list(CHECKPOINT_JOB)).config
+    job = job_config.load(list(CHECKPOINT_JOB), 1)
     folder = TemporaryDirectory(prefix="titan_moe_lb-fuzz-")
     state = {
         name: torch.zeros_like(value, device="cpu") if torch.is_tensor(value) else value
-        for name, value in meta_state(config)[1].items()
+        for name, value in job.meta_model.state_dict().items()
     }
     dcp.save({**state, "train_state": {"step": 2}}, checkpoint_id=folder.name, no_dist=True)
-    return folder, config
+    return folder, job
 
 
 def _checkpoints() -> st.SearchStrategy[bytes]:
@@ -285,13 +282,14 @@ def _checkpoints() -> st.SearchStrategy[bytes]:
 
 
 def _read_checkpoint(content: bytes, folder: Path) -> None:
-    sound, config = _checkpoint()
+    sound, job = _checkpoint()
     step = folder / "checkpoint" / "step-2"
     step.mkdir(parents=True)
     for file in Path(sound.name).glob("*.distcp"):
         os.link(file, step / file.name)
     (step / ".metadata").write_bytes(content)
-    config.dump_folder = str(folder)
+    job.config.dump_folder = str(folder)
+    job = replace(job, start=start_of(job.config))
     for rule in (
         file_rules.checkpoint_is_there,
         file_rules.checkpoint_is_whole,
@@ -299,7 +297,7 @@ def _read_checkpoint(content: bytes, folder: Path) -> None:
         file_rules.checkpoint_is_of_this_model,
         file_rules.checkpoint_has_router_state,
     ):
-        rule(config)
+        rule(job)
     assert isinstance(read_metadata(step), Metadata)
 
 

@@ -333,7 +333,6 @@ def type_in(line: str, monkeypatch) -> None:
     """Run what a user typed: variables, command, arguments."""
     for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     line = line.replace("TINY", "--config deepseek_v3_tiny").replace("HERE", os.getcwd())
     line = line.replace("HELD", str(HELD.getsockname()[1]))
     words = shlex.split(line)

@@ -22,8 +22,7 @@ from titan_moe_lb.traces.trace import FILE_NAME
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_damaged_file_is_read_or_refused_in_one_line(target, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_a_damaged_file_is_read_or_refused_in_one_line(target):
     outcome = run.fuzz(target, 25, 0)
     assert outcome.cases >= 25 and 0 < outcome.refused < outcome.cases
 

@@ -15,15 +15,11 @@ from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.value_schedule import Change
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules import files
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*/*.toml"))
 JOB = '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n'
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
 
 
 def job_file(tmp_path, text: str) -> list[str]:
@@ -58,13 +54,14 @@ def test_values_that_change_come_from_tables_and_flags(tmp_path):
     text = JOB + '[model.expert_bias]\ntype = "sign"\nspeed = 0.01\n'
     text += "[[model.expert_bias.changes]]\ntokens = 14.3e12\nvalue = 0.0\n"
     arguments = job_file(tmp_path, text)
-    job = job_config.load(arguments)
+    config = job_config.load(arguments).config
     changes = [Change(tokens=14.3e12, value=0.0)]
     rule = SignBias.Config(speed=0.01, changes=changes, num_experts=8, top_k=2)
-    assert job.config.model_spec.model.layers[-1].moe.router.expert_bias == rule
+    assert config.model_spec.model.layers[-1].moe.router.expert_bias == rule
+    printed = job_config.render(job_config.draft(arguments).table, config)
     assert (
         rule.changes
-        == job_config.load(job_file(tmp_path, job_config.render(job)))
+        == job_config.load(job_file(tmp_path, printed))
         .config.model_spec.model.layers[-1]
         .moe.router.expert_bias.changes
     )
@@ -108,23 +105,28 @@ def test_a_model_without_a_room_can_be_balanced(tmp_path):
     text = '[job]\nmodule = "torchtitan.models.deepseek_v3"\nconfig = "deepseek_v3_debugmodel"\n'
     text += '[model]\naux_losses = [{type = "sequence_wise", weight = 1e-3}]\n'
     text += "[training]\ndisable_cuda_graphs = true\n"
-    job = job_config.load(job_file(tmp_path, text))
-    assert job.config.model_spec.model.layers[-1].moe.router.aux_losses[0].weight == 1e-3
-    assert tomli.loads(job_config.render(job))["model"]["aux_losses"][0]["weight"] == 1e-3
+    draft = job_config.draft(job_file(tmp_path, text))
+    config = draft.resolve(1).config
+    assert config.model_spec.model.layers[-1].moe.router.aux_losses[0].weight == 1e-3
+    assert (
+        tomli.loads(job_config.render(draft.table, config))["model"]["aux_losses"][0]["weight"]
+        == 1e-3
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_printed_config_resolves_to_the_same_job(path, tmp_path, monkeypatch):
+def test_printed_config_resolves_to_the_same_job(path, tmp_path):
     ranks = tomli.loads(path.read_text())["job"]["ranks"]
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    first = job_config.load(["--job-config", str(path)])
-    printed = job_config.render(first)
-    second = job_config.load(job_file(tmp_path, printed))
-    assert _values(second) == _values(first)
-    assert job_config.render(second) == printed
+    first = job_config.draft(["--job-config", str(path)])
+    job = first.resolve(ranks)
+    printed = job_config.render(first.table, job.config)
+    second = job_config.draft(job_file(tmp_path, printed))
+    again = second.resolve(ranks)
+    assert _values(again) == _values(job)
+    assert job_config.render(second.table, again.config) == printed
 
 
-def _values(job: job_config.Job) -> str:
+def _values(job: Job) -> str:
     """Every value of the config; initializers are functions, whose addresses differ."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(job.config.to_dict()))
 
@@ -462,53 +464,51 @@ WRONG_FILES = {
     ),
 }
 PROCESSES = {
-    "DualPipeV + few micro-batches": "2",
-    "1F1B + few micro-batches": "2",
-    "Interleaved1F1B + rounds": "2",
-    "ZBV + three stages a rank": "2",
-    **{case: "2" for case in WRONG_FILES if case.startswith("stages by hand")},
-    "CP + a stage without a layer": "4",
-    "partial_dtensor + TP + one sequence": "2",
-    "full_dtensor + CP + one sequence": "2",
-    "full_dtensor + compile + CP": "2",
-    "full_dtensor + compile + TP + EP": "2",
-    "ZBV + selective": "2",
-    "schedule in lower case": "2",
-    "sequence length": "2",
-    "batch-wise + PP": "2",
-    "batch-wise and z-loss + PP": "2",
-    "GPT-OSS's default + PP": "2",
-    "TP and heads": "3",
-    "TP and key-value heads": "4",
-    "GPT-OSS + TP": "2",
-    "tied weights + PP": "2",
-    "MTP + PP": "2",
-    "running counts + PP + checkpointing": "2",
-    "microbatches": "2",
-    "experts": "3",
+    "DualPipeV + few micro-batches": 2,
+    "1F1B + few micro-batches": 2,
+    "Interleaved1F1B + rounds": 2,
+    "ZBV + three stages a rank": 2,
+    **{case: 2 for case in WRONG_FILES if case.startswith("stages by hand")},
+    "CP + a stage without a layer": 4,
+    "partial_dtensor + TP + one sequence": 2,
+    "full_dtensor + CP + one sequence": 2,
+    "full_dtensor + compile + CP": 2,
+    "full_dtensor + compile + TP + EP": 2,
+    "ZBV + selective": 2,
+    "schedule in lower case": 2,
+    "sequence length": 2,
+    "batch-wise + PP": 2,
+    "batch-wise and z-loss + PP": 2,
+    "GPT-OSS's default + PP": 2,
+    "TP and heads": 3,
+    "TP and key-value heads": 4,
+    "GPT-OSS + TP": 2,
+    "tied weights + PP": 2,
+    "MTP + PP": 2,
+    "running counts + PP + checkpointing": 2,
+    "microbatches": 2,
+    "experts": 3,
 }
 
 
-def test_line_for_batch_wise_under_pipeline_parallelism_is_accepted(tmp_path, monkeypatch):
+def test_line_for_batch_wise_under_pipeline_parallelism_is_accepted(tmp_path):
     """The message names a line; the line works."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
     text, _expected = WRONG_FILES["batch-wise and z-loss + PP"]
     with pytest.raises(JobError) as error:
-        job_config.load(job_file(tmp_path, text))
+        job_config.load(job_file(tmp_path, text), 2)
     line = re.search(r"aux_losses = .*", str(error.value))[0]
     text = JOB + f"[model]\n{line}\n[parallelism]\npipeline_parallel_degree = 2\n"
-    moe = job_config.load(job_file(tmp_path, text)).config.model_spec.model.layers[-1].moe
+    moe = job_config.load(job_file(tmp_path, text), 2).config.model_spec.model.layers[-1].moe
     first, second = moe.router.aux_losses
     assert (first.weight, first.count_from, second.weight) == (0.02, "scores", 1e-4)
     assert type(first).__qualname__ == "GlobalBatchAuxLoss.Config"
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
-def test_wrong_file_is_one_line(case, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", PROCESSES.get(case, "1"))
+def test_wrong_file_is_one_line(case, tmp_path):
     text, expected = WRONG_FILES[case]
     with pytest.raises(JobError) as error:
-        job_config.load(job_file(tmp_path, text))
+        job_config.load(job_file(tmp_path, text), PROCESSES.get(case, 1))
     message = str(error.value)
     assert expected in message
     assert "\n" not in message
@@ -547,7 +547,7 @@ def test_missing_file_and_missing_value():
 def test_domains_that_cannot_be_validated(change, expected):
     config = deepseek_v3_tiny()
     config.validator.enable = True
-    files.domains_are_known(config)
+    files.domains_are_known(Job.of(config, 1))
     change(config)
     with pytest.raises(JobError, match=re.escape(expected)):
-        files.domains_are_known(config)
+        files.domains_are_known(Job.of(config, 1))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from torchtitan.models import deepseek_v3 as upstream
 
 from model_registry.deepseek_v3 import tiny
 from model_registry.deepseek_v3.config_registry import deepseek_v3_tiny
 from titan_moe_lb.costmodel.jobs.read_job import read_job
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.wiring.model_spec import balanced
 
@@ -42,7 +41,6 @@ def test_telemetry_and_plan_agree(ranks, dense, numbers):
 
 def both(dense: list[str]) -> tuple[list[int], list[int], list[int]]:
     """As the trace has them; as the plan has them; those of the plan's only stage."""
-    os.environ["WORLD_SIZE"] = "1"
-    traced = list(describe_run(job(dense)).layers)
-    planned = read_job(job(dense))
+    traced = list(describe_run(Job.of(job(dense), 1)).layers)
+    planned = read_job(Job.of(job(dense), 1))
     return traced, list(planned.moe_layers), list(planned.stages[0].moe_layers)

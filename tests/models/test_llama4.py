@@ -193,9 +193,8 @@ def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, monkeypatc
         *("--model.aux_losses", '[{type = "sequence_wise", weight = 1e-3}]'),
         *(f"--parallelism.{name}={degree}" for name, degree in layout.items()),
     ]
-    monkeypatch.setenv("WORLD_SIZE", "4")
     loading = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"]
-    check_initial_weights(job_config.load([*arguments, *loading]).config)
+    check_initial_weights(job_config.load([*arguments, *loading], 4))
     by_rank = ranks.run(4, weights_and_export, arguments, str(folder), str(out))
     expected = Llama4StateDictAdapter(ours(TINY).config, None).from_hf(theirs)
     weights = {
@@ -327,9 +326,8 @@ def flat(mask_BLL: torch.Tensor) -> torch.Tensor:
     ],
     ids=["interleave", "varlen", "heads"],
 )
-def test_what_cannot_be_is_one_line(monkeypatch, flags, expected):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+def test_what_cannot_be_is_one_line(flags, expected):
     arguments = ["--module", "llama4", "--config", "llama4_tiny", "--training.seq_len=256"]
     with pytest.raises(JobError) as error:
-        job_config.load([*arguments, *flags])
+        job_config.load([*arguments, *flags], 4)
     assert expected in str(error.value) and "\n" not in str(error.value)

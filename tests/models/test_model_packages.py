@@ -65,11 +65,10 @@ def test_every_moe_layer_has_the_defaults_of_the_flavor(model, flavor):
 
 
 @pytest.mark.parametrize("flavor", ["16B", "236B"])
-def test_what_a_job_says_beats_the_default_of_the_flavor(flavor, monkeypatch):
+def test_what_a_job_says_beats_the_default_of_the_flavor(flavor):
     """One key of [model] leaves the flavor's default of the other, and None is a value."""
-    monkeypatch.setenv("WORLD_SIZE", "8")
     start = ["--module", "deepseek_v3", "--config", f"deepseek_v3_{flavor.lower()}"]
-    bias = job_config.load([*start, "--model.expert_bias", '{type = "sign"}']).config.model_spec
+    bias = job_config.load([*start, "--model.expert_bias", '{type = "sign"}'], 8).config.model_spec
     assert bias.arguments["expert_bias"] == SignBias.Config()
     losses = toml_tables.inline(bias.arguments["aux_losses"])
     assert losses == EXPECTED["deepseek_v3"][flavor][1]
@@ -145,8 +144,7 @@ def test_list_flag_stops_after_the_list(capsys):
     assert "--module deepseek_v3" in capsys.readouterr().out
 
 
-def test_help_shows_keys_losses_and_flags(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_help_shows_keys_losses_and_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         launch.main(["--module", "qwen3", "--help"])
     assert stop.value.code == 0

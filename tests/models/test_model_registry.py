@@ -9,9 +9,8 @@ from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss, SequenceWiseAuxLos
 from titan_moe_lb.job import job_config
 
 
-def test_hugging_face_checkpoint_goes_out_and_back(monkeypatch, tmp_path):
+def test_hugging_face_checkpoint_goes_out_and_back(tmp_path):
     """Parameter names do not change, and the state of a loss stays out of it."""
-    monkeypatch.setenv("WORLD_SIZE", "1")
     flags = ["--config", "deepseek_v3_tiny", "--model.aux_losses"]
     config = job_config.load([*flags, '[{type = "global_batch", weight = 1.0}]']).config
     spec = config.model_spec

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import tomli
-import torch
 
 from tests.job.test_configs import CONFIGS
 from tests.support.train_jobs import build_one_rank
@@ -77,18 +76,14 @@ REAL_SIZES = [
 assert REAL_SIZES, f"no job files in {CONFIGS}"
 
 
-def number_of_parameters(job_file: Path) -> int:
+def number_of_parameters(job_file: Path, num_ranks: int = 1) -> int:
     """Of the whole model of a job, built without memory."""
-    config = job_config.load(["--job-config", str(job_file)]).config
-    config.model_spec.model.update_from_config(config=config)
-    with torch.device("meta"):
-        model = config.model_spec.model.build()
+    model = job_config.load(["--job-config", str(job_file)], num_ranks).meta_model
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(("module", "flavor"), SIZES)
-def test_number_of_parameters(module, flavor, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_number_of_parameters(module, flavor, tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(
         f'[job]\nmodule = "{module}"\nflavor = "{flavor}"\n'
@@ -100,11 +95,10 @@ def test_number_of_parameters(module, flavor, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", REAL_SIZES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_one_rank_of_a_real_size_builds(ranks, monkeypatch, path):
+def test_one_rank_of_a_real_size_builds(ranks, path):
     """Its share: rank 0 of a pipeline has other layers than the rest."""
     job = tomli.loads(path.read_text())
     num_ranks = job["job"]["ranks"]
-    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
     (parameters,) = ranks.run(1, build_one_rank, str(path), num_ranks)
     shares = num_ranks // job["parallelism"].get("data_parallel_replicate_degree", 1)
-    assert 0.5 < parameters * shares / number_of_parameters(path) < 1.5
+    assert 0.5 < parameters * shares / number_of_parameters(path, num_ranks) < 1.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +18,7 @@ from tests.parity.layout import parse
 from tests.support.gpus import GPUS
 from tests.support.rank_pool import RankPool
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules import validate
 
 
@@ -74,9 +74,9 @@ def main() -> None:
         sys.exit(f"tests.parity: error: {error}")
     balance = Balance(tuple(arguments.loss.split(",")), arguments.bias, arguments.padded)
     model = balance.model(arguments.weight)
-    os.environ["WORLD_SIZE"] = str(layout.num_ranks)
     try:
-        validate(make_config(layout, arguments.module, arguments.config, model))
+        config = make_config(layout, arguments.module, arguments.config, model)
+        validate(Job.of(config, layout.num_ranks))
     except JobError as error:
         sys.exit(f"tests.parity: error: {error}")
     if gpus is not None and layout.num_ranks > len(gpus):

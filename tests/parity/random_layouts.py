@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tests.parity.layout import CHECKPOINTING, Layout
 from tests.support.rank_pool import RankPool
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.schedules import SCHEDULES
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules import validate
 
 LAYOUTS_OF_A_BALANCE = 10
@@ -77,11 +77,10 @@ def is_valid(layout: Layout, balance: Balance) -> bool:
     rows, rest = divmod(GLOBAL_BATCH_SIZE, layout.dp * layout.accumulate)
     if rest or (layout.pp > 1 and rows % layout.microbatch):
         return False
-    os.environ["WORLD_SIZE"] = str(layout.num_ranks)
     try:
-        config = make_config(layout, MODULE, CONFIG, balance.model())
-        validate(config)
-        config.model_spec.model.update_from_config(config=config)  # type: ignore[union-attr]
+        job = Job.of(make_config(layout, MODULE, CONFIG, balance.model()), layout.num_ranks)
+        validate(job)
+        job.bound  # noqa: B018  torchtitan's own checks
     except (JobError, ValueError, NotImplementedError, AssertionError):
         return False
     return True

@@ -39,8 +39,7 @@ def named(table: dict) -> list[dict]:
 @pytest.mark.parametrize(
     "block", ACCEPTED, ids=lambda block: re.findall('type = "(\\w+)"', block)[0]
 )
-def test_every_block_is_the_model_of_a_job(block, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_every_block_is_the_model_of_a_job(block, tmp_path):
     table = tomli.loads(block)["model"]
     spec = load(block, tmp_path)
     for key, said in table.items():
@@ -51,8 +50,7 @@ def test_every_block_is_the_model_of_a_job(block, tmp_path, monkeypatch):
             assert whole | one == whole
 
 
-def test_refused_block_ends_in_the_line_that_the_page_shows(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_refused_block_ends_in_the_line_that_the_page_shows(tmp_path):
     (block,) = set(BLOCKS) - set(ACCEPTED)
     with pytest.raises(JobError) as error:
         load(block, tmp_path)

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import importlib.util
 import itertools
-import os
 import pkgutil
 import re
 import shlex
@@ -113,7 +112,6 @@ def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
     for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(launch, "_run_here", lambda *job, **more: None)
     monkeypatch.setattr(launch.processes, "run", lambda *job: None)
     # Or one block would hold the folder of the next.
@@ -128,8 +126,7 @@ def at_home(home, monkeypatch):
 
 def read_plan(question: PlanArguments) -> None:
     draft = job_config.draft(question.job_arguments)
-    os.environ["WORLD_SIZE"] = str(question.ranks or draft.table.ranks or 1)
-    draft.resolve()
+    draft.resolve(question.ranks or draft.table.ranks or 1)
     hardware(question.hardware)
     assert question.from_run is None or question.from_run.is_dir()
 
@@ -255,7 +252,6 @@ def run_command(line: str, monkeypatch) -> None:
         for name in JOB_VARIABLES:
             if name not in line:
                 patch.delenv(name, raising=False)
-        patch.setenv("WORLD_SIZE", "1")
         PROGRAMS[program](arguments, patch)
 
 
@@ -298,10 +294,9 @@ def run_toml(block: Block, monkeypatch, _capsys) -> None:
         hardware(str(path))
         return
     ranks = tomli.loads(path.read_text())["job"].get("ranks", 1)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
     refused = re.match(r"# refused: (.*)\n", block.text)
     with pytest.raises(JobError, match=re.escape(refused[1])) if refused else nothing():
-        job_config.load(["--job-config", str(path)])
+        job_config.load(["--job-config", str(path)], ranks)
 
 
 def run_study_toml(block: Block, path: Path) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.chaos import launcher
-from tests.chaos.job import JOB, RANKS, differences
+from tests.chaos.job import JOB, differences
 from tests.chaos.run import Tally, peaceful_run, try_one
 from titan_moe_lb.traces.trace import FILE_NAME, read_trace
 
@@ -25,8 +25,7 @@ def peace(tmp_path_factory):
     return peaceful_run(tmp_path_factory.mktemp("chaos"))
 
 
-def test_ranks_that_are_killed_in_a_save_change_nothing(peace, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(RANKS))
+def test_ranks_that_are_killed_in_a_save_change_nothing(peace, tmp_path):
     tally, kind = Tally(), "all ranks killed while a checkpoint is written"
     verdict = try_one(kind, random.Random(3), tmp_path / "run", peace, tally)
     assert tally.survived == 1, verdict

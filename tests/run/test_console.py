@@ -34,6 +34,7 @@ from tests.support.failing_jobs import FAILURES
 from tests.support.forked_start import ForkedStart
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.run import processes
 from titan_moe_lb.run.console import cause, rank_log
 from titan_moe_lb.run.console.signals import ended_by
@@ -249,9 +250,8 @@ def test_a_signal_is_heard_while_the_main_thread_is_busy():
 
 
 @pytest.fixture(scope="module")
-def config():
-    os.environ["WORLD_SIZE"] = "1"
-    return job_config.load(["--config", "deepseek_v3_tiny"]).config
+def job():
+    return job_config.load(["--config", "deepseek_v3_tiny"])
 
 
 @pytest.mark.parametrize(
@@ -268,28 +268,28 @@ def config():
         (KeyError("x"), "KeyError: 'x'", 1),
     ],
 )
-def test_cause_of_an_exception(error, expected, status, config):
-    found = cause.of_error(error, config, at_start=False)
+def test_cause_of_an_exception(error, expected, status, job):
+    found = cause.of_error(error, job, at_start=False)
     assert found.line.startswith(expected) and "\n" not in found.line
     assert found.status == status and found.has_traceback == (status == 1)
     assert found.is_echo == ("connection" in expected)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_named(config, tmp_path):
-    config = copy.deepcopy(config)
+def test_a_checkpoint_that_cannot_be_read_is_named(job, tmp_path):
+    config = copy.deepcopy(job.config)
     config.checkpoint.enable = True
     config.dump_folder = str(tmp_path)
     (tmp_path / "checkpoint/step-3").mkdir(parents=True)
     (tmp_path / "checkpoint/step-3/.metadata").touch()
-    found = cause.of_error(FAILURES["checkpoint"](), config, at_start=True)
+    found = cause.of_error(FAILURES["checkpoint"](), Job.of(config, 1), at_start=True)
     assert found.line.startswith(f"{tmp_path}/checkpoint/step-3 cannot be loaded (ValueError: cut)")
     assert found.status == 2 and found.has_traceback
 
 
-def test_a_full_disk_under_a_checkpoint_is_the_cause(config):
+def test_a_full_disk_under_a_checkpoint_is_the_cause(job):
     full = OSError(errno.ENOSPC, "No space left on device", "outputs/y")
     error = CheckpointException("save", {0: (full, None)})  # type: ignore[dict-item]
-    assert "the disk of outputs/y is full" in cause.of_error(error, config, at_start=False).line
+    assert "the disk of outputs/y is full" in cause.of_error(error, job, at_start=False).line
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from tests.support.bias_jobs import biases_of_a_run
 from tests.support.train_jobs import load_checked, next_inputs, train
-from titan_moe_lb.checkpoints.start import damage, read_metadata, steps_in
+from titan_moe_lb.checkpoints.start import Checkpoint, damage, read_metadata, steps_in
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.rules.files import checkpoint_has_router_state, validate_files
@@ -61,21 +61,18 @@ def test_resumed_run_continues_bitwise(ranks, tmp_path):
     )
 
 
-def test_checkpoint_without_the_loss_is_refused_in_one_line(ranks, tmp_path, monkeypatch):
+def test_checkpoint_without_the_loss_is_refused_in_one_line(ranks, tmp_path):
     """torchtitan's loader would end in a traceback about a missing key."""
     save = [*JOB[:2], "--training.steps=1", *JOB[5:8], "--checkpoint.interval=1"]
     for name, losses in (("without", "[]"), ("with", JOB[3])):
         model = ["--model.aux_losses", losses]
         ranks.run(1, train, [*save, *model, f"--dump_folder={tmp_path}/{name}"])
-    monkeypatch.setenv("WORLD_SIZE", "1")
     resume = [*JOB[:4], "--checkpoint.enable"]
     for flag in ("--dump_folder={}", "--checkpoint.initial_load_path={}/checkpoint/step-1"):
-        config = job_config.load([*resume, flag.format(tmp_path / "without")]).config
+        job = job_config.load([*resume, flag.format(tmp_path / "without")])
         with pytest.raises(JobError, match="saved without the global-batch loss"):
-            checkpoint_has_router_state(config)
-        checkpoint_has_router_state(
-            job_config.load([*resume, flag.format(tmp_path / "with")]).config
-        )
+            checkpoint_has_router_state(job)
+        checkpoint_has_router_state(job_config.load([*resume, flag.format(tmp_path / "with")]))
 
 
 BIAS = [*JOB[:2], *JOB[4:10], "--parallelism.expert_parallel_degree=2", *JOB[10:]]
@@ -100,15 +97,14 @@ def copied(learned, tmp_path) -> Path:
     return Path(shutil.copytree(learned[0], tmp_path / "run"))
 
 
-def files_of(folder, rule: str, *flags: str) -> None:
+def files_of(folder, rule: str, *flags: str, processes: int = 2) -> None:
     """What the launcher asks before it starts a process."""
     longer = "--training.steps=9"
-    validate_files(job_config.load([*bias_job(folder, rule), longer, *flags]).config)
+    validate_files(job_config.load([*bias_job(folder, rule), longer, *flags], processes))
 
 
-def test_frozen_keeps_the_bits_of_a_learned_bias(ranks, learned, tmp_path, monkeypatch):
+def test_frozen_keeps_the_bits_of_a_learned_bias(ranks, learned, tmp_path):
     folder = copied(learned, tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     files_of(folder, FROZEN)
     found = ranks.run(2, biases_of_a_run, bias_job(folder, FROZEN))[0]
     assert torch.equal(found["loaded"], learned[1])
@@ -133,10 +129,9 @@ def test_a_rule_that_remembers_takes_over_from_one_that_does_not(ranks, learned,
     assert torch.equal(again["loaded"], first["trained"])
 
 
-def test_reset_is_taken_once(ranks, learned, tmp_path, monkeypatch):
+def test_reset_is_taken_once(ranks, learned, tmp_path):
     """A restart before the next checkpoint resets again, a restart after it does not."""
     folder = copied(learned, tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     rule = '{type = "sign", speed = 0.01, reset = true}'
     files_of(folder, rule)
     job = bias_job(folder, rule)
@@ -162,8 +157,7 @@ def test_reset_of_weights_from_another_run_is_taken_once(ranks, learned, tmp_pat
     assert moved.abs().max() > 0 and torch.equal(on["loaded"], moved)
 
 
-def test_dropping_or_missing_a_bias_is_one_line(ranks, learned, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_dropping_or_missing_a_bias_is_one_line(ranks, learned, tmp_path):
     with pytest.raises(JobError) as error:
         files_of(learned[0], "none")
     for text in (
@@ -181,9 +175,8 @@ def test_dropping_or_missing_a_bias_is_one_line(ranks, learned, tmp_path, monkey
 
 
 @pytest.fixture
-def two_steps(learned, tmp_path, monkeypatch) -> Path:
+def two_steps(learned, tmp_path) -> Path:
     """Checkpoint folder with two steps, the second as whole as the first."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
     folder = copied(learned, tmp_path) / "checkpoint"
     shutil.copytree(folder / "step-2", folder / "step-4")
     return folder
@@ -201,8 +194,9 @@ def one_line(folder: Path, *flags: str) -> str:
 
 
 def start_line(folder: Path) -> str:
-    config = job_config.load([*bias_job(folder.parent, SIGN), "--training.steps=9"]).config
-    return summary._start(config)
+    return summary._start(
+        job_config.load([*bias_job(folder.parent, SIGN), "--training.steps=9"], 2)
+    )
 
 
 @pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata"])
@@ -222,7 +216,7 @@ def test_cut_metadata_names_the_last_good_step_to_a_rule_that_remembers(two_step
     """Found by the faults: such a rule reads it before the files are checked."""
     cut(two_steps / "step-4" / ".metadata")
     with pytest.raises(JobError, match="it is cut; .* set checkpoint.load_step = 2"):
-        job_config.load(bias_job(two_steps.parent, '{type = "momentum"}'))
+        job_config.load(bias_job(two_steps.parent, '{type = "momentum"}'), 2)
 
 
 def test_metadata_of_another_kind_is_one_line(two_steps):
@@ -312,9 +306,8 @@ def test_steps_that_are_done_and_another_model_are_one_line(two_steps):
     files_of(two_steps.parent, SIGN)
 
 
-def layout(monkeypatch, processes: int, **degrees: int) -> list[str]:
-    """Flags of a layout; the job has that many processes from here on."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+def layout(**degrees: int) -> list[str]:
+    """Flags of a layout."""
     degrees = {"data_parallel_shard": 1, "expert_parallel": 1} | degrees
     flags = [f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()]
     # Flex attention wants whole blocks of a row on every rank.
@@ -335,19 +328,18 @@ BEGIN_AGAIN = ["--checkpoint.exclude_from_loading", "dataloader"]
     ],
     ids=str,
 )
-def test_another_number_of_data_ranks_is_refused_before_the_start(
-    learned, monkeypatch, processes, degrees
-):
+def test_another_number_of_data_ranks_is_refused_before_the_start(learned, processes, degrees):
     """``learned`` was saved by two."""
-    flags = layout(monkeypatch, processes, **degrees)
+    flags = layout(**degrees)
     with pytest.raises(JobError, match="exclude_from_loading"):
-        files_of(learned[0], SIGN, *flags)
-    files_of(learned[0], SIGN, *flags, *BEGIN_AGAIN)
+        files_of(learned[0], SIGN, *flags, processes=processes)
+    files_of(learned[0], SIGN, *flags, *BEGIN_AGAIN, processes=processes)
     # Weights of another run bring no place in the data.
     initial = f"--checkpoint.initial_load_path={learned[0]}/checkpoint/step-2"
-    files_of("/nowhere", SIGN, *flags, initial)
+    files_of("/nowhere", SIGN, *flags, initial, processes=processes)
     with pytest.raises(JobError, match="exclude_from_loading"):
-        files_of("/nowhere", SIGN, *flags, initial, "--checkpoint.no-initial_load_model_only")
+        whole = (initial, "--checkpoint.no-initial_load_model_only")
+        files_of("/nowhere", SIGN, *flags, *whole, processes=processes)
 
 
 @pytest.mark.parametrize(
@@ -360,10 +352,10 @@ def test_another_number_of_data_ranks_is_refused_before_the_start(
     ids=str,
 )
 def test_as_many_data_ranks_in_another_layout_go_on_with_the_same_data(
-    ranks, learned, tmp_path, monkeypatch, processes, degrees
+    ranks, learned, tmp_path, processes, degrees
 ):
-    folder, flags = copied(learned, tmp_path), layout(monkeypatch, processes, **degrees)
-    files_of(folder, SIGN, *flags)
+    folder, flags = copied(learned, tmp_path), layout(**degrees)
+    files_of(folder, SIGN, *flags, processes=processes)
     longer = "--training.steps=9"
     expected = ranks.run(2, next_inputs, [*bias_job(folder, SIGN), longer])
     found = ranks.run(processes, next_inputs, [*bias_job(folder, SIGN), longer, *flags])
@@ -371,20 +363,17 @@ def test_as_many_data_ranks_in_another_layout_go_on_with_the_same_data(
     assert {tuple(one.tolist()) for one in found} == {tuple(one.tolist()) for one in expected}
 
 
-def test_excluded_data_begin_again_on_another_number_of_ranks(
-    ranks, learned, tmp_path, monkeypatch
-):
-    folder, flags = copied(learned, tmp_path), layout(monkeypatch, 1)
+def test_excluded_data_begin_again_on_another_number_of_ranks(ranks, learned, tmp_path):
+    folder, flags = copied(learned, tmp_path), layout()
     job = [*bias_job(folder, SIGN), *flags, "--training.steps=9"]
     fresh = ranks.run(1, next_inputs, [*job, f"--dump_folder={tmp_path}/fresh"])[0]
     assert torch.equal(ranks.run(1, next_inputs, [*job, *BEGIN_AGAIN])[0], fresh)
 
 
-def test_weights_alone_are_no_state_to_go_on_from(ranks, learned, tmp_path, monkeypatch):
+def test_weights_alone_are_no_state_to_go_on_from(ranks, learned, tmp_path):
     folder = copied(learned, tmp_path)
     job = [*bias_job(folder, SIGN), "--checkpoint.last_save_model_only", "--training.steps=3"]
     ranks.run(2, train, job, first_step=3)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     message = one_line(folder / "checkpoint")
     assert "step-3" in message and "set checkpoint.load_step = 2" in message
     files_of(folder, SIGN, "--checkpoint.load_step=2")
@@ -394,18 +383,17 @@ def test_weights_alone_are_no_state_to_go_on_from(ranks, learned, tmp_path, monk
 def test_cut_weights_of_another_run(two_steps, tmp_path):
     cut(two_steps / "step-4" / "__0_0.distcp")
     flag = f"--checkpoint.initial_load_path={two_steps}/step-4"
-    job = job_config.load([*bias_job(tmp_path / "new", SIGN), flag])
+    job = job_config.load([*bias_job(tmp_path / "new", SIGN), flag], 2)
     with pytest.raises(JobError, match="step-4/__0_0.distcp is cut: .*initial_load_path"):
-        validate_files(job.config)
+        validate_files(job)
 
 
-def test_remote_checkpoints_are_not_looked_into(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_remote_checkpoints_are_not_looked_into(tmp_path):
     remote = ("--checkpoint.initial_load_path=gs://bucket/step-2", "--checkpoint.load_step=2")
     for flag in remote:
         files_of("gs://bucket/run", SIGN, flag)
     with pytest.raises(JobError, match="reset = true is noted beside .* local folder"):
-        job_config.load([*bias_job(tmp_path, RESET), remote[0]])
+        job_config.load([*bias_job(tmp_path, RESET), remote[0]], 2)
 
 
 def test_hugging_face_weights_of_a_finished_run_are_no_checkpoint(two_steps):
@@ -417,7 +405,7 @@ def test_hugging_face_weights_of_a_finished_run_are_no_checkpoint(two_steps):
 
 
 def test_a_whole_checkpoint_has_no_damage(two_steps):
-    assert all(damage(path) is None for path in steps_in(two_steps).values())
+    assert all(damage(Checkpoint(path=path)) is None for path in steps_in(two_steps).values())
 
 
 def _last_counts(folder: str) -> torch.Tensor:

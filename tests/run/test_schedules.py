@@ -40,20 +40,19 @@ def test_the_actions_are_those_that_run(ranks, name, tmp_path):
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_job_is_refused_where_torch_would_refuse_it(ranks, name, num_ranks, monkeypatch):
+def test_a_job_is_refused_where_torch_would_refuse_it(ranks, name, num_ranks):
     """By its number of micro-batches."""
-    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
     flags = [
         f"--parallelism.pipeline_parallel_degree={num_ranks}",
         f"--parallelism.pipeline_parallel_schedule={name}",
     ]
     module = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny"]
-    config = job_config.load([*module, *flags]).config
+    job = job_config.load([*module, *flags], num_ranks)
     numbers = []
     for number in range(1, 11):
-        config.training.local_batch_size = number
+        job.config.training.local_batch_size = number
         try:
-            micro_batches_fit_schedule(config)
+            micro_batches_fit_schedule(job)
         except JobError:
             continue
         numbers.append(number)

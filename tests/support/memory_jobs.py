@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import weakref
 from typing import Any
 
@@ -111,11 +110,10 @@ def measured_bytes(arguments: list[str]) -> int:
 
 def planned_bytes(arguments: list[str], world_size: int) -> dict[int, float]:
     """At balance, of the first rank of each pipeline position, with the host as the device."""
-    os.environ.update(WORLD_SIZE=str(world_size), NGPU=str(world_size))
     with silent_build():
-        config = job_config.load(arguments).config
-        zero_bubble.adapt(config)
-        job = read_job(config, on_host=True)
+        resolved = job_config.load(arguments, world_size)
+        zero_bubble.adapt(resolved.config)
+        job = read_job(resolved, on_host=True)
     device = Hardware(name="any", **{**dict.fromkeys(SPECS, 1.0), "scale_up_domain": 8})
 
     def planned(position: int) -> float:

@@ -156,8 +156,7 @@ def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
     from titan_moe_lb.costmodel.jobs.read_job import read_job
     from titan_moe_lb.costmodel.times.makespan import makespan
 
-    os.environ["WORLD_SIZE"] = str(world_size)
-    job = read_job(job_config.load(arguments).config)
+    job = read_job(job_config.load(arguments, world_size))
     stages = len(job.stages)
     return makespan(job.schedule, [1.0] * stages, [2.0] * stages), stages
 
@@ -186,9 +185,8 @@ def served_sizes(
     """Bytes of a model's caches of one token, and of its weights, as they are served."""
     from titan_moe_lb.costmodel.jobs.read_served import read_served
 
-    os.environ["WORLD_SIZE"] = "1"
     module = next(name for name in ("deepseek_v3", "qwen3", "gpt_oss") if config.startswith(name))
     job = ["--module", module, "--config", config, *ALONE, *(flags or [])]
     with silent_build():
-        model = read_served(job_config.load(job).config)
+        model = read_served(job_config.load(job, 1))
     return model.cache_bytes(context) / context, model.weight_bytes(ep_degree=1)

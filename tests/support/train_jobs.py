@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torchtitan.trainer import Trainer
 
 from titan_moe_lb.data import register
 from titan_moe_lb.job import job_config
+from titan_moe_lb.parallel import single_process
 from titan_moe_lb.run import dry_run
 from titan_moe_lb.run.train import trainer_config
 from titan_moe_lb.upstream import cpu, zero_bubble
@@ -116,8 +116,9 @@ def load_checked(arguments: list[str]) -> int:
 
 def build_one_rank(path: str, num_ranks: int) -> int:
     """Build rank 0 of a job without the others; returns its parameters. One rank."""
-    os.environ.update(WORLD_SIZE=str(num_ranks), NGPU=str(num_ranks))
-    job = job_config.load(["--job-config", path, "--comm.mode=fake_backend"])
+    job = job_config.load(["--job-config", path, "--comm.mode=fake_backend"], num_ranks)
+    job.bind()
+    single_process.announce(world_size=num_ranks)
     if cpu.needed():
         cpu.adapt(job.config)
     zero_bubble.adapt(job.config)

@@ -38,6 +38,7 @@ from titan_moe_lb.functional import SCORE_FUNCTIONS, inverse_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action
+from titan_moe_lb.resolved_job import Job
 
 
 class LoadBalancedRouter(TokenChoiceTopKRouter):
@@ -71,14 +72,15 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 if component is not None:
                     component.bind(num_experts=self.num_experts, top_k=self.top_k)
 
-        def bind_forced_routing(self, config) -> None:
-            """Tell the strategy of a benchmark what it needs of the router and the job."""
+        def bind_forced_routing(self, job: Job) -> None:
+            """Fill in what the strategy of a benchmark needs from the router and the job."""
             if self.forced_routing is None:
                 return
             if self.num_expert_groups is not None:
                 self.forced_routing.open_groups = self.num_limited_groups
+            self.forced_routing.batch_cut = job.cut
             self.forced_routing.update_from_config(
-                config=config, num_experts=self.num_experts, top_k=self.top_k
+                config=job.config, num_experts=self.num_experts, top_k=self.top_k
             )
 
     def __init__(self, config: Config) -> None:

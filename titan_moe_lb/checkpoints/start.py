@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -29,8 +30,13 @@ class Checkpoint:
 
     path: Path
 
-    step: int | None
+    step: int | None = None
     """Of the job's own run; None for weights from elsewhere (``checkpoint.initial_load_path``)."""
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """The contents without the tensors, read once. Raises as :func:`read_metadata`."""
+        return read_metadata(self.path)
 
 
 def is_remote(config) -> bool:
@@ -112,7 +118,7 @@ def left_out(config, start: Checkpoint | None) -> list[int]:
 def remedy(folder: Path, broken: Path) -> str:
     """The key to set where the step ``broken`` of a run in ``folder`` cannot be loaded."""
     for step, path in reversed(steps_in(folder).items()):
-        if path != broken and damage(path) is None:
+        if path != broken and damage(Checkpoint(path=path)) is None:
             return f"the last good step in {folder} is {step}: set checkpoint.load_step = {step}"
     return (
         f"no other step in {folder} is whole: name another checkpoint in "
@@ -141,14 +147,14 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def damage(path: Path) -> str | None:
+def damage(checkpoint: Checkpoint) -> str | None:
     """The first file of a checkpoint that is missing or cut, in words; None if all are whole.
 
     :mod:`titan_moe_lb.checkpoints.loading` checks their contents.
     """
-    sizes: dict[str, int] = {}
+    path, sizes = checkpoint.path, dict[str, int]()
     try:
-        metadata = read_metadata(path)
+        metadata = checkpoint.metadata
         torn = next((name for name in metadata.state_dict_metadata if _torn(metadata, name)), None)
         for stored in (metadata.storage_data or {}).values():
             end = stored.offset + stored.length

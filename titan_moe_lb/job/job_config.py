@@ -8,7 +8,6 @@ takes VALUE in TOML syntax.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import re
@@ -26,6 +25,8 @@ from titan_moe_lb import rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job import job_files, module_lookup, renamed_keys
 from titan_moe_lb.job.own_flags import DEFAULT_MODULE
+from titan_moe_lb.parallel import single_process
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.telemetry.metrics_processor import adapt
 from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
@@ -69,14 +70,6 @@ class CommandLine:
 
 
 @dataclass(kw_only=True)
-class Job:
-    """A job, resolved."""
-
-    config: Trainer.Config
-    table: JobTable
-
-
-@dataclass(kw_only=True)
 class Draft:
     """A job whose starting point is known and whose config is not built yet."""
 
@@ -106,8 +99,11 @@ class Draft:
         _merge_sections(config, tables, self.source)
         return config
 
-    def resolve(self) -> Job:
-        """Apply the command line and validate. ``WORLD_SIZE`` says in how many processes.
+    def resolve(self, world_size: int) -> Job:
+        """Apply the command line and validate.
+
+        Args:
+            world_size: processes of the job.
 
         Raises:
             JobError: the first thing that is wrong, in one line.
@@ -118,15 +114,14 @@ class Draft:
             built = dataclasses.replace(self.build())
             renamed_keys.refuse(self.command.rest, built)
             config = _ResolvedConfigManager(built).parse_args(self.command.rest)
-            rules.validate(config)
-            # And those that it makes of the model before it is built.
-            bound = copy.deepcopy(config)
-            bound.model_spec.model.update_from_config(config=bound)
+            job = Job.of(config, world_size)
+            rules.validate(job)
+            job.bound  # noqa: B018  and the checks that it makes of the model before it is built
         except JobError:
             raise
         except (AssertionError, ValueError, NotImplementedError) as error:
             raise JobError(f"{self.source}: {_for_users(str(error))}") from None
-        return Job(config=config, table=self.table)
+        return job
 
 
 def draft(arguments: list[str]) -> Draft:
@@ -158,24 +153,28 @@ def draft(arguments: list[str]) -> Draft:
     return Draft(command=command, table=_complete(table, source), tables=tables, source=source)
 
 
-def load(arguments: list[str]) -> Job:
-    """Resolve a job in the processes that ``WORLD_SIZE`` announces; see :meth:`Draft.resolve`."""
-    return draft(arguments).resolve()
+def load(arguments: list[str], world_size: int | None = None) -> Job:
+    """Read and resolve a job; see :meth:`Draft.resolve`.
+
+    Args:
+        world_size: processes of the job; None: of the job that this process belongs to.
+    """
+    return draft(arguments).resolve(world_size or single_process.world_size())
 
 
-def render(job: Job) -> str:
+def render(table: JobTable, config: Trainer.Config) -> str:
     """The job as TOML that resolves to the same job."""
-    sections = toml_tables.dump(job.config)
-    spec = job.config.model_spec
+    sections = toml_tables.dump(config)
+    spec = config.model_spec
     if isinstance(spec, BalancedModelSpec):
-        registry = module_lookup.config_registry(job.table.module)
+        registry = module_lookup.config_registry(table.module)
         hints = model_keys(registry_entry(registry))
         sections["model"] = {
             name: toml_tables.dump_value(hints[name], value)
             for name, value in spec.arguments.items()
             if name in hints
         }
-    job_table = {name: value for name, value in dataclasses.asdict(job.table).items() if value}
+    job_table = {name: value for name, value in dataclasses.asdict(table).items() if value}
     return tomli_w.dumps({"job": job_table, **sections})
 
 

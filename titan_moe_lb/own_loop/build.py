@@ -27,7 +27,9 @@ from torchtitan.tools import utils
 
 from titan_moe_lb import rules
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import layout, single_process
+from titan_moe_lb.parallel import single_process
+from titan_moe_lb.parallel.layout import Layout
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.upstream import cpu
 
 
@@ -77,6 +79,11 @@ def build_model(
             "torchtitan's Trainer"
         )
     compile = compile or CompileConfig()
+    layout = (
+        Layout.of_dims(parallel_dims)
+        if parallel_dims is not None
+        else Layout.of(parallelism, single_process.world_size())
+    )
     asked = SimpleNamespace(
         parallelism=parallelism,
         compile=compile,
@@ -84,11 +91,11 @@ def build_model(
         traverse=spec.model.traverse,
     )
     for rule in rules.OF_A_MODEL:
-        rule(asked)
+        rule(Job(asked, layout, None))
     cpu.prepare()
-    dims = layout.resolve(parallelism) if parallel_dims is None else parallel_dims
+    dims = parallel_dims or ParallelDims.from_config(parallelism, layout.world_size)
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
-    with single_process.announced():
+    with nullcontext() if single_process.is_launched() else single_process.announced():
         if not torch.distributed.is_initialized():
             dist_utils.init_distributed(CommConfig())
         device = utils.get_local_device()

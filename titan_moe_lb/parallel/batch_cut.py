@@ -7,8 +7,9 @@ data-parallel rank, then by micro-batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.parallel.layout import Layout
 from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
@@ -29,6 +30,24 @@ class Cut:
     """Ranks over which a router sees one sequence split: CP, and TP where EP is on."""
     context_parallel_load_balancer: str | None
 
+    @classmethod
+    def of(cls, config: Any, layout: Layout) -> Cut:
+        """Read the batch settings of a ``Trainer.Config``."""
+        training, parallelism = config.training, config.parallelism
+        local = training.local_batch_size
+        per_pass = local * layout.data_ranks
+        total = per_pass if training.global_batch_size < 0 else training.global_batch_size
+        pipelined = layout.pp > 1
+        return cls(
+            global_batch_size=total,
+            local_batch_size=local,
+            micro_batch_size=parallelism.pipeline_parallel_microbatch_size if pipelined else local,
+            accumulation_steps=total // per_pass,
+            seq_len=training.seq_len,
+            sequence_shards=layout.sequence_shards,
+            context_parallel_load_balancer=parallelism.context_parallel_load_balancer,
+        )
+
     @property
     def num_micro_batches(self) -> int:
         """Forwards of one router in an optimizer step."""
@@ -38,27 +57,6 @@ class Cut:
     def local_sequence_length(self) -> int:
         """Tokens of one sequence that one router sees."""
         return self.seq_len // self.sequence_shards
-
-
-def cut(config) -> Cut:
-    """Of a ``Trainer.Config``. Raises ``JobError``: the layout does not fit the processes."""
-    dims = layout.resolve(config.parallelism)
-    local = config.training.local_batch_size
-    per_pass = local * dims.dp_replicate * dims.dp_shard
-    total = config.training.global_batch_size
-    total = per_pass if total < 0 else total
-    pipelined = dims.pp > 1
-    return Cut(
-        global_batch_size=total,
-        local_batch_size=local,
-        micro_batch_size=(
-            config.parallelism.pipeline_parallel_microbatch_size if pipelined else local
-        ),
-        accumulation_steps=total // per_pass,
-        seq_len=config.training.seq_len,
-        sequence_shards=dims.cp * (dims.tp if dims.ep > 1 else 1),
-        context_parallel_load_balancer=config.parallelism.context_parallel_load_balancer,
-    )
 
 
 def first_sequences(cut: Cut, groups: RankGroups) -> list[int]:

@@ -1,74 +1,102 @@
-"""The parallel layout of a job, resolved to numbers before any process group exists."""
+"""The parallel layout of a job as plain numbers, known before any process group exists."""
 
 from __future__ import annotations
 
-import os
-
-import torch.distributed as dist
-from torchtitan.config import ParallelismConfig
-from torchtitan.distributed import ParallelDims
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
 
 from titan_moe_lb.errors import JobError
 
 
-def world_size() -> int:
-    """Processes of this job: from the process group, else as the launcher announced."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Degree of every kind of parallelism, under torchtitan's names for the mesh axes."""
 
+    world_size: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    spmd_backend: str = "spmd_types"
 
-def resolve(parallelism: ParallelismConfig, num_processes: int | None = None) -> ParallelDims:
-    """The degrees of every mesh axis, with ``data_parallel_shard_degree = -1`` filled in.
+    @classmethod
+    def of(cls, parallelism: Any, world_size: int) -> Layout:
+        """Resolve ``[parallelism]``, with ``data_parallel_shard_degree = -1`` filled in.
 
-    Args:
-        parallelism: the job's ``[parallelism]``.
-        num_processes: default: :func:`world_size`.
+        Args:
+            parallelism: a ``ParallelismConfig``.
+            world_size: processes of the job.
 
-    Raises:
-        JobError: the product of the degrees is not the number of processes.
-    """
-    processes = world_size() if num_processes is None else num_processes
-    fixed = {
-        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
-        "context_parallel_degree": parallelism.context_parallel_degree,
-        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
-        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
-    }
-    shard = parallelism.data_parallel_shard_degree
-    if shard != -1:
-        fixed["data_parallel_shard_degree"] = shard
-    for name, degree in {
-        **fixed,
-        "expert_parallel_degree": parallelism.expert_parallel_degree,
-    }.items():
-        if degree < 1:
-            raise JobError(f"parallelism.{name} is {degree}; it must be at least 1")
-    product = 1
-    for degree in fixed.values():
-        product *= degree
-    if processes % product or (shard != -1 and processes != product):
-        asked = " x ".join(f"{name} {degree}" for name, degree in fixed.items() if degree > 1)
-        multiple = "a multiple of " if shard == -1 else ""
-        raise JobError(
-            f"the job runs in {processes} process(es) but its parallelism ({asked or 'none'}) "
-            f"needs {multiple}{product}: set NGPU={product} or change [parallelism]"
-        )
-    dims = ParallelDims.from_config(parallelism, processes)
-    if (dims.dp_shard * dims.cp * dims.tp) % dims.ep:
-        raise JobError(
-            f"parallelism.expert_parallel_degree {dims.ep} must divide "
-            f"data_parallel_shard x context_parallel x tensor_parallel = "
-            f"{dims.dp_shard} x {dims.cp} x {dims.tp}"
-        )
-    return dims
+        Raises:
+            JobError: the product of the degrees is not the number of processes.
+        """
+        names = {
+            "dp_replicate": "data_parallel_replicate_degree",
+            "cp": "context_parallel_degree",
+            "tp": "tensor_parallel_degree",
+            "pp": "pipeline_parallel_degree",
+            "dp_shard": "data_parallel_shard_degree",
+            "ep": "expert_parallel_degree",
+        }
+        degrees = {axis: getattr(parallelism, name) for axis, name in names.items()}
+        fills_up = degrees["dp_shard"] == -1
+        for axis, degree in degrees.items():
+            if degree < 1 and not (axis == "dp_shard" and fills_up):
+                raise JobError(f"parallelism.{names[axis]} is {degree}; it must be at least 1")
+        fixed = {axis: n for axis, n in degrees.items() if axis != "ep" and n != -1}
+        product = math.prod(fixed.values())
+        if world_size % product or (not fills_up and world_size != product):
+            asked = " x ".join(f"{names[axis]} {n}" for axis, n in fixed.items() if n > 1)
+            multiple = "a multiple of " if fills_up else ""
+            raise JobError(
+                f"the job runs in {world_size} process(es) but its parallelism ({asked or 'none'}) "
+                f"needs {multiple}{product}: set NGPU={product} or change [parallelism]"
+            )
+        if fills_up:
+            degrees["dp_shard"] = world_size // product
+        layout = cls(world_size=world_size, spmd_backend=parallelism.spmd_backend, **degrees)
+        if layout.widest_ep % layout.ep:
+            raise JobError(
+                f"parallelism.expert_parallel_degree {layout.ep} must divide "
+                f"data_parallel_shard x context_parallel x tensor_parallel = "
+                f"{layout.dp_shard} x {layout.cp} x {layout.tp}"
+            )
+        return layout
 
+    @classmethod
+    def of_dims(cls, dims: Any) -> Layout:
+        """Degrees of torchtitan's ``ParallelDims``, which has the same names."""
+        return cls(**{one.name: getattr(dims, one.name) for one in dataclasses.fields(cls)})
 
-def metrics_rank(dims: ParallelDims, schedule: str) -> int:
-    """The global rank that sees the loss: the first of the last pipeline stage.
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different rows of the global batch."""
+        return self.dp_replicate * self.dp_shard
 
-    A V-shaped schedule puts the last stage on the first pipeline rank.
-    """
-    if dims.pp == 1 or schedule in ("ZBVZeroBubble", "DualPipeV"):
-        return 0
-    return dims.world_size // dims.pp * (dims.pp - 1)
+    @property
+    def widest_ep(self) -> int:
+        """Largest expert-parallel degree: the ranks of one stage that hold one copy of it."""
+        return self.dp_shard * self.cp * self.tp
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks over which a router sees one row split."""
+        return self.cp * (self.tp if self.ep > 1 else 1)
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline position."""
+        return self.world_size // self.pp
+
+    def metrics_rank(self, schedule: str) -> int:
+        """The global rank that sees the loss: the first of the last pipeline stage.
+
+        A V-shaped schedule puts the last stage on the first pipeline rank.
+        """
+        if schedule in ("ZBVZeroBubble", "DualPipeV"):
+            return 0
+        return self.stage_ranks * (self.pp - 1)

@@ -1,4 +1,4 @@
-"""What torch.distributed has to know of a process that no launcher has started."""
+"""The environment variables by which torch.distributed and torchtitan know a process of a job."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+import torch.distributed as dist
 
 
-def announce_unless_launched() -> None:
-    """Announce this process as the only one, unless a launcher has announced it."""
-    if "RANK" not in os.environ:
-        announce()
+def is_launched() -> bool:
+    """Whether a launcher has set the variables of this process."""
+    return "RANK" in os.environ
+
+
+def world_size() -> int:
+    """Processes of the job that this process belongs to: 1 without a launcher."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def announce(*, rank: int = 0, world_size: int = 1) -> None:
+    """Set the variables of a process without a launcher.
+
+    Args:
+        rank: of this process.
+        world_size: processes of the job; in a dry run the others do not exist.
+    """
+    os.environ.update(_variables(rank, world_size))
 
 
 @contextmanager
-def announced() -> Iterator[None]:
-    """Announce this process as the only one within, unless a launcher has announced it."""
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    announce_unless_launched()
+def announced(*, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+    """Set the variables as :func:`announce` does, and restore them at the end."""
+    variables = _variables(rank, world_size)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -30,11 +47,13 @@ def announced() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def announce(num_processes: int = 1) -> None:
-    """Announce this process as rank 0.
-
-    Args:
-        num_processes: of the job; in a dry run the others are not there.
-    """
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(num_processes))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # any that is free
+def _variables(rank: int, world_size: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        # torchtitan reads the size of a fake process group from here.
+        "NGPU": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",  # any that is free
+    }

@@ -2,9 +2,8 @@
 
 What torchtitan says in one line is not said again here: the launcher binds a copy of the
 model to the job before it starts a process, which makes torchtitan's checks.
-Each rule takes a ``Trainer.Config`` and raises ``JobError`` with one line that
-names the setting and what to use instead. The launcher runs them before it
-starts a process, and the model config once more when torchtitan binds it.
+Each rule takes a :class:`~titan_moe_lb.resolved_job.Job` and raises ``JobError`` with one line
+that names the setting and what to use instead. They run once in every process of a job.
 :mod:`titan_moe_lb.rules.files` is not among the rules: a job can be resolved and
 printed where it does not run.
 """
@@ -12,13 +11,11 @@ printed where it does not run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from torchtitan.trainer import Trainer
-
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules import benchmark, job, losses, model, pipeline, routers, spmd_backend
 
-RULES: tuple[Callable[[Trainer.Config], None], ...] = (
+RULES: tuple[Callable[[Job], None], ...] = (
     *job.RULES,
     *pipeline.RULES,
     *spmd_backend.RULES,
@@ -28,16 +25,16 @@ RULES: tuple[Callable[[Trainer.Config], None], ...] = (
     *benchmark.RULES,
 )
 
-OF_A_MODEL: tuple[Callable[[Any], None], ...] = (
+OF_A_MODEL: tuple[Callable[[Job], None], ...] = (
     *model.RULES,
     *routers.RULES,
     spmd_backend.blocks_can_be_traced,
 )
-"""Rules that ask a config for no more than its ``parallelism``, ``compile``,
+"""Rules that read no more of a config than its ``parallelism``, ``compile``,
 ``activation_checkpoint`` and ``traverse``."""
 
 
-def validate(config: Trainer.Config) -> None:
+def validate(job: Job) -> None:
     """Run every rule. Raises ``JobError`` at the first that does not hold."""
     for rule in RULES:
-        rule(config)
+        rule(job)

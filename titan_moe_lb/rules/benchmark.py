@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.balancing.forced_routing import (
     HotRank,
@@ -18,23 +17,23 @@ from titan_moe_lb.balancing.forced_routing import (
 )
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.traces.routing_trace import open_routing_trace
 
 
-def one_way_to_force_routing(config: Trainer.Config) -> None:
-    if config.debug.moe_force_load_balance and _forced(config):
+def one_way_to_force_routing(job: Job) -> None:
+    if job.config.debug.moe_force_load_balance and _forced(job):
         raise JobError(
             "debug.moe_force_load_balance and [model] forced_routing are both on: keep one "
             '(the former is forced_routing type = "round_robin")'
         )
 
 
-def hot_ranks_exist(config: Trainer.Config) -> None:
-    degree = config.parallelism.expert_parallel_degree
-    for _fqn, _router, forced in _forced(config):
+def hot_ranks_exist(job: Job) -> None:
+    degree = job.config.parallelism.expert_parallel_degree
+    for _fqn, _router, forced in _forced(job):
         if not isinstance(forced, HotRank.Config):
             continue
         if degree == 1:
@@ -50,13 +49,13 @@ def hot_ranks_exist(config: Trainer.Config) -> None:
                 )
 
 
-def hot_share_finds_experts(config: Trainer.Config) -> None:
-    for fqn, router, forced in _forced(config):
+def hot_share_finds_experts(job: Job) -> None:
+    for fqn, router, forced in _forced(job):
         if not isinstance(forced, HotShare.Config):
             continue
         what = f"forced_routing {forced.describe()}"
         total, top_k = router.num_experts, router.top_k
-        hot = len(_bound(forced, router, config).hot_experts())
+        hot = len(_bound(forced, router, job).hot_experts())
         if hot >= total:
             raise JobError(
                 f"{what} makes {hot} experts hot and {layer_name(fqn)} has {total}: leave at least one cold, "
@@ -71,8 +70,8 @@ def hot_share_finds_experts(config: Trainer.Config) -> None:
             )
 
 
-def zero_load_leaves_experts(config: Trainer.Config) -> None:
-    for fqn, router, forced in _forced(config):
+def zero_load_leaves_experts(job: Job) -> None:
+    for fqn, router, forced in _forced(job):
         if not isinstance(forced, ZeroLoad.Config):
             continue
         most = router.num_experts - router.top_k
@@ -87,14 +86,14 @@ def zero_load_leaves_experts(config: Trainer.Config) -> None:
 TRIED_TOKENS = 2**18
 
 
-def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
+def forced_routing_keeps_group_limit(job: Job) -> None:
     """The random strategies apply the limit themselves; the dealt ones are tried out.
 
     On the first tokens of the global batch, ``TRIED_TOKENS`` over all kinds of steps: most
     deals begin again much sooner.
     """
     tried = []
-    for fqn, router, forced in _forced(config):
+    for fqn, router, forced in _forced(job):
         kind = (
             router.num_experts,
             router.top_k,
@@ -108,9 +107,9 @@ def forced_routing_keeps_group_limit(config: Trainer.Config) -> None:
         ):
             continue
         tried.append(kind)
-        forced = _bound(forced, router, config)
-        cut = batch_cut.cut(config)
-        total_tokens, steps = cut.global_batch_size * cut.seq_len, forced.different_steps()
+        forced = _bound(forced, router, job)
+        total_tokens = job.cut.global_batch_size * job.cut.seq_len
+        steps = forced.different_steps()
         tokens_T = torch.arange(min(total_tokens, TRIED_TOKENS // len(steps)))
         deal = forced.build().deal
         most = max(
@@ -131,12 +130,12 @@ def _most_groups(ids_TK: torch.Tensor, router: LoadBalancedRouter.Config) -> int
     return int(reached_TG.sum(dim=1).max())
 
 
-def replayed_trace_fits(config: Trainer.Config) -> None:
-    for _fqn, _router, forced in _forced(config)[:1]:
+def replayed_trace_fits(job: Job) -> None:
+    for _fqn, _router, forced in _forced(job)[:1]:
         if not isinstance(forced, Replay.Config):
             continue
         trace = open_routing_trace(forced.trace)
-        here, there = describe_run(config), trace.info
+        here, there = describe_run(job), trace.info
         here.require_same_model(there, "this job", str(trace.folder))
         for name in ("global_batch_size", "seq_len"):
             ours, theirs = getattr(here, name), getattr(there, name)
@@ -151,24 +150,24 @@ def replayed_trace_fits(config: Trainer.Config) -> None:
                 f"forced_routing replay asks for step {missing[0]}, and {trace.folder} holds "
                 f"steps {', '.join(map(str, trace.steps)) or 'none'}"
             )
-        _whole_sequence_order_is_known(config, "replay")
+        _whole_sequence_order_is_known(job, "replay")
 
 
-def recorded_routing_can_be_replayed(config: Trainer.Config) -> None:
-    steps = getattr(config.metrics, "record_routing_steps", None)
+def recorded_routing_can_be_replayed(job: Job) -> None:
+    steps = getattr(job.config.metrics, "record_routing_steps", None)
     if steps:
         for step in steps:
-            if not 1 <= step <= config.training.steps:
+            if not 1 <= step <= job.config.training.steps:
                 raise JobError(
                     f"metrics.record_routing_steps has step {step}; the steps of this job are 1 "
-                    f"to {config.training.steps} (training.steps)"
+                    f"to {job.config.training.steps} (training.steps)"
                 )
-        _whole_sequence_order_is_known(config, "metrics.record_routing_steps")
+        _whole_sequence_order_is_known(job, "metrics.record_routing_steps")
 
 
-def _whole_sequence_order_is_known(config: Trainer.Config, what: str) -> None:
-    balancer = config.parallelism.context_parallel_load_balancer
-    if config.parallelism.context_parallel_degree > 1 and balancer not in ("headtail", None):
+def _whole_sequence_order_is_known(job: Job, what: str) -> None:
+    balancer = job.config.parallelism.context_parallel_load_balancer
+    if job.config.parallelism.context_parallel_degree > 1 and balancer not in ("headtail", None):
         raise JobError(
             f"{what} needs to know which tokens a rank has, and the {balancer!r} balancer of "
             "context parallelism decides that by the data: set "
@@ -176,20 +175,20 @@ def _whole_sequence_order_is_known(config: Trainer.Config, what: str) -> None:
         )
 
 
-def _forced(config: Trainer.Config) -> list[tuple[str, Any, Any]]:
+def _forced(job: Job) -> list[tuple[str, Any, Any]]:
     """Name, router and forced strategy of every layer that has one."""
     return [
         (fqn, router, router.forced_routing)
-        for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config)
+        for fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config)
         if router.forced_routing is not None
     ]
 
 
-def _bound(forced: Any, router: LoadBalancedRouter.Config, config: Trainer.Config) -> Any:
+def _bound(forced: Any, router: LoadBalancedRouter.Config, job: Job) -> Any:
     """A copy of a strategy's Config with all that the router and the job fill."""
     router = copy.copy(router)
     router.forced_routing = copy.deepcopy(forced)
-    router.bind_forced_routing(config)
+    router.bind_forced_routing(job)
     return router.forced_routing
 
 

@@ -7,9 +7,9 @@ import shlex
 import shutil
 
 import torch
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.resolved_job import Job
 
 REMEDY = "install one (apt-get install g++), or name it in CXX"
 
@@ -20,10 +20,10 @@ def cpp_compiler() -> str | None:
     return shutil.which(words[0])
 
 
-def compiler_is_here(config: Trainer.Config) -> None:
+def compiler_is_here(job: Job) -> None:
     """Raises ``JobError`` where inductor would look for a compiler in vain."""
     on_host = torch.accelerator.current_accelerator(check_available=True) is None
-    compiled = config.compile.enable and config.compile.backend == "inductor"
+    compiled = job.config.compile.enable and job.config.compile.backend == "inductor"
     if compiled and on_host and cpp_compiler() is None:
         raise JobError(
             f"compile.enable needs a C++ compiler on the host, and none is here: {REMEDY}"

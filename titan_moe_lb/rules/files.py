@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 
 import psutil
 import torch
@@ -14,57 +13,54 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
 from titan_moe_lb.checkpoints.start import (
+    Checkpoint,
     damage,
     is_model_only,
     own_folder,
-    read_metadata,
     remedy,
-    start_of,
     steps_in,
 )
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
-from titan_moe_lb.rules.meta_model import meta_state
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
-def validate_files(config: Trainer.Config) -> None:
+def validate_files(job: Job) -> None:
     """Raises ``JobError``: the first thing about the job's files that cannot work."""
-    compiler_is_here(config)
-    device_is_here(config)
-    assets_are_here(config)
-    datasets_are_known(config)
-    domains_are_known(config)
-    batch_fits_in_memory(config)
-    overrides_are_there(config)
-    checkpoint_is_there(config)
-    checkpoint_is_whole(config)
-    checkpoint_has_steps_to_go(config)
-    checkpoint_is_of_this_model(config)
-    checkpoint_has_training_state(config)
-    checkpoint_is_of_as_many_data_ranks(config)
-    checkpoint_counts_tokens_of_as_many_ranks(config)
-    checkpoint_has_router_state(config)
-    check_initial_weights(config)
+    compiler_is_here(job)
+    device_is_here(job)
+    assets_are_here(job)
+    datasets_are_known(job)
+    domains_are_known(job)
+    batch_fits_in_memory(job)
+    overrides_are_there(job)
+    checkpoint_is_there(job)
+    checkpoint_is_whole(job)
+    checkpoint_has_steps_to_go(job)
+    checkpoint_is_of_this_model(job)
+    checkpoint_has_training_state(job)
+    checkpoint_is_of_as_many_data_ranks(job)
+    checkpoint_counts_tokens_of_as_many_ranks(job)
+    checkpoint_has_router_state(job)
+    check_initial_weights(job)
 
 
-def device_is_here(config: Trainer.Config) -> None:
+def device_is_here(job: Job) -> None:
     """Torch refuses these at the start, or in the first save."""
     if torch.accelerator.is_available():
         return
-    if config.training.enable_cpu_offload:
+    if job.config.training.enable_cpu_offload:
         raise JobError(
             "training.enable_cpu_offload needs a GPU, and none is here: leave it out, the "
             "parameters are on the host already"
         )
-    checkpoint = config.checkpoint
+    checkpoint = job.config.checkpoint
     if checkpoint.enable and getattr(checkpoint, "async_mode", "") == "async_with_pinned_mem":
         raise JobError(
             "checkpoint.async_mode 'async_with_pinned_mem' needs a GPU, and none is here: take "
@@ -72,25 +68,27 @@ def device_is_here(config: Trainer.Config) -> None:
         )
 
 
-def assets_are_here(config: Trainer.Config) -> None:
-    if not os.path.isdir(config.hf_assets_path):
+def assets_are_here(job: Job) -> None:
+    if not os.path.isdir(job.config.hf_assets_path):
         raise JobError(
-            f"hf_assets_path {config.hf_assets_path!r} is not a folder: download the model's "
+            f"hf_assets_path {job.config.hf_assets_path!r} is not a folder: download the model's "
             "tokenizer files there, or name a folder that holds a tokenizer.json"
         )
     files = ("tokenizer.json", "vocab.json", "vocab.txt")
-    found = [name for name in files if os.path.isfile(os.path.join(config.hf_assets_path, name))]
-    if isinstance(config.tokenizer, HuggingFaceTokenizer.Config) and not found:
+    found = [
+        name for name in files if os.path.isfile(os.path.join(job.config.hf_assets_path, name))
+    ]
+    if isinstance(job.config.tokenizer, HuggingFaceTokenizer.Config) and not found:
         raise JobError(
-            f"hf_assets_path {config.hf_assets_path!r} holds no tokenizer: none of "
+            f"hf_assets_path {job.config.hf_assets_path!r} holds no tokenizer: none of "
             f"{', '.join(files)}"
         )
 
 
-def datasets_are_known(config: Trainer.Config) -> None:
-    loaders = {"dataloader": config.dataloader}
-    if config.validator.enable:
-        loaders["validator.dataloader"] = config.validator.dataloader
+def datasets_are_known(job: Job) -> None:
+    loaders = {"dataloader": job.config.dataloader}
+    if job.config.validator.enable:
+        loaders["validator.dataloader"] = job.config.validator.dataloader
     for place, loader in loaders.items():
         if isinstance(loader, HuggingFaceTextDataLoader.Config) and loader.dataset not in DATASETS:
             raise JobError(
@@ -102,11 +100,11 @@ def datasets_are_known(config: Trainer.Config) -> None:
             raise JobError(f"{place}.dataset_path {path}: there is no such file or folder")
 
 
-def domains_are_known(config: Trainer.Config) -> None:
-    domains = getattr(config.validator, "domains", [])
-    if not config.validator.enable or not domains:
+def domains_are_known(job: Job) -> None:
+    domains = getattr(job.config.validator, "domains", [])
+    if not job.config.validator.enable or not domains:
         return
-    if not isinstance(config.validator.dataloader, HuggingFaceTextDataLoader.Config):
+    if not isinstance(job.config.validator.dataloader, HuggingFaceTextDataLoader.Config):
         raise JobError(
             "validator.domains takes the place of validator.dataloader.dataset, and this loader "
             "has none: leave domains empty"
@@ -116,7 +114,7 @@ def domains_are_known(config: Trainer.Config) -> None:
             raise JobError(
                 f"validator.domains {domain!r} does not exist; {nearest(domain, DATASETS)}"
             )
-    if not isinstance(config.metrics, LoadBalanceMetricsProcessor.Config):
+    if not isinstance(job.config.metrics, LoadBalanceMetricsProcessor.Config):
         raise JobError(
             "validator.domains needs LoadBalanceMetricsProcessor.Config as the job's metrics: "
             "its sinks are where the load of the domains goes"
@@ -125,9 +123,9 @@ def domains_are_known(config: Trainer.Config) -> None:
         raise JobError(f"validator.domains names one dataset twice: {', '.join(domains)}")
 
 
-def batch_fits_in_memory(config: Trainer.Config) -> None:
+def batch_fits_in_memory(job: Job) -> None:
     """The ids of the tokens alone: what the model needs, nobody knows before it has run."""
-    training = config.training
+    training = job.config.training
     size = training.local_batch_size * training.seq_len * torch.int64.itemsize
     memory = psutil.virtual_memory().total
     if size > memory:
@@ -138,8 +136,8 @@ def batch_fits_in_memory(config: Trainer.Config) -> None:
         )
 
 
-def overrides_are_there(config: Trainer.Config) -> None:
-    for entry in config.override.imports:
+def overrides_are_there(job: Job) -> None:
+    for entry in job.config.override.imports:
         target = entry if isinstance(entry, str) else entry[0]
         module, _dot, function = target.rpartition(".")
         try:
@@ -150,30 +148,29 @@ def overrides_are_there(config: Trainer.Config) -> None:
             raise JobError(f"override.imports {target}: {module} has no {function!r}")
 
 
-def checkpoint_is_there(config: Trainer.Config) -> None:
-    start = start_of(config)
+def checkpoint_is_there(job: Job) -> None:
+    start = job.start
     if start is None or start.path.is_dir():
         return
     if start.step is None:
         raise JobError(f"checkpoint.initial_load_path {start.path}: there is no such folder")
-    folder = own_folder(config)
+    folder = own_folder(job.config)
     steps = ", ".join(map(str, steps_in(folder))) or "none"
     raise JobError(
         f"checkpoint.load_step is {start.step}, and {folder} has no such step; it has: {steps}"
     )
 
 
-def checkpoint_is_whole(config: Trainer.Config) -> None:
-    start = start_of(config)
-    if start is None:
+def checkpoint_is_whole(job: Job) -> None:
+    if job.start is None:
         return
-    problem = damage(start.path)
+    problem = damage(job.start)
     if problem is not None:
-        raise JobError(f"{problem}; {remedy(own_folder(config), start.path)}")
+        raise JobError(f"{problem}; {remedy(own_folder(job.config), job.start.path)}")
 
 
-def checkpoint_has_steps_to_go(config: Trainer.Config) -> None:
-    start, steps = start_of(config), config.training.steps
+def checkpoint_has_steps_to_go(job: Job) -> None:
+    start, steps = job.start, job.config.training.steps
     if start is not None and start.step is not None and start.step >= steps:
         raise JobError(
             f"training.steps is {steps}, and {start.path} has done {start.step}: set it higher to "
@@ -181,14 +178,13 @@ def checkpoint_has_steps_to_go(config: Trainer.Config) -> None:
         )
 
 
-def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
-    """Names and shapes of all weights, except what :func:`checkpoint_has_router_state` asks."""
-    start, spec = start_of(config), config.model_spec
+def checkpoint_is_of_this_model(job: Job) -> None:
+    """Names and shapes of all weights, except what :func:`checkpoint_has_router_state` checks."""
+    start, spec = job.start, job.config.model_spec
     if start is None or spec is None:
         return
-    saved = read_metadata(start.path).state_dict_metadata
-    _model_config, state = meta_state(config)
-    for name, value in state.items():
+    saved = start.metadata.state_dict_metadata
+    for name, value in job.meta_model.state_dict().items():
         if ".expert_bias" in name or ".aux_losses." in name or not torch.is_tensor(value):
             continue
         stored = saved.get(name)
@@ -201,43 +197,42 @@ def checkpoint_is_of_this_model(config: Trainer.Config) -> None:
             )
 
 
-def checkpoint_has_training_state(config: Trainer.Config) -> None:
-    """A last step may hold the weights alone, and torchtitan goes on from whole states alone."""
-    start = start_of(config)
-    if start is None or is_model_only(config, start):
+def checkpoint_has_training_state(job: Job) -> None:
+    """A last step may hold the weights alone, and torchtitan resumes from whole states alone."""
+    start = job.start
+    if start is None or is_model_only(job.config, start) or _holds_training_state(start):
         return
-    if not _holds_training_state(start.path):
-        folder = own_folder(config)
-        whole = [
-            step
-            for step, path in steps_in(folder).items()
-            if step and damage(path) is None and _holds_training_state(path)
-        ]
-        go_on = f"set checkpoint.load_step = {whole[-1]} to go on from there, or " if whole else ""
-        raise JobError(
-            f"{start.path} holds the weights alone (checkpoint.last_save_model_only), without the "
-            f"state of optimizer and data: {go_on}name it in checkpoint.initial_load_path of a run "
-            "in another dump_folder"
-        )
+    steps = [
+        Checkpoint(path=path, step=step)
+        for step, path in steps_in(own_folder(job.config)).items()
+        if step
+    ]
+    whole = [one.step for one in steps if damage(one) is None and _holds_training_state(one)]
+    resume = f"set checkpoint.load_step = {whole[-1]} to go on from there, or " if whole else ""
+    raise JobError(
+        f"{start.path} holds the weights alone (checkpoint.last_save_model_only), without the "
+        f"state of optimizer and data: {resume}name it in checkpoint.initial_load_path of a run "
+        "in another dump_folder"
+    )
 
 
-def _holds_training_state(path: Path) -> bool:
-    saved = read_metadata(path).state_dict_metadata
+def _holds_training_state(checkpoint: Checkpoint) -> bool:
+    saved = checkpoint.metadata.state_dict_metadata
     return any(name.startswith(f"{TRAIN_STATE}.") for name in saved)
 
 
-def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
+def checkpoint_is_of_as_many_data_ranks(job: Job) -> None:
     """torchtitan 0.3.0 cannot divide the place in the data over other ranks
     (https://github.com/pytorch/torchtitan/issues/811)."""
-    start, loader = start_of(config), config.dataloader._owner
+    start, loader = job.start, job.config.dataloader._owner
     if (
         start is None
-        or is_model_only(config, start)
-        or "dataloader" in config.checkpoint.exclude_from_loading
+        or is_model_only(job.config, start)
+        or "dataloader" in job.config.checkpoint.exclude_from_loading
         or not issubclass(loader, ParallelAwareDataloader)
     ):
         return
-    before, now = _data_ranks(config, start.path)
+    before, now = _data_ranks_of(start), job.layout.data_ranks
     if before != now:
         steps = f"the first {start.step} steps" if start.step else "the steps before"
         raise JobError(
@@ -249,19 +244,19 @@ def checkpoint_is_of_as_many_data_ranks(config: Trainer.Config) -> None:
         )
 
 
-def checkpoint_counts_tokens_of_as_many_ranks(config: Trainer.Config) -> None:
+def checkpoint_counts_tokens_of_as_many_ranks(job: Job) -> None:
     """torchtitan 0.3.0 saves the tokens of one rank, ``ntokens_seen``, and not of how many."""
-    start, checkpoint = start_of(config), config.checkpoint
+    start, checkpoint = job.start, job.config.checkpoint
     if (
         start is None
-        or is_model_only(config, start)
+        or is_model_only(job.config, start)
         or TRAIN_STATE in checkpoint.exclude_from_loading
     ):
         return
-    routers = config.model_spec.model.traverse(LoadBalancedRouter.Config)  # type: ignore[union-attr]
+    routers = job.config.model_spec.model.traverse(LoadBalancedRouter.Config)
     if not any(changes_after_tokens(router) for _fqn, router, *_ in routers):
         return
-    before, now = _data_ranks(config, start.path)
+    before, now = _data_ranks_of(start), job.layout.data_ranks
     if before not in (0, now):
         raise JobError(
             f"{start.path} counts the tokens of {before} data-parallel rank(s), each its own, and "
@@ -270,22 +265,19 @@ def checkpoint_counts_tokens_of_as_many_ranks(config: Trainer.Config) -> None:
         )
 
 
-def _data_ranks(config: Trainer.Config, checkpoint: Path) -> tuple[int, int]:
-    """The data-parallel ranks that a checkpoint is of, and those of the job."""
-    saved = read_metadata(checkpoint).state_dict_metadata
-    dims = layout.resolve(config.parallelism)
-    before = sum(name.startswith("dataloader.dp_rank_") for name in saved)
-    return before, dims.dp_replicate * dims.dp_shard
+def _data_ranks_of(checkpoint: Checkpoint) -> int:
+    saved = checkpoint.metadata.state_dict_metadata
+    return sum(name.startswith("dataloader.dp_rank_") for name in saved)
 
 
-def checkpoint_has_router_state(config: Trainer.Config) -> None:
+def checkpoint_has_router_state(job: Job) -> None:
     """Expert biases and what losses remember are model state, which torchtitan loads whole: a
     name too few is a traceback in every process, one too many is dropped."""
-    start = start_of(config)
+    start = job.start
     if start is None:
         return
-    saved = read_metadata(start.path).state_dict_metadata
-    for fqn, moe, _parent, _attribute in config.model_spec.model.traverse(MoE.Config):  # type: ignore[union-attr]
+    saved = start.metadata.state_dict_metadata
+    for fqn, moe, _parent, _attribute in job.config.model_spec.model.traverse(MoE.Config):
         bias = f"{fqn}.expert_bias_E"
         if moe.load_balance_coeff is None and bias in saved:
             raise JobError(

@@ -7,14 +7,12 @@ from pathlib import Path
 import safetensors
 import torch
 from torchtitan.models.common.moe import MoE
-from torchtitan.trainer import Trainer
 
-from titan_moe_lb.checkpoints.start import start_of
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.rules.meta_model import meta_state
+from titan_moe_lb.resolved_job import Job
 
 
-def check_initial_weights(config: Trainer.Config) -> None:
+def check_initial_weights(job: Job) -> None:
     """Compare names and shapes of the folder that a job starts from with its model.
 
     Reads the headers of the files alone, and builds the model without memory.
@@ -22,10 +20,10 @@ def check_initial_weights(config: Trainer.Config) -> None:
     Raises:
         JobError: no weights there, or the first tensor that is missing or has another shape.
     """
-    checkpoint, spec = config.checkpoint, config.model_spec
+    checkpoint, spec = job.config.checkpoint, job.config.model_spec
     if not checkpoint.enable or not checkpoint.initial_load_in_hf:
         return
-    if start_of(config) is not None:  # of its own, which comes first
+    if job.start is not None:  # of its own, which comes first
         return
     assert spec is not None
     if spec.state_dict_adapter is None:
@@ -33,7 +31,7 @@ def check_initial_weights(config: Trainer.Config) -> None:
             f"checkpoint.initial_load_in_hf: {spec.name} cannot be read from a Hugging Face "
             "checkpoint: it has no state-dict adapter"
         )
-    folder = checkpoint.initial_load_path or config.hf_assets_path
+    folder = checkpoint.initial_load_path or job.config.hf_assets_path
     found = _shapes(Path(folder))
     if not found:
         raise JobError(
@@ -44,14 +42,14 @@ def check_initial_weights(config: Trainer.Config) -> None:
         # Stored in blocks, under other names and shapes; the adapter knows whether it can.
         spec.state_dict_adapter(spec.model, None).get_hf_storage_reader(folder, from_quantized=True)
         return
-    for name in _biases_without_use(config):
+    for name in _biases_without_use(job):
         if name in found:
             raise JobError(
                 f"checkpoint.initial_load_in_hf: {folder!r} holds an expert bias ({name!r}) and "
                 "this job has none, which would drop it: keep it with expert_bias = {type = "
                 '"frozen"}, or leave it behind with {type = "frozen", reset = true}'
             )
-    for name, shape in _expected_shapes(config).items():
+    for name, shape in _expected_shapes(job).items():
         if f"{name}_blocks" in found:
             raise JobError(
                 f"checkpoint.initial_load_in_hf: {folder!r} holds {name!r} in quantized blocks; "
@@ -81,11 +79,11 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _biases_without_use(config: Trainer.Config) -> list[str]:
+def _biases_without_use(job: Job) -> list[str]:
     """Where a Hugging Face checkpoint would have the expert biases that the job has not."""
-    spec = config.model_spec
+    spec = job.config.model_spec
     assert spec is not None and spec.state_dict_adapter is not None
-    adapter = spec.state_dict_adapter(spec.model, config.hf_assets_path)
+    adapter = spec.state_dict_adapter(spec.model, job.config.hf_assets_path)
     biases = {
         f"{fqn}.expert_bias_E": torch.empty(moe.num_experts, device="meta")
         for fqn, moe, _parent, _attribute in spec.model.traverse(MoE.Config)
@@ -94,10 +92,12 @@ def _biases_without_use(config: Trainer.Config) -> list[str]:
     return list(adapter.to_hf(biases))
 
 
-def _expected_shapes(config: Trainer.Config) -> dict[str, tuple[int, ...]]:
-    spec = config.model_spec
+def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    spec = job.config.model_spec
     assert spec is not None and spec.state_dict_adapter is not None
-    model_config, state = meta_state(config)
     # As torchtitan makes it: an adapter may choose names by the index in that folder.
-    adapter = spec.state_dict_adapter(model_config, config.hf_assets_path)
-    return {name: tuple(value.shape) for name, value in adapter.to_hf(state).items()}
+    adapter = spec.state_dict_adapter(job.bound.model_spec.model, job.config.hf_assets_path)
+    return {
+        name: tuple(value.shape)
+        for name, value in adapter.to_hf(job.meta_model.state_dict()).items()
+    }

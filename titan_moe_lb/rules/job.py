@@ -15,10 +15,9 @@ from torchtitan.components.checkpointer.base import (
     TRAIN_STATE,
 )
 from torchtitan.models.common.attention import FlexAttention
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.parallel import layout
+from titan_moe_lb.resolved_job import Job
 
 _AT_LEAST_ZERO = (
     "lr_scheduler.warmup_steps",
@@ -37,63 +36,63 @@ _AT_LEAST_ONE = (
 )
 
 
-def sizes_are_positive(config: Trainer.Config) -> None:
+def sizes_are_positive(job: Job) -> None:
     for least, paths in enumerate((_AT_LEAST_ZERO, _AT_LEAST_ONE)):
         for path in paths:
             section, name = path.split(".")
-            value = getattr(getattr(config, section), name, least)
+            value = getattr(getattr(job.config, section), name, least)
             if value < least:
                 raise JobError(f"{path} is {value}; it must be at least {least}")
-    total = config.training.global_batch_size
+    total = job.config.training.global_batch_size
     if total != -1 and total < 1:
         raise JobError(
             f"training.global_batch_size is {total}; it must be at least 1, or -1 for "
             "local_batch_size x the data-parallel degree"
         )
-    extreme = getattr(config.metrics, "moe_extreme_experts", 0)
+    extreme = getattr(job.config.metrics, "moe_extreme_experts", 0)
     if extreme < 0:
         raise JobError(f"metrics.moe_extreme_experts is {extreme}; it must be at least 0")
-    if not config.training.max_norm > 0:
-        raise JobError(f"training.max_norm is {config.training.max_norm}; it must be above 0")
+    if not job.config.training.max_norm > 0:
+        raise JobError(f"training.max_norm is {job.config.training.max_norm}; it must be above 0")
 
 
-def learning_rate_shrinks(config: Trainer.Config) -> None:
+def learning_rate_shrinks(job: Job) -> None:
     for name in ("decay_ratio", "min_lr_factor"):
-        value = getattr(config.lr_scheduler, name)
+        value = getattr(job.config.lr_scheduler, name)
         if value is not None and not 0 <= value <= 1:
             raise JobError(f"lr_scheduler.{name} is {value}; it must be from 0 to 1")
 
 
-def seed_checkpoint_is_of_one_process(config: Trainer.Config) -> None:
-    if not config.checkpoint.create_seed_checkpoint:
+def seed_checkpoint_is_of_one_process(job: Job) -> None:
+    if not job.config.checkpoint.create_seed_checkpoint:
         return
-    processes = layout.world_size()
+    processes = job.layout.world_size
     if processes > 1:
         raise JobError(
             f"checkpoint.create_seed_checkpoint needs one process, and there are {processes}: set "
             "NGPU=1 and every degree of [parallelism] to 1"
         )
-    if not config.checkpoint.enable:
+    if not job.config.checkpoint.enable:
         raise JobError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true")
 
 
-def seed_is_one(config: Trainer.Config) -> None:
-    seed = config.debug.seed
+def seed_is_one(job: Job) -> None:
+    seed = job.config.debug.seed
     if seed is not None and not 0 <= seed < 2**64:
         raise JobError(f"debug.seed is {seed}; it must be at least 0 and below 2**64")
 
 
-def optimizers_can_be_built(config: Trainer.Config) -> None:
-    for index, group in enumerate(config.optimizer.param_groups):
+def optimizers_can_be_built(job: Job) -> None:
+    for index, group in enumerate(job.config.optimizer.param_groups):
         name = group.optimizer_name
         key = f"optimizer.param_groups[{index}].optimizer_name is {name!r}"
         try:
-            factory = config.optimizer._owner._resolve_optimizer_factory(name)
+            factory = job.config.optimizer._owner._resolve_optimizer_factory(name)
         except NotImplementedError:
             raise JobError(
                 f'{key}, which torchtitan does not have: take "Adam" or "AdamW"'
             ) from None
-        given = config.optimizer.optimizer_factory_kwargs_by_name.get(name, {})
+        given = job.config.optimizer.optimizer_factory_kwargs_by_name.get(name, {})
         missing = [
             argument.name
             for argument in inspect.signature(factory).parameters.values()
@@ -108,8 +107,8 @@ def optimizers_can_be_built(config: Trainer.Config) -> None:
             )
 
 
-def optimizer_arguments_fit(config: Trainer.Config) -> None:
-    for index, group in enumerate(config.optimizer.param_groups):
+def optimizer_arguments_fit(job: Job) -> None:
+    for index, group in enumerate(job.config.optimizer.param_groups):
         optimizer = getattr(torch.optim, group.optimizer_name, None)
         if optimizer is not None:  # torchtitan has optimizers of its own besides torch's
             valid = inspect.signature(optimizer).parameters
@@ -128,64 +127,61 @@ def optimizer_arguments_fit(config: Trainer.Config) -> None:
             )
 
 
-def layout_fits_processes(config: Trainer.Config) -> None:
-    layout.resolve(config.parallelism)
-
-
-def global_batch_divides_over_ranks(config: Trainer.Config) -> None:
-    total = config.training.global_batch_size
+def global_batch_divides_over_ranks(job: Job) -> None:
+    total = job.config.training.global_batch_size
     if total < 0:
         return
-    dims = layout.resolve(config.parallelism)
-    per_pass = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    per_pass = job.config.training.local_batch_size * job.layout.data_ranks
     if total % per_pass:
         raise JobError(
             f"training.global_batch_size {total} is not a multiple of training.local_batch_size "
-            f"x data-parallel degree = {config.training.local_batch_size} x "
-            f"{dims.dp_replicate * dims.dp_shard}"
+            f"x data-parallel degree = {job.config.training.local_batch_size} x "
+            f"{job.layout.data_ranks}"
         )
 
 
-def sequence_divides_over_ranks(config: Trainer.Config) -> None:
+def sequence_divides_over_ranks(job: Job) -> None:
     tp, cp = (
-        config.parallelism.tensor_parallel_degree,
-        config.parallelism.context_parallel_degree,
+        job.config.parallelism.tensor_parallel_degree,
+        job.config.parallelism.context_parallel_degree,
     )
-    divisor = (tp if config.parallelism.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
-    if config.training.seq_len % divisor:
+    divisor = (tp if job.config.parallelism.enable_sequence_parallel else 1) * (
+        2 * cp if cp > 1 else 1
+    )
+    if job.config.training.seq_len % divisor:
         raise JobError(
-            f"training.seq_len {config.training.seq_len} is not divisible by {divisor}, which "
+            f"training.seq_len {job.config.training.seq_len} is not divisible by {divisor}, which "
             f"tensor_parallel_degree {tp} with sequence parallelism and "
             f"context_parallel_degree {cp} (two slices a rank) need"
         )
 
 
-def flex_attention_takes_the_slices(config: Trainer.Config) -> None:
+def flex_attention_takes_the_slices(job: Job) -> None:
     """Torch cuts a block mask between blocks, and finds out in the first step."""
-    cp = config.parallelism.context_parallel_degree
+    cp = job.config.parallelism.context_parallel_degree
     block = cp * _DEFAULT_SPARSE_BLOCK_SIZE
-    if cp == 1 or config.training.seq_len % block == 0 or config.model_spec is None:
+    if cp == 1 or job.config.training.seq_len % block == 0 or job.config.model_spec is None:
         return
-    if any(True for _attention in config.model_spec.traverse(FlexAttention.Config)):
+    if any(True for _attention in job.config.model_spec.traverse(FlexAttention.Config)):
         raise JobError(
-            f"training.seq_len {config.training.seq_len} is not divisible by {block}: with "
+            f"training.seq_len {job.config.training.seq_len} is not divisible by {block}: with "
             f"context_parallel_degree {cp} flex attention needs whole blocks of "
             f"{_DEFAULT_SPARSE_BLOCK_SIZE} tokens on every rank"
         )
 
 
-def compile_backend_is_known(config: Trainer.Config) -> None:
+def compile_backend_is_known(job: Job) -> None:
     backends = torch._dynamo.list_backends(exclude_tags=())
-    if config.compile.enable and config.compile.backend not in backends:
+    if job.config.compile.enable and job.config.compile.backend not in backends:
         raise JobError(
-            f"compile.backend {config.compile.backend!r} does not exist; "
-            f"{nearest(config.compile.backend, backends)}"
+            f"compile.backend {job.config.compile.backend!r} does not exist; "
+            f"{nearest(job.config.compile.backend, backends)}"
         )
 
 
-def compile_components_are_known(config: Trainer.Config) -> None:
+def compile_components_are_known(job: Job) -> None:
     """torchtitan looks for these two, and compiles nothing under another name."""
-    for component in config.compile.components if config.compile.enable else ():
+    for component in job.config.compile.components if job.config.compile.enable else ():
         if component not in ("model", "loss"):
             raise JobError(
                 f"compile.components {component!r} does not exist; "
@@ -193,8 +189,8 @@ def compile_components_are_known(config: Trainer.Config) -> None:
             )
 
 
-def states_that_are_not_loaded_are_known(config: Trainer.Config) -> None:
-    for name in config.checkpoint.exclude_from_loading if config.checkpoint.enable else ():
+def states_that_are_not_loaded_are_known(job: Job) -> None:
+    for name in job.config.checkpoint.exclude_from_loading if job.config.checkpoint.enable else ():
         if name not in _LEFT_OUT_OF_LOADING:
             raise JobError(
                 f"checkpoint.exclude_from_loading {name!r} is no part of a checkpoint; "
@@ -211,7 +207,6 @@ RULES = (
     seed_is_one,
     optimizers_can_be_built,
     optimizer_arguments_fit,
-    layout_fits_processes,
     global_batch_divides_over_ranks,
     sequence_divides_over_ranks,
     flex_attention_takes_the_slices,

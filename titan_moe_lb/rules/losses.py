@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from torchtitan.trainer import Trainer
-
 from titan_moe_lb import toml_tables
 from titan_moe_lb.balancing.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, SumsLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
+from titan_moe_lb.resolved_job import Job
 
 
-def loss_sees_the_whole_batch(config: Trainer.Config) -> None:
-    for _fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config):
-        if config.parallelism.pipeline_parallel_degree > 1:
+def loss_sees_the_whole_batch(job: Job) -> None:
+    for _fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config):
+        if job.config.parallelism.pipeline_parallel_degree > 1:
             refuse_in_parts(router, "pipeline parallelism")
-        if batch_cut.cut(config).accumulation_steps > 1:
+        if job.cut.accumulation_steps > 1:
             refuse_in_parts(
                 router,
                 "gradient accumulation "
-                f"(training.global_batch_size {config.training.global_batch_size})",
+                f"(training.global_batch_size {job.config.training.global_batch_size})",
             )
 
 
@@ -46,11 +44,11 @@ def refuse_in_parts(router: LoadBalancedRouter.Config, cut_by: str) -> None:
     raise JobError(f"{name} aux loss is incompatible with {cut_by} {reason}")
 
 
-def gradients_can_be_measured(config: Trainer.Config) -> None:
+def gradients_can_be_measured(job: Job) -> None:
     """Of metrics.router_gradients."""
-    if not getattr(config.metrics, "router_gradients", False):
+    if not getattr(job.config.metrics, "router_gradients", False):
         return
-    parallelism = config.parallelism
+    parallelism = job.config.parallelism
     if (
         parallelism.tensor_parallel_degree > 1
         and parallelism.expert_parallel_degree == 1

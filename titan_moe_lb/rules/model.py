@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
-from torchtitan.protocols.model import BaseModel
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 
 
-def expert_biases_are_added_once(config: Trainer.Config) -> None:
+def expert_biases_are_added_once(job: Job) -> None:
     """Upstream fact: under tensor parallelism torchtitan 0.3.0 adds the output bias of GPT-OSS's
     experts on every rank (spmd_types without EP) and halves the gradient of the attention's
     output bias (partial_dtensor)."""
-    parallelism = config.parallelism
+    parallelism = job.config.parallelism
     right = parallelism.expert_parallel_degree > 1 and parallelism.spmd_backend == "spmd_types"
     if parallelism.tensor_parallel_degree == 1 or right:
         return
-    if any(config.traverse(GptOssGroupedExperts.Config)):
+    if any(job.config.traverse(GptOssGroupedExperts.Config)):
         raise JobError(
             "torchtitan 0.3.0 gets the biases of GPT-OSS wrong under this tensor parallelism: set "
             "parallelism.tensor_parallel_degree to 1, or expert_parallel_degree above 1 with "
@@ -29,9 +30,9 @@ def expert_biases_are_added_once(config: Trainer.Config) -> None:
         )
 
 
-def experts_divide_over_ranks(config: Trainer.Config) -> None:
-    degree = config.parallelism.expert_parallel_degree
-    for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
+def experts_divide_over_ranks(job: Job) -> None:
+    degree = job.config.parallelism.expert_parallel_degree
+    for fqn, moe, _parent, _attribute in job.config.traverse(MoE.Config):
         if moe.num_experts % degree:
             raise JobError(
                 f"parallelism.expert_parallel_degree {degree} does not divide the "
@@ -39,7 +40,11 @@ def experts_divide_over_ranks(config: Trainer.Config) -> None:
             )
 
 
-def layers_count_their_experts_alike(config: Trainer.Config | BaseModel.Config) -> None:
+def experts_are_counted_alike(job: Job) -> None:
+    layers_count_their_experts_alike(job.config)
+
+
+def layers_count_their_experts_alike(config: Any) -> None:
     """torchtitan keeps both numbers of a layer in several places, and does not compare them: its
     dispatcher sends tokens elsewhere where its top_k is another one."""
     for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
@@ -63,10 +68,10 @@ def layers_count_their_experts_alike(config: Trainer.Config | BaseModel.Config) 
                 raise JobError(f"{layer_name(fqn)} has {said}: set all of them to one number")
 
 
-def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
+def checkpointing_keeps_decisions(job: Job) -> None:
     """What :mod:`titan_moe_lb.balancing.checkpointing` does for the other kinds has no seam here."""
-    if isinstance(config.activation_checkpoint, MemoryBudgetAC.Config) and any(
-        config.traverse(LoadBalancedRouter.Config)
+    if isinstance(job.config.activation_checkpoint, MemoryBudgetAC.Config) and any(
+        job.config.traverse(LoadBalancedRouter.Config)
     ):
         raise JobError(
             '[activation_checkpoint] type = "memory-budget" lets the compiler choose the experts '
@@ -77,7 +82,7 @@ def checkpointing_keeps_decisions(config: Trainer.Config) -> None:
 
 RULES = (
     expert_biases_are_added_once,
-    layers_count_their_experts_alike,
+    experts_are_counted_alike,
     experts_divide_over_ranks,
     checkpointing_keeps_decisions,
 )

@@ -9,11 +9,10 @@ import itertools
 
 from torchtitan.distributed import pipeline_parallel
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.parallel import layout
 from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
+from titan_moe_lb.resolved_job import Job
 
 _A_STAGE_A_RANK = ("1F1B", "GPipe")
 _TWO_STAGES_A_RANK = ("ZBVZeroBubble", "DualPipeV")
@@ -21,10 +20,10 @@ _A_MICRO_BATCH_A_STAGE = ("1F1B", "DualPipeV")
 _EQUAL_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")
 
 
-def schedule_is_known(config: Trainer.Config) -> None:
+def schedule_is_known(job: Job) -> None:
     """torch ignores the case of the name; the rules here and in zero_bubble.py do not."""
-    schedule = config.parallelism.pipeline_parallel_schedule
-    if config.parallelism.pipeline_parallel_degree > 1 and schedule not in SCHEDULES:
+    schedule = job.config.parallelism.pipeline_parallel_schedule
+    if job.config.parallelism.pipeline_parallel_degree > 1 and schedule not in SCHEDULES:
         same = [name for name in SCHEDULES if name.lower() == schedule.lower()]
         raise JobError(
             f"parallelism.pipeline_parallel_schedule {schedule!r} does not exist; "
@@ -32,9 +31,9 @@ def schedule_is_known(config: Trainer.Config) -> None:
         )
 
 
-def stages_fit_ranks(config: Trainer.Config) -> None:
-    parallelism, stages = config.parallelism, len(_stages(config))
-    schedule, ranks = parallelism.pipeline_parallel_schedule, layout.resolve(parallelism).pp
+def stages_fit_ranks(job: Job) -> None:
+    parallelism, stages = job.config.parallelism, len(_stages(job))
+    schedule, ranks = parallelism.pipeline_parallel_schedule, job.layout.pp
     wanted = 1 if schedule in _A_STAGE_A_RANK else 2 if schedule in _TWO_STAGES_A_RANK else 0
     if parallelism.pipeline_parallel_schedule_csv:
         wanted = 0
@@ -49,14 +48,14 @@ def stages_fit_ranks(config: Trainer.Config) -> None:
     )
 
 
-def micro_batches_fit_schedule(config: Trainer.Config) -> None:
+def micro_batches_fit_schedule(job: Job) -> None:
     """torch 2.14, ``distributed/pipelining/schedules.py``."""
-    parallelism, stages = config.parallelism, len(_stages(config))
+    parallelism, stages = job.config.parallelism, len(_stages(job))
     if not stages or parallelism.pipeline_parallel_schedule_csv:
         return
-    schedule, ranks = parallelism.pipeline_parallel_schedule, layout.resolve(parallelism).pp
+    schedule, ranks = parallelism.pipeline_parallel_schedule, job.layout.pp
     size = parallelism.pipeline_parallel_microbatch_size
-    number = config.training.local_batch_size // size
+    number = job.config.training.local_batch_size // size
     if schedule in _A_MICRO_BATCH_A_STAGE and number < stages:
         needs, enough = f"a micro-batch for each of {stages} stages", stages
     elif schedule in _EQUAL_ROUNDS and number % max(1, number // ranks):
@@ -65,16 +64,16 @@ def micro_batches_fit_schedule(config: Trainer.Config) -> None:
         return
     raise JobError(
         f"the {schedule} schedule needs {needs}, and training.local_batch_size "
-        f"{config.training.local_batch_size} makes {number} of "
+        f"{job.config.training.local_batch_size} makes {number} of "
         f"parallelism.pipeline_parallel_microbatch_size {size}: set training.local_batch_size to "
         f"{enough * size}"
     )
 
 
-def stages_have_attention(config: Trainer.Config) -> None:
+def stages_have_attention(job: Job) -> None:
     """Upstream fact: torchtitan 0.3.0's ``apply_cp_to_forward`` looks at the first attention of
     a stage."""
-    parallelism, stages = config.parallelism, _stages(config)
+    parallelism, stages = job.config.parallelism, _stages(job)
     if parallelism.context_parallel_degree == 1:
         return
     for number, names in enumerate(stages):
@@ -91,12 +90,12 @@ def stages_have_attention(config: Trainer.Config) -> None:
         )
 
 
-def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
-    schedule = config.parallelism.pipeline_parallel_schedule
+def zero_bubble_needs_whole_recompute(job: Job) -> None:
+    schedule = job.config.parallelism.pipeline_parallel_schedule
     if (
-        config.parallelism.pipeline_parallel_degree > 1
+        job.config.parallelism.pipeline_parallel_degree > 1
         and schedule in ZERO_BUBBLE_SCHEDULES
-        and isinstance(config.activation_checkpoint, SelectiveAC.Config)
+        and isinstance(job.config.activation_checkpoint, SelectiveAC.Config)
     ):
         raise JobError(
             f"the {schedule} schedule runs each backward in two passes, which selective "
@@ -105,33 +104,32 @@ def zero_bubble_needs_whole_recompute(config: Trainer.Config) -> None:
         )
 
 
-def _stages(config: Trainer.Config) -> list[list[str]]:
+def _stages(job: Job) -> list[list[str]]:
     """Names of the modules of each stage; none without a pipeline.
 
     Raises:
         JobError: the model has no such stages.
     """
-    parallelism, spec = config.parallelism, config.model_spec
-    dims = layout.resolve(parallelism)
-    if dims.pp == 1 or spec is None:
+    parallelism, spec, ranks = job.config.parallelism, job.config.model_spec, job.layout.pp
+    if ranks == 1 or spec is None:
         return []
     if spec.pipelining_fn is None:
         raise JobError(
-            f"parallelism.pipeline_parallel_degree is {dims.pp}, and torchtitan has no pipeline "
+            f"parallelism.pipeline_parallel_degree is {ranks}, and torchtitan has no pipeline "
             f"for {spec.name}: set it to 1"
         )
     if parallelism.module_fqns_per_model_part is not None:
         return _by_hand(parallelism.module_fqns_per_model_part, len(spec.model.layers))
     try:
         stages, layers, *weights = pipeline_parallel._get_pipeline_metadata(
-            dims, parallelism, spec.model
+            job.layout, parallelism, spec.model
         )
         if stages <= layers + sum(weights):
             return pipeline_parallel._generate_llm_fqn_per_model_part(stages, layers, *weights)
     except ValueError as error:
         raise JobError(f"parallelism: {' '.join(str(error).split())}") from None
     raise JobError(
-        f"parallelism.pipeline_parallel_degree {dims.pp} with the "
+        f"parallelism.pipeline_parallel_degree {ranks} with the "
         f"{parallelism.pipeline_parallel_schedule} schedule makes {stages} stages of a model of "
         f"{layers} layers: take a smaller degree or a deeper model"
     )

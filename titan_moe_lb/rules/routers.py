@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torchtitan.trainer import Trainer
-
 from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.functional import SCORE_FUNCTIONS
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 
 
@@ -105,10 +104,10 @@ def _described(components: list[Any]) -> str:
     return ", ".join(one.describe() for one in components if one is not None) or "none"
 
 
-def routers_are_right(config: Trainer.Config) -> None:
+def routers_are_right(job: Job) -> None:
     routers = [
         (layer_name(fqn), router)
-        for fqn, router, _parent, _attribute in config.traverse(LoadBalancedRouter.Config)
+        for fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config)
     ]
     for where, router in routers:
         check_router(where, router)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from torchtitan.models.common.moe import MoE
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.resolved_job import Job
 
 
-def gradients_are_kept(config: Trainer.Config) -> None:
+def gradients_are_kept(job: Job) -> None:
     """Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
     waits for an argument that is still under way by ``AsyncCollectiveTensor.wait()``, and autograd
     loses it there. What torchtitan 0.3.0 gathers along the sequence, for its experts and for
     attention, is under way where it has one sequence; several are put together first, and waited
     for."""
-    parallelism = config.parallelism
+    parallelism = job.config.parallelism
     if (
         parallelism.spmd_backend == "spmd_types"
-        or _blocks_are_compiled(config)
-        or batch_cut.cut(config).micro_batch_size > 1
+        or _blocks_are_compiled(job)
+        or job.cut.micro_batch_size > 1
     ):
         return
     if (
         parallelism.tensor_parallel_degree > 1
         and parallelism.enable_sequence_parallel
         and parallelism.expert_parallel_degree == 1
-        and any(config.traverse(MoE.Config))
+        and any(job.config.traverse(MoE.Config))
     ):
         lost, key = "through the experts", "tensor_parallel_degree"
     elif parallelism.spmd_backend == "full_dtensor" and parallelism.context_parallel_degree > 1:
@@ -40,15 +39,15 @@ def gradients_are_kept(config: Trainer.Config) -> None:
     )
 
 
-def blocks_can_be_traced(config: Trainer.Config) -> None:
+def blocks_can_be_traced(job: Job) -> None:
     """Upstream fact: under ``full_dtensor`` a linear layer flattens rows and tokens of a DTensor.
     Where the tokens are cut too, by CP or by TP under EP, torch 2.14 ends in the first step with
     ``PendingUnbackedSymbolNotFound``, or does not end (pytorch/torchtitan#3409)."""
-    parallelism = config.parallelism
+    parallelism = job.config.parallelism
     cut = parallelism.context_parallel_degree > 1 or (
         parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1
     )
-    if parallelism.spmd_backend == "full_dtensor" and cut and _blocks_are_compiled(config):
+    if parallelism.spmd_backend == "full_dtensor" and cut and _blocks_are_compiled(job):
         raise JobError(
             'parallelism.spmd_backend = "full_dtensor" cannot be compiled with context '
             "parallelism, nor with tensor and expert parallelism together: set "
@@ -56,8 +55,8 @@ def blocks_can_be_traced(config: Trainer.Config) -> None:
         )
 
 
-def _blocks_are_compiled(config: Trainer.Config) -> bool:
-    return config.compile.enable and "model" in config.compile.components
+def _blocks_are_compiled(job: Job) -> bool:
+    return job.config.compile.enable and "model" in job.config.compile.components
 
 
 RULES = (

@@ -17,6 +17,7 @@ import torch
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import catalog, job_config, model_help
 from titan_moe_lb.parallel import single_process
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.run import environment, processes, train
 from titan_moe_lb.terminal import run_folder
@@ -43,22 +44,23 @@ def main(arguments: list[str] | None = None) -> None:
         _check_restarts(draft.table, nodes)
         here = _processes_on_this_node(draft.table, nodes)
         environment.check_shown_ranks(here * nodes)
-        os.environ["WORLD_SIZE"] = str(here * nodes)
-        job = draft.resolve()
+        job = draft.resolve(here * nodes)
         if not draft.command.print_config and job.config.comm.mode == "default":
-            validate_files(job.config)
+            validate_files(job)
             run_folder.claim(job.config.dump_folder, run)
     except JobError as error:
         train.exit_with(error)
     if draft.command.print_config:
-        print(job_config.render(job), end="")
-    elif job.config.comm.mode in ("fake_backend", "local_tensor"):
-        _run_here(job, world_size=here * nodes)
-    elif here * nodes == 1 and not job.table.max_restarts:
-        _run_here(job, world_size=1)
+        print(job_config.render(draft.table, job.config), end="")
+    elif (
+        job.config.comm.mode in ("fake_backend", "local_tensor")
+        or here * nodes == 1
+        and not draft.table.max_restarts
+    ):
+        _run_here(job)
     else:
         environment.hand_on_run(run)
-        processes.run(job.config, arguments, here, nodes, job.table.max_restarts)
+        processes.run(job, arguments, here, nodes, draft.table.max_restarts)
 
 
 def _with_environment(arguments: list[str]) -> list[str]:
@@ -106,11 +108,9 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
     return here
 
 
-def _run_here(job: job_config.Job, world_size: int) -> None:
+def _run_here(job: Job) -> None:
     """Train in this process: a single rank needs no launcher."""
-    single_process.announce(world_size)
-    # torchtitan reads the size of a fake process group from here.
-    os.environ["NGPU"] = str(world_size)
+    single_process.announce(world_size=job.layout.world_size)
     train.run(job, alone=True)
 
 

@@ -25,9 +25,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.run import environment
 from titan_moe_lb.run.console import cause, rank_log, saved, summary
@@ -39,9 +39,7 @@ from titan_moe_lb.terminal.heartbeat import Heartbeat
 _RUN_ID = "titan_moe_lb"
 
 
-def run(
-    config: Trainer.Config, arguments: list[str], here: int, nodes: int, max_restarts: int = 0
-) -> None:
+def run(job: Job, arguments: list[str], here: int, nodes: int, max_restarts: int = 0) -> None:
     """Train in ``here`` processes of this node. Leaves with a status where they fail.
 
     Args:
@@ -51,7 +49,7 @@ def run(
             one of them was killed or failed by no mistake in the job.
     """
     begun = time.time()
-    logs = rank_log.folder_of(config.dump_folder)
+    logs = rank_log.folder_of(job.config.dump_folder)
     console = rank_log.divert_errors(logs / "launcher.log")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if nodes > 1:
@@ -59,14 +57,14 @@ def run(
     where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
     print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
     handlers = {number: signal.getsignal(number) for number in ENDING}
-    attempt = _Attempt(config, arguments, here, nodes, begun, console)
+    attempt = _Attempt(job, arguments, here, nodes, begun, console)
     for restart in range(1, max_restarts + 1):
         if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
             return
         for number, handler in handlers.items():  # torch leaves its own behind
             signal.signal(number, handler)
         try:
-            validate_files(config)
+            validate_files(Job.of(job.config, job.layout.world_size))
         except JobError as error:
             rank_log.report(f"error: {error}", console)
             raise SystemExit(2) from None
@@ -77,7 +75,7 @@ def run(
 class _Attempt:
     """The processes of a job from their start to their end."""
 
-    config: Trainer.Config
+    job: Job
     arguments: list[str]
     here: int
     nodes: int
@@ -92,9 +90,9 @@ class _Attempt:
             again: what is said after a failure that is no mistake in the job: the answer is False
                 then. Empty: it ends as all others.
         """
-        config, nodes = self.config, self.nodes
+        config, nodes = self.job.config, self.nodes
         logs = rank_log.folder_of(config.dump_folder)
-        shown = summary.ranks_shown(config)
+        shown = summary.ranks_shown(self.job)
         with (
             tempfile.TemporaryDirectory(prefix="titan_moe_lb-") as errors,
             _Meeting(self.console, nodes) as meeting,
@@ -165,7 +163,7 @@ class _Attempt:
                 status = 128 + signal.SIGINT
             except Exception as error:
                 traceback.print_exc()
-                found = cause.of_error(error, config, at_start=True)
+                found = cause.of_error(error, self.job, at_start=True)
                 line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
                 status = found.status
             rank_log.report(line, self.console)

@@ -31,6 +31,7 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel import single_process
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.run import dry_run, environment
 from titan_moe_lb.run.console import cause, rank_log, saved, summary
 from titan_moe_lb.run.console.signals import ended_by
@@ -61,17 +62,18 @@ def trainer_config(*arguments: str) -> Trainer.Config:
     Raises:
         JobError: the job does not hold.
     """
-    config = job_config.load(list(arguments)).config
-    _adapt(config)
-    return _preparing(config)
+    job = job_config.load(list(arguments))
+    _adapt(job)
+    return _preparing(job.config)
 
 
-def _adapt(config: Trainer.Config) -> None:
-    """To this machine, and to what torchtitan 0.3.0 needs of us."""
+def _adapt(job: Job) -> None:
+    """Adapt a job to this machine and to torchtitan 0.3.0."""
+    config = job.config
     if cpu.needed():
         cpu.adapt(config)
     zero_bubble.adapt(config)
-    finite_data.adapt(config)
+    finite_data.adapt(config, job.cut)
 
 
 def _preparing(config: Trainer.Config) -> Trainer.Config:
@@ -81,7 +83,8 @@ def _preparing(config: Trainer.Config) -> Trainer.Config:
     @dataclass(kw_only=True, slots=True)
     class Config(upstream):  # type: ignore[misc, valid-type]
         def build(self, **kwargs: Any) -> Trainer:
-            single_process.announce_unless_launched()
+            if not single_process.is_launched():
+                single_process.announce()
             cpu.prepare()
             return upstream.build(self, **kwargs)
 
@@ -89,7 +92,7 @@ def _preparing(config: Trainer.Config) -> Trainer.Config:
     return derive(config, Config)
 
 
-def run(job: job_config.Job, *, alone: bool = False) -> None:
+def run(job: Job, *, alone: bool = False) -> None:
     """Train a resolved job in this process, or build it if that is all that is asked.
 
     Args:
@@ -98,32 +101,33 @@ def run(job: job_config.Job, *, alone: bool = False) -> None:
     """
     config = job.config
     cpu.prepare()
-    _adapt(config)
+    _adapt(job)
+    job.bind()
     if config.comm.mode != "default":
-        _build(config)
+        _build(job)
         return
     if not alone:
         try:
             run_folder.claim(config.dump_folder, environment.joined_run())
         except JobError as error:
             exit_with(error)
-    _Rank(config, alone=alone).train()
+    _Rank(job, alone=alone).train()
 
 
 class _Rank:
     """This process of a run."""
 
-    def __init__(self, config: Trainer.Config, *, alone: bool) -> None:
-        self._config = config
+    def __init__(self, job: Job, *, alone: bool) -> None:
+        self._job, self._config = job, job.config
         self._alone = alone
         self._rank = int(os.environ["RANK"])
         self._begun = time.time()
-        self._log = rank_log.folder_of(config.dump_folder) / f"rank{self._rank}.log"
+        self._log = rank_log.folder_of(job.config.dump_folder) / f"rank{self._rank}.log"
         self._errors = rank_log.divert_errors(self._log)
         self._trainer: Trainer | None = None
 
     def train(self) -> None:
-        shown = summary.ranks_shown(self._config)
+        shown = summary.ranks_shown(self._job)
         is_shown = self._rank in shown
         with contextlib.ExitStack() as stack:
             if self._alone:
@@ -133,13 +137,13 @@ class _Rank:
                 shown=is_shown,
                 prefix=f"[rank{self._rank}] " if len(shown) > 1 else "",
                 known=rank_log.StepLine(
-                    loss=summary.knows_loss(self._config, self._rank),
+                    loss=summary.knows_loss(self._job, self._rank),
                     peak_flops=not cpu.needed(),
                 ),
                 first_step=waits.end,
             )
             if is_shown:
-                _say(summary.before(self._config, self._rank))
+                _say(summary.before(self._job, self._rank))
                 stack.enter_context(waits)
             try:
                 self._train()
@@ -174,7 +178,7 @@ class _Rank:
 
     def _fail(self, error: BaseException) -> NoReturn:
         at_start = self._trainer is None or self._trainer.step == 0
-        found = cause.of_error(error, self._config, at_start=at_start)
+        found = cause.of_error(error, self._job, at_start=at_start)
         with contextlib.suppress(OSError):  # the disk of the log may be full
             traceback.print_exception(error)
         if not cause.tell_launcher(found):
@@ -192,9 +196,9 @@ class _Rank:
         rank_log.report(line, self._errors)
 
 
-def _build(config: Trainer.Config) -> None:
-    """A dry run."""
-    if config.comm.mode == "local_tensor":
+def _build(job: Job) -> None:
+    """Build one rank of a job without the others."""
+    if job.config.comm.mode == "local_tensor":
         _say("torchtitan 0.3.0 trains nothing in the local_tensor mode")
         return
     log = Path(tempfile.gettempdir(), f"titan_moe_lb-dry-run-{os.getpid()}.log")
@@ -202,9 +206,9 @@ def _build(config: Trainer.Config) -> None:
     rank_log.begin(shown=True, known=rank_log.StepLine())
     try:
         with Heartbeat(_say, lambda seconds: f"building one rank: {seconds} s so far"):
-            dry_run.run(config)
+            dry_run.run(job.config)
     except Exception as error:
-        found = cause.of_error(error, config, at_start=True)
+        found = cause.of_error(error, job, at_start=True)
         traceback.print_exception(error)
         print(f"titan_moe_lb: error: {found.sentence('nothing', log)}", file=errors)
         _leave(found.status)

@@ -6,18 +6,16 @@ from datetime import UTC, datetime
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.checkpoints import placement_file
-from titan_moe_lb.checkpoints.start import start_of
-from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.telemetry.columns import LEARNING, columns_of
 from titan_moe_lb.traces.expert_order import coarse_to_fine
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.version import __version__
 
 
-def describe_run(config) -> RunInfo:
-    """Describe a ``Trainer.Config`` whose MoE layers have load-balanced routers."""
-    dims = layout.resolve(config.parallelism)
-    cut = batch_cut.cut(config)
+def describe_run(job: Job) -> RunInfo:
+    """Describe a job whose MoE layers have load-balanced routers."""
+    config, layout, cut = job.config, job.layout, job.cut
     routers = sorted(
         (router for _fqn, router, *_ in config.model_spec.traverse(LoadBalancedRouter.Config)),
         key=lambda router: router.layer,
@@ -39,14 +37,14 @@ def describe_run(config) -> RunInfo:
         top_k_by_layer=tuple(top_k) if len(set(top_k)) > 1 else None,
         losses={name: loss.weight for name, loss in losses.items()},
         columns=(*columns_of(routers), *LEARNING),
-        world_size=dims.world_size,
-        pp=dims.pp,
-        dp_replicate=dims.dp_replicate,
-        dp_shard=dims.dp_shard,
-        cp=dims.cp,
-        tp=dims.tp,
-        ep=dims.ep,
-        schedule=config.parallelism.pipeline_parallel_schedule if dims.pp > 1 else None,
+        world_size=layout.world_size,
+        pp=layout.pp,
+        dp_replicate=layout.dp_replicate,
+        dp_shard=layout.dp_shard,
+        cp=layout.cp,
+        tp=layout.tp,
+        ep=layout.ep,
+        schedule=config.parallelism.pipeline_parallel_schedule if layout.pp > 1 else None,
         local_batch_size=cut.local_batch_size,
         global_batch_size=cut.global_batch_size,
         micro_batch_size=cut.micro_batch_size,
@@ -55,14 +53,13 @@ def describe_run(config) -> RunInfo:
         expert_bias="; ".join(rules) or None,
         score_func=router.score_func,
         expert_groups=coarse_to_fine(groups),
-        placement=_placement(config),
+        placement=_placement(job),
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=__version__,
     )
 
 
-def _placement(config) -> str | None:
+def _placement(job: Job) -> str | None:
     """Title of the expert order of the checkpoint that the job starts from."""
-    start = start_of(config)
-    found = placement_file.of_checkpoint(start.path) if start is not None else None
+    found = placement_file.of_checkpoint(job.start.path) if job.start is not None else None
     return found.title if found is not None else None

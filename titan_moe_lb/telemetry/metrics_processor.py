@@ -15,7 +15,8 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
-from titan_moe_lb.parallel import batch_cut, layout
+from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.layout import Layout
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.columns import columns_in
 from titan_moe_lb.telemetry.console_line import console_line
@@ -81,7 +82,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         self._routing: RoutingTraceWriter | None = None
         if config.run_info is None:
             return
-        here = dist.get_rank() == layout.metrics_rank(parallel_dims, pp_schedule)
+        here = dist.get_rank() == Layout.of_dims(parallel_dims).metrics_rank(pp_schedule)
         if config.track_moe_metrics and config.write_moe_trace and here:
             self._trace = TraceWriter(dump_folder, config.run_info)
             self._domains = DomainTraceWriter(dump_folder, config.run_info)

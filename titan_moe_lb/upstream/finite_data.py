@@ -21,14 +21,13 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel.batch_cut import Cut
 
 
-def adapt(config: Trainer.Config) -> None:
+def adapt(config: Trainer.Config, cut: Cut) -> None:
     """Adapt the loaders of one job, in place, whose data end."""
     validator = config.validator
     if isinstance(validator, Validator.Config) and validator.enable and validator.steps == -1:
-        cut = batch_cut.cut(config)
         pipelined = config.parallelism.pipeline_parallel_degree > 1
         validator.dataloader = _together(
             validator.dataloader,

@@ -28,9 +28,10 @@ from titan_moe_lb.balancing.step_hook import register_load_balancing
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 from titan_moe_lb.checkpoints import loading
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut
+from titan_moe_lb.parallel import single_process
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.parallel.rank_groups import RankGroups
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.telemetry import metrics_processor
 from titan_moe_lb.telemetry.describe_run import describe_run
@@ -134,6 +135,9 @@ class BuildHooks:
     of_trainer: bool = False
     """The same: it was torchtitan's trainer that filled the model. Another loop attaches."""
 
+    job: Job | None = None
+    """The job where it was resolved and checked before; None: ``update_from_config`` does both."""
+
     other_metrics: str = ""
     """The same: the class of metrics that log no load of the experts."""
 
@@ -190,7 +194,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             hooks.of_trainer = True
             metrics_processor.adapt(config)
             loading.adapt(config)
-            rules.validate(config)
+            job = hooks.job or _checked_job(config)
             config.dataloader = with_token_mask(
                 config.dataloader,
                 documents=any(
@@ -201,12 +205,12 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             metrics = config.metrics
             reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
             hooks.other_metrics = "" if reports else type(metrics).__qualname__
-            loop = _loop(config)
+            loop = _loop(job)
             for router in routers:
                 router.loop = loop
-                router.bind_forced_routing(config)
+                router.bind_forced_routing(job)
             start_anew(
-                config,
+                job,
                 {
                     fqn: router.expert_bias
                     for fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)
@@ -214,23 +218,30 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
                 },
             )
             if routers:
-                hooks.reset = BiasReset.of(config, [router.expert_bias for router in routers])
+                hooks.reset = BiasReset.of(job, [router.expert_bias for router in routers])
             if routers and reports:
-                metrics.run_info = describe_run(config)
-                metrics.cut = batch_cut.cut(config)
+                metrics.run_info = describe_run(job)
+                metrics.cut = job.cut
 
     Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
     return Config
 
 
-def _loop(config: Trainer.Config) -> TrainingLoop:
-    """What torchtitan's trainer does with a job."""
-    cut, metrics = batch_cut.cut(config), config.metrics
+def _checked_job(config: Trainer.Config) -> Job:
+    """Resolve and check the job of a config that torchtitan's trainer has built."""
+    job = Job.of(config, single_process.world_size())
+    rules.validate(job)
+    return job
+
+
+def _loop(job: Job) -> TrainingLoop:
+    """Describe what torchtitan's trainer does with a job."""
+    cut, metrics = job.cut, job.config.metrics
     reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
     recorded_tokens = None
     if reports and metrics.record_routing_steps:
         recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
-    loader = getattr(config.dataloader, "_owner", None)
+    loader = getattr(job.config.dataloader, "_owner", None)
     return TrainingLoop(
         track=reports and metrics.track_moe_metrics,
         gradients=reports and metrics.track_moe_metrics and metrics.router_gradients,

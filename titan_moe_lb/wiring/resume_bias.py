@@ -14,8 +14,9 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.tools.logging import logger
 
 from titan_moe_lb.balancing.expert_bias.base import ExpertBias
-from titan_moe_lb.checkpoints.start import is_remote, own_folder, read_metadata, remedy, start_of
+from titan_moe_lb.checkpoints.start import is_remote, own_folder, remedy
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.resolved_job import Job
 
 MARKER = "expert_bias_reset.json"
 """In the run's checkpoint folder: the step from whose checkpoint the bias was reset."""
@@ -30,23 +31,21 @@ class BiasReset:
     """Of the checkpoint that is loaded; 0 for weights from elsewhere."""
 
     @classmethod
-    def of(cls, config, rules: Sequence[ExpertBias.Config | None]) -> BiasReset | None:
-        """What a job has to do: nothing after a restart from a later checkpoint of its own.
+    def of(cls, job: Job, rules: Sequence[ExpertBias.Config | None]) -> BiasReset | None:
+        """Return None also after a restart from a later checkpoint of the job itself.
 
         Args:
-            config: a ``Trainer.Config``, before it has loaded anything.
             rules: of the expert bias of each layer.
         """
-        if not any(rule and rule.reset for rule in rules) or not config.checkpoint.enable:
+        if not any(rule and rule.reset for rule in rules) or not job.config.checkpoint.enable:
             return None
-        if is_remote(config):
+        if is_remote(job.config):
             raise JobError(
                 "expert_bias reset = true is noted beside the run's checkpoints, which has to be "
                 "a local folder: set dump_folder, checkpoint.folder and initial_load_path to one"
             )
-        start = start_of(config)
-        step = 0 if start is None or start.step is None else start.step
-        marker = own_folder(config) / MARKER
+        step = (job.start.step if job.start else None) or 0
+        marker = own_folder(job.config) / MARKER
         if marker.is_file():
             before = json.loads(marker.read_text())["step"]
             if step > before:
@@ -73,24 +72,22 @@ class BiasReset:
             self.marker.write_text(json.dumps({"step": self.step}) + "\n")
 
 
-def start_anew(config, rules: dict[str, ExpertBias.Config]) -> None:
+def start_anew(job: Job, rules: dict[str, ExpertBias.Config]) -> None:
     """Let rules begin with nothing to remember where another rule wrote the checkpoint.
 
     torchtitan loads all state of a model and ends in a traceback where the checkpoint lacks
     a part, so that this part is no state until the model is loaded.
 
     Args:
-        config: a ``Trainer.Config``, before it has loaded anything.
         rules: of the model's routers, by their names in it.
     """
-    start = start_of(config)
+    start = job.start
     if start is None or not any(rule._owner.state_names for rule in rules.values()):
         return
     try:
-        saved = read_metadata(start.path).state_dict_metadata
+        saved = start.metadata.state_dict_metadata
     except JobError as error:
-        folder = own_folder(config)
-        raise JobError(f"{error}; {remedy(folder, start.path)}") from None
+        raise JobError(f"{error}; {remedy(own_folder(job.config), start.path)}") from None
     for fqn, rule in rules.items():
         names = [f"{fqn}.expert_bias.{name}" for name in rule._owner.state_names]
         rule.starts_anew = any(name not in saved for name in names)

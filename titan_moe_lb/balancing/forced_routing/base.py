@@ -11,6 +11,7 @@ from torchtitan.tools.logging import logger
 
 from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.batch_cut import Cut
 from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
@@ -24,7 +25,9 @@ class ForcedRouting(Component):
     kinds: ClassVar[dict[str, type[ForcedRouting]]] = {}
     """Every strategy that can be configured, by ``type_name``."""
 
-    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k", "open_groups"})
+    filled_by_job: ClassVar[frozenset[str]] = frozenset(
+        {"num_experts", "top_k", "open_groups", "batch_cut"}
+    )
     """Fields of the Config that the router and ``update_from_config`` fill."""
 
     @dataclass(kw_only=True, slots=True)
@@ -37,6 +40,9 @@ class ForcedRouting(Component):
 
         open_groups: int | None = None
         """Expert groups that a token may reach; None: all. Filled by the router."""
+
+        batch_cut: Cut | None = None
+        """How the job cuts its global batch. Filled by the router."""
 
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
             """Fill the fields that depend on a ``Trainer.Config`` and on the router."""

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
-from titan_moe_lb.parallel.batch_cut import Cut, first_sequences
-from titan_moe_lb.parallel.batch_cut import cut as cut_of
+from titan_moe_lb.parallel.batch_cut import first_sequences
 from titan_moe_lb.traces.routing_trace import open_routing_trace
 
 
@@ -22,7 +21,6 @@ class Replay(ForcedRouting):
     """
 
     type_name: ClassVar[str] = "replay"
-    filled_by_job: ClassVar[frozenset[str]] = ForcedRouting.filled_by_job | {"batch_cut"}
 
     @dataclass(kw_only=True, slots=True)
     class Config(ForcedRouting.Config):
@@ -31,15 +29,6 @@ class Replay(ForcedRouting):
 
         steps: list[int] | None = None
         """Recorded steps to replay, in this order; None: all of them."""
-
-        batch_cut: Cut | None = None
-        """How the job cuts its global batch. Filled by ``update_from_config``."""
-
-        def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
-            ForcedRouting.Config.update_from_config(
-                self, config=config, num_experts=num_experts, top_k=top_k
-            )
-            self.batch_cut = cut_of(config)
 
         def tensors(self) -> dict[str, torch.Tensor]:
             # Filled by wire: the shape depends on how many steps were recorded.

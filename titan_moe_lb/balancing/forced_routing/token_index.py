@@ -9,7 +9,6 @@ import torch
 
 from titan_moe_lb.balancing.forced_routing.base import ForcedRouting
 from titan_moe_lb.balancing.forced_routing.functional import even_order
-from titan_moe_lb.parallel import batch_cut
 
 
 class TokenIndexRouting(ForcedRouting):
@@ -39,7 +38,8 @@ class TokenIndexRouting(ForcedRouting):
                 self, config=config, num_experts=num_experts, top_k=top_k
             )
             self.expert_parallel = config.parallelism.expert_parallel_degree
-            self.num_micro_batches = batch_cut.cut(config).num_micro_batches
+            assert self.batch_cut is not None
+            self.num_micro_batches = self.batch_cut.num_micro_batches
 
         def expert_lists(self) -> dict[str, list[int]]:
             """Lists of experts that ``deal`` reads, by the name of their buffer."""

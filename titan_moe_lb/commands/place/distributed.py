@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from titan_moe_lb.checkpoints.start import damage, read_metadata
+from titan_moe_lb.checkpoints.start import Checkpoint, damage
 from titan_moe_lb.commands.place.by_expert import Stored
 from titan_moe_lb.commands.place.checkpoint_files import CheckpointFiles, Moves, copy_span, to_disk
 from titan_moe_lb.errors import JobError
@@ -53,9 +53,10 @@ class DistributedFiles(CheckpointFiles):
     def __init__(self, folder: Path) -> None:
         """Raises JobError: a file is missing or cut, or a chunk is compressed."""
         super().__init__(folder)
-        if problem := damage(folder):
+        checkpoint = Checkpoint(path=folder)
+        if problem := damage(checkpoint):
             raise JobError(problem)
-        self._metadata: Metadata = read_metadata(folder)
+        self._metadata: Metadata = checkpoint.metadata
         stored = self._metadata.state_dict_metadata
         self.tensors = {
             name: Stored(tuple(kind.size), str(kind.properties.dtype))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ def silent_build() -> Iterator[None]:
     from titan_moe_lb.upstream import cpu
 
     cpu.prepare()
-    world_size = os.environ.get("WORLD_SIZE")
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     # Copying pipeline stages makes millions of objects and no garbage: a quarter of the time.
@@ -33,10 +31,6 @@ def silent_build() -> Iterator[None]:
         if collecting:
             gc.enable()
         logging.disable(level)
-        if world_size is None:
-            os.environ.pop("WORLD_SIZE", None)
-        else:
-            os.environ["WORLD_SIZE"] = world_size
 
 
 def heartbeat(doing: str) -> Heartbeat:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from titan_moe_lb.commands.answer import page, plain_data, terminal
 from titan_moe_lb.commands.plan import answer, arguments
@@ -21,6 +20,9 @@ from titan_moe_lb.costmodel.times.predict import heaviest_pipeline_ranks, plan_d
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
 from titan_moe_lb.traces.trace import trace_file
+
+if TYPE_CHECKING:
+    from titan_moe_lb.resolved_job import Job
 
 IMBALANCES = "1.0,1.5,2.0,worst"
 DROP_SHARE = 0.01
@@ -50,11 +52,11 @@ def make_plan(flags: PlanArguments) -> Plan:
 
     inputs = Inputs.of(flags, IMBALANCES)
     with silent_build(), heartbeat("building one rank of each pipeline position"):
-        configs = _configs(inputs)
-        moe_layers = moe_layers_of(next(iter(configs.values())).model_spec)
+        by_degree = _jobs(inputs)
+        moe_layers = moe_layers_of(next(iter(by_degree.values())).config.model_spec)
         # Everything is checked before ranks are built, which takes minutes for a large model.
-        loads = inputs.loads(moe_layers, configs)
-        jobs = _read_jobs(inputs, list(configs.values()))
+        loads = inputs.loads(moe_layers, by_degree)
+        jobs = _read_jobs(inputs, list(by_degree.values()))
     usable = inputs.device.memory_bytes * (1 - MEMORY_RESERVE)
     degrees = tuple(
         plan_degree(
@@ -81,46 +83,44 @@ def make_plan(flags: PlanArguments) -> Plan:
     )
 
 
-def _configs(inputs: Inputs) -> dict[int, Any]:
+def _jobs(inputs: Inputs) -> dict[int, Job]:
     """The job, resolved at every expert-parallel degree."""
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.job import job_config
-    from titan_moe_lb.parallel import layout
 
-    job = inputs.flags.job_arguments
-    draft = job_config.draft(job)
+    flags = inputs.flags.job_arguments
+    draft = job_config.draft(flags)
     ranks = arguments.ranks(inputs.flags, draft.table.ranks)
-    os.environ["WORLD_SIZE"] = str(ranks)
     for degree in inputs.degrees:
         if degree > ranks:
             raise JobError(f"--ep {degree} is above the job's {ranks} rank(s)")
     degrees = inputs.degrees
     if not degrees:
-        config = draft.resolve().config
-        dims = layout.resolve(config.parallelism)
-        layers = list(moe_layers_of(config.model_spec).values())
-        degrees = arguments.usual_degrees(dims.ep, layers, dims.dp_shard * dims.cp * dims.tp)
+        job = draft.resolve(ranks)
+        layers = list(moe_layers_of(job.config.model_spec).values())
+        degrees = arguments.usual_degrees(job.layout.ep, layers, job.layout.widest_ep)
     # Nothing is captured here, and not every degree could be.
     uncaptured = "--training.disable_cuda_graphs"
     return {
         degree: job_config.load(
             arguments.with_flags(
-                job, [f"--parallelism.expert_parallel_degree={degree}", uncaptured]
-            )
-        ).config
+                flags, [f"--parallelism.expert_parallel_degree={degree}", uncaptured]
+            ),
+            ranks,
+        )
         for degree in degrees
     }
 
 
-def _read_jobs(inputs: Inputs, configs: list[Any]) -> list[JobModel]:
+def _read_jobs(inputs: Inputs, jobs: list[Job]) -> list[JobModel]:
     """The job at every degree, the first one with all of its pipeline ranks."""
     from titan_moe_lb.costmodel.jobs.read_job import read_job
 
     flags, on_host = inputs.flags, isinstance(inputs.device, Host)
-    first = read_job(configs[0], on_host=on_host)
+    first = read_job(jobs[0], on_host=on_host)
     heaviest = heaviest_pipeline_ranks(first, inputs.derated, flags.hot_experts)
     others = [
-        read_job(config, pipeline_ranks=heaviest, stages=first.stages, on_host=on_host)
-        for config in configs[1:]
+        read_job(job, pipeline_ranks=heaviest, stages=first.stages, on_host=on_host)
+        for job in jobs[1:]
     ]
     return [dataclasses.replace(job, dispatcher=flags.dispatcher) for job in (first, *others)]

@@ -146,12 +146,10 @@ def check_prediction(plan: Prediction) -> None:
 
 
 def _check_job(flags: list[str], ranks: int, where: str) -> None:
-    """In the environment of :func:`silent_build`, which is put back."""
     from titan_moe_lb.job import job_config
 
-    os.environ["WORLD_SIZE"] = str(ranks)
     try:
-        job_config.load([*flags, "--training.disable_cuda_graphs"])
+        job_config.load([*flags, "--training.disable_cuda_graphs"], ranks)
     except JobError as error:
         raise JobError(f"{where}: {error}") from None
     except SystemExit as stop:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,29 +15,22 @@ from torchtitan.config import CommConfig
 from torchtitan.distributed import ParallelDims, utils
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.parallel import single_process
 from titan_moe_lb.parallel.schedules import Schedule, actions_of, stages_of
 
 
 @contextmanager
 def fake_rank(rank: int, world_size: int) -> Iterator[None]:
     """This process as one rank of a process group without peers."""
-    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "NGPU", "WORLD_SIZE")}
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", NGPU=str(world_size), WORLD_SIZE=str(world_size)
-    )
-    utils.init_distributed(CommConfig(mode="fake_backend"))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        # Both keep what they knew of the process group that is gone.
-        spmd_types._mesh_axis._reset()
-        _clear_sharding_prop_cache()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with single_process.announced(rank=rank, world_size=world_size):
+        utils.init_distributed(CommConfig(mode="fake_backend"))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+            # Both keep what they knew of the process group that is gone.
+            spmd_types._mesh_axis._reset()
+            _clear_sharding_prop_cache()
 
 
 def build_parts(

@@ -5,17 +5,21 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import get_fsdp_reshard_after_forward_policy
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.costmodel.times.job import RankState
 from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.resolved_job import Job
 
 
-def rank_state(
-    rank: int, config: Trainer.Config, dims: ParallelDims, parts: list[nn.Module]
-) -> RankState:
+def rank_state(rank: int, job: Job, parts: list[nn.Module]) -> RankState:
+    """Count the bytes of one rank.
+
+    Args:
+        parts: of the model, built on the meta device for this rank.
+    """
+    config, pipelined = job.config, job.layout.pp > 1
     parameters = {
         f"{index}.{name}": parameter
         for index, part in enumerate(parts)
@@ -31,13 +35,13 @@ def rank_state(
     reduced = TORCH_DTYPE_MAP[config.training.mixed_precision_reduce].itemsize
     whole, largest = sum(gathered.values()), max(gathered.values(), default=0)
     reshards = get_fsdp_reshard_after_forward_policy(
-        config.parallelism.fsdp_reshard_after_forward, dims.pp > 1
+        config.parallelism.fsdp_reshard_after_forward, pipelined
     )
     # Between reshardings, the unit at work and the one that is fetched ahead are gathered.
     unsharded = working * (min(2 * largest, whole) if reshards else whole)
     # A unit's gradients are copied together to be reduced. A pipeline reduces those of all
     # micro-batches in the last one's backward; until then it has them whole.
-    unsharded += reduced * (whole + largest if dims.pp > 1 else largest)
+    unsharded += reduced * (whole + largest if pipelined else largest)
     return RankState(
         rank=rank,
         num_parameters=sum(shard.numel() for shard in local),

@@ -29,23 +29,23 @@ from titan_moe_lb.costmodel.jobs.read_block import BlockReader
 from titan_moe_lb.costmodel.times.job import Head, JobModel, RankState, Stage
 from titan_moe_lb.costmodel.times.layer import MoELayer
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel import batch_cut, layout
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.parallel.schedules import Schedule
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.upstream import cpu
 
 
 def read_job(
-    config: Trainer.Config,
+    job: Job,
     *,
     pipeline_ranks: Iterable[int] | None = None,
     stages: tuple[Stage, ...] = (),
     on_host: bool = False,
 ) -> JobModel:
-    """Build ranks of the job on the meta device and read them. ``WORLD_SIZE`` is set.
+    """Build ranks of the job on the meta device and read them.
 
     Args:
-        config: resolved; it is consumed.
+        job: its config is consumed.
         pipeline_ranks: the pipeline ranks to build; all of them by default.
         stages: of the same job at another expert-parallel degree, which they do not
             depend on; needed where not all pipeline ranks are built.
@@ -54,42 +54,43 @@ def read_job(
     Raises:
         JobError: the model has no MoE layers, or its checkpointing cannot be planned.
     """
+    config, layout, cut = job.config, job.layout, job.cut
     if cpu.needed():
         cpu.adapt(config)
     config.compile.enable = False
-    dims, cut = layout.resolve(config.parallelism), batch_cut.cut(config)
     spec = config.model_spec
     assert spec is not None
     numbers = layer_numbers(spec.model)
+    job.bind()
     spec.model.update_from_config(config=config)
     moe_layers = moe_layers_of(spec)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = spec.model.build()
     attention_flops = _attention_flops(config, model)
-    reader = BlockReader(tp_degree=dims.tp, seq_len=cut.seq_len, on_host=on_host)
-    loss_bytes = _loss_bytes(config, dims.tp)
+    reader = BlockReader(tp_degree=layout.tp, seq_len=cut.seq_len, on_host=on_host)
+    loss_bytes = _loss_bytes(config, layout.tp)
     found: dict[int, Stage] = {}
     states: dict[int, RankState] = {}
     schedule: Schedule = {}
-    for position in range(dims.pp) if pipeline_ranks is None else pipeline_ranks:
-        rank = position * (dims.world_size // dims.pp)
-        with fake_rank(rank, dims.world_size):
+    for position in range(layout.pp) if pipeline_ranks is None else pipeline_ranks:
+        rank = position * (layout.world_size // layout.pp)
+        with fake_rank(rank, layout.world_size):
             schedule, parts = build_parts(config, model, position)
-            states[position] = rank_state(rank, config, dims, list(parts.values()))
+            states[position] = rank_state(rank, job, list(parts.values()))
             for index, part in parts.items():
                 found[index] = _stage(part, numbers, attention_flops, reader, loss_bytes)
     return JobModel(
         model_name=spec.name,
         flavor=spec.flavor,
-        num_ranks=dims.world_size,
-        ep_degree=dims.ep,
-        tp_degree=dims.tp,
+        num_ranks=layout.world_size,
+        ep_degree=layout.ep,
+        tp_degree=layout.tp,
         moe_layers=moe_layers,
         dim=next(iter(moe_layers.values())).dim,
         stages=stages or tuple(found[index] for index in sorted(found)),
         schedule=schedule,
         accumulation_steps=cut.accumulation_steps,
-        tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // dims.cp,
+        tokens_per_microbatch=cut.micro_batch_size * cut.seq_len // layout.cp,
         checkpointing=_checkpointing(config),
         seq_len=cut.seq_len,
         on_host=on_host,

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torchtitan.tools.utils import set_default_dtype
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
 from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
@@ -15,21 +14,23 @@ from titan_moe_lb.costmodel.times.kv_cache import KVCache
 from titan_moe_lb.costmodel.times.served_model import ServedLayer, ServedModel
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
+from titan_moe_lb.resolved_job import Job
 
 
-def read_served(config: Trainer.Config) -> ServedModel:
+def read_served(job: Job) -> ServedModel:
     """Build the model on the meta device and read it; how the job cuts it is nothing to serving.
 
     Args:
-        config: resolved; it is consumed.
+        job: of one process; its config is consumed.
 
     Raises:
         JobError: the model has no MoE layers, or attention of a kind that is not known.
     """
-    spec = config.model_spec
+    spec = job.config.model_spec
     assert spec is not None
     numbers = layer_numbers(spec.model)
-    spec.model.update_from_config(config=config)
+    job.bind()
+    spec.model.update_from_config(config=job.config)
     moe_layers = moe_layers_of(spec)
     with torch.device("meta"), set_default_dtype(torch.bfloat16):
         model: Any = spec.model.build()

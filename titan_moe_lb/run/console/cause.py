@@ -24,10 +24,10 @@ from torch.distributed.elastic.multiprocessing.errors import (
     ChildFailedError,
     ProcessFailure,
 )
-from torchtitan.trainer import Trainer
 
-from titan_moe_lb.checkpoints.start import own_folder, remedy, start_of
+from titan_moe_lb.checkpoints.start import own_folder, remedy
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.resolved_job import Job
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM = 2**20
@@ -57,7 +57,7 @@ class Cause:
         return "; ".join(parts)
 
 
-def of_error(error: BaseException, config: Trainer.Config, *, at_start: bool) -> Cause:
+def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
     """The cause of an exception.
 
     Args:
@@ -65,10 +65,10 @@ def of_error(error: BaseException, config: Trainer.Config, *, at_start: bool) ->
     """
     if isinstance(error, JobError):
         return Cause(line=str(error), status=2, has_traceback=False)
-    chain = list(_chain(error))
+    config, chain = job.config, list(_chain(error))
     for one in chain:
         if isinstance(one, OSError) and one.errno in _FULL:
-            return _full(config, one.filename)
+            return _full(config.dump_folder, one.filename)
     text = " ".join(str(error).split())
     if any(isinstance(one, (MemoryError, torch.OutOfMemoryError)) for one in chain) or any(
         words in text for words in _NO_MEMORY
@@ -80,9 +80,9 @@ def of_error(error: BaseException, config: Trainer.Config, *, at_start: bool) ->
             has_traceback=True,
         )
     if isinstance(error, CheckpointException) or "PytorchStreamWriter" in text:
-        if not at_start and _free(config) < _NO_ROOM:
-            return _full(config, None)
-        start = start_of(config) if at_start else None
+        if not at_start and _free(config.dump_folder) < _NO_ROOM:
+            return _full(config.dump_folder, None)
+        start = job.start if at_start else None
         if start is not None:
             reason = str(chain[-1]) if isinstance(chain[-1], JobError) else _short(chain[-1])
             line = f"{start.path} cannot be loaded ({reason}); "
@@ -100,18 +100,18 @@ def of_error(error: BaseException, config: Trainer.Config, *, at_start: bool) ->
     return Cause(line=line, status=1, has_traceback=True, is_echo=lost)
 
 
-def _full(config: Trainer.Config, file: str | None) -> Cause:
+def _full(folder: str, file: str | None) -> Cause:
     return Cause(
-        line=f"the disk of {file or config.dump_folder} is full: free some space, or name another "
+        line=f"the disk of {file or folder} is full: free some space, or name another "
         "folder with --dump_folder",
         status=1,
         has_traceback=True,
     )
 
 
-def _free(config: Trainer.Config) -> int:
+def _free(folder: str) -> int:
     try:
-        return shutil.disk_usage(config.dump_folder).free
+        return shutil.disk_usage(folder).free
     except OSError:
         return _NO_ROOM
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-
-from torchtitan.trainer import Trainer
+from typing import Any
 
 from titan_moe_lb.checkpoints.start import is_finished, is_remote, own_folder, steps_in
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import read_trace, trace_file
 
 
-def in_words(config: Trainer.Config, begun: float) -> str:
+def in_words(config: Any, begun: float) -> str:
     """The latest checkpoint and the last step of the trace.
 
     Args:
@@ -20,7 +19,7 @@ def in_words(config: Trainer.Config, begun: float) -> str:
     return f"{_checkpoint(config)}, {_trace(config, begun)}"
 
 
-def latest_checkpoint(config: Trainer.Config) -> int | None:
+def latest_checkpoint(config: Any) -> int | None:
     """The latest step that was saved whole; None without checkpoints on this machine's disks."""
     if not config.checkpoint.enable or is_remote(config):
         return None
@@ -29,14 +28,14 @@ def latest_checkpoint(config: Trainer.Config) -> int | None:
     return max(finished, default=None)
 
 
-def trace_is_written(config: Trainer.Config, begun: float) -> bool:
+def trace_is_written(config: Any, begun: float) -> bool:
     try:
         return os.stat(trace_file(config.dump_folder)).st_mtime >= begun
     except OSError:
         return False
 
 
-def _checkpoint(config: Trainer.Config) -> str:
+def _checkpoint(config: Any) -> str:
     if not config.checkpoint.enable:
         return "no checkpoint (checkpoint.enable is off)"
     if is_remote(config):
@@ -47,7 +46,7 @@ def _checkpoint(config: Trainer.Config) -> str:
     return f"checkpoint of step {step} ({own_folder(config) / f'step-{step}'})"
 
 
-def _trace(config: Trainer.Config, begun: float) -> str:
+def _trace(config: Any, begun: float) -> str:
     if not trace_is_written(config, begun):
         return "no trace"
     file = trace_file(config.dump_folder)

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import os
+from typing import Any
 
 from torchtitan.tools.utils import device_module
-from torchtitan.trainer import Trainer
 
-from titan_moe_lb.checkpoints.start import Checkpoint, left_out, own_folder, start_of
-from titan_moe_lb.parallel import batch_cut, layout
-from titan_moe_lb.rules.meta_model import meta_model
+from titan_moe_lb.checkpoints.start import left_out, own_folder
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.run.console import rank_log, saved
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.trace import trace_file
 
 
-def before(config: Trainer.Config, rank: int) -> str:
+def before(job: Job, rank: int) -> str:
     """Model, layout, balancing, data, output and start: a line each."""
-    bound = copy.deepcopy(config)
-    _model_config, model = meta_model(bound)
-    info: RunInfo | None = getattr(bound.metrics, "run_info", None)
-    spec = config.model_spec
-    assert spec is not None
-    numbers = sum(parameter.numel() for parameter in model.parameters())
+    info: RunInfo | None = getattr(job.bound.metrics, "run_info", None)
+    spec = job.config.model_spec
+    numbers = sum(parameter.numel() for parameter in job.meta_model.parameters())
     lines = {
         "model": f"{info.model_name if info else f'{spec.name} {spec.flavor}'}, "
         f"{numbers:,} parameters",
-        "layout": f"{_layout(config, info)}; on {device_module.get_device_name(0)}",
+        "layout": f"{_layout(job, info)}; on {device_module.get_device_name(0)}",
     }
     if info is not None:
         lines["balancing"] = _balancing(info)
     lines |= {
-        "data": _data(config),
-        "output": _output(config, rank),
-        "start": _start(config),
+        "data": _data(job),
+        "output": _output(job.config, rank),
+        "start": _start(job),
     }
     return "\n".join(f"{name:9}  {line}" for name, line in lines.items())
 
 
-def after(config: Trainer.Config, begun: float) -> str:
+def after(config: Any, begun: float) -> str:
     """Where the results are, and what to look at them with."""
     step = saved.latest_checkpoint(config)
     folder = own_folder(config)
@@ -51,15 +46,15 @@ def after(config: Trainer.Config, begun: float) -> str:
     return f"done      {'; '.join(parts) or config.dump_folder}"
 
 
-def _layout(config: Trainer.Config, info: RunInfo | None) -> str:
+def _layout(job: Job, info: RunInfo | None) -> str:
     if info is not None:
         words = info.layout
     else:
-        size = layout.resolve(config.parallelism).world_size
+        size = job.layout.world_size
         words = f"{size} rank{'s' if size > 1 else ''}"
-    compiled = ["compiled"] if config.compile.enable else []
-    kept = config.activation_checkpoint
-    recomputed = [f"{type(kept)._owner.__name__} checkpointing"] if kept is not None else []  # type: ignore[attr-defined]
+    compiled = ["compiled"] if job.config.compile.enable else []
+    policy = job.config.activation_checkpoint
+    recomputed = [f"{type(policy)._owner.__name__} checkpointing"] if policy is not None else []
     return ", ".join([words, *compiled, *recomputed])
 
 
@@ -70,17 +65,17 @@ def _balancing(info: RunInfo) -> str:
     return "; ".join([", ".join(losses) or "no aux loss", bias, *forced])
 
 
-def _data(config: Trainer.Config) -> str:
+def _data(job: Job) -> str:
+    config, batch = job.config, job.cut
     source = getattr(config.dataloader, "dataset", type(config.dataloader).__qualname__)
     path = getattr(config.dataloader, "dataset_path", None)
-    batch = batch_cut.cut(config)
     return (
         f"{source}{f' ({path})' if path else ''}, {batch.global_batch_size} x {batch.seq_len} tokens "
         f"a step, {config.training.steps} steps"
     )
 
 
-def _output(config: Trainer.Config, rank: int) -> str:
+def _output(config: Any, rank: int) -> str:
     log = rank_log.folder_of(config.dump_folder) / f"rank{rank}.log"
     if not config.checkpoint.enable:
         saves = "no checkpoints"
@@ -89,17 +84,17 @@ def _output(config: Trainer.Config, rank: int) -> str:
     return f"{config.dump_folder}, {saves}; everything else that is said: {log}"
 
 
-def _start(config: Trainer.Config) -> str:
-    start = start_of(config)
-    cut_short = left_out(config, start)
-    words = _start_in_words(config, start)
+def _start(job: Job) -> str:
+    cut_short = left_out(job.config, job.start)
+    words = _start_in_words(job)
     if cut_short:
         steps = " and ".join(map(str, cut_short))
         words += f"; step {steps} is left out: its save was cut short, and it will be saved again"
     return words
 
 
-def _start_in_words(config: Trainer.Config, start: Checkpoint | None) -> str:
+def _start_in_words(job: Job) -> str:
+    config, start = job.config, job.start
     if start is not None and start.step is not None:
         return f"goes on after step {start.step} of {start.path.parent}"
     if start is not None:
@@ -110,18 +105,16 @@ def _start_in_words(config: Trainer.Config, start: Checkpoint | None) -> str:
     return "fresh"
 
 
-def ranks_shown(config: Trainer.Config) -> list[int]:
+def ranks_shown(job: Job) -> list[int]:
     """LOG_RANK, else the rank that knows the loss."""
     chosen = os.environ.get("LOG_RANK")
-    if chosen:
-        return [int(rank) for rank in chosen.split(",")]
-    dims = layout.resolve(config.parallelism)
-    return [layout.metrics_rank(dims, config.parallelism.pipeline_parallel_schedule)]
+    return [int(rank) for rank in chosen.split(",")] if chosen else [_metrics_rank(job)]
 
 
-def knows_loss(config: Trainer.Config, rank: int) -> bool:
+def knows_loss(job: Job, rank: int) -> bool:
     """Whether the rank holds a part of the last pipeline stage."""
-    dims = layout.resolve(config.parallelism)
-    shown = layout.metrics_rank(dims, config.parallelism.pipeline_parallel_schedule)
-    of_a_stage = dims.world_size // dims.pp
-    return rank // of_a_stage == shown // of_a_stage
+    return rank // job.layout.stage_ranks == _metrics_rank(job) // job.layout.stage_ranks
+
+
+def _metrics_rank(job: Job) -> int:
+    return job.layout.metrics_rank(job.config.parallelism.pipeline_parallel_schedule)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from titan_moe_lb.commands.plan import arguments
 from titan_moe_lb.commands.plan.arguments import Inputs
@@ -14,6 +13,9 @@ from titan_moe_lb.commands.plan.serving.result import Serving
 from titan_moe_lb.costmodel.times.served_load import drawn_loads, recorded_loads, two_level_loads
 from titan_moe_lb.costmodel.times.serving import serve_degree
 from titan_moe_lb.errors import JobError
+
+if TYPE_CHECKING:
+    from titan_moe_lb.resolved_job import Job
 
 TOKENS = "1,8,64,512,4096"
 CONTEXT = 4096
@@ -49,8 +51,8 @@ def serve(flags: PlanArguments) -> Serving:
     if context < 1:
         raise JobError(f"--context {context} must be at least 1")
     with silent_build(), heartbeat("building the model"):
-        config, degrees = _config(inputs)
-        model = read_served(config)
+        job, degrees = _job(inputs)
+        model = read_served(job)
         loads = inputs.loads(model.moe_layers, degrees)
     layers = list(model.moe_layers.values())
     two_level = two_level_loads(layers, loads.factors, flags.hot_experts)
@@ -81,24 +83,23 @@ def serve(flags: PlanArguments) -> Serving:
     )
 
 
-def _config(inputs: Inputs) -> tuple[Any, list[int]]:
+def _job(inputs: Inputs) -> tuple[Job, list[int]]:
     """The job in one process; the degrees asked for, or the job's own and those near it."""
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.job import job_config
 
-    job = inputs.flags.job_arguments
-    os.environ["WORLD_SIZE"] = "1"
+    flags = inputs.flags.job_arguments
     degrees = inputs.degrees
     if not degrees:
-        uncut = job_config.draft(job).build()
+        uncut = job_config.draft(flags).build()
         layers = list(moe_layers_of(uncut.model_spec).values())
         own = uncut.parallelism.expert_parallel_degree
         degrees = arguments.usual_degrees(own, layers, most=MOST_DEVICES)
-    config = job_config.load(arguments.with_flags(job, ALONE)).config
+    job = job_config.load(arguments.with_flags(flags, ALONE), 1)
     for degree in inputs.degrees:
-        for number, layer in moe_layers_of(config.model_spec).items():
+        for number, layer in moe_layers_of(job.config.model_spec).items():
             if layer.num_experts % degree:
                 raise JobError(
                     f"--ep {degree} does not divide the {layer.num_experts} experts of layer {number}"
                 )
-    return config, degrees
+    return job, degrees
