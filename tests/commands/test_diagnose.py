@@ -14,15 +14,15 @@ from tests.support.synthetic_trace import COLUMNS, run_info
 from titan_moe_lb import cli
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.commands.diagnose import checks
-from titan_moe_lb.commands.diagnose.balancing import OTHER_LOSSES
+from titan_moe_lb.commands.diagnose.balancing import OTHER_LOSSES, Balancing
 from titan_moe_lb.commands.diagnose.command import diagnose
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
-from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.commands.diagnose.window import Window, effective_experts
 from titan_moe_lb.traces import expert_order
-from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.balance_statistics import mark_absent, max_violation
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace import TraceWriter, read_trace
+from titan_moe_lb.traces.trace import Trace, TraceWriter, read_trace
 from titan_moe_lb.traces.trace_columns import Column
 
 STEPS = 40
@@ -460,17 +460,25 @@ def test_what_explains_what_is_a_strict_order():
     assert all({*one.explains} <= known for one in checks.CHECKS)
 
 
-def test_another_check_is_a_function_and_an_entry(tmp_path, monkeypatch):
-    def gate_is_cold(window: Window) -> Finding:
-        return Finding(
-            severity=Severity.WARNING, what="cold", evidence="0", reason="0", remedy="warm it"
-        )
+NEW_CHECK = """
+from titan_moe_lb.commands.diagnose.finding import Finding
 
-    mine = checks.Check(gate_is_cold, explains=("loads",))
+def gate_is_cold(window):
+    return Finding(what="cold", evidence="0", reason="0", remedy="warm it")
+"""
+
+
+def test_a_check_is_one_file_and_one_entry(tmp_path, monkeypatch, capsys):
+    """What it explains is listed with it."""
+    module: dict = {}
+    (tmp_path / "gate.py").write_text(NEW_CHECK)
+    exec((tmp_path / "gate.py").read_text(), module)
+    mine = checks.Check(module["gate_is_cold"], explains=("loads",))
     monkeypatch.setattr(checks, "CHECKS", (mine, *checks.CHECKS))
-    found = checks.findings(read_trace(planted(tmp_path, "one layer that collapses")))
-    assert [finding.kind for finding in found] == ["gate_is_cold"]
-    assert set(found[0].explains) == {"collapse", "hot_expert", "hot_rank"}
+    diagnose(planted(tmp_path, "one layer that collapses"), as_json=True)
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["kind"] == "gate_is_cold"
+    assert set(finding["explains"]) == {"collapse", "hot_expert", "hot_rank"}
 
 
 def test_losses_that_do_not_balance_are_those_without_counts_of_experts():
@@ -504,17 +512,66 @@ def test_the_bound_of_chance_by_hand(tmp_path):
     0.09, below 1; of 15: 1.9, above it. Twice its 50 tokens: e**(50 (2 ln 2 - 1)) x ... = 0.026."""
     window = Window(read_trace(planted(tmp_path, "a healthy qwen3")))
     for balanced, load, beyond in ((18, 0, True), (15, 0, False), (50, 2, True), (38, 2, False)):
-        window.__dict__["balanced"] = balanced
-        assert window.beyond_chance(np.array(float(load))) == beyond
+        window.__dict__["balanced_M"] = np.array([balanced])
+        assert window.beyond_chance(np.array([float(load)])) == beyond
 
 
 def test_counts_that_chance_makes_are_balanced(tmp_path):
     """1e6 tokens of 128 experts, top 8: a standard deviation of 250 in 62,500 each."""
     window = Window(read_trace(planted(tmp_path, "a healthy qwen3")))
-    counts = window.by_chance(1e6)
-    assert (counts.sum(axis=-1) == 8e6).all()
-    assert counts.std() == pytest.approx(250, rel=0.05)
-    assert max_violation(counts).mean() < 5 * 250 / 62500
+    assert (window.by_chance(lambda counts: counts.sum(axis=-1), 1e6) == 8e6).all()
+    assert window.by_chance(np.std, 1e6) == pytest.approx(250, rel=0.05)
+    assert (window.by_chance(max_violation, 1e6) < 5 * 250 / 62500).all()
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_bounds_of_a_layer_among_others_are_those_of_the_layer_alone(score_func):
+    """Layers of 8 experts, top 1, and of 128, top 8, at balance."""
+    kinds = [(8, 1), (128, 8)]
+
+    def window(*kinds: tuple[int, int]) -> Window:
+        experts, top_k = zip(*kinds, strict=True)
+        info = info_of(
+            "qwen3",
+            layers=tuple(range(len(kinds))),
+            num_experts=max(experts),
+            top_k=max(top_k),
+            num_experts_by_layer=experts,
+            top_k_by_layer=top_k,
+            score_func=score_func,
+        )
+        counts_ME = np.full((len(kinds), max(experts)), 6400) * np.divide(top_k, experts)[:, None]
+        counts_ME = mark_absent(counts_ME.astype(int), np.array(experts))
+        return Window(
+            Trace(
+                path=Path("moe_load.arrow"),
+                info=info,
+                steps=np.arange(STEPS),
+                counts_SME=np.stack([counts_ME] * STEPS),
+                micro_batch_counts_SME=np.zeros((0, *counts_ME.shape)),
+                layer_columns={},
+                step_columns={},
+                damage=(),
+            )
+        )
+
+    def bounds(window: Window) -> np.ndarray:
+        balancing = Balancing(window)
+        return np.array(
+            [
+                window.balanced_M,
+                window.uneven_M,
+                window.by_chance(max_violation, 6400),
+                window.by_chance(effective_experts, 6400),
+                balancing.typical_score_M,
+                balancing.moved(np.full(len(window.trace.layers), 0.1)),
+            ]
+        )
+
+    alone = [bounds(window(kind)) for kind in kinds]
+    np.testing.assert_array_equal(bounds(window(*kinds)), np.hstack(alone))
+    assert alone[0][0] == 10 * 6400 / 8 and alone[1][0] == 10 * 6400 * 8 / 128
+    assert checks.findings(window(*kinds).trace) == []
 
 
 def test_a_healthy_run_says_what_was_looked_at(tmp_path, capsys):

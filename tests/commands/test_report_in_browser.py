@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -119,6 +121,35 @@ def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
         check(heatmap, expected_ME)
 
 
+@pytest.mark.parametrize("kind, form", [("drifting", 1), ("independent", 0)])
+def test_every_step_of_loads_that_drift_and_that_do_not(kind, form, tmp_path):
+    """The two forms in which a page embeds them: differences from step to step, and plain."""
+    folder = write_run(tmp_path, run_info(8, 64, global_batch_size=64), 40)
+    if kind == "independent":
+        random = np.random.default_rng(0)
+        spread_SME = np.exp(0.4 * random.standard_normal((40, 8, 64)))
+        folder = rewritten(folder, random.poisson(256 * spread_SME))
+    cli.main(["report", str(folder)])
+    embedded = re.search(r'id="loads-0">([^<]+)<', (folder / "report.html").read_text())[1]
+    assert zlib.decompress(base64.b64decode(embedded))[0] == form
+    shown = browser.act(
+        folder / "report.html",
+        READ
+        + """
+        const heatmaps = [];
+        for (slider.value = 0; ; slider.value = Number(slider.value) + 1) {
+          slider.dispatchEvent(new Event("input"));
+          heatmaps.push(read().heatmaps[0]);
+          if (slider.value === slider.max) return heatmaps;
+        }
+        """,
+    )
+    loads_SME = loads(folder)
+    shown_SME = np.where(loads_SME > 0, loads_SME.clip(min=1 / 16), 0)  # the lowest code
+    for heatmap, expected_ME in zip(shown, shown_SME, strict=True):
+        check(heatmap, expected_ME)
+
+
 def hex_of(color: str) -> str:
     """``rgb(1, 2, 3)``, as a browser says it."""
     return "#" + bytes(map(int, re.findall(r"\d+", color)[:3])).hex()
@@ -142,7 +173,8 @@ def test_colours_are_those_of_the_theme_and_a_narrow_page_does_not_scroll_sidewa
         document.documentElement.style.width = "400px";
         dispatchEvent(new Event("resize"));
         await until(() => document.querySelector("main").clientWidth <= 400);
-        await new Promise((resized) => setTimeout(resized, 1000));
+        await until(() => plots.every((plot) =>
+          plot.querySelector("svg.main-svg").getBoundingClientRect().right <= 401));
         const wide = [...document.querySelectorAll("main *")].filter((element) =>
           !element.closest(".wide > *") && element.getBoundingClientRect().right > 401);
         return {

@@ -17,9 +17,15 @@ TOKENS = 4 * 128
 """Of one data-parallel rank in one step."""
 
 
-def train_and_log(arguments: list[str]) -> dict[int, dict[str, Any]]:
-    """What reaches the sinks of this rank, by step."""
+def train_and_log(arguments: list[str], described: bool = True) -> dict[int, dict[str, Any]]:
+    """Metrics of this rank's sinks, by step.
+
+    Args:
+        described: fill ``run_info``, which a trainer that calls ``attach()`` itself leaves empty.
+    """
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
+    if not described:
+        config.metrics.run_info = None
     cpu.adapt(config)
     trainer = config.build()
     logged: dict[int, dict[str, Any]] = {}
@@ -82,6 +88,17 @@ def test_every_rank_logs_the_same_of_the_experts(paced):
         )
         assert mine == other and len(mine) < 80
         assert sum("hottest" in name for name in mine) == 3 * 4
+
+
+def test_a_trainer_that_attaches_the_balance_logs_the_same(ranks, tmp_path):
+    flags = [*TINY, "--training.steps=2", "--debug.seed=1", f"--dump_folder={tmp_path}"]
+    (described,), (alone,) = (ranks.run(1, train_and_log, flags, flag) for flag in (True, False))
+    mine, other = (
+        {name: value for name, value in logged[2].items() if name.startswith("moe/")}
+        for logged in (described, alone)
+    )
+    assert mine == other and "moe/max_cum_overload_factor" in mine
+    assert "moe/seq_load_balancing_loss" in mine
 
 
 def test_negative_number_of_extreme_experts_is_refused():

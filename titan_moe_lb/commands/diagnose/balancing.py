@@ -1,4 +1,4 @@
-"""What balances a run, read from its trace, and what of it to change."""
+"""Losses and bias rule of a run, and the change of them that a finding proposes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OTHER_LOSSES = {
     "device_level_loss": "evens out groups of experts",
     "communication_loss": "evens out groups of experts",
 }
-"""Losses of this package that leave the loads of single experts as they are, by metric name, and
-what they do. A loss of one's own counts as one that balances."""
+"""Losses of this package that do not balance single experts, by metric name, and their effect. A
+loss of one's own counts as one that balances."""
 
 
 class Remedy(TypedDict):
@@ -38,7 +38,7 @@ class Balancing:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Those that balance experts: metric name to weight."""
+        """Losses that balance experts: metric name to weight."""
         losses = self.window.trace.info.losses
         return {name: weight for name, weight in losses.items() if name not in OTHER_LOSSES}
 
@@ -60,30 +60,31 @@ class Balancing:
         return self.rule not in ("", "frozen") and (steps_SM is None or bool(steps_SM.any()))
 
     def setting(self, name: str) -> float | None:
-        """Of the rule, as the trace describes it: ``quantile (num_bins 1000, ema 0.9)``."""
+        """A setting of the rule, from its description: ``quantile (num_bins 1000, ema 0.9)``."""
         found = re.search(rf"[( ]{name} (\d+(?:\.\d+)?(?:e[+-]?\d+)?)", self.description)
         return float(found[1]) if found else None
 
     @property
-    def typical_score(self) -> float:
-        """1/E under a softmax, 1/2 under a sigmoid and where an older trace does not say."""
+    def typical_score_M(self) -> np.ndarray:
+        """1/E under a softmax, 1/2 under a sigmoid and in an older trace without a score function."""
         info = self.window.trace.info
-        return 1 / info.num_experts if info.score_func == "softmax" else 0.5
+        softmax = info.score_func == "softmax"
+        return 1 / info.num_experts_M if softmax else np.full(len(info.layers), 0.5)
 
-    def moved(self, bias: np.ndarray) -> np.ndarray:
-        """The part of its balanced load that an expert gets or loses when its bias changes so.
+    def moved(self, bias_M: np.ndarray) -> np.ndarray:
+        """Part of its balanced load that an expert gets or loses by such a change of its bias.
 
         For scores that are spread evenly from 0 to twice the typical one: then
         ``bias / (2 typical)`` of all tokens choose otherwise, and an expert has K/E of them.
         """
         info = self.window.trace.info
-        return bias / (2 * self.typical_score) * info.num_experts / info.top_k
+        return bias_M / (2 * self.typical_score_M) * info.num_experts_M / info.top_k_M
 
     def harder(self, first: str = "") -> Remedy:
-        """What to do against uneven loads with what the job has.
+        """Remedy against uneven loads with the losses and the bias rule of the job.
 
         Args:
-            first: what stands before the remedy.
+            first: text before the remedy.
         """
         remedy, toml = "add a bias that moves", QUANTILE
         if self.bias_moves and self.setting("speed"):

@@ -1,11 +1,13 @@
-"""The end of a run, which a diagnosis looks at.
+"""Window of a diagnosis: the end of a run, its loads, and the loads that chance makes.
 
 Shape suffixes: S = steps of the window, M = MoE layers, E = experts.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +22,7 @@ from titan_moe_lb.traces.balance_statistics import (
 from titan_moe_lb.traces.trace import Trace
 
 FEWEST_STEPS = 5
-"""Logged steps of a run that has anything to say."""
+"""Logged steps that a diagnosis needs."""
 SURE = 1000
 """Balanced routing makes a finding anywhere in the model once in so many runs."""
 
@@ -43,13 +45,13 @@ class Window:
 
     @cached_property
     def load_ME(self) -> np.ndarray:
-        """Of the window as a whole, relative to balance; NaN where a layer has no such expert."""
+        """Load of the window as a whole, relative to balance; NaN where a layer has no such expert."""
         return relative_load(self.counts_SME.sum(axis=0))
 
     @cached_property
-    def balanced(self) -> float:
-        """Tokens of an expert in the whole window at balance, in the layer where they are fewest."""
-        return float((self._routed_M / self.trace.info.num_experts_M).min())
+    def balanced_M(self) -> np.ndarray:
+        """Tokens of an expert in the whole window at balance."""
+        return self._routed_M / self.trace.info.num_experts_M
 
     @cached_property
     def _routed_M(self) -> np.ndarray:
@@ -62,21 +64,21 @@ class Window:
 
     @cached_property
     def lasting_M(self) -> np.ndarray:
-        """MaxVio of the window as a whole: what the same experts have too much in all of it."""
+        """MaxVio of the window as a whole: the lasting excess of the same experts."""
         return np.nanmax(self.load_ME, axis=1) - 1
 
-    def lasts(self, violation: float) -> np.ndarray:
-        """Layers ``(M,)`` where it is above that, and not by chance."""
-        return (self.lasting_M > violation) & self.beyond_chance(1 + self.lasting_M)
+    def lasts(self, violation_M: np.ndarray) -> np.ndarray:
+        """Layers ``(M,)`` whose lasting MaxVio is above that of ``violation_M`` and of chance."""
+        return (self.lasting_M > violation_M) & self.beyond_chance(1 + self.lasting_M)
 
-    @property
-    def uneven(self) -> float:
-        """MaxVio above which a load is bad: an expert with twice its share makes what waits for
-        it take twice as long. Where K is above E/3, half of the worst, which is E/K - 1."""
+    @cached_property
+    def uneven_M(self) -> np.ndarray:
+        """MaxVio above which a load is bad: an expert with twice its share makes the ranks that
+        wait for it take twice as long. Where K is above E/3, half of the worst, E/K - 1."""
         info = self.trace.info
-        return min(1.0, (info.num_experts / max(info.top_k, 1) - 1) / 2)
+        return np.minimum(1.0, (info.num_experts_M / info.top_k_M - 1) / 2)
 
-    def beyond_chance(self, load: np.ndarray, experts: int = 1) -> np.ndarray:
+    def beyond_chance(self, load: np.ndarray, experts: np.ndarray | int = 1) -> np.ndarray:
         """Whether balanced routing would hardly make such a load of the window.
 
         A Poisson count of mean n is ``load`` times its mean, or further from it, with a
@@ -84,26 +86,39 @@ class Window:
         experts of all layers together are within it but once in :data:`SURE` runs.
 
         Args:
-            load: relative to balance.
-            experts: how many have it together.
+            load: relative to balance, of each layer ``(M,)`` or expert ``(M, E)``.
+            experts: number of experts of each layer that share the load.
         """
         h = load * np.log(np.maximum(load, 1e-300)) - load + 1
-        return self.balanced * experts * h > math.log(SURE * self.load_ME.size)
+        tokens_M = self.balanced_M * experts
+        bound = math.log(SURE * self.trace.info.num_experts_M.sum())
+        return tokens_M.reshape(-1, *[1] * (load.ndim - 1)) * h > bound
 
-    def by_chance(self, tokens: float) -> np.ndarray:
-        """Counts ``(32, E)`` of balanced routing of so many tokens, drawn always the same."""
+    def by_chance(self, statistic: Callable[[np.ndarray], np.ndarray], tokens: float) -> np.ndarray:
+        """Mean of a statistic of the counts under balanced routing, for each layer ``(M,)``.
+
+        Args:
+            statistic: function of counts ``(..., E)``.
+            tokens: number of tokens; the draws of their experts are the same in every call.
+        """
+
+        @functools.cache
+        def mean(num_experts: int, top_k: int) -> float:
+            choices = round(min(tokens * top_k, 1e12))
+            even_E = np.full(num_experts, 1 / num_experts)
+            return statistic(np.random.default_rng(0).multinomial(choices, even_E, 32)).mean()
+
         info = self.trace.info
-        even_E = np.full(info.num_experts, 1 / info.num_experts)
-        choices = round(min(tokens * info.top_k, 1e12))
-        return np.random.default_rng(0).multinomial(choices, even_E, 32)
+        kinds = zip(info.num_experts_M.tolist(), info.top_k_M.tolist(), strict=True)
+        return np.array([mean(*kind) for kind in kinds])
 
     @property
     def tokens_per_step(self) -> float:
         return float(self._routed_M[0] / self.trace.info.top_k_M[0] / len(self.counts_SME))
 
     def since(self, excess_S: np.ndarray) -> int:
-        """The logged step from which on ``excess_S``, of all logged steps, is above 0: where its
-        running sum is least, so that single steps against the trend do not count."""
+        """Logged step since which ``excess_S``, of all logged steps, is above 0: the minimum of its
+        running sum, so that single steps against the trend do not count."""
         start = np.argmin(np.concatenate([[0.0], np.cumsum(excess_S[:-1])]))
         return int(self.trace.steps[start])
 
@@ -115,11 +130,11 @@ class Window:
         return values[self.first :]
 
     def numbers(self, chosen_M: np.ndarray) -> tuple[int, ...]:
-        """Of some layers, in the whole model."""
+        """Numbers of some layers in the whole model."""
         return tuple(self.trace.layers[i] for i in np.flatnonzero(chosen_M))
 
     def layers(self, chosen_M: np.ndarray) -> str:
-        """The same in words."""
+        """Numbers of some layers, in words."""
         numbers = self.numbers(chosen_M)
         if len(numbers) == len(self.trace.layers) > 1:
             return f"all {len(numbers)} layers"
@@ -135,5 +150,5 @@ class Window:
 
 
 def effective_experts(counts: np.ndarray) -> np.ndarray:
-    """As many balanced experts would have the entropy of the load ``(..., E)``: from K to E."""
+    """Number of balanced experts with the entropy of the load ``(..., E)``, in [K, E]."""
     return num_existing(counts) ** normalized_entropy(counts)

@@ -1,4 +1,4 @@
-"""Of the expert bias: too slow, too fast, too large."""
+"""Checks of the expert bias: too slow, too fast, too large."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from titan_moe_lb.traces.balance_statistics import max_violation
 
 SHORT = 0.01
 """Of the excess: a bias that moves less needs a hundred times the steps so far, and ten times
-where scores lie ten times closer than :meth:`Balancing.moved` takes them."""
+where scores are ten times closer than :meth:`Balancing.moved` assumes."""
 LARGE = 0.1
 """Of an expert's balanced load: a step of the bias that moves more overshoots."""
 
@@ -19,7 +19,7 @@ LARGE = 0.1
 def bias_too_slow(window: Window) -> Finding | str | None:
     """It cannot have reached what would balance the loads: by speed, or by an average."""
     balancing, steps = Balancing(window), window.trace.steps
-    uneven_M, worst = window.lasts(window.uneven / 2), int(window.lasting_M.argmax())
+    uneven_M, worst = window.lasts(window.uneven_M / 2), int(window.lasting_M.argmax())
     range_SM, ema = window.trace.layer_columns.get("bias_range"), balancing.setting("ema")
     seen = f"MaxVio of layer {window.trace.layers[worst]} is {window.lasting_M[worst]:.2g}"
     if not balancing.bias_moves:
@@ -30,7 +30,7 @@ def bias_too_slow(window: Window) -> Finding | str | None:
         slow_M = uneven_M & (moved_M < SHORT * window.lasting_M)
         seen += (
             f"; the bias spans {range_M[worst]:.2g} at most up to step {steps[-1]}, against scores "
-            f"of {balancing.typical_score:.2g}, which moves {moved_M[worst]:.2g} of a load"
+            f"of {balancing.typical_score_M[worst]:.2g}, which moves {moved_M[worst]:.2g} of a load"
         )
         reason = f"below {SHORT} of what is too much, it needs a hundred times the steps so far"
         remedy, toml = "at least a hundred times its speed, or a rule without one", QUANTILE
@@ -61,17 +61,18 @@ def bias_oscillates(window: Window) -> Finding | str | None:
     speed = balancing.setting("speed")
     if not balancing.bias_moves or (steps_SM is None and speed is None):
         return None
-    step_M = np.array([speed]) if steps_SM is None else np.nanmean(steps_SM, axis=0)
+    layers_M = np.zeros(len(window.trace.layers))
+    step_M = layers_M + (speed if steps_SM is None else np.nanmean(steps_SM, axis=0))
     moved_M = balancing.moved(2 * step_M)  # one expert goes up while another goes down
-    chance = max_violation(window.by_chance(window.tokens_per_step)).mean()
-    jumps_M = (window.violation_M > 3 * chance) & (window.lasting_M < window.violation_M / 2)
+    chance_M = window.by_chance(max_violation, window.tokens_per_step)
+    jumps_M = (window.violation_M > 3 * chance_M) & (window.lasting_M < window.violation_M / 2)
     swings_M = jumps_M & (moved_M > LARGE)
     worst = int(np.argmax(np.where(swings_M, window.violation_M, 0)))
     seen = (
-        f"a step of {step_M.max():.2g} against scores of {balancing.typical_score:.2g} moves "
+        f"a step of {step_M.max():.2g} against scores of {balancing.typical_score_M[worst]:.2g} moves "
         f"{moved_M.max():.2g} of an expert's load; MaxVio of layer {window.trace.layers[worst]} is "
         f"{window.violation_M[worst]:.2f} in a step, {window.lasting_M[worst]:.2f} in the last "
-        f"{len(window.counts_SME)} together; chance makes {chance:.2f} in a step"
+        f"{len(window.counts_SME)} together; chance makes {chance_M[worst]:.2f} in a step"
     )
     if not swings_M.any():
         return seen

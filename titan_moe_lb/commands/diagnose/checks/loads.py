@@ -1,4 +1,4 @@
-"""Of the experts of a layer: few that get all, some that get nothing, one that gets too much."""
+"""Checks of a layer's experts: few that get all, some without a token, one that gets too much."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from titan_moe_lb.traces.expert_order import contiguous, overload
 def collapse(window: Window) -> Finding | str | None:
     """The load has the entropy of few experts."""
     effective_M = effective_experts(window.counts_SME).mean(axis=0)
-    info = window.trace.info
-    of_largest = float(effective_experts(window.by_chance(window.tokens_per_step)).mean())
-    chance_M = of_largest * info.num_experts_M / info.num_experts
+    chance_M = window.by_chance(effective_experts, window.tokens_per_step)
     collapsed_M = effective_M < chance_M / 2
     worst = int((effective_M / chance_M).argmin())
     seen = (
@@ -41,16 +39,15 @@ def collapse(window: Window) -> Finding | str | None:
 def dead_experts(window: Window) -> Finding | str | None:
     """No token in the whole window, and not by chance."""
     dead_ME = (window.load_ME == 0) & window.beyond_chance(window.load_ME)
-    seen = (
-        f"balance is {window.balanced:.0f} tokens each in the last {len(window.counts_SME)} steps"
-    )
+    seen = f"balance is {window.balanced_M.min():.0f} tokens each in the last {len(window.counts_SME)} steps"
     if not dead_ME.any():
         return f"{int((window.load_ME == 0).sum())} experts without a token; {seen}"
     experts, dead_M = window.experts(dead_ME), dead_ME.any(axis=1)
+    share = dead_ME.sum() / window.trace.info.num_experts_M.sum()
     row = int(np.flatnonzero(dead_M)[0])
     load_S = relative_load(window.trace.counts_SME[:, row])[:, experts[0][1]]
     return Finding(
-        severity=Severity.FAULT if dead_ME.mean() > 0.05 else Severity.WARNING,
+        severity=Severity.FAULT if share > 0.05 else Severity.WARNING,
         what=f"{len(experts)} expert{'s' if len(experts) > 1 else ''} got no token at all in "
         f"{window.layers(dead_M)}",
         evidence=f"layer {experts[0][0]}: experts {np.flatnonzero(dead_ME[row])[:6].tolist()}; {seen}",
@@ -64,13 +61,13 @@ def dead_experts(window: Window) -> Finding | str | None:
 
 def hot_expert(window: Window) -> Finding | str | None:
     """Single experts with far more than their share in the whole window."""
-    load_ME, most = window.load_ME, 1 + window.uneven
+    load_ME, most_M1 = window.load_ME, 1 + window.uneven_M[:, None]
     # Where others are dead, those that are left have more without one being hot.
     num_experts_M1 = window.trace.info.num_experts_M[:, None]
     alive_M1 = (load_ME > 0).sum(axis=1, keepdims=True) / num_experts_M1
-    hot_ME = (load_ME * alive_M1 > most) & window.beyond_chance(load_ME)
+    hot_ME = (load_ME * alive_M1 > most_M1) & window.beyond_chance(load_ME)
     row, expert = np.unravel_index(np.nanargmax(load_ME * (hot_ME | ~hot_ME.any())), load_ME.shape)
-    load = float(load_ME[row, expert])
+    load, most = float(load_ME[row, expert]), float(most_M1[row, 0])
     name = f"expert {expert} of layer {window.trace.layers[row]} gets {load:.2f} times its share"
     if not hot_ME.any():
         return f"{name}, bad above {most:.2g}"
@@ -107,7 +104,7 @@ def first_layers(window: Window) -> Finding | str | None:
         return None
     first, others = float(window.violation_M[0]), float(np.median(window.violation_M[1:]))
     seen = f"MaxVio {first:.2f} against {others:.2f}, the median of the other layers"
-    if first < window.uneven / 2 or first < 2 * others:
+    if first < window.uneven_M[0] / 2 or first < 2 * others:
         return seen
     return Finding(
         severity=Severity.NOTE,

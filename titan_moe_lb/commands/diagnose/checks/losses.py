@@ -1,4 +1,4 @@
-"""Of what balances: nothing, too little of it, or losses that are too strong."""
+"""Checks of the aux losses: none that balances, too weak, too strong."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def too_weak(window: Window) -> Finding | str | None:
         return None
     before_M = max_violation(trace.counts_SME[len(trace.steps) // 2 : window.first]).mean(axis=0)
     now_M = window.violation_M
-    weak_M = window.lasts(window.uneven) & (now_M >= 0.9 * before_M)
+    weak_M, bad = window.lasts(window.uneven_M), window.uneven_M.max()
+    weak_M &= now_M >= 0.9 * before_M
     course = f"MaxVio {before_M.mean():.2f} in the middle of the run, {now_M.mean():.2f} at its end"
     if weak_M.mean() <= 0.5:
-        return f"{course}; bad above {window.uneven:.2g} in most layers"
+        return f"{course}; bad above {bad:.2g} in most layers"
     return Finding(
         what=f"the balance is bad and no longer gets better in {window.layers(weak_M)}",
         evidence=course,
-        reason=f"above {window.uneven:.2g} the fullest expert decides the time of those that wait",
+        reason=f"above {bad:.2g} the fullest expert decides the time of those that wait",
         **balancing.harder(),
         layers=window.numbers(weak_M),
     )

@@ -1,4 +1,4 @@
-"""Of the ranks that wait for each other: which experts they hold, and what a micro-batch holds."""
+"""Checks of expert-parallel ranks, which wait for each other in every micro-batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def hot_rank(window: Window) -> Finding | str | None:
     as_placed = [expert_order.contiguous(len(load_E), info.ep) for load_E in loads]
     factor_M = np.array(list(map(expert_order.overload, loads, as_placed)))
     best_M = factor_M.copy()
-    experts_of_a_rank = int(info.num_experts_M.min()) // info.ep
-    late_M = (factor_M > LATE) & window.beyond_chance(factor_M, experts_of_a_rank)
+    late_M = (factor_M > LATE) & window.beyond_chance(factor_M, info.num_experts_M // info.ep)
     for row in np.flatnonzero(late_M):
         best = expert_order.greedy_in_groups(loads[row], info.ep, info.expert_groups or ())
         best_M[row] = expert_order.overload(loads[row], best)
@@ -54,13 +53,13 @@ def hidden_in_micro_batches(window: Window) -> Finding | str | None:
         return None
     info = window.trace.info
     tokens = info.micro_batch_size * info.seq_len * info.ep
-    chance = max_violation(window.by_chance(tokens)).mean()
+    chance_M = window.by_chance(max_violation, tokens)
     single_M = np.nanmean(single_SM, axis=0)
-    hidden_M = (single_M > 1.5 * chance + 0.5) & (window.violation_M < single_M / 3)
+    hidden_M = (single_M > 1.5 * chance_M + 0.5) & (window.violation_M < single_M / 3)
     worst = int(np.argmax(np.where(hidden_M, single_M, 0))) if hidden_M.any() else 0
     seen = (
         f"MaxVio {single_M[worst]:.2f} in a micro-batch, {window.violation_M[worst]:.2f} in a "
-        f"step; chance makes {chance:.2f} in a micro-batch"
+        f"step; chance makes {chance_M[worst]:.2f} in a micro-batch"
     )
     if not hidden_M.any():
         return seen

@@ -1,4 +1,4 @@
-"""Of the run as a whole: its loss, a benchmark, padding."""
+"""Checks of the run as a whole: a lost loss, a benchmark, padding."""
 
 from __future__ import annotations
 
