@@ -1,13 +1,12 @@
-"""What every model package of the registry is made of.
+"""Parts that every model package of the registry uses.
 
 A model package is ``model_registry/<model>/`` with
 
-- ``__init__.py``: ``FLAVORS``, ``DEFAULTS`` (a :class:`Default` for each balancing
-  choice, with its source) and ``model_registry(flavor, ...)``, which builds a torchtitan
-  ``ModelSpec``, decorated with :func:`registry_entry`;
-- ``config_registry.py``: one config function per job, ``debug_config`` (the name of
-  the one that runs when none is named) and, where the language-model loss depends on
-  the arguments of the model, ``loss_config(spec)``.
+- ``__init__.py``: ``FLAVORS``, ``DEFAULTS`` (a :class:`Default` for each balancing choice, with its
+  source) and ``model_registry(flavor, ...)``, which builds a torchtitan ``ModelSpec``, decorated
+  with :func:`registry_entry`;
+- ``config_registry.py``: one config function per job, ``debug_config`` (the name of the default
+  one) and, where the language-model loss depends on the model, ``loss_config(spec)``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
 
 @dataclass(frozen=True)
 class Default:
-    """A value that a registry entry takes when the job names none, and where it comes from."""
+    """Value of a registry entry where the job sets none, with its source."""
 
     key: str
     """Argument of :func:`titan_moe_lb.wiring.model_spec.balanced`, a key of [model]."""
@@ -37,11 +36,11 @@ class Default:
     source: str
     """Paper and section, or plainly that nobody published one."""
     flavors: tuple[str, ...] = ()
-    """The flavors that take it, in place of what all flavors take; empty: all flavors."""
+    """Flavors that it is for, in place of the default of all flavors; empty: all flavors."""
 
 
 def defaults_of(defaults: Iterable[Default], flavor: str) -> dict[str, Default]:
-    """The default of each key in a flavor: its own before that of all flavors."""
+    """The default of each key in a flavor: the flavor's own, else that of all flavors."""
     fitting = [default for default in defaults if not default.flavors or flavor in default.flavors]
     return {default.key: default for default in sorted(fitting, key=lambda d: bool(d.flavors))}
 
@@ -49,21 +48,17 @@ def defaults_of(defaults: Iterable[Default], flavor: str) -> dict[str, Default]:
 def registry_entry(
     model: str, flavors: Sequence[str], defaults: Sequence[Default]
 ) -> Callable[[Callable[..., ModelSpec]], Callable[..., BalancedModelSpec]]:
-    """Decorator of a function ``(flavor, ...) -> ModelSpec``: balances what it builds.
+    """Decorator that balances the specs of a function ``(flavor, ...) -> ModelSpec``.
 
-    The entry takes the arguments of :func:`titan_moe_lb.wiring.model_spec.balanced` as well,
-    with the defaults of the flavor, and keeps all of them on the spec.
+    The entry also takes the arguments of :func:`titan_moe_lb.wiring.model_spec.balanced`, with the
+    defaults of the flavor, and saves all arguments on the spec.
 
     Raises:
-        JobError: a default is of a flavor or a key that does not exist; or, when the entry is
-            called, the flavor is none of ``flavors``.
+        JobError: a default is of an unknown flavor or key; when the entry is called, the flavor is
+            unknown.
     """
-    shared = [
-        parameter
-        for name, parameter in inspect.signature(balanced).parameters.items()
-        if name != "spec"
-    ]
-    keys = [parameter.name for parameter in shared]
+    _spec, *of_balanced = inspect.signature(balanced).parameters.values()
+    keys = [parameter.name for parameter in of_balanced]
     for default in defaults:
         if default.key not in keys:
             raise JobError(
@@ -76,10 +71,7 @@ def registry_entry(
                     f"{nearest(flavor, flavors)}"
                 )
     of_all = {default.key: default.value for default in defaults if not default.flavors}
-    shared = [
-        parameter.replace(default=of_all.get(parameter.name, parameter.default))
-        for parameter in shared
-    ]
+    shared = [p.replace(default=of_all.get(p.name, p.default)) for p in of_balanced]
 
     def decorate(build: Callable[..., ModelSpec]) -> Callable[..., BalancedModelSpec]:
         own = inspect.signature(build)
@@ -90,17 +82,15 @@ def registry_entry(
         @functools.wraps(build)
         def entry(*args, **kwargs) -> BalancedModelSpec:
             bound = signature.bind(*args, **kwargs)
-            given = set(bound.arguments)
-            bound.apply_defaults()
             flavor = bound.arguments["flavor"]
             if flavor not in flavors:
                 raise JobError(f"{model} has no flavor {flavor!r}; {nearest(flavor, flavors)}")
-            for key, default in defaults_of(defaults, flavor).items():
-                if key not in given:
-                    bound.arguments[key] = default.value
-            ours = {parameter.name: bound.arguments[parameter.name] for parameter in shared}
-            rest = {k: v for k, v in bound.arguments.items() if k not in ours}
-            spec = balanced(build(**rest), **ours)
+            of_flavor = {key: d.value for key, d in defaults_of(defaults, flavor).items()}
+            bound.arguments = {**of_flavor, **bound.arguments}
+            bound.apply_defaults()
+            rest = dict(bound.arguments)
+            balance = {key: rest.pop(key) for key in keys}
+            spec = balanced(build(**rest), **balance)
             spec.arguments = dict(bound.arguments)
             return spec
 
@@ -116,7 +106,7 @@ def registry_entry(
 
 
 def resized(config: Decoder.Config, dim: int, layers: list) -> Decoder.Config:
-    """A decoder with the vocabulary of ``config``, around other layers, of width ``dim``."""
+    """A decoder with the vocabulary of ``config`` and other layers of width ``dim``."""
     return dataclasses.replace(
         config,
         dim=dim,

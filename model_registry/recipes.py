@@ -1,4 +1,4 @@
-"""The jobs that config functions start from: a debug run and a pre-training run."""
+"""Two jobs that config functions start from: a debug run and a pre-training run."""
 
 from __future__ import annotations
 
@@ -76,11 +76,10 @@ def pretraining(
     """A run on C4 over many GPUs; job files set the rest of the layout.
 
     Args:
-        loss: of the language model; default: :func:`language_model_loss`.
-        assets: folder of the model's tokenizer and, to start from them, its weights.
-        learning_rate: peak, reached after 2,000 steps. Default: DeepSeek-V3's (arXiv
-            2412.19437, section 4.2), for want of the model's own in its report.
-        expert_parallel: ranks that share the experts of a layer; default: the GPUs of a node.
+        loss: default: :func:`language_model_loss`.
+        assets: folder of the model's tokenizer and of its weights, for a job that starts from them.
+        learning_rate: peak, reached after 2,000 steps. The default is DeepSeek-V3's (arXiv
+            2412.19437, section 4.2), for reports that do not give one.
         activation_checkpoint: default: selective.
     """
     return Trainer.Config(

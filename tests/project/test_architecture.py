@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LONGEST_FILE = 350
+MOST_FILES_WITH_TORCHTITAN = 70
+PRIVATE = re.compile(
+    r"\b(from|import) (torch|torchtitan|spmd_types)\S*\._"  # a private module
+    r"|\bfrom (torch|torchtitan|spmd_types)\S* import .*\b_[a-z]"
+    r"|\b(torch|torchtitan|spmd_types|dist|DTensor)(\.\w+)*\._(?!foreach_)[a-zA-Z]"
+)
 
 
 def test_imports_follow_the_contract_in_pyproject():
@@ -16,10 +23,33 @@ def test_imports_follow_the_contract_in_pyproject():
     assert result.returncode == 0, result.stdout
 
 
-def test_no_file_of_the_package_is_long():
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+def files() -> dict[str, str]:
+    """Text of every file of the package and the registry, by path."""
+    return {
+        str(path.relative_to(ROOT)): path.read_text()
         for folder in ("titan_moe_lb", "model_registry")
         for path in (ROOT / folder).rglob("*.py")
     }
+
+
+def test_no_file_of_the_package_is_long():
+    lengths = {name: len(text.splitlines()) for name, text in files().items()}
     assert {name: n for name, n in lengths.items() if n >= LONGEST_FILE} == {}
+
+
+def test_private_names_of_torch_and_torchtitan_are_in_upstream_alone():
+    found = {
+        f"{name}: {line.strip()}"
+        for name, text in files().items()
+        for line in text.splitlines()
+        if PRIVATE.search(line) and not name.startswith("titan_moe_lb/upstream/")
+    }
+    assert found == set()
+
+
+def test_few_files_import_torchtitan():
+    """Each is one to change for a newer torchtitan."""
+    found = [
+        n for n, text in files().items() if re.search(r"(?m)^\s*(from|import) torchtitan", text)
+    ]
+    assert len(found) <= MOST_FILES_WITH_TORCHTITAN

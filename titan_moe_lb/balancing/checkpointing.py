@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import (
@@ -26,6 +25,7 @@ from titan_moe_lb.balancing.recording.recomputation import Decisions
 from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.parallel.schedules import actions_of, stages_of
 from titan_moe_lb.upstream.stage_ends import make_contiguous
+from titan_moe_lb.upstream.torch_internals import checkpoint_wrapper
 
 SAVE = torch.ops.titan_moe_lb.save_decision.default
 

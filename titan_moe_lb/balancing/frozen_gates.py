@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
-from torchtitan.tools.logging import logger
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 
@@ -22,7 +23,7 @@ def warn_without_effect(model_parts: list[nn.Module]) -> None:
                 if not trained:
                     frozen.append(str(module.layer))
     if frozen:
-        logger.warning(
+        logging.getLogger().warning(
             f"aux_losses have no effect in layer {', '.join(frozen)}: the gate and all weights "
             "before it are frozen; train one of them, or leave the losses out"
         )

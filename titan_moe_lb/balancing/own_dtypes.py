@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from titan_moe_lb.upstream.torch_internals import buffers_of
+
 
 class OwnDtypes(nn.Module):
     """A module of ours that keeps the dtypes of its buffers."""
@@ -33,11 +35,12 @@ def _apply_of_instance(module: nn.Module, fn: Callable, recurse: bool = True) ->
 def _apply_keeping_dtypes(
     module: nn.Module, fn: Callable, recurse: bool, upstream: Callable[..., nn.Module]
 ) -> nn.Module:
-    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    buffers = buffers_of(module)
+    before = {name: buffer for name, buffer in buffers.items() if buffer is not None}
     upstream(fn, recurse)
     for name, buffer in before.items():
-        after = module._buffers[name]
+        after = buffers[name]
         assert after is not None
         if after.dtype != buffer.dtype:
-            module._buffers[name] = buffer.to(after.device)
+            buffers[name] = buffer.to(after.device)
     return module

@@ -342,16 +342,6 @@ def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:
     ]
 
 
-def unbalanced_layers_of(model_parts: list[nn.Module]) -> list[tuple[str, MoE]]:
-    """Names and MoE layers of this rank whose router is not a :class:`LoadBalancedRouter`."""
-    return [
-        (name, module)
-        for part in model_parts
-        for name, module in part.named_modules()
-        if isinstance(module, MoE) and not isinstance(module.router, LoadBalancedRouter)
-    ]
-
-
 def routers_of(model_parts: list[nn.Module]) -> list[LoadBalancedRouter]:
     """The routers of this rank's pipeline stages."""
     modules = [module for part in model_parts for module in part.modules()]

@@ -13,6 +13,7 @@ from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb.balancing.forced_routing.base import announce
 from titan_moe_lb.balancing.frozen_gates import warn_without_effect
+from titan_moe_lb.balancing.layer_checks import check_tensors
 from titan_moe_lb.balancing.layer_stack import stacks_of
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.part_hooks import PartHooks
@@ -24,7 +25,6 @@ from titan_moe_lb.balancing.router import (
     moe_layers_of,
     routers_of,
 )
-from titan_moe_lb.balancing.tensor_checks import check_tensors
 from titan_moe_lb.balancing.valid_tokens.model_input import register_token_mask
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
 from titan_moe_lb.errors import JobError

@@ -1,9 +1,8 @@
-"""A small corpus of real English text that every machine already has.
+"""A small corpus of English text that comes with Python, and a tokenizer trained on it.
 
-Python's own language reference and library topics (``pydoc_data.topics``,
-465,000 characters) behind torchtitan's dataset registry under the name ``CORPUS``,
-and a 2,048-entry BPE tokenizer trained on it (``tokenizer/``, made by
-``train_tokenizer.py``).
+The corpus is Python's language reference and library topics (``pydoc_data.topics``, 465,000
+characters), dataset ``CORPUS`` of torchtitan. ``python -m benchmarks.train_tokenizer`` made the
+BPE tokenizer of 2,048 entries in ``tokenizer/``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def documents() -> list[str]:
 
 
 def register(name: str, texts: Callable[[], list[str]]) -> None:
-    """Enter texts that are a part of Python, so that the path of the dataset names nothing."""
+    """Register texts as a dataset of torchtitan. Its path is its name."""
     DATASETS[name] = DatasetConfig(
         path=name,
         loader=lambda path: Dataset.from_dict({"text": texts()}),

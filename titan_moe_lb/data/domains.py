@@ -1,14 +1,13 @@
-"""English and code that every machine has: two domains, each with a part that is held out.
+"""Two domains of text that come with Python, English and code, each with a held-out part.
 
-English is Python's reference (``pydoc_data.topics``) and the docstrings of the standard library's
-modules; code is every third of these modules without its docstrings. A sixteenth of the topics
-and modules is held out for validation, chosen by a checksum of their names, so that a module's
-docstrings and its code are on the same side. Documents are cut at line ends into pieces of about
-2,000 characters and dealt in an order that mixes the domains and is the same every time.
+English is Python's reference (``pydoc_data.topics``) and the docstrings of the standard library;
+code is every third of its modules without docstrings. A checksum of the names holds a sixteenth of
+the topics and modules out for validation, so that a module's docstrings and code are on the same
+side. Documents are cut at line ends into pieces of about 2,000 characters, in a fixed order that
+mixes the domains.
 
-The same Python gives the same batches. Another version of Python brings other texts: figures
-that are to be compared need one version (3.11.7 has 1.25 million characters of English and
-1.16 million of code to train on).
+Compare numbers of one version of Python alone: another brings other texts. 3.11.7 has 1.25 million
+characters of English and 1.16 million of code to train on.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ _DOCSTRING = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTILINE)
 
 
 def held_out(domain: str) -> str:
-    """Name of the dataset that is kept for validation, of one domain."""
+    """Name of the validation dataset of a domain."""
     return f"python_{domain}_held_out"
 
 
 def pieces(domain: str, *, validation: bool) -> list[str]:
-    """The texts of a domain, about 2,000 characters each, in the order of their documents."""
+    """Texts of a domain of about 2,000 characters, in the order of their documents."""
     return [
         piece
         for name, kind, text in _documents()

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from titan_moe_lb.balancing.layer_checks import unbalanced_layers_of
 from titan_moe_lb.balancing.recording.step_record import RouterRecord
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
-from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of, unbalanced_layers_of
+from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.balancing.step_hook import wire_parts
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.balance import Balance, require_at_least

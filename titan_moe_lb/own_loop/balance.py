@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from titan_moe_lb.balancing.layer_checks import not_finite
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.step_hook import StepHook
-from titan_moe_lb.balancing.tensor_checks import not_finite
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.columns import columns_in

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from titan_moe_lb.balancing.forced_routing import (
     HotRank,

@@ -6,8 +6,6 @@ import inspect
 import math
 
 import torch
-import torch._dynamo
-from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
 from torchtitan.components.checkpointer.base import (
     DATALOADER,
     LR_SCHEDULER,
@@ -18,6 +16,7 @@ from torchtitan.models.common.attention import FlexAttention
 
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.resolved_job import Job
+from titan_moe_lb.upstream.torch_internals import FLEX_BLOCK_SIZE, compiler_backends
 
 _AT_LEAST_ZERO = (
     "lr_scheduler.warmup_steps",
@@ -159,19 +158,19 @@ def sequence_divides_over_ranks(job: Job) -> None:
 def flex_attention_takes_the_slices(job: Job) -> None:
     """Torch cuts a block mask between blocks, and finds out in the first step."""
     cp = job.config.parallelism.context_parallel_degree
-    block = cp * _DEFAULT_SPARSE_BLOCK_SIZE
+    block = cp * FLEX_BLOCK_SIZE
     if cp == 1 or job.config.training.seq_len % block == 0 or job.config.model_spec is None:
         return
     if any(True for _attention in job.config.model_spec.traverse(FlexAttention.Config)):
         raise JobError(
             f"training.seq_len {job.config.training.seq_len} is not divisible by {block}: with "
             f"context_parallel_degree {cp} flex attention needs whole blocks of "
-            f"{_DEFAULT_SPARSE_BLOCK_SIZE} tokens on every rank"
+            f"{FLEX_BLOCK_SIZE} tokens on every rank"
         )
 
 
 def compile_backend_is_known(job: Job) -> None:
-    backends = torch._dynamo.list_backends(exclude_tags=())
+    backends = compiler_backends()
     if job.config.compile.enable and job.config.compile.backend not in backends:
         raise JobError(
             f"compile.backend {job.config.compile.backend!r} does not exist; "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torchtitan.tools.logging import logger
 
 from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.errors import JobError
@@ -105,7 +105,7 @@ def announce(strategies: Sequence[ForcedRouting | None]) -> None:
     """
     forced = [strategy.config.describe() for strategy in strategies if strategy is not None]
     for strategy in set(forced):
-        logger.warning(
+        logging.getLogger().warning(
             f"FORCED ROUTING: {strategy} decides where tokens go in {forced.count(strategy)} MoE "
             "layers. This run is a benchmark: its model is not worth keeping"
         )

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import spmd_types as spmd
 import torch
-import torch.distributed._functional_collectives as funcol
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.sharding import ShardingConfig
 
@@ -16,6 +15,7 @@ from titan_moe_lb.balancing.losses.base import SumsLoss
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.parallel.rank_groups import RankGroups
+from titan_moe_lb.upstream.torch_internals import all_reduce
 
 
 class GlobalBatchAuxLoss(SumsLoss):
@@ -102,7 +102,7 @@ class GlobalBatchAuxLoss(SumsLoss):
             assert counts_BE is not None
             batch_E = counts_BE.sum(dim=0)
             if self._groups.batch.group is not None:
-                batch_E = funcol.all_reduce(batch_E, "sum", self._groups.batch.group)
+                batch_E = all_reduce(batch_E, "sum", self._groups.batch.group)
             self.counts_E.add_(batch_E)
         return _relative_load(self.counts_E, 1.0)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import spmd_types as spmd
 import torch
-import torch.distributed._functional_collectives as funcol
 from torchtitan.protocols.module import ModuleDict
 
 from titan_moe_lb.balancing.losses.base import AuxLoss, LogitsLoss, SumsLoss, check_kind
@@ -18,6 +17,7 @@ from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, Sequen
 from titan_moe_lb.functional import at_least_float32, probability_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.rank_groups import RankGroups
+from titan_moe_lb.upstream.torch_internals import all_reduce
 
 
 class RouterLosses(ModuleDict):
@@ -201,7 +201,7 @@ class RouterLosses(ModuleDict):
     def _whole_sequences(self, table: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold parts of the same sequences."""
         for group in self._groups.sequence:
-            table = funcol.all_reduce(table, "sum", group)
+            table = all_reduce(table, "sum", group)
         return table
 
 

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from titan_moe_lb.upstream.torch_internals import in_backward
+
 T = TypeVar("T")
 
 
@@ -30,7 +32,7 @@ def is_recomputation() -> bool:
     compiled block needs no test: its forward graph alone holds the mutations of
     buffers.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 def saved_decision(make: Callable[[], T]) -> T:

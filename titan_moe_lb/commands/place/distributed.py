@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from titan_moe_lb.checkpoints.start import Checkpoint, damage
 from titan_moe_lb.commands.place.by_expert import Stored
 from titan_moe_lb.commands.place.checkpoint_files import CheckpointFiles, Moves, copy_span, to_disk
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.upstream.torch_internals import FakeTensorMode, file_view
 
 _METADATA = ".metadata"
 
@@ -160,7 +159,7 @@ class DistributedFiles(CheckpointFiles):
         """A chunk, mapped: torch.save wrote its strides, and says where its numbers begin."""
         info = part.info
         with open(self.folder / info.relative_path, "rb") as file, FakeTensorMode():
-            stream: Any = _create_file_view(file, info.offset, info.length)
+            stream: Any = file_view(file, info.offset, info.length)
             outline = torch.load(stream, map_location="cpu", weights_only=True)
         storage = outline.untyped_storage()
         span = self._map(info, storage._checkpoint_offset, storage.nbytes())

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import spmd_types._mesh_axis
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.config import CommConfig
 from torchtitan.distributed import ParallelDims, utils
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.parallel.schedules import Schedule, actions_of, stages_of
+from titan_moe_lb.upstream.torch_internals import forget_meshes
 
 
 @contextmanager
@@ -28,9 +27,7 @@ def fake_rank(rank: int, world_size: int) -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-            # Both keep what they knew of the process group that is gone.
-            spmd_types._mesh_axis._reset()
-            _clear_sharding_prop_cache()
+            forget_meshes()
 
 
 def build_parts(

@@ -1,4 +1,4 @@
-"""Train the tokenizer of the embedded corpus: ``python -m titan_moe_lb.data.train_tokenizer``."""
+"""Train the tokenizer of the embedded corpus: ``python -m benchmarks.train_tokenizer``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,24 @@
-"""Checks of the tensors of MoE layers: moved, cast, or not finite."""
+"""Checks of MoE layers: routers of another kind, tensors that are moved, cast or not finite."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torchtitan.models.common.moe import MoE
 
+from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.local_shard import local_shard
+
+
+def unbalanced_layers_of(model_parts: list[nn.Module]) -> list[tuple[str, MoE]]:
+    """Names and MoE layers of this rank whose router is not a :class:`LoadBalancedRouter`."""
+    return [
+        (name, module)
+        for part in model_parts
+        for name, module in part.named_modules()
+        if isinstance(module, MoE) and not isinstance(module.router, LoadBalancedRouter)
+    ]
 
 
 def check_tensors(layers: list[MoE], device: torch.device) -> None:
