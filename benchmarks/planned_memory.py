@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.planned_memory [--only NAME ...] [--flags=...]
 
 A small model on two or four processes of this host, balanced routing. Prints the rows of the
-table in docs/planning.md: of every pipeline position the peak of live storages in the second
+table in docs/evidence/planned_memory.md: of every pipeline position the peak of live storages in the second
 optimizer step, and what is planned for it.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A job on several nodes of a SLURM cluster, from the folder of run_train.sh:
 #     sbatch --nodes=4 --gpus-per-node=8 scripts/slurm.sh --job-config my_job.toml
-# Options of sbatch come before the script, what follows goes to run_train.sh (docs/nodes.md).
+# Options of sbatch come before the script, what follows goes to run_train.sh (docs/howto/several_nodes.md).
 #SBATCH --job-name=titan_moe_lb
 #SBATCH --output=%x-%j.log
 #SBATCH --nodes=2

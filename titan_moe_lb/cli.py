@@ -145,7 +145,7 @@ def study(
     """Run a job under many settings, and show what each costs and brings.
 
     Args:
-        study: The job and its axes; docs/studies.md describes the file.
+        study: The job and its axes; docs/howto/compare_settings.md describes the file.
         output: Where the runs and the page go; default: outputs/ and the name of the file.
         processes: Runs at once; default: as the file says.
         retry_failed: Run again what failed or diverged.

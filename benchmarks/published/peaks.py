@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.published.peaks
 
-Prints the rows of the table in docs/planning.md.
+Prints the rows of the table in docs/evidence/published_runs.md.
 """
 
 from __future__ import annotations

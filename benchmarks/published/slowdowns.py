@@ -5,7 +5,7 @@
 UltraEP (arXiv 2606.04101v3), figure 11: TFLOP/s of a GPU and the load of the busiest rank over the
 mean, of the same job without balancing, with three balancers, with theirs, and with routing that is
 forced to balance. The slow-down is the last over each. Planned are log-normal loads whose busiest
-rank has that load in the mean. Prints the rows of the table in docs/planning.md.
+rank has that load in the mean. Prints the rows of the table in docs/evidence/published_runs.md.
 
 The paper does not name its GPUs, nor the tokens of a micro-batch. Chosen are GB200, for its racks
 of 64 and four GPUs to a server and more TFLOP/s than three quarters of an H100's peak, and 8,192

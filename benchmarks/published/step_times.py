@@ -4,7 +4,7 @@
 
 Each run is planned at balance: all were measured with balanced routing, or trained with little
 imbalance, or their experts are not spread. Nothing is fitted to a run. Prints the rows of the
-table in docs/planning.md.
+table in docs/evidence/published_runs.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/extending.md: every example runs as it stands there, and does what it says."""
+"""docs/howto/add_*.md: every example runs as it stands there, and does what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan beside runs that nobody here made. The figures are their authors': docs/planning.md."""
+"""The plan beside runs that nobody here made. The figures are their authors': docs/evidence/published_runs.md."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_list_shows_every_model_job_and_default(width):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_documentation_tells_the_same_defaults(model):
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text()
     for default in package(model).DEFAULTS:
         flavors = catalog.flavors_with(package(model), default)
         value = f"`{default.key} = {toml_tables.inline(default.value)}`"

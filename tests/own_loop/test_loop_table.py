@@ -1,4 +1,4 @@
-"""The table of docs/own_loops.md: every row is a case here, and every case a row there."""
+"""The table of docs/reference/own_loop.md: every row is a case here, and every case a row there."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def case(row: str) -> Callable:
 
 
 def rows_of_the_page() -> dict[str, str]:
-    page = (Path(__file__).parents[2] / "docs" / "own_loops.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "own_loop.md").read_text()
     table = page.split("## What is refused, and what is right")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (.*?) \| (right|refused)(.*?) \|$", table, re.MULTILINE)
     return {first: verdict for first, verdict, _how in rows}

@@ -101,6 +101,6 @@ def test_dense_hugging_face_model_is_refused():
 
 
 def test_forge_asks_for_a_loss_that_no_spec_has(ranks):
-    """Nobody's model runs there as it is; when this fails, docs/own_loops.md has to say so."""
+    """Nobody's model runs there as it is; when this fails, docs/evidence/other_trainers.md has to say so."""
     (said,) = ranks.run(1, forge_engine_as_it_is)
     assert said == "'ModelSpec' object has no attribute 'loss'"

@@ -1,7 +1,7 @@
-"""Every code block of README.md and docs/ is run: real where that is quick, else up to the start.
+"""Run every code block of README.md, CONTRIBUTING.md and docs/, up to the start where that is slow.
 
-A job is resolved and checked as if it were to start in a user's folder, and not started; a plan is
-read, and its jobs are not built. A block that no rule here covers fails.
+A job is resolved and checked in a user's folder, and not started. A plan is read, and its jobs are
+not built. A block without a rule fails.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import copy
 import importlib.util
 import itertools
-import pkgutil
 import re
 import shlex
 from collections.abc import Callable
@@ -21,8 +20,9 @@ import pytest
 import tomli
 import torchtitan.models.deepseek_v3
 import tyro
-import yaml
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.config import ConfigManager
+from torchtitan.trainer import Trainer
 
 import titan_moe_lb
 from model_registry import recipes
@@ -52,7 +52,8 @@ from titan_moe_lb.run import launch
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter
 
 BLOCKS = doc_examples.blocks()
-OWN_LOOPS = "docs/own_loops.md"
+# One program, from the top of the first page to the bottom of the second.
+OWN_LOOPS = ("docs/howto/own_loop.md", "docs/howto/replay_routing.md")
 START = """
 [job]
 module = "deepseek_v3"
@@ -62,8 +63,9 @@ ranks = 2
 expert_parallel_degree = 2
 """
 PROMPT = "$ "
-# Files that a page names before it shows them, and which block holds them.
+# Files that pages name, and the first line of the block that holds each.
 FILES = {
+    "my_job.py": "# my_job.py\n",
     "my_job.toml": "# my_job.toml\n",
     "my_cluster.toml": 'name = "my cluster"\n',
     "my_study.toml": "# my_study.toml\n",
@@ -74,12 +76,12 @@ RUNS = ("outputs", "outputs_b", "RUN_DIR", "runs/with", "runs/without")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A clone as the pages suppose it: their files, and runs that have been made."""
+    """A clone with the files and runs that the pages name."""
     folder = tmp_path_factory.mktemp("home")
     for name in ("configs", "titan_moe_lb", "tests", "benchmarks", "docs"):
         (folder / name).symlink_to(ROOT / name)
     for name, start in FILES.items():
-        (text,) = (block.text for block in BLOCKS if block.text.startswith(start))
+        (text,) = {block.text for block in BLOCKS if block.text.startswith(start)}
         (folder / name).write_text(text)
     for name, source in COPIES.items():
         (folder / name).symlink_to(source)
@@ -88,6 +90,7 @@ def home(tmp_path_factory) -> Path:
     write_run(folder / "runs/uneven", run_info(2, expert_groups=()), 20)
     saved(folder / "runs/uneven/checkpoint/step-20")
     record_routing(folder / "outputs")
+    write_run(folder / "elsewhere.arrow", run_info(3, 8, 2), 3)
     write_run(folder / "example", run_info(48, 128, 8, model="qwen3", flavor="30B-A3B"), 1)
     return folder
 
@@ -108,8 +111,9 @@ def record_routing(run: Path) -> None:
 
 @pytest.fixture
 def at_home(home, monkeypatch):
-    """In that folder, with every example of the pages imported, and nothing started."""
+    """In that folder, with every example imported, and nothing started."""
     monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(home)
     for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launch, "_run_here", lambda *job, **more: None)
@@ -183,6 +187,14 @@ def run_other_torch(arguments: list[str], _monkeypatch) -> None:
     assert all((ROOT / path.partition("::")[0]).exists() for path in (*more, *other_torch.SMOKE))
 
 
+def run_torchrun(arguments: list[str], _monkeypatch) -> None:
+    """torchtitan's own start: the config function that it names."""
+    start = arguments.index("-m")
+    assert arguments[start + 1] == "torchtitan.train"
+    config, _rest = ConfigManager()._load_config(arguments[start + 2 :])
+    assert isinstance(config, Trainer.Config)
+
+
 def run_benchmark(name: str) -> Callable[[list[str], pytest.MonkeyPatch], None]:
     def run(_arguments: list[str], _monkeypatch) -> None:
         assert importlib.util.find_spec(name), name
@@ -227,6 +239,7 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "python -m pip": run_pip,
     "mkdocs": run_mkdocs,
     "sbatch": run_sbatch,
+    "torchrun": run_torchrun,
     "ruff": run_tool,
     "mypy": run_tool,
     "lint-imports": run_tool,
@@ -321,7 +334,7 @@ def run_python(block: Block, _monkeypatch, _capsys) -> None:
     if block.example:
         assert block.example in doc_examples.names()
         return
-    if block.page == OWN_LOOPS:  # one program, in a process with a process group of its own
+    if block.page in OWN_LOOPS:  # needs a process group: test_loops_of_ones_own
         return
     spec = torchtitan.models.deepseek_v3.model_registry("debugmodel")
     names: dict = {
@@ -360,13 +373,13 @@ RULES = {
 
 
 def run_together(program: str) -> None:
-    """One rank."""
-    exec(compile(program, OWN_LOOPS, "exec"), {})
+    """Run the program on one rank."""
+    exec(compile(program, OWN_LOOPS[0], "exec"), {})
 
 
 def test_loops_of_ones_own(ranks):
-    """The blocks of the page are one program, from top to bottom."""
-    texts = [b.text for b in BLOCKS if b.page == OWN_LOOPS and b.language == "python"]
+    pages = [[b for b in BLOCKS if b.page == page and b.language == "python"] for page in OWN_LOOPS]
+    texts = [block.text for blocks in pages for block in blocks]
     assert len(texts) == 4
     ranks.run(1, run_together, "\n".join(texts))
 
@@ -396,24 +409,3 @@ def test_block(block, at_home, capsys):
 def test_a_wrong_block_fails(block, at_home, capsys):
     with pytest.raises((AssertionError, SystemExit, JobError, AttributeError, OSError)):
         test_block(block, at_home, capsys)
-
-
-def test_nav_and_pages_and_api_agree():
-    """What ``mkdocs build --strict`` would refuse; mkdocs itself is in the extra ``docs``."""
-    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
-    assert sorted(leaves(site["nav"])) == sorted(pages)
-    for page in pages:
-        text = (ROOT / "docs" / page).read_text()
-        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
-            assert (ROOT / "docs" / link).is_file(), f"{page}: {link}"
-    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    assert documented and all(pkgutil.resolve_name(name) for name in documented)
-
-
-def leaves(nav: list | dict | str) -> list[str]:
-    if isinstance(nav, str):
-        return [nav]
-    return [
-        leaf for part in (nav.values() if isinstance(nav, dict) else nav) for leaf in leaves(part)
-    ]

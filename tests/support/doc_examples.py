@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/, and the examples of docs/extending.md as modules.
+"""Every code block of README.md, CONTRIBUTING.md and docs/, and the examples among them as modules.
 
 An example is a fenced python block whose first line is ``# example: NAME``.
 """
@@ -21,9 +21,8 @@ from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.telemetry.metrics import Metric
 
 ROOT = Path(__file__).parents[2]
-PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
-EXTENDING = "docs/extending.md"
-# Where a class with a name of its own enters itself.
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
+# Each maps names to classes.
 KINDS = (AuxLoss.kinds, ExpertBias.kinds, ForcedRouting.kinds, Metric.kinds)
 
 
@@ -46,7 +45,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Of all pages, in order."""
+    """Code blocks of all pages, in order."""
     found = []
     for path in PAGES:
         start: int | None = None
@@ -65,15 +64,15 @@ def blocks() -> list[Block]:
 
 
 def names() -> list[str]:
-    """Every example, in order."""
+    """Names of the examples, in order."""
     return list(_examples())
 
 
 @contextmanager
 def imported(name: str) -> Iterator[ModuleType]:
-    """The example as the module ``name``, as if it were a file; gone again afterwards."""
+    """Import the example as the module ``name``; remove it afterwards."""
     before = [dict(kinds) for kinds in KINDS]
-    spec = importlib.util.spec_from_loader(name, _Loader(), origin=f"{EXTENDING}#{name}")
+    spec = importlib.util.spec_from_loader(name, _Loader(), origin=f"docs#{name}")
     assert spec is not None and spec.loader is not None and name not in sys.modules
     spec.has_location = True
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -88,7 +87,7 @@ def imported(name: str) -> Iterator[ModuleType]:
 
 
 class _Loader(importlib.abc.InspectLoader):
-    """Gives the text too, for what ``--help`` reads of a class."""
+    """Loader with source text, which ``--help`` reads."""
 
     def get_source(self, fullname: str) -> str:
         return _examples()[fullname]

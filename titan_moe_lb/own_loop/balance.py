@@ -151,7 +151,7 @@ class Balance:
 
     def metrics(self, *, per_layer: bool = False, num_extreme_experts: int = 0) -> dict[str, float]:
         """Metrics of the last closed step over all ranks and micro-batches, by name
-        (docs/telemetry.md); empty where no rank has routed a token. Collective: call on every rank.
+        (docs/reference/metrics.md); empty where no rank has routed a token. Collective: call on every rank.
 
         Args:
             per_layer: add those of every layer, ``moe/<name>_layer_<number>``.

@@ -38,7 +38,7 @@ class QuantileBias(ExpertBias):
     @dataclass(kw_only=True, slots=True)
     class Config(ExpertBias.Config):
         num_bins: int = 1000
-        """Bins of each expert's histogram. Memory: 4 E num_bins bytes a layer."""
+        """Bins of each expert's histogram. Memory: 20 E num_bins bytes a layer."""
 
         ema: float = 0.0
         """Share of the bias that is kept, in [0, 1): the rest is the new quantile."""

@@ -22,7 +22,7 @@ class QuantileTrendBias(QuantileBias):
         trend = trend_ema * trend + (1 - trend_ema) * (level - last level)
         b = level + trend
 
-    The rule is ours; docs/balancing.md has what it gains. Fixed point: that of ``quantile``,
+    The rule is ours; docs/evidence/study.md has what it gains. Fixed point: that of ``quantile``,
     with a trend of 0.
     """
 

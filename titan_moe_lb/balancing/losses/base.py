@@ -26,7 +26,7 @@ class AuxLoss(Component):
     divides by G stands in one place, :meth:`titan_moe_lb.balancing.step_hook.StepHook.begin_step`.
 
     A loss of one's own derives from one of the two kinds below, names itself in
-    ``type_name`` and ``metric_name``, and writes down its formula; docs/extending.md has
+    ``type_name`` and ``metric_name``, and writes down its formula; docs/howto/add_a_loss.md has
     a worked example.
 
     Shape suffixes: B = sequences of a micro-batch, L = tokens of a sequence, E = experts,

@@ -78,7 +78,7 @@ def _certainty(plan: Plan) -> str:
         slower = number(100 * found.next_slower)
         reasons.append(f"EP {found.next_degree} is {slower} % slower{close}")
     reasons.append(
-        "absolute times rest on the assumed efficiencies, ratios less so (docs/planning.md)"
+        "absolute times rest on the assumed efficiencies, ratios less so (docs/explain/cost_model.md)"
     )
     return "; ".join(reasons)
 

@@ -47,7 +47,7 @@ def _verdict(serving: Serving) -> list[str]:
         f"Prefill: EP {ahead.ep_degree} with {ahead.row.tokens:,} tokens on each device, "
         f"{number(ahead.row.prefill.tokens_per_second)} tokens/s a device",
         "How sure: a lower bound of the time, without the start of kernels, sampling and scheduling; "
-        "weights and caches in BF16; absolute times rest on the assumed efficiencies (docs/planning.md)",
+        "weights and caches in BF16; absolute times rest on the assumed efficiencies (docs/explain/cost_model.md)",
     ]
 
 
