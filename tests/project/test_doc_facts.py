@@ -25,6 +25,7 @@ from titan_moe_lb.commands.diagnose.checks import CHECKS
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.job.own_flags import OWN_FLAGS
+from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.metrics import Metric
 from titan_moe_lb.telemetry.metrics.of_counts import OF_COUNTS
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
@@ -209,9 +210,14 @@ def test_flags_of_train():
 # ---- Costs
 
 
-def step_end(layers) -> int:
-    hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
+def hook_after_a_backward(layers) -> StepHook:
+    hook = StepHook(layers, wire([layer.router for layer in layers], RankGroups()), RankGroups())
     forward_and_backward(layers)
+    return hook
+
+
+def step_end(layers) -> int:
+    hook = hook_after_a_backward(layers)
     with DeviceOperators() as operators:
         hook.close_step()
     return operators.count
@@ -250,8 +256,7 @@ def test_memory_of_a_histogram():
     """Storages that the step end of one layer leaves: 8 experts of 1,000 bins."""
     layers = moe_layers([0], [], expert_bias="quantile")
     before = alive()
-    hook = StepHook(layers, wire([layer.router for layer in layers], None), None)
-    forward_and_backward(layers)
+    hook = hook_after_a_backward(layers)
     hook.close_step()
     held = alive() - before
     per_bin = held / (8 * 1000)
@@ -267,13 +272,15 @@ def test_map_of_the_house():
     """Rows of CONTRIBUTING.md and layers of import-linter: the same folders, from the ground up."""
     layers = tomli.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (contract,) = (one for one in layers["contracts"] if one.get("exhaustive"))
-    true = [set(re.split(r" [:|] ", layer)) for layer in reversed(contract["layers"])]
+    floors = [re.split(r" [:|] ", layer) for layer in reversed(contract["layers"])]
+    floor_of = {name: floor for floor, names in enumerate(floors) for name in names}
     page = (ROOT / "CONTRIBUTING.md").read_text()
     table = page.split("| `titan_moe_lb/` |")[1].split("\n\n")[0]
-    cells = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
     told = [
-        {re.sub(r"/$|\.py$", "", name) for name in re.findall(r"`(.*?)`", cell)} for cell in cells
+        [re.sub(r"/$|\.py$", "", name) for name in re.findall(r"`(.*?)`", cell)]
+        for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     ]
-    assert [row for row in told if row] == true
+    in_order = [floor_of[name] for row in told for name in sorted(row, key=floor_of.get)]
+    assert in_order == sorted(in_order) and {name for row in told for name in row} == {*floor_of}
     named = re.findall(r"`(titan_moe_lb/[\w/.]+|docs/[\w/.]+|tests/[\w/.]+)`", page)
     assert named and all((ROOT / name).exists() for name in named)
