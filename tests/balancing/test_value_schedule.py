@@ -155,14 +155,18 @@ def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks, tokens, 
 
 
 def test_tokens_of_other_ranks_are_refused(ranks, tmp_path):
-    """The data begins again, and of how many ranks the tokens are is not in the checkpoint."""
-    flags = [*TINY, *SAVED, f"--dump_folder={tmp_path}"]
+    """A rank counts its own tokens, and context parallelism splits them without other data."""
+    flags = [*TINY, *SAVED, f"--dump_folder={tmp_path}", "--training.seq_len=256"]
     after_tokens = AFTER_TOKENS % 1024
     ranks.run(2, weights_and_compilations, [*flags, after_tokens, "--training.steps=4"])
-    flags += ["--training.steps=5", "--checkpoint.exclude_from_loading=dataloader"]
-    with pytest.raises(JobError, match="2 data-parallel rank.*tokens"):
-        validate_files(job_config.load([*flags, after_tokens]))
-    validate_files(job_config.load([*flags, LOSSES]))
+    flags += ["--training.steps=5"]
+    split = [*flags, "--parallelism.context_parallel_degree=2"]
+    again = [*flags, "--checkpoint.exclude_from_loading=dataloader"]
+    for job, processes in ((split, 4), (again, 1)):
+        with pytest.raises(JobError, match="counts the tokens of 2 .*tokens"):
+            validate_files(job_config.load([*job, after_tokens], processes))
+        validate_files(job_config.load([*job, LOSSES], processes))
+    validate_files(job_config.load([*flags, after_tokens], 2))
 
 
 def weighted(optimizer=None, **options):

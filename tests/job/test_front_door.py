@@ -163,8 +163,8 @@ WRONG_JOB = {
     "train --job-config folder": "--job-config folder: cannot be read",
     "train --job-config bad.toml": "--job-config bad.toml: not valid TOML",
     "train --job-config latin1.toml": "--job-config latin1.toml: cannot be read",
-    "train --job-config empty.html": "--job-config empty.html sets nothing: begin it with a model",
-    "train --job-config comment.toml": "--job-config comment.toml sets nothing",
+    "train --job-config empty.html": "--job-config empty.html names no model",
+    "train --job-config comment.toml": "--job-config comment.toml names no model",
     "train --job-config typo.toml": "typo.toml: [training] has no key 'stpes'; did you mean 'steps'?",
 }
 WRONG_START = {

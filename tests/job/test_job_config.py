@@ -458,6 +458,11 @@ WRONG_FILES = {
         "does not exist; did you mean 'full'?",
     ),
     "negative MTP layers": (JOB + "[model]\nnum_mtp_layers = -1\n", "num_mtp_layers is -1"),
+    "no model": ("[training]\nsteps = 1\n", '[job] module = "deepseek_v3"'),
+    "nothing to train": (
+        JOB + "[optimizer]\nparam_groups = []\n",
+        "[optimizer] param_groups is empty",
+    ),
     "learning rate": (
         JOB + "[[optimizer.param_groups]]\noptimizer_kwargs = {lr = -1.0}\n",
         "lr is -1.0; it must be a finite number",

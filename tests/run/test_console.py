@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import TCPStore
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -108,7 +109,7 @@ def test_first_command_fits_one_screen_without_colour_and_the_rest_is_in_the_log
 
 
 def test_ctrl_c_of_one_process(tmp_path):
-    process = fork(tmp_path, *TINY, "--training.steps=1000")
+    process = fork(tmp_path, *TINY, "--training.steps=1000", "--metrics.enable_tensorboard")
     read_to(process, "step:  3")
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()
@@ -116,6 +117,9 @@ def test_ctrl_c_of_one_process(tmp_path):
     assert status == 130 and time.monotonic() - begun < 10
     assert err.count("\n") == 1 and "stopped by Ctrl-C; saved: no checkpoint" in err, err
     assert f"trace up to step {last_step(err)} ({tmp_path / 'moe_load.arrow'})" in err
+    (events,) = tmp_path.glob("**/events.out.tfevents*")
+    sink = EventAccumulator(str(events)).Reload()
+    assert {event.step for event in sink.Scalars("loss_metrics/global_avg_loss")} >= {1, 2, 3}
 
 
 def last_step(line: str) -> int:

@@ -10,12 +10,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import MODEL
+from torchtitan.components.checkpointer.base import MODEL, TRAIN_STATE
 from torchtitan.config.override import derive
 from torchtitan.trainer import Trainer
 
+from titan_moe_lb.checkpoints.start import TOKEN_RANKS
+from titan_moe_lb.parallel.layout import Layout
 from titan_moe_lb.terminal.run_folder import is_remote
 from titan_moe_lb.upstream.checked_reader import CheckedReader
 
@@ -36,6 +39,10 @@ class CheckedCheckpoints(CheckpointManager):
     def dcp_save(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         model = self.states[MODEL].state_dict()
         balance = {k: model[k] for k in state_dict if k in model and _BALANCE.search(k)}
+        trainer = self.states.get(TRAIN_STATE)
+        if trainer is not None:
+            layout = Layout.of_dims(trainer.parallel_dims)
+            balance[TOKEN_RANKS] = torch.zeros(layout.data_ranks * layout.cp, dtype=torch.uint8)
         return super().dcp_save({**state_dict, **balance}, *args, **kwargs)
 
     def dcp_load(

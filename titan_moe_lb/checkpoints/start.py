@@ -19,6 +19,10 @@ from torch.distributed.checkpoint.metadata import (
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.terminal import run_folder
 
+TOKEN_RANKS = "titan_moe_lb.token_ranks"
+"""Name of a tensor in our checkpoints: its size is the number of ranks that count tokens, each its
+own (``ntokens_seen`` of torchtitan). DCP's metadata give it without a load."""
+
 _METADATA = ".metadata"
 _FINISHED = (_METADATA, "model.safetensors.index.json")
 """Files by which torchtitan knows a step that it can load, though it cannot load the second."""

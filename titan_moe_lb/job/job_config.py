@@ -131,9 +131,9 @@ def draft(arguments: list[str]) -> Draft:
     tables = {}
     if command.job_config:
         tables = toml_tables.read(str(job_files.find(command.job_config)), "--job-config")
-    if command.job_config and not tables:
+    if command.job_config and "job" not in tables and not (command.module or command.config):
         raise JobError(
-            f"--job-config {source} sets nothing: begin it with a model, as in "
+            f"--job-config {source} names no model: begin it with one, as in "
             f'[job] module = "{DEFAULT_MODULE}"'
         )
     table = JobTable()

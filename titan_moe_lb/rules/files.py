@@ -17,6 +17,7 @@ from torchtitan.models.common.moe import MoE
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
 from titan_moe_lb.checkpoints.start import (
+    TOKEN_RANKS,
     Checkpoint,
     damage,
     is_model_only,
@@ -256,12 +257,15 @@ def checkpoint_counts_tokens_of_as_many_ranks(job: Job) -> None:
     routers = job.config.model_spec.model.traverse(LoadBalancedRouter.Config)
     if not any(changes_after_tokens(router) for _fqn, router, *_ in routers):
         return
+    stored = start.metadata.state_dict_metadata.get(TOKEN_RANKS)
     before, now = _data_ranks_of(start), job.layout.data_ranks
+    if isinstance(stored, TensorStorageMetadata):  # else it is torchtitan's own checkpoint
+        (before,), now = stored.size, now * job.layout.cp
     if before not in (0, now):
         raise JobError(
-            f"{start.path} counts the tokens of {before} data-parallel rank(s), each its own, and "
-            f"this job has {now}, so that nobody knows when {{tokens = ...}} is reached: give the "
-            "changes of losses and expert bias in steps"
+            f"{start.path} counts the tokens of {before} data-parallel x context-parallel rank(s), "
+            f"each its own, and this job has {now}, so that {{tokens = ...}} has no meaning: give "
+            "the changes of losses and expert bias in steps"
         )
 
 

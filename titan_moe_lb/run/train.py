@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ from titan_moe_lb.run.console.signals import ended_by
 from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 from titan_moe_lb.upstream import cpu, finite_data, zero_bubble
+
+_CLOSING_SECONDS = 5.0
+"""Longest wait for TensorBoard and W&B once a signal has ended a run."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,8 +190,20 @@ class _Rank:
         _leave(found.status)
 
     def _stop(self, number: signal.Signals) -> NoReturn:
+        self._close_sinks()
         self._last_word(stopped(number, self._saved()))
         _leave(128 + number)
+
+    def _close_sinks(self) -> None:
+        """Let TensorBoard and W&B write the last steps, which they hold back.
+
+        The main thread may be in the middle of a step, and a sink may wait for the network.
+        """
+        if self._trainer is not None:
+            sinks = self._trainer.metrics_processor.logger
+            closing = threading.Thread(target=sinks.close, daemon=True)
+            closing.start()
+            closing.join(_CLOSING_SECONDS)
 
     def _saved(self) -> str:
         return saved.in_words(self._config, self._begun)
