@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchtitan.components import metrics
 
 from tests.run.test_launch import JOB_VARIABLES
+from tests.support import counted_jobs
 from tests.support.failing_jobs import FAILURES
 from tests.support.forked_start import ForkedStart
 from titan_moe_lb.errors import JobError
@@ -387,3 +389,35 @@ def test_colour_is_for_a_terminal_that_wants_it(environment, in_color, monkeypat
     record = logging.LogRecord("root", logging.INFO, "", 1, "\x1b[31mred", (), None)
     shown = rank_log._ForUsers("").format(record)
     assert shown == ("\x1b[31mred" if in_color else "red")
+
+
+def calls_of_each_process(folder: Path, *flags: str, **environment: str) -> list[dict[str, int]]:
+    """Counts by name, the launcher first."""
+    file = folder / "counts"
+    job = ["--module=tests.support.counted_jobs", "--config=tiny", "--checkpoint.enable", *flags]
+    status, _out, err = end(fork(folder, *job, **environment, **{counted_jobs.FILE: str(file)}))
+    assert status == 0, err
+    calls = [line.split(" ", 1) for line in file.read_text().splitlines()]
+    file.unlink()
+    return [
+        dict(Counter(name for process, name in calls if process == one))
+        for one in dict.fromkeys(process for process, _name in calls)
+    ]
+
+
+RESOLVED = {"validation": 1, "look for the checkpoint": 1}
+
+
+def test_a_start_resolves_its_job_once(tmp_path):
+    """Fresh, then from the checkpoint of the first."""
+    flags = ["--checkpoint.no-last_save_model_only", "--checkpoint.interval=1"]
+    for steps in (1, 2):
+        (alone,) = calls_of_each_process(tmp_path, *flags, f"--training.steps={steps}")
+        assert alone == RESOLVED | {"meta model": 1}
+
+
+def test_a_launcher_and_its_ranks_resolve_their_job_once_each(tmp_path):
+    launcher, *ranks = calls_of_each_process(tmp_path, "--training.steps=1", NGPU="2")
+    assert launcher == RESOLVED
+    # The rank that the user sees prints the number of parameters.
+    assert sorted(ranks, key=len) == [RESOLVED, RESOLVED | {"meta model": 1}]
