@@ -1,7 +1,7 @@
-"""``titan-moe-lb doctor``: what is here, how a job would run on it, and what is missing.
+"""``titan-moe-lb doctor``: packages and devices of this machine, and what a job lacks.
 
-Needs the standard library alone, so that ``python -m titan_moe_lb.commands.doctor`` speaks also in an
-environment where nothing else does.
+It needs the standard library alone, so that ``python -m titan_moe_lb.commands.doctor`` runs in a
+broken environment.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Finding:
     """One line. Without ``ok`` something is missing that a job needs."""
 
     what: str
-    said: str
+    text: str
     ok: bool = True
 
     def __str__(self) -> str:
-        return f"{'ok' if self.ok else 'MISSING':8}{self.what:12}{self.said}"
+        return f"{'ok' if self.ok else 'MISSING':8}{self.what:12}{self.text}"
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def _python() -> Finding:
 
 
 def packages(distribution: str) -> Iterator[Finding]:
-    """Whether all that a distribution requires is here, and whatever that requires in turn."""
+    """Check everything that a distribution requires, directly or through other packages."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -101,8 +101,10 @@ def packages(distribution: str) -> Iterator[Finding]:
             if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras)
         ]
     if not missing:
-        told = ", ".join(f"{name} {seen[name]}" for name in ("torch", "torchtitan") if name in seen)
-        yield Finding("packages", f"all {len(seen)} are whole: {told}")
+        versions = ", ".join(
+            f"{name} {seen[name]}" for name in ("torch", "torchtitan") if name in seen
+        )
+        yield Finding("packages", f"all {len(seen)} are whole: {versions}")
 
 
 def _lost_files(found: importlib.metadata.Distribution) -> int:

@@ -1,4 +1,4 @@
-"""What every HTML page shares.
+"""Frame, charts and colours of every HTML page.
 
 A page is a template that extends ``page.html.jinja`` and fills its blocks, rendered by
 :func:`html_page.render` with ``drawings``, the packed figures of its charts. A chart is made in

@@ -1,6 +1,6 @@
 """A chart: plotly figures in the style of the pages, under one title and one sentence.
 
-What is drawn is told apart by more than its hue: curves by dash and by their name at their end.
+Curves differ by dash and by the name at their end, not by hue alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LETTER_WIDTH = 7
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One figure and what stands above it."""
+    """One figure and its caption."""
 
     caption: str
     figure: go.Figure
@@ -40,7 +40,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Pen:
-    """How a curve is drawn; ``color`` is a role of the palette, as a chart names it."""
+    """Style of a curve; ``color`` is a role of the palette."""
 
     color: str
     dash: str = "solid"
@@ -146,6 +146,7 @@ def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
             y=float(height),
             yref="paper",
             xanchor="left",
+            yanchor="middle",  # plotly would choose another one in each third of the height
             xshift=4,
             showarrow=False,
             font={"color": curve.line.color},

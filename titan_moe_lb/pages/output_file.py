@@ -9,13 +9,13 @@ from pathlib import Path
 from titan_moe_lb.errors import JobError
 
 MARK = '<meta name="generator" content="titan_moe_lb">'
-"""Stands near the beginning of every page, where it is recognised."""
+"""Tag near the beginning of every page, by which :func:`check` recognises it."""
 
 _HEAD_BYTES = 1024
 
 
 def check(output: Path, inputs: Iterable[Path] = ()) -> None:
-    """Ask before the long work whether a page can be written there.
+    """Check before the long work that a page can be written there.
 
     Args:
         output: the file; a symlink means what it points to.
@@ -65,7 +65,7 @@ def write(page: str, output: Path) -> None:
 
 
 def _target(output: Path) -> Path:
-    """What a symlink points to, which is replaced instead of the link."""
+    """Target of a symlink, which is replaced instead of the link."""
     return Path(os.path.realpath(output))
 
 

@@ -1,7 +1,7 @@
 """The colours of every page, in a light and a dark theme.
 
 A page's style sheet and its charts name colours by role, as in ``var(--ink)``; :func:`css`
-says what the roles are in either theme. Charts are drawn again when the reader's theme changes.
+defines the roles in either theme. A change of the reader's theme draws the charts again.
 ``tests/project/test_palette.py`` holds the contrasts: 4.5 to 1 for text, 3 to 1 for lines and marks.
 """
 
@@ -83,7 +83,7 @@ DARK |= _ramp("#a48bf0", "#8fe3b0")
 
 
 def color(role: str) -> str:
-    """How a style sheet or a chart names a role."""
+    """Reference to a role in a style sheet or a chart."""
     return f"var(--{role})"
 
 

@@ -43,7 +43,7 @@ class DomainValidator(Validator):
             super().validate(model_parts, step)
             return
         metrics, dataloader = self.metrics_processor, self.dl_config
-        assert isinstance(metrics, LoadBalanceMetricsProcessor), "asked before the job starts"
+        assert isinstance(metrics, LoadBalanceMetricsProcessor), "the rules of a job refuse another"
         routers = routers_of(model_parts)
         loads: dict[str, DomainLoad] = {}
         for domain in domains:

@@ -1,4 +1,4 @@
-"""Reads a file of record batches as far as it is whole, and behind what is damaged."""
+"""Reader of a file of record batches that skips what is damaged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = 1 << 24
 
 
 class BatchReader:
-    """The whole batches of a step file, in order; read again to go on where it ended.
+    """The whole batches of a step file, in order; another read continues behind the last.
 
     Attributes:
         schema: of every batch.
@@ -57,11 +57,11 @@ class BatchReader:
         fits: Callable[[pa.RecordBatch], bool] = lambda batch: True,
         columns: Sequence[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """What came since the last read, decoded as it is iterated.
+        """Read the batches since the last read; they are decoded as they are iterated.
 
         Args:
-            fits: whether a batch can be one of this file; asked where no checksum says it.
-            columns: that are asked for: a batch may lack the others; default: all.
+            fits: whether a batch can be one of this file; called if the file has no checksums.
+            columns: columns to decode; default: all.
         """
         if self._source.size() != self._path.stat().st_size:
             self._source = _open(self._path)
@@ -114,7 +114,7 @@ class BatchReader:
         return memoryview(self._source.read_buffer(stop - start))
 
     def _starts(self) -> Iterator[int]:
-        """Where a message may begin behind a broken one, by Arrow's marker and a length that fits.
+        """Positions where a message may begin behind a broken one: Arrow's marker and a possible length.
 
         Messages begin at multiples of 8: 0xFFFFFFFF, then the length of their metadata.
         """

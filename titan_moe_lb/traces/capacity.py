@@ -33,7 +33,7 @@ def capacity_factor(received: np.ndarray, drop_share: float = 0.0) -> np.ndarray
 def non_blocking_capacity_factor(
     factor: float, *, num_experts: int, top_k: int, ep_degree: int
 ) -> float:
-    """The same room as torchtitan's HybridEP dispatcher names it: a share of the worst case.
+    """The capacity factor as torchtitan's HybridEP dispatcher defines it: a share of the worst case.
 
     In the worst case every token of the group goes to as many experts of one rank as it can.
     """

@@ -28,7 +28,7 @@ class DomainLoad:
     """One domain in one validation."""
 
     loss: float
-    """Of the language model, mean over the tokens; NaN where this rank does not know it."""
+    """Loss of the language model, mean over the tokens; NaN on a rank without the loss."""
     counts_ME: np.ndarray
     """Tokens routed to each expert, int64 ``(M, E)``."""
 

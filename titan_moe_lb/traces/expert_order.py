@@ -11,7 +11,7 @@ from titan_moe_lb.errors import JobError
 
 
 def coarse_to_fine(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Of groups of neighbours that stay together; one group is none."""
+    """Sort numbers of groups of neighbours that stay together; 1 means no groups."""
     return tuple(sorted(set(numbers) - {1}))
 
 

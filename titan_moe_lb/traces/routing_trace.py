@@ -1,9 +1,8 @@
-"""Which experts every token went to, for chosen steps: what ``Replay`` replays.
+"""Experts of every token in chosen steps, which ``Replay`` replays.
 
-Every rank writes what it routed into a file of its own, ``routing/rank_00003.arrow``,
-without asking the others; the rows say which sequences and positions of the global
-batch they are. So the reader puts the global batch together whatever layout wrote
-it, and refuses when the parts do not make a whole.
+Every rank writes its own file, ``routing/rank_00003.arrow``. Each row names its sequences and
+positions in the global batch, so that the reader assembles the batch of any layout. It raises
+if the parts are not the whole batch.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class RoutingTraceWriter:
         token_slices: Sequence[tuple[int, int]],
         expert_ids_BLK: np.ndarray,
     ) -> None:
-        """Append what one router chose in one forward.
+        """Append the experts of one forward of one router.
 
         Args:
             step: optimizer step.
@@ -83,7 +82,7 @@ class RoutingTraceWriter:
 
 
 class RoutingTrace:
-    """The routing of the recorded steps. Nothing is loaded before it is asked for.
+    """The routing of the recorded steps, mapped: :meth:`expert_ids` loads what it returns.
 
     Attributes:
         folder: where the files of the ranks are.
@@ -215,7 +214,7 @@ class RoutingTrace:
 
 
 def open_routing_trace(run_dir: Path | str) -> RoutingTrace:
-    """As :class:`RoutingTrace`, opened once in a process however often it is asked for."""
+    """Open a :class:`RoutingTrace` once in a process."""
     folder = _folder(run_dir).resolve()
     files = [(file, file.stat().st_mtime_ns) for file in folder.glob("rank_*.arrow")]
     return _opened(folder, frozenset(files))
@@ -280,5 +279,5 @@ def _id_type(num_experts: int) -> np.dtype:
 
 
 def _parts_of(info: RunInfo) -> RunInfo:
-    """What the files of all ranks of a run have in common."""
+    """Description that the files of all ranks of a run share."""
     return dataclasses.replace(info, started="", version="", resumed_at=())

@@ -38,20 +38,20 @@ COLUMNS_OF_FORMAT_1 = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """The run of a trace; kept as JSON in the metadata of the file's Arrow schema."""
+    """The run of a trace, stored as JSON in the metadata of the file's Arrow schema."""
 
     model: str
     flavor: str
     num_experts: int
-    """Of a layer; of the largest where they differ."""
+    """Experts of a layer; of the largest where layers differ."""
     top_k: int
-    """The same."""
+    """Experts that a token chooses; the most where layers differ."""
     layers: tuple[int, ...]
     """Numbers of the MoE layers in the whole model, ascending."""
     num_experts_by_layer: tuple[int, ...] | None = None
     """In the order of ``layers``; None where all have ``num_experts``."""
     top_k_by_layer: tuple[int, ...] | None = None
-    """The same of ``top_k``."""
+    """top_k in the order of ``layers``; None where all are alike."""
     losses: dict[str, float] = field(default_factory=dict)
     """Metric name of each aux loss to its weight."""
     columns: tuple[Column, ...] = ()
@@ -78,10 +78,10 @@ class RunInfo:
     expert_bias: str | None = None
     """The rule of the expert bias and its settings; None where there is no bias."""
     score_func: str | None = None
-    """What makes scores of the logits of the gate; None where an older version did not say."""
+    """Function from the logits of the gate to scores; None in a trace of an older version."""
     expert_groups: tuple[int, ...] | None = None
     """Into how many groups of neighbours the experts are divided, by group-limited routing or a
-    loss, coarse to fine; None where an older version did not say."""
+    loss, coarse to fine; None in a trace of an older version."""
     placement: str | None = None
     """Title of the placement that numbers the experts; None as they were initialised."""
     started: str
@@ -204,7 +204,7 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _known(kind: type, table: dict[str, Any]) -> dict[str, Any]:
-    """What the table says of the kind's fields, each of its type; a newer writer may say more."""
+    """Fields of the kind in the table, each checked for its type; other entries are ignored."""
     every = CollectionCheckStrategy.ALL_ITEMS
     return {
         name: check_type(table[name], hint, collection_check_strategy=every)

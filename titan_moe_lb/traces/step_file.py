@@ -66,7 +66,7 @@ class StepFile:
         self._failed = False
 
     def write(self, step: int, batch: pa.RecordBatch) -> None:
-        """Append one batch, handed whole to the operating system when this returns."""
+        """Append one batch: the operating system has all of it when this returns."""
         if self._failed:
             return
         try:
@@ -92,19 +92,19 @@ class StepFile:
 
     def _open(self, first_step: int, batch: pa.RecordBatch) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = self._kept(first_step) if self.path.exists() else ()
-        # The old file stays whole until the new one holds all that is kept and one step more.
+        earlier = self._earlier(first_step) if self.path.exists() else ()
+        # The old file stays whole until the new one has all earlier steps and one more.
         self._file = open(self._new, "wb", buffering=0)  # noqa: SIM115
         if self._has_checksums:
             self._schema = self._schema.with_metadata({**self._schema.metadata, **METADATA})
         self._head_size = self._schema.serialize().size
         self._writer = pa.ipc.new_stream(self._sink, self._schema, options=self._options)
-        for earlier in kept:
-            self._append(earlier)
+        for one in earlier:
+            self._append(one)
         self._append(batch)
         os.replace(self._new, self.path)
 
-    def _kept(self, first_step: int) -> Iterable[pa.RecordBatch]:
+    def _earlier(self, first_step: int) -> Iterable[pa.RecordBatch]:
         """Batches of the existing file to begin the new one with; sets the schema of both."""
         try:
             source = BatchReader(self.path)

@@ -82,8 +82,8 @@ class Trace:
     counts_SME: np.ndarray
     """Tokens per expert over the global batch, int64 ``(S, M, E)``."""
     micro_batch_counts_SME: np.ndarray
-    """The same of one micro-batch of each step, int32 ``(S', M, E)``: of those S' steps that
-    have recorded one, which in a trace of an older version are none; none unless asked for."""
+    """Counts of one micro-batch of each of the S' steps that recorded one, int32 ``(S', M, E)``; S'
+    is 0 in a trace of an older version, and unless ``micro_batches`` is set."""
     layer_columns: dict[str, np.ndarray]
     """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the number."""
     step_columns: dict[str, np.ndarray]
@@ -161,7 +161,11 @@ class TraceReader:
     """
 
     def __init__(self, path: Path | str, *, micro_batches: bool = False) -> None:
-        """As :func:`read_trace`. Raises JobError: there is no trace, or it is not one of ours."""
+        """Open the trace, as :func:`read_trace`.
+
+        Raises:
+            JobError: there is no trace, or the file is not one of ours.
+        """
         self._path = _existing_trace(path)
         self._batches = BatchReader(self._path)
         self.info = _info_of(self._batches.schema, self._path)

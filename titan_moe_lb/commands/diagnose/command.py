@@ -19,11 +19,11 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") ->
     Args:
         run_dir: folder of the run, or its trace.
         as_json: an object with ``steps``, ``findings`` and ``well`` instead of sentences.
-        fail_on: the least severity that the status tells; "never": none.
+        fail_on: the least severity with status 1; "never": none.
 
     Returns:
-        1 where something at least as bad as ``fail_on`` was found, or the run is too short to say
-        whether; else 0.
+        1 where something at least as bad as ``fail_on`` was found, or the run is too short;
+        else 0.
 
     Raises:
         JobError: the trace cannot be read.

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class Severity(IntEnum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     NOTE = 0
     """It costs something, and may be meant."""
@@ -25,13 +25,13 @@ class Finding:
     """One word for scripts, as in ``dead_experts``: the name of the check, which fills it in."""
     severity: Severity = Severity.WARNING
     what: str
-    """What is wrong, and where."""
+    """The fault, and its layers."""
     evidence: str
     """The numbers that show it."""
     reason: str
-    """The bound that they cross, and why it stands there."""
+    """The bound that they cross, and the reason for it."""
     remedy: str
-    """What to do."""
+    """The change to make."""
     toml: str = ""
     """The lines of the job to try, if there are any."""
     layers: tuple[int, ...] | None = None
@@ -39,6 +39,6 @@ class Finding:
     experts: tuple[tuple[int, int], ...] = ()
     """Layer and expert of each that is concerned, the fullest first."""
     since: int | None = None
-    """The logged step from which on; None where the trace does not tell."""
+    """First logged step of it; None if unknown."""
     explains: dict[str, str] = field(default_factory=dict)
     """The findings that follow from it and are not listed: kind to ``what``."""

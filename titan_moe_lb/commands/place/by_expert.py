@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are by expert: the rules, on names and shapes alone."""
+"""Rules that find the tensors by expert of a checkpoint, from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class ExpertTensors:
-    """Of one MoE layer, in the model or in a copy of it."""
+    """Tensors by expert of one MoE layer, in the model or in a copy of it."""
 
     layer: int
     """Number in the whole model, as in a trace."""
@@ -33,10 +33,10 @@ class ExpertTensors:
     """Tensors of one expert each, in the order of the experts."""
 
     def moves(self, order_E: np.ndarray) -> Iterator[tuple[str, tuple[str, np.ndarray | None]]]:
-        """What fills each tensor: another one, or its own rows in another order.
+        """Source of each tensor: another tensor, or its own rows in another order.
 
         Args:
-            order_E: which expert comes to stand at each place.
+            order_E: the expert at each place.
         """
         for name in self.stacked:
             yield name, (name, order_E)
@@ -97,7 +97,7 @@ def expert_tensors(tensors: dict[str, Stored], objects: Iterable[str] = ()) -> l
 
 
 def _layers(model: dict[str, Stored]) -> dict[str, ExpertTensors]:
-    """By what their names begin with. Those outside the decoder (multi-token prediction) are
+    """MoE layers by the prefix of their names. Those outside the decoder (multi-token prediction) are
     numbered on from its last layer, as in a trace."""
     gates = [gate for name in sorted(model) if (gate := _GATE.fullmatch(name))]
     gates = [

@@ -1,4 +1,4 @@
-"""What both kinds of checkpoint are to a placement: tensors to read by row and write in place."""
+"""Base class of both kinds of checkpoint: tensors to read by row and to write in place."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 from titan_moe_lb.commands.place.by_expert import Stored
 
 Moves = dict[str, tuple[str, np.ndarray | None]]
-"""What fills a tensor: the rows of a tensor of its shape and type, in an order; None for as they
+"""Source of each tensor: the rows of a tensor of its shape and type, in an order; None for as they
 are. A tensor without an entry stays."""
 
 _COPIED_AT_ONCE = 16 << 20
 
 
 class CheckpointFiles(ABC):
-    """A checkpoint in a folder. Reads through maps of its files: what a caller holds in memory is
-    what it has asked for.
+    """A checkpoint in a folder. It maps its files, so that memory holds only what a caller
+    reads.
 
     Attributes:
         tensors: by name.
@@ -39,7 +39,7 @@ class CheckpointFiles(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Of all data files."""
+        """Bytes of all data files."""
 
     @abstractmethod
     def row(self, name: str, index: int) -> memoryview | np.ndarray:
@@ -54,7 +54,7 @@ class CheckpointFiles(ABC):
         """Write the checkpoint with its tensors moved, into an empty folder.
 
         Args:
-            advance: told of every number of bytes that was written.
+            advance: called with every number of written bytes.
         """
 
 

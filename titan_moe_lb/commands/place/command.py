@@ -1,4 +1,4 @@
-"""From the arguments of ``titan-moe-lb place`` to a placed checkpoint."""
+"""``titan-moe-lb place``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def place(
     except JobError as error:
         raise JobError(f"{folder} cannot be placed: {error}") from None
     done = placement_file.of_checkpoint(folder)
-    said = [_what(folder, files, layers)]
+    lines = [_what(folder, files, layers)]
     counts_ME = None
     if undo:
         if from_run is not None or ep is not None or groups is not None or alone:
@@ -84,10 +84,10 @@ def place(
     num_experts = {layer.layer: layer.num_experts for layer in layers}
     plan.check(num_experts, str(folder))
     if counts_ME is not None:
-        said.append(_gain(plan, counts_ME))
+        lines.append(_gain(plan, counts_ME))
     if alone:
         plan.write(output)
-        return [*said, f"{output}: place {path} --placement {output} -o NEW applies it"]
+        return [*lines, f"{output}: place {path} --placement {output} -o NEW applies it"]
     orders = plan.inverse() if undo else plan.orders
     moves: Moves = {}
     for layer in layers:
@@ -95,10 +95,10 @@ def place(
     record = _record(plan, done, undo)
     _write(files, output, folder.relative_to(path), moves, record)
     moved = f"{len(moves):,} tensors by expert of {len(files.tensors):,} moved"
-    said.append(f"{output}: {moved}, read back and compared")
+    lines.append(f"{output}: {moved}, read back and compared")
     if record is not None:
-        said.append(f"back again: titan-moe-lb place {output} --undo -o NEW")
-    return said
+        lines.append(f"back again: titan-moe-lb place {output} --undo -o NEW")
+    return lines
 
 
 def _checkpoint_of(path: Path) -> Path:
@@ -204,7 +204,7 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Exper
 
 
 def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
-    """What it is to do to the overload.
+    """Overload before and after, in a line.
 
     Raises:
         JobError: nothing.
@@ -229,7 +229,7 @@ def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
 
 
 def _record(plan: ExpertOrder, done: ExpertOrder | None, undo: bool) -> ExpertOrder | None:
-    """What the placed checkpoint says of itself."""
+    """Expert order that the placed checkpoint records."""
     if undo:
         return done.earlier if done is not None else None
     return ExpertOrder(

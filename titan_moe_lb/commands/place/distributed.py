@@ -156,7 +156,7 @@ class DistributedFiles(CheckpointFiles):
             raise JobError(f"{self.folder}: the chunks of {name} are not the whole tensor")
 
     def _mapped_view(self, part: _Part) -> torch.Tensor:
-        """A chunk, mapped: torch.save wrote its strides, and says where its numbers begin."""
+        """Map a chunk, with the strides and the offset that torch.save wrote."""
         info = part.info
         with open(self.folder / info.relative_path, "rb") as file, FakeTensorMode():
             stream: Any = file_view(file, info.offset, info.length)

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""New folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_moe_lb.errors import JobError
 
 
 def check(new: Path, num_bytes: int) -> None:
-    """Ask before the long work whether a folder can come to be there.
+    """Check before the long work that the folder can be made.
 
     Raises:
         JobError: something is there, it would change the numbering of a run midway, or there is

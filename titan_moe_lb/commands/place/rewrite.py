@@ -18,7 +18,7 @@ def rewrite(
     """Into an empty folder; files of other kinds (configuration, tokenizer) are copied.
 
     Args:
-        advance: told of bytes, three times those of the source in all.
+        advance: called with numbers of bytes, three times those of the source in all.
 
     Raises:
         JobError: what was written reads back otherwise.

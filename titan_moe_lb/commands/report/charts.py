@@ -111,7 +111,7 @@ _CHARTS = (
 _SHOWN_ABOVE = {curve.name for *_, axes in _CHARTS for one in axes for curve in one.curves} | {
     "step_seconds"
 }
-"""What needs no chart of its own; the seconds are the other side of the throughput."""
+"""Columns without a chart of their own; the seconds repeat the throughput."""
 _SUMMARIES = {"mean": "mean", "max": "maximum", "sum": "sum"}
 
 

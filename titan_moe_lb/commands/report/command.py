@@ -22,7 +22,7 @@ def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | Non
             ``compare.html`` for several.
 
     Returns:
-        What to tell the user: the file, and what the trace lacked.
+        A line with the file, and one for each damage of a trace.
 
     Raises:
         JobError: a trace cannot be read, the models differ, the page cannot be written.

@@ -27,7 +27,7 @@ def encode(counts: np.ndarray) -> np.ndarray:
 
 
 def pack(codes_SME: np.ndarray) -> bytes:
-    """Deflate the codes, in the smaller of two forms; the first byte says which.
+    """Deflate the codes in the smaller of two forms, which the first byte names.
 
     1: differences from step to step, modulo 256, small where loads drift slowly. 0: the codes
     themselves, each by how often it occurs, for loads that change at random.

@@ -13,7 +13,7 @@ from titan_moe_lb.pages import html_page
 from titan_moe_lb.traces.trace import Trace
 
 MOST_FRAMES = 400
-"""Steps of the slider at most: more cannot be told apart by a hand."""
+"""Most steps of the slider: a hand cannot choose among more."""
 MOST_PAGE_BYTES = 4_950_000
 """Fewer of these steps are embedded where the page would be larger."""
 _MARKUP_BYTES = 60_000
@@ -56,7 +56,7 @@ def render(traces: list[Trace]) -> str:
 
 
 def _run(mark: str, name: str, trace: Trace, most_load_bytes: int) -> dict[str, Any]:
-    """What the template shows of one run."""
+    """Variables of the template for one run."""
     loads, frames = load_codes.pack_within(trace.counts_SME, MOST_FRAMES, most_load_bytes)
     hottest, coldest = summary.hottest_and_coldest(trace)
     return {

@@ -1,4 +1,4 @@
-"""What the runs of a page are called: a letter, and what of its path tells a run apart."""
+"""Names of the runs of a page: a letter, and the part of the path that differs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MARKS = string.ascii_uppercase
-"""Of the runs of a page, in their order."""
+"""Letters of the runs of a page, in their order."""
 
 
 def run_names(files: Sequence[Path]) -> list[str]:

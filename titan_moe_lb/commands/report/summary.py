@@ -1,4 +1,4 @@
-"""The figures of a run that are read as numbers: cards and the tables of experts."""
+"""Cards and tables of a report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from titan_moe_lb.commands.answer import words
 from titan_moe_lb.traces.balance_statistics import (
     ABSENT,
+    extreme_experts,
     max_violation,
     num_dead_experts,
     relative_load,
@@ -40,7 +42,7 @@ class Expert:
 
 
 def facts(trace: Trace) -> dict[str, str]:
-    """What the run is, by name."""
+    """Layout, batch and balancing of the run, by name."""
     info, steps = trace.info, trace.steps
     resumed = f", resumed at {', '.join(map(str, info.resumed_at))}" if info.resumed_at else ""
     losses = ", ".join(f"{name} × {weight}" for name, weight in info.losses.items())
@@ -112,16 +114,15 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
 def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
     """The experts with the highest and the lowest mean load over the run, in this order."""
     mean_ME = _mean_load(trace)
-    # What a layer does not have is NaN, and sorted to the end.
-    order = np.argsort(mean_ME, axis=None, kind="stable")[: np.isfinite(mean_ME).sum()]
-    hottest, coldest = order[::-1][:NUM_LISTED], order[:NUM_LISTED]
+    hottest, coldest = extreme_experts(mean_ME, NUM_LISTED)
     return _experts(trace, mean_ME, hottest), _experts(trace, mean_ME, coldest)
 
 
 def hottest_now(trace: Trace) -> Expert:
     """The expert with the highest load of the last step."""
-    last_ME = relative_load(trace.counts_SME[-1])
-    (expert,) = _experts(trace, _mean_load(trace), np.array([np.nanargmax(last_ME)]))
+    hottest = np.nanargmax(relative_load(trace.counts_SME[-1]))
+    place = divmod(int(hottest), trace.info.num_experts)
+    (expert,) = _experts(trace, _mean_load(trace), [place])
     return expert
 
 
@@ -137,14 +138,14 @@ def _mean_load(trace: Trace) -> np.ndarray:
     return np.where(trace.counts_SME[0] >= 0, mean_ME, np.nan)
 
 
-def _experts(trace: Trace, mean_ME: np.ndarray, listed: np.ndarray) -> list[Expert]:
+def _experts(trace: Trace, mean_ME: np.ndarray, places: list[tuple[int, int]]) -> list[Expert]:
     experts = []
-    for row, expert in zip(*np.unravel_index(listed, mean_ME.shape), strict=True):
+    for row, expert in places:
         load_S = relative_load(trace.counts_SME[:, row])[:, expert]
         experts.append(
             Expert(
                 layer=trace.layers[row],
-                expert=int(expert),
+                expert=expert,
                 mean=number(mean_ME[row, expert]),
                 last=number(load_S[-1]),
                 lowest=number(load_S.min()),
@@ -155,14 +156,8 @@ def _experts(trace: Trace, mean_ME: np.ndarray, listed: np.ndarray) -> list[Expe
 
 
 def number(value: float) -> str:
-    """Three digits that matter; a dash for a figure that is missing."""
-    if not np.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-4:
-        return f"{value:.2e}"
-    return f"{value:,.{max(0, 2 - int(np.floor(np.log10(abs(value)))))}f}"
+    """Three significant digits; a dash for a missing number."""
+    return words.number(value) if np.isfinite(value) else "–"
 
 
 def _peak(values_S: np.ndarray, steps: np.ndarray) -> str:

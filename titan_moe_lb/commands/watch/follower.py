@@ -1,4 +1,4 @@
-"""What is new in the trace of a run that still writes it."""
+"""Reader of the trace of a run that still grows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import Trace, TraceReader, trace_file
 
 MOST_RECENT = 200
-"""Logged steps that are kept: what is wrong is wrong of the end of a run."""
+"""Logged steps in memory, enough for a diagnosis of the end of a run."""
 
 
 class Follower:
@@ -47,12 +47,12 @@ class Follower:
 
     @property
     def seconds_between_steps(self) -> float | None:
-        """Between two logged steps, in the median; None where the trace does not say it."""
+        """Median seconds between two logged steps; None if the trace has no times."""
         return median(self._intervals) if self._intervals else None
 
     @property
     def wrong(self) -> list[Finding]:
-        """What a diagnosis of the last steps finds; nothing where they are too few. Valid once
+        """Findings of a diagnosis of the last steps; none if they are too few. Valid once
         :meth:`look` has returned True."""
         assert self._recent is not None
         if self._wrong is None:

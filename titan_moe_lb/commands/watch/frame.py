@@ -112,7 +112,7 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
 
 
 def _wrong(follower: Follower, glyphs: Glyphs) -> list[Text]:
-    """What a diagnosis of the last steps finds, the worst first."""
+    """Findings of a diagnosis of the last steps, the worst first."""
     found = follower.wrong
     lines = [
         Text(

@@ -1,4 +1,4 @@
-"""What a terminal can show: bars in Unicode, or in ASCII where it knows no more."""
+"""Characters of a terminal: bars in Unicode, or in ASCII."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Glyphs:
     bars: str
     dead: str
     overflow: Literal["ellipsis", "crop"]
-    """How a line that is too long ends."""
+    """End of a line that is too long."""
 
     def inert(self, text: str) -> str:
         """The text without what a terminal would obey, or could not show."""
-        kept = "".join(letter for letter in text if letter.isprintable())
-        return kept if self is UNICODE else kept.encode("ascii", "replace").decode()
+        printable = "".join(letter for letter in text if letter.isprintable())
+        return printable if self is UNICODE else printable.encode("ascii", "replace").decode()
 
 
 UNICODE = Glyphs("▁▂▃▄▅▆▇█", "·", "ellipsis")
@@ -30,10 +30,10 @@ ASCII = Glyphs("_.-=+*%#", "x", "crop")
 
 
 def glyphs_of(console: Console) -> Glyphs:
-    """What the console can show.
+    """Glyphs that the console can show.
 
-    In the C locale Python writes UTF-8 all the same (PEP 538, PEP 540), so a terminal that was
-    said to know ASCII alone is known by the environment, not by the encoding.
+    In the C locale Python writes UTF-8 all the same (PEP 538, PEP 540), so that the environment
+    decides, not the encoding.
     """
     locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
     unicode = console.encoding.startswith("utf") and locale not in ("C", "POSIX")

@@ -1,4 +1,4 @@
-"""How long ago the last step was, and whether the run looks dead."""
+"""Age of the last step, and a warning if the run looks dead."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SECONDS_LATE = 60.0
 
 
 def age(follower: Follower, now: float | None = None) -> str:
-    """Of the last step, in words."""
+    """Age of the last step, in words."""
     return f"{_duration(_seconds(follower, now))} ago"
 
 
 def verdict(follower: Follower, now: float | None = None) -> str | None:
-    """A line where the next step is far beyond its time; a trace does not say that it is whole."""
+    """Warning if the next step is far beyond its time; a trace has no mark of a finished run."""
     usual, seconds = follower.seconds_between_steps, _seconds(follower, now)
     if usual is None or seconds <= max(TIMES_LATE * usual, SECONDS_LATE):
         return None

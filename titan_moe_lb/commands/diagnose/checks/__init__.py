@@ -1,4 +1,4 @@
-"""What can be wrong with the balance of a run, and what explains what.
+"""Checks of the balance of a run, and which explains which.
 
 A check is a function of the end of a run and an entry of :data:`CHECKS`. It returns a finding,
 or a sentence with the numbers that it found well, or None where there is nothing to look at.
@@ -19,7 +19,7 @@ from titan_moe_lb.traces.trace import Trace
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing to look at; the function's name is the kind of its finding."""
+    """One check; the function's name is the kind of its finding."""
 
     look: Callable[[Window], Finding | str | None]
     topic: str = ""
@@ -50,8 +50,7 @@ CHECKS = (
     Check(loads.first_layers, "loads"),
     Check(run.padding),
 )
-"""A cause stands before what it explains. Of findings that are as bad as each other, the one that
-stands first here is named first."""
+"""A cause precedes what it explains. Findings of one severity are listed in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +97,12 @@ def _with_symptoms(cause: Finding, symptoms: list[Finding]) -> Finding:
 
 
 def findings(trace: Trace) -> list[Finding]:
-    """All that is wrong at the end of a run: see :func:`diagnosis`."""
+    """Findings of :func:`diagnosis` alone."""
     return diagnosis(trace).findings
 
 
 def _explains(cause: Check, finding: Finding, check: Check, symptom: Finding) -> bool:
-    """It is said to, has begun no later, and is in all layers of the symptom."""
+    """The check declares it, the cause began no later, and has all layers of the symptom."""
     if not {check.kind, check.topic} & {*cause.explains}:
         return False
     if finding.since is not None and symptom.since is not None and finding.since > symptom.since:

@@ -10,10 +10,10 @@ from titan_moe_lb.commands.diagnose.window import Window
 from titan_moe_lb.traces.balance_statistics import max_violation
 
 SHORT = 0.01
-"""Of the excess: a bias that moves less needs a hundred times the steps so far, and ten times
+"""Part of the excess: a bias that moves less needs a hundred times the steps so far, and ten times
 where scores are ten times closer than :meth:`Balancing.moved` assumes."""
 LARGE = 0.1
-"""Of an expert's balanced load: a step of the bias that moves more overshoots."""
+"""Part of an expert's balanced load: a step of the bias that moves more overshoots."""
 
 
 def bias_too_slow(window: Window) -> Finding | str | None:

@@ -52,7 +52,8 @@ def too_weak(window: Window) -> Finding | str | None:
 
 
 def aux_loss_dominates(window: Window) -> Finding | str | None:
-    """Where the job measures it: ``metrics.router_gradients``."""
+    """The gradient of the losses is far larger than that of the model's loss. Needs
+    ``metrics.router_gradients``."""
     main_SM, aux_SM = map(window.column, ("main_gradient_squared", "aux_gradient_squared"))
     losses = window.trace.info.losses
     if main_SM is None or aux_SM is None or not losses:

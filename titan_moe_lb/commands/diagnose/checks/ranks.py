@@ -47,7 +47,7 @@ def hot_rank(window: Window) -> Finding | str | None:
 
 
 def hidden_in_micro_batches(window: Window) -> Finding | str | None:
-    """What single micro-batches have too much, their sum has not."""
+    """Single micro-batches are uneven, and their sum is not."""
     single_SM = window.column("micro_batch_max_violation")
     if single_SM is None:
         return None
