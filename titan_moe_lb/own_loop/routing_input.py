@@ -1,4 +1,4 @@
-"""Checks of the arrays that a loop gives to :class:`titan_moe_lb.RoutingReplay`.
+"""Checks of the arrays that a loop passes to :class:`titan_moe_lb.RoutingReplay`.
 
 Shape suffixes: B = rows, S = tokens of a whole row, T = tokens of a sample, K = top_k.
 """
@@ -14,16 +14,15 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.routing_memory import UNKNOWN, positions_in_order
 
 SAMPLE_IDS = "sample_ids"
-"""Argument of the model's forward: int64 ``(B, S)``, whole rows, the sample of each token; -1 for a
-token of none."""
+"""Argument of the model's forward: sample of each token of whole rows, int64 ``(B, S)``; -1 for none."""
 
 SAMPLE_POSITIONS = "sample_positions"
-"""The same: the position of each token in its sample. Without it a sample begins where it begins in
-the row."""
+"""Argument of the model's forward: position of each token in its sample, int64 ``(B, S)``. Default:
+a sample begins at its first token in the row."""
 
 
 def expert_ids(given: Any, top_k: int, num_experts: int) -> np.ndarray:
-    """The experts of the tokens of a sample, ``(T, K)``.
+    """Check the experts of the tokens of a sample, ``(T, K)``.
 
     Raises:
         JobError: a token has neither K different experts nor a row of -1.

@@ -1,15 +1,16 @@
 """Training on the experts that a rollout has used.
 
-In reinforcement learning the forward that scores a rollout and the one that trains on it can
-choose other experts for the same tokens, which makes their probabilities differ by more than the
-policy has. Rollout routing replay (R3, arXiv 2510.11370) keeps the experts of the rollout and
-takes them again in training; the scores, and so the gradient of the gate, are those of training.
+In reinforcement learning, the forward that scores a rollout and the one that trains on it can
+choose different experts for the same tokens, which adds to the difference of their probabilities.
+Rollout routing replay (R3, arXiv 2510.11370) saves the experts of the rollout and uses them in
+training. The scores, and so the gradient of the gate, are those of training.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -40,7 +41,7 @@ from titan_moe_lb.parallel.local_shard import local_shard
 
 
 class RoutingReplay:
-    """Experts of samples, kept in host memory and taken again in another forward.
+    """Saves the experts of samples in host memory and uses them in another forward.
 
     ::
 
@@ -51,8 +52,8 @@ class RoutingReplay:
         with replay.replay():
             loss(model(tokens, sample_ids=ids)).backward()   # and however training does
 
-    A token takes 2 N K bytes on each rank that keeps it, N being the MoE layers of the rank: 8.7 KiB
-    for DeepSeek-V3's 58 layers without pipeline parallelism.
+    A token takes 2 N K bytes on each rank that saves it: 8.7 KiB for the 58 MoE layers of
+    DeepSeek-V3 without pipeline parallelism.
 
     Shape suffixes: B = rows, S = tokens of a whole row, L = those of it on this rank, N = MoE
     layers of a model part, K = top_k, T = tokens of a sample.
@@ -73,9 +74,8 @@ class RoutingReplay:
         self._mode: Literal["record", "replay"] | None = None
         self._parts = [_Part(part) for part in balance.model_parts if routers_of([part])]
         self._layers = self._layers_of_the_model()
-        self._recordings = 0
-        self._tokens = self._steps_off_policy = self._most_steps_off_policy = 0
-        self._own_choices = self._choices = 0
+        self._recordings = self._most_steps_off_policy = 0
+        self._counts: Counter[str] = Counter()
         for module in balance.model_parts:
             part = next((part for part in self._parts if part.module is module), None)
             module.register_forward_pre_hook(functools.partial(self._begin, part), with_kwargs=True)
@@ -84,10 +84,10 @@ class RoutingReplay:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Forwards of the model with ``sample_ids`` are remembered.
+        """Record the forwards of the model, which need ``sample_ids``.
 
-        All forwards within it are one recording: the parts of a sample are put together. A sample
-        that was recorded before is replaced whole.
+        All forwards within it are one recording, which joins the parts of a sample. It replaces
+        earlier recordings of a sample.
         """
         self._recordings += self._mode != "record"
         with self._in_mode("record"):
@@ -95,25 +95,24 @@ class RoutingReplay:
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Forwards of the model with ``sample_ids`` take the experts that were remembered."""
+        """Use the saved experts in the forwards of the model, which need ``sample_ids``."""
         with self._in_mode("replay"):
             yield
 
     def add(self, sample: int, layer: int, expert_ids_TK: Any, *, step: int | None = None) -> None:
-        """Remember what another engine has chosen, for one layer of a sample at a time.
+        """Save the choice of another engine, for one layer of a sample at a time.
 
-        Once all layers of the rank were added, the next addition replaces the sample whole.
+        Once all layers of the rank were added, the next addition replaces the whole sample.
 
         Args:
-            sample: at least 0.
-            layer: number of the MoE layer in the whole model; one that this rank has not is left
-                out.
+            sample: number of the sample, at least 0.
+            layer: number of the MoE layer in the whole model; ignored where this rank has not got it.
             expert_ids_TK: integers ``(T, K)``, K different experts of each token from its first
-                position on, or a row of -1 for a token that has to choose itself.
+                position on, or a row of -1 for a token that chooses itself.
             step: finished optimizer steps of the weights that chose; default: now.
 
         Raises:
-            JobError: an argument that cannot be.
+            JobError: an argument is invalid.
         """
         if layer not in self._layers:
             raise JobError(f"add(layer={layer}): the MoE layers of the model are {self._layers}")
@@ -158,17 +157,16 @@ class RoutingReplay:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory of what this rank remembers."""
+        """Host memory of the saved experts of this rank."""
         return sum(ids.nbytes for part in self._parts for ids in part.memory.experts.values())
 
     def metrics(self) -> dict[str, float]:
-        """Of the replayed forwards since the last call, over all ranks. Collective.
+        """Metrics of the replayed forwards since the last call, over all ranks. Collective.
 
-        ``moe/replay_changed_share``: share of the experts that the training forward would have
-        chosen itself and were not those of the rollout. ``moe/replay_off_policy_steps``: optimizer
-        steps since the sample was recorded, mean over the tokens, and ``_max``.
-        ``moe/replay_own_choice_share``: share of the tokens of samples that chose themselves,
-        because they were added with -1.
+        ``moe/replay_changed_share``: share of the training forward's own choices that the replay
+        replaced. ``moe/replay_off_policy_steps``: optimizer steps since the sample was recorded,
+        mean over the tokens, and ``_max``. ``moe/replay_own_choice_share``: share of the tokens of
+        samples that chose themselves, because they were added with -1.
         """
         device = self._parts[0].device if self._parts else torch.device("cpu")
         changed_2 = torch.zeros(2, dtype=torch.int64, device=device)
@@ -178,11 +176,11 @@ class RoutingReplay:
                 if router.replay.changed_2 is not None:
                     changed_2 += router.replay.changed_2
                     router.replay.changed_2 = None
-        numbers = [self._tokens, self._steps_off_policy, self._choices, self._own_choices]
-        sums_6 = torch.cat([changed_2, torch.tensor(numbers, device=device)])
+        counts = [self._counts[name] for name in ("tokens", "steps", "choices", "own choices")]
+        sums_6 = torch.cat([changed_2, torch.tensor(counts, device=device)])
         most_1 = torch.tensor([self._most_steps_off_policy], device=device)
-        self._tokens = self._steps_off_policy = self._most_steps_off_policy = 0
-        self._own_choices = self._choices = 0
+        self._most_steps_off_policy = 0
+        self._counts.clear()
         for group in self._groups.loop:
             dist.all_reduce(sums_6, group=group)
             dist.all_reduce(most_1, op=dist.ReduceOp.MAX, group=group)
@@ -199,10 +197,6 @@ class RoutingReplay:
     @property
     def _now(self) -> int:
         return self._balance.finished_steps
-
-    @property
-    def _recorded_at(self) -> dict[int, Recording]:
-        return self._parts[0].memory.recordings if self._parts else {}
 
     def _layers_of_the_model(self) -> list[int]:
         """The numbers of all MoE layers. Collective over the stages of a pipeline."""
@@ -248,10 +242,10 @@ class RoutingReplay:
         else:
             ids_NBLK = part.memory.recall(part.samples_BL, part.positions_BL)
             part.replay(ids_NBLK)
-            self._choices += len(ids_NBLK) * int((part.samples_BL >= 0).sum())
-            self._own_choices += int((ids_NBLK[..., 0] == OWN_CHOICE).sum())
+            self._counts["choices"] += len(ids_NBLK) * int((part.samples_BL >= 0).sum())
+            self._counts["own choices"] += int((ids_NBLK[..., 0] == OWN_CHOICE).sum())
             if part.module.training and torch.is_grad_enabled() and part is self._parts[0]:
-                self._count_off_policy(part.samples_BL)
+                self._count_off_policy(part)
         return args, kwargs
 
     def _end(self, part: _Part, _module: nn.Module, _args: tuple, _output: Any) -> None:
@@ -267,16 +261,16 @@ class RoutingReplay:
         )
         return np.concatenate([np.arange(start, start + length) for start, length in slices])
 
-    def _count_off_policy(self, samples_BL: np.ndarray) -> None:
-        for sample, places_T in places_of_samples(samples_BL):
-            steps = self._now - self._recorded_at[sample].step
-            self._tokens += len(places_T)
-            self._steps_off_policy += steps * len(places_T)
+    def _count_off_policy(self, part: _Part) -> None:
+        for sample, places_T in places_of_samples(part.samples_BL):
+            steps = self._now - part.memory.recordings[sample].step
+            self._counts["tokens"] += len(places_T)
+            self._counts["steps"] += steps * len(places_T)
             self._most_steps_off_policy = max(self._most_steps_off_policy, steps)
 
 
 class _Part:
-    """A model part of this rank, and what is known of its layers."""
+    """A model part of this rank, and the saved experts of its layers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -289,7 +283,7 @@ class _Part:
 
     @property
     def device(self) -> torch.device:
-        """Of the routers."""
+        """Device of the routers."""
         return self.routers[0].gate.weight.device
 
     def padded(self, ids: np.ndarray) -> np.ndarray:
@@ -298,17 +292,17 @@ class _Part:
         return np.pad(ids, missing, constant_values=UNKNOWN)
 
     def rest(self) -> None:
-        """All routers choose, and nobody looks."""
+        """Let all routers choose, without a record."""
         for router in self.routers:
             router.replay.notes, router.replay.expert_ids_BLK = False, None  # type: ignore[union-attr]
 
     def record(self) -> None:
-        """The running forward is recorded."""
+        """Record the running forward."""
         for router in self.routers:
             router.replay.notes = True  # type: ignore[union-attr]
 
     def replay(self, ids_NBLK: np.ndarray) -> None:
-        """The running forward has to take these experts, int16."""
+        """Use these experts, int16, in the running forward."""
         on_device = torch.from_numpy(ids_NBLK).to(self.device).long()
         for router, ids_BLK in zip(self.routers, on_device, strict=True):
             replay = router.replay
@@ -318,7 +312,7 @@ class _Part:
                 replay.changed_2 = torch.zeros(2, dtype=torch.int64, device=self.device)
 
     def take_notes(self, recording: Recording) -> None:
-        """Keep what the routers have chosen."""
+        """Save the choices of the routers."""
         seen = [router.replay.seen_BLK.short().cpu().numpy() for router in self.routers]  # type: ignore[union-attr]
         self.rest()
         ids_NTK = np.stack([self.padded(ids_BLK).reshape(-1, self._top_k) for ids_BLK in seen])

@@ -1,4 +1,4 @@
-"""Data that end: a whole validation set (``validator.steps = -1``), or a finite training set.
+"""Finite data: a whole validation set (``validator.steps = -1``), or a finite training set.
 
 In torchtitan 0.3.0 each data-parallel rank stops when its own data end. The others have another
 batch and wait for it in a collective (https://github.com/pytorch/torchtitan/issues/1618). Here all
@@ -80,7 +80,7 @@ def _stopping_together(loader: type[Any]) -> type[Any]:
 
 
 def _all(holds: bool) -> bool:
-    """Whether it holds on every rank. Collective."""
+    """Whether a condition holds on every rank. Collective."""
     everywhere = torch.tensor(int(holds), device=utils.device_type)
     if dist.is_initialized():
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
