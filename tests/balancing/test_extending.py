@@ -7,12 +7,14 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+import titan_moe_lb
 from tests.balancing.test_router import BOUND, inputs, router
 from tests.parity.compare import Parity, assert_same_log
 from tests.parity.layout import parse
@@ -245,6 +247,18 @@ def test_strategy_is_in_the_help():
         model_help.show("deepseek_v3", Console(file=shown, width=120))
     assert 'type = "cold_experts": No token goes to ``num_cold`` experts' in shown.getvalue()
     assert "Experts without load." in shown.getvalue()
+
+
+def test_strategy_of_the_package_is_one_file_and_one_line():
+    """``rotating`` is mentioned in its own file and where the package lists its strategies."""
+    package = Path(titan_moe_lb.__file__).parent
+    mentions = {
+        str(path.relative_to(package)): sum("otating" in line for line in path.open())
+        for path in package.rglob("*.py")
+    }
+    folder = "balancing/forced_routing"
+    assert mentions.pop(f"{folder}/rotating.py") > 0
+    assert {name: n for name, n in mentions.items() if n} == {f"{folder}/__init__.py": 1}
 
 
 # ---- A model

@@ -92,7 +92,9 @@ def test_logits_and_checkpoint_of_transformers(ranks, tmp_path, module, make):
     tokens = torch.randint(SIZES["vocab_size"], (2, SEQUENCE_LENGTH))
     with torch.no_grad():
         expected = reference(tokens).logits
-    arguments = ["--module", module, "--config", f"{module}_tiny"]
+    # The state of a loss stays out of the checkpoint.
+    loss = '--model.aux_losses=[{type = "global_batch", weight = 1.0}]'
+    arguments = ["--module", module, "--config", f"{module}_tiny", loss]
     ((training, evaluation, folder),) = ranks.run(
         1,
         logits_and_export,

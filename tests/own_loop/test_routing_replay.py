@@ -183,35 +183,28 @@ def test_the_parts_of_a_recording_are_put_together():
 RIGHT = [[0, 3], [1, 4], [7, 2]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"expert_ids_TK": [[0], [1], [7]]}, "expert_ids_TK"),
-        ({"expert_ids_TK": [[0, 1, 2]] * 3}, "expert_ids_TK"),
-        ({"expert_ids_TK": [0, 3]}, "expert_ids_TK"),
-        ({"expert_ids_TK": [[0, 3], [1]]}, "expert_ids_TK"),
-        ({"expert_ids_TK": None}, "expert_ids_TK"),
-        ({"expert_ids_TK": np.array(RIGHT, dtype=np.float32)}, "expert_ids_TK"),
-        ({"expert_ids_TK": np.array(RIGHT) > 1}, "expert_ids_TK"),
-        ({"expert_ids_TK": [[0, 3], [4, 4], [7, 2]]}, r"expert_ids_TK.*\[4, 4\] for token 1"),
-        ({"expert_ids_TK": [[0, 3], [1, 4], [8, 2]]}, r"expert_ids_TK.*\[8, 2\] for token 2"),
-        ({"expert_ids_TK": [[0, -1], [1, 4], [7, 2]]}, r"expert_ids_TK.*\[0, -1\] for token 0"),
-        ({"expert_ids_TK": [[-2, -2], [1, 4], [7, 2]]}, r"expert_ids_TK.*\[-2, -2\] for token 0"),
-        ({"expert_ids_TK": [[2**16, 3], [1, 4], [7, 2]]}, "expert_ids_TK.*for token 0"),
-        ({"layer": 0}, "layer=0"),
-        ({"sample": -1}, "sample=-1"),
-        ({"sample": 8.5}, "sample=8.5"),
-        ({"sample": "8"}, "sample=8"),
-        ({"step": 1}, "step=1"),
-        ({"step": -1}, "step=-1"),
-    ],
-)
-def test_what_cannot_be_added_is_one_line(arguments, named):
+IDS = "expert_ids_TK"
+CANNOT_BE_ADDED = [
+    *((IDS, ids, IDS) for ids in ([[0], [1], [7]], [[0, 1, 2]] * 3, [0, 3], [[0, 3], [1]], None)),
+    *((IDS, np.array(RIGHT, dtype=dtype), IDS) for dtype in (np.float32, bool)),
+    (IDS, [[0, 3], [4, 4], [7, 2]], r"\[4, 4\] for token 1"),
+    (IDS, [[0, 3], [1, 4], [8, 2]], r"\[8, 2\] for token 2"),
+    (IDS, [[0, -1], [1, 4], [7, 2]], r"\[0, -1\] for token 0"),
+    (IDS, [[-2, -2], [1, 4], [7, 2]], r"\[-2, -2\] for token 0"),
+    (IDS, [[2**16, 3], [1, 4], [7, 2]], "for token 0"),
+    ("layer", 0, "layer=0"),
+    *(("sample", sample, f"sample={sample}") for sample in (-1, 8.5, "8")),
+    *(("step", step, f"step={step}") for step in (1, -1)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "named"), CANNOT_BE_ADDED)
+def test_what_cannot_be_added_is_one_line(name, value, named):
     model, _optimizer, replay = replaying()
     right = {"sample": 8, "layer": model.moe.router.layer, "expert_ids_TK": RIGHT}
     replay.add(**right)
     with pytest.raises(JobError, match=named):
-        replay.add(**(right | arguments))
+        replay.add(**(right | {name: value}))
     ids = selected(model)
     with replay.replay():  # what was there before is still there
         model(torch.randn(1, 3, 64), sample_ids=torch.full((1, 3), 8))
