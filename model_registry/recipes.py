@@ -7,12 +7,11 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntrop
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.data import CORPUS, TOKENIZER_PATH, domains
+from titan_moe_lb.data import CORPUS, TOKENIZER_PATH, domains, loaders
 from titan_moe_lb.telemetry.domain_validator import DomainValidator
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
@@ -37,9 +36,9 @@ def debug(
         hf_assets_path=TOKENIZER_PATH,
         metrics=LoadBalanceMetricsProcessor.Config(log_freq=1),
         model_spec=spec,
-        dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS),
+        dataloader=loaders.text(CORPUS),
         validator=DomainValidator.Config(
-            dataloader=HuggingFaceTextDataLoader.Config(dataset=CORPUS, infinite=False),
+            dataloader=loaders.text(CORPUS, infinite=False),
             domains=[domains.held_out(domain) for domain in domains.DOMAINS],
             steps=2,
         ),
@@ -87,7 +86,7 @@ def pretraining(
         hf_assets_path=assets,
         metrics=LoadBalanceMetricsProcessor.Config(),
         model_spec=spec,
-        dataloader=HuggingFaceTextDataLoader.Config(dataset="c4"),
+        dataloader=loaders.text("c4"),
         validator=DomainValidator.Config(),
         optimizer=default_adamw(lr=learning_rate),
         lr_scheduler=LRSchedulersContainer.Config(

@@ -10,7 +10,7 @@ from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.data import register
+from titan_moe_lb.data.loaders import register
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.run import dry_run

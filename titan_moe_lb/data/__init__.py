@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import importlib.resources
 import pydoc_data.topics
-from collections.abc import Callable
 
-from datasets import Dataset
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
+from titan_moe_lb.data.loaders import register
 
 CORPUS = "python_docs"
 """Name of the dataset in ``[dataloader] dataset``."""
@@ -26,15 +23,6 @@ def documents() -> list[str]:
     """The topics in alphabetical order, one text each."""
     topics = pydoc_data.topics.topics
     return [topics[name] for name in sorted(topics)]
-
-
-def register(name: str, texts: Callable[[], list[str]]) -> None:
-    """Register texts as a dataset of torchtitan. Its path is its name."""
-    DATASETS[name] = DatasetConfig(
-        path=name,
-        loader=lambda path: Dataset.from_dict({"text": texts()}),
-        sample_processor=lambda sample: sample["text"],
-    )
 
 
 register(CORPUS, documents)

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from titan_moe_lb.data import register
+from titan_moe_lb.data.loaders import register
 
 MIXED = "python_mixed"
 """Name of the dataset to train on in ``[dataloader] dataset``."""

@@ -9,9 +9,7 @@ import psutil
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import TRAIN_STATE
-from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
@@ -25,6 +23,7 @@ from titan_moe_lb.checkpoints.start import (
     remedy,
     steps_in,
 )
+from titan_moe_lb.data.loaders import data_sets, is_text, saves_place_by_rank
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.compiler import compiler_is_here
@@ -91,10 +90,10 @@ def datasets_are_known(job: Job) -> None:
     if job.config.validator.enable:
         loaders["validator.dataloader"] = job.config.validator.dataloader
     for place, loader in loaders.items():
-        if isinstance(loader, HuggingFaceTextDataLoader.Config) and loader.dataset not in DATASETS:
+        if is_text(loader) and loader.dataset not in data_sets():
             raise JobError(
                 f"{place}.dataset {loader.dataset!r} does not exist; "
-                f"{nearest(loader.dataset, DATASETS)}"
+                f"{nearest(loader.dataset, data_sets())}"
             )
         path = getattr(loader, "dataset_path", None)
         if path and path.startswith(("/", ".", "~")) and not os.path.exists(path):
@@ -105,15 +104,15 @@ def domains_are_known(job: Job) -> None:
     domains = getattr(job.config.validator, "domains", [])
     if not job.config.validator.enable or not domains:
         return
-    if not isinstance(job.config.validator.dataloader, HuggingFaceTextDataLoader.Config):
+    if not is_text(job.config.validator.dataloader):
         raise JobError(
             "validator.domains takes the place of validator.dataloader.dataset, and this loader "
             "has none: leave domains empty"
         )
     for domain in domains:
-        if domain not in DATASETS:
+        if domain not in data_sets():
             raise JobError(
-                f"validator.domains {domain!r} does not exist; {nearest(domain, DATASETS)}"
+                f"validator.domains {domain!r} does not exist; {nearest(domain, data_sets())}"
             )
     if not isinstance(job.config.metrics, LoadBalanceMetricsProcessor.Config):
         raise JobError(
@@ -230,7 +229,7 @@ def checkpoint_is_of_as_many_data_ranks(job: Job) -> None:
         start is None
         or is_model_only(job.config, start)
         or "dataloader" in job.config.checkpoint.exclude_from_loading
-        or not issubclass(loader, ParallelAwareDataloader)
+        or not saves_place_by_rank(loader)
     ):
         return
     before, now = _data_ranks_of(start), job.layout.data_ranks

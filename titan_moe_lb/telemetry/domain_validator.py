@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.parallel.local_shard import local_shard
@@ -34,7 +34,7 @@ class DomainValidator(Validator):
         """Datasets to validate on, one after the other, each in place of dataloader.dataset."""
 
     metrics_processor: MetricsProcessor | _CaughtLoss
-    dl_config: HuggingFaceTextDataLoader.Config
+    dl_config: Any
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Validate on each domain. Collective: torchtitan calls it on every rank."""

@@ -7,25 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.override import derive
-from torchtitan.hf_datasets.text_datasets import ChatDataLoader, InterleavedChatDataLoader
 
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import before_padding, document_numbers
 from titan_moe_lb.balancing.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
+from titan_moe_lb.data.loaders import pads_rows
 from titan_moe_lb.errors import JobError
 
-PADDING = (ChatDataLoader, InterleavedChatDataLoader)
-"""torchtitan's loaders that fill rows up, and mark nothing of it but the labels."""
 
-
-def with_token_mask(config: BaseDataLoader.Config, *, documents: bool) -> BaseDataLoader.Config:
+def with_token_mask(config: Any, *, documents: bool) -> Any:
     """A loader's Config whose batches also say which tokens are valid, where some are not,
     and which are of one document, if asked for. The same Config where there is nothing to say.
     """
     loader = config._owner
-    if getattr(loader, "tells_tokens", False) or not (issubclass(loader, PADDING) or documents):
+    if getattr(loader, "tells_tokens", False) or not (pads_rows(loader) or documents):
         return config
     return derive(config, _with_mask(loader).Config, documents=documents)
 
@@ -34,7 +30,7 @@ def with_token_mask(config: BaseDataLoader.Config, *, documents: bool) -> BaseDa
 def _with_mask(loader: type[Any]) -> type[Any]:
     class TellingLoader(loader):
         tells_tokens: ClassVar[bool] = True
-        gives_valid_tokens: ClassVar[bool] = issubclass(loader, PADDING) or getattr(
+        gives_valid_tokens: ClassVar[bool] = pads_rows(loader) or getattr(
             loader, "gives_valid_tokens", False
         )
 
@@ -49,7 +45,7 @@ def _with_mask(loader: type[Any]) -> type[Any]:
 
         def __iter__(self) -> Iterator[tuple[dict[str, Any], Any]]:
             for inputs, labels in super().__iter__():
-                if issubclass(loader, PADDING):
+                if pads_rows(loader):
                     inputs[VALID_TOKENS] = before_padding(labels, IGNORE_INDEX)
                 if self._numbers_documents and DOCUMENT_IDS not in inputs:
                     if "positions" not in inputs:
