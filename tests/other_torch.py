@@ -20,12 +20,12 @@ SMOKE = (
     "tests/balancing/test_router.py",
     "tests/telemetry/test_telemetry.py",
     "tests/run/test_resume.py",
-    f"{PARITY}_the_layout[pp=2,schedule=ZBVZeroBubble,dp_shard=2]",
-    f"{PARITY}_the_layout[tp=2,ep=2,spmd_backend=partial_dtensor]",
-    f"{PARITY}_the_layout[dp_shard=4,ep=4]",
-    f"{PARITY}_the_layout[cp=2]",
-    f"{PARITY}_the_layout[ac=selective]",
-    f"{PARITY}_compilation[accumulate=8,compile=true]",
+    f"{PARITY}_the_layout[whole-pp=2,schedule=ZBVZeroBubble,dp_shard=2]",
+    f"{PARITY}_the_layout[whole-tp=2,ep=2,spmd_backend=partial_dtensor]",
+    f"{PARITY}_the_layout[whole-dp_shard=4,ep=4]",
+    f"{PARITY}_the_layout[whole-cp=2]",
+    f"{PARITY}_the_layout[whole-ac=selective]",
+    f"{PARITY}_compilation[whole-pp=2,schedule=ZBVZeroBubble,dp_shard=2,compile=true]",
 )
 
 

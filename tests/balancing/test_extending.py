@@ -1,4 +1,4 @@
-"""docs/howto/add_*.md: every example runs as it stands there, and does what it says."""
+"""Every example of docs/howto/add_*.md runs as printed and does what its page claims."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 
 import titan_moe_lb
-from tests.balancing.test_router import BOUND, inputs, router
-from tests.parity.compare import Parity, assert_same_log
+from tests.parity.compare import Parity
 from tests.parity.layout import parse
 from tests.support import doc_examples
 from tests.support.rank_pool import RankPool
+from tests.support.routers import inputs, router, values
+from tests.support.textbook import SCORES, mean_loss
 from tests.support.train_jobs import train
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
@@ -74,43 +75,30 @@ def importance(ranks):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [
-        "pp=2",
-        "dp_shard=2",
-        "tp=2,ep=2",
-        "cp=2",
-        "ac=full",
-        "accumulate=8,compile=true",
-        "cp=2,ac=selective",
-    ],
+    "layout", ["pp=2", "tp=2,ep=2", "cp=2,ac=selective", "compile=true,backend=aot_eager"]
 )
 def test_loss_is_the_same_under_every_layout(importance, layout):
+    """Its gradient is that of autograd in the forward, also where that is traced or repeated."""
     (comparison,) = importance.compare(parse(layout))
-    assert comparison.max_relative_error <= 1e-5, comparison
-    # A variance of numbers that are nearly one another: float32 sums in another order show.
-    assert_same_log(comparison.recorded, comparison.expected, relative=1e-5)
+    assert comparison.faults() == [], comparison
 
 
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORES)
 def test_loss_is_its_formula(score_func):
-    """Value and gradient against autograd on the mean probabilities themselves."""
     with doc_examples.imported("importance") as module:
-        built = router([module.ImportanceLoss.Config(weight=0.5, **BOUND)], score_func=score_func)
-    x = inputs()[0]
+        built = router([module.ImportanceLoss.Config(weight=0.5)], score_func)
+    x, y = inputs()[0], inputs()[0]
     (0.0 * built(x)[0].sum()).backward()
-    y = inputs()[0]
     logits = built.gate(y)
-    scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
-    mean_BE = (scores / scores.sum(-1, keepdim=True)).mean(dim=1)
-    expected = (mean_BE.std(-1, correction=0) / mean_BE.mean(-1)).square().mean()
+    scores = SCORES[score_func](logits)
+    expected = mean_loss("importance", logits, scores, scores.topk(2).indices)
     (0.5 * expected).backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6 * float(y.grad.abs().max()))
-    assert built.record.losses_A.item() / len(y) == pytest.approx(expected.item(), rel=1e-5)
+    assert values(built) == [pytest.approx(expected.item(), rel=1e-5)]
 
 
 def test_loss_without_a_formula_or_a_kind_is_refused():
-    """Nothing that a router cannot apply does nothing without a word."""
+    """A loss that no router can apply would silently do nothing."""
 
     class Empty(SumsLoss):
         @dataclass(kw_only=True, slots=True)
@@ -122,10 +110,9 @@ def test_loss_without_a_formula_or_a_kind_is_refused():
         class Config(AuxLoss.Config):
             pass
 
-    with pytest.raises(JobError, match=r"Empty has no formula: define value\(\)"):
-        router([Empty.Config(weight=1.0, **BOUND)])
-    with pytest.raises(JobError, match="neither a SumsLoss nor a LogitsLoss"):
-        router([Unknown.Config(weight=1.0, **BOUND)])
+    for loss, name in ((Empty, "value"), (Unknown, "SumsLoss")):
+        with pytest.raises(JobError, match=name):
+            router([loss.Config(weight=1.0)])
 
 
 # ---- Names
@@ -180,7 +167,7 @@ def test_bias_rule_without_a_formula_is_refused():
         class Config(ExpertBias.Config):
             pass
 
-    with pytest.raises(JobError, match=r"the expert bias Empty has no formula: define delta\(\)"):
+    with pytest.raises(JobError, match=r"Empty.*delta\(\)"):
         Empty.Config().build()
 
 
@@ -204,8 +191,7 @@ def test_metric_is_measured_reduced_and_written(ranks, tmp_path):
     assert all(
         logged[1]["moe/my_busiest_share"] == pytest.approx(share_SM[1].max()) for logged in by_rank
     )
-    page = render([trace])
-    assert "my_busiest_share" in page
+    assert "my_busiest_share" in render([trace])
 
 
 # ---- A forced strategy
@@ -228,16 +214,11 @@ def test_strategy_has_the_load_that_it_promises(ranks, tmp_path):
     assert logged[0]["moe/max_overload_factor"] == 2
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ("num_cold = 7", r"num_cold is 7; it must be in \[0, 6\]"),
-        ("cold = 4", "did you mean 'num_cold'"),
-    ],
-)
-def test_strategy_of_a_bad_job(table, message):
+@pytest.mark.parametrize("table", ["num_cold = 7", "cold = 4"])
+def test_strategy_of_a_bad_job_is_refused(table):
+    """The key that is out of range, or the nearest to the one that does not exist."""
     flags = [f'--model.forced_routing={{type = "cold_experts", {table}}}']
-    with doc_examples.imported("cold_experts"), pytest.raises(JobError, match=message):
+    with doc_examples.imported("cold_experts"), pytest.raises(JobError, match="num_cold"):
         job_config.load([*TINY, *flags])
 
 
@@ -245,8 +226,7 @@ def test_strategy_is_in_the_help():
     shown = io.StringIO()
     with doc_examples.imported("cold_experts"):
         model_help.show("deepseek_v3", Console(file=shown, width=120))
-    assert 'type = "cold_experts": No token goes to ``num_cold`` experts' in shown.getvalue()
-    assert "Experts without load." in shown.getvalue()
+    assert 'type = "cold_experts"' in shown.getvalue() and "num_cold" in shown.getvalue()
 
 
 def test_strategy_of_the_package_is_one_file_and_one_line():

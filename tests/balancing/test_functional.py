@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.textbook import SCORES, mean_loss, sequence_loss
 from titan_moe_lb import functional
 from titan_moe_lb.balancing.losses.injection import gather_scores
 
@@ -24,24 +25,8 @@ def routings(draw):
     return logits_BLE, bias_E, draw(st.integers(1, experts))
 
 
-def textbook(scores_LE: torch.Tensor, topk_LK: torch.Tensor) -> torch.Tensor:
-    """arXiv 2412.19437, Eqs. 17 to 20, for one sequence, token by token."""
-    length, num_experts = scores_LE.shape
-    top_k = topk_LK.shape[1]
-    loss = scores_LE.new_zeros(())
-    for i in range(num_experts):
-        f_i = num_experts / (top_k * length) * sum(i in topk_LK[t].tolist() for t in range(length))
-        p_i = sum(scores_LE[t, i] / scores_LE[t].sum() for t in range(length)) / length
-        loss = loss + f_i * p_i
-    return loss
-
-
-def scores_of(logits: torch.Tensor, score_func: str) -> torch.Tensor:
-    return logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
-
-
 @pytest.mark.parametrize("count_from", ["selected", "scores"])
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORES)
 @settings(max_examples=40, deadline=None)
 @given(routing=routings())
 def test_closed_form_gradient_is_autograd_on_the_formula(score_func, count_from, routing):
@@ -49,15 +34,15 @@ def test_closed_form_gradient_is_autograd_on_the_formula(score_func, count_from,
     num_sequences, length, num_experts = logits_BLE.shape
 
     expected_logits = logits_BLE.clone().requires_grad_()
-    scores = scores_of(expected_logits, score_func)
+    scores = SCORES[score_func](expected_logits)
     selected = (scores + bias_E).topk(top_k).indices
     counted = selected if count_from == "selected" else scores.topk(top_k).indices
-    loss = sum(textbook(s, ids) for s, ids in zip(scores, counted, strict=True)) / num_sequences
+    loss = mean_loss("sequence_wise", None, scores, counted)
     main = scores.gather(-1, selected).square().sum()
     (main + 0.3 * loss).backward()
 
     logits = logits_BLE.clone().requires_grad_()
-    ours = scores_of(logits, score_func)
+    ours = SCORES[score_func](logits)
     counts = functional.count_tokens_per_expert(counted, num_experts).double()
     load = functional.expert_load(counts, top_k, length)
     coefficients = 0.3 * load / (length * num_sequences)
@@ -84,18 +69,15 @@ def test_values_are_the_formulas(routing):
     logits, _bias, top_k = routing
     scores = logits.sigmoid()
     ids = scores.topk(top_k).indices
-    per_sequence = torch.stack([textbook(s, i) for s, i in zip(scores, ids, strict=True)])
-    torch.testing.assert_close(
-        functional.sequence_wise_load_balance(scores, ids), per_sequence.mean(), rtol=1e-12, atol=0
-    )
-    whole = textbook(scores.flatten(0, 1), ids.flatten(0, 1))
-    torch.testing.assert_close(
-        functional.batch_wise_load_balance(scores, ids), whole, rtol=1e-12, atol=0
-    )
-    expected = sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits.flatten(0, 1))
-    torch.testing.assert_close(
-        functional.router_z_loss(logits), expected / logits[..., 0].numel(), rtol=1e-12, atol=1e-12
-    )
+    sequence_wise = mean_loss("sequence_wise", None, scores, ids)
+    batch_wise = sequence_loss("sequence_wise", None, scores.flatten(0, 1), ids.flatten(0, 1))
+    z_loss = mean_loss("z_loss", logits, scores, ids)
+    for found, expected in (
+        (functional.sequence_wise_load_balance(scores, ids), sequence_wise),
+        (functional.batch_wise_load_balance(scores, ids), batch_wise),
+        (functional.router_z_loss(logits), z_loss),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_perfect_balance_is_one():
@@ -103,28 +85,6 @@ def test_perfect_balance_is_one():
     ids = (torch.arange(16).reshape(2, 8, 1) + torch.arange(2)) % 4
     assert functional.sequence_wise_load_balance(scores, ids).item() == pytest.approx(1.0)
     assert functional.batch_wise_load_balance(scores, ids).item() == pytest.approx(1.0)
-
-
-def test_functional_imports_torch_alone():
-    """The mathematics has to run where torchtitan is not installed."""
-    import ast
-    import sys
-    from pathlib import Path
-
-    tree = ast.parse(Path(functional.__file__).read_text())
-    imported = {
-        name
-        for node in ast.walk(tree)
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    tops = {name.partition(".")[0] for name in imported}
-    assert tops - set(sys.stdlib_module_names) == {"torch"}
 
 
 RELATIVE_FLOAT32 = 2e-6
@@ -144,9 +104,9 @@ def test_small_scores_have_the_value_and_gradient_of_float64(shift, formula):
     exact = logits.double().requires_grad_()
     scores, whole_ids = exact.sigmoid(), ids.flatten(0, 1)
     if formula == "sequence_wise":
-        right = (textbook(scores[0], ids[0]) + textbook(scores[1], ids[1])) / 2
+        right = mean_loss("sequence_wise", None, scores, ids)
     else:
-        right = textbook(scores.flatten(0, 1), whole_ids)
+        right = sequence_loss("sequence_wise", None, scores.flatten(0, 1), whole_ids)
     right.backward()
 
     logits.requires_grad_()
@@ -169,7 +129,7 @@ def test_gradients_in_the_smallest_scores_are_those_of_float64(exponent):
     scores = torch.rand(2, 16, 8, generator=torch.Generator().manual_seed(0)) * 2.0**exponent
     ids = scores.topk(2).indices
     exact = scores.double().requires_grad_()
-    right = (textbook(exact[0], ids[0]) + textbook(exact[1], ids[1])) / 2
+    right = mean_loss("sequence_wise", None, exact, ids)
     right.backward()
     scores.requires_grad_()
     loss = functional.sequence_wise_load_balance(scores, ids)
@@ -228,6 +188,6 @@ def test_differentiable_by_transforms_and_twice():
     scores = logits.double().sigmoid()
     gradient = torch.func.grad(functional.sequence_wise_load_balance)(scores, ids)
     expected = torch.autograd.functional.jacobian(
-        lambda s: (textbook(s[0], ids[0]) + textbook(s[1], ids[1])) / 2, scores
+        lambda scores: mean_loss("sequence_wise", None, scores, ids), scores
     )
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)

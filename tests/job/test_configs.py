@@ -49,8 +49,7 @@ def tiny(job: dict) -> list[str]:
 
 
 def graphs(job: dict) -> list[str]:
-    """Compiled blocks as traced. test_parity.py runs their kernels under the same layout, in
-    float32; test_forced_routing.py in bfloat16, with a backward in two passes."""
+    """Compiled blocks as traced. test_parity.py runs their kernels."""
     return ["--compile.backend=aot_eager"] if job.get("compile", {}).get("enable") else []
 
 

@@ -11,14 +11,14 @@ from torchtitan.models import deepseek_v3
 from torchtitan.models.common.moe import MoE
 
 from model_registry import recipes
-from tests.balancing.test_router import wired
-from tests.parity.textbook import sequence_counts, textbook_loss
 from tests.support.other_models import (
     train_balanced,
     train_upstream,
     train_with_own_hook,
     upstream_spec,
 )
+from tests.support.routers import wired
+from tests.support.textbook import mean_loss, sequence_counts
 from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss, SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
@@ -61,7 +61,7 @@ def test_one_line_balances_every_layer_and_trains(ranks, module, flavor, argumen
     # The first step has no counts of a step before it, so that the loss is 1 by definition.
     assert by_layer(logged[0], LOSS) == pytest.approx([1.0] * len(layers), abs=1e-5)
     textbook = [
-        textbook_loss("global_batch", None, scores, ids, counts).item()
+        mean_loss("global_batch", None, scores, ids, counts).item()
         for (scores, ids), counts in zip(chosen[1], counts_SME[0], strict=True)
     ]
     assert by_layer(logged[1], LOSS) == pytest.approx(textbook, rel=1e-4)
@@ -132,7 +132,7 @@ def test_qwen3_5():
     out_BLD, expected_BLD = moe(x_BLD), theirs(x_BLD)
     torch.testing.assert_close(out_BLD, expected_BLD, rtol=0, atol=0)
     _topk, ids_BLK, scores_BLE = seen[0]
-    textbook = textbook_loss("sequence_wise", None, scores_BLE, ids_BLK, None)
+    textbook = mean_loss("sequence_wise", None, scores_BLE, ids_BLK, None)
     out_BLD.square().sum().backward()
     (expected_BLD.square().sum() + weight * textbook).backward()
     gradient, expected = moe.router.gate.weight.grad, theirs.router.gate.weight.grad

@@ -11,8 +11,8 @@ from typing import Literal
 import tyro
 
 from tests.parity import random_layouts
-from tests.parity.balance import TOLERANCE, WEIGHT, Balance, faults
-from tests.parity.compare import Parity
+from tests.parity.balance import WEIGHT, Balance
+from tests.parity.compare import TOLERANCE, Parity
 from tests.parity.gradients import make_config
 from tests.parity.layout import parse
 from tests.support.gpus import GPUS
@@ -50,13 +50,13 @@ class Arguments:
     """Ranks on the host over gloo, or one a GPU over NCCL."""
 
     random: int = 0
-    """Compare as many layouts, drawn with their losses, rule and padding, instead of one."""
+    """Number of layouts to draw, with their losses, rule and padding, instead of one."""
 
     seed: int = 0
-    """Of the draw."""
+    """Seed of the draw."""
 
     ranks: int = 4
-    """Of a layout that is drawn, at most."""
+    """Most ranks of a drawn layout."""
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
         (comparison,) = parity.compare(layout)
     comparison.loss = arguments.loss
     print(comparison.line())
-    found = faults(comparison, padded=arguments.padded, tolerance=arguments.tolerance)
+    found = comparison.faults(arguments.tolerance)
     sys.exit(f"differs in {', '.join(found)}" if found else 0)
 
 

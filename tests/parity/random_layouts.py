@@ -1,4 +1,4 @@
-"""Layouts that nobody chose by hand, each against one process."""
+"""Draw layouts at random and compare each with one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.parity.balance import LOSSES, RULES, Balance, faults
+from tests.parity.balance import LOSSES, RULES, Balance
 from tests.parity.compare import Parity
 from tests.parity.gradients import GLOBAL_BATCH_SIZE, make_config
 from tests.parity.layout import CHECKPOINTING, Layout
@@ -27,18 +27,18 @@ MODULE, CONFIG = "deepseek_v3", "deepseek_v3_tiny"
 
 @dataclass
 class Outcome:
-    """Of all layouts of a run."""
+    """Counts and failures of a run."""
 
     layouts: int = 0
     refused: int = 0
-    """Drawn, and refused by a rule of ours or by torch before the first pass."""
+    """Draws that a rule of ours or torch refuses before the first pass."""
     worst: float = 0.0
     worst_command: str = ""
     failures: list[str] = field(default_factory=list)
 
 
 def draw_balance(dice: random.Random) -> Balance:
-    """Some losses, a rule, and perhaps padding."""
+    """Draw some losses, a rule, and perhaps padding."""
     losses = tuple(kind for kind in LOSSES if dice.random() < 0.4)
     bias = dice.choice([rule for rule in RULES if losses or rule != "none"])
     # A bias made of the quantiles of a batch leaves tokens of the same batch on the fence; with
@@ -47,7 +47,7 @@ def draw_balance(dice: random.Random) -> Balance:
 
 
 def draw_layout(dice: random.Random, most_ranks: int) -> Layout:
-    """One that may be refused; each degree, and each way to compute, as likely as the next."""
+    """Draw a layout, which may be invalid; all degrees and options are about as likely."""
     degrees = dict.fromkeys(DEGREES, 1)
     while (rest := most_ranks // Layout(**degrees).num_ranks) > 1 and dice.random() < 0.8:
         degrees[dice.choice(DEGREES)] *= dice.choice([n for n in (2, 4) if n <= rest])
@@ -73,7 +73,7 @@ def draw_layout(dice: random.Random, most_ranks: int) -> Layout:
 
 
 def is_valid(layout: Layout, balance: Balance) -> bool:
-    """Whether our rules and torchtitan's take the layout."""
+    """Whether our rules and torchtitan's accept the layout."""
     rows, rest = divmod(GLOBAL_BATCH_SIZE, layout.dp * layout.accumulate)
     if rest or (layout.pp > 1 and rows % layout.microbatch):
         return False
@@ -89,7 +89,7 @@ def is_valid(layout: Layout, balance: Balance) -> bool:
 def draws(
     dice: random.Random, most_ranks: int, outcome: Outcome
 ) -> Iterator[tuple[Balance, Layout]]:
-    """Valid ones, without end; no layout twice with one balance."""
+    """Valid draws, without end; no layout twice with one balance."""
     while True:
         balance, seen = draw_balance(dice), set()
         while len(seen) < LAYOUTS_OF_A_BALANCE:
@@ -104,7 +104,7 @@ def draws(
 
 
 def run(pool: RankPool, number: int, seed: int, say=print) -> Outcome:
-    """Compare ``number`` layouts; a line for each, and a command for each that fails."""
+    """Compare ``number`` layouts; report a line for each, and the command of each that fails."""
     outcome = Outcome()
     drawn = itertools.islice(draws(random.Random(seed), pool.size, outcome), number)
     for balance, group in itertools.groupby(drawn, key=lambda pair: pair[0]):
@@ -124,7 +124,7 @@ def _compare(parity: Parity, balance: Balance, layout: Layout, outcome: Outcome,
         outcome.failures.append(command)
         say(f"{outcome.layouts:4}  FAILED  {command}\n{error}", flush=True)
         return
-    found = faults(comparison, padded=balance.padded)
+    found = comparison.faults()
     if comparison.max_relative_error > outcome.worst:
         outcome.worst, outcome.worst_command = comparison.max_relative_error, command
     if found:

@@ -18,6 +18,7 @@ from torchtitan.trainer import Trainer
 
 from tests.parity.gradients import build_from_seed, gather_gradients, global_batch
 from tests.parity.layout import Layout
+from tests.support.textbook import mean_loss, sequence_counts
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 
 
@@ -47,7 +48,7 @@ def textbook_gradients(
         trainer.optimizers.zero_grad()
         main, seen = _forward(trainer, routers)
         losses = [
-            textbook_loss(kind, logits, scores, ids, counts)
+            mean_loss(kind, logits, scores, ids, counts if kind == "global_batch" else None)
             for (logits, scores, ids), counts in zip(seen, previous, strict=True)
         ]
         (main + weight * sum(losses)).backward()
@@ -85,27 +86,3 @@ def _forward(trainer: Trainer, routers: list) -> tuple[torch.Tensor, list[tuple]
         (logit, scores, ids) for logit, (_topk, ids, scores) in zip(logits, outputs, strict=True)
     ]
     return main, seen
-
-
-def textbook_loss(
-    kind: str, logits: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, previous: torch.Tensor
-) -> torch.Tensor:
-    """The raw loss of one layer, from float scores ``(B, L, E)`` and ids ``(B, L, K)``.
-
-    Args:
-        previous: tokens of each expert in the step before ``(E,)``; of the global-batch loss.
-    """
-    num_experts, top_k = scores.shape[-1], ids.shape[-1]
-    share = scores / scores.sum(dim=-1, keepdim=True)
-    if kind == "z_loss":
-        return logits.exp().sum(dim=-1).log().square().mean()
-    if kind == "global_batch":
-        f = previous * num_experts / previous.sum()
-        return (f * share.mean(dim=(0, 1))).sum()
-    f = sequence_counts(ids, num_experts) * num_experts / (top_k * scores.shape[1])
-    return (f * share.mean(dim=1)).sum(dim=-1).mean()
-
-
-def sequence_counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Tokens of each sequence that selected each expert ``(B, E)``."""
-    return F.one_hot(ids, num_experts).sum(dim=(1, 2)).float()

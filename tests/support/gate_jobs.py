@@ -1,14 +1,25 @@
-"""What the gates of a job compute in mixed precision, on the ranks of a pool."""
+"""Gates with adapters, and what the gates of a job compute in mixed precision."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torchtitan.components.lora import LoRAConverter
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.upstream import cpu
+
+
+def lora_gate(built: TokenChoiceTopKRouter, dtype: torch.dtype) -> torch.nn.Module:
+    """The gate of a router with adapters, as torchtitan's LoRA makes it."""
+    config = LoRAConverter.Config(rank=4, alpha=8.0).build()._make_lora_config(built.config.gate)
+    gate = config.build()
+    for seed, weight in enumerate(gate.parameters()):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
+    return gate.to(dtype)
 
 
 def gates(arguments: list[str]) -> list[tuple[torch.dtype, torch.dtype, float, torch.dtype, bool]]:

@@ -1,9 +1,8 @@
-"""Refuses what would make the host wait for the device, without a device.
+"""Refuse calls that would make the host wait for the device, without a device.
 
-A tensor of the host gives its numbers away at once, so that a wait has to be told by
-what is called: the methods of ``torch.Tensor`` that hand out numbers, and the operators
-whose result, or its shape, the host must read. Both are refused inside custom operators
-too, which a dispatch mode does not look into by itself.
+A tensor of the host never waits, so a wait is recognized by its call: the methods of
+``torch.Tensor`` that return numbers, and the operators whose result or shape the host reads.
+Custom operators are looked into, which a dispatch mode does not do by itself.
 """
 
 from __future__ import annotations
@@ -58,26 +57,16 @@ class RefuseHostReads(TorchDispatchMode):
             raise _wait(func)
         if func.namespace in BUILT_IN:
             return func(*args, **kwargs)
-        # The operator's own code, with this mode on; autograd, above it, is done.
-        with _Inside(self):
+        # The operator's own code with this mode on, its methods refused already.
+        TorchDispatchMode.__enter__(self)
+        try:
             return func.redispatch(_HOST, *args, **kwargs)
-
-
-class _Inside:
-    """The same refusals within an operator, where the methods are refused already."""
-
-    def __init__(self, mode: RefuseHostReads) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        TorchDispatchMode.__enter__(self._mode)
-
-    def __exit__(self, *exception: Any) -> None:
-        TorchDispatchMode.__exit__(self._mode, *exception)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
 
 
 def _sized_by_a_tensor(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the shape of the result stands in a tensor."""
+    """Whether the shape of the result is a number in a tensor."""
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         return any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]

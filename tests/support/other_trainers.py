@@ -40,8 +40,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model_registry import recipes
 from model_registry.deepseek_v3 import tiny
-from tests.parity.textbook import sequence_counts, textbook_loss
 from tests.support.own_loop_jobs import forward
+from tests.support.textbook import mean_loss, sequence_counts
 from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.own_loop.attach import attach
@@ -104,7 +104,7 @@ def watch(parts: list[nn.Module], optimizers: Any, dims: ParallelDims) -> Seen:
         logits = inputs[0].detach() @ weight.T
         softmax = layers[-1].router.score_func == "softmax"
         scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()
-        textbook_loss("sequence_wise", None, scores, out[1], None).backward()
+        mean_loss("sequence_wise", None, scores, out[1]).backward()
         seen.textbook_gradients.append(weight.grad)
 
     if not ours:

@@ -1,4 +1,4 @@
-"""Config functions of one's own: telemetry, adapters, and what their checkpoints hold."""
+"""Config functions of a user: telemetry, adapters and checkpoints."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ JOB = [
 def run(
     name: str, folder: str, *flags: str, first_step: int = 1
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict]:
-    """Train as a rank does: what is logged, the weights and biases at the end, and those that
-    learn with their values at the start."""
+    """Train as a rank does.
+
+    Returns:
+        The log; the weights and biases at the end; the parameters at the start.
+    """
     arguments = ["--debug.no-enable-structured-logging", *JOB, f"--config={name}", *flags]
     config = job_config.load([*arguments, f"--dump_folder={folder}"]).config
     start, parts = {}, []
@@ -49,18 +52,13 @@ def test_torchtitans_metrics_bring_the_load_of_the_experts(ranks, tmp_path, name
     assert read_trace(tmp_path).steps.tolist() == [1, 2]
 
 
-def test_flags_of_the_metrics_of_experts_are_there():
-    config = job_config.load(
-        [*JOB, "--config=torchtitans_metrics", "--metrics.moe_extreme_experts=2"]
-    )
-    assert config.config.metrics.moe_extreme_experts == 2
-
-
 def test_a_key_of_the_model_leaves_the_others_as_the_config_function_has_them():
     """Also in the TOML that --print-config shows."""
     flags = [*JOB, "--config=torchtitans_metrics"]
-    draft = job_config.draft([*flags, '--model.expert_bias={type = "sign", speed = 0.01}'])
+    rule = '--model.expert_bias={type = "sign", speed = 0.01}'
+    draft = job_config.draft([*flags, rule, "--metrics.moe_extreme_experts=2"])
     config = draft.resolve(1).config
+    assert config.metrics.moe_extreme_experts == 2
     moe = config.model_spec.model.layers[1].moe
     assert [loss.describe() for loss in moe.router.aux_losses] == [
         loss.describe()
@@ -70,36 +68,36 @@ def test_a_key_of_the_model_leaves_the_others_as_the_config_function_has_them():
     assert 'type = "sequence_wise"' in job_config.render(draft.table, config)
 
 
-@pytest.mark.parametrize("start", ["titan-moe-lb train", "torchtitan.train"])
-@pytest.mark.parametrize("name", ["torchtitans_metrics", "metrics_of_ones_own"])
-def test_what_the_console_shows(tmp_path, start, name):
-    """8 rows a step: 4 on a rank, twice."""
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("titan-moe-lb train", "metrics_of_ones_own"),
+        ("torchtitan's trainer", "torchtitans_metrics"),
+        ("torchtitan's trainer", "metrics_of_ones_own"),
+    ],
+)
+def test_console_of_a_run(tmp_path, start, name):
+    """8 rows a step: 4 on a rank, twice. Metrics of one's own log no loads, and one line names them."""
     flags = [*JOB, f"--config={name}", "--training.global_batch_size=8", "--training.steps=2"]
-    command = ["-m", "titan_moe_lb.cli", "train"]
-    if start == "torchtitan.train":
+    command, rank = ["-m", "titan_moe_lb.cli", "train"], {}
+    if start == "torchtitan's trainer":
         command = ["-c", TORCHTITANS]
+        rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        rank |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, *command, *flags, "--metrics.log_freq=1", f"--dump_folder={tmp_path}"],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ
-        | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-        | {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-        if start == "torchtitan.train"
-        else os.environ,
+        env=os.environ | rank,
     )
-    said = run.stdout + run.stderr
-    assert run.returncode == 0, said
-    lines = [line for line in said.splitlines() if "moe: " in line]
-    traced = (tmp_path / "moe_load.arrow").exists()
-    if name == "torchtitans_metrics":
-        assert len(lines) == 2 and traced
-    else:
-        assert not lines and not traced
-        assert len([line for line in said.splitlines() if "OwnMetrics" in line]) == 1
-    if start == "titan-moe-lb train":
-        assert "8 x 128 tokens a step" in said
+    shown = run.stdout + run.stderr
+    assert run.returncode == 0, shown
+    loads = [line for line in shown.splitlines() if "moe: " in line]
+    named = [line for line in shown.splitlines() if "OwnMetrics" in line]
+    own = name == "metrics_of_ones_own"
+    assert (len(loads), len(named)) == ((0, 1) if own else (2, 0))
+    assert (tmp_path / "moe_load.arrow").exists() == (not own)
 
 
 TORCHTITANS = """
@@ -140,7 +138,7 @@ def test_adapters_learn_alone_and_the_bias_moves(ranks, tmp_path, name):
 
 
 def changed(name: str, folder: str, *flags: str, first_step: int = 1) -> tuple:
-    """Of a run: what is logged, the range of each layer's bias, and which weights changed."""
+    """Log of a run, range of each layer's bias, and by parameter whether it changed."""
     logged, end, start = run(name, folder, *flags, first_step=first_step)
     biases = {n: (b.max() - b.min()).item() for n, b in end.items() if n.endswith("expert_bias_E")}
     moved = {n: not torch.equal(_local(end[n]), _local(value)) for n, value in start.items()}
