@@ -154,7 +154,7 @@ def _over_stages(stage: _Stage | None, groups: RankGroups) -> StepLoad:
 
 
 def _all_reduce(
-    values: np.ndarray, operation: Any, groups: Sequence[dist.ProcessGroup]
+    values: np.ndarray, operation: Any, groups: Sequence[dist.ProcessGroup | None]
 ) -> np.ndarray:
     """Reduce numbers over the groups, one after the other, in float64."""
     if not groups:

@@ -44,7 +44,7 @@ def sink_metrics(
         values_M = of_layers.get(column.name)
         if values_M is None or np.isnan(values_M).all():
             continue
-        metrics[column.name] = column.over_layers(values_M)
+        metrics[column.name] = float(column.over_layers(values_M))
         if column.summary != "sum" and column.name not in WITHOUT_PERCENTILES:
             for suffix, percent in _PERCENTILES.items():
                 if suffix != column.summary:

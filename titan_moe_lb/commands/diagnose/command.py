@@ -29,8 +29,7 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") ->
         JobError: the trace cannot be read.
     """
     trace = read_trace(run_dir)
-    enough = len(trace.steps) >= FEWEST_STEPS
-    found = diagnosis(trace) if enough else Diagnosis(findings=[], well={})
+    enough, found = len(trace.steps) >= FEWEST_STEPS, diagnosis(trace)
     print(_json(trace, found) if as_json else _sentences(trace, found, enough))
     if fail_on == "never":
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -184,15 +185,15 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Exper
     if ep < 2:
         raise JobError(f"--ep is {ep}; it must be at least 2")
     if groups is not None:
-        kept = placement_file.parse_groups(groups)
+        together = placement_file.parse_groups(groups)
     elif info.expert_groups is not None:
-        kept = info.expert_groups
+        together = info.expert_groups
     else:
         raise JobError(
             f"{run} does not say whether experts are in groups that stay together: give --groups "
             "with the num_expert_groups of the router, or --groups 1 for none"
         )
-    for number in kept:
+    for number in together:
         for num_experts in info.num_experts_M:
             if num_experts % number:
                 raise JobError(f"--groups {number} does not divide {num_experts} experts")
@@ -200,23 +201,23 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Exper
     steps = trace.steps[-window:]
     counts_ME = trace.counts_SME[-window:].sum(axis=0)
     loads = f"steps {steps[0]} to {steps[-1]} of {run}"
-    return placement_file.from_loads(counts_ME, trace.layers, ep, kept, loads), counts_ME
+    return placement_file.from_loads(counts_ME, trace.layers, ep, together, loads), counts_ME
 
 
 def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
     """Overload before and after, in a line.
 
     Raises:
-        JobError: nothing.
+        JobError: the order does not reduce it.
     """
-    ep, kept = plan.ep_degree, plan.groups
+    ep, together = plan.ep_degree, plan.groups
     counts = [counts_E[counts_E >= 0] for counts_E in counts_ME]
     as_it_was = [contiguous(len(counts_E), ep) for counts_E in counts]
     before_M = np.array(list(map(overload, counts, as_it_was)))
     orders = [order[places] for order, places in zip(plan.orders.values(), as_it_was, strict=True)]
     after_M = np.array(list(map(overload, counts, orders)))
     if after_M.mean() >= before_M.mean():
-        whole = f" of whole groups ({', '.join(map(str, kept))})" if kept else ""
+        whole = f" of whole groups ({', '.join(map(str, together))})" if together else ""
         raise JobError(
             f"EP {ep}, {plan.loads}: no order{whole} was found that loads the ranks more evenly: there "
             "is nothing to place"
@@ -232,13 +233,7 @@ def _record(plan: ExpertOrder, done: ExpertOrder | None, undo: bool) -> ExpertOr
     """Expert order that the placed checkpoint records."""
     if undo:
         return done.earlier if done is not None else None
-    return ExpertOrder(
-        orders=plan.orders,
-        ep_degree=plan.ep_degree,
-        groups=plan.groups,
-        loads=plan.loads,
-        earlier=done,
-    )
+    return dataclasses.replace(plan, earlier=done)
 
 
 def _write(

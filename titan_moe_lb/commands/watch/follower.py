@@ -9,7 +9,6 @@ import numpy as np
 
 from titan_moe_lb.commands.diagnose.checks import findings
 from titan_moe_lb.commands.diagnose.finding import Finding
-from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.run_info import RunInfo
@@ -24,9 +23,10 @@ class Follower:
     """The last whole step of a growing trace, and what led to it.
 
     Attributes:
-        info: of the run.
+        info: description of the run.
         step, load: the last whole step; valid once :meth:`look` has returned True.
-        written: when the trace last grew, in seconds since the epoch; valid likewise.
+        written: time when the trace last grew, in seconds since the epoch; valid likewise.
+        findings: diagnosis of the last steps; none if they are too few; valid likewise.
         max_violations: MaxVio of every step read, mean over the layers.
     """
 
@@ -34,13 +34,13 @@ class Follower:
     step: int
     load: StepLoad
     written: float
+    findings: list[Finding]
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._reader: TraceReader | None = None
         self._file: tuple[int, int] | None = None
         self._recent: Trace | None = None
-        self._wrong: list[Finding] | None = None
         self.max_violations: list[float] = []
         self._intervals: list[float] = []
         self._previous = np.nan
@@ -49,16 +49,6 @@ class Follower:
     def seconds_between_steps(self) -> float | None:
         """Median seconds between two logged steps; None if the trace has no times."""
         return median(self._intervals) if self._intervals else None
-
-    @property
-    def wrong(self) -> list[Finding]:
-        """Findings of a diagnosis of the last steps; none if they are too few. Valid once
-        :meth:`look` has returned True."""
-        assert self._recent is not None
-        if self._wrong is None:
-            enough = len(self._recent.steps) >= FEWEST_STEPS
-            self._wrong = findings(self._recent) if enough else []
-        return self._wrong
 
     def look(self, must_exist: bool = False) -> bool:
         """Read what came since the last look.
@@ -91,10 +81,10 @@ class Follower:
             )
             self._intervals += seconds_S[np.isfinite(seconds_S)].tolist()
             self._previous = float(news.steps[-1])
-            self._wrong = None
             self._recent = (
                 news if self._recent is None else self._recent.followed_by(news, MOST_RECENT)
             )
+            self.findings = findings(self._recent)
             self.info, self.step, self.load = news.info, int(news.steps[-1]), news.load(-1)
             self.max_violations += max_violation(news.counts_SME).mean(axis=1).tolist()
         elif must_exist:

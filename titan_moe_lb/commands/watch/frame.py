@@ -104,16 +104,16 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
     )
     violation.append(_history(follower.max_violations, width - len(violation) - 1, glyphs))
     lines.append(violation)
-    lines += _wrong(follower, glyphs)
+    lines += _findings(follower, glyphs)
     for line in lines:
         line.truncate(width, overflow=glyphs.overflow)
     columns = f"layer {'load of each expert':<{max(0, width - _LABEL - _MAX_VIOLATION)}}{'MaxVio':>{_MAX_VIOLATION}}"
     return [*lines, Text(columns, style="dim")]
 
 
-def _wrong(follower: Follower, glyphs: Glyphs) -> list[Text]:
+def _findings(follower: Follower, glyphs: Glyphs) -> list[Text]:
     """Findings of a diagnosis of the last steps, the worst first."""
-    found = follower.wrong
+    found = follower.findings
     lines = [
         Text(
             glyphs.inert(f"{one.severity.name.lower():<10}{one.what}"), style=_STYLES[one.severity]

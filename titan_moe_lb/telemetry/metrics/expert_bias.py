@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class BiasLargestStep(_OfBias):
 
 
 def _of_each_row(
-    table_NE: np.ndarray | None, function: Callable[[np.ndarray], float]
+    table_NE: np.ndarray | None, function: Callable[[np.ndarray], Any]
 ) -> np.ndarray | None:
     """A number of each row without its NaNs; NaN for a row of NaNs alone."""
     if table_NE is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from titan_moe_lb.commands.diagnose.checks import bias, loads, losses, ranks, run
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
-from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
 from titan_moe_lb.traces.trace import Trace
 
 
@@ -64,12 +64,14 @@ class Diagnosis:
 
 
 def diagnosis(trace: Trace) -> Diagnosis:
-    """Look at the end of a run of at least ``FEWEST_STEPS`` logged steps.
+    """Look at the end of a run; of fewer than ``FEWEST_STEPS`` logged steps nothing is found.
 
     A finding that another one explains is listed with it. That one is as bad as the worst that
     follows from it, unless it is a note, which may be meant.
     """
-    window, well = Window(trace), {}
+    window, well = Window(trace), dict[str, str]()
+    if len(trace.steps) < FEWEST_STEPS:
+        return Diagnosis([], well)
     causes: list[tuple[Check, Finding, list[Finding]]] = []
     for check in CHECKS:
         seen = check.look(window)

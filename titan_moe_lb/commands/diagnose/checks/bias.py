@@ -61,8 +61,9 @@ def bias_oscillates(window: Window) -> Finding | str | None:
     speed = balancing.setting("speed")
     if not balancing.bias_moves or (steps_SM is None and speed is None):
         return None
-    layers_M = np.zeros(len(window.trace.layers))
-    step_M = layers_M + (speed if steps_SM is None else np.nanmean(steps_SM, axis=0))
+    step_M = np.full(len(window.trace.layers), speed or 0.0)
+    if steps_SM is not None:
+        step_M = np.nanmean(steps_SM, axis=0)
     moved_M = balancing.moved(2 * step_M)  # one expert goes up while another goes down
     chance_M = window.by_chance(max_violation, window.tokens_per_step)
     jumps_M = (window.violation_M > 3 * chance_M) & (window.lasting_M < window.violation_M / 2)
