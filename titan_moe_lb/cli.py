@@ -81,7 +81,7 @@ def diagnose(
     json: bool = False,
     fail_on: Literal["never", "note", "warning", "fault"] = "never",
 ) -> None:
-    """Say what is wrong with the balance of a run, and what to change.
+    """Diagnose the balance of a run, and name the line of the job to change.
 
     Args:
         run_dir: Folder of the run, or its moe_load.arrow.
@@ -142,7 +142,7 @@ def study(
     processes: Annotated[int | None, _optional("NUMBER")] = None,
     retry_failed: bool = False,
 ) -> None:
-    """Run a job under many settings, and show what each costs and brings.
+    """Run a job under many settings, and compare their cost and balance.
 
     Args:
         study: The job and its axes; docs/howto/compare_settings.md describes the file.
@@ -156,7 +156,7 @@ def study(
 
 
 def doctor() -> None:
-    """Say what is here, how a job would run on it, and what is missing."""
+    """Check this machine: what is installed, how a job would run, what is missing."""
     from titan_moe_lb.commands import doctor
 
     doctor.main()

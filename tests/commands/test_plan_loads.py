@@ -186,8 +186,8 @@ def test_the_verdict_comes_first(ranks, tmp_path):
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("Verdict: EP ") and "GPU-hours for" in lines[0]
-    assert lines[1].startswith("Balancing: balance would buy ")
-    assert lines[2].startswith("Placing: greedy would buy ") and "what-if" in lines[2]
+    assert lines[1].startswith("Balancing: balance would save ")
+    assert lines[2].startswith("Placing: greedy would save ") and "what-if" in lines[2]
     assert lines[3].startswith("How sure: the load is that of 1 recorded micro-batches")
     assert "moe_expert_rank_capacity_factor" in out
     page = (tmp_path / "p.html").read_text()

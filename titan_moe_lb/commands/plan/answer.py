@@ -55,9 +55,9 @@ def verdict(plan: Plan) -> list[str]:
 
 def _saving(gain: Gain) -> str:
     if gain.share <= 0:
-        return f"{gain.by} would buy nothing"
+        return f"{gain.by} would save nothing"
     return (
-        f"{gain.by} would buy {number(100 * gain.share)} % of a step, "
+        f"{gain.by} would save {number(100 * gain.share)} % of a step, "
         f"{number(gain.gpu_hours)} GPU-hours"
     )
 

@@ -35,7 +35,7 @@ class PlanArguments:
     from_run: Path | None = None
     """Folder of a run of the same model: plan with its measured load too."""
     redundant_experts: str | None = None
-    """Slots for copies of hot experts, as in 16,32: what would EPLB buy? Needs --from-run."""
+    """Slots for copies of hot experts, as in 16,32: what would EPLB save? Needs --from-run."""
     drop_share: float | None = None
     """Share of the tokens that a capacity factor may drop; default 0.01. Needs --from-run."""
     dispatcher: Dispatcher = "standard"

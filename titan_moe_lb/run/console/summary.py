@@ -81,7 +81,7 @@ def _output(config: Any, rank: int) -> str:
         saves = "no checkpoints"
     else:
         saves = f"a checkpoint every {config.checkpoint.interval} steps"
-    return f"{config.dump_folder}, {saves}; everything else that is said: {log}"
+    return f"{config.dump_folder}, {saves}; full log: {log}"
 
 
 def _start(job: Job) -> str:

@@ -40,7 +40,7 @@ def hot_rank(window: Window) -> Finding | str | None:
         f"{window.layers(hot_M)}",
         evidence=f"{seen}; the same experts in another order would give {best_M[worst]:.2f}",
         reason=f"above {LATE} every rank waits a fifth of the time of its experts",
-        remedy="titan-moe-lb plan --from-run says what moving experts buys, titan-moe-lb place "
+        remedy="titan-moe-lb plan --from-run says what moving experts saves, titan-moe-lb place "
         "moves them; a stronger balance makes it needless",
         layers=window.numbers(hot_M),
     )
