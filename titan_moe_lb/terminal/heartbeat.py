@@ -11,8 +11,8 @@ class Heartbeat:
     """Print ``what(seconds)`` after a while, and again each time twice as long has passed.
 
     Args:
-        say: prints a line.
-        what: the line; called with the seconds since the start, in a thread of its own.
+        say: print function.
+        what: makes the line from the seconds since the start, in a thread of its own.
         after: seconds until the first line.
     """
 

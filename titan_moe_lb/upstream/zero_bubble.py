@@ -1,4 +1,4 @@
-"""What torchtitan 0.3.0 needs to train right under a zero-bubble pipeline schedule.
+"""Right gradients of torchtitan 0.3.0 under a zero-bubble pipeline schedule.
 
 These schedules run the backward of a stage in two passes: inputs, then weights.
 """
@@ -48,10 +48,10 @@ def _keeping_buffers(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
 def _keep_buffers() -> None:
     """Keep the saved activations of compiled blocks, for the rest of the process.
 
-    Upstream fact: a compiled block is one autograd node, so both passes enter it,
-    and functorch's donated buffers let the first overwrite them. The compile caches
-    do not tell the two settings apart: without a tag of its own, this job would load
-    a backward that another schedule compiled, and train on NaN.
+    Upstream fact: a compiled block is one autograd node that both passes enter, and functorch's
+    donated buffers let the first pass overwrite its activations. The compile caches ignore that
+    setting: without a tag of its own, this job would load a backward that another schedule
+    compiled, and train on NaN.
     """
     torch._functorch.config.donated_buffer = False
     torch.compiler.config.cache_key_tag += "+kept_buffers"
@@ -60,10 +60,9 @@ def _keep_buffers() -> None:
 def _compute_loss_whole(config: Trainer.Config) -> None:
     """Replace a chunked loss by the loss that it wraps.
 
-    Upstream fact: ``ChunkedLossWrapper`` reshards the FSDP group of the final norm and
-    the head at the end of the loss. The pass for the weights then looks for the
-    sharded parameter in a graph that holds the unsharded one, finds nothing, and the
-    final norm silently gets no gradient.
+    Upstream fact: ``ChunkedLossWrapper`` reshards the FSDP group of the final norm and the head at
+    the end of the loss. The pass for the weights then looks for the sharded parameter in a graph
+    with the unsharded one, and the final norm gets no gradient.
     """
     if isinstance(config.loss, ChunkedLossWrapper.Config):
         config.loss = config.loss.loss_fn

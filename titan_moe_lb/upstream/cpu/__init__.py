@@ -1,8 +1,8 @@
-"""The host backend: what torchtitan 0.3.0 needs to run where there is no accelerator.
+"""The host backend: what torchtitan 0.3.0 needs to run without an accelerator.
 
-``adapt(config)`` comes after the job's config is complete, ``prepare()`` where a run begins or
-a model is built: it patches torch and torchtitan for the rest of the process. On a machine with
-an accelerator neither is called, and nothing in this package is imported.
+``adapt(config)`` changes a complete job config. ``prepare()``, where a run begins or a model is
+built, patches torch and torchtitan for the rest of the process. With an accelerator neither has an
+effect, and no module of this package is imported.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DENSE_ATTENTION = "titan_moe_lb.upstream.cpu.attention.dense_mask_attention"
 
 
 def needed() -> bool:
-    """True where no accelerator is present that torchtitan can use: it knows no Apple GPU."""
+    """Whether there is no accelerator that torchtitan can use; it cannot use an Apple GPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator is None or accelerator.type == "mps"
 
 
 def prepare() -> None:
-    """Prepare this process where it is needed, before a trainer or a process group is made."""
+    """Prepare this process, where needed, before a trainer or a process group is made."""
     if needed():
         use_host()
 
@@ -71,9 +71,8 @@ def adapt_spec(spec: ModelSpec) -> None:
 def leave() -> NoReturn:
     """End a process whose job has succeeded and whose files are closed.
 
-    Seen on gloo with torch 2.15: about one process in twenty aborts while the
-    interpreter shuts down ("terminate called without an active exception", no Python
-    frame), and torchrun then reports a finished job as failed.
+    With gloo of torch 2.15 about one process in twenty aborts while the interpreter shuts down
+    ("terminate called without an active exception"), and torchrun reports the job as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

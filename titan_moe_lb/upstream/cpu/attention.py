@@ -37,7 +37,7 @@ def look_up(
     q_idx: torch.Tensor,
     kv_idx: torch.Tensor,
 ) -> torch.Tensor:
-    """A mask function that was evaluated at every query and key, once its first is bound."""
+    """Mask function that looks up a mask evaluated before; bind its first argument."""
     return mask_BNLS[b, h, q_idx, kv_idx]
 
 
@@ -51,12 +51,10 @@ def dense_block_mask(
     BLOCK_SIZE: int | tuple[int, int] = 128,
     **ignored: object,
 ) -> BlockMask:
-    """A block mask that names every block and whose ``mask_mod`` is a :func:`look_up`.
+    """Make a block mask of all blocks whose ``mask_mod`` is a partial :func:`look_up`: torch finds
+    the tensor in it where a block mask is an input of a traced graph.
 
-    A partial function, because torch finds the tensor in it where a block mask is an input of a
-    traced graph.
-
-    Takes the arguments of ``torch.nn.attention.flex_attention.create_block_mask``.
+    Args: as of ``torch.nn.attention.flex_attention.create_block_mask``.
     """
     # A mask's integer arithmetic has no SPMD rule.
     with spmd.no_typecheck():

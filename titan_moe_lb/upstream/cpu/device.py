@@ -1,9 +1,7 @@
-"""A device module for the host, with real memory figures.
+"""A device module for the host, with the memory of this process.
 
-torchtitan reads memory through the accelerator's module (``torch.cuda`` and the
-like) and falls back to ``cuda`` where there is none. ``torch.cpu`` lacks six of
-the functions that it calls; this module adds them with figures of this process
-and this machine.
+Upstream fact: torchtitan reads memory through the accelerator's module (``torch.cuda`` and the
+like), and through ``torch.cuda`` where there is none. ``torch.cpu`` lacks functions that it calls.
 """
 
 from __future__ import annotations
@@ -29,12 +27,11 @@ def _processor_name() -> str:
 
 
 class HostDevice(ModuleType):
-    """``torch.cpu`` with the memory queries that torchtitan makes of an accelerator.
+    """``torch.cpu`` with the memory queries of an accelerator, in bytes.
 
-    Everything not defined here is looked up on ``torch.cpu``. Bytes throughout:
-    "active" and "reserved" are both the resident memory of this process, the
-    capacity is the physical memory of the machine. The peak is the largest value
-    seen at the queries since the last reset.
+    "Active" and "reserved" are both the resident memory of this process; the capacity is the
+    physical memory of the machine. The peak is the largest value of the queries since the last
+    reset.
     """
 
     def __init__(self) -> None:
@@ -46,14 +43,8 @@ class HostDevice(ModuleType):
     def __getattr__(self, name: str):
         return getattr(torch.cpu, name)
 
-    def set_device(self, device: object) -> None:
-        """There is one host; nothing to select."""
-
     def current_device(self) -> int:
         return 0
-
-    def device_count(self) -> int:
-        return 1
 
     def get_device_name(self, device: object = None) -> str:
         return _processor_name()
@@ -82,10 +73,9 @@ class HostDevice(ModuleType):
 def use_host_device() -> None:
     """Point torchtitan at the host.
 
-    Upstream fact: ``torchtitan.tools.utils`` binds ``device_type`` and
-    ``device_module`` at import, to ``cuda`` where no accelerator is found, and
-    other modules copy both names from it, our own too. Those that are imported already
-    get the host's as well.
+    Upstream fact: ``torchtitan.tools.utils`` binds ``device_type`` and ``device_module`` at import,
+    to ``cuda`` where no accelerator is found. Modules that have imported both names, ours too, get
+    the host's as well.
     """
     from torchtitan.tools import utils
 

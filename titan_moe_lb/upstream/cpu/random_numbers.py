@@ -20,8 +20,8 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module
 
 _DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
-"""All draws of ``torch.nn.init``, ``trunc_normal_`` included. Not covered: dropout and random
-tensors that a forward makes."""
+"""All draws of ``torch.nn.init``, ``trunc_normal_`` included; not dropout and random tensors of a
+forward."""
 
 
 def draw_whole_tensors() -> None:
@@ -46,7 +46,7 @@ def _draw(op_call: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> 
 
 @contextmanager
 def generator_of_rank_0() -> Iterator[None]:
-    """Draw within from a generator that rank 0 has seeded. A rank's own goes on afterwards."""
+    """Draw from a generator that rank 0 has seeded, and restore the rank's own afterwards."""
     seed = torch.randint(2**62, (1,))
     dist.broadcast(seed, src=0)
     with torch.random.fork_rng(devices=[]):
@@ -55,9 +55,9 @@ def generator_of_rank_0() -> Iterator[None]:
 
 
 def with_draws_of_one_process(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Wrap a ``ModelSpec.pipelining_fn``: stages begin with the weights of one process.
+    """Wrap a ``ModelSpec.pipelining_fn`` so that stages begin with the weights of one process.
 
-    Upstream fact: torchtitan gives each pipeline rank a seed of its own, the job's plus its number.
+    Upstream fact: the seed of a pipeline rank is the job's plus the rank's number.
     """
 
     @functools.wraps(pipeline)
