@@ -13,7 +13,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from examples.chat_data import write_chats
-from tests.parity.gradients import LoaderThatTells
+from tests.parity.gradients import LoaderWithMask
 from tests.support.chat_jobs import padding_of, train_chats
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
@@ -107,7 +107,7 @@ def trainer_of_masks(*flags: str) -> Trainer:
     """A trainer whose harness feeds batches of 4 rows of 128 tokens with masks. One rank."""
     arguments = ["--config=deepseek_v3_tiny", "--training.local_batch_size=4", *flags]
     config = job_config.load(arguments).config
-    config.dataloader = derive(config.dataloader, LoaderThatTells.Config)
+    config.dataloader = derive(config.dataloader, LoaderWithMask.Config)
     config.dump_folder, config.metrics.write_moe_trace = "", False
     if cpu.needed():
         cpu.adapt(config)

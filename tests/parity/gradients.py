@@ -29,8 +29,8 @@ from titan_moe_lb.upstream import cpu, zero_bubble
 
 GLOBAL_BATCH_SIZE = 8
 ROW_SIXTEENTHS = (16, 13, 6, 2, 11, 8, 15, 6)
-"""Of each row before its padding, where there is any: 40 % of all tokens. torchtitan's
-chunked loss wants multiples of 8 tokens."""
+"""Sixteenths of each row before its padding, which is 40 % of all tokens. torchtitan's chunked
+loss needs multiples of 8 tokens."""
 # A gate of ordinary size leaves many tokens with two experts almost tied, and the
 # rounding of a layout would decide between them.
 GATE_SCALE = 40.0
@@ -84,7 +84,7 @@ def layout_gradients(
     """Save this rank's parameter gradients to ``out_folder`` and return what was logged.
 
     Args:
-        padding: what is done about the padding of the batch.
+        padding: treatment of the padding of the batch.
         alone: for each of these types of loss, one pass in which it alone has its weight;
             the empty string stands for all losses together.
         router_gradients: measure those of either loss in the logits, and log them.
@@ -94,7 +94,7 @@ def layout_gradients(
         trainer_config.metrics.router_gradients = router_gradients
         if padding == "masked":
             loader = trainer_config.dataloader
-            trainer_config.dataloader = derive(loader, LoaderThatTells.Config)
+            trainer_config.dataloader = derive(loader, LoaderWithMask.Config)
 
     trainer = build_from_seed(seed_folder, out_folder, layout, module, config, model, adapt)
 
@@ -156,12 +156,12 @@ def layout_gradients(
 
 
 Padding = Literal["none", "masked", "cut"]
-"""No padding in the batch; padding that is told; or every row cut to its own length, which
+"""No padding in the batch; a token mask for the padding; or every row cut to its own length, which
 needs a layout of one row a micro-batch."""
 
 
-class LoaderThatTells(HuggingFaceTextDataLoader):
-    """In place of a loader whose batches have padding. The harness feeds batches itself."""
+class LoaderWithMask(HuggingFaceTextDataLoader):
+    """Stand-in for a loader whose batches have a token mask. The harness feeds batches itself."""
 
     gives_valid_tokens = True
 
@@ -172,17 +172,17 @@ class LoaderThatTells(HuggingFaceTextDataLoader):
 
 @dataclass
 class Recorded:
-    """What the trace would hold of a pass."""
+    """The numbers of one pass that a trace would hold."""
 
     losses: dict[str, list[float]]
     counts: list[list[int]]
     layers: tuple[int, ...]
     bias: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
-    """After the pass, of the layers of this rank by number."""
+    """Biases after the pass, by number of the layer; on a rank, of its layers."""
     valid_counts: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
-    """Tokens of each expert that may teach, which all rules and losses count."""
+    """Valid tokens of each expert, which all rules and losses count."""
     histograms: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
-    """Of the pass, where the rule of the bias has any."""
+    """Histograms of the pass, where the bias rule has any."""
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -245,16 +245,16 @@ def run_batch(
     )
     local = GLOBAL_BATCH_SIZE // layout.dp
     size = layout.microbatch if layout.pp > 1 else local // layout.accumulate
-    told = {"input": tokens, "positions": positions}
+    tables = {"input": tokens, "positions": positions}
     if padding == "masked":
-        told[VALID_TOKENS] = mask
+        tables[VALID_TOKENS] = mask
     if any(router.aux_losses.num_documents > 1 for router in routers_of(trainer.model_parts)):
-        told[DOCUMENT_IDS] = documents
+        tables[DOCUMENT_IDS] = documents
     batches = []
     for rows in range(local * dp_rank, local * (dp_rank + 1), size):
         length = row_lengths[rows] if padding == "cut" else layout.sequence_length
         part = slice(rows, rows + size), slice(length)
-        batches.append(({name: table[part] for name, table in told.items()}, labels[part]))
+        batches.append(({name: table[part] for name, table in tables.items()}, labels[part]))
     trainer.optimizers.zero_grad()
     per_pass = len(batches) // layout.accumulate
     for start in range(0, len(batches), per_pass):

@@ -1,4 +1,4 @@
-"""What :mod:`titan_moe_lb.rules.spmd_backend` refuses, in torch alone."""
+"""The lost gradient for which :mod:`titan_moe_lb.rules.spmd_backend` refuses a job, in torch alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor.experimental import local_map
 
 
 def gradient(rows: int) -> torch.Tensor:
-    """Of ``x + f(x)`` in x ``(rows, 4, 3)``, where f computes x on local tensors. On two ranks."""
+    """Gradient of ``x + f(x)`` in x ``(rows, 4, 3)``; f computes x on local tensors. On two ranks."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     half = local_map(

@@ -1,4 +1,4 @@
-"""What torch and torchtitan remember of a process group that is gone."""
+"""Caches of torch and torchtitan that outlive a process group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchtitan.distributed import spmd_types as spmd
 
 
 def forget() -> None:
-    """Let go of every mesh, so that its groups end.
+    """Clear every cache of meshes, so that their groups end.
 
     gloo has a thread for each group that wakes a hundred times a second
     (``gloo/transport/tcp/loop.cc``): after a hundred jobs of four ranks they took two cores.

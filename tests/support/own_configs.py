@@ -62,7 +62,7 @@ def adapters_after() -> Trainer.Config:
 
 
 def adapters_late() -> Trainer.Config:
-    """Nothing learns at or before the first router: its shared experts are the first that do."""
+    """No parameter at or before the first router learns; its shared experts are the first that do."""
     config = torchtitans_metrics()
     late = dataclasses.replace(ADAPTERS, target_modules=["w2"])
     plain = config.model_spec.model.layers[0].feed_forward.w2

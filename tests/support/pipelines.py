@@ -1,4 +1,4 @@
-"""Two ranks of a toy pipeline, which tell in what order they ran."""
+"""A toy pipeline of two ranks that records the order of its actions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from titan_moe_lb.parallel.schedules import Action, Schedule, actions_of
 RANKS, MICRO_BATCHES = 2, 6
 
 
-class _ToldStage(PipelineStage):
-    """A stage that notes what it computes."""
+class _RecordingStage(PipelineStage):
+    """A stage that records its actions."""
 
     ran: list[Action]
 
@@ -44,7 +44,7 @@ class _ToldStage(PipelineStage):
 def stages_of_rank(
     rank: int, num_ranks: int, name: str, schedule_class: type
 ) -> tuple[list[int], int]:
-    """Those of this rank, and how many there are."""
+    """Stages of this rank, and the number of all stages."""
     if issubclass(schedule_class, PipelineScheduleSingle):
         return [rank], num_ranks
     v_shaped = name in ("ZBVZeroBubble", "DualPipeV")
@@ -68,7 +68,7 @@ def accepted(name: str, num_ranks: int, most: int) -> list[int]:
 
 
 def read_and_run(name: str, csv_rows: list[list[str]] | None, folder: str) -> tuple[Schedule, list]:
-    """What :func:`actions_of` says of a schedule, and what this rank computed in one run of it."""
+    """The actions of a schedule by :func:`actions_of`, and those that this rank ran."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     schedule_class = _PipelineScheduleRuntime if csv_rows else get_schedule_class(name)
@@ -76,7 +76,7 @@ def read_and_run(name: str, csv_rows: list[list[str]] | None, folder: str) -> tu
     ran: list[Action] = []
     stages = []
     for index in mine:
-        stage = _ToldStage(nn.Linear(4, 4), index, num_stages, torch.device("cpu"))
+        stage = _RecordingStage(nn.Linear(4, 4), index, num_stages, torch.device("cpu"))
         stage.ran = ran
         stages.append(stage)
     schedule = schedule_class(
