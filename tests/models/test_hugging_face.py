@@ -164,17 +164,15 @@ def test_folder_with_a_bias_that_the_job_would_drop_is_one_line(tmp_path):
 def test_folder_of_another_model_is_one_line(tmp_path, change, expected):
     arguments = ["--module", "qwen3", "--config", "qwen3_tiny", f"--dump_folder={tmp_path}/out"]
     flags = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"]
-    config = job_config.load(
-        [*arguments, *flags, f"--checkpoint.initial_load_path={tmp_path}"]
-    ).config
+    job = job_config.load([*arguments, *flags, f"--checkpoint.initial_load_path={tmp_path}"])
     qwen3().save_pretrained(tmp_path)
-    check_initial_weights(config)  # as it was written
+    check_initial_weights(job)  # as it was written
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
     (tmp_path / "model.safetensors").unlink()
     if tensors:
         save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(JobError) as error:
-        check_initial_weights(config)
+        check_initial_weights(job)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)

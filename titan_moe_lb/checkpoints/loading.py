@@ -39,8 +39,8 @@ class CheckedCheckpoints(CheckpointManager):
     def dcp_save(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         model = self.states[MODEL].state_dict()
         balance = {k: model[k] for k in state_dict if k in model and _BALANCE.search(k)}
-        trainer = self.states.get(TRAIN_STATE)
-        if trainer is not None:
+        trainer = state_dict.get(TRAIN_STATE)
+        if trainer is not None:  # not in a save of the weights alone
             layout = Layout.of_dims(trainer.parallel_dims)
             balance[TOKEN_RANKS] = torch.zeros(layout.data_ranks * layout.cp, dtype=torch.uint8)
         return super().dcp_save({**state_dict, **balance}, *args, **kwargs)

@@ -1,11 +1,17 @@
-"""The numbers of a model's MoE layers, whatever pipeline stage holds them."""
+"""MoE layers of a config by name, and their numbers in the whole model."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
+
+
+def moe_layers(config: Any) -> dict[str, MoE.Config]:
+    """Find the MoE layers of a model config or a ``Trainer.Config``, by their names in it."""
+    return {fqn: moe for fqn, moe, _parent, _attribute in config.traverse(MoE.Config)}
 
 
 def layer_numbers(model_config: Decoder.Config) -> dict[str, int]:
@@ -14,7 +20,7 @@ def layer_numbers(model_config: Decoder.Config) -> dict[str, int]:
     MoE layers elsewhere (multi-token prediction) go on from the last decoder layer, dense
     ones included, in their order.
     """
-    names = [name for name, *_ in model_config.traverse(MoE.Config)]
+    names = list(moe_layers(model_config))
     numbers = {
         name: int(match[1]) for name in names if (match := re.match(r"layers\.(\d+)\.", name))
     }

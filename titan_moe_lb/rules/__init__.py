@@ -1,7 +1,6 @@
-"""Every rejection of a job, at config time, one function per rule.
+"""Rejections of a job at config time, one function per rule.
 
-What torchtitan says in one line is not said again here: the launcher binds a copy of the
-model to the job before it starts a process, which makes torchtitan's checks.
+No rule repeats a check that torchtitan makes when the model is bound to the job.
 Each rule takes a :class:`~titan_moe_lb.resolved_job.Job` and raises ``JobError`` with one line
 that names the setting and what to use instead. They run once in every process of a job.
 :mod:`titan_moe_lb.rules.files` is not among the rules: a job can be resolved and

@@ -1,4 +1,4 @@
-"""Forced routing, and the recording that it replays. See :mod:`titan_moe_lb.rules`."""
+"""Rules of forced routing and of the recording that it replays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from titan_moe_lb.balancing.forced_routing import (
+    ForcedRouting,
     HotRank,
     HotShare,
     Replay,
@@ -32,9 +33,7 @@ def one_way_to_force_routing(job: Job) -> None:
 
 def hot_ranks_exist(job: Job) -> None:
     degree = job.config.parallelism.expert_parallel_degree
-    for _fqn, _router, forced in _forced(job):
-        if not isinstance(forced, HotRank.Config):
-            continue
+    for _fqn, _router, forced in _forced(job, HotRank):
         if degree == 1:
             raise JobError(
                 "forced_routing hot_rank overloads an expert-parallel rank, and "
@@ -49,9 +48,7 @@ def hot_ranks_exist(job: Job) -> None:
 
 
 def hot_share_finds_experts(job: Job) -> None:
-    for fqn, router, forced in _forced(job):
-        if not isinstance(forced, HotShare.Config):
-            continue
+    for fqn, router, forced in _forced(job, HotShare):
         what = f"forced_routing {forced.describe()}"
         total, top_k = router.num_experts, router.top_k
         hot = len(_bound(forced, router, job).hot_experts())
@@ -70,9 +67,7 @@ def hot_share_finds_experts(job: Job) -> None:
 
 
 def zero_load_leaves_experts(job: Job) -> None:
-    for fqn, router, forced in _forced(job):
-        if not isinstance(forced, ZeroLoad.Config):
-            continue
+    for fqn, router, forced in _forced(job, ZeroLoad):
         most = router.num_experts - router.top_k
         if forced.num_zero > most:
             raise JobError(
@@ -86,24 +81,20 @@ TRIED_TOKENS = 2**18
 
 
 def forced_routing_keeps_group_limit(job: Job) -> None:
-    """The random strategies apply the limit themselves; the dealt ones are tried out.
+    """Try the token-index strategies; the random strategies apply the limit themselves.
 
-    On the first tokens of the global batch, ``TRIED_TOKENS`` over all kinds of steps: most
-    deals begin again much sooner.
+    The first ``TRIED_TOKENS`` tokens of the global batch stand for all: most strategies repeat
+    much sooner.
     """
     tried = []
-    for fqn, router, forced in _forced(job):
+    for fqn, router, forced in _forced(job, TokenIndexRouting):
         kind = (
             router.num_experts,
             router.top_k,
             router.num_expert_groups,
             router.num_limited_groups,
         )
-        if (
-            kind in tried
-            or router.num_expert_groups is None
-            or not issubclass(forced._owner, TokenIndexRouting)
-        ):
+        if kind in tried or router.num_expert_groups is None:
             continue
         tried.append(kind)
         forced = _bound(forced, router, job)
@@ -130,9 +121,7 @@ def _most_groups(ids_TK: torch.Tensor, router: LoadBalancedRouter.Config) -> int
 
 
 def replayed_trace_fits(job: Job) -> None:
-    for _fqn, _router, forced in _forced(job)[:1]:
-        if not isinstance(forced, Replay.Config):
-            continue
+    for _fqn, _router, forced in _forced(job, Replay)[:1]:
         trace = open_routing_trace(forced.trace)
         here, there = describe_run(job), trace.info
         here.require_same_model(there, "this job", str(trace.folder))
@@ -174,12 +163,14 @@ def _whole_sequence_order_is_known(job: Job, what: str) -> None:
         )
 
 
-def _forced(job: Job) -> list[tuple[str, Any, Any]]:
-    """Name, router and forced strategy of every layer that has one."""
+def _forced(
+    job: Job, kind: type[ForcedRouting] = ForcedRouting
+) -> list[tuple[str, LoadBalancedRouter.Config, Any]]:
+    """Find name, router and forced strategy of every layer that has one of a kind."""
     return [
         (fqn, router, router.forced_routing)
         for fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config)
-        if router.forced_routing is not None
+        if isinstance(router.forced_routing, kind.Config)
     ]
 
 

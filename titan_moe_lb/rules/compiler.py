@@ -1,4 +1,4 @@
-"""The C++ compiler of ``torch.compile`` on the host. Asked where a job runs."""
+"""The C++ compiler that ``torch.compile`` needs on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REMEDY = "install one (apt-get install g++), or name it in CXX"
 
 
 def cpp_compiler() -> str | None:
-    """The program that inductor would start, or None where it is not here."""
+    """Path of the program that inductor would start; None where it is missing."""
     words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     return shutil.which(words[0])
 

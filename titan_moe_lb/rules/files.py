@@ -1,4 +1,4 @@
-"""Files, programs and devices that a job starts from. Asked where it runs, before any process starts."""
+"""Checks of files, programs and devices, on the machine of the job, before any process starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import TRAIN_STATE
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
@@ -25,6 +24,7 @@ from titan_moe_lb.checkpoints.start import (
 )
 from titan_moe_lb.data.loaders import data_sets, is_text, saves_place_by_rank
 from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.parallel.layer_numbers import moe_layers
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.compiler import compiler_is_here
 from titan_moe_lb.rules.hugging_face import check_initial_weights
@@ -32,7 +32,11 @@ from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
 def validate_files(job: Job) -> None:
-    """Raises ``JobError``: the first thing about the job's files that cannot work."""
+    """Check all of them.
+
+    Raises:
+        JobError: the first file, program or device that does not fit.
+    """
     compiler_is_here(job)
     device_is_here(job)
     assets_are_here(job)
@@ -52,7 +56,7 @@ def validate_files(job: Job) -> None:
 
 
 def device_is_here(job: Job) -> None:
-    """Torch refuses these at the start, or in the first save."""
+    """torch refuses these at the start, or in the first save."""
     if torch.accelerator.is_available():
         return
     if job.config.training.enable_cpu_offload:
@@ -124,7 +128,7 @@ def domains_are_known(job: Job) -> None:
 
 
 def batch_fits_in_memory(job: Job) -> None:
-    """The ids of the tokens alone: what the model needs, nobody knows before it has run."""
+    """Compare the ids of the tokens alone: the need of the model is not known here."""
     training = job.config.training
     size = training.local_batch_size * training.seq_len * torch.int64.itemsize
     memory = psutil.virtual_memory().total
@@ -280,7 +284,7 @@ def checkpoint_has_router_state(job: Job) -> None:
     if start is None:
         return
     saved = start.metadata.state_dict_metadata
-    for fqn, moe, _parent, _attribute in job.config.model_spec.model.traverse(MoE.Config):
+    for fqn, moe in moe_layers(job.config.model_spec.model).items():
         bias = f"{fqn}.expert_bias_E"
         if moe.load_balance_coeff is None and bias in saved:
             raise JobError(

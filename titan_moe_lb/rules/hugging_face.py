@@ -1,4 +1,4 @@
-"""Does a folder of safetensors fit the model? Asked before any process starts."""
+"""Check of Hugging Face weights against the model, before any process starts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import safetensors
 import torch
-from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.layer_numbers import moe_layers
 from titan_moe_lb.resolved_job import Job
 
 
@@ -80,13 +80,13 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _biases_without_use(job: Job) -> list[str]:
-    """Where a Hugging Face checkpoint would have the expert biases that the job has not."""
+    """Names in a Hugging Face checkpoint of expert biases that the job does not have."""
     spec = job.config.model_spec
     assert spec is not None and spec.state_dict_adapter is not None
     adapter = spec.state_dict_adapter(spec.model, job.config.hf_assets_path)
     biases = {
         f"{fqn}.expert_bias_E": torch.empty(moe.num_experts, device="meta")
-        for fqn, moe, _parent, _attribute in spec.model.traverse(MoE.Config)
+        for fqn, moe in moe_layers(spec.model).items()
         if moe.load_balance_coeff is None
     }
     return list(adapter.to_hf(biases))

@@ -1,4 +1,4 @@
-"""Sizes and layout of a job. See :mod:`titan_moe_lb.rules`."""
+"""Rules of sizes, layout, optimizer, compiler and checkpoint of a job."""
 
 from __future__ import annotations
 

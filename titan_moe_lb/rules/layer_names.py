@@ -1,4 +1,4 @@
-"""What a part of the model is called in a message: its layer, as a user counts them."""
+"""Names of model parts in messages: their layers, as a user counts them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def layer_name(fqn: str) -> str:
-    """From the name in a ``Trainer.Config`` (``model_spec.model.layers.1.moe``) to ``layer 1``."""
+    """Convert ``model_spec.model.layers.1.moe``, as in a ``Trainer.Config``, to ``layer 1``."""
     layer = re.search(r"(?:^|\.)(mtp_)?layers\.(\d+)(?:\.|$)", fqn)
     if layer is None:
         return fqn.removeprefix("model_spec.model.")

@@ -1,4 +1,4 @@
-"""Aux losses. See :mod:`titan_moe_lb.rules`."""
+"""Rules of aux losses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refuse_in_parts(router: LoadBalancedRouter.Config, cut_by: str) -> None:
 
 
 def gradients_can_be_measured(job: Job) -> None:
-    """Of metrics.router_gradients."""
+    """Check ``metrics.router_gradients``."""
     if not getattr(job.config.metrics, "router_gradients", False):
         return
     parallelism = job.config.parallelism

@@ -1,15 +1,15 @@
-"""What the model allows. See :mod:`titan_moe_lb.rules`."""
+"""Rules of the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
-from torchtitan.models.common.moe import MoE
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.layer_numbers import moe_layers
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 
@@ -32,7 +32,7 @@ def expert_biases_are_added_once(job: Job) -> None:
 
 def experts_divide_over_ranks(job: Job) -> None:
     degree = job.config.parallelism.expert_parallel_degree
-    for fqn, moe, _parent, _attribute in job.config.traverse(MoE.Config):
+    for fqn, moe in moe_layers(job.config).items():
         if moe.num_experts % degree:
             raise JobError(
                 f"parallelism.expert_parallel_degree {degree} does not divide the "
@@ -45,9 +45,11 @@ def experts_are_counted_alike(job: Job) -> None:
 
 
 def layers_count_their_experts_alike(config: Any) -> None:
-    """torchtitan keeps both numbers of a layer in several places, and does not compare them: its
-    dispatcher sends tokens elsewhere where its top_k is another one."""
-    for fqn, moe, _parent, _attribute in config.traverse(MoE.Config):
+    """torchtitan has both numbers of a layer in several places and does not compare them.
+
+    A dispatcher with another top_k sends tokens to the wrong experts.
+    """
+    for fqn, moe in moe_layers(config).items():
         router, routed = moe.router, moe.routed_experts
         dispatcher = routed.token_dispatcher
         for numbers in (
@@ -64,12 +66,12 @@ def layers_count_their_experts_alike(config: Any) -> None:
             },
         ):
             if len(set(numbers.values())) > 1:
-                said = ", ".join(f"{name} {number}" for name, number in numbers.items())
-                raise JobError(f"{layer_name(fqn)} has {said}: set all of them to one number")
+                found = ", ".join(f"{name} {number}" for name, number in numbers.items())
+                raise JobError(f"{layer_name(fqn)} has {found}: set all of them to one number")
 
 
 def checkpointing_keeps_decisions(job: Job) -> None:
-    """What :mod:`titan_moe_lb.balancing.checkpointing` does for the other kinds has no seam here."""
+    """:mod:`titan_moe_lb.balancing.checkpointing` saves decisions for the other kinds alone."""
     if isinstance(job.config.activation_checkpoint, MemoryBudgetAC.Config) and any(
         job.config.traverse(LoadBalancedRouter.Config)
     ):

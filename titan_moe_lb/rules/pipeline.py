@@ -1,6 +1,6 @@
-"""What a pipeline schedule asks of a job. See :mod:`titan_moe_lb.rules`.
+"""Rules of pipeline schedules.
 
-torch and torchtitan find it when every process has built its model, and say it in a traceback.
+torch and torchtitan raise these errors after every process has built its model.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _stages(job: Job) -> list[list[str]]:
 
 
 def _by_hand(stages: list[list[str]], num_layers: int) -> list[list[str]]:
-    """The stages, if they are the model: torchtitan drops what no stage names and runs the rest."""
+    """Check stages given by hand: torchtitan drops modules that no stage names."""
     key = "parallelism.module_fqns_per_model_part"
     (modules,) = pipeline_parallel._generate_llm_fqn_per_model_part(1, num_layers)
     places: dict[str, int] = {}

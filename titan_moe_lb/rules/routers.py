@@ -1,4 +1,4 @@
-"""Rules of one router, for jobs and for loops of one's own. See :mod:`titan_moe_lb.rules`."""
+"""Rules of routers, for jobs and for loops of one's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from titan_moe_lb.rules.layer_names import layer_name
 
 
 def check_router(where: str, router: LoadBalancedRouter.Config) -> None:
-    """Run every rule of this page.
+    """Check one router.
 
     Args:
         where: name of the layer for the message.
@@ -93,7 +93,7 @@ def check_alike(routers: list[tuple[str, LoadBalancedRouter.Config]]) -> None:
 
 
 def _given(component: Component.Config | None) -> tuple[type, dict[str, Any]] | None:
-    """What a user has chosen: a job fills in numbers that may differ between layers."""
+    """Return the user's choice, without the numbers that a job fills in for each layer."""
     if component is None:
         return None
     own = {field.name for field in dataclasses.fields(component)} - component._owner.filled_by_job

@@ -1,10 +1,9 @@
-"""What parallelism.spmd_backend computes wrong, or not at all. See :mod:`titan_moe_lb.rules`."""
+"""Rules of ``parallelism.spmd_backend``: combinations with wrong gradients or no step."""
 
 from __future__ import annotations
 
-from torchtitan.models.common.moe import MoE
-
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.layer_numbers import moe_layers
 from titan_moe_lb.resolved_job import Job
 
 
@@ -25,7 +24,7 @@ def gradients_are_kept(job: Job) -> None:
         parallelism.tensor_parallel_degree > 1
         and parallelism.enable_sequence_parallel
         and parallelism.expert_parallel_degree == 1
-        and any(job.config.traverse(MoE.Config))
+        and moe_layers(job.config)
     ):
         lost, key = "through the experts", "tensor_parallel_degree"
     elif parallelism.spmd_backend == "full_dtensor" and parallelism.context_parallel_degree > 1:

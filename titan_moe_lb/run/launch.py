@@ -23,8 +23,6 @@ from titan_moe_lb.run import environment, processes, train
 from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.upstream import cpu
 
-_UNSAID = logging.NullHandler()
-
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
@@ -33,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
             catalog.show()
             return
         environment.check_mode()
-        # What torchtitan warns of while it reads a job, it says again when it builds it.
-        logging.root.addHandler(_UNSAID)
+        # torchtitan repeats its warnings about a config when it builds the model.
+        logging.root.addHandler(logging.NullHandler())
         draft = job_config.draft(arguments)
         if {"-h", "--help"} & set(draft.command.rest):
             model_help.show(draft.table.module)

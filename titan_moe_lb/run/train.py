@@ -46,9 +46,9 @@ _CLOSING_SECONDS = 5.0
 
 def main(arguments: list[str] | None = None) -> None:
     """Resolve the job and train it."""
-    # Whoever started this process hears Ctrl-C too, and has the last word.
+    # The launcher receives Ctrl-C too, and reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # What torchtitan warns of while it reads a job, it says again when it builds it.
+    # torchtitan repeats its warnings about a config when it builds the model.
     logging.root.addHandler(logging.NullHandler())
     try:
         job = job_config.load(sys.argv[1:] if arguments is None else arguments)
@@ -81,7 +81,7 @@ def _adapt(job: Job) -> None:
 
 
 def _preparing(config: Trainer.Config) -> Trainer.Config:
-    """The same job, whose ``build()`` prepares this process. Reading a job leaves it as it is."""
+    """Derive a config whose ``build()`` prepares this process; reading a job does not."""
     upstream = type(config)
 
     @dataclass(kw_only=True, slots=True)
@@ -100,8 +100,8 @@ def run(job: Job, *, alone: bool = False) -> None:
     """Train a resolved job in this process, or build it if that is all that is asked.
 
     Args:
-        alone: there is no launcher. This process holds the run's folder already, and prints
-            itself what a signal ended.
+        alone: there is no launcher. This process holds the run's folder already, and reports
+            a signal itself.
     """
     config = job.config
     cpu.prepare()
@@ -157,7 +157,7 @@ class _Rank:
             _say(summary.after(self._config, self._begun))
 
     def _train(self) -> None:
-        """As torchtitan's ``main``, which reads the job again and has a console of its own."""
+        """Train as torchtitan's ``main`` does, which would read the job again."""
         config = self._config
         structured_logger.init_structured_logger(
             source="training",
@@ -232,7 +232,7 @@ def _build(job: Job) -> None:
 
 
 def stopped(number: signal.Signals, saved: str) -> str:
-    """What is said of a run that a signal has ended."""
+    """Describe the end of a run by a signal, in one line."""
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     return f"stopped by {name}; saved: {saved}; status {128 + number}"
 
@@ -251,7 +251,7 @@ def _say(line: str) -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Without waiting for threads and process groups that others have left in the middle."""
+    """End this process without a wait for threads and process groups that still work."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(status)
