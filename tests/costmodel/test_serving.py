@@ -147,7 +147,7 @@ def test_one_token_has_no_skew_at_balance():
     """However few tokens: the device with most of them has the mean."""
     one = MoELayer(num_experts=64, top_k=2, dim=8, hidden_dim=8)
     placement = RankRole(tokens_per_rank=1, ep_degree=16)
-    time = served_layer_time(one, placement, UNIT, np.full((16, 4), 2 / 64))
+    time, _active = served_layer_time(one, placement, UNIT, np.full((16, 4), 2 / 64))
     even = 1 * 2 * (15 / 16) * 8 * 2
     # 8 of 15 peers are further away, at the same bandwidth.
     assert time.dispatch == pytest.approx(even * 8 / 15)
@@ -158,7 +158,7 @@ def test_of_many_tokens_it_is_the_layer_of_a_training():
     tokens_dn = np.array([[50, 30, 10, 6], [1000, 200, 100, 652]]) * 8.0
     placement = RankRole(tokens_per_rank=int(tokens_dn.sum()) // 2 // 2, ep_degree=2)
     layer = MoELayer(num_experts=8, top_k=2, dim=64, hidden_dim=32, shared_hidden_dim=32)
-    served = served_layer_time(layer, placement, UNIT, tokens_dn / placement.tokens)
+    served, _active = served_layer_time(layer, placement, UNIT, tokens_dn / placement.tokens)
     trained = measured_layer_time(layer, placement, UNIT, tokens_dn)
     assert served.forward == pytest.approx(trained.forward, rel=1e-9)
 

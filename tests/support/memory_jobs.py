@@ -119,6 +119,6 @@ def planned_bytes(arguments: list[str], world_size: int) -> dict[int, float]:
     def planned(position: int) -> float:
         alone = dataclasses.replace(job, states={position: job.states[position]})
         view = View(alone, device, usable_bytes=1.0, num_hot_experts=1)
-        return view.memory(view.two_level(1.0))[0]
+        return view.memory_at(1.0)[0]
 
     return {state.rank: planned(position) for position, state in job.states.items()}

@@ -1,4 +1,4 @@
-"""How many tokens the experts of the busiest device compute."""
+"""Tokens that the experts of the busiest device compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from titan_moe_lb.errors import JobError
 
 Array = Any
-"""A number, or a numpy array of them: what went in comes out."""
+"""A number or a numpy array, as the arguments are."""
 
 WORST = -1.0
 """The imbalance factor that stands for the worst case, E/K."""
@@ -52,12 +52,12 @@ class ExpertLoad:
             tokens compute one row each.
         """
         others = self.experts_on_device - self.hot_experts_on_device
-        rows = _ceil(self.remaining_tokens)
+        rows = whole_rows(self.remaining_tokens)
         sparse = self.remaining_tokens < 1 - TOLERANCE
         return (
             self.hot_experts_on_device,
-            np.maximum(1.0, _ceil(self.hot_tokens)),
-            np.where(sparse, _ceil(others * self.remaining_tokens), others)[()],
+            np.maximum(1.0, whole_rows(self.hot_tokens)),
+            np.where(sparse, whole_rows(others * self.remaining_tokens), others)[()],
             np.where(sparse, 1.0, rows)[()],
         )
 
@@ -189,9 +189,9 @@ def _whole(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def _ceil(value: Array) -> Array:
-    """Round up, but not 8.000000000001 to 9."""
-    return np.ceil(value - TOLERANCE * np.maximum(1.0, value))
+def whole_rows(tokens: Array) -> Array:
+    """Tokens rounded up, but not 8.000000000001 to 9."""
+    return np.ceil(tokens - TOLERANCE * np.maximum(1.0, tokens))
 
 
 def _first(array: Array, where: Array) -> float:

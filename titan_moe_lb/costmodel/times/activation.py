@@ -26,32 +26,32 @@ def bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
     return BF16_BYTES * (layer.dim + 4 * layer.hidden_dim / expert_shards)
 
 
-def bytes_of_combine(layer: MoELayer, placement: RankRole, received: Array) -> Array:
-    """Kept by the combine: what the experts gave, for the gradient of the scores.
+def bytes_of_combine(layer: MoELayer, role: RankRole, received: Array) -> Array:
+    """Kept by the combine: the results of the experts, for the gradient of the scores.
 
-    In float32 where the tokens came from; with DeepEP in BF16 where they went to, since the
-    scores are applied there.
+    In float32 on the ranks that route the tokens; with DeepEP in BF16 on those that compute
+    them, which apply the scores.
 
     Args:
         received: tokens that the ranks receive.
     """
-    if placement.exchanges and placement.dispatcher == "deepep":
+    if role.exchanges and role.dispatcher == "deepep":
         return received * layer.dim * BF16_BYTES
-    return placement.tokens_per_rank * layer.top_k * layer.dim * FP32_BYTES
+    return role.tokens_per_rank * layer.top_k * layer.dim * FP32_BYTES
 
 
-def bytes_of_exchanges(layer: MoELayer, placement: RankRole, received: Array) -> Array:
+def bytes_of_exchanges(layer: MoELayer, role: RankRole, received: Array) -> Array:
     """What the all-to-alls bring, there and back. With DeepEP a token comes once to a rank, and
     its sum goes back. Arguments: as :func:`bytes_of_combine`."""
-    if not placement.exchanges:
+    if not role.exchanges:
         return 0.0
-    there, back = received, placement.tokens_per_rank * layer.top_k
-    if placement.dispatcher == "deepep":
+    there, back = received, role.tokens_per_rank * layer.top_k
+    if role.dispatcher == "deepep":
         ranks = places_of_a_token(
-            placement.ep_degree, layer.num_experts, layer.top_k, layer.neighbouring_choices
+            role.ep_degree, layer.num_experts, layer.top_k, layer.neighbouring_choices
         )
-        there = np.minimum(received * ranks / layer.top_k, placement.tokens)
-        back = placement.tokens_per_rank
+        there = np.minimum(received * ranks / layer.top_k, role.tokens)
+        back = role.tokens_per_rank
     return (there + back) * layer.dim * BF16_BYTES
 
 
@@ -66,7 +66,7 @@ def working_bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) ->
 
 
 def activation_peak(
-    job: JobModel, placement: RankRole, position: int, received: Mapping[int, np.ndarray]
+    job: JobModel, role: RankRole, position: int, received: Mapping[int, np.ndarray]
 ) -> float:
     """Bytes of activations at the peak on one pipeline rank.
 
@@ -84,7 +84,7 @@ def activation_peak(
     kept, working, left = {}, {}, {}
     stages = stages_of(job.schedule[position])
     for index in stages:
-        keeps, works = _stage_bytes(job, placement, job.stages[index], received)
+        keeps, works = _stage_bytes(job, role, job.stages[index], received)
         sent, awaited, left[index] = _released_bytes(job, stages, index)
         kept[index] = np.broadcast_to(keeps, shape)[turns] + sent
         working[index] = np.broadcast_to(works, shape)[turns] + awaited
@@ -144,7 +144,7 @@ def _released_bytes(job: JobModel, stages: list[int], index: int) -> tuple[float
 
 
 def _stage_bytes(
-    job: JobModel, placement: RankRole, stage: Stage, received: Mapping[int, Array]
+    job: JobModel, role: RankRole, stage: Stage, received: Mapping[int, Array]
 ) -> tuple[Array, Array]:
     """Kept by one micro-batch of a stage, and needed besides while it runs.
 
@@ -162,14 +162,14 @@ def _stage_bytes(
         if block.moe_layer is not None:
             layer = job.moe_layers[block.moe_layer]
             arrived = received[block.moe_layer]
-            experts = arrived * bytes_per_received_token(layer, placement.expert_shards)
-            experts = experts + bytes_of_combine(layer, placement, arrived)
-            at_work = arrived * working_bytes_per_received_token(layer, placement.expert_shards)
+            experts = arrived * bytes_per_received_token(layer, role.expert_shards)
+            experts = experts + bytes_of_combine(layer, role, arrived)
+            at_work = arrived * working_bytes_per_received_token(layer, role.expert_shards)
             if job.tp_degree > 1 and job.ep_degree > 1:
                 # The router has its own tokens, the shared experts those of all ranks of TP.
                 feed_forward += inputs
             if not job.on_host:
-                saved = saved + bytes_of_exchanges(layer, placement, arrived)
+                saved = saved + bytes_of_exchanges(layer, role, arrived)
         whole = attention + feed_forward + experts
         keeps = {"none": whole, "selective": saved, "full": inputs}[job.checkpointing]
         again = {"none": 0.0, "selective": whole + inputs - saved, "full": whole}[job.checkpointing]

@@ -1,4 +1,4 @@
-"""How long it takes until the tokens of a layer are at their experts."""
+"""Time of the dispatch and combine all-to-alls of a layer."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from titan_moe_lb.costmodel.loads.expert_load import (
     ExpertLoad,
     active_share,
     expert_load,
+    whole_rows,
 )
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher, exchange_time
 
@@ -50,7 +51,7 @@ class MoELayer:
 
 @dataclass(frozen=True, kw_only=True)
 class RankRole:
-    """How a rank takes part in a MoE layer."""
+    """The share of a rank in an MoE layer."""
 
     tokens_per_rank: int
     """Tokens that the rank routes in one micro-batch."""
@@ -117,7 +118,7 @@ class LayerTime:
 
 def moe_layer_time(
     layer: MoELayer,
-    placement: RankRole,
+    role: RankRole,
     hardware: Hardware,
     *,
     imbalance_factor: ArrayLike = WORST,
@@ -128,72 +129,87 @@ def moe_layer_time(
     Raises:
         JobError: the imbalance outside [1, E/K], W outside [1, K].
     """
-    load = layer_load(layer, placement, imbalance_factor, num_hot_experts)
-    hidden_dim = layer.hidden_dim / placement.expert_shards
+    load = layer_load(layer, role, imbalance_factor, num_hot_experts)
+    hidden_dim = layer.hidden_dim / role.expert_shards
     experts = expert_forward_time(load, layer.dim, hidden_dim, hardware)
-    return _layer_time(layer, placement, hardware, experts=experts, skew=load.receiver_skew)
+    return _layer_time(layer, role, hardware, experts=experts, skew=load.receiver_skew)
 
 
 def layer_load(
-    layer: MoELayer, placement: RankRole, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike
+    layer: MoELayer, role: RankRole, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike
 ) -> ExpertLoad:
     """The two-level load of one micro-batch. Errors: as :func:`moe_layer_time`."""
     return expert_load(
         num_experts=layer.num_experts,
         top_k=layer.top_k,
-        num_tokens=placement.tokens,
+        num_tokens=role.tokens,
         imbalance_factor=imbalance_factor,
         num_hot_experts=num_hot_experts,
-        ep_degree=placement.ep_degree,
+        ep_degree=role.ep_degree,
     )
 
 
 def measured_layer_time(
-    layer: MoELayer, placement: RankRole, hardware: Hardware, device_experts_dn: np.ndarray
+    layer: MoELayer, role: RankRole, hardware: Hardware, device_experts_dn: np.ndarray
 ) -> LayerTime:
     """The time under measured loads.
 
     Args:
         device_experts_dn: tokens of each of the n experts of each of the EP devices,
-            ``(..., EP, n)``, of ``placement.tokens`` tokens in all. Leading dimensions
+            ``(..., EP, n)``, of ``role.tokens`` tokens in all. Leading dimensions
             (steps) give arrays of that shape.
     """
-    seconds_dn = mlp_time(
-        np.ceil(device_experts_dn - 1e-9 * np.maximum(1.0, device_experts_dn)),
-        layer.dim,
-        layer.hidden_dim / placement.expert_shards,
-        hardware,
-    )
-    tokens_d = device_experts_dn.sum(axis=-1)
-    skew = tokens_d.max(axis=-1) / tokens_d.mean(axis=-1)
-    experts = seconds_dn.sum(axis=-1).max(axis=-1)
-    return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
+    rows_dn = whole_rows(device_experts_dn)
+    return _uneven_layer_time(layer, role, hardware, device_experts_dn, rows_dn, 1.0)
 
 
 def served_layer_time(
-    layer: MoELayer, placement: RankRole, hardware: Hardware, chosen_dn: np.ndarray
-) -> LayerTime:
+    layer: MoELayer, role: RankRole, hardware: Hardware, chosen_dn: np.ndarray
+) -> tuple[LayerTime, Array]:
     """The time where tokens are so few that some experts have no work, and are not read.
 
     Args:
         chosen_dn: the probability that a token chooses the expert in each of the n slots of
             each of the EP devices, ``(..., EP, n)``. They add up to top_k.
+
+    Returns:
+        The time, and the expected experts with work on the device that has most of them.
     """
-    active_dn = active_share(chosen_dn, placement.tokens)
-    rows_dn = placement.tokens * chosen_dn / np.maximum(active_dn, np.finfo(float).tiny)
-    seconds_dn = active_dn * mlp_time(rows_dn, layer.dim, layer.hidden_dim, hardware)
-    chosen_d = chosen_dn.sum(axis=-1)
-    skew = chosen_d.max(axis=-1) / chosen_d.mean(axis=-1)
+    active_dn = active_share(chosen_dn, role.tokens)
+    rows_dn = role.tokens * chosen_dn / np.maximum(active_dn, np.finfo(float).tiny)
+    time = _uneven_layer_time(layer, role, hardware, chosen_dn, rows_dn, active_dn)
+    return time, active_dn.sum(axis=-1).max(axis=-1)
+
+
+def _uneven_layer_time(
+    layer: MoELayer,
+    role: RankRole,
+    hardware: Hardware,
+    load_dn: np.ndarray,
+    rows_dn: np.ndarray,
+    active_dn: ArrayLike,
+) -> LayerTime:
+    """The time where each expert of each device has a load of its own.
+
+    Args:
+        load_dn: tokens of each expert, in any unit.
+        rows_dn: tokens of an expert that has work.
+        active_dn: the probability that it has.
+    """
+    hidden_dim = layer.hidden_dim / role.expert_shards
+    seconds_dn = active_dn * mlp_time(rows_dn, layer.dim, hidden_dim, hardware)
+    load_d = load_dn.sum(axis=-1)
+    skew = load_d.max(axis=-1) / load_d.mean(axis=-1)
     experts = seconds_dn.sum(axis=-1).max(axis=-1)
-    return _layer_time(layer, placement, hardware, experts=experts, skew=skew)
+    return _layer_time(layer, role, hardware, experts=experts, skew=skew)
 
 
 def _layer_time(
-    layer: MoELayer, placement: RankRole, hardware: Hardware, *, experts: Array, skew: Array
+    layer: MoELayer, role: RankRole, hardware: Hardware, *, experts: Array, skew: Array
 ) -> LayerTime:
-    tokens, degree = placement.tokens_per_rank, placement.ep_degree
+    tokens, degree = role.tokens_per_rank, role.ep_degree
     exchange = exchange_time(
-        placement.dispatcher,
+        role.dispatcher,
         hardware,
         tokens=tokens,
         num_experts=layer.num_experts,
@@ -205,7 +221,7 @@ def _layer_time(
         skew=skew,
     )
     shared = (
-        mlp_time(tokens, layer.dim, layer.shared_hidden_dim / placement.expert_shards, hardware)
+        mlp_time(tokens, layer.dim, layer.shared_hidden_dim / role.expert_shards, hardware)
         if layer.shared_hidden_dim
         else 0.0
     )
@@ -213,13 +229,13 @@ def _layer_time(
         router=gemm_time(tokens, layer.dim, layer.num_experts, hardware),
         dispatch=exchange,
         experts=experts,
-        movement=_moved_bytes(layer, placement, skew) / hardware.memory_bandwidth,
+        movement=_moved_bytes(layer, role, skew) / hardware.memory_bandwidth,
         combine=exchange,
         shared_experts=shared,
     )
 
 
-def _moved_bytes(layer: MoELayer, placement: RankRole, skew: Array) -> Array:
+def _moved_bytes(layer: MoELayer, role: RankRole, skew: Array) -> Array:
     """Read and written by the busiest rank in a forward, each operation fused into one.
 
     Of what it receives: the activation (two in, one out). Biases are written out for each token
@@ -231,15 +247,15 @@ def _moved_bytes(layer: MoELayer, placement: RankRole, skew: Array) -> Array:
     - DeepEP: what it receives into the order of the experts (2), weighted and summed (3).
     - low latency: what it receives comes in the order of the experts, and is weighted (2).
     """
-    dispatcher = placement.dispatcher if placement.exchanges else "local"
+    dispatcher = role.dispatcher if role.exchanges else "local"
     received, returned = {
         "local": (0, 5),
         "standard": (4, 5),
         "deepep": (5, 0),
         "low_latency": (2, 0),
     }[dispatcher]
-    sent = placement.tokens_per_rank * layer.top_k
-    hidden_dim = layer.hidden_dim / placement.expert_shards
+    sent = role.tokens_per_rank * layer.top_k
+    hidden_dim = layer.hidden_dim / role.expert_shards
     of_received = received * layer.dim + 3 * hidden_dim
     if layer.expert_biases:
         of_received += 4 * (layer.dim + 2 * hidden_dim)

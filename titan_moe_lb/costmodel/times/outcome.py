@@ -1,8 +1,8 @@
-"""One job at one expert-parallel degree on one device: what it takes under a load."""
+"""One job at one expert-parallel degree on one device, under a load."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from titan_moe_lb.costmodel.times.activation import activation_peak
 from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.layer import (
     LayerTime,
+    MoELayer,
     RankRole,
     layer_load,
     measured_layer_time,
@@ -20,7 +21,7 @@ from titan_moe_lb.costmodel.times.layer import (
 )
 from titan_moe_lb.costmodel.times.step import step_time
 from titan_moe_lb.parallel.schedules import stages_of
-from titan_moe_lb.traces.expert_order import tokens_of_experts
+from titan_moe_lb.traces.placement import tokens_of_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class View:
         self.hardware = hardware
         self.usable_bytes = usable_bytes
         self.num_hot_experts = num_hot_experts
-        self.placement = RankRole(
+        self.role = RankRole(
             tokens_per_rank=job.tokens_per_rank,
             ep_degree=job.ep_degree,
             expert_shards=job.tp_degree if job.ep_degree == 1 else 1,
@@ -82,22 +83,19 @@ class View:
 
     def two_level(self, factor: float) -> Loads:
         """W hot experts in every layer and micro-batch, on a rank that is hot in all of them."""
-        loads: Loads = {}
-        known: dict = {}
-        for number, layer in self.job.moe_layers.items():
-            if layer not in known:
-                time = moe_layer_time(
-                    layer,
-                    self.placement,
-                    self.hardware,
-                    imbalance_factor=factor,
-                    num_hot_experts=self.num_hot_experts,
-                )
-                load = layer_load(layer, self.placement, factor, self.num_hot_experts)
-                received_NR = np.full((1, 1), load.tokens_on_device)
-                known[layer] = LayerLoad(time, float(load.hot_tokens), received_NR)
-            loads[number] = known[layer]
-        return loads
+        hot = self.num_hot_experts
+
+        def loaded(layer: MoELayer) -> LayerLoad:
+            time = moe_layer_time(
+                layer, self.role, self.hardware, imbalance_factor=factor, num_hot_experts=hot
+            )
+            load = layer_load(layer, self.role, factor, hot)
+            received_NR = np.full((1, 1), load.tokens_on_device)
+            return LayerLoad(time, float(load.hot_tokens), received_NR)
+
+        layers = self.job.moe_layers
+        known = {layer: loaded(layer) for layer in set(layers.values())}
+        return {number: known[layer] for number, layer in layers.items()}
 
     def measured(self, counts_NME: np.ndarray, placed: Sequence[np.ndarray]) -> Loads:
         """Loads of N micro-batches, scaled to the job's tokens.
@@ -109,57 +107,54 @@ class View:
         loads: Loads = {}
         for row, (number, layer) in enumerate(self.job.moe_layers.items()):
             tokens_NRn = tokens_of_experts(
-                counts_NME[:, row], placed[row], self.placement.tokens * layer.top_k
+                counts_NME[:, row], placed[row], self.role.tokens * layer.top_k
             )
-            time = measured_layer_time(layer, self.placement, self.hardware, tokens_NRn)
+            time = measured_layer_time(layer, self.role, self.hardware, tokens_NRn)
             loads[number] = LayerLoad(time, float(tokens_NRn.max()), tokens_NRn.sum(axis=-1))
         return loads
 
-    def memory(self, loads: Loads, copies: int = 0) -> tuple[float, int]:
+    def memory(self, received: Mapping[int, np.ndarray], copies: int = 0) -> tuple[float, int]:
         """Bytes on the rank that needs most, and its pipeline rank.
 
         Args:
+            received: tokens that each rank of the EP group receives ``(N, R)``, by MoE layer.
             copies: of experts on each rank in each layer, besides its own.
         """
-        received = {number: load.received_NR for number, load in loads.items()}
-        return self._most({p: self._activations(p, received) for p in self.job.states}, copies)
-
-    def memory_with_capacity(self, factor: float) -> float:
-        """Bytes where every layer's buffers have room for a factor of the balanced tokens."""
-        received = {
-            number: np.full((1, 1), factor * self.placement.tokens_per_rank * layer.top_k)
-            for number, layer in self.job.moe_layers.items()
-        }
-        return self._most({p: self._activations(p, received) for p in self.job.states}, 0)[0]
-
-    def _activations(self, position: int, received: dict[int, np.ndarray]) -> float:
-        return activation_peak(self.job, self.placement, position, received)
-
-    def _most(self, activations: dict[int, float], copies: int) -> tuple[float, int]:
+        accumulates = self.job.accumulation_steps > 1
         needs = {
-            position: state.peak_bytes(activations[position], self.job.accumulation_steps > 1)
-            + self._copies(position, copies)
+            position: state.peak_bytes(
+                activation_peak(self.job, self.role, position, received), accumulates
+            )
+            + copies * self._copy_bytes(position)
             for position, state in self.job.states.items()
         }
         position = max(needs, key=lambda key: needs[key])
         return needs[position], position
 
-    def _copies(self, position: int, copies: int) -> float:
+    def memory_at(self, factor: float) -> tuple[float, int]:
+        """The same under the two-level load of that imbalance."""
+        return self.memory(_received(self.two_level(factor)))
+
+    def _copy_bytes(self, position: int) -> float:
         """Weights and gradients in BF16; the optimizer's state stays with the first copy."""
         layers = [
             self.job.moe_layers[number]
             for stage in stages_of(self.job.schedule[position])
             for number in self.job.stages[stage].moe_layers
         ]
-        return copies * 2 * BF16_BYTES * sum(layer.parameters_per_expert for layer in layers)
+        return 2 * BF16_BYTES * sum(layer.parameters_per_expert for layer in layers)
 
-    def outcome(self, loads: Loads, balance: Outcome | None, copies: int = 0) -> Outcome:
-        """Means over the MoE layers and micro-batches, the step, and the memory."""
+    def outcome(self, loads: Loads, balance: Outcome | None = None, copies: int = 0) -> Outcome:
+        """Means over the MoE layers and micro-batches, the step, and the memory.
+
+        Args:
+            balance: what slowdowns are against; None for balance itself.
+        """
         times = {number: load.time for number, load in loads.items()}
         layers = [float(np.mean(time.total(self.job.checkpointing))) for time in times.values()]
         num_loads = len(next(iter(loads.values())).received_NR)
         step = step_time(self.job, self.hardware, times, num_loads)
-        memory, position = self.memory(loads, copies)
+        memory, position = self.memory(_received(loads), copies)
         layer = float(np.mean(layers))
 
         def mean(part: str) -> float:
@@ -180,3 +175,7 @@ class View:
             memory_rank=self.job.states[position].rank,
             fits=memory <= self.usable_bytes,
         )
+
+
+def _received(loads: Loads) -> dict[int, np.ndarray]:
+    return {number: load.received_NR for number, load in loads.items()}

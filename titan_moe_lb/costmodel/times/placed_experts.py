@@ -1,8 +1,8 @@
-"""Where the experts of a layer are under each placement that a plan compares."""
+"""Placements of experts that a plan compares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from titan_moe_lb.traces.expert_order import contiguous, greedy_in_groups
 
 
 def placements(redundant_experts: Sequence[int]) -> list[tuple[str, int]]:
-    """Those that are compared under a recorded load, and the slots for copies of each."""
+    """The placements under a recorded load, and the slots for copies of each."""
     return [("contiguous", 0), ("greedy", 0), *(("eplb", n) for n in redundant_experts)]
 
 
@@ -24,35 +24,38 @@ def label(placement: str, redundant_experts: int) -> str:
 
 def placed_experts(
     placement: str,
-    layer: MoELayer,
-    known_E: np.ndarray,
+    layers: Mapping[int, MoELayer],
+    known_ME: np.ndarray,
     *,
     ep_degree: int,
     hardware: Hardware,
     expert_groups: Sequence[int],
     redundant_experts: int,
-    row: int,
-) -> np.ndarray:
-    """Expert ids in the slots of each device ``(EP, n)``.
+) -> list[np.ndarray]:
+    """Expert ids in the slots of each device ``(EP, n)``, of each layer.
+
+    The order of the devices is free: the hottest one is another in every layer.
 
     Args:
         placement: "contiguous", "greedy" or "eplb".
-        known_E: tokens of each expert that it is placed for.
+        known_ME: tokens of each expert that it is placed for.
         expert_groups: that the greedy placement keeps together, coarse to fine.
         redundant_experts: slots for copies, all devices together.
-        row: of the layer among the MoE layers. Which device is the first is free: the hottest
-            one is another in every layer.
     """
-    if placement == "contiguous":
-        return contiguous(layer.num_experts, ep_degree)
-    if placement == "greedy":
-        return greedy_in_groups(known_E, ep_degree, expert_groups, roll=row)
     nodes, rest = divmod(ep_degree, hardware.scale_up_domain)
-    placed = eplb(
-        known_E,
-        num_slots=layer.num_experts + redundant_experts,
-        num_devices=ep_degree,
-        num_nodes=nodes if nodes and not rest else 1,
-        num_groups=layer.num_groups,
-    )
-    return np.roll(placed, row, axis=0)
+
+    def placed(row: int, layer: MoELayer) -> np.ndarray:
+        if placement == "contiguous":
+            return contiguous(layer.num_experts, ep_degree)
+        if placement == "greedy":
+            return greedy_in_groups(known_ME[row], ep_degree, expert_groups, roll=row)
+        slots = eplb(
+            known_ME[row],
+            num_slots=layer.num_experts + redundant_experts,
+            num_devices=ep_degree,
+            num_nodes=nodes if nodes and not rest else 1,
+            num_groups=layer.num_groups,
+        )
+        return np.roll(slots, row, axis=0)
+
+    return [placed(row, layer) for row, layer in enumerate(layers.values())]

@@ -1,4 +1,4 @@
-"""The answers: for each expert-parallel degree and load, how slow and how much memory."""
+"""Step time and memory of a job at one expert-parallel degree, under every load."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def plan_degree(
         JobError: an imbalance or W outside its range, slots that the devices do not divide.
     """
     view = View(job, hardware, usable_bytes, num_hot_experts)
-    balance = view.outcome(view.two_level(1.0), None)
+    balance = view.outcome(view.two_level(1.0))
 
     def row(given: float) -> AnalyticRow:
         return AnalyticRow(
@@ -127,98 +127,96 @@ def plan_degree(
             outcome=view.outcome(view.two_level(given), balance),
         )
 
-    largest = largest_that_fits(
-        lambda factor: view.memory(view.two_level(factor))[0] <= usable_bytes, view.worst
-    )
-    position = view.memory(view.two_level(1.0))[1]
+    def lognormal(spread: Spread) -> LogNormalRow:
+        shares = spread.loads(list(job.moe_layers.values()))
+        loads = view.measured(shares, _blocks(view))
+        return LogNormalRow(**vars(spread), outcome=view.outcome(loads, balance))
+
+    measured: list[MeasuredRow] = []
+    capacity: list[CapacityRow] = []
+    if recorded:
+        measured = [
+            _measured(view, balance, recorded, *one) for one in placements(redundant_experts)
+        ]
+    if recorded and recorded.has_micro_batches:
+        capacity = [_capacity(view, recorded, share) for share in (0.0, drop_share)]
     return DegreePlan(
         ep_degree=job.ep_degree,
         tokens_per_rank=job.tokens_per_rank,
-        state_bytes=job.states[position].total_bytes,
+        state_bytes=job.states[view.memory_at(1.0)[1]].total_bytes,
         balance=balance,
-        rows=tuple(row(given) for given in imbalance_factors),
-        lognormal=tuple(_lognormal(view, balance, spread) for spread in spreads),
-        largest_imbalance_that_fits=largest,
+        rows=tuple(map(row, imbalance_factors)),
+        lognormal=tuple(map(lognormal, spreads)),
+        largest_imbalance_that_fits=largest_that_fits(
+            lambda factor: view.memory_at(factor)[0] <= usable_bytes, view.worst
+        ),
         curve=tuple(row(float(x)) for x in np.geomspace(1.0, view.worst, CURVE_POINTS)),
-        measured=tuple(
-            _measured(view, balance, recorded, *one) for one in placements(redundant_experts)
-        )
-        if recorded
-        else (),
-        capacity=tuple(_capacity(view, recorded, share) for share in (0.0, drop_share))
-        if recorded and recorded.has_micro_batches
-        else (),
+        measured=tuple(measured),
+        capacity=tuple(capacity),
     )
 
 
 def heaviest_pipeline_ranks(job: JobModel, hardware: Hardware, num_hot_experts: int) -> list[int]:
     """Where memory is largest at balance and at worst: what other degrees need to build."""
     view = View(job, hardware, hardware.memory_bytes, num_hot_experts)
-    return sorted({view.memory(view.two_level(factor))[1] for factor in (1.0, WORST)})
+    return sorted({view.memory_at(factor)[1] for factor in (1.0, WORST)})
 
 
 def _blocks(view: View) -> list[np.ndarray]:
-    degree = view.placement.ep_degree
+    degree = view.job.ep_degree
     return [contiguous(layer.num_experts, degree) for layer in view.job.moe_layers.values()]
-
-
-def _lognormal(view: View, balance: Outcome, spread: Spread) -> LogNormalRow:
-    shares = spread.loads(list(view.job.moe_layers.values()))
-    loads = view.measured(shares, _blocks(view))
-    return LogNormalRow(**vars(spread), outcome=view.outcome(loads, balance))
 
 
 def _measured(
     view: View, balance: Outcome, recorded: RecordedLoads, placement: str, redundant: int
 ) -> MeasuredRow:
-    tokens = view.placement.tokens * next(iter(view.job.moe_layers.values())).top_k
+    degree = view.job.ep_degree
     first, last = slice(0, recorded.window), slice(-recorded.window, None)
     first_half, second_half = slice(0, max(1, recorded.half)), slice(recorded.half, None)
-    now, before = (
-        [
-            placed_experts(
-                placement,
-                layer,
-                known_E,
-                ep_degree=view.placement.ep_degree,
-                hardware=view.hardware,
-                expert_groups=recorded.expert_groups,
-                redundant_experts=redundant,
-                row=row,
-            )
-            for row, (layer, known_E) in enumerate(
-                zip(view.job.moe_layers.values(), recorded.known(steps), strict=True)
-            )
-        ]
-        for steps in (last, first_half)
-    )
 
-    def judged(steps: slice, placed: list[np.ndarray]) -> Outcome:
-        loads = view.measured(recorded.micro_batches(steps, tokens), placed)
-        return view.outcome(loads, balance, copies=redundant // view.placement.ep_degree)
+    def judged(steps: slice, known: slice) -> Outcome:
+        """These steps, with experts placed for those that are known."""
+        placed = placed_experts(
+            placement,
+            view.job.moe_layers,
+            recorded.known(known),
+            ep_degree=degree,
+            hardware=view.hardware,
+            expert_groups=recorded.expert_groups,
+            redundant_experts=redundant,
+        )
+        loads = view.measured(recorded.micro_batches(steps, _routed(view)), placed)
+        return view.outcome(loads, balance, copies=redundant // degree)
 
     return MeasuredRow(
         placement=placement,
         redundant_experts=redundant,
-        first=judged(first, now),
-        last=judged(last, now),
-        stale_second_half=judged(second_half, before),
-        stale_last=judged(last, before),
+        first=judged(first, known=last),
+        last=judged(last, known=last),
+        stale_second_half=judged(second_half, known=first_half),
+        stale_last=judged(last, known=first_half),
     )
 
 
+def _routed(view: View) -> float:
+    """Tokens x top_k that a layer dispatches together."""
+    return view.role.tokens * next(iter(view.job.moe_layers.values())).top_k
+
+
 def _capacity(view: View, recorded: RecordedLoads, drop_share: float) -> CapacityRow:
-    layer = next(iter(view.job.moe_layers.values()))
-    degree = view.placement.ep_degree
-    second_half = slice(recorded.half, None)
-    counts_NME = recorded.micro_batches(second_half, view.placement.tokens * layer.top_k)
+    layers, degree = view.job.moe_layers, view.job.ep_degree
+    layer = next(iter(layers.values()))
+    counts_NME = recorded.micro_batches(slice(recorded.half, None), _routed(view))
     received_MNR = np.stack(
         [load.received_NR for load in view.measured(counts_NME, _blocks(view)).values()]
     )
     factor = float(capacity_factor(received_MNR, drop_share).max())
     if drop_share == 0 and degree == recorded.ep_degree:
         factor = max(factor, recorded.max_overload_factor)
-    memory = view.memory_with_capacity(factor)
+    balanced = view.role.tokens_per_rank
+    memory, _position = view.memory(
+        {number: np.full((1, 1), factor * balanced * one.top_k) for number, one in layers.items()}
+    )
     return CapacityRow(
         drop_share=drop_share,
         capacity_factor=factor,

@@ -1,4 +1,4 @@
-"""How often the tokens of a deployment choose each expert, and where the experts are."""
+"""Loads of a deployment: how often each expert is chosen, and where the experts are."""
 
 from __future__ import annotations
 
@@ -32,10 +32,21 @@ class ServedLoad:
 def two_level_loads(
     layers: Sequence[MoELayer], factors: Sequence[float], num_hot_experts: int
 ) -> list[ServedLoad]:
-    """Some experts hot, the others even, as a plan of training has them."""
+    """Some experts hot, the others even, as in a plan of training; the hot ones are the first."""
     loads = []
     for factor in factors:
-        counts_ME = [_two_level(layer, factor, num_hot_experts) for layer in layers]
+        counts_ME = []
+        for layer in layers:
+            load = expert_load(
+                num_experts=layer.num_experts,
+                top_k=layer.top_k,
+                num_tokens=1,
+                imbalance_factor=factor,
+                num_hot_experts=num_hot_experts,
+            )
+            counts_E = np.full(layer.num_experts, load.remaining_tokens)
+            counts_E[:num_hot_experts] = load.hot_tokens
+            counts_ME.append(counts_E)
         name = f"{counts_ME[0].max() / counts_ME[0].mean():.2f}"
         description = "balance" if name == "1.00" else f"an imbalance of {name}"
         loads.append(
@@ -45,7 +56,7 @@ def two_level_loads(
 
 
 def drawn_loads(layers: Sequence[MoELayer], spreads: Sequence[Spread]) -> list[ServedLoad]:
-    """Log-normal ones."""
+    """Log-normal loads."""
     return [
         ServedLoad(
             name=spread.name, description=spread.description, counts_NME=spread.loads(layers)
@@ -54,22 +65,8 @@ def drawn_loads(layers: Sequence[MoELayer], spreads: Sequence[Spread]) -> list[S
     ]
 
 
-def _two_level(layer: MoELayer, factor: float, num_hot_experts: int) -> np.ndarray:
-    """Tokens of each expert of one that is routed; the hot ones are the first."""
-    load = expert_load(
-        num_experts=layer.num_experts,
-        top_k=layer.top_k,
-        num_tokens=1,
-        imbalance_factor=factor,
-        num_hot_experts=num_hot_experts,
-    )
-    counts_E = np.full(layer.num_experts, load.remaining_tokens)
-    counts_E[:num_hot_experts] = load.hot_tokens
-    return counts_E
-
-
 def recorded_loads(recorded: RecordedLoads, redundant_experts: Sequence[int]) -> list[ServedLoad]:
-    """That of a run's last steps, with experts placed for it in each way."""
+    """The load of a run's last steps, with experts placed for it in each way."""
     counts_ME = recorded.known(slice(-recorded.window, None))
     return [
         ServedLoad(

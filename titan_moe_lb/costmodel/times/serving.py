@@ -1,4 +1,4 @@
-"""The answers for a deployment: how long a step takes, and how many sequences fit.
+"""A deployment at one degree: time of a step, and sequences that fit.
 
 A deployment is one expert-parallel group. Every rank has sequences of its own and the whole
 model but the routed experts, which are divided; all ranks take each step together.
@@ -13,7 +13,6 @@ import numpy as np
 
 from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES, gemm_time, turning_rows
-from titan_moe_lb.costmodel.loads.expert_load import active_share
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 from titan_moe_lb.costmodel.times.layer import RankRole, served_layer_time
 from titan_moe_lb.costmodel.times.placed_experts import placed_experts
@@ -94,13 +93,47 @@ def serve_degree(
     Raises:
         JobError: the devices do not divide the experts and their copies.
     """
+    caches = [layer.cache for layer in model.layers]
+
+    def row(number: int, load: ServedLoad, chosen: dict[int, np.ndarray]) -> ServedRow:
+        role = RankRole(tokens_per_rank=number, ep_degree=ep_degree, dispatcher=dispatcher)
+        experts, exchange = 0.0, 0.0
+        active: list[float] = []
+        for layer in model.expert_bytes:
+            time, at_work = served_layer_time(
+                model.moe_layers[layer], role, hardware, chosen[layer]
+            )
+            experts += float(np.mean(time.compute))
+            exchange += float(np.mean(time.dispatch + time.combine))
+            active.append(float(np.mean(at_work)))
+        weights = model.weight_bytes(ep_degree, load.redundant_experts)
+
+        def step(cache_seconds: float, sequences: float) -> ServedStep:
+            linear = _linear_seconds(model, number, sequences, hardware)
+            seconds = experts + exchange + cache_seconds + linear
+            memory = weights + sequences * model.cache_bytes(context)
+            return ServedStep(
+                cache_seconds=cache_seconds,
+                linear_seconds=linear,
+                step_seconds=seconds,
+                tokens_per_second=number / seconds,
+                memory_bytes=memory,
+                fits=memory <= usable_bytes,
+            )
+
+        decode = sum(cache.decode_seconds(number, context, hardware) for cache in caches)
+        prefill = sum(cache.prefill_seconds(number, context, hardware) for cache in caches)
+        return ServedRow(
+            load=load.name,
+            tokens=number,
+            active_experts=float(np.mean(active)),
+            experts_seconds=experts,
+            exchange_seconds=exchange,
+            decode=step(decode, number),
+            prefill=step(prefill, max(1.0, number / context)),
+        )
+
     weights = model.weight_bytes(ep_degree)
-    rows: list[ServedRow] = []
-    for load in loads:
-        chosen = _chosen(model, hardware, ep_degree, load)
-        for number in tokens:
-            placement = RankRole(tokens_per_rank=number, ep_degree=ep_degree, dispatcher=dispatcher)
-            rows.append(_row(model, hardware, placement, load, chosen, context, usable_bytes))
     layer = next(iter(model.moe_layers.values()))
     even = turning_rows(layer.dim, layer.hidden_dim, hardware)
     return ServedDegree(
@@ -108,75 +141,32 @@ def serve_degree(
         weight_bytes=weights,
         most_sequences=max(0, int((usable_bytes - weights) / model.cache_bytes(context))),
         turning_tokens=even and even * layer.num_experts / layer.top_k / ep_degree,
-        rows=tuple(rows),
+        rows=tuple(
+            row(number, load, chosen)
+            for load in loads
+            for chosen in [_chosen(model, hardware, ep_degree, load)]
+            for number in tokens
+        ),
     )
 
 
 def _chosen(
     model: ServedModel, hardware: Hardware, ep_degree: int, load: ServedLoad
 ) -> dict[int, np.ndarray]:
-    """By MoE layer, the probability that a token chooses each slot ``(N, EP, n)``."""
-    chosen = {}
-    for row, (number, layer) in enumerate(model.moe_layers.items()):
-        counts_NE = load.counts_NME[:, row]
-        placed = placed_experts(
-            load.placement,
-            layer,
-            counts_NE.sum(axis=0),
-            ep_degree=ep_degree,
-            hardware=hardware,
-            expert_groups=load.expert_groups,
-            redundant_experts=load.redundant_experts,
-            row=row,
-        )
-        chosen[number] = tokens_of_experts(counts_NE, placed, layer.top_k)
-    return chosen
-
-
-def _row(
-    model: ServedModel,
-    hardware: Hardware,
-    placement: RankRole,
-    load: ServedLoad,
-    chosen: dict[int, np.ndarray],
-    context: int,
-    usable_bytes: float,
-) -> ServedRow:
-    experts, exchange = 0.0, 0.0
-    active: list[float] = []
-    for number in model.expert_bytes:
-        time = served_layer_time(model.moe_layers[number], placement, hardware, chosen[number])
-        experts += float(np.mean(time.compute))
-        exchange += float(np.mean(time.dispatch + time.combine))
-        at_work = active_share(chosen[number], placement.tokens).sum(axis=-1)
-        active.append(float(np.mean(at_work.max(axis=-1))))
-    tokens = placement.tokens_per_rank
-    prompts = max(1.0, tokens / context)
-    caches = [layer.cache for layer in model.layers]
-    weights = model.weight_bytes(placement.ep_degree, load.redundant_experts)
-
-    def step(cache_seconds: float, sequences: float) -> ServedStep:
-        linear = _linear_seconds(model, tokens, sequences, hardware)
-        seconds = experts + exchange + cache_seconds + linear
-        memory = weights + sequences * model.cache_bytes(context)
-        return ServedStep(
-            cache_seconds=cache_seconds,
-            linear_seconds=linear,
-            step_seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            memory_bytes=memory,
-            fits=memory <= usable_bytes,
-        )
-
-    return ServedRow(
-        load=load.name,
-        tokens=tokens,
-        active_experts=float(np.mean(active)),
-        experts_seconds=experts,
-        exchange_seconds=exchange,
-        decode=step(sum(c.decode_seconds(tokens, context, hardware) for c in caches), tokens),
-        prefill=step(sum(c.prefill_seconds(tokens, context, hardware) for c in caches), prompts),
+    """The probability that a token chooses each slot ``(N, EP, n)``, by MoE layer."""
+    placed = placed_experts(
+        load.placement,
+        model.moe_layers,
+        load.counts_NME.sum(axis=0),
+        ep_degree=ep_degree,
+        hardware=hardware,
+        expert_groups=load.expert_groups,
+        redundant_experts=load.redundant_experts,
     )
+    return {
+        number: tokens_of_experts(load.counts_NME[:, row], placed[row], layer.top_k)
+        for row, (number, layer) in enumerate(model.moe_layers.items())
+    }
 
 
 def _linear_seconds(model: ServedModel, tokens: float, logits: float, hardware: Hardware) -> float:
