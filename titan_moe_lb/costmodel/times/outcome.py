@@ -21,7 +21,7 @@ from titan_moe_lb.costmodel.times.layer import (
 )
 from titan_moe_lb.costmodel.times.step import step_time
 from titan_moe_lb.parallel.schedules import stages_of
-from titan_moe_lb.traces.placement import tokens_of_experts
+from titan_moe_lb.traces.expert_order import tokens_of_experts
 
 
 @dataclass(frozen=True, kw_only=True)
