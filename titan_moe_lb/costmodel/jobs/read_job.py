@@ -1,4 +1,4 @@
-"""What the model needs to know of a job, read from the job itself.
+"""The cost model's view of a job, read from the job itself.
 
 The job's config is built for its number of processes and one rank of each pipeline
 position is built on the meta device inside a fake process group, by torchtitan's own
@@ -8,7 +8,7 @@ pipelining and parallelizing functions: nothing is typed again, nothing is alloc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +18,10 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
-from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.utils import set_default_dtype
-from torchtitan.trainer import Trainer
 
 from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
-from titan_moe_lb.costmodel.jobs.fake_rank import build_parts, fake_rank
-from titan_moe_lb.costmodel.jobs.rank_state import rank_state
+from titan_moe_lb.costmodel.jobs.fake_rank import build_parts, fake_rank, rank_state
 from titan_moe_lb.costmodel.jobs.read_block import BlockReader
 from titan_moe_lb.costmodel.times.job import Head, JobModel, RankState, Stage
 from titan_moe_lb.costmodel.times.layer import MoELayer
@@ -59,13 +56,8 @@ def read_job(
         cpu.adapt(config)
     config.compile.enable = False
     spec = config.model_spec
-    assert spec is not None
     numbers = layer_numbers(spec.model)
-    job.bind()
-    spec.model.update_from_config(config=config)
-    moe_layers = moe_layers_of(spec)
-    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-        model = spec.model.build()
+    moe_layers, model = meta_model(job, TORCH_DTYPE_MAP[config.training.dtype])
     attention_flops = _attention_flops(config, model)
     reader = BlockReader(tp_degree=layout.tp, seq_len=cut.seq_len, on_host=on_host)
     loss_bytes = _loss_bytes(config, layout.tp)
@@ -102,8 +94,22 @@ def read_job(
     )
 
 
-def moe_layers_of(spec: ModelSpec) -> dict[int, MoELayer]:
-    """By number in the whole model. Raises ``JobError`` where there are none."""
+def meta_model(job: Job, dtype: torch.dtype) -> tuple[dict[int, MoELayer], Any]:
+    """The MoE layers of the job's model, and the whole model on the meta device.
+
+    Raises:
+        JobError: it has no MoE layers.
+    """
+    spec = job.config.model_spec
+    job.bind()
+    spec.model.update_from_config(config=job.config)
+    moe_layers = moe_layers_of(spec)
+    with torch.device("meta"), set_default_dtype(dtype):
+        return moe_layers, spec.model.build()
+
+
+def moe_layers_of(spec: Any) -> dict[int, MoELayer]:
+    """The MoE layers by number in the whole model. Raises ``JobError`` where there are none."""
     numbers = layer_numbers(spec.model)
     if not numbers:
         raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
@@ -125,12 +131,11 @@ def _moe_layer(moe: MoE.Config) -> MoELayer:
     )
 
 
-def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
+def _attention_flops(config: Any, model: nn.Module) -> float:
     """Forward FLOPs of the scores and values of one layer for one token.
 
     From the model's own count of FLOPs: the part that grows with the sequence.
     """
-    assert config.model_spec is not None
     model_config = config.model_spec.model
     _parameters, flops = model_config.get_nparams_and_flops(model, config.training.seq_len)
     _parameters, without = model_config.get_nparams_and_flops(model, 0)
@@ -139,7 +144,7 @@ def _attention_flops(config: Trainer.Config, model: nn.Module) -> float:
     return (flops - without) / 3 / 2 / len(model_config.layers)
 
 
-def _loss_bytes(config: Trainer.Config, tp_degree: int) -> tuple[float, float]:
+def _loss_bytes(config: Any, tp_degree: int) -> tuple[float, float]:
     """Of the loss of one token, for each of its D values and for each of its V logits.
 
     Chunks: the pieces of the hidden state in BF16 and the sum of their gradients in float32, of
@@ -155,7 +160,7 @@ def _loss_bytes(config: Trainer.Config, tp_degree: int) -> tuple[float, float]:
 
 
 def _stage(
-    part: nn.Module,
+    part: Any,
     numbers: dict[str, int],
     attention_flops: float,
     reader: BlockReader,
@@ -176,7 +181,7 @@ def _stage(
             vocabulary += rows
     head = None
     if vocabulary:
-        dim = cast(nn.RMSNorm, part.norm).weight.shape[0]
+        dim = part.norm.weight.shape[0]
         head = Head(
             norm=reader.norm(dim) + BF16_BYTES * dim,
             loss=loss_bytes[0] * dim + loss_bytes[1] * vocabulary,
@@ -215,7 +220,7 @@ def _blocks(part: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def _checkpointing(config: Trainer.Config) -> str:
+def _checkpointing(config: Any) -> str:
     policy = config.activation_checkpoint
     if policy is None:
         return "none"

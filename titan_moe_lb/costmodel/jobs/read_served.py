@@ -1,4 +1,4 @@
-"""What a deployment needs to know of a model, read from the model of the job."""
+"""A model as it is served, read from the model of the job."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchtitan.tools.utils import set_default_dtype
 
 from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
-from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
+from titan_moe_lb.costmodel.jobs.read_job import meta_model
 from titan_moe_lb.costmodel.times.kv_cache import KVCache
 from titan_moe_lb.costmodel.times.served_model import ServedLayer, ServedModel
 from titan_moe_lb.errors import JobError
@@ -18,7 +17,7 @@ from titan_moe_lb.resolved_job import Job
 
 
 def read_served(job: Job) -> ServedModel:
-    """Build the model on the meta device and read it; how the job cuts it is nothing to serving.
+    """Build the model on the meta device and read it; the training's layout plays no part.
 
     Args:
         job: of one process; its config is consumed.
@@ -27,13 +26,8 @@ def read_served(job: Job) -> ServedModel:
         JobError: the model has no MoE layers, or attention of a kind that is not known.
     """
     spec = job.config.model_spec
-    assert spec is not None
     numbers = layer_numbers(spec.model)
-    job.bind()
-    spec.model.update_from_config(config=job.config)
-    moe_layers = moe_layers_of(spec)
-    with torch.device("meta"), set_default_dtype(torch.bfloat16):
-        model: Any = spec.model.build()
+    moe_layers, model = meta_model(job, torch.bfloat16)
     blocks = {f"layers.{name}": block for name, block in model.layers.named_children()}
     layers = [
         ServedLayer(
