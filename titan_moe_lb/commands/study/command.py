@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,12 @@ from titan_moe_lb.commands.study import results
 from titan_moe_lb.commands.study.answer import answer
 from titan_moe_lb.commands.study.cell import CELLS, Cell, CellFolder, Record
 from titan_moe_lb.commands.study.design import SEED, Prediction, Study, read_study
-from titan_moe_lb.commands.study.measure import measure
 from titan_moe_lb.commands.study.progress import Display
 from titan_moe_lb.commands.study.run import Runner, stop_leftovers
-from titan_moe_lb.commands.study.search import Search
+from titan_moe_lb.commands.study.search import Grid, Search
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
+from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 
 PAGE, NUMBERS = "study.html", "study.json"
@@ -46,48 +45,32 @@ def run_study(
     folder = (output or Path("outputs") / path.stem).absolute()
     if processes is not None and processes < 1:
         raise JobError(f"--processes {processes} must be at least 1")
-    from titan_moe_lb.terminal import run_folder
-
     run_folder.claim(str(folder), f"study {os.getpid()}", name="output", kind="study")
     stop_leftovers(folder / CELLS)
     output_file.check(folder / PAGE)
     found: list[CellFolder] = []
-    search = None if study.settings.sampler == "grid" else Search(study)
-    grid = study.grid() if search is None else []
-    total = len(grid) or study.settings.trials
-    if search is None:
-        check_jobs([cell for cell in grid if CellFolder(folder, cell).record() is None])
+    search = Grid(study) if study.settings.sampler == "grid" else Search(study)
+    check_jobs([cell for cell in search.known_cells if CellFolder(folder, cell).record() is None])
     if study.plan is not None:
         check_prediction(study.plan)
-    with contextlib.closing(Display(total)) as display:
+    with contextlib.closing(Display(search.total)) as display:
 
         def open_cells() -> Iterator[CellFolder]:
-            for cell in grid if search is None else search.cells():
+            for cell in search.cells():
                 at = CellFolder(folder, cell)
                 found.append(at)
                 record = at.record()
                 if record is None or (retry_failed and record.status != "done"):
-                    if search is not None:
+                    if not search.known_cells:
                         check_jobs([cell])
                     yield at
                 else:
                     display.known()
-                    tell(at, record)
-
-        def tell(at: CellFolder, record: Record) -> None:
-            if search is None:
-                return
-            loss = violation = float("nan")
-            if record.status == "done":
-                measured, _course = measure(at.path, study.settings.balanced_below)
-                loss, violation = measured.validation_loss, measured.max_violation
-                if math.isnan(loss):
-                    loss = measured.training_loss
-            search.tell(at.cell, loss, violation)
+                    search.tell(at, record)
 
         def ended(at: CellFolder, record: Record) -> None:
             display.ended(at, record)
-            tell(at, record)
+            search.tell(at, record)
 
         Runner(processes or study.settings.processes, study.settings.threads).run(
             open_cells(), began=display.began, ended=ended

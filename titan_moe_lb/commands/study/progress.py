@@ -1,4 +1,4 @@
-"""What a running study shows: a bar on a terminal, else a line for each cell that ends."""
+"""Progress of a running study: a bar on a terminal, else a line for each cell that ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from titan_moe_lb.commands.study.cell import CellFolder, Record
 
 
 class Display:
-    """Of one start of a study, until it is closed."""
+    """Progress of one start of a study, until it is closed."""
 
     def __init__(self, total: int) -> None:
         """
@@ -28,33 +28,30 @@ class Display:
         self._total = total
         self._ended = 0
         self._known = 0
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-                # A cell takes minutes: the speed is that of all that have ended.
-                speed_estimate_period=1e9,
-            )
-            self._task = self._bar.add_task("", total=total)
-            self._bar.start()
         self._running: list[str] = []
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            # A cell takes minutes: the speed is that of all that have ended.
+            speed_estimate_period=1e9,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+        self._bar.start()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def known(self) -> None:
         """A cell that ended in an earlier start."""
         self._known += 1
-        if self._bar is not None:
-            self._bar.update(self._task, total=self._total - self._known)
+        self._bar.update(self._task, total=self._total - self._known)
 
     def began(self, folder: CellFolder) -> None:
         if self._known and not self._ended and not self._running:
@@ -65,17 +62,17 @@ class Display:
     def ended(self, folder: CellFolder, record: Record) -> None:
         self._ended += 1
         self._running.remove(folder.cell.name)
-        if self._bar is not None:
-            self._bar.advance(self._task)
-            self._describe()
+        self._bar.advance(self._task)
+        self._describe()
         number = f"{self._known + self._ended}/{self._total}"
-        said = {
+        outcome = {
             "done": f"{record.seconds:.0f} s",
             "diverged": "its loss is not a number",
             "failed": f"failed: {record.error} ({folder.log})",
         }[record.status]
-        self._console.print(f"{number} {folder.cell.name}: {said}", markup=False, highlight=False)
+        self._console.print(
+            f"{number} {folder.cell.name}: {outcome}", markup=False, highlight=False
+        )
 
     def _describe(self) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, description=", ".join(self._running) or "all have ended")
+        self._bar.update(self._task, description=", ".join(self._running) or "all have ended")

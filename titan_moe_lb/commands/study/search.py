@@ -1,4 +1,4 @@
-"""Which cells a study runs: every combination, or those that a sampler of Optuna asks for."""
+"""The cells that a study runs: every combination, or those that a sampler of Optuna chooses."""
 
 from __future__ import annotations
 
@@ -6,17 +6,35 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from titan_moe_lb.commands.study.cell import Cell
+from titan_moe_lb.commands.study.cell import Cell, CellFolder, Record
 from titan_moe_lb.commands.study.design import Study, label
+from titan_moe_lb.commands.study.measure import measure
 from titan_moe_lb.errors import JobError
+
+
+class Grid:
+    """Every combination."""
+
+    def __init__(self, study: Study) -> None:
+        self.known_cells = study.grid()
+        """Cells that are chosen before the first one has run."""
+        self.total = len(self.known_cells)
+
+    def cells(self) -> Iterator[Cell]:
+        return iter(self.known_cells)
+
+    def tell(self, folder: CellFolder, record: Record) -> None:
+        """Nothing: no later cell depends on this one."""
 
 
 class Search:
     """Cells that lower two numbers together.
 
-    What has been run is told to the sampler when it starts again, in the order of its asking: the
-    folders of the cells are the only record, so that nothing can disagree with them.
+    A restart reports earlier results to the sampler in the order of its choices: the folders of
+    the cells are the only record, so that nothing can disagree with them.
     """
+
+    known_cells: tuple[Cell, ...] = ()
 
     def __init__(self, study: Study) -> None:
         """Raises JobError: Optuna is not installed."""
@@ -35,6 +53,7 @@ class Search:
         }
         self._optuna = optuna
         self._study = study
+        self.total = study.settings.trials
         self._trials: dict[str, Any] = {}
         self._search = optuna.create_study(
             directions=["minimize", "minimize"],
@@ -42,7 +61,7 @@ class Search:
         )
 
     def cells(self) -> Iterator[Cell]:
-        """One for each trial; a combination that was asked for before is not run again."""
+        """One cell for each trial; a combination that was chosen before is not run again."""
         for _number in range(self._study.settings.trials):
             trial = self._search.ask()
             chosen: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -63,10 +82,16 @@ class Search:
             self._trials[cell.name] = trial
             yield cell
 
-    def tell(self, cell: Cell, loss: float, violation: float) -> None:
-        """What a cell came to; NaN where it failed."""
-        trial = self._trials[cell.name]
-        if math.isnan(loss + violation):
-            self._search.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+    def tell(self, folder: CellFolder, record: Record) -> None:
+        """Report the loss and MaxVio of a cell."""
+        trial = self._trials[folder.cell.name]
+        values = []
+        if record.status == "done":
+            measured, _course = measure(folder.path, self._study.settings.balanced_below)
+            held_out = not math.isnan(measured.validation_loss)
+            loss = measured.validation_loss if held_out else measured.training_loss
+            values = [loss, measured.max_violation]
+        if values and not any(map(math.isnan, values)):
+            self._search.tell(trial, values)
         else:
-            self._search.tell(trial, [loss, violation])
+            self._search.tell(trial, state=self._optuna.trial.TrialState.FAIL)

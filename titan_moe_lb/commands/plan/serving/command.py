@@ -43,6 +43,7 @@ def serve(flags: PlanArguments) -> Serving:
     Raises:
         JobError: the first thing that is wrong, in one line.
     """
+    from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.costmodel.jobs.read_served import read_served
 
     inputs = Inputs.of(flags, "1.0")
@@ -52,8 +53,8 @@ def serve(flags: PlanArguments) -> Serving:
         raise JobError(f"--context {context} must be at least 1")
     with silent_build(), heartbeat("building the model"):
         job, degrees = _job(inputs)
+        loads = inputs.loads(moe_layers_of(job.config.model_spec), degrees)
         model = read_served(job)
-        loads = inputs.loads(model.moe_layers, degrees)
     layers = list(model.moe_layers.values())
     two_level = two_level_loads(layers, loads.factors, flags.hot_experts)
     log_normal = drawn_loads(layers, loads.spreads)
