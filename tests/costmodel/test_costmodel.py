@@ -9,9 +9,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torchtitan.models.common.moe import GroupedExperts
+from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
+from tests.support.memory_jobs import LiveBytes
 from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
 from titan_moe_lb.costmodel import all_to_all_time, expert_load, receiver_skew
 from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
@@ -349,78 +353,42 @@ def test_greedy_placement_separates_the_hot_experts():
 
 
 def test_experts_keep_what_the_formula_says():
-    """What torchtitan's grouped experts save for the backward, by autograd's own account."""
-    import torch
-    from torchtitan.models.common.moe import GroupedExperts
-
+    """Tensors that torchtitan's grouped experts save for the backward, by autograd's account."""
     rows, dim, hidden = 256, 64, 48
-    experts = GroupedExperts.Config(dim=dim, hidden_dim=hidden, num_experts=4).build().bfloat16()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.is_floating_point():
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    experts = _grouped_experts(dim, hidden, num_experts=4)
     x_RD = torch.randn(rows, dim, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out_RD = experts(x_RD, torch.tensor([100, 0, 56, 100]))
+    saved = _saved_bytes(lambda: experts(x_RD, torch.tensor([100, 0, 56, 100])))
+    weights = sum(parameter.nbytes for parameter in experts.parameters())
     layer = MoELayer(num_experts=4, top_k=1, dim=dim, hidden_dim=hidden)
-    assert out_RD.shape == (rows, dim)
-    assert sum(saved.values()) == rows * bytes_per_received_token(layer)
+    assert saved - weights == rows * bytes_per_received_token(layer)
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(128, 256), (256, 64)])
 def test_backward_of_experts_needs_what_the_formula_says(dim, hidden):
     """The peak of live storages while torchtitan's grouped experts run, operation by operation."""
-    import weakref
-
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torchtitan.models.common.moe import GroupedExperts
-
-    live: dict[int, int] = {}
-    most = 0
-
-    class Track(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal most
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    key = storage._cdata
-                    if key not in live:
-                        live[key] = storage.nbytes()
-                        weakref.finalize(storage, live.pop, key, None)
-            most = max(most, sum(live.values()))
-            return result
-
     rows = 16384
-    experts = GroupedExperts.Config(dim=dim, hidden_dim=hidden, num_experts=1).build().bfloat16()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
-    with Track():
+    experts = _grouped_experts(dim, hidden, num_experts=1)
+    with LiveBytes([]) as account:
         x_RD = torch.randn(rows, dim, dtype=torch.bfloat16, requires_grad=True)
         out_RD = experts(x_RD, torch.tensor([rows]))
         out_RD.backward(torch.ones_like(out_RD))
     layer = MoELayer(num_experts=1, top_k=1, dim=dim, hidden_dim=hidden)
     # In a layer the combine consumes the result; here the test itself holds it.
-    needed = most - rows * 2 * dim
+    needed = account.most - rows * 2 * dim
     expected = bytes_per_received_token(layer) + working_bytes_per_received_token(layer)
     # The gradients of the weights are there as well.
     assert needed == pytest.approx(rows * expected, rel=0.04)
 
 
+def _grouped_experts(dim: int, hidden: int, num_experts: int) -> GroupedExperts:
+    experts = GroupedExperts.Config(dim=dim, hidden_dim=hidden, num_experts=num_experts).build()
+    for parameter in experts.bfloat16().parameters():
+        torch.nn.init.normal_(parameter)
+    return experts
+
+
 def test_combine_keeps_what_the_formula_says():
     """The routed results in float32, by autograd's account of torchtitan's local dispatcher."""
-    import torch
-    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
-
     tokens, k, dim = 64, 2, 32
     dispatcher = LocalTokenDispatcher.Config(num_experts=4, top_k=k).build()
     ids = torch.arange(tokens * k).reshape(tokens, k) % 4
@@ -440,8 +408,6 @@ def test_combine_keeps_what_the_formula_says():
 def test_combine_of_deepep_keeps_what_the_formula_says():
     """The results in BF16 where they were computed, by autograd's account of what torchtitan does
     before its kernel (distributed/deepep/deepep.py, which cannot be imported without DeepEP)."""
-    import torch
-
     tokens, rows, dim = 48, 96, 32
     of_token = torch.arange(rows) % tokens
     results = torch.randn(rows, dim, dtype=torch.bfloat16, requires_grad=True)
@@ -457,14 +423,12 @@ def test_combine_of_deepep_keeps_what_the_formula_says():
     assert _saved_bytes(combine, (rows, dim)) == bytes_of_combine(layer, placement, rows)
 
 
-def _saved_bytes(run: Callable[[], object], shape: tuple[int, int]) -> int:
-    """Of the matrices of that shape which autograd keeps."""
-    import torch
-
+def _saved_bytes(run: Callable[[], object], shape: tuple[int, ...] | None = None) -> int:
+    """Bytes of the floating-point tensors that autograd keeps, of that shape or of any."""
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and tensor.shape == shape:
+        if tensor.is_floating_point() and shape in (None, tuple(tensor.shape)):
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
