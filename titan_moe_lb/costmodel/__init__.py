@@ -1,4 +1,4 @@
-"""What imbalance costs: slowdown, memory, and the expert-parallel degree at which it breaks.
+"""Cost of imbalance: slowdown, memory, and the expert-parallel degree at which a job breaks.
 
 The formulas are those of NeuSim's MoE routing model, in real units: a load is never
 rounded before a ratio is taken, so that a step of one token has no imbalance of its own.

@@ -34,7 +34,7 @@ class Cell:
 
     value: Any
     text: str = ""
-    """In place of the text that the column makes of the value."""
+    """Text that replaces the column's own."""
     note: str = ""
     """Second line, in small letters."""
     is_bad: bool = False
@@ -76,11 +76,11 @@ class Answer:
     """The answer of one command."""
 
     kind: str
-    """What the page is, as in "Plan of a job"."""
+    """Kind of page, as in "Plan of a job"."""
     title: str
     verdict: Sequence[str] = ()
     headline: Sequence[str] = ()
-    """What was asked of what."""
+    """Model, devices and assumptions."""
     sections: Sequence[Table | Callable[[], Iterable[Chart]]]
     """Tables, and functions that draw charts for the page."""
     appendix: Sequence[Table] = ()

@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many significant digits; larger numbers are whole."""
+    """Text of a number with so many significant digits; larger ones are whole."""
     return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 

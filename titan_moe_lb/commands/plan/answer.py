@@ -28,7 +28,7 @@ def answer(plan: Plan) -> Answer:
 
 
 def verdict(plan: Plan) -> list[str]:
-    """What to do, what it would save, and how sure that is."""
+    """Advice, what it would save, and how certain that is."""
     found = plan.verdict
     if found.ep_degree is None or found.outcome is None:
         return [
@@ -106,7 +106,7 @@ def usable_memory(usable_bytes: float, device: Hardware) -> str:
 
 
 def efficiencies(flags: PlanArguments) -> str:
-    """What is assumed of the device, and the dispatcher."""
+    """Assumed efficiencies of the device, and the dispatcher."""
     return (
         f"{flags.compute_efficiency:.0%} of peak compute, {flags.network_efficiency:.0%} of "
         f"link bandwidth; {flags.dispatcher} dispatch"
@@ -114,6 +114,6 @@ def efficiencies(flags: PlanArguments) -> str:
 
 
 def device_sources(device: Hardware) -> str:
-    """Where the numbers of the device come from."""
+    """Sources of the numbers of the device."""
     sources = "; ".join(f"{name}: {source}" for name, source in device.sources.items())
     return f"Figures of the device: {sources}"

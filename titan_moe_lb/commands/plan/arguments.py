@@ -34,16 +34,16 @@ class Loads:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the flags name, checked as far as it can be without the job."""
+    """Values of the flags, checked as far as possible without the job."""
 
     flags: PlanArguments
     factors: list[float]
     log_normal: list[Spread | Overload]
     device: Hardware
-    """With its peaks."""
+    """The device with its peaks."""
     derated: Hardware
     degrees: list[int]
-    """Those asked for; none if none are."""
+    """Degrees of ``--ep``; empty without it."""
     trace: Trace | None
 
     @classmethod

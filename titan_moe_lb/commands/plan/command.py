@@ -1,4 +1,4 @@
-"""From the flags of ``titan-moe-lb plan`` to its answer."""
+"""``titan-moe-lb plan``: flags to an answer."""
 
 from __future__ import annotations
 

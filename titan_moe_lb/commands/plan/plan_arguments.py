@@ -60,7 +60,7 @@ class PlanArguments:
 
     @property
     def assumptions(self) -> dict[str, Any]:
-        """What an answer rests on, as plain data."""
+        """Assumptions of an answer, as plain data."""
         names = ("hot_experts", "compute_efficiency", "network_efficiency", "dispatcher")
         return {name: getattr(self, name) for name in names}
 

@@ -1,4 +1,4 @@
-"""The answer."""
+"""A planned job."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MEMORY_RESERVE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was asked, and what comes of it at every degree."""
+    """The planned job at every degree."""
 
     job: JobModel
     """At the first degree."""
     flags: PlanArguments
     device: Hardware
-    """With its peaks, not derated."""
+    """The device with its peaks, not derated."""
     usable_bytes: float
     degrees: tuple[DegreePlan, ...]
     verdict: Verdict
     run: dict[str, Any] | None
-    """What the measured rows are of."""
+    """The run whose loads the measured rows have."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data. Seconds, bytes, tokens."""

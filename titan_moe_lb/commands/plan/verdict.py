@@ -19,7 +19,7 @@ class Gain:
 
     by: str
     share: float
-    """Of the step's time."""
+    """Share of the step's time."""
     gpu_hours: float
     """Over all steps of the job."""
 
@@ -37,14 +37,14 @@ class Verdict:
     head_room_bytes: float = 0.0
     largest_imbalance_that_fits: float | None = None
     gpu_hours: float = 0.0
-    """Of all steps of the job."""
+    """GPU-hours of all steps of the job."""
     balancing: Gain | None = None
     placements: tuple[Gain, ...] = ()
     """Placed for the first half of the run, judged at its end."""
     next_degree: int | None = None
     """The next fastest that fits."""
     next_slower: float = 0.0
-    """By how much its step is slower."""
+    """Relative difference of its step time."""
 
     @property
     def is_close(self) -> bool:

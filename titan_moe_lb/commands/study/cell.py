@@ -27,12 +27,12 @@ class Cell:
     """Name of its value, by axis."""
     seed: int | None
     flags: list[str]
-    """Of its job."""
+    """Flags of its job."""
     ranks: int
 
     @property
     def name(self) -> str:
-        """Of its folder, which is not hidden and is never ``..``."""
+        """Name of its folder, which is not hidden and is never ``..``."""
         parts = [
             re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("._") for text in self.labels.values()
         ]
@@ -41,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Cell):
-    """What became of a cell. Written when it has ended: a folder without one was cut short."""
+    """Outcome of a cell, written when it has ended: a folder without one was cut short."""
 
     status: Literal["done", "diverged", "failed"]
     """``diverged``: it ran to its end, and its loss is not a number."""
@@ -59,11 +59,11 @@ class CellFolder:
 
     @property
     def log(self) -> Path:
-        """What the cell printed."""
+        """Output of the cell."""
         return self.path / LOG
 
     def record(self) -> Record | None:
-        """What became of the cell; None where it has not ended.
+        """Read the outcome of the cell; None where it has not ended.
 
         Raises:
             JobError: another job was run there.
@@ -94,7 +94,7 @@ class CellFolder:
         self.path.mkdir(parents=True)
 
     def write(self, record: Record) -> None:
-        """Whole or not at all."""
+        """Write the record whole or not at all."""
         partial = self.path / f".{RECORD}"
         try:
             partial.write_text(json.dumps(asdict(record), indent=1) + "\n")
@@ -105,7 +105,7 @@ class CellFolder:
             raise self.unwritable(error) from None
 
     def unwritable(self, error: OSError) -> JobError:
-        """What is said of a full disk."""
+        """Error for a full disk."""
         return JobError(
             f"{self.path} cannot be written ({error.strerror}): what has ended is kept; make "
             "room and start the study again"

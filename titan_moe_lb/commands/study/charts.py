@@ -23,7 +23,7 @@ from titan_moe_lb.pages.charts import (
 from titan_moe_lb.pages.palette import color
 
 FEW = 4
-"""Settings whose curves can all be told apart."""
+"""Settings whose curves can all be distinguished."""
 MOST_POINTS = 60
 """Points of a curve: steps are averaged in so many stretches."""
 
@@ -32,7 +32,7 @@ _LOSS_TITLES = {"validation_loss": "validation loss", "training_loss": "training
 
 
 def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
-    """What the settings of each model cost and bring."""
+    """Charts of the cost and benefit of the settings of each model."""
     made = [
         _fronts(
             groups,

@@ -114,7 +114,7 @@ def check_jobs(cells: list[Cell]) -> None:
 
 
 def check_prediction(plan: Prediction) -> None:
-    """What it names is known before the runs, not after them. Raises ``JobError``."""
+    """Check a prediction before the runs. Raises ``JobError``."""
     from titan_moe_lb.commands.plan.building import silent_build
     from titan_moe_lb.commands.plan.known_hardware import hardware
 

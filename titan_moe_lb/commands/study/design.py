@@ -1,4 +1,4 @@
-"""A study as its file says it: a job, the axes along which it varies, and how to run it."""
+"""The file of a study: a job, the axes along which it varies, and how to run it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SEED = "debug.seed"
 """The key along which cells are repetitions of one another."""
 
 MOST_CELLS = 10_000
-"""Of a grid: a number that nobody waits for is a mistake."""
+"""Largest grid: more cells are a mistake."""
 
 FARTHEST = 1e300
-"""From 0, of a range: its width is finite too."""
+"""Largest distance from 0 of a range, whose width is then finite too."""
 
 MOST_LETTERS = 200
-"""Of the name of a cell, which is that of its folder."""
+"""Longest name of a cell and of its folder."""
 
 RANKS = "ranks"
 """No key of a job: how many processes a cell has."""
@@ -34,17 +34,17 @@ class Axis:
     """``[[axis]]``: what varies. Values of one key, a range of it, or settings of several keys."""
 
     key: str = ""
-    """Of the job, as in model.aux_losses or optimizer.param_groups.0.optimizer_kwargs.lr."""
+    """Key of the job, as in model.aux_losses or optimizer.param_groups.0.optimizer_kwargs.lr."""
     values: list[Any] = field(default_factory=list)
     low: float | None = None
-    """With high: a range, for a sampler that is not the grid."""
+    """Lower end of a range, for a sampler that is not the grid."""
     high: float | None = None
     log: bool = False
-    """Whether the range is logarithmic."""
+    """Logarithmic range."""
     name: str = ""
-    """What the axis is called; default: its key."""
+    """Name of the axis; default: its key."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """In place of key and values: the keys of each value, by its name."""
+    """Keys of each value by its name, in place of key and values."""
 
     @property
     def title(self) -> str:
@@ -55,7 +55,7 @@ class Axis:
         return self.low is not None or self.high is not None
 
     def choices(self) -> dict[str, dict[str, Any]]:
-        """What each value sets, by its name."""
+        """Keys that each value sets, by its name."""
         if self.settings:
             return self.settings
         return {label(value): {self.key: value} for value in self.values}
@@ -66,9 +66,9 @@ class Prediction:
     """``[plan]``: the job whose step time is predicted from the measured imbalance."""
 
     hardware: str
-    """As for titan-moe-lb plan."""
+    """Device, as for titan-moe-lb plan."""
     ep: int
-    """Its expert-parallel degree."""
+    """Expert-parallel degree of the planned job."""
     ranks: int
     job: list[str] = field(default_factory=list)
     """Flags of another, larger job, which is taken to be as unbalanced as the cell; default: the
@@ -114,7 +114,7 @@ class Study:
         return [self.cell(dict(zip(titles, chosen, strict=True))) for chosen in combinations]
 
     def cell(self, chosen: dict[str, tuple[str, dict[str, Any]]]) -> Cell:
-        """Of one value of each axis: its name and what it sets, by the axis.
+        """Cell of one value of each axis.
 
         Raises:
             JobError: no process can be started of it, or no folder made.

@@ -26,7 +26,7 @@ class Course:
     violation_S: np.ndarray
     """MaxVio of the global batch, mean over layers."""
     loss_S: np.ndarray
-    """Of the language model, in training."""
+    """Training loss of the language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +40,20 @@ class Measured:
     max_violation: float
     """MaxVio of the global batch, mean over layers and over the last quarter of the steps."""
     micro_batch_max_violation: float
-    """The same of single micro-batches."""
+    """MaxVio of single micro-batches, over the same steps."""
     steps_until_balanced: float
     """First logged step after which MaxVio stays below the bound; infinite if there is none."""
     specialisation: float
-    """How much of the load the domains do not share: total variation distance of their loads,
+    """Specialisation of the experts: total variation distance of the loads of the domains,
     mean over layers and pairs of domains. 0: the same experts; 1: no expert in common."""
     loss_of: dict[str, float]
     """Validation loss by domain."""
     effective_experts_of: dict[str, float]
-    """As many balanced experts would have the entropy of the domain's load; mean over layers."""
+    """Number of balanced experts with the entropy of the domain's load; mean over layers."""
 
 
 def measure(folder: Path, balanced_below: float) -> tuple[Measured, Course]:
-    """Of the run in a folder.
+    """Measure the run in a folder.
 
     Raises:
         JobError: it has no trace.

@@ -1,4 +1,4 @@
-"""What a study has found: its cells by setting, and the settings by model."""
+"""Results of a study: its cells by setting, and the settings by model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Result:
     """None where it failed or diverged."""
     course: Course | None
     step_seconds: float = math.nan
-    """Of the planned job; see :mod:`titan_moe_lb.commands.study.predict`."""
+    """Step of the planned job; see :mod:`titan_moe_lb.commands.study.predict`."""
     step_slowdown: float = math.nan
 
     @cached_property
@@ -85,7 +85,7 @@ class Group:
     """Settings of one model, which may be compared."""
 
     name: str
-    """Of the model's value on its axis; empty where all cells are of one model."""
+    """Name of the model on its axis; empty where all cells have one model."""
     settings: tuple[Setting, ...]
 
     @property
@@ -95,7 +95,7 @@ class Group:
         return "validation_loss" if all(has) else "training_loss"
 
     def knows(self, number: str) -> bool:
-        """Whether some setting has it."""
+        """Return whether some setting has the number."""
         return any(not math.isnan(setting.spread(number).mean) for setting in self.settings)
 
     def front(self, cost: str) -> list[Setting]:
@@ -112,7 +112,7 @@ class Group:
 
 
 def read_results(study: Study, folders: Iterable[CellFolder]) -> list[Result]:
-    """Of the cells that have ended."""
+    """Results of the cells that have ended."""
     results = []
     for folder in folders:
         record = folder.record()

@@ -25,7 +25,7 @@ from titan_moe_lb.traces.trace import read_trace
 
 _STOP_SECONDS = 30
 _NOT_FINITE = "Loss is not finite"
-"""With which torchtitan 0.3.0 ends such a run."""
+"""Message of torchtitan 0.3.0 for such a run."""
 
 
 class Runner:
@@ -50,7 +50,7 @@ class Runner:
         began: Callable[[CellFolder], None],
         ended: Callable[[CellFolder, Record], None],
     ) -> None:
-        """Run each cell to its end. The next one is asked for when there is room for it.
+        """Run each cell to its end. The next one is chosen when there is room for it.
 
         Raises:
             JobError: what became of a cell cannot be written; the others are stopped.
@@ -96,7 +96,7 @@ class Runner:
         return record
 
     def _train(self, folder: CellFolder, log) -> int:
-        """Its exit status. The cell has a session of its own: Ctrl-C is ours to hand on."""
+        """Run the cell in a session of its own, so that Ctrl-C reaches us alone; its exit status."""
         with self._lock:
             if self._stopped:
                 return 1
@@ -135,7 +135,7 @@ class Runner:
 
 
 def command(folder: CellFolder) -> list[str]:
-    """What runs a cell, as a user would type it."""
+    """Command line of a cell, as a user would type it."""
     train = [sys.executable, "-m", "titan_moe_lb.cli", "train"]
     return [*train, *folder.cell.flags, f"--dump_folder={folder.path}"]
 
@@ -171,7 +171,7 @@ def _kill(process: psutil.Process, cells: Path) -> None:
 
 
 def _status(path: Path, error: str) -> Literal["done", "diverged", "failed"]:
-    """Of a run that has ended, with this error if with any."""
+    """Status of a run that has ended, with this error if with any."""
     if error:
         return "diverged" if _NOT_FINITE in error else "failed"
     try:
@@ -182,7 +182,7 @@ def _status(path: Path, error: str) -> Literal["done", "diverged", "failed"]:
 
 
 def _last_line(log: Path) -> str:
-    """What a failed cell said last."""
+    """Last error or line of a failed cell."""
     lines = log.read_text(errors="replace").strip().splitlines()
-    said = [line for line in lines if line.startswith("titan_moe_lb: error: ")] or lines
-    return said[-1].removeprefix("titan_moe_lb: error: ") if said else "it said nothing"
+    errors = [line for line in lines if line.startswith("titan_moe_lb: error: ")] or lines
+    return errors[-1].removeprefix("titan_moe_lb: error: ") if errors else "it printed nothing"

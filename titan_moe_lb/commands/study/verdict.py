@@ -1,4 +1,4 @@
-"""What the numbers of a study allow to say, and what not, in one paragraph."""
+"""Conclusions from the numbers of a study, and their limits, in one paragraph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TITLES = {
 
 
 def verdict(group: Group) -> str:
-    """Of the settings of one model; a setting with a cell that failed takes no part."""
+    """Compare the settings of one model, without those that have a failed cell."""
     settings = [setting for setting in group.settings if setting.complete]
     if not settings:
         return "No setting has come to a good end."

@@ -30,7 +30,7 @@ class Hardware:
     scale_out_bandwidth: float
     scale_out_latency: float
     sources: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
-    """Where each figure comes from."""
+    """Source of each figure."""
 
     def __post_init__(self) -> None:
         for figure in SPECS:
@@ -42,7 +42,7 @@ class Hardware:
                 )
 
     def derated(self, *, compute_efficiency: float, network_efficiency: float) -> Hardware:
-        """The same device with the share of its peaks that a program reaches."""
+        """Copy of the device with the share of its peaks that a program reaches."""
         for name, share in (
             ("compute_efficiency", compute_efficiency),
             ("network_efficiency", network_efficiency),

@@ -1,4 +1,4 @@
-"""What a transformer block keeps for the backward outside its routed experts, by hand.
+"""Bytes that a transformer block keeps for the backward outside its routed experts, by hand.
 
 Sizes are read from the module, shapes are those that torchtitan's eager forward makes. All are
 bytes of one token of the rank, where tensor parallelism gives a rank 1/TP of the tokens: what

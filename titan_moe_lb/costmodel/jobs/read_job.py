@@ -145,7 +145,7 @@ def _attention_flops(config: Any, model: nn.Module) -> float:
 
 
 def _loss_bytes(config: Any, tp_degree: int) -> tuple[float, float]:
-    """Of the loss of one token, for each of its D values and for each of its V logits.
+    """Bytes of the loss of one token, for each of its D values and for each of its V logits.
 
     Chunks: the pieces of the hidden state in BF16 and the sum of their gradients in float32, of
     all tokens on every rank of TP, which TP gathers first. Logits, of one chunk: in BF16, and in
@@ -200,7 +200,7 @@ def _stage(
 
 
 def _blocks(part: nn.Module) -> dict[str, nn.Module]:
-    """Its transformer blocks by name, those that predict further tokens too.
+    """Transformer blocks of a part by name, multi-token prediction included.
 
     Raises:
         JobError: one is built in another way than all of torchtitan's, which would be left out

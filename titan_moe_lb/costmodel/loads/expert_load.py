@@ -33,7 +33,7 @@ class ExpertLoad:
     experts_on_device: Array
     """Experts on the busiest device: E / EP rounded up, at least 1."""
     hot_experts_on_device: Array
-    """How many of them are hot."""
+    """Hot experts among them."""
     receiver_skew: Array
     """See :func:`receiver_skew`."""
 

@@ -18,20 +18,20 @@ from titan_moe_lb.errors import JobError
 DRAWS = 16
 MOST_SIGMA = 5.0
 STEPS = 10_000
-"""In 1: how fine a sigma is looked for."""
+"""Steps of the search for a sigma, in each unit of sigma."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How uneven log-normal loads are."""
+    """Unevenness of log-normal loads."""
 
     sigma: float
     name: str
-    """What a table calls them."""
+    """Name in tables."""
 
     @property
     def description(self) -> str:
-        """In a sentence."""
+        """Wording in sentences."""
         return f"log-normal loads of sigma {self.sigma:.3g}"
 
     def loads(self, layers: Sequence[MoELayer]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a run has recorded, as loads that a planned job can have."""
+"""Loads of a recorded run, cut to the micro-batches of a planned job."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RecordedLoads:
     """A run's tokens per expert: S steps, M MoE layers in order, E experts."""
 
     counts_SME: np.ndarray
-    """Of whole global batches."""
+    """Counts of whole global batches."""
     micro_batch_counts_SME: np.ndarray
-    """Of single micro-batches ``(S', M, E)``; none where the run has not recorded them."""
+    """Counts of single micro-batches ``(S', M, E)``; empty where the run has none."""
     expert_groups: tuple[int, ...]
     """Into how many groups of neighbours that stay together, coarse to fine."""
     ep_degree: int

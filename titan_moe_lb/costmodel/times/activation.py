@@ -41,7 +41,7 @@ def bytes_of_combine(layer: MoELayer, role: RankRole, received: Array) -> Array:
 
 
 def bytes_of_exchanges(layer: MoELayer, role: RankRole, received: Array) -> Array:
-    """What the all-to-alls bring, there and back. With DeepEP a token comes once to a rank, and
+    """Results of the all-to-alls, there and back. With DeepEP a token comes once to a rank, and
     its sum goes back. Arguments: as :func:`bytes_of_combine`."""
     if not role.exchanges:
         return 0.0
@@ -110,7 +110,7 @@ def _boundary_bytes(job: JobModel) -> float:
 
 
 def _pipeline_bytes(job: JobModel, stages: list[int]) -> float:
-    """What torch's pipelining holds of every micro-batch of a pass, before torch 2.15.
+    """Buffers that torch's pipelining holds for a pass, before torch 2.15.
 
     A stage has a buffer for each input and each gradient that it receives. A rank with several
     stages waits for what it has sent at the end of the pass; between two stages of its own the
@@ -127,7 +127,7 @@ def _pipeline_bytes(job: JobModel, stages: list[int]) -> float:
 
 
 def _released_bytes(job: JobModel, stages: list[int], index: int) -> tuple[float, float, float]:
-    """The same of one micro-batch of a stage, since torch 2.15, which allocates and releases
+    """Buffers of one micro-batch of a stage, since torch 2.15, which allocates and releases
     buffers one by one.
 
     Returns:

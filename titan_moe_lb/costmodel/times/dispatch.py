@@ -76,7 +76,7 @@ def exchange_time(
 def places_of_a_token(
     places: float, num_experts: int, top_k: int, neighbouring: bool, reachable: float = 1.0
 ) -> float:
-    """In how many of so many ranks or nodes the K experts of a token are expected to lie.
+    """Expected number of different ranks or nodes that the K experts of a token are on.
 
     Args:
         reachable: share of the places that a token may go to.
@@ -87,11 +87,11 @@ def places_of_a_token(
 
 
 def _different_of_a_run(places: float, choices: int, experts: int) -> float:
-    """The same in the mean of runs of experts that follow each other, so many in each place."""
+    """Mean number of places of K experts that follow one another, with so many in each place."""
     # A run begins at any multiple of the common divisor, and ends in another place as often.
     return min(places, 1 + (choices - math.gcd(choices, experts)) / experts)
 
 
 def _different(places: float, choices: int) -> float:
-    """How many different ones of so many places are expected among even choices."""
+    """Expected number of different places among even choices."""
     return places * (1 - (1 - 1 / places) ** choices)

@@ -17,7 +17,7 @@ class Block:
     where TP gives a rank 1/TP of the tokens."""
 
     moe_layer: int | None
-    """Its number in the whole model; None for a dense block."""
+    """Layer number in the whole model; None for a dense block."""
     attention: float
     """Kept for the backward by attention and the norm before it."""
     attention_forward: float
@@ -27,7 +27,7 @@ class Block:
     feed_forward: float
     """Kept by the norm after attention and by what follows: dense or shared experts, router."""
     selective: float
-    """Of all that, what torchtitan's selective checkpointing keeps."""
+    """Share of all this that torchtitan's selective checkpointing keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class RankState:
-    """What one rank holds whatever the routing does. Bytes are of its local shards."""
+    """Bytes of a rank's local shards, which do not depend on the routing."""
 
     rank: int
     num_parameters: int
@@ -77,7 +77,7 @@ class RankState:
         )
 
     def peak_bytes(self, activations: float, accumulates: bool) -> float:
-        """With the activations at their most.
+        """Total with the activations at their peak.
 
         Args:
             accumulates: gradients of the passes before are there already. Those of a single
@@ -98,7 +98,7 @@ class JobModel:
     ep_degree: int
     tp_degree: int
     moe_layers: dict[int, MoELayer]
-    """By layer number in the whole model."""
+    """MoE layers by number in the whole model."""
     dim: int
     stages: tuple[Stage, ...]
     schedule: Schedule
@@ -114,11 +114,11 @@ class JobModel:
     releases_buffers: bool
     """Pipelining releases what it has sent and received, as torch does since 2.15."""
     tokens_per_step: int
-    """Of the global batch."""
+    """Tokens of the global batch."""
     steps: int
     """Optimizer steps of the whole job."""
     states: dict[int, RankState]
-    """By pipeline rank, for those that were built."""
+    """States by pipeline rank, of the ranks that were built."""
     dispatcher: Dispatcher = "standard"
 
     @property
@@ -128,11 +128,11 @@ class JobModel:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of one pass through the schedule."""
+        """Micro-batches of one pass through the schedule."""
         return 1 + max(micro_batch for _stage, _kind, micro_batch in self.schedule[0])
 
     def in_turn(self, num_loads: int) -> np.ndarray:
-        """Which of N recorded loads each micro-batch has, int ``(passes, micro-batches)``.
+        """Index of the recorded load of each micro-batch, int ``(passes, micro-batches)``.
 
         As many passes through the schedule as it takes for each to have its turn.
         """

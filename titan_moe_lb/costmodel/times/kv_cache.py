@@ -1,4 +1,4 @@
-"""What attention keeps of the tokens of a sequence, and what reading it takes."""
+"""KV caches: their bytes, and the time of attending to them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from titan_moe_lb.costmodel.hardware.device import Hardware
 
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Of one layer."""
+    """KV cache of one layer."""
 
     bytes_per_token: float
     decode_flops: float
-    """Of a new token, for each one that it attends to."""
+    """FLOPs of a new token, for each token that it attends to."""
     prefill_flops: float
-    """The same in a prefill, where latent attention works on its expanded keys and values."""
+    """FLOPs in a prefill, where latent attention works on its expanded keys and values."""
     window: int | None = None
     """The most tokens that one attends to; None for all."""
 
     def kept_tokens(self, context: float) -> float:
-        """Of a sequence of so many."""
+        """Tokens that the cache keeps of a sequence."""
         return context if self.window is None else min(context, self.window)
 
     def decode_seconds(self, sequences: float, context: float, hardware: Hardware) -> float:
-        """One new token of each sequence, each of which has so many tokens."""
+        """Time of one new token of each sequence of ``context`` tokens."""
         pairs = sequences * self.kept_tokens(context)
         return max(
             pairs * self.decode_flops / hardware.bf16_flops,
@@ -32,8 +32,8 @@ class KVCache:
         )
 
     def prefill_seconds(self, tokens: float, context: float, hardware: Hardware) -> float:
-        """So many tokens of prompts of the length ``context``, of one at least: a token attends
-        to the half of it in the mean, or to its window. The cache is read once a prompt."""
+        """Prefill of at least one prompt of ``context`` tokens. A token attends to half of it in
+        the mean, or to its window. The cache is read once a prompt."""
         kept = self.kept_tokens(context)
         attended = kept - kept**2 / (2 * context)
         return max(

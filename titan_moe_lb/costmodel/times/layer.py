@@ -38,7 +38,7 @@ class MoELayer:
     num_groups: int = 1
     """Expert groups of group-limited routing."""
     num_limited_groups: int = 1
-    """Of them, those that a token may go to."""
+    """Groups that a token may go to."""
     expert_biases: bool = False
     """Each expert adds biases to what its products give."""
     neighbouring_choices: bool = False
@@ -80,7 +80,7 @@ class LayerTime:
     dispatch: Array
     experts: Array
     movement: Array
-    """What only moves tokens or works on single values: the order of the experts and back,
+    """Moving tokens and working on single values: the order of the experts and back,
     the activation between the products, the sum over the copies."""
     combine: Array
     shared_experts: Array
@@ -99,7 +99,7 @@ class LayerTime:
         return 2 * self.compute + self.dispatch + self.combine
 
     def recomputation(self, policy: str) -> Array:
-        """What activation checkpointing computes again before the backward.
+        """Seconds that activation checkpointing computes again before the backward.
 
         Full checkpointing repeats the whole forward. torchtitan's selective policy keeps
         the results of the all-to-alls and repeats the grouped products and every second

@@ -1,4 +1,4 @@
-"""How long a pipeline schedule takes."""
+"""Time of a pipeline schedule."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _table(seconds: ArrayLike, num_micro_batches: int) -> list[list[float]]:
 
 
 def _predecessor(action: Action, last: int, finished: dict[Action, float]) -> float | None:
-    """When the action may start; None while that is not known."""
+    """Earliest start of an action; None while it is not known."""
     stage, kind, microbatch = action
     if kind == "F":
         return 0.0 if stage == 0 else finished.get((stage - 1, "F", microbatch))

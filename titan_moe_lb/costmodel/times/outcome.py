@@ -37,7 +37,7 @@ class Outcome:
     layer_slowdown: float
     """Against balance."""
     worst_layer_slowdown: float
-    """Of the layer that is slowest, mean over its micro-batches."""
+    """Slowdown of the slowest layer, mean over its micro-batches."""
     step_seconds: float
     step_slowdown: float
     hot_expert_tokens: float
@@ -60,7 +60,7 @@ class LayerLoad:
 
 
 Loads = dict[int, LayerLoad]
-"""By MoE layer, all under the same micro-batches."""
+"""Loads by MoE layer, all under the same micro-batches."""
 
 
 class View:
@@ -132,7 +132,7 @@ class View:
         return needs[position], position
 
     def memory_at(self, factor: float) -> tuple[float, int]:
-        """The same under the two-level load of that imbalance."""
+        """Bytes and pipeline rank under the two-level load of that imbalance."""
         return self.memory(_received(self.two_level(factor)))
 
     def _copy_bytes(self, position: int) -> float:

@@ -64,11 +64,11 @@ class CapacityRow:
     """Buffers of one size in every MoE layer, for the loads of the second half of a run."""
 
     drop_share: float
-    """Of the tokens of the layer that drops most, which find no room; 0: none is dropped."""
+    """Share of dropped tokens in the layer that drops most; 0: none is dropped."""
     capacity_factor: float
     """Room of a rank over its balanced tokens."""
     non_blocking_capacity_factor: float
-    """The same as a share of the worst case, as HybridEP's dispatcher takes it."""
+    """Room as a share of the worst case, the unit of HybridEP's dispatcher."""
     memory_bytes: float
     fits: bool
 
@@ -87,7 +87,7 @@ class DegreePlan:
     lognormal: tuple[LogNormalRow, ...]
     largest_imbalance_that_fits: float | None
     curve: tuple[AnalyticRow, ...]
-    """From balance to the worst case, evenly on a logarithmic scale."""
+    """Imbalances from balance to the worst case, evenly on a logarithmic scale."""
     measured: tuple[MeasuredRow, ...] = ()
     capacity: tuple[CapacityRow, ...] = ()
 
@@ -157,7 +157,7 @@ def plan_degree(
 
 
 def heaviest_pipeline_ranks(job: JobModel, hardware: Hardware, num_hot_experts: int) -> list[int]:
-    """Where memory is largest at balance and at worst: what other degrees need to build."""
+    """Pipeline ranks with most memory at balance and at worst; other degrees build these alone."""
     view = View(job, hardware, hardware.memory_bytes, num_hot_experts)
     return sorted({view.memory_at(factor)[1] for factor in (1.0, WORST)})
 
@@ -175,7 +175,7 @@ def _measured(
     first_half, second_half = slice(0, max(1, recorded.half)), slice(recorded.half, None)
 
     def judged(steps: slice, known: slice) -> Outcome:
-        """These steps, with experts placed for those that are known."""
+        """Outcome of these steps, with experts placed for the known ones."""
         placed = placed_experts(
             placement,
             view.job.moe_layers,

@@ -19,9 +19,9 @@ class ServedLoad:
     """One load and one placement."""
 
     name: str
-    """What a table calls it."""
+    """Name in tables."""
     description: str
-    """In a sentence."""
+    """Wording in sentences."""
     counts_NME: np.ndarray
     """Tokens of each expert, or shares in the same proportion, under N loads."""
     placement: str = "contiguous"

@@ -16,7 +16,7 @@ class ServedLayer:
     """Inputs and outputs of each linear layer outside an MoE."""
     cache: KVCache
     moe_layer: int | None
-    """Its number in the whole model; None for a dense layer."""
+    """Layer number in the whole model; None for a dense layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ServedModel:
     model_name: str
     flavor: str
     moe_layers: dict[int, MoELayer]
-    """By layer number in the whole model, those that predict further tokens too."""
+    """MoE layers by number in the whole model, multi-token prediction included."""
     layers: tuple[ServedLayer, ...]
     head: tuple[int, int]
     """Inputs and outputs: D and the vocabulary."""
@@ -45,7 +45,7 @@ class ServedModel:
         return self.shared_bytes + routed
 
     def cache_bytes(self, context: int) -> float:
-        """Of one sequence of so many tokens."""
+        """Bytes of one sequence of ``context`` tokens."""
         return sum(
             layer.cache.bytes_per_token * layer.cache.kept_tokens(context) for layer in self.layers
         )

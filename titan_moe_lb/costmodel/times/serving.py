@@ -30,9 +30,9 @@ class ServedStep:
     linear_seconds: float
     """Linear layers outside MoE layers, and the logits."""
     step_seconds: float
-    """With the MoE layers."""
+    """The whole step, MoE layers included."""
     tokens_per_second: float
-    """Of one rank."""
+    """Throughput of one rank."""
     memory_bytes: float
     """Weights, and the caches of the sequences or prompts of the step."""
     fits: bool
@@ -40,7 +40,7 @@ class ServedStep:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedRow:
-    """So many tokens on every rank, under one load."""
+    """A number of tokens on every rank, under one load."""
 
     load: str
     """The imbalance, sigma or placement."""
@@ -63,7 +63,7 @@ class ServedDegree:
 
     ep_degree: int
     weight_bytes: float
-    """Of a rank without copies of experts."""
+    """Bytes of a rank without copies of experts."""
     most_sequences: int
     """Whose caches fit beside them."""
     turning_tokens: float | None
@@ -170,7 +170,7 @@ def _chosen(
 
 
 def _linear_seconds(model: ServedModel, tokens: float, logits: float, hardware: Hardware) -> float:
-    """By roofline; what goes in and out once more by memory bandwidth, as in training.
+    """Time of the linear layers by roofline; inputs and outputs once more by memory bandwidth.
 
     Args:
         logits: tokens whose next one is asked for, one of each sequence.

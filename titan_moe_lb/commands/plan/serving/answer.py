@@ -117,7 +117,7 @@ def _row(ep_degree: int, row: ServedRow) -> Row:
 
 
 def _limits(serving: Serving, degree: ServedDegree) -> str:
-    """How many sequences fit, and what limits the experts."""
+    """Number of sequences that fit, and the limit of the experts."""
     turn = (
         "reading the experts is the limit at any number of tokens"
         if degree.turning_tokens is None

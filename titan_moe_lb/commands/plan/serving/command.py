@@ -1,4 +1,4 @@
-"""From the flags of ``titan-moe-lb plan --serve`` to a planned deployment."""
+"""``titan-moe-lb plan --serve``: flags to a planned deployment."""
 
 from __future__ import annotations
 

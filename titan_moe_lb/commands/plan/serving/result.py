@@ -31,7 +31,7 @@ class Serving:
     judged: ServedLoad
     """The run's with experts in blocks, else the first log-normal one, else the first."""
     device: Hardware
-    """With its peaks, not derated."""
+    """The device with its peaks, not derated."""
     usable_bytes: float
     degrees: tuple[ServedDegree, ...]
     run: dict[str, Any] | None

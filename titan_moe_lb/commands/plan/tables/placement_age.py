@@ -1,4 +1,4 @@
-"""How much a placement still saves once the load has moved on."""
+"""Savings of a placement once the load has moved on."""
 
 from __future__ import annotations
 
