@@ -56,12 +56,10 @@ MODEL = ServedModel(
         ServedLayer(
             linears=((2, 5),),
             cache=KVCache(bytes_per_token=8, decode_flops=16, prefill_flops=16),
-            moe_layer=None,
         ),
         ServedLayer(
             linears=(),
             cache=KVCache(bytes_per_token=8, decode_flops=16, prefill_flops=16, window=10),
-            moe_layer=1,
         ),
     ),
     head=(2, 7),

@@ -154,20 +154,17 @@ def stop_leftovers(cells: Path) -> None:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(word.startswith(flag) for word in process.info["cmdline"] or ()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                _kill(process, cells)
+            try:
+                process.kill()
                 found.append(process)
+            except psutil.NoSuchProcess:
+                pass
+            except psutil.AccessDenied:
+                raise JobError(
+                    f"process {process.pid}, of another user, trains a cell in {cells}: wait for it, "
+                    "or name another folder with --output"
+                ) from None
     psutil.wait_procs(found, timeout=_STOP_SECONDS)
-
-
-def _kill(process: psutil.Process, cells: Path) -> None:
-    try:
-        process.kill()
-    except psutil.AccessDenied:
-        raise JobError(
-            f"process {process.pid}, of another user, trains a cell in {cells}: wait for it, or name "
-            "another folder with --output"
-        ) from None
 
 
 def _status(path: Path, error: str) -> Literal["done", "diverged", "failed"]:

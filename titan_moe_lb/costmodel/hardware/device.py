@@ -43,12 +43,6 @@ class Hardware:
 
     def derated(self, *, compute_efficiency: float, network_efficiency: float) -> Hardware:
         """Copy of the device with the share of its peaks that a program reaches."""
-        for name, share in (
-            ("compute_efficiency", compute_efficiency),
-            ("network_efficiency", network_efficiency),
-        ):
-            if not 0 < share <= 1:
-                raise JobError(f"{name} is {share}; it must be above 0 and at most 1")
         return dataclasses.replace(
             self,
             bf16_flops=self.bf16_flops * compute_efficiency,

@@ -188,7 +188,6 @@ def _stage(
         )
     return Stage(
         moe_layers=tuple(numbers[name] for name, _ in part.named_modules() if name in numbers),
-        num_layers=len(blocks),
         dense_flops=2.0 * matrix_parameters + attention_flops * len(blocks),
         dense_bytes=kept,
         vocabulary=vocabulary,

@@ -37,7 +37,6 @@ def read_served(job: Job) -> ServedModel:
                 if isinstance(module, nn.Linear) and not part.startswith("moe.")
             ),
             cache=_cache(block.attention, _window(spec.model, layer)),
-            moe_layer=numbers.get(f"{name}.moe"),
         )
         for (name, block), layer in zip(blocks.items(), spec.model.layers, strict=True)
     ]

@@ -93,28 +93,26 @@ def expert_load(
     degree = _whole("ep_degree", ep_degree)
     hot = _whole("num_hot_experts", num_hot_experts)
     tokens = np.asarray(num_tokens, dtype=np.float64)
-    if (k > experts).any():
-        raise JobError(
-            f"top_k {_first(k, k > experts):g} exceeds the {_first(experts, k > experts):g} experts"
-        )
-    if (hot > k).any():
-        raise JobError(
-            f"num_hot_experts {_first(hot, hot > k):g} is outside [1, {_first(k, hot > k):g}]: "
-            "more than top_k experts cannot all be the most loaded one"
-        )
-    if (tokens <= 0).any():
-        raise JobError(f"num_tokens {_first(tokens, tokens <= 0)} must be above 0")
+    _refuse(k > experts, "top_k {:g} exceeds the {:g} experts", k, experts)
+    _refuse(
+        hot > k,
+        "num_hot_experts {:g} is outside [1, {:g}]: more than top_k experts cannot all be the most "
+        "loaded one",
+        hot,
+        k,
+    )
+    _refuse(tokens <= 0, "num_tokens {} must be above 0", tokens)
     worst = experts / k
     given = np.asarray(imbalance_factor, dtype=np.float64)
     factor = np.where(given == WORST, worst, given)
-    # Written so that not-a-number is outside too.
-    outside = ~((factor >= 1 - TOLERANCE) & (factor <= worst * (1 + TOLERANCE)))
-    if outside.any():
-        raise JobError(
-            f"imbalance_factor {_first(given, outside):g} is outside "
-            f"[1, {_first(worst, outside):g}] (1 is balance, E/K the worst case; -1 stands for "
-            "the worst case)"
-        )
+    _refuse(
+        # Written so that not-a-number is outside too.
+        ~((factor >= 1 - TOLERANCE) & (factor <= worst * (1 + TOLERANCE))),
+        "imbalance_factor {:g} is outside [1, {:g}] (1 is balance, E/K the worst case; -1 stands for "
+        "the worst case)",
+        given,
+        worst,
+    )
     factor = np.clip(factor, 1.0, worst)
     # Loads in units of the mean load of an expert. Where all experts are hot, K is E, and
     # balance is the only possibility.
@@ -181,19 +179,20 @@ def active_share(chosen: ArrayLike, num_tokens: ArrayLike) -> Array:
         return -np.expm1(np.asarray(num_tokens) * np.log1p(-np.minimum(chosen, 1.0)))
 
 
-def _whole(name: str, value: ArrayLike) -> Array:
-    array = np.asarray(value, dtype=np.float64)
-    wrong = ~((array >= 1) & (array == np.floor(array)))
-    if wrong.any():
-        raise JobError(f"{name} {_first(array, wrong):g} must be a whole number of at least 1")
-    return array
-
-
 def whole_rows(tokens: Array) -> Array:
     """Tokens rounded up, but not 8.000000000001 to 9."""
     return np.ceil(tokens - TOLERANCE * np.maximum(1.0, tokens))
 
 
-def _first(array: Array, where: Array) -> float:
-    """The first element that a message is about."""
-    return float(np.broadcast_to(array, where.shape)[where].flat[0])
+def _whole(name: str, value: ArrayLike) -> Array:
+    array = np.asarray(value, dtype=np.float64)
+    wrong = ~((array >= 1) & (array == np.floor(array)))
+    _refuse(wrong, name + " {:g} must be a whole number of at least 1", array)
+    return array
+
+
+def _refuse(wrong: Array, message: str, *values: Array) -> None:
+    """Raise ``JobError`` with the first values that are wrong, if any are."""
+    if wrong.any():
+        first = [float(np.broadcast_to(value, wrong.shape)[wrong].flat[0]) for value in values]
+        raise JobError(message.format(*first))

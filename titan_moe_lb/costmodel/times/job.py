@@ -46,7 +46,6 @@ class Stage:
 
     moe_layers: tuple[int, ...]
     """Numbers of its MoE layers in the whole model."""
-    num_layers: int
     dense_flops: float
     """Matrix products outside MoE layers, attention included."""
     dense_bytes: float

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from titan_moe_lb.costmodel.loads.expert_load import expert_load
-from titan_moe_lb.costmodel.loads.lognormal import Spread
 from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
 from titan_moe_lb.costmodel.times.layer import MoELayer
 from titan_moe_lb.costmodel.times.placed_experts import label, placements
@@ -53,16 +52,6 @@ def two_level_loads(
             ServedLoad(name=name, description=description, counts_NME=np.stack(counts_ME)[None])
         )
     return loads
-
-
-def drawn_loads(layers: Sequence[MoELayer], spreads: Sequence[Spread]) -> list[ServedLoad]:
-    """Log-normal loads."""
-    return [
-        ServedLoad(
-            name=spread.name, description=spread.description, counts_NME=spread.loads(layers)
-        )
-        for spread in spreads
-    ]
 
 
 def recorded_loads(recorded: RecordedLoads, redundant_experts: Sequence[int]) -> list[ServedLoad]:

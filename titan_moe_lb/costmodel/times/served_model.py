@@ -15,8 +15,6 @@ class ServedLayer:
     linears: tuple[tuple[int, int], ...]
     """Inputs and outputs of each linear layer outside an MoE."""
     cache: KVCache
-    moe_layer: int | None
-    """Layer number in the whole model; None for a dense layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

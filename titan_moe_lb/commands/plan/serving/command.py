@@ -10,7 +10,7 @@ from titan_moe_lb.commands.plan.building import heartbeat, silent_build
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.result import MEMORY_RESERVE
 from titan_moe_lb.commands.plan.serving.result import Serving
-from titan_moe_lb.costmodel.times.served_load import drawn_loads, recorded_loads, two_level_loads
+from titan_moe_lb.costmodel.times.served_load import ServedLoad, recorded_loads, two_level_loads
 from titan_moe_lb.costmodel.times.serving import serve_degree
 from titan_moe_lb.errors import JobError
 
@@ -21,17 +21,12 @@ TOKENS = "1,8,64,512,4096"
 CONTEXT = 4096
 MOST_DEVICES = 2**20
 ALONE = [
-    *(
-        f"--parallelism.{axis}_degree=1"
-        for axis in (
-            "data_parallel_replicate",
-            "data_parallel_shard",
-            "context_parallel",
-            "tensor_parallel",
-            "pipeline_parallel",
-            "expert_parallel",
-        )
-    ),
+    "--parallelism.data_parallel_replicate_degree=1",
+    "--parallelism.data_parallel_shard_degree=1",
+    "--parallelism.context_parallel_degree=1",
+    "--parallelism.tensor_parallel_degree=1",
+    "--parallelism.pipeline_parallel_degree=1",
+    "--parallelism.expert_parallel_degree=1",
     "--training.disable_cuda_graphs",
 ]
 """Flags of a job in one process: a deployment does not depend on the training's layout."""
@@ -57,7 +52,12 @@ def serve(flags: PlanArguments) -> Serving:
         model = read_served(job)
     layers = list(model.moe_layers.values())
     two_level = two_level_loads(layers, loads.factors, flags.hot_experts)
-    log_normal = drawn_loads(layers, loads.spreads)
+    log_normal = [
+        ServedLoad(
+            name=spread.name, description=spread.description, counts_NME=spread.loads(layers)
+        )
+        for spread in loads.spreads
+    ]
     of_run = recorded_loads(loads.recorded, loads.redundant_experts) if loads.recorded else []
     usable = inputs.device.memory_bytes * (1 - MEMORY_RESERVE)
     return Serving(
