@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
+from benchmarks.host_hardware import as_toml, measure_host
 from tests.support.memory_jobs import LiveBytes
 from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
 from titan_moe_lb.costmodel import all_to_all_time, expert_load, receiver_skew
-from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
+from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware, Host
 from titan_moe_lb.costmodel.hardware.roofline import gemm_time
 from titan_moe_lb.costmodel.times.activation import (
     bytes_of_combine,
@@ -518,17 +519,28 @@ def test_hardware_of_the_users_own(tmp_path):
     [
         ("bf16_flops = 1e12", "'mine' lacks memory_bytes"),
         ("bf16_flop = 1e12", "no figure 'bf16_flop'; did you mean 'bf16_flops'?"),
-        ("bf16_flops = [", "not valid TOML"),
-        (None, "there is no such file"),
     ],
 )
 def test_hardware_file_that_is_none(tmp_path, text, message):
+    """Beside those of tests/job/test_front_door.py."""
     path = tmp_path / "mine.toml"
-    if text is not None:
-        path.write_text(text)
+    path.write_text(text)
     with pytest.raises(JobError) as error:
         hardware(str(path))
     assert message in str(error.value)
+
+
+def test_this_host_is_a_device(tmp_path):
+    """Measured and read back; slower than any accelerator, it is not taken for one."""
+    path = tmp_path / "host.toml"
+    path.write_text(as_toml(measure_host(size=64)))
+    host = hardware(str(path))
+    assert isinstance(host, Host) and isinstance(
+        host.derated(compute_efficiency=0.5, network_efficiency=0.5), Host
+    )
+    path.write_text(path.read_text().replace('"host"', '"hots"'))
+    with pytest.raises(JobError, match="kind is 'hots'; did you mean 'host'"):
+        hardware(str(path))
 
 
 IN_OTHER_UNITS = {
@@ -559,13 +571,6 @@ def test_figure_that_is_none(value):
     figures = {name: getattr(DEVICE, name) for name in SPECS}
     with pytest.raises(JobError, match="bf16_flops is .* must be a number above 0"):
         Hardware(name="mine", **{**figures, "bf16_flops": value})
-
-
-def test_unknown_hardware_names_the_nearest_and_how_to_define_one():
-    with pytest.raises(JobError) as error:
-        hardware("h10")
-    assert "did you mean 'h100'?" in str(error.value)
-    assert "my.toml" in str(error.value)
 
 
 def test_no_torch_to_compute():
