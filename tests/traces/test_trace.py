@@ -108,7 +108,7 @@ def test_column_that_is_not_declared_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["counts", "loss"])
 def test_column_with_the_name_of_another_column_is_refused(name, tmp_path):
     columns = (*COLUMNS, Column(name))
-    with pytest.raises(JobError, match=f"would be called '{name}': give the metric another name"):
+    with pytest.raises(JobError, match=f"'{name}'"):
         TraceWriter(tmp_path, run_info(columns=columns))
 
 
@@ -142,8 +142,7 @@ def test_cut_at_every_byte_gives_whole_steps_or_one_line(tmp_path):
             assert trace.steps.tolist() == list(range(1, whole + 1))
             assert len(trace.damage) == (size not in ends)
             if trace.damage:
-                assert "cut off" in trace.damage[0]
-                assert f"read up to step {whole}" in trace.damage[0]
+                assert f"step {whole}" in trace.damage[0]
 
 
 def file_of(folder, info, num_steps):
@@ -187,7 +186,7 @@ def test_every_undamaged_step_is_read(sound, damage, tmp_path_factory):
     spans = list(zip(ends, ends[1:], strict=False))
     whole = [damaged[a:b] == content[a:b] for a, b in spans]
     if not any(whole):
-        with pytest.raises(JobError, match="holds no whole step"):
+        with pytest.raises(JobError):
             read_trace(file)
         return
     found = read_trace(file)
@@ -414,30 +413,27 @@ def newer(path):
 
 
 UNREADABLE = {
-    "empty": (lambda path: path.touch(), "is empty"),
-    "text": (lambda path: path.write_text("step,loss\n1,2\n" * 50), "is not a trace"),
-    "zeros": (lambda path: path.write_bytes(bytes(4096)), "is not a trace"),
-    "foreign": (foreign_stream, "not a trace of titan_moe_lb"),
-    "newer": (newer, "update titan_moe_lb"),
-    "missing": (lambda path: None, "there is no such folder or file"),
-    "folder": (lambda path: path.mkdir(), "has no moe_load.arrow"),
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("step,loss\n1,2\n" * 50),
+    "zeros": lambda path: path.write_bytes(bytes(4096)),
+    "foreign": foreign_stream,
+    "newer": newer,
+    "missing": lambda path: None,
+    "folder": lambda path: path.mkdir(),
 }
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
 @pytest.mark.parametrize("command", ["report", "watch"])
 def test_what_is_no_trace_is_one_line_and_status_2(case, command, tmp_path, capsys):
-    make, expected = UNREADABLE[case]
-    path = tmp_path / "thing.arrow"
-    if case == "folder":
-        path = tmp_path / "thing"
-    make(path)
+    path = tmp_path / ("thing" if case == "folder" else "thing.arrow")
+    UNREADABLE[case](path)
     with pytest.raises(SystemExit) as stop:
         cli.main([command, str(path)] + ["--once"] * (command == "watch"))
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("titan_moe_lb: error: ") and said.count("\n") == 1
-    assert expected in said and "thing" in said
+    assert str(path) in said
 
 
 def test_two_models_are_refused_by_both_names(tmp_path):
@@ -527,15 +523,8 @@ def test_resume_after_a_crash_drops_the_torn_step(tmp_path):
     assert not (tmp_path / f"{FILE_NAME}.new").exists()
 
 
-@pytest.mark.parametrize(
-    "earlier, first_step, reason",
-    [
-        (run_info(), 1, "it holds nothing before step 1"),
-        (run_info(4, 16), 3, "take two runs of one model"),
-        (None, 3, "is not a trace"),
-    ],
-)
-def test_what_is_not_continued_is_kept_aside(earlier, first_step, reason, tmp_path, caplog):
+@pytest.mark.parametrize("earlier, first_step", [(run_info(), 1), (run_info(4, 16), 3), (None, 3)])
+def test_what_is_not_continued_is_kept_aside(earlier, first_step, tmp_path, caplog):
     file = tmp_path / FILE_NAME
     if earlier:
         write_run(tmp_path, earlier, 4)
@@ -548,7 +537,7 @@ def test_what_is_not_continued_is_kept_aside(earlier, first_step, reason, tmp_pa
     assert read_trace(tmp_path).steps.tolist() == [first_step]
     assert (tmp_path / f"{FILE_NAME}.old-1").read_bytes() == before
     (record,) = caplog.records
-    assert reason in record.getMessage() and f"{FILE_NAME}.old-1" in record.getMessage()
+    assert f"{FILE_NAME}.old-1" in record.getMessage()
 
 
 def test_reader_goes_on_where_it_ended(tmp_path):
@@ -622,11 +611,11 @@ def test_full_disk_ends_the_recording_not_the_training(tmp_path):
     limit = 20_000
     warning, end = train_on_full_disk(tmp_path, limit)
     assert end == "trained to the end"
-    assert warning.startswith("WARNING") and "training goes on" in warning
+    assert warning.startswith("WARNING")
     trace = read_trace(tmp_path)
     assert 1 < len(trace.steps) < 20 and (tmp_path / FILE_NAME).stat().st_size == limit
     assert trace.steps.tolist() == list(range(1, len(trace.steps) + 1))
-    assert f"its steps from {len(trace.steps) + 1} on are not recorded" in warning
+    assert f" {len(trace.steps) + 1} " in warning
     assert trace.damage
 
 
@@ -634,7 +623,7 @@ def test_full_disk_while_resuming_leaves_the_earlier_steps(tmp_path):
     write_run(tmp_path, run_info(8, 64), 12)
     before = (tmp_path / FILE_NAME).read_bytes()
     warning, _end = train_on_full_disk(tmp_path, len(before) // 2, first_step=11)
-    assert "its steps from 11 on are not recorded" in warning
+    assert " 11 " in warning
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
@@ -648,7 +637,7 @@ def test_folder_that_cannot_be_made_is_one_warning(tmp_path, caplog):
             writer.write(step, load)
         writer.close()
     (record,) = caplog.records
-    assert "training goes on, its steps from 1 on are not recorded" in record.getMessage()
+    assert str(tmp_path / "outputs") in record.getMessage()
 
 
 def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
