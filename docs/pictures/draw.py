@@ -244,7 +244,7 @@ def pipeline_tokens() -> None:
     p.text(
         20,
         312,
-        f"Cumulative overload: peak {peak:.1f} over the peak of a balanced rank, {peak_even} (black lines) = {peak / peak_even:.2f}",
+        f"Cumulative overload: peak {peak:.1f} over the peak of a balanced rank, {peak_even} (lines) = {peak / peak_even:.2f}",
         14,
         bold=True,
     )

@@ -65,7 +65,7 @@ def main() -> None:
         command("report", str(run))
         command(*PLAN, "-o", str(plan))
         photograph(run / "report.html", "report", 880)
-        photograph(plan, "plan", 1100)
+        photograph(plan, "plan", 855)
 
 
 if __name__ == "__main__":
