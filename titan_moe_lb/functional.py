@@ -244,6 +244,63 @@ def load_balance_score_grad(
     return grad_BLE.mul_(inverse_BL1).to(scores_BLE.dtype)
 
 
+def gather_scores(
+    scores_BLE: torch.Tensor,
+    topk_expert_ids_BLK: torch.Tensor,
+    coefficients_BE: torch.Tensor,
+    inverse_sums_BL: torch.Tensor | None,
+    document_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scores of the selected experts, with the gradient of balance losses attached.
+
+    Forward is ``scores_BLE.gather(-1, topk_expert_ids_BLK)``, bit for bit. Backward adds the
+    gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)``: the gradient of the gather is added
+    to it in place, so that the losses cost no pass of their own over the scores.
+
+    Args:
+        scores_BLE: scores after the score function ``(B, L, E)``.
+        topk_expert_ids_BLK: selected experts ``(B, L, K)``, int64, distinct in a token.
+        coefficients_BE, inverse_sums_BL, document_BL: as for :func:`load_balance_score_grad`;
+            ``inverse_sums_BL`` None where all scores sum to one.
+
+    Returns:
+        ``(B, L, K)`` in the dtype of the scores.
+    """
+    return _GatherScores.apply(
+        scores_BLE, topk_expert_ids_BLK, coefficients_BE, inverse_sums_BL, document_BL
+    )
+
+
+class _GatherScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores_BLE, ids_BLK, coefficients_BE, inverse_sums_BL, document_BL):
+        ctx.save_for_backward(scores_BLE, ids_BLK, coefficients_BE, inverse_sums_BL, document_BL)
+        return scores_BLE.gather(dim=-1, index=ids_BLK)
+
+    @staticmethod
+    def backward(ctx, grad_BLK: torch.Tensor):
+        scores_BLE, ids_BLK, *losses = ctx.saved_tensors
+        grad_BLE = attached_gradient(scores_BLE, *losses)
+        return grad_BLE.scatter_add_(-1, ids_BLK, grad_BLK), *[None] * 4
+
+
+def attached_gradient(
+    scores_BLE: torch.Tensor,
+    coefficients_BE: torch.Tensor,
+    inverse_sums_BL: torch.Tensor | None,
+    document_BL: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient that :func:`gather_scores` attaches ``(B, L, E)``, to be written to."""
+    # contiguous() materialises the expanded view; a dense gradient is not copied.
+    return load_balance_score_grad(
+        scores_BLE,
+        coefficients_BE,
+        sums_to_one=inverse_sums_BL is None,
+        inverse_sums_BL=inverse_sums_BL,
+        document_BL=document_BL,
+    ).contiguous()
+
+
 class _ProbabilitySums(torch.autograd.Function):
     """:func:`probability_sums` of scores that do not sum to one, differentiable in them.
 

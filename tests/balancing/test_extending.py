@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +116,28 @@ def test_loss_without_a_formula_or_a_kind_is_refused():
     for loss, name in ((Empty, "value"), (Unknown, "SumsLoss")):
         with pytest.raises(JobError, match=name):
             router([loss.Config(weight=1.0)])
+
+
+@pytest.mark.parametrize(
+    ("example", "folder", "flag"),
+    [
+        ("importance", "losses", '--model.aux_losses=[{type="my_importance", weight=0.1}]'),
+        ("relative_bias", "expert_bias", '--model.expert_bias={type="my_relative", speed=0.5}'),
+    ],
+)
+def test_inside_the_package_it_is_a_new_file_and_one_edit(tmp_path, example, folder, flag):
+    """The edit is the import that enters the class; outside it is the import of the module."""
+    for package in ("titan_moe_lb", "model_registry"):
+        shutil.copytree(doc_examples.ROOT / package, tmp_path / package)
+    methods = tmp_path / "titan_moe_lb" / "balancing" / folder
+    text = next(block.text for block in doc_examples.blocks() if block.example == example)
+    (methods / f"{example}.py").write_text(text)
+    with (methods / "__init__.py").open("a") as file:
+        file.write(f"from titan_moe_lb.balancing.{folder} import {example}\n")
+    command = [sys.executable, "-m", "titan_moe_lb.cli", "train", *TINY, flag, "--print-config"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "my_" in result.stdout
 
 
 # ---- Names

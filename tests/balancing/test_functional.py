@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from tests.support.textbook import SCORES, mean_loss, sequence_loss
 from titan_moe_lb import functional
-from titan_moe_lb.balancing.losses.injection import gather_scores
 
 RELATIVE = 1e-10
 
@@ -46,7 +45,7 @@ def test_closed_form_gradient_is_autograd_on_the_formula(score_func, count_from,
     counts = functional.count_tokens_per_expert(counted, num_experts).double()
     load = functional.expert_load(counts, top_k, length)
     coefficients = 0.3 * load / (length * num_sequences)
-    gathered = gather_scores(
+    gathered = functional.gather_scores(
         ours,
         selected,
         coefficients,

@@ -266,4 +266,4 @@ def test_padding_is_the_run_of_ignored_labels_at_the_end():
 def test_groups_that_do_not_divide_the_experts_are_refused():
     loss = DeviceLevelLoss.Config(weight=0.1, num_device_groups=3)
     with pytest.raises(JobError, match="num_device_groups"):
-        DeviceLevelLoss.Config.check_groups(loss, EXPERTS)
+        loss.bind(num_experts=EXPERTS, top_k=TOP_K)

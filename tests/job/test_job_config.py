@@ -108,10 +108,9 @@ def test_a_model_without_a_room_can_be_balanced(tmp_path):
     draft = job_config.draft(job_file(tmp_path, text))
     config = draft.resolve(1).config
     assert config.model_spec.model.layers[-1].moe.router.aux_losses[0].weight == 1e-3
-    assert (
-        tomli.loads(job_config.render(draft.table, config))["model"]["aux_losses"][0]["weight"]
-        == 1e-3
-    )
+    printed = job_config.render(draft.table, config)
+    assert tomli.loads(printed)["model"]["aux_losses"][0]["weight"] == 1e-3
+    assert f"local_batch_size = {config.training.local_batch_size}" in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

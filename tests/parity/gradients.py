@@ -140,7 +140,7 @@ def layout_gradients(
         }
         sums = layers[0].router.step_record.sums if layers else None
         if sums is not None:
-            valid = layers[0].router.aux_losses.valid_source
+            valid = layers[0].router.sources.valid
             recorded[-1].valid_counts = {
                 layer.router.layer: whole(counts_E)
                 for layer, counts_E in zip(layers, sums.counts_NSE[:, valid], strict=True)
@@ -248,7 +248,7 @@ def run_batch(
     tables = {"input": tokens, "positions": positions}
     if padding == "masked":
         tables[VALID_TOKENS] = mask
-    if any(router.aux_losses.num_documents > 1 for router in routers_of(trainer.model_parts)):
+    if any(router.num_documents > 1 for router in routers_of(trainer.model_parts)):
         tables[DOCUMENT_IDS] = documents
     batches = []
     for rows in range(local * dp_rank, local * (dp_rank + 1), size):

@@ -18,7 +18,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.rules.files import checkpoint_has_router_state, validate_files
 from titan_moe_lb.run.console import summary
-from titan_moe_lb.wiring.resume_bias import MARKER
+from titan_moe_lb.wiring.resume import MARKER
 
 JOB = [
     "--config",

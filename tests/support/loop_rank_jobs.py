@@ -14,7 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
 from tests.support.loop_model import Loop, MoELayers, error_of
-from titan_moe_lb.balancing.losses import AuxLoss, SequenceWiseAuxLoss
+from titan_moe_lb.balancing.losses import AuxLoss, GlobalBatchAuxLoss, SequenceWiseAuxLoss
 from titan_moe_lb.own_loop.attach import attach
 
 
@@ -46,9 +46,9 @@ def step_on_rank_0_alone() -> str | None:
 
 
 def copy_after_attach() -> bool:
-    """The copy chooses as the model does."""
+    """The copy chooses as the model does. Its loss counts over the ranks."""
     _rank()
-    loop = Loop()
+    loop = Loop(MoELayers([GlobalBatchAuxLoss.Config(weight=1.0, counts="running")]))
     x_BLD = torch.randn(2, 8, 64)
     with torch.no_grad():
         return torch.equal(copy.deepcopy(loop.model)(x_BLD), loop.model(x_BLD))

@@ -115,7 +115,7 @@ def _report(model: nn.Module, balance: Balance, gradients: dict[str, Any]) -> di
     sums = router.step_record.reduce([])
     return {
         "gradients": gradients,
-        "counts": sums.counts_NSE[:, router.aux_losses.valid_source].tolist(),
+        "counts": sums.counts_NSE[:, router.sources.valid].tolist(),
         "metrics": balance.metrics(),
     }
 

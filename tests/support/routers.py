@@ -46,7 +46,7 @@ def router(
     """The same router with losses, wired to batches of ``ROWS`` rows."""
     config = derive(_config(score_func, **options), LoadBalancedRouter.Config)
     config.aux_losses, config.expert_bias = list(losses), expert_bias
-    config.bind_components()
+    config.bind()
     if loop is not None:
         config.loop = loop
     return wired(_initialised(config.build()).to(dtype))

@@ -127,13 +127,11 @@ def small_router(
     config = make_router_config(
         dim=16, num_experts=8, gate_param_init={}, top_k=2, score_func="softmax"
     )
-    loss = SequenceWiseAuxLoss.Config(weight=0.1, num_experts=8, top_k=2)
+    loss = SequenceWiseAuxLoss.Config(weight=0.1, num_experts=8, top_k=2, local_batch_size=2)
     options.setdefault("aux_losses", [loss])
     options["loop"] = TrainingLoop(
         track=track,
         num_micro_batches=num_micro_batches,
-        micro_batch_size=2,
-        global_batch_size=2,
     )
     router = derive(config, LoadBalancedRouter.Config, layer=layer, **options).build()
     generator = torch.Generator(router.gate.weight.device).manual_seed(layer)
@@ -164,11 +162,16 @@ def counts_of_a_replayed_graph() -> tuple[np.ndarray, np.ndarray]:
     expected = selected(router, *inputs[1:])
     static = inputs[0].clone().requires_grad_()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+
+    def forward_and_backward() -> None:
         torch.autograd.grad(router(static)[0].sum(), static)
+        router.step_record.finish_forward(slice(None))
+
+    with torch.cuda.stream(stream):
+        forward_and_backward()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        torch.autograd.grad(router(static)[0].sum(), static)
+        forward_and_backward()
     router.step_record.finish_step(2)
     for x_BLD in inputs[1:]:
         with torch.no_grad():
@@ -206,22 +209,18 @@ def moe_layers(
         set_num_experts(config, kind.get("num_experts", 8))
         router.top_k = kind.get("top_k", 2)
         router.num_expert_groups, router.num_limited_groups = kind.get("groups", (4, 2))
-        router.bind_components()
+        router.bind()
+        for loss in router.aux_losses:
+            loss.local_batch_size = 2
         if not kind.get("bias", True):
             router.expert_bias = config.load_balance_coeff = None
         config.router.layer = number
-        config.router.loop = TrainingLoop(
-            micro_batch_size=2, global_batch_size=2 * _world_size(), padded=padded
-        )
+        config.router.loop = TrainingLoop(padded=padded)
         layer = config.build()
         generator = torch.Generator().manual_seed(number)
         torch.nn.init.normal_(layer.router.gate.weight, generator=generator)
         layers.append(layer.to(DEVICE))
     return layers
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def forward_and_backward(layers: list[MoE]) -> None:

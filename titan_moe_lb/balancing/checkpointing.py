@@ -1,7 +1,7 @@
-"""What a balanced model adds to torchtitan's own ways to parallelize a model.
+"""Additions of a balanced model to torchtitan's ways to parallelize a model.
 
-Activation checkpointing keeps what the routers decide, the routers learn the pipeline schedule
-that they run under, and frozen weights stay frozen.
+Activation checkpointing saves the decisions of the routers, the routers get their pipeline
+schedule, and frozen weights stay frozen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchtitan.distributed.activation_checkpoint import (
     SelectiveAC,
 )
 
-from titan_moe_lb.balancing.recording.recomputation import Decisions
+from titan_moe_lb.balancing.recording.recomputation import Decisions, save_decision
 from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.parallel.schedules import actions_of, stages_of
 from titan_moe_lb.upstream.stage_ends import make_contiguous
@@ -31,9 +31,9 @@ SAVE = torch.ops.titan_moe_lb.save_decision.default
 
 
 class FullACSavingDecisions(FullAC):
-    """``FullAC`` that recomputes all of a block but what its router has decided.
+    """``FullAC`` that recomputes all of a block but the decisions of its router.
 
-    Kept besides: the expert ids, 8 K bytes a token, and a table of losses, 4 E bytes a
+    Saved besides: the expert ids, 8 K bytes a token, and a table of losses, 4 E bytes a
     sequence. An eager forward costs no operator more; a recomputed one skips the choice.
     """
 
@@ -43,7 +43,8 @@ class FullACSavingDecisions(FullAC):
         """The block is compiled, and then the policy has to name an operator."""
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
-        _save_by_operator([module], self.config.compiled)
+        if self.config.compiled:
+            _save_by_operator(module)
         return checkpoint_wrapper(
             module,
             context_fn=_contexts_of_operators if self.config.compiled else Decisions.contexts,
@@ -55,7 +56,7 @@ class FullACSavingDecisions(FullAC):
 
 
 class SelectiveACSavingDecisions(SelectiveAC):
-    """``SelectiveAC`` that saves what the router has decided, in place of every top-k."""
+    """``SelectiveAC`` that saves the decisions of the router, in place of every top-k."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(SelectiveAC.Config):
@@ -65,25 +66,25 @@ class SelectiveACSavingDecisions(SelectiveAC):
         return super().get_save_ops() - {torch.ops.aten.topk.default} | {SAVE}
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
-        _save_by_operator([module], True)
+        _save_by_operator(module)
         return super()._wrap_block(module, base_fqn=base_fqn)
 
 
-def _save_by_operator(parts: list[nn.Module], by_operator: bool) -> None:
-    for router in routers_of(parts):
-        router.saves_by_operator = by_operator
+def _save_by_operator(block: nn.Module) -> None:
+    for router in routers_of([block]):
+        router.save = save_decision
 
 
 def _contexts_of_operators() -> tuple:
     def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-        kept = operator is SAVE
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        saved = operator is SAVE
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
 def saving_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A ``ModelSpec.parallelize_fn`` whose checkpointing keeps what the routers decide."""
+    """A ``ModelSpec.parallelize_fn`` whose checkpointing saves the decisions of the routers."""
 
     @functools.wraps(parallelize)
     def parallelize_saving_decisions(
@@ -110,7 +111,7 @@ def saving_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.
 
 
 def announcing_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
-    """A ``ModelSpec.pipelining_fn`` that tells the routers their stage and its schedule."""
+    """A ``ModelSpec.pipelining_fn`` that sets the stage and the schedule of the routers."""
 
     @functools.wraps(pipeline)
     def pipeline_announcing_schedule(model: nn.Module, **arguments: Any) -> tuple:

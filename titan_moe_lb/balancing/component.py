@@ -1,19 +1,23 @@
-"""What losses, bias rules and forced strategies share: kinds that a job chooses by name."""
+"""Base class of losses, bias rules and forced strategies: kinds that a job chooses by name."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import spmd_types as spmd
+from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import ShardingConfig
 
 from titan_moe_lb.balancing.own_dtypes import OwnDtypes
 from titan_moe_lb.errors import JobError
 
 
 class Component(OwnDtypes, Module):
-    """The base of a family has ``kinds``; a subclass of it that defines ``type_name`` enters
+    """A class of a family. Its base has ``kinds``; a subclass that defines ``type_name`` enters
     itself there, so that one of a user's own needs no registration."""
 
     type_name: ClassVar[str]
@@ -32,8 +36,13 @@ class Component(OwnDtypes, Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        def replicate(self, names: Iterable[str]) -> None:
+            """Lay buffers out alike on every rank; torchtitan needs a layout of all state."""
+            placement = dense_param_placement(tp=spmd.R)
+            self.sharding_config = ShardingConfig(state_shardings=dict.fromkeys(names, placement))
+
         def describe(self) -> str:
-            """The component and what it was given in one phrase, for messages and the trace."""
+            """Name and settings in one phrase, for messages and the trace."""
             # torchtitan's own fields are of its tensors, not of the method.
             own = {field.name for field in dataclasses.fields(Module.Config)}
             given = {

@@ -1,6 +1,8 @@
-"""Checks of MoE layers: routers of another kind, tensors that are moved, cast or not finite."""
+"""Checks of MoE layers: another router, tensors that are moved, cast, not finite, or frozen."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import nn
@@ -59,3 +61,23 @@ def not_finite(layers: list[MoE]) -> list[int]:
         finite.append(torch.stack(found).all())
     are_finite = torch.stack(finite).tolist() if finite else []
     return [layer.router.layer for layer, yes in zip(layers, are_finite, strict=True) if not yes]
+
+
+def warn_without_effect(model_parts: list[nn.Module]) -> None:
+    """Warn of the layers whose aux losses can change no weight: all parameters up to their gate are
+    frozen. The order is that of registration, which in torchtitan's models is that of the forward;
+    a model that registers an earlier module later gets a warning too much."""
+    frozen = []
+    for part in model_parts:
+        trained: list[nn.Parameter] = []
+        for module in part.modules():
+            trained += [p for p in module.parameters(recurse=False) if p.requires_grad]
+            if isinstance(module, LoadBalancedRouter) and len(module.aux_losses):
+                trained += [p for p in module.parameters() if p.requires_grad]
+                if not trained:
+                    frozen.append(str(module.layer))
+    if frozen:
+        logging.getLogger().warning(
+            f"aux_losses have no effect in layer {', '.join(frozen)}: the gate and all weights "
+            "before it are frozen; train one of them, or leave the losses out"
+        )

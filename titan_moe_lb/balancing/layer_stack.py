@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torchtitan.models.common.moe import MoE
 
 from titan_moe_lb.balancing.expert_bias import BiasStep
 from titan_moe_lb.balancing.recording.step_record import StepRecord, StepSums, histogram_of
@@ -17,14 +18,14 @@ class LayerStack:
     The number of operators does not depend on how many layers there are.
     """
 
-    def __init__(self, layers: list[MoE], members: list[int], record: StepRecord) -> None:
+    def __init__(self, layers: list[Any], members: list[int], record: StepRecord) -> None:
         """
         Args:
             layers: all of the rank, in the order of the record.
             members: places in ``layers`` of those of the stack.
         """
         self._layers = [layers[index] for index in members]
-        self._routers: list[LoadBalancedRouter] = [layer.router for layer in self._layers]  # type: ignore[misc]
+        self._routers: list[LoadBalancedRouter] = [layer.router for layer in self._layers]
         self._members = members
         self._record = record
         self._rows: slice | torch.Tensor = slice(None)
@@ -51,7 +52,7 @@ class LayerStack:
         }
         step_of_rule = BiasStep(
             bias_NE=torch.stack(biases),
-            counts_NE=self._counts(self._record.sums, self._first.aux_losses.valid_source),
+            counts_NE=self._counts(self._record.sums, self._first.sources.valid),
             histogram_NEH=self._histogram(self._record.sums),
             state={name: torch.stack(rows) for name, rows in state.items()},
         )
@@ -69,7 +70,7 @@ class LayerStack:
             counts_NE = None
             if loss.needs_step_counts:
                 assert self._record.sums is not None
-                counts_NE = self._counts(self._record.sums, losses.source_index(loss))
+                counts_NE = self._counts(self._record.sums, loss.source)
             loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
 
     def forget_losses(self) -> None:
@@ -88,7 +89,7 @@ class LayerStack:
         return histogram_of(sums.histogram_NEH[self._rows], num_experts, num_bins)
 
 
-def stacks_of(layers: list[MoE], record: StepRecord) -> list[LayerStack]:
+def stacks_of(layers: list[Any], record: StepRecord) -> list[LayerStack]:
     """The layers of a rank, those that are alike together.
 
     Args:

@@ -1,36 +1,49 @@
-"""A step hook around the forwards of its model, and of no copy of it."""
+"""Hooks around the forwards of a model part, and of no copy of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+
+from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.balancing.recording.step_record import StepRecord
 
 
 class PartHooks:
-    """The forward hooks of a rank's first model part.
+    """Forward hooks of a model part of a rank.
 
     ``copy.deepcopy`` of a model copies its hooks. Those of a copy would count forwards in a step
-    that nobody closes, and process groups cannot be copied.
+    that nobody closes.
     """
 
-    def __init__(self, part: nn.Module, step_hook: Any) -> None:
+    def __init__(
+        self, part: nn.Module, record: StepRecord, routers: slice, step_hook: Any = None
+    ) -> None:
         """
         Args:
-            step_hook: has ``forward_begins`` and ``forward_ends``.
+            routers: of the part, in the record.
+            step_hook: has ``forward_begins`` and ``forward_ends``; for the first part of a rank.
         """
-        self._part, self._step_hook = part, step_hook
+        self._part, self._record, self._routers = part, record, routers
+        self._step_hook = step_hook
         part.register_forward_pre_hook(self._begins, with_kwargs=True)
         part.register_forward_hook(self._ends)
-        step_hook.forward_ends(part, (), None)
+        if step_hook is not None:
+            step_hook.forward_ends()
 
     def _begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if part is self._part:
+        if part is self._part and self._step_hook is not None:
             self._step_hook.forward_begins(part, args, kwargs)
 
     def _ends(self, part: nn.Module, args: tuple, output: Any) -> None:
-        if part is self._part:
-            self._step_hook.forward_ends(part, args, output)
+        if part is not self._part:
+            return
+        if part.training and torch.is_grad_enabled() and not is_recomputation():
+            self._record.finish_forward(self._routers)
+        if self._step_hook is not None:
+            self._step_hook.forward_ends()
 
     def __deepcopy__(self, _memo: object) -> PartHooks:
         return self

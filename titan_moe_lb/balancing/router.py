@@ -2,39 +2,37 @@
 
 Shape suffixes as in torchtitan's ``models/common/moe.py``: B = batch, L = local
 tokens of a sequence, D = model dimension, E = experts, K = top_k; S = sources that
-are counted, Q = sequences.
+are counted, Q = sequences: rows, or their documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import spmd_types as spmd
 import torch
 from torch import nn
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
+from torchtitan.protocols.module import ModuleDict
 
+from titan_moe_lb.balancing import choice
 from titan_moe_lb.balancing.expert_bias import ExpertBias
-from titan_moe_lb.balancing.expert_bias.required import required_bias
 from titan_moe_lb.balancing.float32_gate import in_float32
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
-from titan_moe_lb.balancing.losses import counting
-from titan_moe_lb.balancing.losses.base import AuxLoss
-from titan_moe_lb.balancing.losses.gradient_norms import measured, taught
-from titan_moe_lb.balancing.losses.injection import gather_scores
-from titan_moe_lb.balancing.losses.router_losses import RouterLosses
+from titan_moe_lb.balancing.losses.base import AuxLoss, LogitsLoss, SumsLoss
 from titan_moe_lb.balancing.recording.recomputation import (
     is_recomputation,
-    save_decision,
+    save_no_decision,
     saved_decision,
 )
 from titan_moe_lb.balancing.recording.replayed import RouterReplay
+from titan_moe_lb.balancing.recording.sequence_tables import CountSources, SequenceTables
 from titan_moe_lb.balancing.recording.step_record import RouterRecord, StepRecord
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.functional import SCORE_FUNCTIONS, inverse_sums
+from titan_moe_lb.functional import SCORE_FUNCTIONS, gather_scores, inverse_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action
@@ -44,10 +42,8 @@ from titan_moe_lb.resolved_job import Job
 class LoadBalancedRouter(TokenChoiceTopKRouter):
     """Token-choice top-k routing with auxiliary losses, forced routing and a record.
 
-    Parameter names and, with neither losses nor forced routing, every bit of the
-    result are those of ``TokenChoiceTopKRouter``. It gets the meshes from :meth:`wire`
-    and its rows of the rank's record from :meth:`note_in`. It records and teaches in a
-    forward that learns: in training mode and with gradients.
+    With neither losses nor forced routing, every bit of the result is that of
+    ``TokenChoiceTopKRouter``. It records, and losses act, in training mode and with gradients.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -55,75 +51,91 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
 
         expert_bias: ExpertBias.Config | None = None
-        """What moves the bias of the choice; None for no bias."""
+        """Rule that moves the bias of the choice; None for no bias."""
 
         forced_routing: ForcedRouting.Config | None = None
-        """What decides instead of the scores, in a benchmark."""
+        """Strategy that chooses instead of the scores, in a benchmark."""
 
         layer: int = 0
         """Number of the router's layer in the whole model."""
 
         loop: TrainingLoop = field(default_factory=TrainingLoop)
-        """What the training loop says of its steps."""
+        """Properties of the training loop's steps."""
 
-        def bind_components(self) -> None:
-            """Tell losses and bias rule the router that they are of."""
-            for component in (*self.aux_losses, self.expert_bias):
-                if component is not None:
-                    component.bind(num_experts=self.num_experts, top_k=self.top_k)
+        def bind(self, job: Job | None = None) -> None:
+            """Fill losses, bias rule and forced strategy with numbers of the router and the job.
 
-        def bind_forced_routing(self, job: Job) -> None:
-            """Fill in what the strategy of a benchmark needs from the router and the job."""
-            if self.forced_routing is None:
-                return
-            if self.num_expert_groups is not None:
-                self.forced_routing.open_groups = self.num_limited_groups
-            self.forced_routing.batch_cut = job.cut
-            self.forced_routing.update_from_config(
-                config=job.config, num_experts=self.num_experts, top_k=self.top_k
-            )
+            Args:
+                job: None for a training loop that announces its rows.
+            """
+            sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
+            rows = None if job is None else job.config.training.local_batch_size
+            for loss in self.aux_losses:
+                loss.bind(**sizes, local_batch_size=rows)
+            if self.expert_bias is not None:
+                self.expert_bias.bind(**sizes)
+            if self.forced_routing is not None and job is not None:
+                if self.num_expert_groups is not None:
+                    self.forced_routing.open_groups = self.num_limited_groups
+                self.forced_routing.batch_cut = job.cut
+                self.forced_routing.update_from_config(config=job.config, **sizes)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config
         self.layer = config.layer
-        self.aux_losses = RouterLosses(config.aux_losses)
-        self.expert_bias = config.expert_bias.build() if config.expert_bias is not None else None
-        self.forced_routing = (
-            config.forced_routing.build() if config.forced_routing is not None else None
-        )
-        self.needs_step_counts = self.aux_losses.needs_step_counts or (
+        losses: list[AuxLoss] = [loss.build() for loss in config.aux_losses]
+        for index, built in enumerate(losses):
+            built.index = index
+        self.aux_losses = ModuleDict({loss.type_name: loss for loss in losses})
+        self._of_sums = [loss for loss in losses if isinstance(loss, SumsLoss)]
+        self._of_logits = [loss for loss in losses if isinstance(loss, LogitsLoss)]
+        self.num_documents = max([loss.config.documents or 1 for loss in self._of_sums], default=1)
+        """Documents of a row that a loss tells apart; 1 where every row is one sequence."""
+        self.expert_bias = config.expert_bias and config.expert_bias.build()
+        self.forced_routing = config.forced_routing and config.forced_routing.build()
+        self.needs_step_counts = any(loss.needs_step_counts for loss in losses) or (
             self.expert_bias is not None and self.expert_bias.moves
         )
-        self._needs_loop = self.needs_step_counts or len(self.aux_losses) > 0
         self.needs_tokens = False
         self.tokens: BatchTokens | None = None
-        """Of the running forward, where batches say which tokens are valid or a loss asks for
-        documents (:mod:`titan_moe_lb.balancing.valid_tokens.model_input`); None: all tokens are valid."""
-        self.num_bins = self.expert_bias.num_bins if self.expert_bias is not None else 0
+        """Tokens of the running forward (:mod:`titan_moe_lb.balancing.valid_tokens.model_input`);
+        None: all tokens are valid."""
+        self.num_bins = 0 if self.expert_bias is None else self.expert_bias.num_bins
         self.replay: RouterReplay | None = None
-        """Experts of an earlier forward that take the place of the choice."""
-        self.saves_by_operator = False
-        """The decision passes through an operator that a checkpointing policy saves."""
+        """Replaces the choice by experts of an earlier forward."""
+        self.save: Callable[[torch.Tensor], torch.Tensor] = save_no_decision
+        """Operator whose result a checkpointing policy saves; set by the policy."""
         self.held_out_counts_E: torch.Tensor | None = None
-        """Where forwards that do not learn add their tokens, int64 ``(E,)``; None: nowhere."""
+        """Receives the tokens of forwards that do not learn, int64 ``(E,)``."""
         self.record: RouterRecord | None = None
         self.step_record: StepRecord | None = None
         self.stage = 0
         """Pipeline stage of the layer."""
         self.actions: Sequence[Action] | None = None
-        """What its pipeline rank does in a pass; None without pipeline parallelism."""
+        """Actions of its pipeline rank in a pass; None without pipeline parallelism."""
 
     def wire(self, groups: RankGroups) -> None:
         """Read the training loop of the config and the process groups. Once, before training."""
+        self._groups = groups
         padded = self.config.loop.padded
-        self.aux_losses.wire(groups, padded=padded)
-        self.needs_tokens = padded or self.aux_losses.num_documents > 1
+        self.needs_tokens = padded or self.num_documents > 1
+        at_step_end = [loss for loss in self._of_sums if loss.needs_step_counts]
+        at_once = [loss for loss in self._of_sums if loss.needs_counts]
+        self.sources = CountSources(
+            [loss.count_source for loss in at_step_end],
+            [loss.count_source for loss in at_once],
+            padded=padded,
+        )
+        for loss in self.aux_losses.values():
+            loss.groups = groups
+        for loss in (*at_step_end, *at_once):
+            loss.source = self.sources.index(loss.count_source)
         if self.forced_routing is not None:
             self.forced_routing.wire(groups, self.layer)
 
     def note_in(self, step_record: StepRecord, index: int) -> None:
-        """Take the ``index``-th rows of the record of all routers of the rank."""
+        """Record in the ``index``-th rows of the record of all routers of the rank."""
         self.step_record = step_record
         self.record = step_record.router(index, self.num_experts, self.top_k, self.num_bins)
 
@@ -139,63 +151,83 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             Routing scores ``(B, L, K)``, expert ids ``(B, L, K)`` int64, and the full
             scores ``(B, L, E)``.
         """
-        logits_BLE = in_float32(self.gate, x_BLD)
-        tokens = squares_2 = None
+        logits_BLE = with_losses_BLE = in_float32(self.gate, x_BLD)
         learns = self.training and (torch.is_grad_enabled() or self._model_learns)
+        tokens = None
         if learns:
             self._check_loop()
             if self.needs_tokens:
                 with spmd.no_typecheck(), torch.no_grad():
-                    tokens = saved_decision(self._kept_tokens)
-            squares_2 = None if self.record is None else self.record.gradient_squares_2
-            taught_BLE = logits_BLE if squares_2 is None else measured(logits_BLE, squares_2[1])
-            taught_BLE = self.aux_losses.attach_to_logits(taught_BLE, self.record, tokens)
-            logits_BLE = taught_BLE if squares_2 is None else measured(logits_BLE, squares_2[0])
-        scores_BLE = self._score(logits_BLE)
+                    tokens = saved_decision(self._saved_tokens)
+            with_losses_BLE = self.attach_losses(logits_BLE, tokens)
+        scores_BLE = self.score(with_losses_BLE)
         with spmd.no_typecheck(), torch.no_grad():
-            local_scores_BLE = local_shard(scores_BLE)
-            inverse_BL = self._inverse_sums(local_scores_BLE, tokens) if learns else None
-            local_bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
+            local_BLE = local_shard(scores_BLE)
+            inverse_BL = self._inverse_sums(local_BLE, tokens) if learns else None
+            bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
             ids_BLK, coefficients_BE = saved_decision(
-                lambda: self._decide(local_scores_BLE, local_bias_E, inverse_BL, tokens, learns)
+                lambda: self._decide(local_BLE, bias_E, inverse_BL, tokens, learns)
             )
-        topk_expert_ids_BLK = placed_as(scores_BLE, ids_BLK)
         document_BL = None if tokens is None else tokens.document_BL
-        if squares_2 is not None:
-            chosen_BLK = local_shard(scores_BLE).gather(-1, ids_BLK)
-            second_BLE = local_shard(self._score(taught_BLE))
-            chosen_BLK = taught(chosen_BLK, second_BLE, coefficients_BE, inverse_BL, document_BL)
-        elif coefficients_BE is None:
-            chosen_BLK = local_shard(scores_BLE).gather(-1, ids_BLK)
-        else:
-            chosen_BLK = gather_scores(
-                local_shard(scores_BLE), ids_BLK, coefficients_BE, inverse_BL, document_BL
-            )
-        topk_scores_BLK = placed_as(scores_BLE, chosen_BLK)
+        scores_BLE, topk_scores_BLK = self.gather(
+            logits_BLE, scores_BLE, ids_BLK, coefficients_BE, inverse_BL, document_BL
+        )
         if self.route_norm:
             topk_scores_BLK = topk_scores_BLK / (topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20)
-        return topk_scores_BLK * self.route_scale, topk_expert_ids_BLK, scores_BLE
+        return topk_scores_BLK * self.route_scale, placed_as(scores_BLE, ids_BLK), scores_BLE
+
+    def attach_losses(self, logits_BLE: torch.Tensor, tokens: BatchTokens | None) -> torch.Tensor:
+        """The logits, with the gradients of the losses of logits attached."""
+        local_BLE = local_shard(logits_BLE)
+        if not self._of_logits or not local_BLE.numel():
+            return logits_BLE
+        assert self.record is not None
+        with spmd.no_typecheck():
+            for loss in self._of_logits:
+                local_BLE = loss.attach(local_BLE, tokens, self.record)
+        return placed_as(logits_BLE, local_BLE)
+
+    def score(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+        """Scores of the logits ``(B, L, E)``."""
+        return SCORE_FUNCTIONS[self.score_func](logits_BLE)
+
+    def gather(
+        self,
+        logits_BLE: torch.Tensor,
+        scores_BLE: torch.Tensor,
+        ids_BLK: torch.Tensor,
+        coefficients_BE: torch.Tensor | None,
+        *losses: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pick the scores of the chosen experts, with the gradients of the losses of sums attached.
+
+        Args:
+            logits_BLE: before any loss was attached; read by
+                :class:`titan_moe_lb.balancing.gradient_norms.GradientNorms`, which replaces this.
+            ids_BLK: local, int64.
+            coefficients_BE, losses: see :func:`titan_moe_lb.functional.gather_scores`; None
+                without such a loss.
+
+        Returns:
+            The scores of all experts ``(B, L, E)``, and of the chosen ones ``(B, L, K)``.
+        """
+        local_BLE = local_shard(scores_BLE)
+        if coefficients_BE is None:
+            chosen_BLK = local_BLE.gather(-1, ids_BLK)
+        else:
+            with spmd.no_typecheck():
+                chosen_BLK = gather_scores(local_BLE, ids_BLK, coefficients_BE, *losses)
+        return scores_BLE, placed_as(scores_BLE, chosen_BLK)
 
     def _check_loop(self) -> None:
         """Raises ``JobError``: nobody would close the step, or know its rows."""
-        if self.step_record is None:
-            if self._needs_loop:
-                raise JobError(
-                    f"layer {self.layer} trains with an expert bias or an aux loss, and no loop "
-                    "closes its steps: call titan_moe_lb.attach(model, optimizer) before the first "
-                    "forward"
-                )
-        elif self.step_record.of_copy:
+        if self.step_record is not None:
+            self.step_record.check_forward(self.layer, has_losses=len(self.aux_losses) > 0)
+        elif self.needs_step_counts or len(self.aux_losses):
             raise JobError(
-                f"layer {self.layer} is of a copy of a model that has a training loop, and nobody "
-                "closes the steps of the copy: copy the model before attach(), and attach() each "
-                "that learns"
-            )
-        elif self.step_record.learns is False and len(self.aux_losses) and not is_recomputation():
-            raise JobError(
-                f"layer {self.layer} with an aux loss runs outside a forward of the model that "
-                "attach() was given, so that its rows are not counted: call that model, or attach() "
-                "the one that is called"
+                f"layer {self.layer} trains with an expert bias or an aux loss, and no loop "
+                "closes its steps: call titan_moe_lb.attach(model, optimizer) before the first "
+                "forward"
             )
 
     @property
@@ -204,14 +236,21 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         without gradients in the forward, and with them in the backward."""
         return self.step_record is not None and self.step_record.learns is True
 
-    def _score(self, logits_BLE: torch.Tensor) -> torch.Tensor:
-        return SCORE_FUNCTIONS[self.score_func](logits_BLE)
+    def _saved_tokens(self) -> BatchTokens | None:
+        """Tokens of the running forward; a repeated one may run after others have begun."""
+        tokens = self.tokens
+        if self.num_documents > 1 and (tokens is None or tokens.documents is None):
+            raise JobError(
+                'an aux loss has over = "document", and the batch does not say which tokens are '
+                "of one document: call the whole model, with document_ids=..."
+            )
+        return None if tokens is None else tokens.saved(self.save)
 
     def _inverse_sums(
         self, scores_BLE: torch.Tensor, tokens: BatchTokens | None
     ) -> torch.Tensor | None:
-        """What makes probabilities of the scores, where a loss needs it; 0 for padding."""
-        if not self.aux_losses.needs_probabilities:
+        """1 / sum_j s(t,j) ``(B, L)``, where a loss needs it; 0 for padding."""
+        if not self._of_sums:
             return None
         if self.score_func == "softmax":  # whose sums are 1
             return None if tokens is None else tokens.valid_BL.float()
@@ -226,23 +265,23 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         tokens: BatchTokens | None,
         learns: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All that must not happen again when the forward is repeated. On local tensors.
+        """Do all that must not happen again when the forward is repeated. On local tensors.
 
         Returns:
             Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
         """
-        ids_BLK = self._choose(scores_BLE, expert_bias_E, tokens, learns)
-        if self.replay is not None:
-            ids_BLK = self.replay(ids_BLK)
-        ids_BLK = self._kept(ids_BLK)
+        ids_BLK = self.save(choice.choose(self, scores_BLE, expert_bias_E, tokens, learns))
         coefficients_BE = None
         if learns and self.record is not None:
-            counts_SQE, counts_by_source = self._count(
-                ids_BLK, scores_BLE, tokens, biased=expert_bias_E is not None
+            counts_SQE, counts_by_source = self.sources.count(
+                ids_BLK,
+                lambda: choice.unbiased(self, scores_BLE, expert_bias_E, ids_BLK),
+                tokens,
+                num_experts=self.num_experts,
+                num_documents=self.num_documents,
+                one=self.record.one,
             )
-            coefficients_BE = self.aux_losses.coefficients(
-                scores_BLE, counts_by_source, inverse_BL, tokens, self.record, self._kept
-            )
+            coefficients_BE = self._coefficients(scores_BLE, counts_by_source, inverse_BL, tokens)
             if not is_recomputation():
                 self.record.note(counts_SQE, ids_BLK)
         elif not learns and self.held_out_counts_E is not None:
@@ -250,96 +289,51 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             self.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
         return ids_BLK, coefficients_BE
 
-    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, through an operator that a checkpointing policy saves, where it needs one."""
-        return save_decision(tensor) if self.saves_by_operator else tensor
-
-    def _kept_tokens(self) -> BatchTokens | None:
-        """Those of the running forward: a repeated one may run after others have begun."""
-        tokens = self.tokens
-        if self.aux_losses.num_documents > 1 and (tokens is None or tokens.documents is None):
-            raise JobError(
-                'an aux loss has over = "document", and the batch does not say which tokens are '
-                "of one document: call the whole model, with document_ids=..."
-            )
-        if tokens is not None and self.saves_by_operator:
-            tokens = tokens.kept(self._kept)
-        return tokens
-
-    def _choose(
+    def _coefficients(
         self,
         scores_BLE: torch.Tensor,
-        expert_bias_E: torch.Tensor | None,
+        counts_by_source: list[torch.Tensor],
+        inverse_BL: torch.Tensor | None,
         tokens: BatchTokens | None,
-        learns: bool,
-    ) -> torch.Tensor:
-        """The experts of every token ``(B, L, K)``, int64."""
-        if self.forced_routing is not None:
-            assert self.record is not None, "forced routing needs a wired router"
-            number = self.record.forward_number()
-            return self.forced_routing(scores_BLE, number, self._limit_groups)
-        if self._debug_force_load_balance:
-            return self._debug_force_load_balance_routing(scores_BLE)[0]
-        biased_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
-        choice_BLE = self._limit_groups(biased_BLE)
-        record, rule = self.record, self.expert_bias
-        histogram_EH = None if record is None else record.histogram_EH
-        if histogram_EH is None or not learns or is_recomputation():
-            return choice_BLE.topk(self.top_k, dim=-1, sorted=False).indices
-        assert record is not None and rule is not None and expert_bias_E is not None
-        best_BLK1, ids_BLK1 = choice_BLE.topk(self.top_k + 1, dim=-1)
-        required_BLE = required_bias(
+    ) -> torch.Tensor | None:
+        """Weighted gradient of the losses of sums in the sums of the probabilities, float32.
+
+        Returns:
+            ``(B, E)`` or ``(1, E)``, with documents ``(B, D, E)``; None without loss or token.
+        """
+        if self.record is None or not self._of_sums or not scores_BLE.numel():
+            return None
+        documents = self.num_documents > 1
+        tables = SequenceTables(
             scores_BLE,
-            biased_BLE,
-            best_BLK1[..., -1:],
-            num_groups=self.num_expert_groups,
-            num_limited_groups=self.num_limited_groups,
+            inverse_BL,
+            counts_by_source,
+            tokens,
+            num_documents=self.num_documents,
+            groups=self._groups,
+            whole_sums=not all(loss.linear for loss in self._of_sums),
+            whole_counts=any(loss.needs_counts for loss in self._of_sums),
         )
-        number = record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
-        rule.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
-        return ids_BLK1[..., : self.top_k].contiguous()
-
-    def _limit_groups(self, choice_BLE: torch.Tensor) -> torch.Tensor:
-        if self.num_expert_groups is None:
-            return choice_BLE
-        return self._get_node_limited_routing_scores(choice_BLE)
-
-    def _count(
-        self,
-        ids_BLK: torch.Tensor,
-        scores_BLE: torch.Tensor,
-        tokens: BatchTokens | None,
-        *,
-        biased: bool,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Local tokens per source, sequence and expert: see :func:`counting.count`."""
-        assert self.record is not None
-        forced = self.forced_routing is not None or self._debug_force_load_balance
-
-        def unbiased_ids_BLK() -> torch.Tensor:
-            if biased or forced or self.num_expert_groups is not None:
-                return scores_BLE.topk(self.top_k, dim=-1, sorted=False).indices
-            return ids_BLK
-
-        return counting.count(
-            self.aux_losses.count_sources,
-            ids_BLK,
-            unbiased_ids_BLK,
-            num_experts=self.num_experts,
-            tokens=tokens,
-            num_documents=self.aux_losses.num_documents,
-            one=self.record.one,
-        )
+        total = None
+        for loss in self._of_sums:
+            coefficients_BE = loss.apply(tables, self.record, self.save)
+            if documents:  # (B, D, E), or broadcasting to it
+                shape = (-1, 1) if loss.config.documents is None else (len(scores_BLE), -1)
+                coefficients_BE = coefficients_BE.unflatten(0, shape)
+            weight = self.record.weights_A[loss.index]
+            if total is None:
+                total = coefficients_BE * weight
+            else:
+                total = torch.addcmul(total, coefficients_BE, weight)
+        assert total is not None
+        return total.expand(len(scores_BLE), self.num_documents, -1) if documents else total
 
 
 def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:
     """The balanced MoE layers of this rank's pipeline stages."""
-    return [
-        module
-        for part in model_parts
-        for module in part.modules()
-        if isinstance(module, MoE) and isinstance(module.router, LoadBalancedRouter)
-    ]
+    modules = [module for part in model_parts for module in part.modules()]
+    layers = [module for module in modules if isinstance(module, MoE)]
+    return [layer for layer in layers if isinstance(layer.router, LoadBalancedRouter)]
 
 
 def routers_of(model_parts: list[nn.Module]) -> list[LoadBalancedRouter]:

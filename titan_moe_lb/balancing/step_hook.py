@@ -1,4 +1,4 @@
-"""What happens when the optimizer steps: the record is closed, the bias moves, losses take counts."""
+"""Step hook of a rank: closes the record, moves the biases, and divides the losses by the rows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchtitan.components.checkpointer import TRAIN_STATE
-from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.models.common.moe import MoE
 
-from titan_moe_lb.balancing.forced_routing.base import announce
-from titan_moe_lb.balancing.frozen_gates import warn_without_effect
-from titan_moe_lb.balancing.layer_checks import check_tensors
+from titan_moe_lb.balancing.gradient_norms import GradientNorms
+from titan_moe_lb.balancing.layer_checks import check_tensors, warn_without_effect
 from titan_moe_lb.balancing.layer_stack import stacks_of
+from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.part_hooks import PartHooks
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
@@ -32,36 +29,11 @@ from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
-def register_load_balancing(
-    optimizers: OptimizersContainer, model_parts: list[nn.Module], groups: RankGroups
-) -> None:
-    """A ``ModelSpec.post_optimizer_build_fn``: the expert bias, and our records.
-
-    Wires the routers, and closes the recorded step just before the optimizer steps,
-    after the last micro-batch of the step has run. It stands in for torchtitan's own bias
-    update, whose counts are doubled by activation checkpointing and miss the layers of
-    multi-token prediction; both would reduce the same counts.
-    """
-    hook = wire_parts(model_parts, groups)
-    announce([router.forced_routing for router in routers_of(model_parts)])
-    if hook is None:
-        return
-    optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
-
-    def go_on(part: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        # torchtitan's CheckpointManager passes all that it has loaded, also its Trainer.
-        if TRAIN_STATE in state_dict:
-            trained = state_dict[TRAIN_STATE].state_dict()
-            hook.go_on_from(trained["step"], trained["ntokens_seen"] * groups.loss.size)
-
-    model_parts[0].register_load_state_dict_pre_hook(go_on)
-
-
 def wire_parts(model_parts: list[nn.Module], groups: RankGroups) -> StepHook | None:
     """Wire the routers of this rank's pipeline stages to their loop. Once, before training.
 
     Returns:
-        What closes a step; None where nothing asks for one.
+        The hook that closes a step; None where nothing needs one.
     """
     layers = moe_layers_of(model_parts)
     for layer in layers:
@@ -76,20 +48,24 @@ def wire_parts(model_parts: list[nn.Module], groups: RankGroups) -> StepHook | N
     if groups.stages.size == 1:  # what a stage receives may come from weights that learn
         warn_without_effect(model_parts)
     hook = StepHook(layers, record, groups)
-    PartHooks(model_parts[0], hook)
+    first = 0
+    for part in model_parts:
+        last = first + len(moe_layers_of([part]))
+        PartHooks(part, record, slice(first, last), hook if part is model_parts[0] else None)
+        first = last
     return hook
 
 
 def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | None:
-    """Give the routers of a rank one record, and the process groups.
+    """Pass one record and the process groups to the routers of a rank.
 
     Returns:
-        The record; None where nothing asks for one.
+        The record; None where nothing needs one.
     """
     config, loop = routers[0].config, routers[0].config.loop
     for router in routers:
         router.wire(groups)
-    losses = routers[0].aux_losses
+    losses, num_sources = routers[0].aux_losses, routers[0].sources.num_at_step_end
     by_micro_batch = (
         loop.track or loop.recorded_tokens is not None or config.forced_routing is not None
     )
@@ -98,7 +74,7 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
     record = StepRecord(
         num_routers=len(routers),
         num_micro_batches=loop.num_micro_batches if by_micro_batch else 1,
-        num_sources=losses.num_step_sources,
+        num_sources=num_sources,
         num_experts=max(router.num_experts for router in routers),
         num_losses=len(losses),
         num_bins=0
@@ -114,6 +90,8 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
     )
     for index, router in enumerate(routers):
         router.note_in(record, index)
+        if record.gradient_squares_N2 is not None:
+            GradientNorms(router, record.gradient_squares_N2[index])
     return record
 
 
@@ -123,17 +101,19 @@ class StepHook:
 
     Attributes:
         finished_steps: those of the checkpoint included.
-        tokens: those of the finished steps.
-        announced_rows: of the last closed step; 0 where it had none to announce.
+        tokens: tokens of the finished steps.
+        announced_rows: rows that the last closed step has announced; 0 for none.
     """
 
-    def __init__(self, layers: list[MoE], record: StepRecord, groups: RankGroups) -> None:
+    def __init__(self, layers: list[Any], record: StepRecord, groups: RankGroups) -> None:
         """
         Args:
+            layers: balanced MoE layers.
             record: of the routers of these layers, in this order.
         """
         self._layers = layers
-        self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]  # type: ignore[misc]
+        self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]
+        self._losses: list[AuxLoss] = list(self._routers[0].aux_losses.values())  # type: ignore[arg-type]
         self._record = record
         self._stacks = stacks_of(layers, record)
         self._groups = groups
@@ -148,6 +128,12 @@ class StepHook:
             counted=per_step is None
             and any(changes_after_tokens(router.config) for router in self._routers),
         )
+        self._rows_of_every_step, self._micro_batch_size = self._loop.announced_rows, None
+        local = next((loss.config.local_batch_size for loss in self._losses), None)
+        if local is not None:
+            passes = self._loop.accumulation_steps
+            self._rows_of_every_step = local * groups.batch.size * passes
+            self._micro_batch_size = local * passes // self._loop.num_micro_batches
         self._global_rows: int | None = None
         self._closed_rows = self.announced_rows = 0
         self._weights: list[float] | None = None
@@ -156,18 +142,19 @@ class StepHook:
     def _begin_step_if_alike(self) -> None:
         """Begin a step of a loop whose steps have as many rows, unless it has begun."""
         self.tokens.read()
-        if self._global_rows is None and self._loop.global_batch_size is not None:
-            self.begin_step(self._loop.global_batch_size)
+        if self._global_rows is None and self._rows_of_every_step is not None:
+            self.begin_step(self._rows_of_every_step)
 
     def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
-        """Say how large the global batch is, before its first forward.
+        """Divide the weights of the losses by the rows of the global batch, before its first
+        forward.
 
         The gradient of a loss is that of ``weight * sum over the rows / num_rows``. A loop whose
         steps are alike needs no call: the step that ends begins the next.
 
         Args:
-            num_rows: rows of the global batch, over all ranks.
-            loss_scale: what the loop divides the gradients by before it steps, besides the
+            num_rows: rows of the global batch over all ranks, G.
+            loss_scale: number that the loop divides the gradients by before it steps, besides the
                 ``gradient_divisor`` of every step.
         """
         self._global_rows = num_rows
@@ -176,26 +163,26 @@ class StepHook:
             loss.weight_at(self.finished_steps + 1, self.tokens.total)
             * (loss_scale * self._loop.gradient_divisor)
             / (num_rows * self._groups.token_replicas)
-            for loss in self._routers[0].aux_losses.values()
+            for loss in self._losses
         ]
         # A copy to the device where they change.
         if weights != self._weights:
             self._weights = weights
             self._record.weights_A.copy_(torch.tensor(weights))
 
-    def go_on_from(self, finished_steps: int, tokens: int) -> None:
-        """Take the progress of a checkpoint, before the first step.
+    def resume(self, finished_steps: int, tokens: int) -> None:
+        """Read the progress of a checkpoint, before the first step.
 
         Args:
             tokens: over all ranks.
         """
         self.finished_steps, self.tokens.total = finished_steps, tokens
-        self._record.go_on_from(finished_steps)
+        self._record.resume(finished_steps)
         if self._global_rows is not None:
             self.begin_step(self._global_rows)
 
     def forward_begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the first model part of the rank.
+        """Run before a forward of the first model part of the rank.
 
         Raises:
             JobError: the step has more rows or forwards than the loop has announced.
@@ -209,15 +196,14 @@ class StepHook:
         self._begin_step_if_alike()
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
         rows = local_shard(given).shape[0]
-        has_losses = len(self._routers[0].aux_losses) > 0
-        if has_losses and rows != (self._loop.micro_batch_size or rows):
+        if self._micro_batch_size not in (None, rows):
             raise JobError(
-                f"the aux losses were bound to micro-batches of {self._loop.micro_batch_size} "
+                f"the aux losses were bound to micro-batches of {self._micro_batch_size} "
                 f"sequences and get {rows}: their weight would be wrong; set "
                 "training.local_batch_size (or parallelism.pipeline_parallel_microbatch_size) to "
                 "what the loop feeds"
             )
-        if has_losses and self._global_rows is None:
+        if self._losses and self._global_rows is None:
             raise JobError(
                 "the aux losses are a mean over the rows of a step, and it has not said how many "
                 "it has: call begin_step(rows) before its first forward, or "
@@ -230,7 +216,7 @@ class StepHook:
             check_tensors(self._layers, record.counts_NMSE.device)
         record.rows += rows
         record.forwards += 1
-        if has_losses:
+        if self._losses:
             self._check_step()
         if self._loop.track and record.forwards > self._loop.num_micro_batches:
             raise JobError(
@@ -239,8 +225,8 @@ class StepHook:
                 "of many micro-batches attach(..., max_micro_batches=...)"
             )
 
-    def forward_ends(self, part: nn.Module, args: tuple, output: Any) -> None:
-        """A forward hook of the first model part of the rank. Those of other parts may learn."""
+    def forward_ends(self) -> None:
+        """Run after a forward of the first model part of the rank; those of others may learn."""
         self._record.learns = False if self._counts_rows else None
 
     def _check_repetition(self) -> None:
@@ -253,7 +239,7 @@ class StepHook:
     def _check_step(self) -> None:
         """Of a loop whose rows are counted and announced."""
         assert self._global_rows is not None
-        whole = [loss for loss in self._routers[0].aux_losses.values() if not loss.additive]
+        whole = [loss for loss in self._losses if not loss.additive]
         if whole and self._record.forwards > 1:
             raise JobError(
                 f"{whole[0].type_name} is a loss of a rank's whole batch and is no sum over "
@@ -267,7 +253,7 @@ class StepHook:
             )
 
     def close_step(self) -> None:
-        """The optimizer is about to step. Collective over the token groups."""
+        """Close the step just before the optimizer steps. Collective over the token groups."""
         self._begin_step_if_alike()
         self._closed_rows, self.announced_rows = self._record.rows, self._global_rows or 0
         if self._groups.batch.group is None:
@@ -289,12 +275,12 @@ class StepHook:
             self._begin_step_if_alike()
 
     def check_announced_rows(self) -> None:
-        """Of the last closed step, in a loop whose rows are counted. Collective over the ranks
-        that have other rows.
+        """Compare the rows of the last closed step with the announced ones, in a loop whose rows
+        are counted. Collective over the ranks that have other rows.
 
         Raises:
-            JobError: an aux loss was divided by another number than there were. A step without
-                a row has none.
+            JobError: an aux loss was divided by another number of rows. A step without a row has
+                no loss.
         """
         if not (self._counts_rows and self._loop.varying and self.announced_rows):
             return
@@ -303,7 +289,7 @@ class StepHook:
             total = torch.tensor([rows], device=self._record.counts_NMSE.device)
             dist.all_reduce(total, group=self._groups.batch.group)
             rows = int(total)
-        if rows not in (0, self.announced_rows) and len(self._routers[0].aux_losses):
+        if rows not in (0, self.announced_rows) and self._losses:
             raise JobError(
                 f"the step had {rows} rows and announced {self.announced_rows}: the weight of the "
                 "aux losses was wrong; call begin_step(rows) with what each step has, and "
@@ -316,7 +302,7 @@ class StepHook:
         return self._record.forwards > 0 or not self._counts_rows
 
     def skip_step(self) -> None:
-        """The optimizer will not step: what the step has counted is forgotten."""
+        """Forget the counts of a step after which the optimizer does not step."""
         with torch.no_grad():
             self._record.discard_step()
             for stack in self._stacks:
@@ -324,5 +310,5 @@ class StepHook:
             self._forget_torchtitans_counts()
 
     def _forget_torchtitans_counts(self) -> None:
-        """Counted by torchtitan's MoE.forward, and read by nobody here."""
+        """Reset torchtitan's own counters; we do not use them."""
         torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])

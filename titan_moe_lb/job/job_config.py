@@ -175,7 +175,11 @@ def render(table: JobTable, config: Trainer.Config) -> str:
             if name in hints
         }
     job_table = {name: value for name, value in dataclasses.asdict(table).items() if value}
-    return tomli_w.dumps({"job": job_table, **sections})
+    text = tomli_w.dumps({"job": job_table, **sections})
+    if sections.get("model", {}).get("aux_losses"):
+        rows = config.training.local_batch_size
+        text += f"\n# Filled by the job in each of aux_losses: local_batch_size = {rows}\n"
+    return text
 
 
 def parse_command_line(arguments: list[str]) -> CommandLine:

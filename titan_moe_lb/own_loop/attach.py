@@ -84,7 +84,7 @@ def attach(
     loop = TrainingLoop(
         num_micro_batches=max_micro_batches,
         varying=True,
-        global_batch_size=rows_per_step,
+        announced_rows=rows_per_step,
         padded=padded,
         context_parallel_load_balancer=context_parallel_load_balancer,
         gradient_divisor=groups.loss.size if gradients == "mean" else 1,

@@ -178,7 +178,7 @@ def _bound(forced: Any, router: LoadBalancedRouter.Config, job: Job) -> Any:
     """A copy of a strategy's Config with all that the router and the job fill."""
     router = copy.copy(router)
     router.forced_routing = copy.deepcopy(forced)
-    router.bind_forced_routing(job)
+    router.bind(job)
     return router.forced_routing
 
 

@@ -85,7 +85,7 @@ def read(
     if groups.experts.size > 1:
         dist.all_reduce(counts, group=groups.experts.group)
     assert record.sums is not None
-    losses, padded = routers[0].aux_losses, routers[0].config.loop.padded
+    padded = routers[0].config.loop.padded
     sums_NSE = record.sums.counts_NSE
     num_experts_N = np.array([router.num_experts for router in routers])
 
@@ -96,7 +96,7 @@ def read(
     return RankStep(
         counts_NME=existing(counts),
         global_counts_NE=existing(sums_NSE[:, 0]),
-        valid_counts_NE=existing(sums_NSE[:, losses.valid_source]) if padded else None,
+        valid_counts_NE=existing(sums_NSE[:, routers[0].sources.valid]) if padded else None,
         bias_NE=_rows([None if bias is None else local_shard(bias) for bias in biases]),
         bias_delta_NE=_rows(record.bias_delta_N),
         gradient_squares_N2=None if squares is None else squares.detach().cpu().numpy(),

@@ -6,9 +6,10 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
+from torchtitan.components.checkpointer import TRAIN_STATE
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims
@@ -20,11 +21,12 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb import rules
 from titan_moe_lb.balancing.expert_bias import ExpertBias, SignBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
+from titan_moe_lb.balancing.forced_routing.base import announce
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
-from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of
-from titan_moe_lb.balancing.step_hook import register_load_balancing
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.balancing.step_hook import StepHook, wire_parts
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 from titan_moe_lb.checkpoints import loading
 from titan_moe_lb.errors import JobError
@@ -36,7 +38,11 @@ from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.telemetry import metrics_processor
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
-from titan_moe_lb.wiring.resume_bias import BiasReset, remember_once_loaded, start_anew
+from titan_moe_lb.wiring.resume import (
+    BiasReset,
+    remember_once_loaded,
+    start_anew,
+)
 
 
 class LoadBalanceConverter(ModelConfigConverter):
@@ -54,11 +60,11 @@ class LoadBalanceConverter(ModelConfigConverter):
         """Losses of every router, each with its own copy."""
 
         expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep"
-        """What moves the bias of every layer; None for no bias, "keep" for torchtitan's sign
+        """Rule that moves the bias of every layer; None for no bias, "keep" for torchtitan's sign
         rule at the model's own ``load_balance_coeff``."""
 
         forced_routing: ForcedRouting.Config | None = None
-        """What decides where tokens go in a benchmark; None for training."""
+        """Strategy that chooses the experts in a benchmark; None for training."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -113,7 +119,7 @@ class LoadBalanceConverter(ModelConfigConverter):
         )
         # The dispatcher's own copy of the router's number.
         moe.routed_experts.token_dispatcher.top_k = moe.router.top_k
-        moe.router.bind_components()
+        moe.router.bind()
 
     def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
         if self.config.expert_bias == "keep":
@@ -133,13 +139,13 @@ class BuildHooks:
     """Filled by ``update_from_config`` of the model."""
 
     of_trainer: bool = False
-    """The same: it was torchtitan's trainer that filled the model. Another loop attaches."""
+    """Filled likewise: torchtitan's trainer builds the model. Another loop calls ``attach()``."""
 
     job: Job | None = None
     """The job where it was resolved and checked before; None: ``update_from_config`` does both."""
 
     other_metrics: str = ""
-    """The same: the class of metrics that log no load of the experts."""
+    """Filled likewise: class of metrics that log no load of the experts."""
 
     def __call__(
         self,
@@ -156,14 +162,35 @@ class BuildHooks:
                 f"metrics is a {self.other_metrics}, which logs no load of the experts and writes "
                 "no trace: derive it from titan_moe_lb.LoadBalanceMetricsProcessor"
             )
-        register_load_balancing(optimizers, model_parts, RankGroups.of(parallel_dims))
+        groups = RankGroups.of(parallel_dims)
+        hook = wire_parts(model_parts, groups)
+        announce([router.forced_routing for router in routers_of(model_parts)])
+        if hook is not None:
+            optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())
+            _resume_when_loaded(model_parts[0], hook, groups)
         remember_once_loaded(model_parts)
         if self.reset is not None:
             self.reset.register(model_parts)
 
 
+def _resume_when_loaded(part: nn.Module, hook: StepHook, groups: RankGroups) -> None:
+    """Let a step hook read the progress of the checkpoint that torchtitan loads.
+
+    Args:
+        part: the first model part of the rank.
+    """
+
+    def resume(_part: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        # torchtitan's CheckpointManager passes all that it has loaded, also its Trainer.
+        if TRAIN_STATE in state_dict:
+            trained = state_dict[TRAIN_STATE].state_dict()
+            hook.resume(trained["step"], trained["ntokens_seen"] * groups.loss.size)
+
+    part.register_load_state_dict_pre_hook(resume)
+
+
 class _BoundToJob:
-    """What :func:`_bound_to_job` returns."""
+    """Mark of the classes that :func:`_bound_to_job` makes."""
 
     __slots__ = ()
 
@@ -183,9 +210,10 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             return model
 
         def update_from_config(self, *, config, **kwargs) -> None:
-            routers = [router for _fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)]
+            named = {fqn: router for fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)}
+            routers = list(named.values())
             for router in routers:  # a layer may have been changed since it was converted
-                router.bind_components()
+                router.bind()
             if not isinstance(config, Trainer.Config):  # a loop of one's own, which attaches
                 layers_count_their_experts_alike(self)
                 model_config_cls.update_from_config(self, config=config, **kwargs)
@@ -208,17 +236,10 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             loop = _loop(job)
             for router in routers:
                 router.loop = loop
-                router.bind_forced_routing(job)
-            start_anew(
-                job,
-                {
-                    fqn: router.expert_bias
-                    for fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)
-                    if router.expert_bias is not None
-                },
-            )
-            if routers:
-                hooks.reset = BiasReset.of(job, [router.expert_bias for router in routers])
+                router.bind(job)
+            rules_of_bias = {fqn: r.expert_bias for fqn, r in named.items() if r.expert_bias}
+            start_anew(job, rules_of_bias)
+            hooks.reset = BiasReset.of(job, list(rules_of_bias.values()))
             if routers and reports:
                 metrics.run_info = describe_run(job)
                 metrics.cut = job.cut
@@ -235,7 +256,7 @@ def _checked_job(config: Trainer.Config) -> Job:
 
 
 def _loop(job: Job) -> TrainingLoop:
-    """Describe what torchtitan's trainer does with a job."""
+    """Properties of the steps of torchtitan's trainer in a job."""
     cut, metrics = job.cut, job.config.metrics
     reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
     recorded_tokens = None
@@ -246,8 +267,7 @@ def _loop(job: Job) -> TrainingLoop:
         track=reports and metrics.track_moe_metrics,
         gradients=reports and metrics.track_moe_metrics and metrics.router_gradients,
         num_micro_batches=cut.num_micro_batches,
-        micro_batch_size=cut.micro_batch_size,
-        global_batch_size=cut.global_batch_size,
+        accumulation_steps=cut.accumulation_steps,
         tokens_per_step=cut.global_batch_size * cut.seq_len,
         padded=getattr(loader, "gives_valid_tokens", False),
         recorded_tokens=recorded_tokens,
@@ -256,7 +276,7 @@ def _loop(job: Job) -> TrainingLoop:
 
 
 def _step_hooks(config: Trainer.Config) -> BuildHooks:
-    """Without them no step would be closed: no metrics, no counts for the next step."""
+    """Hooks of the job's model spec; without them no step would be closed."""
     spec = config.model_spec
     hooks = BuildHooks() if spec is None else spec.post_optimizer_build_fn
     if not isinstance(hooks, BuildHooks):

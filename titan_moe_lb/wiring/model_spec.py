@@ -21,7 +21,7 @@ from titan_moe_lb.wiring.converter import BuildHooks, LoadBalanceConverter
 
 @dataclass
 class BalancedModelSpec(ModelSpec):
-    """Adds what a job config needs to build the same model with other arguments."""
+    """A ``ModelSpec`` from which a job config builds the same model with other arguments."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the registry entry, every default filled in; without an entry, those of
@@ -46,9 +46,9 @@ def balanced(
             balanced is balanced anew.
         aux_losses: losses of every router, each with its own copy; None or an empty list
             for none.
-        expert_bias: what moves the bias of the choice; None for no bias, "keep" for the
+        expert_bias: rule that moves the bias of the choice; None for no bias, "keep" for the
             rule that the model has: torchtitan's is the sign rule.
-        forced_routing: what decides where tokens go, in a benchmark.
+        forced_routing: strategy that chooses the experts, in a benchmark.
         converters: converters of the user's own (quantization, LoRA), applied first.
 
     Raises:
@@ -88,7 +88,7 @@ def balanced(
 def _without_balance_state(
     adapter: type[BaseStateDictAdapter] | None,
 ) -> type[BaseStateDictAdapter] | None:
-    """Keep what losses and bias rules remember out of Hugging Face checkpoints."""
+    """Leave the state of losses and bias rules out of Hugging Face checkpoints."""
     if adapter is None:
         return None
 

@@ -1,4 +1,4 @@
-"""What moves the bias that is added to the scores for the choice alone: one file a rule."""
+"""Rules that move the bias of the choice: one file each."""
 
 from titan_moe_lb.balancing.expert_bias.base import BiasStep, ExpertBias
 from titan_moe_lb.balancing.expert_bias.frozen import FrozenBias

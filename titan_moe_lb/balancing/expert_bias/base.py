@@ -1,4 +1,4 @@
-"""What every rule of the expert bias shares.
+"""Base class of the rules of the expert bias.
 
 Shape suffixes: N = layers of a rank, E = experts, H = bins of a histogram; B = rows and
 L = tokens of a row on a rank.
@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import spmd_types as spmd
 import torch
-from torchtitan.models.common.decoder_sharding import dense_param_placement
-from torchtitan.protocols.sharding import ShardingConfig
 
 from titan_moe_lb.balancing.component import Component, require_formula
 from titan_moe_lb.balancing.value_schedule import Change
@@ -20,16 +17,16 @@ from titan_moe_lb.balancing.value_schedule import Change
 
 @dataclass(frozen=True, slots=True)
 class BiasStep:
-    """A finished step as a rule sees it: over all ranks and micro-batches, valid tokens alone."""
+    """Valid tokens of a finished step over all ranks and micro-batches, as rules read them."""
 
     bias_NE: torch.Tensor
-    """The biases that the step has routed with, float32."""
+    """Biases of the step, float32."""
 
     counts_NE: torch.Tensor
     """Tokens that selected each expert, int64."""
 
     histogram_NEH: torch.Tensor | None = None
-    """What :meth:`ExpertBias.observe` has added up, int64; None without bins."""
+    """Sums of :meth:`ExpertBias.observe`, int64; None without bins."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     """By name of ``state_names``: float32 ``(N, E)``, which the rule changes in place."""
@@ -45,7 +42,7 @@ class ExpertBias(Component):
     """Moves the bias ``b_i`` that is added to the scores of an expert for the choice alone.
 
     The bias is torchtitan's buffer ``expert_bias_E`` of each MoE layer, float32 and part
-    of the checkpoint; a rule says how it moves when the optimizer steps. Every layer has
+    of the checkpoint; a rule moves it when the optimizer steps. Every layer has
     a component of its own, and the first of a rank moves the biases of all its layers at
     once, stacked. A rule of one's own is a subclass with a ``type_name``.
     """
@@ -60,7 +57,7 @@ class ExpertBias(Component):
     """Whether the rule ever changes the bias, so that it needs the counts of every step."""
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    """What the rule remembers of each expert besides the bias; part of the checkpoint."""
+    """State of the rule for each expert besides the bias; part of the checkpoint."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
@@ -78,19 +75,14 @@ class ExpertBias(Component):
         """K of the router. Filled by :meth:`bind`."""
 
         starts_anew: bool = False
-        """The checkpoint that the job begins from has not what the rule remembers, because
-        another rule wrote it. Filled by ``update_from_config`` of the model."""
+        """The checkpoint lacks the state of the rule, because another rule wrote it. Filled by
+        ``update_from_config`` of the model."""
 
         def bind(self, *, num_experts: int, top_k: int) -> None:
-            """Take what the rule needs of its router."""
-            self.num_experts = num_experts
-            self.top_k = top_k
+            """Fill in the numbers of the router."""
+            self.num_experts, self.top_k = num_experts, top_k
             if self._owner.state_names:
-                # The same on every rank; torchtitan asks for a layout of all state.
-                placement = dense_param_placement(tp=spmd.R)
-                self.sharding_config = ShardingConfig(
-                    state_shardings=dict.fromkeys(self._owner.state_names, placement)
-                )
+                self.replicate(self._owner.state_names)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -116,7 +108,7 @@ class ExpertBias(Component):
         return 0
 
     def set_progress(self, step: int, tokens: int) -> None:
-        """Take the values of the schedule. On the host, before the bias is moved.
+        """Set the values of the schedule. On the host, before the bias is moved.
 
         Args:
             step: the optimizer step that is about to end, from 1.
@@ -143,8 +135,8 @@ class ExpertBias(Component):
         """
 
     def move(self, step: BiasStep) -> torch.Tensor:
-        """:meth:`delta` of the layers that have routed a token. A layer without one moves neither
-        its bias nor what the rule remembers, whatever the formula makes of zero counts."""
+        """:meth:`delta` of the layers that have routed a token. A layer without one keeps its bias
+        and its state, whatever the formula makes of zero counts."""
         before = {name: state_NE.clone() for name, state_NE in step.state.items()}
         empty_N1 = step.choices_N1 == 0
         delta_NE = self.delta(step).masked_fill(empty_N1, 0)
@@ -153,8 +145,8 @@ class ExpertBias(Component):
         return delta_NE
 
     def delta(self, step: BiasStep) -> torch.Tensor:
-        """The formula: what to add to the biases of N layers after a step. What it returns for a
-        layer that has routed nothing is not used.
+        """Formula of the update of the biases of N layers after a step. The update of a layer that
+        has routed nothing is not used.
 
         Returns:
             float32 ``(N, E)``.

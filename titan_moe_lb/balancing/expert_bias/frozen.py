@@ -1,4 +1,4 @@
-"""The bias as it is: kept, used, not moved."""
+"""The bias as it is: used, not moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rules share that are tuned by a speed."""
+"""Base class for bias rules with an update speed."""
 
 from __future__ import annotations
 

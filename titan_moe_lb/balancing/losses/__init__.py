@@ -1,7 +1,6 @@
-"""What is minimised beside the language-model loss.
+"""Losses on the router beside the language-model loss: one file each.
 
-``functional`` is the mathematics (torch alone), ``injection`` the way the
-gradient takes, and each loss has a file of its own.
+:mod:`titan_moe_lb.balancing.losses.base` walks one loss from TOML to gradient.
 """
 
 from titan_moe_lb import functional

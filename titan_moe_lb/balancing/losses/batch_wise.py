@@ -28,12 +28,6 @@ class BatchWiseAuxLoss(SumsLoss):
     class Config(SumsLoss.Config):
         pass
 
-    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        batch = sequences.together(counts_BE.shape[0])
-        f_1E = counts_BE.sum(dim=0, keepdim=True) * (self.num_experts / (self.top_k * batch.tokens))
-        P_1E = sums_BE.sum(dim=0, keepdim=True) / batch.tokens
-        return (f_1E * P_1E * batch.share).sum()
-
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """f_i / T, times the share of the batch."""
         batch = sequences.together(counts_BE.shape[0])

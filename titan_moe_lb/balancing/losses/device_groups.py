@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,12 +30,9 @@ class _OverDeviceGroups(SumsLoss):
         def expert_groups(self) -> int:
             return self.num_device_groups
 
-        def bind(self, *, num_experts: int, top_k: int) -> None:
-            SumsLoss.Config.bind(self, num_experts=num_experts, top_k=top_k)
-            self.check_groups(num_experts)
-
-        def check_groups(self, num_experts: int) -> None:
-            groups = self.num_device_groups
+        def bind(self, **numbers: Any) -> None:
+            SumsLoss.Config.bind(self, **numbers)
+            groups, num_experts = self.num_device_groups, numbers["num_experts"]
             if groups < 1 or num_experts % groups:
                 raise JobError(
                     f"aux loss {self._owner.type_name} has num_device_groups {groups}, which must "
@@ -49,10 +46,6 @@ class _OverDeviceGroups(SumsLoss):
     def load(self, counts_BE: torch.Tensor, tokens: int | torch.Tensor) -> torch.Tensor:
         """The load of each expert's group relative to balance, float32 ``(B, E)``."""
         raise NotImplementedError
-
-    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        P_BE = sums_BE / sequences.tokens
-        return (self.load(counts_BE, sequences.tokens) * P_BE * sequences.share).sum()
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """The load of the group / L, times the share of the sequence."""

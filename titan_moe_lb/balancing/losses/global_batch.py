@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import spmd_types as spmd
 import torch
-from torchtitan.models.common.decoder_sharding import dense_param_placement
-from torchtitan.protocols.sharding import ShardingConfig
 
 from titan_moe_lb.balancing.losses.base import SumsLoss
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.parallel.local_shard import local_shard
-from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.upstream.torch_internals import all_reduce
 
 
@@ -48,18 +44,14 @@ class GlobalBatchAuxLoss(SumsLoss):
         counts: Literal["previous_step", "running"] = "previous_step"
         """Where f comes from; see the class."""
 
-        def bind(self, *, num_experts: int, top_k: int) -> None:
-            SumsLoss.Config.bind(self, num_experts=num_experts, top_k=top_k)
+        def bind(self, **numbers: Any) -> None:
+            SumsLoss.Config.bind(self, **numbers)
             if self.counts == "previous_step":
-                # The same on every rank; torchtitan asks for a layout of all state.
-                self.sharding_config = ShardingConfig(
-                    state_shardings={"load_E": dense_param_placement(tp=spmd.R)}
-                )
+                self.replicate(["load_E"])
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.running = config.counts == "running"
-        self._groups = RankGroups()
         self._register(device=None)
 
     counts_E: torch.Tensor
@@ -75,9 +67,6 @@ class GlobalBatchAuxLoss(SumsLoss):
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self._register(buffer_device or next(self.buffers()).device)
 
-    def wire(self, groups) -> None:
-        self._groups = groups
-
     @property
     def needs_counts(self) -> bool:
         return self.running
@@ -85,10 +74,6 @@ class GlobalBatchAuxLoss(SumsLoss):
     @property
     def needs_step_counts(self) -> bool:
         return not self.running
-
-    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        P_BE = sums_BE / sequences.tokens
-        return (self._load(counts_BE) * P_BE * sequences.share).sum()
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """f_i / L, times the share of the sequence."""
@@ -101,8 +86,8 @@ class GlobalBatchAuxLoss(SumsLoss):
         if not is_recomputation():
             assert counts_BE is not None
             batch_E = counts_BE.sum(dim=0)
-            if self._groups.batch.group is not None:
-                batch_E = all_reduce(batch_E, "sum", self._groups.batch.group)
+            if self.groups.batch.group is not None:
+                batch_E = all_reduce(batch_E, "sum", self.groups.batch.group)
             self.counts_E.add_(batch_E)
         return _relative_load(self.counts_E, 1.0)
 

@@ -44,11 +44,6 @@ class SequenceWiseAuxLoss(SumsLoss):
                     f"sequence_wise max_documents is {self.max_documents}; it must be at least 1"
                 )
 
-    def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        f_BE = counts_BE * (self.num_experts / (self.top_k * sequences.tokens))
-        P_BE = sums_BE / sequences.tokens
-        return (f_BE * P_BE * sequences.share).sum()
-
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """f_i / L, times the share of the sequence."""
         scale = self.num_experts / self.top_k

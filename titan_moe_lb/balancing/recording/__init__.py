@@ -1,1 +1,1 @@
-"""What a rank notes of its routers while it trains: on the device, torch alone."""
+"""Records of a rank's routers during training: on the device, torch alone."""

@@ -1,13 +1,13 @@
-"""What a forward decided stays decided when activation checkpointing runs it again.
+"""Reuse of routing decisions when activation checkpointing repeats a forward.
 
-The forward that is run again would choose the experts anew, and where scores tie, or a
-kernel is not deterministic, it could choose others than those whose outputs the loss
-has seen. So what the first forward decided is kept beside the checkpoint, a few
-numbers a token, and given back: nothing is chosen, counted or recorded twice.
+A repeated forward would choose the experts anew. Where scores tie, or a kernel is not
+deterministic, it could choose others than those whose outputs the loss has seen. So the decisions
+of the first forward are saved beside the checkpoint, a few numbers a token, and reused: nothing is
+chosen, counted or recorded twice.
 
-Eager full checkpointing keeps it in :class:`Decisions`, which costs no operator.
-Selective checkpointing and compiled blocks work on operators: there the decision
-passes through :func:`keep`, whose result their policy saves.
+Eager full checkpointing saves them in :class:`Decisions`, which costs no operator.
+Selective checkpointing and compiled blocks work on operators: there a decision
+passes through :func:`save_decision`, whose result their policy saves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_recomputation() -> bool:
 
 
 def saved_decision(make: Callable[[], T]) -> T:
-    """What ``make`` returns; in a repeated forward under :class:`Decisions`, what it returned."""
+    """Result of ``make``; in a repeated forward under :class:`Decisions`, that of the first."""
     if torch.compiler.is_compiling() or _current.decisions is None:
         return make()
     return _current.decisions._next(make)
@@ -53,8 +53,13 @@ def _(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor)
 
 
+def save_no_decision(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, where no policy needs an operator."""
+    return tensor
+
+
 class Decisions:
-    """What one run of a checkpointed region decides, in order.
+    """Decisions of one run of a checkpointed region, in order.
 
     Attributes:
         first, again: contexts of its forward and of each repetition, for the

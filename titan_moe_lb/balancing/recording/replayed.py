@@ -8,12 +8,12 @@ from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 
 
 class RouterReplay:
-    """Takes note of what a router chooses, or puts earlier choices in their place.
+    """Records the choices of a router, or replaces them by earlier ones.
 
     Attributes:
-        notes: keep what the running forward chooses in ``seen_BLK``.
-        expert_ids_BLK: the choice that the running forward has to take, int64 ``(B, L, K)``,
-            negative for a token that chooses itself; None: all choose.
+        notes: save the choices of the running forward in ``seen_BLK``.
+        expert_ids_BLK: experts for the running forward, int64 ``(B, L, K)``, negative for a token
+            that chooses itself; None: all choose.
         changed_2: choices of the router that were not among those it had to take, and how
             many it had to take, int64 ``(2,)``.
     """

@@ -1,4 +1,4 @@
-"""Tokens of training so far: what a change after a number of tokens goes by."""
+"""Tokens of training so far, for changes after a number of tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SeenTokens:
     def __init__(self, before: int, per_step: int | None, *, counted: bool) -> None:
         """
         Args:
-            before: tokens of the checkpoint that the loop goes on from.
+            before: tokens of the checkpoint that the loop resumes from.
             per_step: tokens of every step; None where they differ.
         """
         self.total = before

@@ -1,4 +1,4 @@
-"""What the routers of a rank note during a step, on the device and without a host read.
+"""Record of a step of a rank's routers, on the device and without a host read.
 
 Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = sources that
 are counted, A = losses, B = rows and L = tokens of a row in a micro-batch, Q = sequences
@@ -16,20 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.errors import JobError
+
 
 class RouterRecord(nn.Module):
     """One router's rows of a :class:`StepRecord`.
 
-    Buffers that no checkpoint holds: torch's pipeline stages find out shapes by a real
-    forward, and put back what it has done to the buffers of a stage.
+    Buffers outside of checkpoints: torch's pipeline stages find out shapes by a real forward, and
+    restore the buffers of a stage after it.
 
     Attributes:
         counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
         micro_batch: forwards of the running step so far, int64 ``(1,)``; 0 where M is 1.
-        weights_A: what the gradient of each loss is multiplied by, float32.
+        weights_A: factor of the gradient of each loss, weight / G, float32.
         steps: finished steps, those of the checkpoint included, int64 ``(1,)``.
-        one: 1, int64 ``()``: what a token adds to a count.
-        gradient_squares_2: of a leaf whose gradient they are; see :class:`StepRecord`.
+        one: 1, int64 ``()``, added to a count for each token.
     """
 
     counts_MSE: torch.Tensor
@@ -41,11 +43,8 @@ class RouterRecord(nn.Module):
     steps: torch.Tensor
     one: torch.Tensor
 
-    def __init__(
-        self, *, gradient_squares_2: torch.Tensor | None, **rows: torch.Tensor | None
-    ) -> None:
+    def __init__(self, **rows: torch.Tensor | None) -> None:
         super().__init__()
-        self.gradient_squares_2 = gradient_squares_2
         for name, row in rows.items():
             self.register_buffer(name, row, persistent=False)
 
@@ -60,19 +59,15 @@ class RouterRecord(nn.Module):
         return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
 
     def note(self, counts_SQE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
-        """Add one forward. What comes after the M-th joins the last.
+        """Add one forward.
 
         Args:
             counts_SQE: tokens per source, sequence and expert, int64; sources beyond those
                 that are recorded are left out.
             expert_ids_BLK: selected experts.
         """
-        num_micro_batches, num_sources, _E = self.counts_MSE.shape
         slot = self.micro_batch
-        if num_micro_batches > 1:
-            slot = slot.clamp(max=num_micro_batches - 1)
-            self.micro_batch.add_(1)
-        counts_QSE = counts_SQE[:num_sources].transpose(0, 1)
+        counts_QSE = counts_SQE[: self.counts_MSE.shape[1]].transpose(0, 1)
         self.counts_MSE.index_add_(0, slot.expand(counts_QSE.shape[0]), counts_QSE)
         if self.expert_ids_MBLK is not None:
             ids_1BLK = expert_ids_BLK.to(self.expert_ids_MBLK.dtype).unsqueeze(0)
@@ -98,7 +93,7 @@ class StepSums:
     losses_NA: torch.Tensor
     """Raw values of the losses, float64."""
     histogram_NEH: torch.Tensor | None
-    """What the rule of the expert bias has observed, int64."""
+    """Observations of the bias rule, int64."""
 
 
 class StepRecord:
@@ -109,29 +104,28 @@ class StepRecord:
     another one uses the first part of its row; the rest of the row stays 0.
 
     Attributes:
-        counts_NMSE: tokens per expert of the running step, int64: for each micro-batch a
-            row for each source that someone needs at the end of a step, what was dispatched
-            first (:mod:`titan_moe_lb.balancing.losses.counting`).
+        counts_NMSE: tokens per expert of the running step, int64, of the S sources that someone
+            needs at the end of a step
+            (:class:`titan_moe_lb.balancing.recording.sequence_tables.CountSources`).
         losses_NA: raw values of the losses, float32, summed over the rows of this rank.
-        histogram_NEH: what the rule of the expert bias observes of the running step, int32;
-            None where it has no bins.
+        histogram_NEH: observations of the bias rule in the running step, int32; None without bins.
         expert_ids_NMBLK: experts of each token of the running step, uint8 up to 256 experts,
             else int32; None unless ``token_shape``.
         step_counts_NMSE, step_losses_NA: the same of the last finished step, the losses divided
             by the rows of its global batch.
         step_micro_batches: forwards in the last finished step, int64 ``(1,)``; None where every
             step has as many, or M is 1.
-        sums: of the last finished step over all ranks, once someone has asked :meth:`reduce`.
+        sums: of the last finished step over all ranks, after :meth:`reduce`.
         weights_A: see :class:`RouterRecord`.
         rows, forwards: of the running step on this rank, as the host counts them when a forward
             begins: nothing is read from the device.
-        learns: whether the model is in a forward that learns; None where nobody says so.
+        learns: whether the model is in a forward that learns; None where it is not known.
         of_copy: whether it belongs to a copy of a model, whose steps nobody closes.
-        gradient_squares_N2: a leaf, whose gradient in a step is the squares of that of the model's
-            loss and of the aux losses in the logits of each router, float32; None unless asked.
+        gradient_squares_N2: a leaf for :mod:`titan_moe_lb.balancing.gradient_norms`, float32; None
+            unless they are measured.
         step_gradient_squares_N2: of the last finished step.
-        bias_delta_N: what the last step has added to the expert biases of each router, float32
-            ``(E,)``; None where it added nothing.
+        bias_delta_N: last update of the expert biases of each router, float32 ``(E,)``; None for
+            none.
     """
 
     def __init__(
@@ -198,11 +192,9 @@ class StepRecord:
     def router(self, index: int, num_experts: int, top_k: int, num_bins: int) -> RouterRecord:
         """The rows of one router."""
         ids, histogram = self.expert_ids_NMBLK, None
-        squares = self.gradient_squares_N2
         if self.histogram_NEH is not None and num_bins:
             histogram = histogram_of(self.histogram_NEH[index], num_experts, num_bins)
         return RouterRecord(
-            gradient_squares_2=None if squares is None else squares[index],
             counts_MSE=self.counts_NMSE[index, ..., :num_experts],
             losses_A=self.losses_NA[index],
             micro_batch=self._micro_batches_N1[index],
@@ -213,8 +205,29 @@ class StepRecord:
             expert_ids_MBLK=None if ids is None else ids[index, ..., :top_k],
         )
 
+    def check_forward(self, layer: int, *, has_losses: bool) -> None:
+        """Raises ``JobError``: the learning forward of a layer is of no step that is closed."""
+        if self.of_copy:
+            raise JobError(
+                f"layer {layer} is of a copy of a model that has a training loop, and nobody "
+                "closes the steps of the copy: copy the model before attach(), and attach() each "
+                "that learns"
+            )
+        if self.learns is False and has_losses and not is_recomputation():
+            raise JobError(
+                f"layer {layer} with an aux loss runs outside a forward of the model that "
+                "attach() was given, so that its rows are not counted: call that model, or attach() "
+                "the one that is called"
+            )
+
+    def finish_forward(self, routers: slice) -> None:
+        """Let the next forward of some routers be the next micro-batch. One operator for all the
+        routers of a model part, outside of them."""
+        if self.counts_NMSE.shape[1] > 1:
+            self._micro_batches_N1[routers].add_(1)
+
     def finish_step(self, num_rows: int) -> None:
-        """Keep the running step as the finished one and start anew, but for the histogram.
+        """Save the running step as the finished one and start anew, but for the histogram.
 
         Args:
             num_rows: of the global batch.
@@ -229,8 +242,8 @@ class StepRecord:
         self._steps.add_(1)
         self.sums = None
 
-    def go_on_from(self, finished_steps: int) -> None:
-        """Take the steps of a checkpoint, before the first step."""
+    def resume(self, finished_steps: int) -> None:
+        """Read the steps of a checkpoint, before the first step."""
         self._steps.fill_(finished_steps)
 
     def discard_step(self) -> None:

@@ -1,4 +1,4 @@
-"""What a training loop says of its optimizer steps before the first of them."""
+"""Properties of a training loop's optimizer steps, known before the first of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class TrainingLoop:
     """Filled from a job's config, or by :func:`titan_moe_lb.attach`."""
 
     track: bool = True
-    """Keep what the metrics show: the counts of each micro-batch."""
+    """Record the counts of each micro-batch, for the metrics."""
 
     gradients: bool = False
-    """Measure how strong the model's loss and the aux losses pull at each router."""
+    """Measure the gradients of the model's loss and of the aux losses at each router."""
 
     num_micro_batches: int = 1
     """Forwards of a router in an optimizer step; in a loop of one's own, at most."""
@@ -21,11 +21,12 @@ class TrainingLoop:
     varying: bool = False
     """Steps differ in the number of their micro-batches."""
 
-    micro_batch_size: int | None = None
-    """Rows of every forward; None where they differ."""
+    accumulation_steps: int = 1
+    """Local batches of a data-parallel rank in an optimizer step."""
 
-    global_batch_size: int | None = None
-    """Rows of every optimizer step, over all ranks; None where each step says its own."""
+    announced_rows: int | None = None
+    """Rows of every optimizer step over all ranks, in a loop that announces them once. In a job
+    they follow from ``local_batch_size`` of the losses."""
 
     tokens_per_step: int | None = None
     """Tokens of a global batch; None where they differ."""
@@ -34,16 +35,16 @@ class TrainingLoop:
     """Batches say which of their tokens are valid."""
 
     recorded_tokens: tuple[int, int] | None = None
-    """(B, L) of a micro-batch on a rank, to keep the experts of each token."""
+    """(B, L) of a micro-batch on a rank, to record the experts of each token."""
 
     context_parallel_load_balancer: str | None = None
-    """How context parallelism deals the tokens of a row to its ranks."""
+    """Assignment of the tokens of a row to context-parallel ranks."""
 
     gradient_divisor: int = 1
-    """What the loop divides the sum of the gradients of its ranks by."""
+    """Number that the loop divides the sum of the gradients of its ranks by."""
 
     finished_steps: int = 0
-    """Optimizer steps of the checkpoint that the loop goes on from."""
+    """Optimizer steps of the checkpoint that the loop resumes from."""
 
     seen_tokens: int = 0
     """Tokens of those steps, over all ranks."""

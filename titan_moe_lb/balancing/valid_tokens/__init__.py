@@ -1,1 +1,1 @@
-"""Which tokens may teach a router, and the sequences that they form."""
+"""Valid tokens of a batch, and the sequences that they form."""

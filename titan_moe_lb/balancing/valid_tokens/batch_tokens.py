@@ -1,4 +1,4 @@
-"""The tokens of a forward that teach, and their sequences. Torch alone.
+"""Valid tokens of a forward, and their sequences. Torch alone.
 
 Shape suffixes: B = rows of a micro-batch, S = tokens of a whole row, L = those of it that
 this rank holds, D = documents of a row that are told apart.
@@ -13,7 +13,7 @@ import torch
 
 
 class Sequences(NamedTuple):
-    """What a loss of sequences knows of each of them.
+    """Sizes of the sequences of a forward.
 
     Where all are alike, as without padding, both are plain numbers and cost no operator.
     """
@@ -22,11 +22,11 @@ class Sequences(NamedTuple):
     """Valid tokens of each whole sequence, at least 1; float32 ``(B, 1)`` or one number."""
 
     share: float | torch.Tensor
-    """Its share of its row, by tokens: 1 where a row is one sequence, 0 without a valid token;
+    """Share of its row, by tokens: 1 where a row is one sequence, 0 without a valid token;
     float32 ``(B, 1)`` or one number."""
 
     def together(self, number: int) -> Sequences:
-        """All of them as one; ``number``: how many they are."""
+        """All ``number`` sequences as one."""
         if not isinstance(self.tokens, torch.Tensor):
             return Sequences(self.tokens * number, self.share * number)
         assert isinstance(self.share, torch.Tensor)
@@ -39,28 +39,28 @@ class BatchTokens(NamedTuple):
     do."""
 
     valid_BL: torch.Tensor
-    """1 for a token that may teach, 0 for padding, int64 ``(B, L)``."""
+    """1 for a valid token, 0 for padding, int64 ``(B, L)``."""
 
     rows: Sequences
     """Each row as one sequence."""
 
     document_BL: torch.Tensor | None = None
-    """Number of each token's document in its row, int64 ``(B, L)``; None where nobody asks."""
+    """Number of each token's document in its row, int64 ``(B, L)``; None where rows are sequences."""
 
     documents: Sequences | None = None
     """The documents of all rows, ``(B D, 1)``."""
 
-    def kept(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> BatchTokens:
+    def saved(self, save: Callable[[torch.Tensor], torch.Tensor]) -> BatchTokens:
         """The same, every tensor through an operator that a checkpointing policy saves."""
 
-        def kept(sequences: Sequences) -> Sequences:
-            return Sequences(keep(sequences.tokens), keep(sequences.share))  # type: ignore[arg-type]
+        def saved(sequences: Sequences) -> Sequences:
+            return Sequences(save(sequences.tokens), save(sequences.share))  # type: ignore[arg-type]
 
         return BatchTokens(
-            keep(self.valid_BL),
-            kept(self.rows),
-            None if self.document_BL is None else keep(self.document_BL),
-            None if self.documents is None else kept(self.documents),
+            save(self.valid_BL),
+            saved(self.rows),
+            None if self.document_BL is None else save(self.document_BL),
+            None if self.documents is None else saved(self.documents),
         )
 
     @property
@@ -76,10 +76,10 @@ def batch_tokens(
     max_documents: int,
     slices: Sequence[tuple[int, int]],
 ) -> BatchTokens:
-    """What the routers of a rank need, from whole rows.
+    """Tokens of the routers of a rank, from whole rows.
 
     Args:
-        valid_BS: tokens that may teach, bool ``(B, S)``.
+        valid_BS: valid tokens, bool ``(B, S)``.
         document_BS: number of each token's document in its row, from 0, int64 ``(B, S)``.
         max_documents: D; what comes after joins the last.
         slices: (start, length) of the parts of a row that this rank holds, in order.
@@ -117,7 +117,7 @@ def document_numbers(positions_BS: torch.Tensor) -> torch.Tensor:
 
 
 def before_padding(labels_BS: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """The tokens before the run of ignored labels at the end of a row, bool ``(B, S)``.
+    """Tokens before the run of ignored labels at the end of a row, bool ``(B, S)``.
 
     torchtitan's chat data set fills a row with such a run. Ignored labels before it belong
     to prompts, which are no padding: every example ends in a label that counts.

@@ -1,4 +1,4 @@
-"""torchtitan's data loaders, which say what they know of the tokens of a batch."""
+"""torchtitan's data loaders with a token mask and document numbers in their batches."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from titan_moe_lb.errors import JobError
 
 
 def with_token_mask(config: Any, *, documents: bool) -> Any:
-    """A loader's Config whose batches also say which tokens are valid, where some are not,
-    and which are of one document, if asked for. The same Config where there is nothing to say.
+    """A loader's Config whose batches contain a mask of the valid tokens, where some are not, and
+    document numbers. The same Config where neither is needed.
+
+    Args:
+        documents: number the documents of each row.
     """
     loader = config._owner
-    if getattr(loader, "tells_tokens", False) or not (pads_rows(loader) or documents):
+    if getattr(loader, "adds_token_mask", False) or not (pads_rows(loader) or documents):
         return config
     return derive(config, _with_mask(loader).Config, documents=documents)
 
 
 @functools.cache
 def _with_mask(loader: type[Any]) -> type[Any]:
-    class TellingLoader(loader):
-        tells_tokens: ClassVar[bool] = True
+    class MaskingLoader(loader):
+        adds_token_mask: ClassVar[bool] = True
         gives_valid_tokens: ClassVar[bool] = pads_rows(loader) or getattr(
             loader, "gives_valid_tokens", False
         )
@@ -57,5 +60,5 @@ def _with_mask(loader: type[Any]) -> type[Any]:
                     inputs[DOCUMENT_IDS] = document_numbers(inputs["positions"])
                 yield inputs, labels
 
-    TellingLoader.__qualname__ = loader.__qualname__
-    return TellingLoader
+    MaskingLoader.__qualname__ = loader.__qualname__
+    return MaskingLoader

@@ -1,4 +1,4 @@
-"""A model part hands its batch's tokens on to its routers."""
+"""Valid tokens of a batch, from the input of a model part to its routers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DOCUMENT_IDS = "document_ids"
 
 
 def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGroups) -> None:
-    """Before every forward of the part, tell its routers which tokens are valid.
+    """Before every forward of the part, set the valid tokens of its routers.
 
-    torchtitan gives what a data loader adds to ``input`` to every stage of a pipeline, as
-    arguments of the model, whole rows on every rank. The hook takes ours out again; in a loop
-    of one's own, ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid.
+    torchtitan passes what a data loader adds to ``input`` to every stage of a pipeline, as
+    arguments of the model, whole rows on every rank. The hook removes ours again; in a loop of
+    one's own, ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid.
 
     Args:
         routers: of the part, each a :class:`titan_moe_lb.balancing.router.LoadBalancedRouter`.
@@ -36,15 +36,15 @@ def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGro
     def hook(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         valid, documents = kwargs.pop(VALID_TOKENS, None), kwargs.pop(DOCUMENT_IDS, None)
         learns = part.training and torch.is_grad_enabled()
-        told = learns and not (valid is None and documents is None)
-        if told and routers and not needed:
+        masked = learns and not (valid is None and documents is None)
+        if masked and routers and not needed:
             raise JobError(
                 "the batch says which tokens are valid, and the loop has announced batches without "
                 "padding: attach(..., padded=True), or gives_valid_tokens = True in the class of "
                 "a job's data loader"
             )
         if needed:
-            tokens = _read(routers, args[0], valid, documents, groups) if told else None
+            tokens = _read(routers, args[0], valid, documents, groups) if masked else None
             for router in routers:
                 router.tokens = tokens
         return args, kwargs
@@ -68,7 +68,7 @@ def _read(
     shape = (model_input.shape[0], length)
     if valid is None:
         valid = torch.ones(shape, dtype=torch.bool, device=model_input.device)
-    num_documents = max(router.aux_losses.num_documents for router in routers)
+    num_documents = max(router.num_documents for router in routers)
     if documents is not None:
         documents = _checked(DOCUMENT_IDS, documents, torch.int64, shape)
     with torch.no_grad():

@@ -1,8 +1,9 @@
-"""Going on from a checkpoint with another rule, or with ``reset = true``."""
+"""Resumption from a checkpoint with another bias rule, or with ``reset = true``."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchtitan.models.common.moe import MoE
-from torchtitan.tools.logging import logger
 
 from titan_moe_lb.balancing.expert_bias.base import ExpertBias
+from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.checkpoints.start import is_remote, own_folder, remedy
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.resolved_job import Job
@@ -28,16 +28,16 @@ class BiasReset:
 
     marker: Path
     step: int
-    """Of the checkpoint that is loaded; 0 for weights from elsewhere."""
+    """Step of the checkpoint that is loaded; 0 for weights from elsewhere."""
 
     @classmethod
-    def of(cls, job: Job, rules: Sequence[ExpertBias.Config | None]) -> BiasReset | None:
+    def of(cls, job: Job, rules: Sequence[ExpertBias.Config]) -> BiasReset | None:
         """Return None also after a restart from a later checkpoint of the job itself.
 
         Args:
             rules: of the expert bias of each layer.
         """
-        if not any(rule and rule.reset for rule in rules) or not job.config.checkpoint.enable:
+        if not any(rule.reset for rule in rules) or not job.config.checkpoint.enable:
             return None
         if is_remote(job.config):
             raise JobError(
@@ -49,7 +49,7 @@ class BiasReset:
         if marker.is_file():
             before = json.loads(marker.read_text())["step"]
             if step > before:
-                logger.info(
+                logging.getLogger().info(
                     f"The expert bias was reset after step {before} and goes on as it was learned "
                     f"since (delete {marker} to reset it again)"
                 )
@@ -63,20 +63,22 @@ class BiasReset:
 
     def _zero(self, part: nn.Module, _keys: object) -> None:
         with torch.no_grad():
-            for layer in part.modules():
-                if isinstance(layer, MoE) and layer.expert_bias_E is not None:
+            for layer in moe_layers_of([part]):
+                if layer.expert_bias_E is not None:
                     layer.expert_bias_E.zero_()
         if dist.get_rank() == 0:
-            logger.info("The expert bias of the checkpoint was set to zero (reset = true)")
+            logging.getLogger().info(
+                "The expert bias of the checkpoint was set to zero (reset = true)"
+            )
             self.marker.parent.mkdir(parents=True, exist_ok=True)
             self.marker.write_text(json.dumps({"step": self.step}) + "\n")
 
 
 def start_anew(job: Job, rules: dict[str, ExpertBias.Config]) -> None:
-    """Let rules begin with nothing to remember where another rule wrote the checkpoint.
+    """Let rules start without state where another rule wrote the checkpoint.
 
-    torchtitan loads all state of a model and ends in a traceback where the checkpoint lacks
-    a part, so that this part is no state until the model is loaded.
+    torchtitan loads all state of a model and fails where the checkpoint lacks a part. So this part
+    is no state until the model is loaded.
 
     Args:
         rules: of the model's routers, by their names in it.
@@ -94,7 +96,7 @@ def start_anew(job: Job, rules: dict[str, ExpertBias.Config]) -> None:
 
 
 def remember_once_loaded(model_parts: list[nn.Module]) -> None:
-    """What :func:`start_anew` left out is part of the checkpoints that this job writes."""
+    """Put the state that :func:`start_anew` left out into the checkpoints that this job writes."""
 
     def remember(part: nn.Module, _keys: object) -> None:
         for rule in part.modules():

@@ -1,0 +1,93 @@
+"""Choice of the experts of each token."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from titan_moe_lb.balancing.expert_bias.required import required_bias
+from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
+
+if TYPE_CHECKING:
+    from titan_moe_lb.balancing.router import LoadBalancedRouter
+
+
+def choose(
+    router: LoadBalancedRouter,
+    scores_BLE: torch.Tensor,
+    expert_bias_E: torch.Tensor | None,
+    tokens: BatchTokens | None,
+    learns: bool,
+) -> torch.Tensor:
+    """Experts of every token: of a forced strategy, else the top-k of the biased scores; where an
+    earlier forward is replayed, its experts.
+
+    Args:
+        scores_BLE: local scores ``(B, L, E)``.
+        expert_bias_E: bias of the choice ``(E,)``.
+        tokens: which are valid; None for all.
+        learns: the bias rule observes the forward.
+
+    Returns:
+        int64 ``(B, L, K)``.
+    """
+    if router.forced_routing is not None:
+        assert router.record is not None, "forced routing needs a wired router"
+        number = router.record.forward_number()
+        ids_BLK = router.forced_routing(scores_BLE, number, partial(limit_groups, router))
+    elif router._debug_force_load_balance:
+        ids_BLK = router._debug_force_load_balance_routing(scores_BLE)[0]
+    else:
+        ids_BLK = _top_k(router, scores_BLE, expert_bias_E, tokens, learns)
+    return ids_BLK if router.replay is None else router.replay(ids_BLK)
+
+
+def _top_k(
+    router: LoadBalancedRouter,
+    scores_BLE: torch.Tensor,
+    expert_bias_E: torch.Tensor | None,
+    tokens: BatchTokens | None,
+    learns: bool,
+) -> torch.Tensor:
+    """The top-k of the biased scores; a bias rule with a histogram observes the (K+1)-th too."""
+    biased_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
+    choice_BLE = limit_groups(router, biased_BLE)
+    record, rule = router.record, router.expert_bias
+    histogram_EH = None if record is None else record.histogram_EH
+    if histogram_EH is None or not learns or is_recomputation():
+        return choice_BLE.topk(router.top_k, dim=-1, sorted=False).indices
+    assert record is not None and rule is not None and expert_bias_E is not None
+    best_BLK1, ids_BLK1 = choice_BLE.topk(router.top_k + 1, dim=-1)
+    required_BLE = required_bias(
+        scores_BLE,
+        biased_BLE,
+        best_BLK1[..., -1:],
+        num_groups=router.num_expert_groups,
+        num_limited_groups=router.num_limited_groups,
+    )
+    number = record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
+    rule.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
+    return ids_BLK1[..., : router.top_k].contiguous()
+
+
+def limit_groups(router: LoadBalancedRouter, choice_BLE: torch.Tensor) -> torch.Tensor:
+    """Mask the scores ``(B, L, E)`` of the groups that a token cannot reach."""
+    if router.num_expert_groups is None:
+        return choice_BLE
+    return router._get_node_limited_routing_scores(choice_BLE)
+
+
+def unbiased(
+    router: LoadBalancedRouter,
+    scores_BLE: torch.Tensor,
+    expert_bias_E: torch.Tensor | None,
+    ids_BLK: torch.Tensor,
+) -> torch.Tensor:
+    """The top-k of the scores alone: the chosen experts where nothing else has chosen."""
+    forced = router.forced_routing is not None or router._debug_force_load_balance
+    if forced or expert_bias_E is not None or router.num_expert_groups is not None:
+        return scores_BLE.topk(router.top_k, dim=-1, sorted=False).indices
+    return ids_BLK
