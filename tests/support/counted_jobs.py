@@ -24,9 +24,10 @@ def _noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return call
 
 
-rules.validate = _noted(rules.validate, "validation")
-resolved_job.start_of = _noted(resolved_job.start_of, "look for the checkpoint")
-resolved_job.Job.meta_model.func = _noted(resolved_job.Job.meta_model.func, "meta model")
+if FILE in os.environ:
+    rules.validate = _noted(rules.validate, "validation")
+    resolved_job.start_of = _noted(resolved_job.start_of, "look for the checkpoint")
+    resolved_job.Job.meta_model.func = _noted(resolved_job.Job.meta_model.func, "meta model")
 
 
 def tiny():
