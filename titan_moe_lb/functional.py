@@ -260,8 +260,9 @@ def gather_scores(
     Args:
         scores_BLE: scores after the score function ``(B, L, E)``.
         topk_expert_ids_BLK: selected experts ``(B, L, K)``, int64, distinct in a token.
-        coefficients_BE, inverse_sums_BL, document_BL: as for :func:`load_balance_score_grad`;
-            ``inverse_sums_BL`` None where all scores sum to one.
+        coefficients_BE: see :func:`load_balance_score_grad`.
+        inverse_sums_BL: see there; None where the scores of every token sum to one.
+        document_BL: see there.
 
     Returns:
         ``(B, L, K)`` in the dtype of the scores.
