@@ -1,4 +1,4 @@
-"""What happens to a job, drawn at random; each kind says what its user is to see."""
+"""Faults of a job, drawn at random, each with a restart of the same command."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.chaos.fault_signals import FaultSignal
 from tests.chaos.job import INTERVAL, RANKS, STEPS, start
-from tests.chaos.rank import Blow
 from titan_moe_lb.checkpoints.start import is_finished, steps_in
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import FILE_NAME, read_trace
@@ -47,11 +47,11 @@ def _restart(folder: Path, report: Report) -> Report:
         report.refused = end.line
         end = start(folder, None, f"--checkpoint.load_step={said[1]}")
     if not end.ok:
-        raise NotSurvived(f"{report.what}: the restart ended with {end.statuses}: {end.line}")
+        raise NotSurvived(f"{report.what}: the restart ended with {end.status}: {end.line}")
     return report
 
 
-def _blow(name: str, number: int, who: str, *moments: str) -> Fault:
+def _signal(name: str, number: int, who: str, *moments: str) -> Fault:
     """A signal to one rank or to all, at one of the moments."""
 
     def fault(dice: random.Random, folder: Path) -> Report:
@@ -65,13 +65,12 @@ def _blow(name: str, number: int, who: str, *moments: str) -> Fault:
             step, delay = dice.choice(SAVED), 0.0
         else:
             step, delay = dice.randrange(2, STEPS + 1), dice.uniform(0, 0.15)
-        blow = Blow(number, ranks, moment, step, delay)
-        end = start(folder, blow)
+        end = start(folder, FaultSignal(number, ranks, moment, step, delay))
         report = Report(f"{name}: rank {ranks}, {moment} {step} + {delay * 1e3:.0f} ms")
         survives = number == signal.SIGSTOP
         if survives and not end.ok:
-            raise NotSurvived(f"{report.what}: it ended with {end.statuses}: {end.line}")
-        # A late blow may find the job at its end.
+            raise NotSurvived(f"{report.what}: it ended with {end.status}: {end.line}")
+        # A late signal may find the job at its end.
         return report if end.ok else _restart(folder, report)
 
     return fault
@@ -80,7 +79,7 @@ def _blow(name: str, number: int, who: str, *moments: str) -> Fault:
 def _stop_at(dice: random.Random, folder: Path, *, least: int = 2 * INTERVAL) -> int:
     """Kill the job in a step after two checkpoints at least; returns that step."""
     step = dice.randrange(least + 1, STEPS + 1)
-    end = start(folder, Blow(signal.SIGKILL, tuple(range(RANKS)), "step", step))
+    end = start(folder, FaultSignal(signal.SIGKILL, tuple(range(RANKS)), "step", step))
     if end.ok:
         raise NotSurvived("the job was not killed")
     return step
@@ -161,7 +160,7 @@ def _full_disk(dice: random.Random, folder: Path) -> Report:
         end = start(folder)
         report = Report(f"disk full in the save after step {step - 1}", refused=end.line)
         if end.ok or "full" not in end.line:
-            raise NotSurvived(f"{report.what}: it ended with {end.statuses}: {end.line}")
+            raise NotSurvived(f"{report.what}: it ended with {end.status}: {end.line}")
         filler.unlink()
         _restart(folder, report)
         shutil.copytree(folder, folder.with_name("copy"))
@@ -174,20 +173,22 @@ def _full_disk(dice: random.Random, folder: Path) -> Report:
 
 
 FAULTS: dict[str, Fault] = {
-    "one rank killed in a step": _blow("killed", signal.SIGKILL, "one", "step"),
-    "one rank killed while the job starts": _blow("killed", signal.SIGKILL, "one", "start"),
-    "one rank killed between trace and checkpoint": _blow(
+    "one rank killed in a step": _signal("killed", signal.SIGKILL, "one", "step"),
+    "one rank killed while the job starts": _signal("killed", signal.SIGKILL, "one", "start"),
+    "one rank killed between trace and checkpoint": _signal(
         "killed", signal.SIGKILL, "one", "logged"
     ),
-    "one rank killed while a checkpoint is written": _blow("killed", signal.SIGKILL, "one", "save"),
-    "all ranks killed while a checkpoint is written": _blow(
+    "one rank killed while a checkpoint is written": _signal(
+        "killed", signal.SIGKILL, "one", "save"
+    ),
+    "all ranks killed while a checkpoint is written": _signal(
         "killed", signal.SIGKILL, "all", "save"
     ),
-    "all ranks killed in a step": _blow("killed", signal.SIGKILL, "all", "step", "saved"),
-    "SIGINT to all ranks": _blow("SIGINT", signal.SIGINT, "all", "step", "save"),
-    "SIGTERM to all ranks": _blow("SIGTERM", signal.SIGTERM, "all", "step", "save"),
-    "one rank aborts": _blow("SIGABRT", signal.SIGABRT, "one", "step", "save"),
-    "one rank stands still for a second": _blow(
+    "all ranks killed in a step": _signal("killed", signal.SIGKILL, "all", "step", "saved"),
+    "SIGINT to all ranks": _signal("SIGINT", signal.SIGINT, "all", "step", "save"),
+    "SIGTERM to all ranks": _signal("SIGTERM", signal.SIGTERM, "all", "step", "save"),
+    "one rank aborts": _signal("SIGABRT", signal.SIGABRT, "one", "step", "save"),
+    "one rank stands still for a second": _signal(
         "stopped", signal.SIGSTOP, "one", "step", "save", "logged"
     ),
     "newest checkpoint cut": _at_checkpoint(

@@ -1,31 +1,22 @@
-"""The job: started, watched as torchrun's agent watches it, and compared with one left in peace."""
+"""The job of the faults: started with a launcher, and compared with one left in peace."""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
-from torch.distributed import TCPStore
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from tests.chaos import rank
-from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import job_config
-from titan_moe_lb.rules.files import validate_files
+from tests.chaos.fault_signals import FaultSignal
+from tests.support.job_processes import fork
+from tests.support.saved_tensors import tensors
 from titan_moe_lb.traces.trace import read_trace
 
 RANKS, STEPS, INTERVAL = 2, 8, 2
 JOB = (
-    "--module=deepseek_v3",
-    "--config=deepseek_v3_tiny",
+    "--module=tests.chaos.fault_signals",
+    "--config=tiny",
     f"--training.steps={STEPS}",
     "--training.local_batch_size=2",
     "--model.aux_losses=[{type='global_batch', weight=0.1}]",
@@ -48,106 +39,35 @@ _TIMED = ("tokens_per_second", "step_seconds")
 
 @dataclass(frozen=True)
 class End:
-    """How a start of the job ended."""
+    """Status and last line of a run."""
 
-    statuses: tuple[int | None, ...]
-    """Of the ranks; negative: the signal."""
+    status: int
     line: str = ""
-    """Of refusal, before any process was started, or of the first rank that said why."""
 
     @property
     def ok(self) -> bool:
-        return not any(self.statuses)
+        return not self.status
 
 
-def start(folder: Path, blow: rank.Blow | None = None, *flags: str) -> End:
-    """Check the job as its launcher does, run it, and end all ranks when one has ended badly."""
-    arguments = [*JOB, f"--dump_folder={folder}", *flags]
-    try:
-        validate_files(job_config.load(arguments, RANKS))
-    except JobError as error:
-        return End((2,) * RANKS, str(error))
-    folder.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.host_imports", "tests.chaos.rank"])
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    processes = []
-    for number in range(RANKS):
-        environment = {
-            "RANK": str(number),
-            "LOCAL_RANK": str(number),
-            "WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            **(blow.environment() if blow else {}),
-        }
-        console = str(folder / f"console{number}")
-        process = context.Process(target=rank.run, args=(environment, arguments, console))
-        process.start()
-        processes.append(process)
-    _watch(processes, blow)
-    said = [Path(folder, f"console{number}").read_text() for number in range(RANKS)]
-    words = [line for text in said for line in text.splitlines() if "error:" in line]
-    return End(tuple(process.exitcode for process in processes), words[-1] if words else "")
-
-
-def _watch(processes: list, blow: rank.Blow | None) -> None:
-    due = time.monotonic() + _SECONDS
-    while any(process.is_alive() for process in processes):
-        if any(process.exitcode for process in processes) or time.monotonic() > due:
-            time.sleep(0.3)
-            for process in processes:
-                process.kill()
-        if blow and blow.signal == signal.SIGSTOP:
-            _wake(processes)
-        time.sleep(0.02)
-    for process in processes:
-        process.join()
-
-
-def _wake(processes: list) -> None:
-    for process in processes:
-        if process.is_alive():
-            one = psutil.Process(process.pid)
-            if one.status() == psutil.STATUS_STOPPED:
-                time.sleep(1.0)
-                one.resume()
-
-
-def tensors(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds: weights, biases, what losses and rules and the optimizer
-    remember."""
-    state: dict = {}
-    _load_state_dict(
-        state,
-        storage_reader=FileSystemReader(folder / "checkpoint" / f"step-{step}"),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    flat: dict[str, torch.Tensor] = {}
-    _flatten(state, "", flat)
-    return flat
-
-
-def _flatten(tree: dict, prefix: str, flat: dict[str, torch.Tensor]) -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{key}.", flat)
-        elif isinstance(value, torch.Tensor):
-            flat[f"{prefix}{key}"] = value
+def start(folder: Path, fault: FaultSignal | None = None, *flags: str) -> End:
+    """Run the job to its end, by itself or by a fault."""
+    variables = fault.environment() if fault else {}
+    job = fork(folder, *JOB, *flags, NGPU=str(RANKS), **variables)
+    _out, err = job.communicate(_SECONDS)
+    assert job.returncode is not None
+    return End(job.returncode, err.strip())
 
 
 def differences(folder: Path, peaceful: Path, lost: frozenset[int] = frozenset()) -> list[str]:
-    """Where a run is not the undisturbed one, bit by bit.
+    """Names of what is not bit by bit as in the undisturbed run.
 
     Args:
         lost: steps whose record in the trace the fault itself has destroyed.
     """
-    found, expected = tensors(folder), tensors(peaceful)
+    found, expected = tensors(folder, STEPS), tensors(peaceful, STEPS)
     assert len(expected) > 100
     wrong = sorted(found.keys() ^ expected.keys())
-    wrong += [name for name in expected if name in found and not _same(found, expected, name)]
+    wrong += [n for n in expected if n in found and not torch.equal(found[n], expected[n])]
     trace, whole = read_trace(folder), read_trace(peaceful)
     kept = [index for index, step in enumerate(whole.steps) if int(step) not in lost]
     if trace.steps.tolist() != whole.steps[kept].tolist():
@@ -161,7 +81,3 @@ def differences(folder: Path, peaceful: Path, lost: frozenset[int] = frozenset()
         if name not in _TIMED and not np.array_equal(others, values[kept], equal_nan=True):
             wrong.append(f"{name} of the trace")
     return wrong
-
-
-def _same(found: dict, expected: dict, name: str) -> bool:
-    return torch.equal(found[name], expected[name])

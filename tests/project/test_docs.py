@@ -27,14 +27,14 @@ from torchtitan.trainer import Trainer
 import titan_moe_lb
 from model_registry import recipes
 from model_registry.entry import Default, registry_entry
-from tests import other_torch, soak
+from tests import soak
 from tests.chaos import __main__ as chaos
 from tests.fuzz import __main__ as fuzz
 from tests.parity import __main__ as parity
 from tests.parity.layout import parse
-from tests.run.test_launch import JOB_VARIABLES
 from tests.support import doc_examples
 from tests.support.doc_examples import ROOT, Block
+from tests.support.job_processes import JOB_VARIABLES
 from tests.support.place_jobs import saved
 from tests.support.synthetic_trace import run_info, write_run
 from titan_moe_lb import cli
@@ -181,12 +181,6 @@ def run_with(arguments_of: type) -> Callable[[list[str], pytest.MonkeyPatch], No
     return run
 
 
-def run_other_torch(arguments: list[str], _monkeypatch) -> None:
-    version, *more = arguments
-    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    assert all((ROOT / path.partition("::")[0]).exists() for path in (*more, *other_torch.SMOKE))
-
-
 def run_torchrun(arguments: list[str], _monkeypatch) -> None:
     """torchtitan's own start: the config function that it names."""
     start = arguments.index("-m")
@@ -235,7 +229,6 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "python -m tests.fuzz": run_with(fuzz.Arguments),
     "python -m tests.chaos": run_with(chaos.Arguments),
     "python -m tests.soak": run_with(soak.Arguments),
-    "python -m tests.other_torch": run_other_torch,
     "python -m pip": run_pip,
     "mkdocs": run_mkdocs,
     "sbatch": run_sbatch,

@@ -6,6 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+import titan_moe_lb
+
 UPSTREAM = ("torchtitan", "torch", "spmd_types")
 
 STATE = '''
@@ -115,3 +119,19 @@ def test_refused_command_says_one_line():
     ended = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_public_face_is_imported_when_it_is_used():
+    """Help has to be instant."""
+    program = (
+        "import sys, titan_moe_lb; assert not {'torch', 'torchtitan'} & set(sys.modules); "
+        "assert all(getattr(titan_moe_lb, name) for name in dir(titan_moe_lb)); "
+        "print(*dir(titan_moe_lb))"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    names = set(result.stdout.split())
+    assert {"balanced", "SequenceWiseAuxLoss", "SignBias", "FrozenBias", "HotRank"} <= names
+    with pytest.raises(AttributeError, match="blanced"):
+        titan_moe_lb.blanced  # noqa: B018

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import titan_moe_lb
-from tests.run.test_launch import JOB_VARIABLES
+from tests.support.job_processes import JOB_VARIABLES
 from titan_moe_lb.commands import doctor
 from titan_moe_lb.job import job_files
 

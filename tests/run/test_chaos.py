@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
+import re
 import shutil
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.chaos import launcher
 from tests.chaos.job import JOB, differences
 from tests.chaos.run import Tally, peaceful_run, try_one
+from tests.support.job_processes import end, fork, read_to, working_in
 from titan_moe_lb.traces.trace import FILE_NAME, read_trace
 
 pytestmark = pytest.mark.slow
@@ -45,38 +41,27 @@ def test_the_comparison_can_fail(peace, tmp_path):
 
 
 def test_a_killed_process_is_started_again_without_a_person(tmp_path):
-    """--max-restarts: the processes are those of a user, and so is what is said."""
+    """--max-restarts: the processes are those of a user, and so is the console."""
     steps = 30
-    flags = [*JOB[:2], f"--training.steps={steps}", *JOB[8:], "--max-restarts=2"]
-    flags += [f"--dump_folder={tmp_path}/run"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.host_imports"])
-    process = context.Process(target=launcher.run, args=(flags, str(tmp_path / "console")))
-    process.start()
-    (rank,) = _ranks_at_step(process.pid, tmp_path / "run", 3)
+    flags = [
+        "--module=deepseek_v3",
+        "--config=deepseek_v3_tiny",
+        f"--training.steps={steps}",
+        *JOB[8:],
+        "--max-restarts=2",
+    ]
+    job = fork(tmp_path, *flags, warm_ranks=2)
+    printed = read_to(job, "step:  3")
+    (rank,) = working_in(tmp_path / "logs/rank0.log")
     rank.kill()
-    process.join(240)
-    said = (tmp_path / "console").read_text()
-    assert process.exitcode == 0, said
-    assert "rank 0 was killed by SIGKILL" in said
-    assert f"saved: checkpoint of step {_resumed(said)} " in said
-    assert "; starting again (1 of 2)\n" in said
-    trace = read_trace(tmp_path / "run")
+    status, out, err = end(job, tmp_path)
+    assert status == 0, err
+    (line,) = err.splitlines()
+    (resumed,) = (
+        int(step) for step in re.findall("goes on after step (\\d+)", "".join([*printed, *out]))
+    )
+    for text in ("rank 0", "SIGKILL", f"checkpoint of step {resumed} ", "(1 of 2)"):
+        assert text in line
+    trace = read_trace(tmp_path)
     assert trace.steps.tolist() == list(range(1, steps + 1)) and trace.damage == ()
-    assert trace.info.resumed_at == (_resumed(said) + 1,)
-
-
-def _ranks_at_step(launcher_id: int, folder: Path, step: int) -> list[psutil.Process]:
-    due = time.monotonic() + 120
-    while time.monotonic() < due:
-        time.sleep(0.05)
-        try:
-            if read_trace(folder).steps[-1] >= step:
-                return psutil.Process(launcher_id).children()
-        except ValueError:
-            assert psutil.pid_exists(launcher_id), os.listdir(folder.parent)
-    raise AssertionError("the job does not come to its step")
-
-
-def _resumed(said: str) -> int:
-    return int(said.partition("goes on after step ")[2].split()[0])
+    assert trace.info.resumed_at == (resumed + 1,)

@@ -1,4 +1,4 @@
-"""``--device cuda`` where no GPU is: which tests it would run, and what it says each needs."""
+"""Where a job computes, and ``--device cuda`` where no GPU is: the GPUs that each test needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 
+import pytest
 import tomli
+import torch
 
 from tests.job.test_configs import CONFIGS, job_files
+from titan_moe_lb.upstream import cpu
 
 
 def test_every_case_is_told_how_many_gpus_it_needs():
@@ -31,3 +34,13 @@ def test_every_case_is_told_how_many_gpus_it_needs():
         assert int(said[case]) == tomli.loads(path.read_text())["job"]["ranks"]
     assert any("test_telemetry" in case for case in said)
     assert "test_report" not in result.stdout and " deselected" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed"), [("cuda", False), ("xpu", False), ("mps", True), (None, True)]
+)
+def test_an_apple_gpu_is_no_accelerator_to_torchtitan(monkeypatch, kind, needed):
+    """What torch reports there; there is no such machine to test on."""
+    device = None if kind is None else torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
+    assert cpu.needed() == needed

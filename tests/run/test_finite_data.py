@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from tests.support.train_jobs import train_to_the_end
+from tests.support.train_jobs import train, train_to_the_end
 from titan_moe_lb.data import TOKENIZER_PATH, documents
 
 ROWS, LENGTH = 2, 64
@@ -90,3 +90,11 @@ def test_a_pipeline_leaves_out_a_batch_that_is_not_full(ranks):
         for steps in (-1, 1)
     )
     assert validated([whole]) == pytest.approx(validated([counted]), rel=1e-6)
+
+
+def test_validation_of_a_debug_job_needs_no_network(ranks):
+    flags = ["--training.steps=2", "--validator.enable", "--validator.freq=2"]
+    flags += ["--validator.steps=10"]
+    ((first, second),) = ranks.run(1, train, ["--config", "deepseek_v3_tiny", *flags])
+    losses = [step["validation_metrics/loss"] for step in (first, second)]
+    assert losses[1] < losses[0] < 9.0

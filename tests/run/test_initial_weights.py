@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torchtitan.config import ParallelismConfig, TrainingConfig
 
 from model_registry.qwen3 import model_registry
-from tests.chaos.job import tensors
 from tests.parity.gradients import whole
+from tests.support.saved_tensors import tensors
 from tests.support.train_jobs import train_config
 from titan_moe_lb.job import job_config
 from titan_moe_lb.own_loop.build import build_model

@@ -6,13 +6,12 @@ import contextlib
 import os
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
-from tests.run.test_console import TINY, last_step, read_to, start
+from tests.support.job_processes import TINY, fork, last_step, read_to, until
 from tests.support.network_namespaces import two_machines
 from titan_moe_lb.run import environment
 from titan_moe_lb.run.console import peers
@@ -29,10 +28,10 @@ def test_two_machines_train_and_one_is_lost(tmp_path):
     with two_machines() as machines:
         endpoint = f"{machines[0].address}:29500"
         gone, left = (
-            start(
+            fork(
                 tmp_path / str(node),
                 *flags,
-                within=machine.enter,
+                network=machine.name,
                 NNODES="2",
                 NODE_RANK=str(node),
                 NGPU="1",
@@ -43,14 +42,11 @@ def test_two_machines_train_and_one_is_lost(tmp_path):
         steps = read_to(left, "step:  3  loss: ")
         assert sum("step:" in line for line in steps) == 3
         gone.kill()
-        begun = time.monotonic()
         assert machines[0].is_idle()
-        _out, err = left.communicate(timeout=120)
-        took = time.monotonic() - begun
+        _out, err = left.communicate(timeout=60)
         assert left.returncode == 1 and err.count("\n") == 1, err
-        assert err.startswith("titan_moe_lb: error: no sign of life of node 0 (from rank 0, "), err
-        assert last_step(err)
-        assert took < 60 and machines[1].is_idle()
+        assert "node 0" in err and "rank 0" in err and last_step(err)
+        assert machines[1].is_idle()
         assert gone.communicate(timeout=60)[1] == ""
 
 
@@ -83,21 +79,16 @@ def three_nodes():
         yield nodes, losses
 
 
-def until(holds) -> None:
-    due = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < due
-        time.sleep(0.02)
-
-
-def test_why_a_node_has_ended_is_told_to_all_others(fast):
+def test_all_others_learn_why_a_node_has_ended(fast):
     with three_nodes() as (nodes, losses):
         nodes[1].tell(Cause(line="rank 3: a bug", status=1, has_traceback=True))
         until(lambda: losses[0] and losses[2])
-        said = f"node 1 (from rank 2, {socket.gethostname()}) has ended: rank 3: a bug"
         for other in (0, 2):
-            assert nodes[other].loss == Cause(line=said, status=1, has_traceback=False)
-            assert nodes[other].blame() == nodes[other].loss and losses[other] == [True]
+            loss = nodes[other].loss
+            assert loss is not None and (loss.status, loss.has_traceback) == (1, False)
+            for text in ("node 1", "rank 2", socket.gethostname(), "rank 3: a bug"):
+                assert text in loss.line
+            assert nodes[other].blame() == loss and losses[other] == [True]
         assert losses[1] == []
 
 
@@ -106,14 +97,11 @@ def test_a_silent_node_is_named_by_the_first_one_and_nobody_else_suspects_it(fas
         assert nodes[0].blame() is None  # all are well
         nodes[2].__exit__()
         until(lambda: losses[0])
-        assert nodes[0].loss is not None
-        assert nodes[0].loss.line.startswith("no sign of life of node 2 (from rank 4, ")
+        assert "node 2 (from rank 4, " in nodes[0].loss.line
         assert losses[1] == []
         nodes[0].tell(nodes[0].loss)
         until(lambda: losses[1])
-        assert (
-            nodes[1].loss is not None and "of life of node 2 (from rank 4, " in nodes[1].loss.line
-        )
+        assert "node 2 (from rank 4, " in nodes[1].loss.line
 
 
 def test_gloo_takes_the_network_of_the_endpoint(monkeypatch):
@@ -162,7 +150,7 @@ def test_slurm_script_starts_each_node_with_its_number(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_slurm_script_says_where_to_call_it_from(tmp_path):
+def test_slurm_script_is_refused_outside_of_its_folder(tmp_path):
     done = slurm(tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "has no run_train.sh: call sbatch from its folder" in done.stderr
+    assert "run_train.sh" in done.stderr

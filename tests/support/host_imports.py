@@ -1,7 +1,7 @@
-"""What the ranks of the host have imported before they start.
+"""Imports and caches of the ranks of the host, made once before the ranks are forked.
 
-Importing torch and torchtitan takes seconds. One process does it and each rank is forked
-from it. No thread of torch's runs here yet and no device is in use.
+Importing torch and torchtitan takes seconds, reading the first job half of one. No thread of torch
+runs here yet, and no device is in use.
 """
 
 import os
@@ -13,7 +13,9 @@ import torch
 
 import tests.parity.gradients
 import tests.support.train_jobs  # noqa: F401
+from titan_moe_lb.job import job_config
 from titan_moe_lb.upstream import cpu
 
 cpu.use_host()
 torch.set_num_threads(1)
+job_config.load(["--config=deepseek_v3_tiny"], 1)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,11 +20,6 @@ class Machine:
     name: str
     address: str
 
-    @property
-    def enter(self) -> tuple[str, ...]:
-        """What comes before a command that is to run there."""
-        return "ip", "netns", "exec", self.name
-
     def pull_the_plug(self) -> None:
         """Every process is gone at once, and nobody is told."""
         for process in self._processes():
@@ -33,10 +27,8 @@ class Machine:
                 process.kill()
 
     def is_idle(self) -> bool:
-        due = time.monotonic() + 10
-        while self._processes() and time.monotonic() < due:
-            time.sleep(0.1)
-        return not self._processes()
+        _gone, alive = psutil.wait_procs(self._processes(), timeout=10)
+        return not alive
 
     def _processes(self) -> list[psutil.Process]:
         found = []

@@ -123,7 +123,7 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    time.sleep = _sleep_unless_the_trainer_asks
+    time.sleep = sleep_unless_the_trainer_asks
     # A trainer switches automatic collection off and leaves cycles that hold its whole
     # model. What the imports made stays, and need not be looked through each time.
     gc.freeze()
@@ -160,7 +160,7 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
 _sleep = time.sleep
 
 
-def _sleep_unless_the_trainer_asks(seconds: float) -> None:
+def sleep_unless_the_trainer_asks(seconds: float) -> None:
     """At the end of a job torchtitan's rank 0 gives the others two seconds to print; the pool
     waits for their results."""
     if sys._getframe(1).f_globals["__name__"] != "torchtitan.trainer":
