@@ -1,4 +1,4 @@
-"""Where the tests run: ``--device cpu`` (gloo on the host) or ``--device cuda`` (NCCL)."""
+"""Device of the tests: ``--device cpu`` (gloo on the host) or ``--device cuda`` (NCCL)."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Every case that did not run and why; pytest itself folds those of one reason."""
+    """List every skipped case with its reason; pytest itself folds those of one reason."""
     for report in terminalreporter.stats.get("skipped", ()):
         terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_process_group_outlives_its_module() -> Generator[None, None, None]:
-    """A loop of one's own leaves one in this process, by which later tests would count the ranks."""
+    """Destroy the group of a loop of one's own, by which later tests would count the ranks."""
     yield
     if torch.distributed.is_initialized():
         from tests.support import gone_meshes
@@ -54,8 +54,8 @@ def no_process_group_outlives_its_module() -> Generator[None, None, None]:
 
 @pytest.fixture(autouse=True)
 def environment_ends_with_its_test() -> Generator[None, None, None]:
-    """Restore the environment: a job that was resolved or started in this process announces its
-    ranks and its launcher there, and later tests would count and obey them."""
+    """Restore the environment: a job that was started in this process sets the variables of its
+    ranks and of its launcher, which later tests would obey."""
     before = dict(os.environ)
     yield
     if os.environ != before:
@@ -85,7 +85,7 @@ def ranks(request):
 
 @pytest.fixture
 def gpu_ranks(ranks):
-    """The same, for what only a GPU can do."""
+    """The same, for tests that need a GPU."""
     if ranks.gpus is None:
         pytest.skip("needs a GPU: ./run_tests.sh --device cuda")
     return ranks

@@ -1,8 +1,8 @@
 """Processes that stay up and run one function after another as the ranks of a job.
 
-Importing torch and torchtitan takes longer than most checks, so the processes are
-started once, on the host by forking one that has imported both. Each call makes a fresh
-process group of as many ranks as it needs: gloo on the host, or NCCL with one GPU a rank.
+Importing torch and torchtitan takes longer than most checks. So the processes are started once, on
+the host by forking one that has imported both. Each call has a fresh process group of as many ranks
+as it needs: gloo on the host, or NCCL with one GPU a rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 300
 
 
 def forkserver() -> Any:
-    """A context whose processes are forked from one that has imported torch and torchtitan."""
+    """Context of processes that are forked from one with torch and torchtitan imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.host_imports"])
     return context
@@ -49,15 +49,19 @@ class RankPool:
         self._stop()
 
     def start_anew(self) -> None:
-        """Let the next call have new processes: one before has changed these for good."""
+        """Replace the processes before the next call, after one that has changed them for good."""
         self._stop()
 
     def need(self, num_ranks: int) -> None:
-        """Fails at once if a call of as many ranks would; says it before other work is done."""
+        """Fail if a call of as many ranks would; for before other work is done."""
         assert num_ranks <= self.size, f"{num_ranks} ranks of {self.size}"
 
     def run(self, num_ranks: int, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
-        """Results by rank. Raises ``RuntimeError`` with a rank's traceback if one fails."""
+        """Call ``function`` on every rank; returns the results by rank.
+
+        Raises:
+            RuntimeError: a rank failed, with its traceback.
+        """
         self.need(num_ranks)
         if not self._workers:
             self._start()
@@ -124,8 +128,8 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     time.sleep = sleep_unless_the_trainer_asks
-    # A trainer switches automatic collection off and leaves cycles that hold its whole
-    # model. What the imports made stays, and need not be looked through each time.
+    # A trainer switches automatic collection off and leaves cycles that hold its whole model. The
+    # objects of the imports stay, and need not be traversed each time.
     gc.freeze()
     while True:
         try:
@@ -150,7 +154,7 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
                 dist.destroy_process_group()
             gone_meshes.forget()
             torch._dynamo.reset()
-            # What zero_bubble.adapt sets for the whole process.
+            # Set by zero_bubble.adapt for the whole process.
             torch._functorch.config.donated_buffer = True
             torch.compiler.config.cache_key_tag = ""
             gc.collect()
@@ -161,7 +165,6 @@ _sleep = time.sleep
 
 
 def sleep_unless_the_trainer_asks(seconds: float) -> None:
-    """At the end of a job torchtitan's rank 0 gives the others two seconds to print; the pool
-    waits for their results."""
+    """Skip the two seconds for which torchtitan's rank 0 waits for the others at the end of a job."""
     if sys._getframe(1).f_globals["__name__"] != "torchtitan.trainer":
         _sleep(seconds)
