@@ -6,9 +6,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.trainer import Trainer
 
+from tests.support.train_jobs import build
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.job import job_config
-from titan_moe_lb.upstream import cpu, zero_bubble
 
 
 def biases_of_a_run(arguments: list[str]) -> dict[str, torch.Tensor]:
@@ -18,10 +18,7 @@ def biases_of_a_run(arguments: list[str]) -> dict[str, torch.Tensor]:
         ``loaded``: as the first step finds them; ``trained``: as the last step leaves them.
     """
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
-    if cpu.needed():
-        cpu.adapt(config)
-    zero_bubble.adapt(config)
-    trainer = config.build()
+    trainer = build(config)
     found: dict[str, torch.Tensor] = {}
     first_step = trainer.train_step
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
+from tests.support.train_jobs import build
 from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.local_shard import local_shard
-from titan_moe_lb.upstream import cpu
 
 
 def lora_gate(built: TokenChoiceTopKRouter, dtype: torch.dtype) -> torch.nn.Module:
@@ -26,10 +26,9 @@ def gates(arguments: list[str]) -> list[tuple[torch.dtype, torch.dtype, float, t
     """In one step, of each router of this rank: the dtypes of its input and scores, the largest
     error of the scores beside float64, the dtype of the gate's gradient, whether it is not 0."""
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
-    cpu.adapt(config)
     config.training.steps = 1
     config.metrics.write_moe_trace = False
-    trainer = config.build()
+    trainer = build(config)
     seen = {}
 
     def look(router, args, output) -> None:

@@ -7,8 +7,8 @@ import os
 import torch
 from torch.distributed.tensor import DTensor
 
+from tests.support.train_jobs import build
 from titan_moe_lb.job import job_config
-from titan_moe_lb.upstream import cpu
 
 
 def logits_and_export(
@@ -35,9 +35,8 @@ def logits_and_export(
             *_from_and_to(folder, out_folder),
         ]
     )
-    cpu.adapt(job.config)
     job.config.override.imports.append("tests.parity.float32_experts.float32_experts")
-    trainer = job.config.build()
+    trainer = build(job.config)
     trainer.checkpointer.load()
     (model,) = trainer.model_parts
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -62,8 +61,7 @@ def weights_and_export(
         The whole parameters of this rank's stages, and the folder of the written weights.
     """
     job = job_config.load([*arguments, *_from_and_to(folder, out_folder)])
-    cpu.adapt(job.config)
-    trainer = job.config.build()
+    trainer = build(job.config)
     trainer.checkpointer.load()
     state = {k: v for part in trainer.model_parts for k, v in part.state_dict().items()}
     weights = {

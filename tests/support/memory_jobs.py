@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.support.train_jobs import build
 from titan_moe_lb.commands.plan.building import silent_build
 from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware
 from titan_moe_lb.costmodel.jobs.read_job import read_job
 from titan_moe_lb.costmodel.times.outcome import View
 from titan_moe_lb.job import job_config
-from titan_moe_lb.upstream import cpu, zero_bubble
+from titan_moe_lb.upstream import zero_bubble
 
 BALANCED = "--model.forced_routing={type = 'round_robin'}"
 EP = "--parallelism.expert_parallel_degree="
@@ -84,13 +85,10 @@ class LiveBytes(TorchDispatchMode):
 def measured_bytes(arguments: list[str]) -> int:
     """Of this rank in its second optimizer step, when the optimizer's state is there."""
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
-    if cpu.needed():
-        cpu.adapt(config)
-    zero_bubble.adapt(config)
     config.training.steps = 2
     config.metrics.log_freq = 1000
     config.metrics.write_moe_trace = False
-    trainer = config.build()
+    trainer = build(config)
     batches = trainer.batch_generator(trainer.dataloader)
     trainer.train_step(batches)
     held = [

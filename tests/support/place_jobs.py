@@ -11,11 +11,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.support.train_jobs import train_config
+from tests.support.train_jobs import build, train_config
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.commands.place.command import place
 from titan_moe_lb.job import job_config
-from titan_moe_lb.upstream import cpu
 
 FLOAT32 = [
     "--training.mixed_precision_param=float32",
@@ -49,8 +48,7 @@ def logits_around_a_placement(arguments: list[str], folder: str) -> list[torch.T
     flags = ["--checkpoint.enable", "--checkpoint.interval=1", "--training.steps=1"]
     flags += ["--checkpoint.no-last-save-model-only", f"--dump_folder={run}"]
     job = job_config.load([*arguments, *FLOAT32, *flags])
-    cpu.adapt(job.config)
-    trainer = job.config.build()
+    trainer = build(job.config)
     trainer.train()
     (model,) = trainer.model_parts
     layers = moe_layers_of([model])

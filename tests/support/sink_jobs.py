@@ -7,18 +7,15 @@ from typing import Any
 
 import wandb
 
+from tests.support.train_jobs import build
 from titan_moe_lb.job import job_config
-from titan_moe_lb.upstream import cpu, zero_bubble
 
 
 def train_into_sinks(arguments: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """(step, metrics) of every call of this rank's sink, validation's too."""
     os.environ["WANDB_MODE"] = "offline"
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
-    if cpu.needed():
-        cpu.adapt(config)
-    zero_bubble.adapt(config)
-    trainer = config.build()
+    trainer = build(config)
     sink = trainer.metrics_processor.logger
     write, logged = sink.log, []
 

@@ -20,6 +20,7 @@ from torchtitan.models.common.moe import MoE
 
 from model_registry.deepseek_v3 import model_registry
 from tests.support.mixed_jobs import set_num_experts
+from tests.support.train_jobs import build
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
@@ -28,7 +29,6 @@ from titan_moe_lb.balancing.step_hook import StepHook, wire
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.reduction import reduce_step
-from titan_moe_lb.upstream import cpu, zero_bubble
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Of this process: ranks alone may have a GPU."""
@@ -43,10 +43,7 @@ def observed_peaks(arguments: list[str]) -> dict[str, float]:
     config = job_config.load(arguments).config
     config.training.steps = 1
     config.metrics.write_moe_trace = False
-    if cpu.needed():
-        cpu.adapt(config)
-    zero_bubble.adapt(config)
-    trainer = config.build()
+    trainer = build(config)
     logged: dict[str, Any] = {}
     trainer.metrics_processor.logger.log = lambda metrics, step: logged.update(metrics)
     order: list[tuple[str, int, int]] = []

@@ -64,16 +64,21 @@ def train_config(
         first_step: as in :func:`train`.
         prepare: called with the trainer before its first step.
     """
-    if cpu.needed():
-        cpu.adapt(config)
-    zero_bubble.adapt(config)
-    trainer = config.build()
+    trainer = build(config)
     prepare(trainer)
     logged: list[dict[str, float]] = []
     trainer.metrics_processor.logger = _Capture(logged, first_step)
     trainer.train()
     trainer.close()
     return logged
+
+
+def build(config: Trainer.Config) -> Trainer:
+    """Build the trainer of a resolved config on this machine."""
+    if cpu.needed():
+        cpu.adapt(config)
+    zero_bubble.adapt(config)
+    return config.build()
 
 
 def train_to_the_end(arguments: list[str], texts: list[str]) -> list[dict[str, float]]:
@@ -86,32 +91,28 @@ def train_to_the_end(arguments: list[str], texts: list[str]) -> list[dict[str, f
     trainer = trainer_config("--debug.no-enable-structured-logging", *arguments).build()
     logged: list[dict[str, float]] = []
     trainer.metrics_processor.logger = _Capture(logged, 1)
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
+    trainer.train()
+    trainer.close()
     return logged
 
 
 def next_inputs(arguments: list[str]) -> torch.Tensor:
     """The first row that a job takes, from where its checkpoint is in the data."""
     trainer = trainer_config("--debug.no-enable-structured-logging", *arguments).build()
-    try:
-        trainer.checkpointer.load(step=-1)
-        return next(iter(trainer.dataloader))[0]["input"][0]
-    finally:
-        trainer.close()
+    trainer.checkpointer.load(step=-1)
+    found = next(iter(trainer.dataloader))[0]["input"][0]
+    trainer.close()
+    return found
 
 
 def load_checked(arguments: list[str]) -> int:
-    """Load what a job would go on from, with the checks that a run makes; returns its step."""
+    """Load the checkpoint of a job, with the checks that a run makes; returns its step."""
     config = trainer_config("--debug.no-enable-structured-logging", *arguments)
     trainer = config.build()
-    try:
-        trainer.checkpointer.load(step=config.checkpoint.load_step)
-        return trainer.step
-    finally:
-        trainer.close()
+    trainer.checkpointer.load(step=config.checkpoint.load_step)
+    step = trainer.step
+    trainer.close()
+    return step
 
 
 def build_one_rank(path: str, num_ranks: int) -> int:
@@ -129,9 +130,7 @@ def save_seed(arguments: list[str], folder: str) -> None:
     """Write the initial weights of a job to ``folder``. One rank."""
     flags = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--debug.seed=0"]
     job = job_config.load([*arguments, *flags, f"--dump_folder={folder}"])
-    if cpu.needed():
-        cpu.adapt(job.config)
-    trainer = job.config.build()
+    trainer = build(job.config)
     trainer.checkpointer.save(curr_step=0, last_step=True)
     trainer.close()
 
