@@ -20,7 +20,6 @@ from tests.support.job_processes import (
     last_step,
     read_to,
     run,
-    start,
     until,
     working_in,
 )
@@ -125,7 +124,9 @@ def test_a_terminal_that_is_closed_leaves_the_line_in_the_log(tmp_path):
 
 
 def test_nohup_lets_a_run_go_on(tmp_path):
-    process = start(tmp_path, *TINY, "--training.steps=6", within=("nohup",), NGPU="2")
+    """The ranks are started as a user's."""
+    flags = [*TINY, "--training.steps=6"]
+    process = fork(tmp_path, *flags, NGPU="2", warm_ranks=0, nohup=True)
     read_to(process, "step:  2")
     process.send_signal(signal.SIGHUP)
     status, out, _err = end(process, tmp_path)

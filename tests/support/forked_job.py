@@ -30,6 +30,7 @@ class ForkedJob:
         warm_ranks: the number of ranks to fork as well. The launcher starts others as a user's.
         network: namespace of the network in which the job runs.
         terminal: controlling terminal of the job, in place of the pipes.
+        nohup: ignore SIGHUP from the start.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ForkedJob:
         warm_ranks: int = 0,
         network: str = "",
         terminal: str = "",
+        nohup: bool = False,
     ) -> None:
         self.returncode: int | None = None
         context = forkserver()
@@ -47,7 +49,7 @@ class ForkedJob:
         err, err_of_child = context.Pipe(duplex=False)
         self._process = context.Process(
             target=_train,
-            args=(arguments, env, out_of_child, err_of_child, warm_ranks, network, terminal),
+            args=(arguments, env, out_of_child, err_of_child, warm_ranks, network, terminal, nohup),
             daemon=True,
         )
         self._process.start()
@@ -83,9 +85,12 @@ def _train(
     warm_ranks: int,
     network: str,
     terminal: str,
+    nohup: bool,
 ) -> None:
     os.environ.clear()
     os.environ.update(env)
+    if nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if network:
         with open(f"/run/netns/{network}") as namespace:
             assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0

@@ -28,15 +28,10 @@ JOB_VARIABLES = (
 Job = subprocess.Popen | ForkedJob
 
 
-def start(folder: Path, *flags: str, within: tuple[str, ...] = (), **variables: str) -> Job:
-    """Start a job as a user does.
-
-    Args:
-        within: a command that runs the command after it.
-        variables: of the environment.
-    """
+def start(folder: Path, *flags: str, **variables: str) -> Job:
+    """Start a job as a user does, with these variables in its environment."""
     train = [sys.executable, "-m", "titan_moe_lb.cli", "train"]
-    return run([*within, *train, *flags, f"--dump_folder={folder}"], **variables)
+    return run([*train, *flags, f"--dump_folder={folder}"], **variables)
 
 
 def run(command: list[str], **variables: str) -> subprocess.Popen:
@@ -53,6 +48,7 @@ def fork(
     warm_ranks: int | None = None,
     network: str = "",
     terminal: str = "",
+    nohup: bool = False,
     **variables: str,
 ) -> ForkedJob:
     """Start a job where the test is not about the start; see :class:`ForkedJob`.
@@ -66,6 +62,7 @@ def fork(
         warm_ranks=int(variables.get("NGPU", 0)) if warm_ranks is None else warm_ranks,
         network=network,
         terminal=terminal,
+        nohup=nohup,
     )
 
 
