@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -69,7 +69,7 @@ def charts(plan: Plan) -> list[Chart]:
 
 
 def curves_by_degree(
-    curves: dict[int, Iterable[tuple[float, float]]],
+    curves: Mapping[int, Iterable[tuple[float, float]]],
     *,
     y_title: str,
     x_title: str,
