@@ -82,7 +82,7 @@ def test_themes_have_the_same_roles_and_all_that_is_used_are_there():
 
 def test_pages_name_colours_by_role_alone():
     colored = re.compile(r"#[0-9a-fA-F]{6}\b|\"#[0-9a-fA-F]{3}\"")
-    files = [path for room in ("pages", "report", "plan") for path in (PACKAGE / room).rglob("*.*")]
+    files = [path for room in ("pages", "commands") for path in (PACKAGE / room).rglob("*.*")]
     literal = {path.name for path in files if colored.search(path.read_text(errors="ignore"))}
     assert literal <= {"palette.py"}
 
