@@ -1,1 +1,1 @@
-"""The files that a run leaves, and what is read from them. Imports no torch."""
+"""Readers and writers of the files of a run. Imports no torch."""

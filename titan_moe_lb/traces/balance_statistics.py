@@ -1,9 +1,10 @@
-"""Statistics of tokens-per-expert counts. Pure functions on numpy arrays.
+"""Statistics of tokens-per-expert counts: pure functions on numpy arrays.
 
-Every function takes ``counts (..., E)`` of any numeric dtype and reduces the last
-dimension. E is the number of experts and K = top_k. Where nothing was routed the
-load counts as balanced. A layer with fewer experts than another one of its model has ``ABSENT``
-in place of the others, which no function counts.
+The statistics reduce the last dimension of ``counts (..., E)``, of any numeric dtype. E is the
+number of experts and K = top_k. A row of zeros counts as balanced.
+
+A layer may have fewer experts than another layer of its model. Its row is padded with
+:data:`ABSENT`, which every function skips.
 """
 
 from __future__ import annotations
@@ -11,33 +12,33 @@ from __future__ import annotations
 import numpy as np
 
 ABSENT = -1
-"""In a table of counts: the layer has no such expert. In a sum over steps any number below 0 is."""
+"""Count of an expert that the layer does not have; in a sum over steps, any number below 0."""
 
 
 def max_violation(counts: np.ndarray) -> np.ndarray:
-    """MaxVio, ``max_i n_i / mean_i n_i - 1``: how far the fullest expert is above the mean.
+    """Compute MaxVio, ``max_i n_i / mean_i n_i - 1``: the relative excess of the fullest expert.
 
-    Relative, without unit; 0 at balance, E/K - 1 when all tokens go to the same K experts.
+    It is 0 at balance, and E/K - 1 if all tokens choose the same K experts.
     Source: arXiv 2408.15664, Eq. 4.
     """
     return _relative(counts.max(axis=-1), counts) - 1.0
 
 
 def coefficient_of_variation(counts: np.ndarray) -> np.ndarray:
-    """Population standard deviation of the counts over their mean.
+    """Compute the population standard deviation of the counts over their mean.
 
-    Without unit; 0 at balance, sqrt(E/K - 1) when all tokens go to the same K experts.
-    Source: the importance and load terms of arXiv 1701.06538, section 4, are its square.
+    It is 0 at balance, and sqrt(E/K - 1) if all tokens choose the same K experts.
+    Source: arXiv 1701.06538, section 4, whose importance and load terms are its square.
     """
     mean = _mean(counts)
     return counts.std(axis=-1, where=counts >= 0) / np.where(mean > 0, mean, 1.0)
 
 
 def normalized_entropy(counts: np.ndarray) -> np.ndarray:
-    """Shannon entropy of the shares p_i = n_i / sum n, over its maximum: ``-sum p ln p / ln E``.
+    """Compute ``-sum p ln p / ln E``, the entropy of the shares p_i = n_i / sum n over its maximum.
 
-    Without unit; 1 at balance, ln K / ln E when all tokens go to the same K experts. One
-    expert alone is balanced.
+    It is 1 at balance, and ln K / ln E if all tokens choose the same K experts. A single expert
+    is balanced.
     """
     num_experts = num_existing(counts)
     mean = _mean(counts)
@@ -49,26 +50,32 @@ def normalized_entropy(counts: np.ndarray) -> np.ndarray:
 
 
 def num_dead_experts(counts: np.ndarray) -> np.ndarray:
-    """Experts that received no token at all, int64 in [0, E]; E where nothing was routed."""
+    """Count the experts without a token, int64 in [0, E]; E if nothing was routed."""
     return (counts == 0).sum(axis=-1)
 
 
 def relative_load(counts: np.ndarray) -> np.ndarray:
-    """Each expert's count over the balanced count, ``(..., E)``: 1 at balance, at most E/K; NaN
-    for an expert that the layer does not have."""
+    """Divide the count of each expert by the balanced count.
+
+    Returns:
+        float64 ``(..., E)``: 1 at balance, at most E/K; NaN for an absent expert.
+    """
     return np.where(counts >= 0, _relative(counts, counts, keepdims=True), np.nan)
 
 
 def extreme_experts(
     values_ME: np.ndarray, number: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Row and expert of the ``number`` largest values, descending, and of the smallest, ascending.
+    """Find the experts with the largest and with the smallest values.
 
     Args:
-        values_ME: a number of each expert, NaN for one that a layer does not have.
-        number: length of each list, if there are as many.
+        values_ME: value of each expert, NaN for an absent one.
+        number: length of each list; shorter if there are fewer values.
+
+    Returns:
+        Row and expert of the largest values, descending, and of the smallest, ascending.
     """
-    # NaNs are sorted to the end.
+    # argsort moves NaNs to the end.
     order = np.argsort(values_ME, axis=None, kind="stable")[: np.isfinite(values_ME).sum()]
     places = [divmod(index, values_ME.shape[1]) for index in order.tolist()]
     return places[::-1][:number], places[:number]
@@ -80,14 +87,19 @@ def _relative(values: np.ndarray, counts: np.ndarray, keepdims: bool = False) ->
 
 
 def mark_absent(counts: np.ndarray, num_experts_N: np.ndarray) -> np.ndarray:
-    """Counts ``(N, ..., E)`` of N layers, :data:`ABSENT` beyond the experts that each has."""
+    """Replace the counts of absent experts by :data:`ABSENT`.
+
+    Args:
+        counts: counts ``(N, ..., E)`` of N layers.
+        num_experts_N: number of experts of each layer.
+    """
     absent_NE = np.arange(counts.shape[-1]) >= num_experts_N[:, None]
     absent = absent_NE.reshape(len(counts), *[1] * (counts.ndim - 2), -1)
     return np.where(absent, ABSENT, counts)
 
 
 def num_existing(counts: np.ndarray) -> np.ndarray:
-    """Experts that each layer has, int64 ``(...)``."""
+    """Count the experts that each layer has, int64 ``(...)``."""
     return counts.shape[-1] - np.count_nonzero(counts < 0, axis=-1)
 
 

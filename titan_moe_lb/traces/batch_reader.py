@@ -1,4 +1,4 @@
-"""Reader of a file of record batches that skips what is damaged."""
+"""Reader of a file of Arrow record batches that skips damaged batches."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ import pyarrow as pa
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.checksum import KEY, is_intact
 
-# What pyarrow raises on bytes that are not, or not yet, a whole message. EOFError is the end.
+# Exceptions of pyarrow on bytes that are not a whole message; EOFError at the end of the file.
 _BROKEN = (pa.ArrowException, OSError, EOFError, ValueError)
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _BLOCK = 1 << 24
-"""Bytes that are searched at a time."""
+"""Bytes to search at a time for the start of a message."""
 
 
 class BatchReader:
-    """The whole batches of a step file, in order; another read continues behind the last.
+    """Reader of the whole batches of a step file, in order.
+
+    Each read continues after the last batch of the read before.
 
     Attributes:
-        schema: of every batch.
-        count: batches of the last read.
-        gaps: of the last read, each stretch that is damaged though batches follow it: how
-            many batches were read before it, and its length in bytes.
+        schema: schema of every batch.
+        count: number of batches of the last read.
+        gaps: damaged stretches of the last read that whole batches follow. Each has the number
+            of batches before it and its length in bytes.
         rest: bytes at the end of the file that are no whole batch: cut off, or not yet written.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises JobError: missing, empty, or no Arrow stream."""
+        """Map the file and read its schema.
+
+        Raises:
+            JobError: the file is missing, empty, damaged in its schema, or no Arrow stream.
+        """
         self._path = path
         self.count = 0
         self.gaps: list[tuple[int, int]] = []
@@ -41,7 +47,7 @@ class BatchReader:
             raise JobError(f"{path} is empty: the run has written no step")
         try:
             self.schema = pa.ipc.read_schema(self._source)
-            self.schema.names  # noqa: B018  (decoded when first asked for)
+            self.schema.names  # noqa: B018  (pyarrow decodes them at the first access)
         except _BROKEN as error:
             raise JobError(
                 f"{path} is not a trace of titan_moe_lb, or was cut off before its first "
@@ -57,11 +63,12 @@ class BatchReader:
         fits: Callable[[pa.RecordBatch], bool] = lambda batch: True,
         columns: Sequence[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Read the batches since the last read; they are decoded as they are iterated.
+        """Read the batches since the last read. The iterator decodes one batch at a time.
 
         Args:
-            fits: whether a batch can be one of this file; called if the file has no checksums.
-            columns: columns to decode; default: all.
+            fits: returns True if a batch can belong to this file; called only for a file
+                without checksums.
+            columns: columns to decode, of a file with checksums; default: all.
         """
         if self._source.size() != self._path.stat().st_size:
             self._source = _open(self._path)
@@ -80,14 +87,14 @@ class BatchReader:
             self.gaps.append((len(messages), start - self._position))
             self._position = start
         rest = self._bytes(self._position, self._source.size())
-        # Other writers of Arrow close a stream with a marker.
+        # Other writers of Arrow end a stream with a marker.
         self.rest = 0 if bytes(rest[:9]) == _END else len(rest)
         self.count = len(messages)
         if not self._has_checksums:
             return (
                 pa.ipc.read_record_batch(pa.py_buffer(message), self.schema) for message in messages
             )
-        # Small buffers: handing them to threads costs more than it saves.
+        # The buffers are small: threads would cost more than they save.
         names = self.schema.names if columns is None else columns
         options = pa.ipc.IpcReadOptions(
             use_threads=False, included_fields=[self.schema.names.index(name) for name in names]
@@ -96,7 +103,7 @@ class BatchReader:
         return iter(pa.ipc.open_stream(content, options=options))
 
     def _message(self, position: int, fits: Callable[[pa.RecordBatch], bool]) -> memoryview | None:
-        """The whole message there; None if it is damaged, or ends beyond the file."""
+        """Return the message at a position; None if it is damaged or cut off."""
         try:
             self._source.seek(position)
             message = pa.ipc.read_message(self._source)
@@ -114,9 +121,9 @@ class BatchReader:
         return memoryview(self._source.read_buffer(stop - start))
 
     def _starts(self) -> Iterator[int]:
-        """Positions where a message may begin behind a broken one: Arrow's marker and a possible length.
+        """Find the positions after a damaged message where another one may begin.
 
-        Messages begin at multiples of 8: 0xFFFFFFFF, then the length of their metadata.
+        An Arrow message begins at a multiple of 8, with 0xFFFFFFFF and the length of its metadata.
         """
         first = self._position + 8
         for block in range(first + -first % 8, self._source.size(), _BLOCK):
@@ -129,11 +136,11 @@ class BatchReader:
 
 
 def _open(path: Path) -> pa.NativeFile:
-    """Map the file: a damaged length then runs into its end instead of allocating."""
+    """Map the file, so that a damaged length fails at its end instead of allocating memory."""
     try:
         if path.stat().st_size == 0:
             return pa.BufferReader(b"")
-        return pa.memory_map(os.fsencode(path))  # pyarrow itself encodes as UTF-8 alone
+        return pa.memory_map(os.fsencode(path))  # pyarrow encodes a str as UTF-8 only
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:

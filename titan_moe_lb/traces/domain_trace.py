@@ -1,7 +1,8 @@
-"""Loss and expert load of a run's held-out domains: ``domains.arrow`` beside the trace.
+"""Loss and expert load of a run on held-out domains: ``domains.arrow`` beside the trace.
 
-One record batch per validation, a row for each domain and MoE layer: ``step``, ``domain``,
-``loss`` (of the language model, the same in all layers), ``layer``, ``counts``.
+Each validation is one record batch with a row for each domain and MoE layer. The columns are
+``step``, ``domain``, ``loss``, ``layer`` and ``counts``. The rows of one domain repeat its
+language-model loss.
 
 Shape suffixes: V = validations, D = domains, M = MoE layers, E = experts.
 """
@@ -25,16 +26,16 @@ FILE_NAME = "domains.arrow"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainLoad:
-    """One domain in one validation."""
+    """Loss and expert load of one domain in one validation."""
 
     loss: float
-    """Loss of the language model, mean over the tokens; NaN on a rank without the loss."""
+    """Language-model loss, mean over the tokens; NaN on a rank without the loss."""
     counts_ME: np.ndarray
     """Tokens routed to each expert, int64 ``(M, E)``."""
 
 
 class DomainTraceWriter:
-    """Writes the file on one rank. Survives what :class:`StepFile` survives."""
+    """Writer of the file, on one rank. As robust as :class:`StepFile`."""
 
     def __init__(self, folder: Path | str, info: RunInfo) -> None:
         self._info = info
@@ -52,7 +53,7 @@ class DomainTraceWriter:
         self._file = StepFile(path, self._schema, self._continued, compression="zstd")
 
     def write(self, step: int, loads: dict[str, DomainLoad]) -> None:
-        """Append one validation, all domains of it."""
+        """Append one validation with all its domains."""
         layers = self._info.layers
         counts = np.concatenate([load.counts_ME for load in loads.values()])
         rows = len(loads) * len(layers)
@@ -69,6 +70,7 @@ class DomainTraceWriter:
         self._file.write(step, batch)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
@@ -82,19 +84,19 @@ class DomainTrace:
     """All validations of a run."""
 
     steps: np.ndarray
-    """Optimizer steps after which the run was validated, int64 ``(V,)``."""
+    """Optimizer step of each validation, int64 ``(V,)``."""
     domains: tuple[str, ...]
     loss_VD: np.ndarray
-    """Loss of the language model, float64."""
+    """Language-model loss, float64 ``(V, D)``."""
     counts_VDME: np.ndarray
-    """Tokens routed to each expert, int64."""
+    """Tokens routed to each expert, int64 ``(V, D, M, E)``."""
 
 
 def read_domain_trace(folder: Path | str) -> DomainTrace | None:
     """Read the validations of a run on its held-out domains; None if it has none.
 
     Raises:
-        JobError: the file is not one of ours, or validations differ in their domains.
+        JobError: the file is no domain trace, or its validations differ in their domains.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():

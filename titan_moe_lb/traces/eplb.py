@@ -1,7 +1,9 @@
-"""Copies of hot experts, placed for a known load: the algorithm of DeepSeek's EPLB.
+"""Placement with copies of hot experts for a known load: the algorithm of DeepSeek's EPLB.
 
-Source: github.com/deepseek-ai/EPLB. torchtitan's dispatchers know one place for each
-expert, so that this answers what copies would buy; nothing here trains with them.
+It predicts the gain of copies. No job can train with them, because torchtitan's dispatchers
+support one place per expert.
+
+Source: github.com/deepseek-ai/EPLB.
 """
 
 from __future__ import annotations
@@ -20,17 +22,20 @@ def eplb(
     num_nodes: int = 1,
     num_groups: int = 1,
 ) -> np.ndarray:
-    """Expert ids in the slots of each device ``(num_devices, num_slots / num_devices)``.
+    """Place experts and copies of the hot ones on devices.
 
-    Hierarchical where the nodes divide the groups: groups of experts go to nodes, the copies
-    of an expert stay on its node. Otherwise global: any copy on any device.
+    If the nodes divide the groups, the placement is hierarchical: each group goes to a node, and
+    the copies of an expert stay on its node. Otherwise any copy can go to any device.
 
     Args:
         load_E: known load of each expert ``(E,)``.
-        num_slots: E and the copies: every expert has one slot, the hot ones have more.
-        num_devices: of the expert-parallel group.
-        num_nodes: nodes that these devices are on.
-        num_groups: of experts, those of group-limited routing.
+        num_slots: E plus the number of copies.
+        num_devices: devices of the expert-parallel group.
+        num_nodes: nodes of these devices.
+        num_groups: groups of experts in group-limited routing.
+
+    Returns:
+        Expert ids in the slots of each device ``(num_devices, num_slots / num_devices)``.
 
     Raises:
         JobError: fewer slots than experts, or slots, devices and groups do not divide evenly.
@@ -59,7 +64,7 @@ def eplb(
 
 
 def _slots(load_E: np.ndarray, num_slots: int) -> np.ndarray:
-    """The expert of each slot: every one once, then always the one with most load a copy."""
+    """Assign an expert to each slot: each once, then repeatedly the one with most load per copy."""
     slots = list(range(len(load_E)))
     copies_E = np.ones(len(load_E))
     while len(slots) < num_slots:

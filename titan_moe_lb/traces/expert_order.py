@@ -1,4 +1,4 @@
-"""Orders of the experts over the devices of expert parallelism, and the load of each device."""
+"""Placement of experts on the devices of an expert-parallel group, and the load of each device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from titan_moe_lb.errors import JobError
 
 
 def coarse_to_fine(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Sort numbers of groups of neighbours that stay together; 1 means no groups."""
+    """Sort numbers of expert groups, without duplicates and without 1, which means no groups."""
     return tuple(sorted(set(numbers) - {1}))
 
 
 def contiguous(num_experts: int, ep_degree: int) -> np.ndarray:
-    """Expert ids of each device ``(EP, E / EP)``: in blocks, as torchtitan places them.
+    """Place experts in contiguous blocks, as torchtitan does.
+
+    Returns:
+        Expert ids of each device ``(EP, E / EP)``.
 
     Raises:
         JobError: EP does not divide E.
@@ -27,14 +30,18 @@ def contiguous(num_experts: int, ep_degree: int) -> np.ndarray:
 
 
 def greedy(counts_E: np.ndarray, ep_degree: int) -> np.ndarray:
-    """Expert ids of each device ``(EP, E / EP)``, placed to balance a known load.
+    """Place experts to balance a known load, without copies.
 
-    The most loaded expert first, always to the least loaded device that has room: what
-    moving experts, without copying any, can buy (the balanced packing of DeepSeek's EPLB).
-    Where a device holds one expert there is nothing to gain, and none moves.
+    The algorithm is the balanced packing of DeepSeek's EPLB: each expert, in descending order of
+    load, goes to the least loaded device with a free slot. If a device holds one expert, the
+    placement is :func:`contiguous`, because moves gain nothing.
 
     Args:
         counts_E: tokens of each expert ``(E,)``.
+        ep_degree: number of devices; divides E.
+
+    Returns:
+        Expert ids of each device ``(EP, E / EP)``.
     """
     blocks = contiguous(len(counts_E), ep_degree)
     if blocks.shape[1] == 1:
@@ -52,16 +59,21 @@ def greedy(counts_E: np.ndarray, ep_degree: int) -> np.ndarray:
 def greedy_in_groups(
     counts_E: np.ndarray, ep_degree: int, groups: Sequence[int], *, roll: int = 0
 ) -> np.ndarray:
-    """Expert ids of each device ``(EP, E / EP)``, as :func:`greedy`, where groups of neighbours
-    stay together: those of group-limited routing, or of a loss.
+    """Place experts as :func:`greedy`, but keep groups of neighbours together.
 
-    A device gets whole groups, or a group gets whole devices. Where neither goes, or groups cut
-    across each other, none moves.
+    The groups are those of group-limited routing or of a loss. A device holds whole groups, or a
+    group fills whole devices. If neither is possible, or if groups are not nested, the placement
+    is :func:`contiguous`.
 
     Args:
-        groups: into how many equal groups the experts are divided, coarse to fine.
-        roll: which device is the first is free; a number for each layer, so that the busiest
-            one is another in every layer.
+        counts_E: tokens of each expert ``(E,)``.
+        ep_degree: number of devices; divides E.
+        groups: numbers of equal groups that divide the experts, coarse to fine.
+        roll: rotation of the devices. With another number in each layer, the busiest device is
+            another one in each layer.
+
+    Returns:
+        Expert ids of each device ``(EP, E / EP)``.
     """
     if not groups:
         return np.roll(greedy(counts_E, ep_degree), roll, axis=0)
@@ -83,7 +95,7 @@ def greedy_in_groups(
 
 
 def overload(counts_E: np.ndarray, placement_dn: np.ndarray) -> float:
-    """Tokens of the busiest device over the balanced ones.
+    """Compute the tokens of the busiest device over the mean of the devices.
 
     Args:
         counts_E: tokens of each expert ``(E,)``.
@@ -94,16 +106,16 @@ def overload(counts_E: np.ndarray, placement_dn: np.ndarray) -> float:
 
 
 def tokens_of_experts(counts_E: np.ndarray, placement_dn: np.ndarray, total: float) -> np.ndarray:
-    """The load by device, scaled to another number of tokens.
+    """Scale a measured load to another number of tokens, by device.
 
     Args:
         counts_E: measured tokens of each expert ``(..., E)``.
         placement_dn: expert ids of each device ``(EP, n)``. Copies of an expert share its
             tokens evenly.
-        total: T K, routed tokens to scale to.
+        total: routed tokens to scale to: tokens x top_k.
 
     Returns:
-        ``(..., EP, n)`` float64. Where nothing was routed, the balanced load.
+        Tokens of each slot, float64 ``(..., EP, n)``; the balanced load if nothing was routed.
     """
     counts_E = np.asarray(counts_E, dtype=np.float64)
     sums = counts_E.sum(axis=-1, keepdims=True)

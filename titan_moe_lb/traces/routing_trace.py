@@ -1,8 +1,8 @@
-"""Experts of every token in chosen steps, which ``Replay`` replays.
+"""Experts of every token in the recorded steps, which ``Replay`` replays.
 
-Every rank writes its own file, ``routing/rank_00003.arrow``. Each row names its sequences and
-positions in the global batch, so that the reader assembles the batch of any layout. It raises
-if the parts are not the whole batch.
+Every rank writes its own file, such as ``routing/rank_00003.arrow``. Each row contains its
+sequences and positions in the global batch, so the reader can assemble a batch from any layout. It
+raises if the rows do not cover the whole batch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ FOLDER = "routing"
 
 
 class RoutingTraceWriter:
-    """Writes one rank's part. Survives what :class:`StepFile` survives."""
+    """Writer of the file of one rank. As robust as :class:`StepFile`."""
 
     def __init__(self, run_dir: Path | str, info: RunInfo, rank: int) -> None:
         self.info = info
         self._id_type = _id_type(info.num_experts)
         path = Path(run_dir) / FOLDER / f"rank_{rank:05d}.arrow"
-        # Expert ids hardly compress, and an uncompressed file is read without loading it.
+        # Expert ids hardly compress, and a reader can map an uncompressed file.
         self._file = StepFile(path, _schema(info), self._continued, compression=None)
 
     def write(
@@ -44,15 +44,18 @@ class RoutingTraceWriter:
         token_slices: Sequence[tuple[int, int]],
         expert_ids_BLK: np.ndarray,
     ) -> None:
-        """Append the experts of one forward of one router.
+        """Append the experts that one router chose in one forward.
 
         Args:
             step: optimizer step.
             layer: number of the layer in the whole model.
-            first_sequence: index in the global batch of the first of the B sequences.
-            token_slices: (start, length) in the sequence of the L local positions, in their
-                order; ``[(0, seq_len)]`` unless the sequence is split over ranks.
+            first_sequence: index of the first of the B sequences in the global batch.
+            token_slices: (start, length) of each slice of a sequence that the L local positions
+                cover, in order; ``[(0, seq_len)]`` unless ranks split sequences.
             expert_ids_BLK: chosen experts ``(B, L, K)``, integers in [0, E).
+
+        Raises:
+            ValueError: ``expert_ids_BLK`` does not have L positions and K experts.
         """
         ids = np.asarray(expert_ids_BLK)
         length = sum(length for _start, length in token_slices)
@@ -72,6 +75,7 @@ class RoutingTraceWriter:
         self._file.write(step, pa.record_batch(row))
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
@@ -82,21 +86,23 @@ class RoutingTraceWriter:
 
 
 class RoutingTrace:
-    """The routing of the recorded steps, mapped: :meth:`expert_ids` loads what it returns.
+    """Routing of the recorded steps. :meth:`expert_ids` loads one step of one layer.
 
     Attributes:
-        folder: where the files of the ranks are.
-        info: of the run.
-        steps, layers: what is recorded, ascending.
+        folder: folder of the files of the ranks.
+        info: description of the run.
+        steps, layers: recorded steps and layers, ascending.
     """
 
     def __init__(self, run_dir: Path | str) -> None:
-        """
+        """Map the files of all ranks.
+
         Args:
             run_dir: the run's folder, or the ``routing`` folder in it.
 
         Raises:
-            JobError: there is no routing trace, or its files are of several runs.
+            JobError: there is no routing trace, a file is no part of one, or the files differ in
+                model or layout.
         """
         self.folder = _folder(run_dir)
         files = sorted(self.folder.glob("rank_*.arrow"))
@@ -133,19 +139,20 @@ class RoutingTrace:
         return info
 
     def expert_ids(self, step: int, layer: int, sequences: range | None = None) -> np.ndarray:
-        """The experts of each token, in the order of the global batch.
+        """Assemble the experts of each token, in the order of the global batch.
 
         Args:
-            step, layer: of ``steps`` and ``layers``.
-            sequences: indices in the global batch, step 1; default: all of it.
+            step: recorded step.
+            layer: recorded layer.
+            sequences: indices in the global batch, a range of step 1; default: the whole batch.
 
         Returns:
-            ``(B, L, K)`` of the smallest unsigned integer type that holds E - 1: B
-            sequences of L = seq_len tokens, K experts each.
+            ``(B, L, K)`` of the smallest unsigned integer type that holds E - 1: B sequences of
+            L = seq_len tokens, K experts each.
 
         Raises:
-            JobError: not every token of these sequences is recorded, or two ranks
-                recorded different experts for one token.
+            JobError: a token of these sequences is missing, two ranks recorded different experts
+                for one token, or the trace is damaged or too large for memory.
         """
         info = self.info
         sequences = range(info.global_batch_size) if sequences is None else sequences
@@ -214,7 +221,7 @@ class RoutingTrace:
 
 
 def open_routing_trace(run_dir: Path | str) -> RoutingTrace:
-    """Open a :class:`RoutingTrace` once in a process."""
+    """Open a :class:`RoutingTrace`, or return the open one if its files have not changed."""
     folder = _folder(run_dir).resolve()
     files = [(file, file.stat().st_mtime_ns) for file in folder.glob("rank_*.arrow")]
     return _opened(folder, frozenset(files))
@@ -248,7 +255,11 @@ def _schema(info: RunInfo) -> pa.Schema:
 
 
 def _info_of(schema: pa.Schema, file: Path) -> RunInfo:
-    """The run of a file's schema. Raises JobError: it is not that of a routing trace."""
+    """Read the description of the run from a file's schema.
+
+    Raises:
+        JobError: the schema is no schema of a routing trace.
+    """
     info = RunInfo.of_schema(schema, file)
     if schema.remove_metadata() != _schema(info).remove_metadata():
         raise JobError(f"{file} has other columns than a routing trace: it is damaged")
@@ -256,7 +267,7 @@ def _info_of(schema: pa.Schema, file: Path) -> RunInfo:
 
 
 def _fits(row: pa.RecordBatch, info: RunInfo) -> bool:
-    """The row is one part of a global batch of this shape, all of it there."""
+    """Return True if a row is complete and fits a global batch of this run."""
     if row.num_rows != 1 or any(column.null_count for column in row.columns):
         return False
     first, count = row["first_sequence"][0].as_py(), row["num_sequences"][0].as_py()
@@ -279,5 +290,5 @@ def _id_type(num_experts: int) -> np.dtype:
 
 
 def _parts_of(info: RunInfo) -> RunInfo:
-    """Description that the files of all ranks of a run share."""
+    """Return the fields of the description that the files of all ranks share."""
     return dataclasses.replace(info, started="", version="", resumed_at=())

@@ -1,4 +1,4 @@
-"""Description of a run in the metadata of its traces."""
+"""Description of a run, which its traces carry in their metadata."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ COLUMNS_OF_FORMAT_1 = (
     Column("max_cum_overload_factor", per="step"),
     Column("micro_batch_max_violation"),
 )
-"""Columns of a trace of format 1 besides its aux losses: it declared none."""
+"""Columns of a trace of format 1, besides its aux losses. Format 1 did not declare columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """The run of a trace, stored as JSON in the metadata of the file's Arrow schema."""
+    """Description of the run of a trace: JSON in the metadata of the file's Arrow schema."""
 
     model: str
     flavor: str
     num_experts: int
-    """Experts of a layer; of the largest where layers differ."""
+    """Experts of a layer; the largest number if layers differ."""
     top_k: int
-    """Experts that a token chooses; the most where layers differ."""
+    """Experts that a token chooses; the largest number if layers differ."""
     layers: tuple[int, ...]
     """Numbers of the MoE layers in the whole model, ascending."""
     num_experts_by_layer: tuple[int, ...] | None = None
-    """In the order of ``layers``; None where all have ``num_experts``."""
+    """Experts of each of ``layers``; None if all have ``num_experts``."""
     top_k_by_layer: tuple[int, ...] | None = None
-    """top_k in the order of ``layers``; None where all are alike."""
+    """top_k of each of ``layers``; None if all have ``top_k``."""
     losses: dict[str, float] = field(default_factory=dict)
     """Metric name of each aux loss to its weight."""
     columns: tuple[Column, ...] = ()
@@ -68,33 +68,33 @@ class RunInfo:
     local_batch_size: int
     """Sequences of one data-parallel rank in one forward and backward pass."""
     global_batch_size: int
-    """Sequences of one optimizer step, resolved: never -1."""
+    """Sequences of one optimizer step: the resolved number, never -1."""
     micro_batch_size: int
-    """Sequences of one forward of a pipeline stage; local_batch_size without pipeline."""
+    """Sequences of one forward of a pipeline stage; local_batch_size without a pipeline."""
     seq_len: int
     """Tokens of one sequence."""
     forced_routing: str | None = None
-    """The forced routing strategy of a benchmark; None for a real run."""
+    """Forced routing strategy of a benchmark; None if the router chooses."""
     expert_bias: str | None = None
-    """The rule of the expert bias and its settings; None where there is no bias."""
+    """Rules of the expert bias and their settings, joined by ``"; "``; None without a bias."""
     score_func: str | None = None
-    """Function from the logits of the gate to scores; None in a trace of an older version."""
+    """Function from the gate's logits to scores; None in a trace of an older version."""
     expert_groups: tuple[int, ...] | None = None
-    """Into how many groups of neighbours the experts are divided, by group-limited routing or a
-    loss, coarse to fine; None in a trace of an older version."""
+    """Numbers of expert groups of group-limited routing and losses, coarse to fine; None in a trace
+    of an older version."""
     placement: str | None = None
-    """Title of the placement that numbers the experts; None as they were initialised."""
+    """Title of the placement that numbers the experts; None for the original numbers."""
     started: str
     """ISO 8601 time with offset."""
     version: str
     """Version of titan_moe_lb."""
     resumed_at: tuple[int, ...] = ()
-    """First step of every resumption that continued this trace; filled by the writer."""
+    """First step of each resumed run that continued this trace; the writer fills it in."""
     format_version: int = FORMAT_VERSION
 
     @property
     def model_name(self) -> str:
-        """One phrase for messages: model, flavor and the shape of its MoE layers."""
+        """Model, flavor and shape of the MoE layers, as a phrase for messages."""
         experts, top_k = _range(self.num_experts_M), _range(self.top_k_M)
         return (
             f"{self.model} {self.flavor} ({len(self.layers)} MoE layers, {experts} experts, "
@@ -103,21 +103,21 @@ class RunInfo:
 
     @property
     def num_experts_M(self) -> np.ndarray:
-        """Experts of each layer."""
+        """Number of experts of each layer, integers ``(M,)``."""
         return np.array(self.num_experts_by_layer or [self.num_experts] * len(self.layers))
 
     @property
     def top_k_M(self) -> np.ndarray:
-        """Experts that a token chooses in each layer."""
+        """top_k of each layer, integers ``(M,)``."""
         return np.array(self.top_k_by_layer or [self.top_k] * len(self.layers))
 
     def top_k_of(self, layer: int) -> int:
-        """K of one of ``layers``."""
+        """Return the top_k of one of ``layers``."""
         return int(self.top_k_M[self.layers.index(layer)])
 
     @property
     def layout(self) -> str:
-        """The parallel layout in one phrase: every degree above 1."""
+        """Parallel layout as a phrase: number of ranks, every degree above 1, schedule."""
         names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
         degrees = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
         ranks = f"{self.world_size} rank" + ("s" if self.world_size > 1 else "")
@@ -125,14 +125,15 @@ class RunInfo:
         return ", ".join([ranks, *degrees, *schedule])
 
     def require_same_model(self, other: RunInfo, here: str, there: str) -> None:
-        """Refuse to bring two models together: flavor, experts, top_k and MoE layers must agree.
+        """Raise unless both runs agree in model, flavor, experts, top_k and MoE layers.
 
         Args:
-            other: the run to go with this one.
-            here, there: what each is called in the message, for example its folder.
+            other: the other run.
+            here: name of this run in the message, for example its folder.
+            there: name of the other run in the message.
 
         Raises:
-            JobError: one line that names both models.
+            JobError: the models differ.
         """
         of_layers = ("layers", "num_experts_by_layer", "top_k_by_layer")
         names = ("model", "flavor", "num_experts", "top_k", *of_layers)
@@ -143,17 +144,21 @@ class RunInfo:
             )
 
     def metadata(self) -> dict[bytes, bytes]:
-        """For the schema of a trace file."""
+        """Return the metadata for the schema of a trace file."""
         table = dataclasses.asdict(self)
         table["figures"] = table.pop("columns")
         return {_KEY: json.dumps(table).encode()}
 
     @classmethod
     def of_schema(cls, schema: pa.Schema, path: Path) -> RunInfo:
-        """Read it back.
+        """Read the description from the schema of a trace file.
+
+        Args:
+            schema: schema of the file.
+            path: the file, for messages.
 
         Raises:
-            JobError: the file is not ours, damaged, or of a newer format.
+            JobError: the file is no trace of titan_moe_lb, is damaged, or has a newer format.
         """
         text = (schema.metadata or {}).get(_KEY)
         if text is None:
@@ -172,7 +177,12 @@ class RunInfo:
 
 
 def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of RunInfo in its JSON."""
+    """Convert the JSON of any format version to the fields of RunInfo.
+
+    Raises:
+        JobError: the format is newer than this version reads.
+        ValueError: a number is out of range, or numbers contradict each other.
+    """
     version = table["format_version"]
     if version > FORMAT_VERSION:
         raise JobError(
@@ -182,7 +192,7 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
     if version == 1:
         losses = tuple(Column(name, is_aux_loss=True) for name in table["losses"])
         table["columns"] = COLUMNS_OF_FORMAT_1 + losses
-        speed = table.get("load_balance_coeff")  # of the one rule that there was
+        speed = table.get("load_balance_coeff")  # format 1 had one rule
         table["expert_bias"] = None if speed is None else f"sign (speed {speed:g})"
     else:
         table["columns"] = tuple(Column(**_known(Column, one)) for one in table["figures"])
@@ -204,7 +214,7 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _known(kind: type, table: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the kind in the table, each checked for its type; other entries are ignored."""
+    """Select the fields of a dataclass from a table, and check their types."""
     every = CollectionCheckStrategy.ALL_ITEMS
     return {
         name: check_type(table[name], hint, collection_check_strategy=every)

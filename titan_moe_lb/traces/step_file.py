@@ -1,9 +1,8 @@
-"""A file of record batches, in steps, that survives crashes, full disks and resumes.
+"""File of record batches, by step, that survives crashes, full disks and resumed runs.
 
-The file is an Arrow IPC stream without the end marker, which the format leaves
-optional. So it is a schema and then whole batches, one after the other: every batch
-goes out in one write, a kill loses at most the batch being written, and a resumed
-run continues the file.
+The file is an Arrow IPC stream without the end marker, which is optional in the format. It
+contains a schema and then whole batches. Each batch is one write, so a killed process loses at
+most the batch that it was writing, and a resumed run can append.
 """
 
 from __future__ import annotations
@@ -26,15 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 class StepFile:
-    """Writes batches whose first column is ``step``; steps do not go backwards.
+    """Writer of batches with a column ``step``, which never decreases.
 
-    Nothing happens to an existing file before the first write. Then, with S the
-    first step written: the batches of earlier steps are kept when ``resume`` says
-    that the file can be continued, later ones are dropped, because the resumed run
-    repeats them. A file that is not continued is set aside under another name.
+    An existing file stays as it is until the first write, of step S. If ``resume`` accepts the
+    file, its batches before step S are kept. Later ones are dropped, because the resumed run
+    repeats them. If ``resume`` rejects the file, it is renamed.
 
-    An ``OSError`` (a full disk, a lost mount) ends the recording with one warning;
-    training goes on.
+    After an ``OSError`` (a full disk, a lost mount) the writer logs one warning and ignores further
+    writes, so that training continues.
     """
 
     def __init__(
@@ -44,14 +42,15 @@ class StepFile:
         resume: Callable[[pa.Schema, int], pa.Schema],
         compression: str | None,
     ) -> None:
-        """
+        """Prepare the writer, without touching the file.
+
         Args:
-            path: the file; its folder is made when missing.
-            schema: of a new file.
-            resume: from the schema of an existing file and the first step to write, the
-                schema of the continued file. Raises JobError where it is of another run.
-            compression: of the batches' bodies: "zstd", or None so that a reader maps them
-                and loads what it asks for, which leaves no room for checksums.
+            path: the file; the first write makes its folder.
+            schema: schema of a new file.
+            resume: called with the schema of an existing file and the first step to write.
+                Returns the schema of the continued file, or raises JobError to reject the file.
+            compression: compression of the batches: "zstd", with checksums, or None, without
+                checksums, so that a reader can map the file.
         """
         self.path = path
         self._new = path.with_name(path.name + ".new")
@@ -66,7 +65,7 @@ class StepFile:
         self._failed = False
 
     def write(self, step: int, batch: pa.RecordBatch) -> None:
-        """Append one batch: the operating system has all of it when this returns."""
+        """Append one batch; the operating system has it when this returns."""
         if self._failed:
             return
         try:
@@ -85,7 +84,7 @@ class StepFile:
                 self._new.unlink()
 
     def close(self) -> None:
-        """Close the file; every batch is in it already."""
+        """Close the file, which already contains every batch."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -93,7 +92,7 @@ class StepFile:
     def _open(self, first_step: int, batch: pa.RecordBatch) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(first_step) if self.path.exists() else ()
-        # The old file stays whole until the new one has all earlier steps and one more.
+        # The old file is replaced only when the new one contains all earlier steps and one more.
         self._file = open(self._new, "wb", buffering=0)  # noqa: SIM115
         if self._has_checksums:
             self._schema = self._schema.with_metadata({**self._schema.metadata, **METADATA})
@@ -105,7 +104,10 @@ class StepFile:
         os.replace(self._new, self.path)
 
     def _earlier(self, first_step: int) -> Iterable[pa.RecordBatch]:
-        """Batches of the existing file to begin the new one with; sets the schema of both."""
+        """Read the batches before ``first_step`` from the existing file, and set the new schema.
+
+        Rename the existing file and return no batches if it cannot be continued.
+        """
         try:
             source = BatchReader(self.path)
             schema = self._resume(source.schema, first_step)
@@ -140,7 +142,7 @@ class StepFile:
             for part in filter(None, parts):
                 stamp(part)
         content = memoryview(b"".join(parts))
-        while content:  # a disk that fills up takes a part first and fails then
+        while content:  # a full disk may accept a part before it fails
             content = content[self._file.write(content) :]
 
 
@@ -150,7 +152,7 @@ def _step(batch: pa.RecordBatch) -> int:
 
 
 def _fit(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch under a schema that may have columns besides its own: those are null."""
+    """Convert a batch to a schema with more columns, which become null."""
     names = batch.schema.names
     return pa.record_batch(
         [

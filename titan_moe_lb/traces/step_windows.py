@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def tenth(num_steps: int) -> int:
-    """Length of the first and of the last tenth of the logged steps, at least 1."""
+    """Return the length of a tenth of the logged steps, at least 1."""
     return max(1, num_steps // 10)

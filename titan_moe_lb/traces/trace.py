@@ -1,7 +1,7 @@
-"""The trace of a run: every logged step's load of every MoE layer, in ``moe_load.arrow``.
+"""Trace of a run: the load of every MoE layer in every logged step, in ``moe_load.arrow``.
 
-One record batch per logged step, one row per MoE layer, with the columns of ``trace_columns``.
-Columns are read by name.
+Each logged step is one record batch with a row for each MoE layer. Readers find the columns of
+``trace_columns`` by name.
 
 Shape suffixes: S = logged steps, M = MoE layers, E = experts.
 """
@@ -28,22 +28,23 @@ FILE_NAME = "moe_load.arrow"
 
 
 class TraceWriter:
-    """Writes the trace of a run, on one rank. Survives what :class:`StepFile` survives."""
+    """Writer of the trace of a run, on one rank. As robust as :class:`StepFile`."""
 
     def __init__(self, path: Path | str, info: RunInfo) -> None:
-        """
+        """Prepare the writer; the first :meth:`write` opens the file.
+
         Args:
             path: the run's folder, or the file in it.
             info: description of the run; ``info.columns`` declares the columns.
 
         Raises:
-            JobError: two columns have one name.
+            JobError: two columns have the same name.
         """
         self._info = info
         self._file = StepFile(trace_file(path), _schema(info), self._continued, compression="zstd")
 
     def write(self, step: int, load: StepLoad) -> None:
-        """Append one step. A model without MoE layers has no trace.
+        """Append one step; write nothing for a model without MoE layers.
 
         Raises:
             ValueError: the load has a column that ``info`` does not declare.
@@ -52,12 +53,13 @@ class TraceWriter:
             self._file.write(step, batch_of(step, load, self._info.columns))
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
         earlier = _info_of(schema, self._file.path)
         self._info.require_same_model(earlier, "this run", self._file.path.name)
-        # A column that only one part of the run has is null in the other part.
+        # A column of only one part of the run is null in the other part.
         columns = {column.name: column for column in (*earlier.columns, *self._info.columns)}
         info = dataclasses.replace(
             self._info,
@@ -73,7 +75,7 @@ class TraceWriter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """A run's trace in memory: S logged steps, M MoE layers, E experts."""
+    """Trace of a run in memory."""
 
     path: Path
     info: RunInfo
@@ -82,23 +84,26 @@ class Trace:
     counts_SME: np.ndarray
     """Tokens per expert over the global batch, int64 ``(S, M, E)``."""
     micro_batch_counts_SME: np.ndarray
-    """Counts of one micro-batch of each of the S' steps that recorded one, int32 ``(S', M, E)``; S'
-    is 0 in a trace of an older version, and unless ``micro_batches`` is set."""
+    """Counts of one micro-batch of each step that recorded one, int32 ``(S', M, E)``.
+
+    S' is 0 in a trace of an older version, and unless ``micro_batches`` was set for the reader."""
     layer_columns: dict[str, np.ndarray]
-    """Name to float64 ``(S, M)``, NaN where the layer or the step lacks the number."""
+    """Name to float64 ``(S, M)``, NaN where the number is missing."""
     step_columns: dict[str, np.ndarray]
-    """Name to float64 ``(S,)``."""
+    """Name to float64 ``(S,)``, NaN where the number is missing."""
     damage: tuple[str, ...]
-    """A sentence for each stretch of the file that could not be read."""
+    """A sentence about each damaged stretch of the file."""
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Numbers of the MoE layers in the whole model, ascending."""
         return self.info.layers
 
     def over_steps(self, name: str) -> np.ndarray:
-        """A column as one number per step, float64 ``(S,)``: layers summarised as it declares.
+        """Summarise a column to one number per step, as its declaration says.
 
-        NaN where the trace lacks it.
+        Returns:
+            float64 ``(S,)``, NaN where the number is missing.
         """
         if name in self.step_columns:
             return self.step_columns[name]
@@ -108,7 +113,7 @@ class Trace:
         return np.full(len(self.steps), np.nan)
 
     def followed_by(self, later: Trace, most: int) -> Trace:
-        """The last ``most`` steps of this and a later part of one run."""
+        """Join this trace and a later part of the run; keep the last ``most`` steps."""
 
         def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
             return np.concatenate([first, second])[-most:]
@@ -126,7 +131,7 @@ class Trace:
         )
 
     def load(self, index: int) -> StepLoad:
-        """The load of ``steps[index]``."""
+        """Return the load of ``steps[index]``."""
         return StepLoad(
             layers=self.layers,
             counts_ME=self.counts_SME[index],
@@ -136,14 +141,15 @@ class Trace:
 
 
 def read_trace(path: Path | str, *, micro_batches: bool = False) -> Trace:
-    """Read a run's trace: every step that is whole.
+    """Read every whole step of a run's trace.
 
     Args:
         path: the run's folder, or the file itself.
-        micro_batches: with their counts, half as many bytes again as those of the steps.
+        micro_batches: read the counts of micro-batches too, which need at most half the memory
+            of those of the steps.
 
     Raises:
-        JobError: there is no trace, it is not one of ours, or it holds no step.
+        JobError: there is no trace, the file is no trace, or it contains no step.
     """
     trace = TraceReader(path, micro_batches=micro_batches).read()
     if not len(trace.steps):
@@ -154,17 +160,17 @@ def read_trace(path: Path | str, *, micro_batches: bool = False) -> Trace:
 
 
 class TraceReader:
-    """Steps of a trace that may still grow.
+    """Reader of a trace that may still grow.
 
     Attributes:
-        info: of the run.
+        info: description of the run.
     """
 
     def __init__(self, path: Path | str, *, micro_batches: bool = False) -> None:
-        """Open the trace, as :func:`read_trace`.
+        """Open the trace; the arguments are those of :func:`read_trace`.
 
         Raises:
-            JobError: there is no trace, or the file is not one of ours.
+            JobError: there is no trace, or the file is no trace.
         """
         self._path = _existing_trace(path)
         self._batches = BatchReader(self._path)
@@ -176,7 +182,7 @@ class TraceReader:
         self._micro_batch = [MICRO_BATCH] if micro_batches and MICRO_BATCH in names else []
 
     def read(self) -> Trace:
-        """The steps that came since the last read; there may be none."""
+        """Read the steps since the last read, possibly none."""
         shape_ME = (len(self._layers), self.info.num_experts)
         columns = [*self._numbers, "layer", "counts", *self._micro_batch]
         batches = self._whole(self._batches.read(self._is_step, columns))
@@ -185,7 +191,7 @@ class TraceReader:
         counts_SME = np.empty((num_steps, *shape_ME), np.int64)
         micro_batch_counts_SME = np.empty((num_steps * len(self._micro_batch), *shape_ME), np.int32)
         numbers, num_micro_batches = [], 0
-        # Counts go into their place batch by batch, so that they are held once.
+        # Batches are copied one by one, so that memory holds the counts once.
         for index, batch in enumerate(() if first is None else itertools.chain([first], batches)):
             numbers.append(batch.select(self._numbers))
             counts_SME[index] = _counts(batch["counts"], shape_ME)
@@ -229,7 +235,11 @@ class TraceReader:
             yield batch
 
     def _is_step(self, batch: pa.RecordBatch) -> bool:
-        """One step, each of the run's layers, all counts there; of a micro-batch all or none."""
+        """Return True if a batch is one whole step.
+
+        It has every layer of the run and all counts, and the micro-batch counts of all layers or
+        of none.
+        """
         step, counts = batch["step"], batch["counts"]
         return (
             batch["layer"].equals(self._layers)
@@ -257,7 +267,7 @@ class TraceReader:
 
 
 def trace_file(path: Path | str) -> Path:
-    """The trace in a run's folder, or the file itself. It may not exist."""
+    """Return the path of the trace of a run, given its folder or the file. It may not exist."""
     path = Path(path)
     return path if path.suffix == ".arrow" or path.is_file() else path / FILE_NAME
 
@@ -277,10 +287,10 @@ def _schema(info: RunInfo) -> pa.Schema:
 
 
 def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
-    """Read the description of a trace's run; a float column that it does not declare is added.
+    """Read the description of a trace's run, and add float columns that it does not declare.
 
     Raises:
-        JobError: the schema is not that of a trace.
+        JobError: the schema is no schema of a trace.
     """
     info = RunInfo.of_schema(schema, path)
     found = dict(zip(schema.names, schema.types, strict=True))
@@ -299,5 +309,5 @@ def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
 
 
 def _counts(lists: pa.Array, shape_ME: tuple[int, int]) -> np.ndarray:
-    """The inverse of :func:`count_lists`."""
+    """Invert :func:`count_lists`."""
     return lists.flatten().to_numpy().reshape(shape_ME)

@@ -1,4 +1,4 @@
-"""Columns of the trace: those that every trace has, and those that the job declares."""
+"""Columns of the trace: fixed ones, and ones that the job declares."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.step_load import StepLoad
 
 MICRO_BATCH = "micro_batch_counts"
-"""Column of the counts of one micro-batch; null, or absent from a trace of an older version."""
+"""Column of the counts of one micro-batch. It may be null, and older traces lack it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Declaration of one named number of every layer, or of the step."""
+    """Declaration of one named number, either of each layer or of the step."""
 
     name: str
     per: Literal["layer", "step"] = "layer"
     summary: Literal["mean", "max", "sum"] = "mean"
-    """How the layers become one number of the step."""
+    """Reduction over the layers."""
     is_aux_loss: bool = False
     description: str = ""
-    """One line for the chart of the report."""
+    """One line of text for the chart in the report."""
 
     def over_layers(self, values: np.ndarray) -> np.ndarray:
-        """Summarise float64 ``(..., M)`` to ``(...)``, without NaNs; NaN where all are NaN."""
+        """Reduce float64 ``(..., M)`` to ``(...)`` and skip NaNs; NaN if all are NaN."""
         known = np.ma.masked_where(np.isnan(values), values)
         return np.ma.filled(getattr(known, self.summary)(axis=-1), np.nan)
 
 
 def always(num_experts: int) -> dict[str, pa.DataType]:
-    """Names and types of the columns of every trace."""
+    """Return names and types of the columns of every trace."""
     return {"step": pa.int64(), "layer": pa.int32(), "counts": pa.list_(pa.int64(), num_experts)}
 
 
 def all_columns(num_experts: int, columns: Iterable[Column]) -> dict[str, pa.DataType]:
-    """Names and types of the columns of a new trace.
+    """Return names and types of the columns of a new trace.
 
     Raises:
-        JobError: two of them have one name.
+        JobError: two columns have the same name.
     """
     types = always(num_experts) | {MICRO_BATCH: pa.list_(pa.int32(), num_experts)}
     for column in columns:
@@ -57,7 +57,7 @@ def all_columns(num_experts: int, columns: Iterable[Column]) -> dict[str, pa.Dat
 
 
 def batch_of(step: int, load: StepLoad, columns: Iterable[Column]) -> pa.RecordBatch:
-    """One step as a record batch, a row for each layer.
+    """Convert one step to a record batch with a row for each layer.
 
     Raises:
         ValueError: the load has a column that is not declared.
@@ -81,6 +81,6 @@ def batch_of(step: int, load: StepLoad, columns: Iterable[Column]) -> pa.RecordB
 
 
 def count_lists(counts: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Counts ``(rows, E)`` as lists of one length, a list for each row."""
+    """Convert counts ``(rows, E)`` to Arrow lists of fixed length, one for each row."""
     values = np.ascontiguousarray(counts, dtype=kind.to_pandas_dtype()).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(values, kind), counts.shape[1])
