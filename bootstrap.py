@@ -1,7 +1,7 @@
 """Make ``.venv`` and install this project in it: ``python3 bootstrap.py [EXTRA ...]``.
 
-Needs the standard library alone. Does nothing while ``.venv/installed`` says that what
-``pyproject.toml`` asks for is installed. An interrupted installation starts over.
+It needs the standard library alone. It does nothing while ``.venv/installed`` contains the digest
+of ``pyproject.toml`` and the extras. An interrupted installation starts over.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
 MINIMUM_PYTHON = (3, 11)
-# Debian packages of the extra "test", which pip cannot install, and the programs they bring.
+# Debian packages that the extra "test" needs and pip cannot install, and their programs.
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome"), "iproute2": ("ip",)}
 
 
@@ -34,14 +34,14 @@ def main() -> None:
             print("setting up .venv: minutes and 6 GB the first time", file=sys.stderr, flush=True)
             with open(ROOT / ".venv.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not is_installed(extras):  # by the process that held the lock
+                if not is_installed(extras):  # the process that held the lock may have done it
                     install(extras | set(stamp()[1:]))
     except OSError as error:
         stop(f"{error}: copy the checkout to where you can write, or: pip install {ROOT}")
 
 
 def stamp() -> list[str]:
-    """Return a digest of what was installed, and the extras; nothing without an environment."""
+    """Return the digest and the extras of the last installation; empty without an environment."""
     return STAMP.read_text().split() if STAMP.exists() and os.access(PYTHON, os.X_OK) else []
 
 
@@ -50,11 +50,12 @@ def is_installed(extras: set[str]) -> bool:
 
 
 def digest() -> str:
-    """Hash the requirements, and the folder, whose path the scripts of ``.venv`` contain."""
+    """Hash the requirements and the path of ``.venv``, which its scripts contain."""
     return hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + bytes(VENV)).hexdigest()
 
 
 def install(extras: set[str]) -> None:
+    """Install the project with these extras, in a new environment unless one is complete."""
     if not stamp():
         run(sys.executable, "-m", "venv", "--clear", str(VENV))
     STAMP.unlink(missing_ok=True)
@@ -64,6 +65,7 @@ def install(extras: set[str]) -> None:
 
 
 def install_programs() -> None:
+    """Install the programs of the tests that are missing, if this user can."""
     missing = [name for name, any_of in PROGRAMS.items() if not any(map(shutil.which, any_of))]
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         run("apt-get", "update", "-qq")
@@ -71,7 +73,7 @@ def install_programs() -> None:
 
 
 def run(*command: str) -> None:
-    """Run a command; where it fails, stop with the last error in its output."""
+    """Run a command; if it fails, stop with the last error in its output."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,7 +1,7 @@
 """MoE load balancing for torchtitan.
 
-``__init__.pyi`` lists the public names, for type checkers and at run time: each is imported when
-it is first used, so that importing the package is instant.
+``__init__.pyi`` lists the public names, for type checkers and at run time. Each is imported at its
+first use, so that importing the package is instant.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """``titan-moe-lb``: train, plan, and look at a run.
 
-A subcommand is a function here, and imports its module when it runs, so that ``--help`` is instant.
+Each subcommand is a function. It imports its module when it runs, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from titan_moe_lb.run import parent_process
 
 
 def _optional(metavar: str, *aliases: str) -> Any:
-    """A flag that may be left out, without None in its help."""
+    """Describe an optional flag, without its default of None in the help."""
     return tyro.conf.arg(metavar=metavar, aliases=aliases, help_behavior_hint="")
 
 
@@ -38,7 +38,7 @@ def train(flags: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
         print(f"usage: titan-moe-lb train [FLAGS]\n\n{OWN_FLAGS}")
         print("Every flag, those of torchtitan too: titan-moe-lb train --module NAME --help")
         return
-    parent_process.end_with_launcher()  # that of a cell is its study
+    parent_process.end_with_launcher()  # if a study has started this process
     # The imports take seconds: Ctrl-C ends them without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     host_threads.wait_without_spinning()
@@ -169,7 +169,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _run(arguments: list[str]) -> None:
-    if arguments[:1] == ["train"]:  # whose flags are those of its job
+    if arguments[:1] == ["train"]:  # its flags are those of the job, which tyro does not know
         train(tuple(arguments[1:]))
         return
     tyro.extras.subcommand_cli_from_dict(
@@ -181,7 +181,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the program. A mistake of the user is one line and status 2."""
+    """Run the program; print a user's mistake in one line and exit with status 2."""
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except JobError as error:
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output, as in "| head", has what it wants
+    except BrokenPipeError:  # the reader of our output has ended, as in "| head"
         sys.stderr.close()
 
 

@@ -1,4 +1,4 @@
-"""The one exception that a user's own mistake raises, and the remedy of a misspelt name."""
+"""Exception for a user's mistake, and suggestions for a misspelt name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class JobError(ValueError):
-    """A job that cannot run as written.
+    """Error of a job that cannot run as written.
 
-    The message is one line that names the setting and the remedy; the entry
-    points print it without a traceback and exit with status 2.
+    The message is one line that names the setting and the remedy. The entry points print it
+    without a traceback and exit with status 2.
     """
 
 
@@ -18,13 +18,13 @@ _MOST_LISTED = 40
 
 
 def near(name: str, valid: Iterable[str]) -> str:
-    """What follows a list of the valid names: the nearest one, if one is near."""
+    """Return "; did you mean ...?" with the nearest valid name, or "" if none is near."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The remedy of a misspelt name: the nearest valid one, or all of them if they are few."""
+    """Suggest the nearest valid name; if none is near, all valid names or ``--help``."""
     valid = list(valid)
     if guess := near(name, valid):
         return guess.removeprefix("; ")

@@ -1,10 +1,13 @@
-"""How the threads of one process on the host wait for each other.
+"""Wait policy of the OpenMP threads of a process on the host.
 
-torch's OpenMP (libgomp, which comes with it) spins by default: beside other work the spinning
-threads take the cores from those that they wait for. Measured with torch 2.14.1 on two cores
-at a load of about ten (``python -m benchmarks.host_threads 12``), medians of a step: as torch
-does 1.60 s and 1.52 CPU s, passive 0.81 s and 0.68 CPU s, GOMP_SPINCOUNT=10000 0.90 s and
-0.81 CPU s, one thread 1.10 s and 0.66 CPU s.
+torch's OpenMP (libgomp, which comes with it) spins by default. On a busy machine, the spinning
+threads take the cores from those that they wait for. Medians of a step, with torch 2.14.1 on two
+cores at a load of about ten (``python -m benchmarks.host_threads 12``):
+
+    torch's default        1.60 s  1.52 CPU s
+    passive                0.81 s  0.68 CPU s
+    GOMP_SPINCOUNT=10000   0.90 s  0.81 CPU s
+    one thread             1.10 s  0.66 CPU s
 """
 
 from __future__ import annotations
@@ -13,5 +16,8 @@ import os
 
 
 def wait_without_spinning() -> None:
-    """Before torch is imported, which reads it once. What the user has set stands."""
+    """Set OMP_WAIT_POLICY to passive, unless it is set.
+
+    Call this before torch is imported: libgomp reads the variable once, when it is loaded.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,9 +1,9 @@
 """Strict conversion between TOML tables and dataclass configs.
 
-A table sets fields of a config that exists. An unknown key, a wrong type or a value outside a
-choice raises ``JobError`` with the key and the nearest valid name. TOML has no null: ``"none"``
-means None. A choice between configs (activation checkpointing, aux losses, the expert bias) is a
-table with a ``type``.
+A table sets fields of an existing config. An unknown key, a wrong type or a value outside a choice
+raises ``JobError`` with the key and the nearest valid name. TOML has no null, so ``"none"`` means
+None. A choice between configs (activation checkpointing, aux losses, the expert bias) is a table
+with a ``type``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read(path: str, flag: str) -> dict[str, Any]:
     """Parse the file that the user's ``flag`` names.
 
     Raises:
-        JobError: the file is missing, unreadable or no TOML.
+        JobError: the file is missing, unreadable or not valid TOML.
     """
     try:
         return tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -43,12 +43,12 @@ def read(path: str, flag: str) -> dict[str, Any]:
 
 
 def merge(config: Any, table: Any, where: str) -> Any:
-    """Set fields of a dataclass instance from a table, in place; returns the instance.
+    """Set fields of a dataclass instance from a table, in place, and return the instance.
 
     Args:
-        config: a dataclass instance; nested instances are merged into.
+        config: a dataclass instance; nested instances are set in place too.
         table: parsed TOML.
-        where: the place for messages, for example ``debug.toml: [training]``.
+        where: beginning of each message, for example ``debug.toml: [training]``.
 
     Raises:
         JobError: the first key that does not fit.
@@ -59,7 +59,7 @@ def merge(config: Any, table: Any, where: str) -> Any:
 
 
 def build(cls: type, table: Any, where: str) -> Any:
-    """Build a dataclass instance from a table. Args and errors: as :func:`merge`."""
+    """Build a dataclass instance from a table; see :func:`merge` for arguments and errors."""
     hints = _hints(cls)
     table = _table(table, where, hints)
     for field in settable(cls):
@@ -73,13 +73,13 @@ def build(cls: type, table: Any, where: str) -> Any:
 
 
 def merge_field(config: Any, name: str, value: Any, where: str) -> None:
-    """Set one field of a dataclass instance. Args and errors: as :func:`merge`."""
+    """Set one field of a dataclass instance; see :func:`merge` for arguments and errors."""
     hint = _hints(type(config))[name]
     setattr(config, name, construct(hint, value, where, getattr(config, name)))
 
 
 def dump(config: Any) -> dict[str, Any]:
-    """The inverse of :func:`merge`: every field that a table can set."""
+    """Return every field that a table can set, as TOML; the inverse of :func:`merge`."""
     return {
         name: dump_value(hint, getattr(config, name))
         for name, hint in _hints(type(config)).items()
@@ -88,7 +88,7 @@ def dump(config: Any) -> dict[str, Any]:
 
 
 def settable(cls: type) -> dict[dataclasses.Field, Any]:
-    """The fields that TOML may set and their annotations, in order."""
+    """Return the fields that TOML may set and their annotations, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)
     hidden = _NOT_IN_TOML | getattr(getattr(cls, "_owner", None), "filled_by_job", frozenset())
     return {
@@ -99,7 +99,7 @@ def settable(cls: type) -> dict[dataclasses.Field, Any]:
 
 
 def default(field: dataclasses.Field) -> Any:
-    """The default of a field; ``dataclasses.MISSING`` where it has none."""
+    """Return the default of a field, or ``dataclasses.MISSING`` if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -112,7 +112,7 @@ def construct(hint: Any, value: Any, where: str, current: Any = None) -> Any:
         hint: the annotation.
         value: parsed TOML.
         where: as in :func:`merge`.
-        current: its present value; a table is merged into a config.
+        current: its current value; a table sets fields of a current config.
 
     Raises:
         JobError: the value does not fit.
@@ -133,14 +133,14 @@ def construct(hint: Any, value: Any, where: str, current: Any = None) -> Any:
             if dataclasses.is_dataclass(element):
                 return _list_of_configs(current or [], element, value, where)
     if isinstance(current, dict) and isinstance(value, dict):
-        # TOML has lists alone; AdamW's betas are a tuple.
+        # TOML has no tuples; AdamW's betas are one.
         tuples = {key for key, item in current.items() if isinstance(item, tuple)}
         return current | {k: tuple(v) if k in tuples else v for k, v in value.items()}
     return _checked(hint, value, where)
 
 
 def _list_of_configs(current: list, element: Any, value: Any, where: str) -> list:
-    """Build kinds of a component anew; merge other configs into the current ones by position."""
+    """Rebuild kinds of a component; merge other configs into the current ones by position."""
     tables = value if isinstance(value, list) else [value]
     choices = _choices([element])
     if not tables and current and not choices:
@@ -191,7 +191,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
 
 
 def dump_value(hint: Any, value: Any) -> Any:
-    """The inverse of :func:`construct`."""
+    """Convert a value to TOML; the inverse of :func:`construct`."""
     if value is None:
         return NONE
     if dataclasses.is_dataclass(value):
@@ -206,10 +206,10 @@ def dump_value(hint: Any, value: Any) -> Any:
 
 
 def inline(value: Any) -> str:
-    """A value of [model] as one line of TOML; of a config, what differs from its defaults.
+    """Return a value of [model] as one line of TOML; a config without its defaults.
 
     Raises:
-        JobError: a date or a time is in it.
+        JobError: it contains a date or a time.
     """
     if dataclasses.is_dataclass(value):
         usual = {field.name: default(field) for field in dataclasses.fields(value)}
@@ -226,7 +226,7 @@ def inline(value: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """A valid value of an annotation, in words."""
+    """Describe the valid values of an annotation, as in "an integer or a list"."""
     return " or ".join(_describe_member(member) for member in _members(hint))
 
 
@@ -256,15 +256,18 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _members(hint: Any) -> tuple:
-    """The members of a union, or the annotation itself."""
+    """Return the members of a union, or the annotation itself."""
     plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     union = typing.get_origin(plain) in (Union, types.UnionType)
     return typing.get_args(plain) if union else (plain,)
 
 
 def _choices(members: Sequence) -> dict[str, type | None]:
-    """Names and classes of a choice of configs: the kinds of a component (aux losses, expert bias,
-    forced routing), or the members of a union that tyro offers as subcommands."""
+    """Return names and classes of a choice of configs; empty if there is no choice.
+
+    These are the kinds of a component (aux losses, expert bias, forced routing), or the members
+    of a union that tyro offers as subcommands.
+    """
     found: dict[str, type | None] = {}
     for member in members:
         kinds = getattr(getattr(member, "_owner", None), "kinds", {})

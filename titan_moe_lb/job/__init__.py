@@ -1,1 +1,1 @@
-"""From TOML and flags to the config of a job: catalog, help, dry run."""
+"""Conversion of TOML and flags to the config of a job; catalog of jobs; help."""

@@ -1,4 +1,4 @@
-"""What can be trained: ``--list``."""
+"""Catalog of models and jobs, which ``--list`` prints."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _configs(registry: ModuleType) -> Table:
 
 def _jobs(name: str) -> Table | Group:
     table = _table("--job-config", "ranks", "")
-    table.columns[0].no_wrap = True  # what is typed is not cut
+    table.columns[0].no_wrap = True  # users copy these names
     for job_name in job_files.names(name):
         job = tomli.loads(job_files.find(job_name).read_text()).get("job", {})
         ranks, description = job.get("ranks", ""), job.get("description", "")
@@ -54,7 +54,7 @@ def _jobs(name: str) -> Table | Group:
 
 
 def defaults(package: ModuleType) -> Table | Group:
-    """What [model] is where a job says nothing: of which flavors, and who says so."""
+    """Return a table of the defaults of [model], with their flavors and sources."""
     table = _table("flavors", "[model] default, and its source")
     for default in getattr(package, "DEFAULTS", ()):
         line = Text(f"{default.key} = {toml_tables.inline(default.value)}")
@@ -64,7 +64,7 @@ def defaults(package: ModuleType) -> Table | Group:
 
 
 def flavors_with(package: ModuleType, default: Default) -> str:
-    """The flavors of a model package that take a default of it."""
+    """Name the flavors of a model package that use a default of it."""
     taking = [
         flavor
         for flavor in package.FLAVORS
@@ -81,5 +81,5 @@ def _table(*columns: str) -> Table:
 
 
 def first_paragraph(documented: object) -> str:
-    """Of the docstring, as one line."""
+    """Return the first paragraph of the docstring as one line."""
     return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())

@@ -1,9 +1,9 @@
-"""From a TOML file and a command line to the config of a job, strictly checked.
+"""Strict conversion of a TOML file and a command line to the config of a job.
 
-Precedence: command line over TOML over registry. The sections of the file mirror
-``Trainer.Config``; ``[job]`` says where to start from, and ``[model]`` holds the
-arguments of the model's registry entry. On the command line, ``--model.KEY VALUE``
-takes VALUE in TOML syntax.
+The command line takes precedence over TOML, and TOML over the registry. The sections of the file
+mirror ``Trainer.Config``. ``[job]`` names the config function to start from. ``[model]`` contains
+the arguments of the model's registry entry; ``--model.KEY VALUE`` sets one, with VALUE in TOML
+syntax.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
 _VALUES = ("module", "config", "job_config", "max_restarts")
 _SWITCHES = {"print_config": "print_config", "list": "list_models"}
 
-# Arguments of a registry entry that [job] or Python decides.
+# Arguments of a registry entry that [job] or Python sets.
 _NOT_IN_MODEL_TABLE = ("flavor", "converters", "spec")
 
 
 @dataclass(kw_only=True)
 class JobTable:
-    """``[job]``: where the job starts from."""
+    """Table ``[job]``: the config function of the job, and its processes."""
 
     module: str = ""
-    """Model or importable path, as ``--module``; empty: the default model."""
+    """Model or importable path, as in ``--module``; empty: the default model."""
     config: str = ""
-    """Config function, as ``--config``; empty: the model's debug job."""
+    """Config function, as in ``--config``; empty: the model's debug job."""
     flavor: str = ""
-    """Shorthand for the config function of a flavor."""
+    """Flavor of the model, instead of ``config``."""
     description: str = ""
     ranks: int | None = None
-    """Processes that the job wants in all, on all nodes."""
+    """Number of processes of the job on all nodes; None: any."""
     max_restarts: int = 0
-    """How often the processes are started again when one of them fails."""
+    """How often to restart all processes after one of them has failed."""
 
 
 @dataclass(kw_only=True)
 class CommandLine:
-    """The arguments that are ours; the rest belongs to torchtitan's config."""
+    """Our own arguments; ``rest`` contains the flags of torchtitan's config."""
 
     module: str | None = None
     config: str | None = None
@@ -71,7 +71,14 @@ class CommandLine:
 
 @dataclass(kw_only=True)
 class Draft:
-    """A job whose starting point is known and whose config is not built yet."""
+    """Job whose config function is known and whose config is not built yet.
+
+    Attributes:
+        command: the command line.
+        table: ``[job]``, with module and config function filled in.
+        tables: the other tables of the job file.
+        source: the job file, or "command line"; begins each message.
+    """
 
     command: CommandLine
     table: JobTable
@@ -79,10 +86,10 @@ class Draft:
     source: str
 
     def build(self) -> Trainer.Config:
-        """The config of registry, TOML and ``--model.*``, without torchtitan's own flags.
+        """Build the config of registry, TOML and ``--model.*``, without torchtitan's own flags.
 
         Raises:
-            JobError: the first thing that is wrong, in one line.
+            JobError: the first mistake in the job.
         """
         registry = module_lookup.config_registry(self.table.module)
         config = module_lookup.config_function(registry, self.table.config)()
@@ -100,13 +107,13 @@ class Draft:
         return config
 
     def resolve(self, world_size: int) -> Job:
-        """Apply the command line and validate.
+        """Build the config, apply torchtitan's own flags and validate the job.
 
         Args:
-            world_size: processes of the job.
+            world_size: number of processes of the job.
 
         Raises:
-            JobError: the first thing that is wrong, in one line.
+            JobError: the first mistake in the job.
             SystemExit: from tyro, for ``--help`` and for a flag that it refuses.
         """
         try:
@@ -116,7 +123,7 @@ class Draft:
             config = _ResolvedConfigManager(built).parse_args(self.command.rest)
             job = Job.of(config, world_size)
             rules.validate(job)
-            job.bound  # noqa: B018  and the checks that it makes of the model before it is built
+            job.bound  # noqa: B018  runs torchtitan's checks of the model before it is built
         except JobError:
             raise
         except (AssertionError, ValueError, NotImplementedError) as error:
@@ -125,7 +132,14 @@ class Draft:
 
 
 def draft(arguments: list[str]) -> Draft:
-    """Read the command line and the job file. Raises ``JobError``."""
+    """Read the command line and the job file.
+
+    Args:
+        arguments: the command line of the job.
+
+    Raises:
+        JobError: the first mistake in the flags or in [job].
+    """
     command = parse_command_line(arguments)
     source = command.job_config or "command line"
     tables = {}
@@ -142,7 +156,7 @@ def draft(arguments: list[str]) -> Draft:
         raise JobError(f"{source}: [job] must be a table")
     toml_tables.merge(table, job, f"{source}: [job]")
     if command.module and command.module != table.module:
-        # Another model: the file's config function belongs to the file's module.
+        # Another model: drop the file's config function, which belongs to the file's module.
         table = dataclasses.replace(table, module=command.module, config="", flavor="")
     if command.max_restarts is not None:
         if not command.max_restarts.isdecimal():
@@ -157,13 +171,14 @@ def load(arguments: list[str], world_size: int | None = None) -> Job:
     """Read and resolve a job; see :meth:`Draft.resolve`.
 
     Args:
-        world_size: processes of the job; None: of the job that this process belongs to.
+        arguments: the command line of the job.
+        world_size: number of processes; None: that of the job to which this process belongs.
     """
     return draft(arguments).resolve(world_size or single_process.world_size())
 
 
 def render(table: JobTable, config: Trainer.Config) -> str:
-    """The job as TOML that resolves to the same job."""
+    """Return the job as TOML that resolves to the same job."""
     sections = toml_tables.dump(config)
     spec = config.model_spec
     if isinstance(spec, BalancedModelSpec):
@@ -183,7 +198,7 @@ def render(table: JobTable, config: Trainer.Config) -> str:
 
 
 def parse_command_line(arguments: list[str]) -> CommandLine:
-    """Take our own flags out of the arguments; accepts ``--flag value`` and ``--flag=value``."""
+    """Separate our own flags from torchtitan's; ``--flag value`` and ``--flag=value`` are valid."""
     command = CommandLine()
     remaining = list(arguments)
     while remaining:
@@ -216,12 +231,12 @@ def _toml_value(flag: str, text: str) -> Any:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         if text.replace("_", "").replace("-", "").isalnum():
-            return text  # a bare word, as on any command line
+            return text  # a bare word is a string
         raise JobError(f"{flag} {text!r}: not a TOML value") from None
 
 
 def _complete(table: JobTable, source: str) -> JobTable:
-    """Fill in module and config function."""
+    """Check [job], and fill in module and config function."""
     if table.config and table.flavor:
         raise JobError(f"{source}: [job] names both config and flavor; keep one")
     if table.ranks is not None and table.ranks < 1:
@@ -265,7 +280,7 @@ def _rebuild_model(
     entry = registry_entry(registry)
     hints = model_keys(entry)
     arguments = dict(spec.arguments) if isinstance(spec, BalancedModelSpec) else {}
-    if entry is balanced:  # other arguments of an entry of the registry are in the model
+    if entry is balanced:  # the model already contains the other arguments of its registry entry
         arguments = {name: value for name, value in arguments.items() if name in hints}
     for place, values in ((where, table), ("--model", overrides)):
         if not isinstance(values, dict):
@@ -291,13 +306,13 @@ def _rebuild_model(
 
 
 def _for_users(text: str) -> str:
-    """What torchtitan says of a config, in one line and without its names for parts of it."""
+    """Turn a message of torchtitan into one line, with our names of the layers."""
     line = " ".join(text.split()).removeprefix("Config: ")
     return re.sub(r"\bmodel_spec\.model(\.\w+)+", lambda found: layer_name(found[0]), line)
 
 
 def model_keys(entry: Callable[..., BalancedModelSpec]) -> dict[str, Any]:
-    """The keys of [model] and their annotations."""
+    """Return the keys of [model] and their annotations."""
     hints = typing.get_type_hints(entry, include_extras=True)
     return {
         name: hints[name]
@@ -307,7 +322,7 @@ def model_keys(entry: Callable[..., BalancedModelSpec]) -> dict[str, Any]:
 
 
 def registry_entry(registry) -> Callable[..., BalancedModelSpec]:
-    """The function whose arguments [model] sets."""
+    """Return the function whose arguments [model] sets."""
     entry = module_lookup.entry_point(registry)
     if entry is not None and "aux_losses" in inspect.signature(entry).parameters:
         return entry
@@ -315,7 +330,7 @@ def registry_entry(registry) -> Callable[..., BalancedModelSpec]:
 
 
 class _ResolvedConfigManager(ConfigManager):
-    """torchtitan's command line on top of a config that is already loaded."""
+    """Config manager of torchtitan that applies flags to a config which is already loaded."""
 
     def __init__(self, config: Trainer.Config) -> None:
         super().__init__()

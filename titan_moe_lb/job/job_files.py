@@ -1,4 +1,4 @@
-"""The job files that travel with the package, known by name: ``deepseek_v3/debug``."""
+"""Job files of the package and their names, such as ``deepseek_v3/debug``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from titan_moe_lb.errors import JobError, near
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-"""In a checkout a link to ``configs/`` at its top, in a wheel the files themselves."""
+"""A link to ``configs/`` in a checkout; the files themselves in a wheel."""
 
 
 def names(model: str = "*") -> list[str]:
-    """Of the job files of a model, or of all."""
+    """Return the names of the job files of a model; default: of all models."""
     return [f"{path.parent.name}/{path.stem}" for path in sorted(CONFIGS.glob(f"{model}/*.toml"))]
 
 
 def find(job: str) -> Path:
-    """What ``--job-config`` means: a path of the user's that exists, else a name.
+    """Find the file that ``--job-config`` names: an existing path, else a job of the package.
 
     Raises:
         JobError: it is neither.

@@ -1,4 +1,4 @@
-"""What a job can set about its model: the part of ``--help`` that torchtitan does not know."""
+"""Help of our own flags and of [model], which ``--help`` prints before torchtitan's flags."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _default(value: Any) -> str:
 
 
 def _arguments(function: Callable) -> dict[str, str | None]:
-    """The ``Args`` section of a docstring, where several names may share a text."""
+    """Return the ``Args`` section of a docstring by name; several names may share a text."""
     parsed = docstring_parser.parse(inspect.getdoc(function) or "")
     return {
         name: param.description for param in parsed.params for name in param.arg_name.split(", ")

@@ -1,4 +1,4 @@
-"""From ``--module`` and ``--config`` to the functions that they name."""
+"""Lookup of the functions that ``--module`` and ``--config`` name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_moe_lb.errors import JobError, nearest
 
 
 def registered_models() -> list[str]:
-    """The models of ``model_registry``: its packages that hold config functions."""
+    """Return the models of ``model_registry``: its packages with a ``config_registry.py``."""
     import model_registry
 
     return sorted(
@@ -24,10 +24,11 @@ def registered_models() -> list[str]:
 
 
 def config_registry(module: str) -> ModuleType:
-    """The module that holds the config functions of ``module``.
+    """Import the module with the config functions of ``module``.
 
-    ``deepseek_v3`` means ``model_registry.deepseek_v3``; a name of torchtitan's own
-    models that has no package here, and any importable path, work as well.
+    Args:
+        module: a model of ``model_registry``, else one of torchtitan's models, else any
+            importable path.
 
     Raises:
         JobError: nothing of that name can be imported, or it needs a package that is
@@ -51,7 +52,11 @@ def config_registry(module: str) -> ModuleType:
 
 
 def config_function(registry: ModuleType, name: str) -> Callable:
-    """The config function ``name``. Raises ``JobError`` naming the nearest one."""
+    """Return the config function ``name``.
+
+    Raises:
+        JobError: there is none; the message contains the nearest name.
+    """
     names = config_names(registry)
     if name not in names:
         raise JobError(f"{registry.__name__} has no config {name!r}; {nearest(name, names)}")
@@ -59,7 +64,7 @@ def config_function(registry: ModuleType, name: str) -> Callable:
 
 
 def config_names(registry: ModuleType) -> list[str]:
-    """Functions that are defined in the registry module itself and take no arguments."""
+    """List the functions that the registry module itself defines and that need no arguments."""
     return [
         name
         for name, member in vars(registry).items()
@@ -72,7 +77,11 @@ def config_names(registry: ModuleType) -> list[str]:
 
 
 def config_of_flavor(registry: ModuleType, flavor: str) -> str:
-    """The config function of a flavor: the one whose name ends in it, any case, - as _."""
+    """Return the name of the config function that ends in the flavor; ``-`` counts as ``_``.
+
+    Raises:
+        JobError: there is none; the message contains the nearest flavor.
+    """
     names = config_names(registry)
     ending = "_" + flavor.lower().replace("-", "_")
     for name in names:
@@ -85,12 +94,12 @@ def config_of_flavor(registry: ModuleType, flavor: str) -> str:
 
 
 def entry_point(registry: ModuleType) -> Callable | None:
-    """``model_registry`` of the package that the config functions belong to, if any."""
+    """Return the function ``model_registry`` of the config functions' package, or None."""
     return getattr(model_package(registry), "model_registry", None)
 
 
 def model_package(registry: ModuleType) -> ModuleType:
-    """The package that the config functions belong to, or the registry module itself."""
+    """Import the package of the config functions, or the registry module if it has none."""
     return importlib.import_module(registry.__name__.removesuffix(".config_registry"))
 
 

@@ -1,4 +1,4 @@
-"""The flags of a job that are not torchtitan's. Imports nothing, so that help is instant."""
+"""Help of our own flags of a job. This module imports nothing, so that help is instant."""
 
 DEFAULT_MODULE = "deepseek_v3"
 

@@ -1,4 +1,4 @@
-"""Keys of a job that other versions of torchtitan and other trainers call otherwise."""
+"""Keys of a job that have another name in other trainers or versions of torchtitan."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ RENAMED = {
 
 
 def refuse(arguments: Iterable[str], config: Any) -> None:
-    """Name the key of this version for the first flag that the config lacks.
+    """Check that no flag has another name in this version.
 
     Raises:
-        JobError: a flag of the command line has another name here.
+        JobError: the config lacks a flag that is in ``RENAMED``; names the key to use.
     """
     for argument in arguments:
         flag = argument.partition("=")[0]

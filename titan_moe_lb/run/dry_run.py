@@ -1,4 +1,4 @@
-"""One rank of a job, built without the others: ``COMM_MODE=fake_backend``."""
+"""Dry run: build one rank of a job without its peers (``COMM_MODE=fake_backend``)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Trainer.Config) -> int:
-    """Build this rank's part of the job, say how large it is, and return its parameters.
+    """Build this rank's part of the job, log its size, and return its number of parameters.
 
-    No step is run: torch's pipeline schedules cannot run on a fake process group, and
-    the numbers of a rank without its peers mean nothing.
+    No step runs: torch's pipeline schedules cannot run on a fake process group, and a rank
+    without its peers computes meaningless values.
     """
     _stand_in_for_missing_assets(config)
     _leave_weights_unset(config)
@@ -39,7 +39,7 @@ def run(config: Trainer.Config) -> int:
 
 
 def _stand_in_for_missing_assets(config: Trainer.Config) -> None:
-    """Use the embedded tokenizer and text where the job's own are not on this machine."""
+    """Use the embedded tokenizer and text if the tokenizer's folder is not on this machine."""
     if not os.path.isdir(config.hf_assets_path):
         config.hf_assets_path = TOKENIZER_PATH
         if hasattr(config.dataloader, "dataset"):
@@ -47,7 +47,7 @@ def _stand_in_for_missing_assets(config: Trainer.Config) -> None:
 
 
 def _leave_weights_unset(config: Trainer.Config) -> None:
-    """Random numbers take most of the time, and memory that is never written is never used."""
+    """Skip weight initialization: it takes most of the time, and unwritten host memory is free."""
     assert config.model_spec is not None
     modules = config.model_spec.traverse(Module.Config, recurse=True)
     for _fqn, module, _parent, _attribute in modules:

@@ -1,4 +1,4 @@
-"""The variables that say how a job is started, checked before it is."""
+"""Environment variables of a launch, and their checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _RUN = "TITAN_MOE_LB_RUN"
 
 
 def positive(variable: str, default: int) -> int:
-    """A variable that counts something."""
+    """Read a variable that counts something.
+
+    Raises:
+        JobError: its value is not a whole number of at least 1.
+    """
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal() or int(text) < 1:
         raise JobError(f"{variable}={text} must be a whole number of at least 1")
@@ -29,6 +33,7 @@ def positive(variable: str, default: int) -> int:
 
 
 def check_mode() -> None:
+    """Check that ``COMM_MODE`` is a mode of torchtitan."""
     mode = os.environ.get("COMM_MODE")
     modes = typing.get_args(typing.get_type_hints(CommConfig)["mode"])
     if mode and mode not in modes:
@@ -36,7 +41,7 @@ def check_mode() -> None:
 
 
 def check_nodes(nodes: int) -> None:
-    """NODE_RANK and RDZV_ENDPOINT: how the nodes of a job find each other."""
+    """Check RDZV_TIMEOUT, RDZV_ENDPOINT and NODE_RANK, by which the nodes find each other."""
     positive("RDZV_TIMEOUT", 900)
     endpoint, rank = os.environ.get("RDZV_ENDPOINT"), os.environ.get("NODE_RANK")
     if nodes > 1 and not endpoint:
@@ -62,7 +67,8 @@ def check_nodes(nodes: int) -> None:
         raise JobError(
             f"RDZV_ENDPOINT={endpoint}: the host {host!r} is not known here ({error.strerror})"
         ) from None
-    if nodes == 1 or rank == "0":  # this node opens the port; without ranks the nodes find out
+    # This node opens the port. Without NODE_RANK, the nodes find out later which one does.
+    if nodes == 1 or rank == "0":
         try:
             socket.create_server(("", int(found[3] or DEFAULT_PORT))).close()
         except OSError as error:
@@ -73,15 +79,15 @@ def check_nodes(nodes: int) -> None:
 
 
 def choose_network() -> None:
-    """Let gloo talk to the other nodes by the network that RDZV_ENDPOINT is in.
+    """Select the network interface for gloo: the one on the route to RDZV_ENDPOINT.
 
-    It takes the address of this machine's name otherwise, which is often 127.0.0.1 or
-    127.0.1.1, where no other node can reach it. NCCL finds a network by itself.
+    By default, gloo uses the address of this machine's host name. This is often 127.0.0.1 or
+    127.0.1.1, which no other node can reach. NCCL finds an interface by itself.
     """
     host, port = parse_rendezvous_endpoint(os.environ["RDZV_ENDPOINT"], DEFAULT_PORT)
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing: it asks for the route alone
+        probe.connect(address)  # selects the route; a datagram socket sends nothing here
         here = probe.getsockname()[0]
         for interface, addresses in psutil.net_if_addrs().items():
             if here in [one.address.partition("%")[0] for one in addresses]:
@@ -89,26 +95,30 @@ def choose_network() -> None:
 
 
 def run_name(nodes: int) -> str:
-    """What the nodes of a run have in common, and two runs at one time have not."""
+    """Return a name that all nodes of a run share, and that no concurrent run has."""
     if nodes > 1:
         return f"NNODES={nodes} RDZV_ENDPOINT={os.environ['RDZV_ENDPOINT']}"
     return f"process {os.getpid()} of {socket.gethostname()}, {uuid.uuid4()}"
 
 
 def hand_on_run(run: str) -> None:
-    """Let the ranks that this process starts know their run, and end with this process."""
+    """Set the variables from which child processes read their run and its launcher."""
     os.environ.update({_RUN: run, **parent_process.launcher_environment()})
 
 
 def joined_run() -> str:
-    """The run of this rank: as its launcher named it, else that of torchrun's agent."""
+    """Return the name of this rank's run: from our launcher, else from torchrun's agent."""
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     agent = " ".join(os.environ.get(name, "") for name in names)
     return os.environ.pop(_RUN, None) or f"torchrun {agent}"
 
 
 def check_shown_ranks(processes: int) -> None:
-    """LOG_RANK: ranks that exist."""
+    """Check that LOG_RANK lists ranks of the job.
+
+    Args:
+        processes: number of ranks on all nodes.
+    """
     text = os.environ.get("LOG_RANK", "")
     for rank in text.split(",") if text else ():
         if not rank.isdecimal():

@@ -1,9 +1,12 @@
 """Check a job, then start its processes: ``titan-moe-lb train``, which ``run_train.sh`` calls.
 
-Environment, as in torchtitan's own script: ``NGPU`` processes on this node,
-``MODULE`` and ``CONFIG`` as defaults of the flags, ``LOG_RANK`` the ranks to show
-(default: the one that sees the loss), ``COMM_MODE`` for a dry run in one process; ``NNODES``,
-``NODE_RANK``, ``RDZV_ENDPOINT`` and ``RDZV_TIMEOUT`` (seconds) for several nodes.
+Environment variables, the first five as in torchtitan's own script:
+
+    NGPU: processes on this node.
+    MODULE, CONFIG: defaults of ``--module`` and ``--config``.
+    LOG_RANK: ranks to show; default: the rank that knows the loss.
+    COMM_MODE: dry run in one process.
+    NNODES, NODE_RANK, RDZV_ENDPOINT, RDZV_TIMEOUT (seconds): several nodes.
 """
 
 from __future__ import annotations
@@ -25,13 +28,18 @@ from titan_moe_lb.upstream import cpu
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Check the job and run it, or print what ``--list``, ``--help`` or ``--print-config`` shows.
+
+    Args:
+        arguments: flags of ``train``; None: ``sys.argv[1:]``.
+    """
     arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
     try:
         if job_config.parse_command_line(arguments).list_models:
             catalog.show()
             return
         environment.check_mode()
-        # torchtitan repeats its warnings about a config when it builds the model.
+        # Drop torchtitan's warnings about a config: it repeats them when it builds the model.
         logging.root.addHandler(logging.NullHandler())
         draft = job_config.draft(arguments)
         if {"-h", "--help"} & set(draft.command.rest):
@@ -62,7 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _with_environment(arguments: list[str]) -> list[str]:
-    """The flags, with MODULE, CONFIG and COMM_MODE standing in for flags not given."""
+    """Add the flags that MODULE, CONFIG and COMM_MODE stand for.
+
+    The user's own flags and ``--job-config`` take precedence over MODULE and CONFIG.
+    """
     named = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     added = []
     if "--job-config" not in named:
@@ -84,7 +95,7 @@ def _check_restarts(table: job_config.JobTable, nodes: int) -> None:
 
 
 def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
-    """NGPU; else what the job wants; else the number of GPUs; else 1."""
+    """Return NGPU; else the job's ``ranks`` per node; else the number of GPUs; else 1."""
     devices = 0 if cpu.needed() else torch.accelerator.device_count()
     dry_run = bool(os.environ.get("COMM_MODE"))
     if os.environ.get("NGPU"):
@@ -107,13 +118,13 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
 
 
 def _run_here(job: Job) -> None:
-    """Train in this process: a single rank needs no launcher."""
+    """Run the job in this process: a single rank and a dry run need no launcher."""
     single_process.announce(world_size=job.layout.world_size)
     train.run(job, alone=True)
 
 
 def command(arguments: list[str] | None = None) -> None:
-    """Run as a program: :func:`main`, and the end of the process."""
+    """Run :func:`main`, then end the process as a program."""
     main(arguments)
     if cpu.needed():
         cpu.leave()

@@ -1,7 +1,7 @@
-"""End a process together with the launcher that started it, by whatever signal that one died.
+"""End a process when its launcher dies, by whatever signal.
 
-The kernel sends the signal (``prctl(2)``, PR_SET_PDEATHSIG). So it also ends a process that waits
-in a collective, compiles or is stopped. Only Linux has this call.
+The kernel sends SIGKILL (``prctl(2)``, PR_SET_PDEATHSIG). This also ends a process that waits in a
+collective, compiles or is stopped. Only Linux has this call.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 def launcher_environment() -> dict[str, str]:
-    """Variables for the processes that this process starts and that must not outlive it."""
+    """Return the variables for child processes that must not outlive this process."""
     return {_LAUNCHER: str(os.getpid())}
 
 
 def end_with_launcher(*, or_agent: bool = False) -> None:
-    """Ask for SIGKILL at the death of the parent, if that has set :func:`launcher_environment`.
+    """Request SIGKILL at the death of the parent, if the parent set :func:`launcher_environment`.
 
-    A launcher starts its processes from a thread that lives as long as they do: to the kernel,
-    this thread is the parent.
+    To the kernel, the parent is the thread that started this process. In a launcher, that
+    thread lives as long as its processes.
 
     Args:
-        or_agent: also if the parent is an agent of torchrun.
+        or_agent: also request it if the parent is an agent of torchrun.
     """
     launcher = os.environ.pop(_LAUNCHER, None)
     of_agent = or_agent and "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,4 +1,4 @@
-"""The processes of a job on this node: torchrun's agent, with a console of our own."""
+"""Processes of a job on this node: torchrun's agent with our own console."""
 
 from __future__ import annotations
 
@@ -40,13 +40,18 @@ _RUN_ID = "titan_moe_lb"
 
 
 def run(job: Job, arguments: list[str], here: int, nodes: int, max_restarts: int = 0) -> None:
-    """Train in ``here`` processes of this node. Leaves with a status where they fail.
+    """Train in the processes of this node.
 
     Args:
+        job: the resolved job.
         arguments: the command line of the job.
-        nodes: how many nodes the job has.
-        max_restarts: how often the processes are started again, from the last checkpoint, where
-            one of them was killed or failed by no mistake in the job.
+        here: number of processes to start on this node.
+        nodes: number of nodes of the job.
+        max_restarts: how often to restart all processes from the last checkpoint, after one
+            was killed or failed for another reason than a mistake in the job.
+
+    Raises:
+        SystemExit: the job failed; with its status.
     """
     begun = time.time()
     logs = rank_log.folder_of(job.config.dump_folder)
@@ -61,7 +66,7 @@ def run(job: Job, arguments: list[str], here: int, nodes: int, max_restarts: int
     for restart in range(1, max_restarts + 1):
         if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
             return
-        for number, handler in handlers.items():  # torch leaves its own behind
+        for number, handler in handlers.items():  # torch does not restore them
             signal.signal(number, handler)
         try:
             validate_files(Job.of(job.config, job.layout.world_size))
@@ -73,22 +78,28 @@ def run(job: Job, arguments: list[str], here: int, nodes: int, max_restarts: int
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The processes of a job from their start to their end."""
+    """One start of the job's processes."""
 
     job: Job
     arguments: list[str]
     here: int
     nodes: int
     begun: float
-    """When the job was started first, in seconds since the epoch."""
+    """Time of the first start of the job, in seconds since the epoch."""
     console: TextIO
 
     def succeeds(self, again: str = "") -> bool:
-        """Train. Leaves with a status where that fails.
+        """Run the processes until they end.
 
         Args:
-            again: what is said after a failure that is no mistake in the job: the answer is False
-                then. Empty: it ends as all others.
+            again: end of the message about a failure after which the job may restart; empty if
+                no restart is left.
+
+        Returns:
+            True after success; False after a failure after which the job may restart.
+
+        Raises:
+            SystemExit: any other end, with its status.
         """
         config, nodes = self.job.config, self.nodes
         logs = rank_log.folder_of(config.dump_folder)
@@ -158,7 +169,7 @@ class _Attempt:
                 traceback.print_exc()
                 line = f"error: {meeting.failed()}"
                 status = 1
-            except KeyboardInterrupt:  # between the meeting and torch's own handlers
+            except KeyboardInterrupt:  # after the rendezvous, before torch sets its handlers
                 line = stopped(signal.SIGINT, saved.in_words(config, self.begun))
                 status = 128 + signal.SIGINT
             except Exception as error:
@@ -173,26 +184,26 @@ class _Attempt:
 
 
 def _ignore_signals() -> None:
-    """The run has ended: a second signal must not cut its last word short."""
+    """Ignore further signals, so that none cuts the last message short."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _Logs(DefaultLogsSpecs):
-    """Each rank keeps its own log: here are only the files that tell why one failed."""
+    """Log settings of torchrun. The folder holds error files alone: each rank logs by itself."""
 
     def __init__(self, folder: str, met: Callable[[list[dict[str, str]]], None]) -> None:
         super().__init__(folder)
         self._met = met
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Called when every node is there, before this one starts its processes."""
+        """Report that all nodes have met; torchrun calls this before it starts the processes."""
         self._met(list(envs.values()))
         return super().reify(envs)
 
 
 class _Meeting:
-    """Until all nodes have found each other: says what is waited for, and ends at a signal."""
+    """Rendezvous of all nodes: reports what it waits for; exits at a signal or after a timeout."""
 
     def __init__(self, console: TextIO, nodes: int) -> None:
         self._console = console
@@ -201,7 +212,7 @@ class _Meeting:
         self._endpoint = os.environ.get("RDZV_ENDPOINT", "")
         self._signals = ended_by(self._stop)
         self._patience = Heartbeat(self._say, self._waits)
-        # torch's own timeouts do not hold where a stranger listens at the port.
+        # torch's own timeouts have no effect if another program listens at the port.
         self._limit = threading.Timer(self._timeout, self._give_up)
         self._limit.daemon = True
 
@@ -240,7 +251,7 @@ class _Meeting:
         )
 
     def _seen(self) -> str:
-        """What a look at the endpoint shows."""
+        """Probe the endpoint and describe the result."""
         host, port = parse_rendezvous_endpoint(self._endpoint, environment.DEFAULT_PORT)
         try:
             socket.create_connection((host, port), timeout=3).close()
@@ -259,7 +270,7 @@ class _Meeting:
 
 
 def _is_store(host: str, port: int) -> bool:
-    """Whether torch's store answers. Its client waits for ever for one that says nothing."""
+    """Return True if torch's store answers within 5 s; its own client would wait for ever."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -272,12 +283,12 @@ def _is_store(host: str, port: int) -> bool:
 
 
 def _rendezvous(nodes: int) -> dict:
-    """How the nodes find each other: a node rank counts in a static rendezvous alone."""
+    """Return the rendezvous part of LaunchConfig; only a static rendezvous uses a node rank."""
     endpoint = os.environ.get("RDZV_ENDPOINT")
     if nodes == 1:
         return {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint or "localhost:0"}
     host, port = parse_rendezvous_endpoint(endpoint, environment.DEFAULT_PORT)
-    seconds = environment.positive("RDZV_TIMEOUT", 900) + 60  # _Meeting gives up before
+    seconds = environment.positive("RDZV_TIMEOUT", 900) + 60  # _Meeting times out first
     found = {"rdzv_endpoint": f"[{host}]:{port}" if ":" in host else f"{host}:{port}"}
     rank = os.environ.get("NODE_RANK")
     if not rank:

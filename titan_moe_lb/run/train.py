@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Resolve the job and train it."""
     # The launcher receives Ctrl-C too, and reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # torchtitan repeats its warnings about a config when it builds the model.
+    # Drop torchtitan's warnings about a config: it repeats them when it builds the model.
     logging.root.addHandler(logging.NullHandler())
     try:
         job = job_config.load(sys.argv[1:] if arguments is None else arguments)
@@ -58,13 +58,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def trainer_config(*arguments: str) -> Trainer.Config:
-    """A job for torchtitan's own Trainer: ``trainer_config(...).build().train()``.
+    """Return a job for torchtitan's own Trainer: ``trainer_config(...).build().train()``.
 
     Args:
         arguments: the command line of a job, as for ``run_train.sh``.
 
     Raises:
-        JobError: the job does not hold.
+        JobError: the job cannot run as written.
     """
     job = job_config.load(list(arguments))
     _adapt(job)
@@ -81,7 +81,7 @@ def _adapt(job: Job) -> None:
 
 
 def _preparing(config: Trainer.Config) -> Trainer.Config:
-    """Derive a config whose ``build()`` prepares this process; reading a job does not."""
+    """Derive a config whose ``build()`` prepares this process; loading a job does not."""
     upstream = type(config)
 
     @dataclass(kw_only=True, slots=True)
@@ -97,11 +97,12 @@ def _preparing(config: Trainer.Config) -> Trainer.Config:
 
 
 def run(job: Job, *, alone: bool = False) -> None:
-    """Train a resolved job in this process, or build it if that is all that is asked.
+    """Train a resolved job in this process, or only build it if it is a dry run.
 
     Args:
-        alone: there is no launcher. This process holds the run's folder already, and reports
-            a signal itself.
+        job: the job; it is adapted to this machine, in place.
+        alone: there is no launcher. This process has already claimed the run's folder, and
+            reports signals itself.
     """
     config = job.config
     cpu.prepare()
@@ -119,7 +120,7 @@ def run(job: Job, *, alone: bool = False) -> None:
 
 
 class _Rank:
-    """This process of a run."""
+    """One rank of a run, in this process."""
 
     def __init__(self, job: Job, *, alone: bool) -> None:
         self._job, self._config = job, job.config
@@ -151,13 +152,13 @@ class _Rank:
                 stack.enter_context(waits)
             try:
                 self._train()
-            except (Exception, CheckpointException) as error:  # the second is a BaseException
+            except (Exception, CheckpointException) as error:  # the latter is no Exception
                 self._fail(error)
         if is_shown:
             _say(summary.after(self._config, self._begun))
 
     def _train(self) -> None:
-        """Train as torchtitan's ``main`` does, which would read the job again."""
+        """Train as torchtitan's ``main`` does, without reading the job a second time."""
         config = self._config
         structured_logger.init_structured_logger(
             source="training",
@@ -195,9 +196,9 @@ class _Rank:
         _leave(128 + number)
 
     def _close_sinks(self) -> None:
-        """Let TensorBoard and W&B write the last steps, which they hold back.
+        """Let TensorBoard and W&B write the last steps, which they buffer.
 
-        The main thread may be in the middle of a step, and a sink may wait for the network.
+        A daemon thread closes them, because a sink may wait for the network.
         """
         if self._trainer is not None:
             sinks = self._trainer.metrics_processor.logger
@@ -213,7 +214,7 @@ class _Rank:
 
 
 def _build(job: Job) -> None:
-    """Build one rank of a job without the others."""
+    """Build one rank of a job without its peers."""
     if job.config.comm.mode == "local_tensor":
         _say("torchtitan 0.3.0 trains nothing in the local_tensor mode")
         return
@@ -238,7 +239,7 @@ def stopped(number: signal.Signals, saved: str) -> str:
 
 
 def exit_with(error: JobError) -> NoReturn:
-    """Print the one line of a user's mistake and leave with status 2."""
+    """Report a user's mistake in one line and exit with status 2."""
     found = cause.Cause(line=str(error), status=2, has_traceback=False)
     if not cause.tell_launcher(found):
         print(f"titan_moe_lb: error: {error}", file=sys.stderr)
@@ -246,12 +247,12 @@ def exit_with(error: JobError) -> NoReturn:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # the reader has closed the pipe
         print(line, flush=True)
 
 
 def _leave(status: int) -> NoReturn:
-    """End this process without a wait for threads and process groups that still work."""
+    """End this process without waiting for its threads and process groups."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(status)

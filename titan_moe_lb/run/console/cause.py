@@ -1,7 +1,7 @@
-"""Why a run failed, in one line.
+"""Cause of a failed run, in one line.
 
-A mistake or a misfortune of the user (a full disk, no memory, a missing file) is said with
-its remedy. Anything else is named with its type, and its traceback is in the log.
+The line names a remedy for a mistake in the job, a full disk or too little memory. For any other
+error it names the type, and the log contains the traceback.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from titan_moe_lb.resolved_job import Job
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM = 2**20
-"""Bytes: torch's writer of checkpoints does not say why it failed."""
+"""Free bytes below which a failed save means a full disk; torch's writer gives no reason."""
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 _PEER_IS_GONE = ("gloo", "nccl", "Connection closed by peer", "Connection reset by peer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """One line, and what the process ends with."""
+    """Cause of a failure in one line, and the exit status."""
 
     line: str
     status: int
-    """2: the job cannot run as written; 1: it ran and failed."""
+    """Exit status: 2 if the job cannot run as written, 1 if it ran and failed."""
     has_traceback: bool
     is_echo: bool = False
-    """Another process was lost: the cause is there."""
+    """This process failed because another one did; the cause is there."""
 
     def sentence(self, saved: str, log: Path) -> str:
-        """The cause, with what was saved and where to read on."""
+        """Return the cause, what was saved, and the log with the traceback."""
         parts = [self.line]
         if self.status != 2:
             parts.append(f"saved: {saved}")
@@ -58,10 +58,12 @@ class Cause:
 
 
 def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
-    """The cause of an exception.
+    """Return the cause of an exception.
 
     Args:
-        at_start: nothing was trained yet, so that a checkpoint that fails was being read.
+        error: the exception.
+        job: the job that failed.
+        at_start: no step was trained yet, so that a checkpoint that fails was being loaded.
     """
     if isinstance(error, JobError):
         return Cause(line=str(error), status=2, has_traceback=False)
@@ -117,7 +119,7 @@ def _free(folder: str) -> int:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception, then what led to it; of a checkpoint what its ranks have met."""
+    """Yield the exception and what led to it; for a checkpoint, the failure of its first rank."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
@@ -136,7 +138,7 @@ def _short(error: BaseException) -> str:
 
 
 def tell_launcher(cause: Cause) -> bool:
-    """Leave the cause in the error file that a launcher reads; False if there is none."""
+    """Write the cause to the error file that the launcher reads; return False without one."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return False
@@ -150,7 +152,11 @@ def tell_launcher(cause: Cause) -> bool:
 
 
 def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
-    """Of the processes that a launcher has seen fail: the first, not those that it took along.
+    """Find the process that failed first and so made the others fail.
+
+    Args:
+        error: the failures that the launcher has seen.
+        logs: folder of the log files.
 
     Returns:
         The cause, and the log of that rank.
@@ -180,12 +186,12 @@ def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
 
 
 def _order(failure: ProcessFailure) -> tuple[int, float]:
-    """First what ended by itself; what its end has ended comes after."""
+    """Sort key: processes that failed by themselves, then those that failed because of them."""
     ours = failure.error_file_data.get("titan_moe_lb")
     if ours is not None:
         return (3 if ours["is_echo"] else 1), ours["time"]
-    if failure.exitcode == -signal.SIGTERM:  # the launcher's own
+    if failure.exitcode == -signal.SIGTERM:  # the launcher sent it
         return 4, failure.timestamp
-    if failure.exitcode == -signal.SIGABRT:  # NCCL's, when a peer does not answer
+    if failure.exitcode == -signal.SIGABRT:  # NCCL raises it when a peer does not answer
         return 2, failure.timestamp
     return (0 if failure.exitcode < 0 else 1), failure.timestamp

@@ -1,8 +1,8 @@
-"""The other nodes of a run: which one failed, and which one is no longer heard of.
+"""Peers of this node: the other nodes of a run, and which of them failed or fell silent.
 
-A collective notices that a peer was killed, but not which node that was, and where a link is
-dropped it waits for a timeout of minutes. So each launcher gives signs of life in the store
-that torchrun's agent keeps on node 0. Node 0 watches them all, the others watch node 0.
+A collective fails when a peer is killed, but does not name the node. On a dropped link it waits
+minutes for a timeout. So each launcher sends heartbeats to the store that torchrun's agent keeps
+on node 0. Node 0 watches all other nodes, and they watch node 0.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from titan_moe_lb.run.console.cause import Cause
 
 _BEAT = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 _SILENCE = 30.0
-"""Seconds without one after which a node is lost: a busy machine may miss several."""
+"""Seconds without a heartbeat after which a node is lost; a busy machine may miss several."""
 _SUSPICION = 10.0
-"""The same where a collective has failed already."""
+"""Seconds without a heartbeat after which a node is lost, once a collective has failed."""
 _GRACE = 6.0
-"""Seconds in which this node may end by itself, by a collective or a signal to all nodes."""
+"""Seconds for this node to end by itself, after a failed collective or a signal to all nodes."""
 _FAILED = "failed"
 
 
 class Peers:
-    """What this node knows of the others, from when they have met until it leaves.
+    """State of the other nodes, from the rendezvous until this node leaves.
 
     Args:
         on_loss: called once, in a thread, when another node has failed or is lost.
@@ -41,15 +41,15 @@ class Peers:
         self._on_loss = on_loss
         self._over = threading.Event()
         self._exchanged: float | None = None
-        """When the store has answered last; None before the first time."""
+        """Time of the store's last answer; None before the first."""
         self._names: dict[int, str] = {}
         self._signs: dict[int, tuple[int, float]] = {}
-        """Of each node that is watched: how many signs of life, and when the last one came."""
+        """Number of heartbeats of each watched node, and the time of the last one."""
         self._last_words: str | None = None
         self._is_told = threading.Event()
         self._heard: Cause | None = None
         self.loss: Cause | None = None
-        """What ``on_loss`` was called for."""
+        """Cause for which ``on_loss`` was called."""
 
     def __enter__(self) -> Peers:
         return self
@@ -58,24 +58,30 @@ class Peers:
         self._over.set()
 
     def meet(self, process: dict[str, str]) -> None:
-        """Begin to watch.
+        """Start to watch the other nodes.
 
         Args:
             process: the environment of the first process of this node, as torchrun sets it.
         """
-        # Two threads: on a dead link an operation of the store never comes back.
+        # Two threads: on a dead link, an operation of the store never returns.
         threading.Thread(target=self._exchange, args=(process,), daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def tell(self, cause: Cause) -> None:
-        """Let the others know why this node ends, and wait until they can have heard it."""
+        """Report to the other nodes why this one ends, and wait until they can have read it."""
         if self._exchanged is not None and time.monotonic() - self._exchanged < 3 * _BEAT:
             self._last_words = json.dumps(dataclasses.asdict(cause))
             if self._is_told.wait(3 * _BEAT):
                 time.sleep(2 * _BEAT)
 
     def blame(self) -> Cause | None:
-        """Why a connection was lost, if a node is to blame; waits until that can be known."""
+        """Find the node whose failure broke a connection.
+
+        Waits until a silent node would count as lost, at most 13 s.
+
+        Returns:
+            The cause, or None if no node has failed.
+        """
         due = time.monotonic() + _SUSPICION + 3 * _BEAT
         while self._exchanged is not None and time.monotonic() < due:
             found = self._verdict(_SUSPICION)

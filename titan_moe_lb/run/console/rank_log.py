@@ -1,9 +1,9 @@
-"""Where the words of a process go: all of them to a log file, a few lines to the console.
+"""Log file and console of a process: all messages go to the file, a few to the console.
 
-The console is standard output: the lines of the steps, what titan_moe_lb says itself, and
-torchtitan's warnings once training is under way. What it warns of before that is what it
-chose by itself. Standard error is the log file, because torch, gloo and NCCL write there
-past Python's logging.
+The console is standard output. It shows the lines of the steps, the messages of titan_moe_lb,
+all errors, and torchtitan's warnings once training runs. Earlier warnings are left out: they
+concern choices that torchtitan made itself. Standard error is the log file, because torch,
+gloo and NCCL write there without Python's logging.
 """
 
 from __future__ import annotations
@@ -31,22 +31,26 @@ _MFU = re.compile(r" *(\x1b\[[\d;]*m)?mfu: +[\d.]+%")
 
 @dataclass(kw_only=True)
 class StepLine:
-    """What a rank can say of a step."""
+    """Values that a rank knows for torchtitan's line of a step."""
 
     loss: bool = True
-    """It holds a part of the last pipeline stage."""
+    """The rank holds a part of the last pipeline stage."""
 
     peak_flops: bool = True
-    """torchtitan has a figure for the device; it takes that of an A100 where it has none."""
+    """torchtitan knows the device's peak FLOPS; for an unknown device it uses the A100's."""
 
 
 def folder_of(dump_folder: str) -> Path:
-    """Where the log files of a run are: under the working folder if the run's is remote."""
+    """Return the folder of a run's log files: ``logs`` here if the run's folder is remote."""
     return Path("logs") if is_remote(dump_folder) else Path(dump_folder, "logs")
 
 
 def divert_errors(path: Path) -> TextIO:
-    """Send standard error of this process to a file; returns what it was, for a last word."""
+    """Redirect standard error of this process to a file.
+
+    Returns:
+        The previous standard error, for the last message.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     console = os.fdopen(os.dup(2), "w", buffering=1)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -56,7 +60,7 @@ def divert_errors(path: Path) -> TextIO:
 
 
 def report(line: str, console: TextIO) -> None:
-    """Print a line of ours: to the console, or to the log where the terminal is gone."""
+    """Print a line of ours to the console, or to the log if the terminal is gone."""
     for stream in (console, sys.stderr):
         with contextlib.suppress(OSError):
             print(f"titan_moe_lb: {line}", file=stream, flush=True)
@@ -70,18 +74,18 @@ def begin(
     known: StepLine,
     first_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Take over Python's logging in this process.
+    """Configure Python's logging in this process.
 
     Args:
-        shown: whether the user sees this rank; else standard output is the log file too.
-        prefix: before each line on the console.
-        known: what the lines of a step may say.
+        shown: the user sees this rank; if False, standard output is the log file too.
+        prefix: text before each line on the console.
+        known: values to keep in torchtitan's line of a step.
         first_step: called at the first line of a step.
     """
-    logging.raiseExceptions = False  # a full disk fails each line of a log anew
+    logging.raiseExceptions = False  # on a full disk, each line of the log would print a traceback
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    # torchtitan logs through the root, so this sees what it says, before any handler.
+    # torchtitan logs through the root, so this filters its lines before any handler.
     root.filters[:] = [_HonestSteps(known)]
     file = logging.StreamHandler(sys.stderr)
     file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
@@ -100,7 +104,7 @@ def _is_of_a_step(record: logging.LogRecord) -> bool:
 
 
 class _HonestSteps(logging.Filter):
-    """Takes out of torchtitan's line of a step what this rank cannot know."""
+    """Remove values that this rank cannot know from torchtitan's line of a step."""
 
     def __init__(self, known: StepLine) -> None:
         super().__init__()
@@ -116,6 +120,8 @@ class _HonestSteps(logging.Filter):
 
 
 class _OfInterest(logging.Filter):
+    """Select the messages for the console, each warning once."""
+
     def __init__(self, first_step: Callable[[], None]) -> None:
         super().__init__()
         self._first_step = first_step
@@ -137,12 +143,14 @@ class _OfInterest(logging.Filter):
 
 
 class _Plain(logging.Formatter):
+    """Format a line of the log file, without colors."""
+
     def format(self, record: logging.LogRecord) -> str:
         return _COLOR.sub("", super().format(record))
 
 
 class _ForUsers(logging.Formatter):
-    """The message alone; in colour on a terminal that has it, unless NO_COLOR is set."""
+    """Format the message alone; in color on a terminal with colors, unless NO_COLOR is set."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run has left behind, in words: the first question when it ends."""
+"""Checkpoint and trace that a run has saved, for its last message."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from titan_moe_lb.traces.trace import read_trace, trace_file
 
 
 def in_words(config: Any, begun: float) -> str:
-    """The latest checkpoint and the last step of the trace.
+    """Describe the latest checkpoint and the last step of the trace.
 
     Args:
-        begun: seconds since the epoch; a trace that was written before is another run's.
+        config: a ``Trainer.Config``.
+        begun: start of the run, in seconds since the epoch; an older trace is another run's.
     """
     return f"{_checkpoint(config)}, {_trace(config, begun)}"
 
 
 def latest_checkpoint(config: Any) -> int | None:
-    """The latest step that was saved whole; None without checkpoints on this machine's disks."""
+    """Return the latest step that was saved completely.
+
+    Returns:
+        None if there is none, if checkpoints are off, or if their folder is remote.
+    """
     if not config.checkpoint.enable or is_remote(config):
         return None
     steps = steps_in(own_folder(config))
@@ -29,6 +34,7 @@ def latest_checkpoint(config: Any) -> int | None:
 
 
 def trace_is_written(config: Any, begun: float) -> bool:
+    """Return True if the trace was written since ``begun``, in seconds since the epoch."""
     try:
         return os.stat(trace_file(config.dump_folder)).st_mtime >= begun
     except OSError:

@@ -1,4 +1,4 @@
-"""A signal that ends the process at once, also while it is deep in C++."""
+"""Signal handling that ends a process at once, even while its main thread is in C++."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def heeded() -> list[signal.Signals]:
-    """Those that are not ignored: ``nohup`` lets a run ignore SIGHUP."""
+    """Return the signals of ``ENDING`` that are not ignored; ``nohup`` ignores SIGHUP."""
     return [one for one in ENDING if signal.getsignal(one) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def ended_by(end: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call ``end`` in a thread of its own when one of :func:`heeded` arrives.
+    """Call ``end`` in a separate thread when one of :func:`heeded` arrives.
 
-    Python's own handlers run in the main thread, and only when that comes back from C++:
-    after a compilation, a collective that waits for a rank, or nodes that wait for a node.
+    Python runs its handlers in the main thread, and only after that returns from C++. It may
+    be compiling, or waiting in a collective or for another node.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -43,7 +43,7 @@ def ended_by(end: Callable[[signal.Signals], None]) -> Iterator[None]:
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    """The thread has been told by the file descriptor already."""
+    """Do nothing: the file descriptor has already notified the thread."""
 
 
 def _listen(reader: socket.socket, end: Callable[[signal.Signals], None]) -> None:

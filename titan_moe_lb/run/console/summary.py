@@ -1,4 +1,4 @@
-"""What a user sees before the first step and after the last one."""
+"""Summary of a job, for its user: before the first step and after the last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_moe_lb.traces.trace import trace_file
 
 
 def before(job: Job, rank: int) -> str:
-    """Model, layout, balancing, data, output and start: a line each."""
+    """Describe model, layout, balancing, data, output and start, one line each."""
     info: RunInfo | None = getattr(job.bound.metrics, "run_info", None)
     spec = job.config.model_spec
     numbers = sum(parameter.numel() for parameter in job.meta_model.parameters())
@@ -35,7 +35,12 @@ def before(job: Job, rank: int) -> str:
 
 
 def after(config: Any, begun: float) -> str:
-    """Where the results are, and what to look at them with."""
+    """Name the results and the command that shows them, in one line.
+
+    Args:
+        config: a ``Trainer.Config``.
+        begun: start of the run, in seconds since the epoch.
+    """
     step = saved.latest_checkpoint(config)
     folder = own_folder(config)
     parts = [f"checkpoint {folder / f'step-{step}'}"] if step is not None else []
@@ -106,13 +111,13 @@ def _start_in_words(job: Job) -> str:
 
 
 def ranks_shown(job: Job) -> list[int]:
-    """LOG_RANK, else the rank that knows the loss."""
+    """Return the ranks of LOG_RANK; default: the rank that knows the loss."""
     chosen = os.environ.get("LOG_RANK")
     return [int(rank) for rank in chosen.split(",")] if chosen else [_metrics_rank(job)]
 
 
 def knows_loss(job: Job, rank: int) -> bool:
-    """Whether the rank holds a part of the last pipeline stage."""
+    """Return True if the rank holds a part of the last pipeline stage."""
     return rank // job.layout.stage_ranks == _metrics_rank(job) // job.layout.stage_ranks
 
 
