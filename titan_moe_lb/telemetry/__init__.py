@@ -1,1 +1,1 @@
-"""The numbers of a step, and where they go."""
+"""Metrics of a step, and their way to the sinks, the console and the trace."""

@@ -1,4 +1,4 @@
-"""Columns of a job's trace besides the counts: raw losses, metrics, and the course of learning."""
+"""Columns of a job's trace besides the counts: aux losses, metrics, torchtitan's own numbers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LEARNING = (
     Column("tokens_per_second", per="step", description="Tokens per second and device."),
     Column("step_seconds", per="step", description="Seconds of a step since the last logged one."),
 )
-"""Columns of what torchtitan logs itself."""
+"""Columns of numbers that torchtitan logs itself."""
 
 
 def columns_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Column, ...]:
-    """Columns of the losses and metrics that the routers of a model have."""
+    """Return the columns of the losses and metrics that the routers of a model have."""
     return (
         *(_of_loss(loss._owner) for loss in routers[0].aux_losses),
         *(kind.column() for kind in Metric.kinds.values() if any(map(kind.applies_to, routers))),
@@ -28,7 +28,7 @@ def columns_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Column, ..
 
 
 def columns_in(load: StepLoad) -> tuple[Column, ...]:
-    """Columns of the losses and metrics in a load: the same on every rank."""
+    """Return the columns of the losses and metrics in a load, equal on every rank."""
     known = (
         *map(_of_loss, AuxLoss.kinds.values()),
         *(kind.column() for kind in Metric.kinds.values()),

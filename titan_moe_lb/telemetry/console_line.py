@@ -1,4 +1,4 @@
-"""The console's last line of a logged step, under torchtitan's own."""
+"""Console line of a logged step, after torchtitan's own line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def console_line(step: int, metrics: dict[str, float], losses: Iterable[str], color: Any) -> str:
-    """Format the losses, MaxVio and overload of a step.
+    """Format the aux losses, MaxVio and overload factors of a step.
 
     Args:
         step: optimizer step.
-        metrics: numbers of :func:`sink_metrics`, by name.
+        metrics: result of :func:`sink_metrics`.
         losses: metric names of the aux losses to show.
         color: torchtitan's ``Color`` or ``NoColor``.
     """

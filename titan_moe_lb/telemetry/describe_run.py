@@ -1,4 +1,4 @@
-"""Description of a job for its traces: model, layout, batch, losses, bias rules."""
+"""Description of a job for its traces: model, layout, batch, losses and bias rules."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ def describe_run(job: Job) -> RunInfo:
 
 
 def _placement(job: Job) -> str | None:
-    """Title of the expert order of the checkpoint that the job starts from."""
+    """Return the title of the expert order of the checkpoint that the job starts from."""
     found = placement_file.of_checkpoint(job.start.path) if job.start is not None else None
     return found.title if found is not None else None

@@ -1,4 +1,4 @@
-"""Validation on held-out text of several domains: loss of each, and the experts that it uses."""
+"""Validation on held-out text of several domains: loss and expert load of each domain."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from titan_moe_lb.traces.domain_trace import DomainLoad
 
 
 class DomainValidator(Validator):
-    """torchtitan's validation once for each domain; without domains it is torchtitan's.
+    """torchtitan's ``Validator``, once for each domain; unchanged if no domains are set.
 
-    The loss that is logged is the mean over the domains. Each domain's own loss and MaxVio go to
-    the sinks, and with the tokens of every expert to ``domains.arrow`` in the run's folder.
+    The validation loss is the mean over the domains. The sinks receive the loss and MaxVio of each
+    domain. ``domains.arrow`` in the run's folder receives the loss and the tokens of every expert.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Validator.Config):
+        """Settings of the validation."""
+
         domains: list[str] = field(default_factory=list)
         """Datasets to validate on, one after the other, each in place of dataloader.dataset."""
 
@@ -37,7 +39,7 @@ class DomainValidator(Validator):
     dl_config: Any
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Validate on each domain. Collective: torchtitan calls it on every rank."""
+        """Validate on each domain. Collective over all ranks."""
         domains = self.config.domains
         if not domains:
             super().validate(model_parts, step)
@@ -65,7 +67,7 @@ class DomainValidator(Validator):
         metrics.log_domains(loads, step)
 
     def _counts(self, routers: list[LoadBalancedRouter]) -> np.ndarray:
-        """Counts of the domain over all ranks and stages ``(M, E)``."""
+        """Sum the counts of the domain over all ranks and stages, int64 ``(M, E)``."""
         counts_NE, groups = None, RankGroups.of(self.parallel_dims)
         if routers:
             stacked = torch.nn.utils.rnn.pad_sequence(
@@ -81,7 +83,7 @@ class DomainValidator(Validator):
 
 
 class _CaughtLoss:
-    """Metrics processor that saves the loss of one domain instead of logging it."""
+    """Stand-in for a metrics processor that saves the loss of one domain instead of logging it."""
 
     def __init__(self, metrics: LoadBalanceMetricsProcessor) -> None:
         self._metrics = metrics
@@ -89,6 +91,7 @@ class _CaughtLoss:
 
     @property
     def ntokens_since_last_log(self) -> int:
+        """Counter of torchtitan, shared with the real processor."""
         return self._metrics.ntokens_since_last_log
 
     @ntokens_since_last_log.setter
@@ -96,4 +99,5 @@ class _CaughtLoss:
         self._metrics.ntokens_since_last_log = number
 
     def log_validation(self, loss: float, step: int) -> None:
+        """Save the loss."""
         self.loss = loss

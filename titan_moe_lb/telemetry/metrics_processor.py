@@ -1,4 +1,4 @@
-"""torchtitan's ``MetricsProcessor`` with MoE metrics: to the sinks, the console and the trace."""
+"""torchtitan's ``MetricsProcessor``, extended by MoE metrics and a trace."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from titan_moe_lb.traces.trace import TraceWriter
 
 
 class LoadBalanceMetricsProcessor(MetricsProcessor):
-    """Adds the load of the experts to every sink, to the console and to the run's trace."""
+    """Metrics processor that logs expert load to every sink and the console, and records a trace."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset({"run_info", "cut"})
     """Fields of the Config that the model config's ``update_from_config`` fills."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
+        """Settings of the metrics."""
+
         track_moe_metrics: bool = True
         """Record the load of the experts and log it in every logged step."""
 
@@ -90,7 +92,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             self._routing = RoutingTraceWriter(dump_folder, config.run_info, dist.get_rank())
 
     def should_log(self, step: int) -> bool:
-        """Extend ``MetricsProcessor.should_log`` to a step whose routing is recorded."""
+        """Extend ``MetricsProcessor.should_log`` to steps whose routing is recorded."""
         return super().should_log(step) or step in self.config.record_routing_steps
 
     def log(
@@ -101,10 +103,10 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Extend ``MetricsProcessor.log``. Collective: torchtitan calls it on every rank.
+        """Extend ``MetricsProcessor.log`` by MoE metrics. Collective over all ranks.
 
-        torchtitan divides the time since its last logged step by ``log_freq``. A step that
-        is out of turn is therefore not logged: only its routing is written.
+        torchtitan divides the time since its last logged step by ``log_freq``. So a step that is
+        due only for its routing is not logged: its routing alone is written.
         """
         assert self.model_parts is not None
         if self._routing is not None and step in self.config.record_routing_steps:
@@ -141,23 +143,24 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             logger.info(console_line(step, metrics, losses, self.color))
 
     def log_domains(self, loads: dict[str, DomainLoad], step: int) -> None:
-        """Log a validation on several domains, as ``MetricsProcessor.log_validation`` does one."""
+        """Log a validation on several domains, and record it in ``domains.arrow``."""
         if self._domains is not None:
             self._domains.write(step, loads)
         mean = sum(load.loss for load in loads.values()) / len(loads)
         self.log_validation(loss=mean, step=step, extra_metrics=domain_metrics(loads))
 
     def close(self) -> None:
+        """Close the traces as well."""
         for writer in (self._trace, self._domains, self._routing):
             if writer is not None:
                 writer.close()
         super().close()
 
     def _learning(self, loss: float, grad_norm: float) -> dict[str, float]:
-        """Compute the columns of :data:`LEARNING`, on the rank that sees the loss.
+        """Compute the columns of :data:`LEARNING`, on the rank that has the loss.
 
-        Tokens per second are torchtitan's: of this rank, over the ranks that share them. The
-        seconds of a step follow from them, since the tokens of a step are known.
+        Tokens per second are computed as in torchtitan: tokens of this rank, divided by the number
+        of ranks that share them. Seconds per step are tokens per step over tokens per second.
         """
         assert self.config.run_info is not None
         tokens_per_step = self.config.run_info.global_batch_size * self.config.run_info.seq_len
@@ -191,6 +194,6 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
 
 def adapt(config: Trainer.Config) -> None:
-    """Replace torchtitan's own metrics processor of a balanced job; leave any other."""
+    """Replace torchtitan's metrics processor in a balanced job; keep a user's own."""
     if type(config.metrics) is MetricsProcessor.Config:
         config.metrics = derive(config.metrics, LoadBalanceMetricsProcessor.Config)

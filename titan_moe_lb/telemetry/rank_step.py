@@ -24,37 +24,41 @@ from titan_moe_lb.traces.balance_statistics import mark_absent, num_existing
 
 @dataclass(frozen=True)
 class RankStep:
-    """A step on the host, as numpy arrays, of at least one router.
+    """Finished step of at least one router, as numpy arrays on the host.
 
-    E is the largest number of experts of a router. Where another one has fewer, its counts end in
-    :data:`~titan_moe_lb.traces.balance_statistics.ABSENT` and its biases in NaN.
+    E is the largest number of experts of a router. Routers with fewer are padded: counts with
+    :data:`~titan_moe_lb.traces.balance_statistics.ABSENT`, biases with NaN.
     """
 
     counts_NME: np.ndarray
-    """Tokens per expert of each micro-batch, over the ranks of the EP group, int64."""
+    """Tokens per expert of each micro-batch, summed over the EP group, int64."""
     global_counts_NE: np.ndarray
-    """Tokens per expert of the step over all ranks, int64."""
+    """Tokens per expert of the step, summed over all ranks, int64."""
     valid_counts_NE: np.ndarray | None
-    """The same of the valid tokens; None if batches have no token mask."""
+    """Valid tokens per expert of the step over all ranks, int64; None without a token mask."""
     bias_NE: np.ndarray | None
-    """Expert biases after the step, float32; NaN for a layer that has none, None where no layer
-    has one."""
+    """Expert biases after the step, float32; NaN for a layer without biases, None if no layer has
+    any."""
     bias_delta_NE: np.ndarray | None
-    """Change of them in the step; NaN for a layer without a change, None if no layer has one."""
+    """Change of the biases in the step, as ``bias_NE``."""
     gradient_squares_N2: np.ndarray | None
-    """Squared norms of the gradients of the model's loss and of the aux losses in the logits of this
-    rank's tokens, float32; None unless ``metrics.router_gradients`` is set."""
+    """Squared norms of the gradients of the model's loss and of the aux losses, float32.
+
+    The gradients are with respect to the logits of this rank's tokens. None unless the job measures
+    router gradients."""
     stages: tuple[int, ...]
     """Pipeline stage of each router."""
     actions: Sequence[Action]
-    """Actions of the pipeline rank in one pass; see :mod:`titan_moe_lb.parallel.schedules`."""
+    """Actions of this pipeline rank in one pass; see :mod:`titan_moe_lb.parallel.schedules`."""
     ep_degree: int
     ep_rank: int
 
     @cached_property
     def received_NMR(self) -> np.ndarray:
-        """Tokens that each rank of the EP group gets, int64; rank r holds the experts
-        ``[r E/R, (r+1) E/R)`` of a router with E experts."""
+        """Tokens that each rank of the EP group receives, int64 ``(N, M, R)``.
+
+        Rank r holds the experts ``[r E/R, (r+1) E/R)`` of a router with E experts.
+        """
         num_experts_N = num_existing(self.counts_NME[:, 0])
         return np.stack(
             [
@@ -70,16 +74,16 @@ def read(
     groups: RankGroups,
     biases: list[torch.Tensor | None],
 ) -> RankStep:
-    """Read the last finished step. Collective over the EP group; waits for the device.
+    """Read the last finished step. Collective over the EP group; synchronises with the device.
 
     Args:
         routers: the routers of this rank, at least one.
-        record: their counts.
+        record: record of these routers.
         groups: process groups of this rank.
-        biases: expert bias of each layer ``(E,)``, None for a layer without.
+        biases: expert biases of each layer ``(E,)``, None for a layer without.
     """
     ran = record.step_micro_batches
-    # A step without a forward has one micro-batch, of no token.
+    # A step without a forward counts as one micro-batch without tokens.
     num_ran = None if ran is None else max(1, int(ran))
     counts = record.step_counts_NMSE[:, :num_ran, 0].clone()
     if groups.experts.size > 1:
@@ -108,11 +112,11 @@ def read(
 
 
 def _rows(rows: list[torch.Tensor | None]) -> np.ndarray | None:
-    """Stack rows of several lengths, NaN at their ends and for None; None if all are None."""
+    """Stack rows of different lengths, padded with NaN; a None row is NaN. None if all are None."""
     known = [row for row in rows if row is not None]
     if not known:
         return None
-    values = torch.cat(known).detach().cpu().numpy()  # waits for the device once
+    values = torch.cat(known).detach().cpu().numpy()  # synchronises once
     table = np.full((len(rows), max(len(row) for row in known)), np.nan, dtype=values.dtype)
     start = 0
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Reduction of the ranks' records to the load of the step, the same on every rank.
+"""Reduction of the records of all ranks to the load of the step, equal on every rank.
 
 Shape suffixes: N = layers of this rank, M = layers of the model, E = experts.
 """
@@ -24,12 +24,15 @@ from titan_moe_lb.traces.step_load import StepLoad
 
 
 def reduce_step(layers: Sequence[nn.Module], groups: RankGroups) -> StepLoad:
-    """Reduce the last finished step. Collective: call on every rank.
+    """Reduce the last finished step. Collective over all ranks.
 
-    The number of collectives does not depend on the number of layers: one over the EP
-    group, one or two SUMs and one MAX over each mesh axis that splits the tokens of a
-    pipeline stage, and one SUM and one MAX over the stages. A stage without MoE layers
-    contributes nothing.
+    The number of collectives does not depend on the number of layers:
+
+    - one SUM over the EP group;
+    - one or two SUMs and one MAX over each mesh axis that splits the tokens of a stage;
+    - one SUM and one MAX over the pipeline stages.
+
+    A stage without MoE layers contributes nothing.
 
     Args:
         layers: the balanced MoE layers of this rank.
@@ -41,15 +44,16 @@ def reduce_step(layers: Sequence[nn.Module], groups: RankGroups) -> StepLoad:
 def reduce_counts(
     layers: list[int], counts_NE: np.ndarray | None, groups: RankGroups
 ) -> np.ndarray:
-    """Gather the counts of all stages. Collective over the stages.
+    """Gather the counts of the layers of all stages. Collective over the stages.
 
     Args:
-        layers: numbers of this rank's layers; none for a stage without.
-        counts_NE: tokens per expert over the ranks that route the tokens of the stage.
+        layers: numbers of this rank's layers; empty for a stage without MoE layers.
+        counts_NE: tokens per expert, summed over the ranks of the stage; None for a stage without
+            MoE layers.
         groups: process groups of this rank.
 
     Returns:
-        ``(M, E)`` int64, the layers of all stages.
+        Counts of the layers of all stages, int64 ``(M, E)``.
     """
     stage = None
     if counts_NE is not None:
@@ -59,7 +63,7 @@ def reduce_counts(
 
 @dataclass
 class _Stage:
-    """Counts and named numbers of the layers of one stage."""
+    """Counts and named numbers of the layers of one pipeline stage."""
 
     layers: list[int]
     counts_NE: np.ndarray
@@ -68,7 +72,7 @@ class _Stage:
 
 
 def _of_stage(layers: Sequence[Any], groups: RankGroups) -> _Stage:
-    """Reduce over the ranks that route the tokens of this stage. Waits for the device."""
+    """Reduce over the ranks that route tokens of this stage. Synchronises with the device."""
     routers = [layer.router for layer in layers]
     record = routers[0].step_record
     sums = record.reduce(groups.tokens)
@@ -90,10 +94,10 @@ def _of_stage(layers: Sequence[Any], groups: RankGroups) -> _Stage:
 def _over_ranks(
     measured: dict[str, np.ndarray], micro_batch_NE: np.ndarray, groups: RankGroups
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Reduce with one SUM and one MAX over each group, however many metrics there are."""
+    """Reduce all metrics together, with one SUM and one MAX over each group."""
     largest = [name for name in measured if Metric.kinds[name].over_ranks is Reduction.MAX]
     summed = [name for name in measured if name not in largest]
-    # All ranks get the micro-batch of the first: the others add zeros.
+    # Every rank receives the micro-batch of the first rank: the others contribute zeros.
     first = all(dist.get_rank(group) == 0 for group in groups.tokens)
     table = np.vstack([*(measured[name] for name in summed), micro_batch_NE.T * float(first)])
     table = _all_reduce(table, dist.ReduceOp.SUM, groups.tokens)
@@ -110,16 +114,17 @@ def _over_ranks(
 
 
 def _over_stages(stage: _Stage | None, groups: RankGroups) -> StepLoad:
-    """Gather the layers of all stages: every stage fills its own rows of one table.
+    """Gather the layers of all stages in one table.
 
-    The table is summed, so that a row is exactly what its stage wrote.
+    Each stage fills the rows of its own layers, and zeros elsewhere. The sum over the stages
+    therefore reproduces each row exactly.
     """
     names = sorted({*Metric.kinds, *(loss.metric_name for loss in AuxLoss.kinds.values())})
     pipeline = [groups.stages.group] if groups.stages.size > 1 else []
-    # A stage without MoE layers learns here how large the table is.
+    # A stage without MoE layers does not know the size of the table.
     shape = [max(stage.layers) + 1, stage.counts_NE.shape[1]] if stage else [0, 0]
     num_rows, num_experts = _all_reduce(np.array(shape), dist.ReduceOp.MAX, pipeline).astype(int)
-    # Columns: the layer is there, both counts, and for each name a flag and a value.
+    # Columns: a flag for the layer, both counts, and a flag and a value for each name.
     first = 1 + 2 * num_experts
     rows = np.zeros((num_rows, first + 2 * len(names)))
     if stage is not None:
@@ -156,7 +161,7 @@ def _over_stages(stage: _Stage | None, groups: RankGroups) -> StepLoad:
 def _all_reduce(
     values: np.ndarray, operation: Any, groups: Sequence[dist.ProcessGroup | None]
 ) -> np.ndarray:
-    """Reduce numbers over the groups, one after the other, in float64."""
+    """Reduce in float64 over one group after the other."""
     if not groups:
         return values
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Names and numbers that TensorBoard, W&B and ``Balance.metrics()`` get of a step."""
+"""Named numbers of a step for TensorBoard, W&B and ``Balance.metrics()``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace_columns import Column
 
 _PERCENTILES = {"p50": 50, "p95": 95, "max": 100}
-"""Suffix of the name to the percentile over the layers."""
+"""Suffix of a name to a percentile over the layers."""
 
 
 def sink_metrics(
@@ -23,18 +23,16 @@ def sink_metrics(
     num_extreme_experts: int = 0,
     per_layer: bool = False,
 ) -> dict[str, float]:
-    """Compute the named numbers of a step, of all layers together.
-
-    The number of names depends on the columns, not on the number of experts.
+    """Compute the named numbers of a step, summarised over the layers.
 
     Args:
-        load: the step.
-        columns: declarations of its columns.
-        num_extreme_experts: name that many of the hottest and of the coldest experts.
-        per_layer: add every layer's own number, as ``moe/<name>_layer_<number>``.
+        load: load of the step.
+        columns: declarations of the columns of the load.
+        num_extreme_experts: number of the hottest and of the coldest experts to include.
+        per_layer: add the number of each layer, as ``moe/<name>_layer_<number>``.
 
     Returns:
-        Name to number; empty for a model without MoE layers, and for a step that routed nothing.
+        Name to number; empty for a model without MoE layers and for a step that routed nothing.
     """
     if not load.counts_ME.any():
         return {}
@@ -60,7 +58,10 @@ def sink_metrics(
 
 
 def _extreme_experts(load: StepLoad, number: int) -> dict[str, float]:
-    """``hottest_1_load`` (relative to the balanced load), ``_layer`` and ``_expert``, and so on."""
+    """Name the hottest and coldest experts: ``hottest_1_load``, ``_layer``, ``_expert``, and so on.
+
+    Loads are relative to the balanced load.
+    """
     load_ME = relative_load(load.counts_ME)
     metrics = {}
     for end, experts in zip(("hottest", "coldest"), extreme_experts(load_ME, number), strict=True):
@@ -72,7 +73,7 @@ def _extreme_experts(load: StepLoad, number: int) -> dict[str, float]:
 
 
 def domain_metrics(loads: dict[str, DomainLoad]) -> dict[str, float]:
-    """Compute loss and MaxVio, mean over the layers, of a validation, by domain."""
+    """Compute the loss and the mean MaxVio over the layers of each validated domain."""
     return {
         f"validation_metrics/{name}_{domain}": float(value)
         for domain, load in loads.items()

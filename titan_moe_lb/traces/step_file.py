@@ -29,7 +29,7 @@ class StepFile:
 
     An existing file stays as it is until the first write, of step S. If ``resume`` accepts the
     file, its batches before step S are kept. Later ones are dropped, because the resumed run
-    repeats them. If ``resume`` rejects the file, it is renamed.
+    repeats them. A file that cannot be continued is renamed.
 
     After an ``OSError`` (a full disk, a lost mount) the writer logs one warning and ignores further
     writes, so that training continues.

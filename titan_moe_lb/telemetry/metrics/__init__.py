@@ -1,4 +1,4 @@
-"""The metrics of a logged step, a file each. A metric of the package is a file and an import here."""
+"""Metrics of a logged step. To add one to the package, add a module and import it here."""
 
 from titan_moe_lb.telemetry.metrics.base import Metric, Reduction
 from titan_moe_lb.telemetry.metrics.capacity import CapacityFactor

@@ -1,7 +1,7 @@
-"""Base class of the metrics: name, reduction, column in the trace and chart in one declaration.
+"""Base class of the metrics: one declaration of name, reductions, trace column and chart.
 
-A metric of one's own is a subclass with a ``name``. Every logged step measures it, reduces it over
-ranks and layers, writes its column and sends it to the sinks. The report draws a chart of it.
+A subclass with a ``name`` is a new metric. Every logged step measures it, reduces it over ranks
+and layers, writes its column and logs it to the sinks. The report draws a chart of it.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from titan_moe_lb.traces.trace_columns import Column
 
 
 class Reduction(Enum):
-    """How several numbers become one: those of the ranks that route a stage's tokens, or of layers."""
+    """Reduction of several numbers to one, over the ranks of a pipeline stage or over layers."""
 
     SUM = "sum"
-    """Each has a part, the sum is the whole."""
+    """Each rank has a part of the whole."""
     MEAN = "mean"
-    """All count alike."""
+    """All numbers have equal weight."""
     MAX = "max"
-    """The largest decides, as the rank that the others wait for."""
+    """The largest number decides, as for the rank that the others wait for."""
 
 
 class Metric:
-    """One number of each MoE layer and logged step."""
+    """Base class of the metrics: one number for each MoE layer and logged step."""
 
     name: ClassVar[str]
-    """Name of the trace's column, and of the sinks' key behind ``moe/``."""
+    """Name of the column in the trace; the sinks' key is ``moe/`` and the name."""
 
     description: ClassVar[str]
-    """One sentence, for the chart of the report."""
+    """One sentence for the chart in the report."""
 
     over_ranks: ClassVar[Reduction]
+    """Reduction over the ranks that route tokens of a stage."""
 
     over_layers: ClassVar[Reduction] = Reduction.MEAN
+    """Reduction over the layers."""
 
     of_step: ClassVar[bool] = False
-    """The number belongs to the step, not to a layer: all rows of the trace repeat it."""
+    """True if the number belongs to the step, not to a layer; every row of the trace repeats it."""
 
     kinds: ClassVar[dict[str, type[Metric]]] = {}
-    """Every metric, by name."""
+    """All metrics, by name."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,7 +56,7 @@ class Metric:
 
     @classmethod
     def column(cls) -> Column:
-        """Its column in the trace."""
+        """Return the declaration of its column in the trace."""
         return Column(
             cls.name,
             per="step" if cls.of_step else "layer",
@@ -64,14 +66,17 @@ class Metric:
 
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
-        """Whether such a router has it. The trace has the column if one router of the model does."""
+        """Return True if such a router has the metric.
+
+        The trace has the column if a router of the model has the metric.
+        """
         return True
 
     def measure(self, step: RankStep) -> np.ndarray | None:
-        """Compute this rank's numbers.
+        """Compute the numbers of this rank.
 
         Returns:
-            float64 ``(N,)``, one for each router of the rank, NaN for a router without the number;
-            None if no router has it, on all ranks of the stage alike.
+            float64 ``(N,)``, one number for each router of the rank, NaN for a router without it.
+            None if no router has it; then all ranks of the stage must return None.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Capacity factor that a step would need."""
+"""Metric of the capacity factor that a step needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from titan_moe_lb.traces.capacity import capacity_factor
 
 
 class CapacityFactor(Metric):
+    """Capacity factor that drops at most 1 % of the tokens of a step."""
+
     name = "capacity_factor_1pct"
     description = (
         "Room of an expert-parallel rank, over the balanced tokens, with which no "
@@ -19,4 +21,5 @@ class CapacityFactor(Metric):
     over_layers = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray:
+        """Compute the factor over all micro-batches of the step."""
         return capacity_factor(step.received_NMR, 0.01)

@@ -1,4 +1,4 @@
-"""Size and movement of the expert bias."""
+"""Metrics of the size and movement of the expert bias."""
 
 from __future__ import annotations
 
@@ -13,42 +13,54 @@ from titan_moe_lb.telemetry.rank_step import RankStep
 
 
 class _OfBias(Metric):
+    """Base class of the metrics of routers with an expert bias."""
+
     over_ranks = Reduction.MAX
 
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        """Return True for a router with an expert bias."""
         return router.expert_bias is not None
 
 
 class BiasRange(_OfBias):
+    """Range of the expert biases of a layer."""
+
     name = "bias_range"
     description = "Largest less smallest expert bias"
 
     def measure(self, step: RankStep) -> np.ndarray | None:
+        """Compute the largest less the smallest bias."""
         return _of_each_row(step.bias_NE, np.ptp)
 
 
 class BiasNorm(_OfBias):
+    """Euclidean norm of the expert biases of a layer."""
+
     name = "bias_norm"
     description = "Euclidean norm of the expert biases"
 
     def measure(self, step: RankStep) -> np.ndarray | None:
+        """Compute the norm."""
         return _of_each_row(step.bias_NE, np.linalg.norm)
 
 
 class BiasLargestStep(_OfBias):
+    """Largest absolute change of an expert bias in the step."""
+
     name = "bias_largest_step"
     description = "Largest change of an expert's bias in the step"
     over_layers = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray | None:
+        """Compute the largest absolute change."""
         return _of_each_row(step.bias_delta_NE, lambda delta_E: np.abs(delta_E).max())
 
 
 def _of_each_row(
     table_NE: np.ndarray | None, function: Callable[[np.ndarray], Any]
 ) -> np.ndarray | None:
-    """A number of each row without its NaNs; NaN for a row of NaNs alone."""
+    """Apply a function to each row without its NaNs; NaN for a row of NaNs."""
     if table_NE is None:
         return None
     rows = [row_E[~np.isnan(row_E)] for row_E in table_NE]

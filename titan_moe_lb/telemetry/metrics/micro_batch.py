@@ -1,4 +1,4 @@
-"""MaxVio of single micro-batches."""
+"""Metric of the MaxVio of single micro-batches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from titan_moe_lb.traces.balance_statistics import max_violation
 
 
 class MicroBatchMaxViolation(Metric):
+    """Mean MaxVio of the micro-batches of a step."""
+
     name = "micro_batch_max_violation"
     description = "MaxVio of a micro-batch by itself, mean over micro-batches"
     over_ranks = Reduction.MEAN
 
     def measure(self, step: RankStep) -> np.ndarray:
+        """Compute MaxVio of each micro-batch over the EP group, then the mean."""
         return max_violation(step.counts_NME).mean(axis=1)

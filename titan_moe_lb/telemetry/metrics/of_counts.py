@@ -1,4 +1,4 @@
-"""Metrics that follow from the counts of a layer alone, so that the trace has no column for them."""
+"""Metrics that are functions of a layer's counts, so the trace needs no column for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ OF_COUNTS = {
     "normalized_entropy": normalized_entropy,
     "dead_experts": num_dead_experts,
 }
-"""Name to the function of counts ``(M, E)`` that computes it for each layer."""
+"""Name to a function from counts ``(M, E)`` to the number of each layer."""
 
 WITHOUT_PERCENTILES = ("normalized_entropy", "dead_experts")
-"""A high entropy is good, so that its high percentiles mean nothing; few layers have dead experts."""
+"""Metrics without percentiles over the layers.
+
+High entropy is good, so its high percentiles are useless. Few layers have dead experts.
+"""

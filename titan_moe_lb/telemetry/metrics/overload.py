@@ -1,4 +1,4 @@
-"""Overload: tokens of the most loaded expert-parallel rank over those of a balanced one.
+"""Metrics of overload: tokens of the most loaded expert-parallel rank over the mean of its group.
 
 Shape suffixes: N = routers, M = micro-batches, R = ranks of an EP group, A = passes of
 gradient accumulation, P = micro-batches of one pass.
@@ -16,6 +16,8 @@ from titan_moe_lb.telemetry.rank_step import RankStep
 
 
 class AverageOverload(Metric):
+    """Mean overload factor of the micro-batches of a step."""
+
     name = "avg_overload_factor"
     description = (
         "Tokens on the most loaded expert-parallel rank over the balanced number, mean over "
@@ -24,20 +26,26 @@ class AverageOverload(Metric):
     over_ranks = Reduction.MEAN
 
     def measure(self, step: RankStep) -> np.ndarray:
+        """Compute the factor of each micro-batch, then the mean."""
         return overload_factors(step.received_NMR).mean(axis=1)
 
 
 class MaximumOverload(Metric):
+    """Overload factor of the worst micro-batch of a step."""
+
     name = "max_overload_factor"
     description = "The same, of the worst micro-batch"
     over_ranks = Reduction.MAX
     over_layers = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray:
+        """Compute the factor of each micro-batch, then the maximum."""
         return overload_factors(step.received_NMR).max(axis=1)
 
 
 class CumulativeOverload(Metric):
+    """Peak of the tokens that a rank keeps for backward, over the peak of a balanced rank."""
+
     name = "max_cum_overload_factor"
     description = (
         "Peak of the tokens that the worst rank keeps until backward, over the peak of a "
@@ -48,6 +56,7 @@ class CumulativeOverload(Metric):
     of_step = True
 
     def measure(self, step: RankStep) -> np.ndarray:
+        """Compute the factor over all layers of this rank, and repeat it for each layer."""
         factor = cumulative_overload_factor(
             step.actions,
             step.stages,
@@ -58,26 +67,25 @@ class CumulativeOverload(Metric):
 
 
 def overload_factors(received: np.ndarray) -> np.ndarray:
-    """Tokens of the most loaded rank over the mean of the ranks.
+    """Compute the tokens of the most loaded rank over the mean of the ranks.
 
     Args:
         received: tokens of each rank ``(..., R)``.
 
     Returns:
-        float64 ``(...)`` in [1, R]; 1 where nothing was routed.
+        float64 ``(...)`` in [1, R]; 1 if nothing was routed.
     """
     balanced = received.mean(axis=-1)
     return np.where(balanced > 0, received.max(axis=-1) / np.where(balanced > 0, balanced, 1), 1.0)
 
 
 def peak_tokens(actions: Sequence[Action], stages: Sequence[int], tokens_NM: np.ndarray) -> float:
-    """Most tokens that one rank keeps for backward at once, in any pass of the step.
+    """Compute the peak number of tokens that one rank keeps for backward, over all passes.
 
     Args:
-        actions: actions of the rank's pipeline in one pass; see :func:`peak`. The micro-batches
-            of a step are those of one pass after the other.
+        actions: actions of the pipeline rank in one pass; see :func:`peak`.
         stages: pipeline stage of each router.
-        tokens_NM: tokens received for each router and micro-batch.
+        tokens_NM: tokens received by each router in each micro-batch of the step, pass after pass.
     """
     per_pass = 1 + max(micro_batch for _stage, _kind, micro_batch in actions)
     tokens_NAP = tokens_NM.reshape(len(stages), -1, per_pass)
@@ -93,10 +101,16 @@ def cumulative_overload_factor(
     tokens_NM: np.ndarray,
     balanced_NM: np.ndarray,
 ) -> float:
-    """Peak of the kept tokens over the peak of a balanced rank in the same schedule.
+    """Compute the peak of kept tokens over the peak of a balanced rank in the same schedule.
 
-    Activation memory until backward grows with it. Below 1 on a rank that gets less than its
-    share; 1 where nothing was routed. Args: as :func:`peak_tokens`.
+    Activation memory grows with this factor. It is below 1 on a rank that receives less than its
+    share, and 1 if nothing was routed.
+
+    Args:
+        actions: as for :func:`peak_tokens`.
+        stages: as for :func:`peak_tokens`.
+        tokens_NM: tokens that the rank received.
+        balanced_NM: tokens that a balanced rank would have received.
     """
     balanced = peak_tokens(actions, stages, balanced_NM)
     if balanced == 0:

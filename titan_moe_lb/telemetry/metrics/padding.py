@@ -1,4 +1,4 @@
-"""Share of padding among the routed tokens."""
+"""Metric of the share of padding in the routed tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from titan_moe_lb.telemetry.rank_step import RankStep
 
 
 class PaddingShare(Metric):
+    """Share of the routed tokens that the token mask excludes."""
+
     name = "padding_share"
     description = "Share of the routed tokens that are padding: dispatched, and not learned from"
     over_ranks = Reduction.MAX
@@ -17,9 +19,11 @@ class PaddingShare(Metric):
 
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
+        """Return True if batches have a token mask."""
         return router.loop.padded
 
     def measure(self, step: RankStep) -> np.ndarray | None:
+        """Compute the share from the counts over all ranks; None without a token mask."""
         if step.valid_counts_NE is None:
             return None
         valid_N, routed_N = (
