@@ -1,6 +1,6 @@
-"""A chart: plotly figures in the style of the pages, under one title and one sentence.
+"""Charts: plotly figures in the style of the pages.
 
-Curves differ by dash and by the name at their end, not by hue alone.
+Curves differ by dash and by the label at their end, so that colour alone carries no information.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import plotly.graph_objects as go
 from titan_moe_lb.pages.palette import color
 
 MOST_LABELS = 10
-"""Names that fit beside a figure."""
+"""Largest number of labels that fit beside a figure."""
 _LABEL_HEIGHT = 0.055
 _LETTER_WIDTH = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One figure and its caption."""
+    """Figure with its caption."""
 
     caption: str
     figure: go.Figure
@@ -31,7 +31,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Figures that belong together, side by side where the page is wide enough."""
+    """Panels under one title and one text, side by side if the page is wide enough."""
 
     title: str
     text: str
@@ -54,11 +54,11 @@ PENS = [
     Pen(color(hue), dash)
     for hue, dash in itertools.islice(zip(itertools.cycle(_HUES), itertools.cycle(_DASHES)), 26)
 ]
-"""For things without an order, as runs are: no two alike, neighbours differ in hue and dash."""
+"""Distinct pens for things without an order, such as runs; neighbours differ in hue and dash."""
 
 
 def blank_figure(y_title: str, x_title: str = "step", height: int = 300) -> go.Figure:
-    """A figure with its axes and nothing in it."""
+    """Make a figure with axes and without data."""
     figure = go.Figure(
         layout={
             "template": "none",
@@ -80,7 +80,7 @@ def blank_figure(y_title: str, x_title: str = "step", height: int = 300) -> go.F
 
 
 def add_curve(figure: go.Figure, name: str, x: np.ndarray, y: np.ndarray, pen: Pen) -> None:
-    """Add one curve; a single point is a marker."""
+    """Add a curve to a figure; draw a single point as a marker."""
     figure.add_scatter(
         x=x,
         y=y,
@@ -93,7 +93,15 @@ def add_curve(figure: go.Figure, name: str, x: np.ndarray, y: np.ndarray, pen: P
 
 
 def add_bars(figure: go.Figure, name: str, x: Sequence[Any], y: Sequence[float], pen: int) -> None:
-    """Add one series of bars in the hue of a pen and with a pattern; the legend has both."""
+    """Add a series of bars with a hue and a pattern, and show the legend.
+
+    Args:
+        figure: figure to draw in.
+        name: name of the series.
+        x: position of each bar.
+        y: height of each bar.
+        pen: index of the pattern, and of the pen that has the hue.
+    """
     pattern = {"shape": _PATTERNS[pen], "fillmode": "overlay", "fgcolor": color("surface")}
     figure.add_bar(
         x=x,
@@ -111,10 +119,10 @@ def add_bars(figure: go.Figure, name: str, x: Sequence[Any], y: Sequence[float],
 
 
 def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
-    """Write names at the ends of curves, far enough apart to be read; sets the ranges of the axes.
+    """Label curves at their ends without overlap, and set the ranges of the axes.
 
     Args:
-        figure: has all its curves; the axes of x may be logarithmic.
+        figure: figure with all its curves; the x axis may be logarithmic.
         labelled: names of the curves to label; default: all.
     """
     curves = [curve for curve in figure.data if np.isfinite(curve.y).any()]
@@ -135,7 +143,7 @@ def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
     xs = np.array([float(curve.x[end]) for curve, end in zip(named, ends, strict=True)])
     ys = np.array([float(curve.y[end]) for curve, end in zip(named, ends, strict=True)])
     heights = (ys - low) / (high - low)
-    for x in set(xs):  # curves that end elsewhere are not in the way
+    for x in set(xs):  # labels at other ends cannot overlap
         here = np.flatnonzero(xs == x)
         here = here[heights[here].argsort(kind="stable")]
         heights[here] = _apart(heights[here], min(_LABEL_HEIGHT, 1 / len(here)))
@@ -146,7 +154,7 @@ def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
             y=float(height),
             yref="paper",
             xanchor="left",
-            yanchor="middle",  # plotly would choose another one in each third of the height
+            yanchor="middle",  # plotly's default depends on the height
             xshift=4,
             showarrow=False,
             font={"color": curve.line.color},
@@ -156,7 +164,7 @@ def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
 
 
 def _apart(heights: np.ndarray, gap: float) -> np.ndarray:
-    """Ascending heights in [0, 1], moved as little as makes each ``gap`` above the one before."""
+    """Move ascending heights in [0, 1] so that each is at least ``gap`` above the one before."""
     steps = gap * np.arange(len(heights))
     upwards = np.maximum.accumulate(heights - steps) + steps
     top = 1 - gap * np.arange(len(heights))[::-1]

@@ -1,4 +1,4 @@
-"""HTML pages of one file, which open without a network."""
+"""HTML pages in a single file, which need no network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from titan_moe_lb.pages.charts import Chart
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill a template that extends ``pages/page.html.jinja``; paths are relative to the package.
+    """Render a template that extends ``pages/page.html.jinja``.
 
-    Besides ``content`` the template gets ``plotly``, the packed script; ``palette``, its
-    colours; and ``mark``, by which the page is known as ours.
+    Args:
+        template: path of the template in the package.
+        **content: variables of the template, besides ``plotly`` (the packed script), ``palette``
+            (the colours) and ``mark`` (the tag that :func:`output_file.check` recognises).
+
+    Returns:
+        The HTML page.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("titan_moe_lb", ""),
@@ -36,21 +41,21 @@ def render(template: str, **content: Any) -> str:
 
 
 def drawings(charts: Iterable[Chart]) -> str:
-    """The figures of every panel of every chart, packed."""
+    """Pack the figures of every panel of every chart."""
     return packed(json.dumps([[plain(panel.figure) for panel in chart.panels] for chart in charts]))
 
 
 def plain(figure: go.Figure) -> dict[str, Any]:
-    """The figure as plotly's script takes it."""
+    """Convert a figure to the JSON structure of plotly's script."""
     return json.loads(figure.to_json())
 
 
 @functools.cache
 def packed_plotly() -> str:
-    """The script that draws, packed: it is 4.8 MB otherwise."""
+    """Pack plotly's script, which has 4.8 MB unpacked."""
     return packed(get_plotlyjs())
 
 
 def packed(text: str) -> str:
-    """Deflated and base64, as the page's script inflates it."""
+    """Deflate a text and encode it as base64; ``inflate`` of ``page.js`` is the inverse."""
     return base64.b64encode(zlib.compress(text.encode(), level=9)).decode()

@@ -1,4 +1,4 @@
-"""The file that a page is written to: a new one, or an earlier page of ours, never another."""
+"""Output file of a page: a new file or an earlier page of titan_moe_lb, never any other file."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from titan_moe_lb.errors import JobError
 
 MARK = '<meta name="generator" content="titan_moe_lb">'
-"""Tag near the beginning of every page, by which :func:`check` recognises it."""
+"""Tag near the start of every page, which :func:`check` looks for."""
 
 _HEAD_BYTES = 1024
 
 
 def check(output: Path, inputs: Iterable[Path] = ()) -> None:
-    """Check before the long work that a page can be written there.
+    """Check that a page can be written to a file, before the work starts.
 
     Args:
-        output: the file; a symlink means what it points to.
+        output: the file; a symlink is followed.
         inputs: files that the command reads.
 
     Raises:
-        JobError: it is one of the inputs, a folder, a device, or a file that is not one of our
-            pages; or nothing can be written there.
+        JobError: the file is an input, a folder, a device, a broken symlink or no page of
+            titan_moe_lb; or it cannot be written.
     """
     try:
         target = _target(output)
@@ -46,16 +46,16 @@ def check(output: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def write(page: str, output: Path) -> None:
-    """Write a page whole: who reloads it never sees half.
+    """Write a page atomically, so that a reader never loads a part of it.
 
     Raises:
-        JobError: as :func:`check`.
+        JobError: as for :func:`check`.
     """
     check(output)
     target = _target(output)
     partial = _partial(target)
     try:
-        # A path in it may hold bytes that the locale does not know.
+        # A path in the page may contain bytes that are not valid UTF-8.
         with open(partial, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(page)
         os.replace(partial, target)
@@ -65,7 +65,7 @@ def write(page: str, output: Path) -> None:
 
 
 def _target(output: Path) -> Path:
-    """Target of a symlink, which is replaced instead of the link."""
+    """Follow symlinks, so that their target is replaced and not the link."""
     return Path(os.path.realpath(output))
 
 

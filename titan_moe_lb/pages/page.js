@@ -1,16 +1,16 @@
-// What every page does: inflate what is embedded, and draw it in the theme of its reader.
+// Script of every page: inflate the embedded data, and draw the charts in the reader's theme.
 const inflate = (id) => {
   const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
 };
 const textOf = async (id) => (await inflate(id)).text();
-// The height is the element's own too: what stands below waits for no drawing.
+// Set the height of the element too, so that the page below does not move when plotly draws.
 const draw = (id, data, layout) => {
   document.getElementById(id).style.height = `${layout.height}px`;
   return Plotly.react(id, data, layout, { responsive: true, displayModeBar: false });
 };
 
-// A figure names its colours as a style sheet does; here they become those of the theme.
+// Replace the CSS variables of a figure by the colours of the current theme.
 const themed = (text) => {
   const style = getComputedStyle(document.documentElement);
   return JSON.parse(text, (_, value) =>
@@ -22,7 +22,7 @@ const inEveryTheme = (show) => {
 };
 
 const drawPage = async (first = () => {}) => {
-  // A plain script, so that plotly finds the window.
+  // plotly needs a classic script, not a module, to find the window.
   const script = document.createElement("script");
   script.textContent = await textOf("plotly");
   document.head.append(script);

@@ -1,8 +1,8 @@
-"""The colours of every page, in a light and a dark theme.
+"""Colours of every page, in a light and a dark theme.
 
-A page's style sheet and its charts name colours by role, as in ``var(--ink)``; :func:`css`
-defines the roles in either theme. A change of the reader's theme draws the charts again.
-``tests/project/test_palette.py`` holds the contrasts: 4.5 to 1 for text, 3 to 1 for lines and marks.
+Style sheet and charts name colours by role, as in ``var(--ink)``. :func:`css` defines the roles in
+both themes. The page redraws its charts if the reader changes the theme.
+``tests/project/test_palette.py`` checks contrasts: 4.5 to 1 for text, 3 to 1 for lines and marks.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ LIGHT = {
     "dead": "#000000",
     "cross": "#ffffff",
 }
-"""``soft`` is secondary text, ``line`` and ``grid`` adorn, ``edge`` bounds what is operated;
-``load-0`` to ``load-4`` go from starved over balanced to overloaded."""
+"""Role to colour in the light theme.
+
+``soft`` is for secondary text, ``line`` and ``grid`` for decoration, ``edge`` for the borders of
+controls. ``load-0`` is for starved experts, ``load-2`` for balanced ones, ``load-4`` for
+overloaded ones.
+"""
 
 DARK = {
     "paper": "#131519",
@@ -66,12 +70,14 @@ DARK = {
     "dead": "#000000",
     "cross": "#ffffff",
 }
+"""Role to colour in the dark theme."""
 
 RAMP_LENGTH = 8
+"""Number of colours in the ramp."""
 
 
 def _ramp(low: str, high: str) -> dict[str, str]:
-    """Colours for what has an order, as layers have: ``ramp-0`` to ``ramp-7``."""
+    """Interpolate the colours ``ramp-0`` to ``ramp-7`` for things with an order, such as layers."""
     first, last = (np.array(list(bytes.fromhex(end[1:]))) for end in (low, high))
     shares = np.linspace(0.0, 1.0, RAMP_LENGTH)[:, None]
     steps = (first + shares * (last - first)).round().astype(np.uint8)
@@ -83,17 +89,17 @@ DARK |= _ramp("#a48bf0", "#8fe3b0")
 
 
 def color(role: str) -> str:
-    """Reference to a role in a style sheet or a chart."""
+    """Return the reference to a role for a style sheet or a chart."""
     return f"var(--{role})"
 
 
 def ramp(index: int, length: int) -> str:
-    """The colour of one of ``length`` things in order."""
+    """Return the colour of one of ``length`` ordered things."""
     return color(f"ramp-{round(index / max(1, length - 1) * (RAMP_LENGTH - 1))}")
 
 
 def css() -> str:
-    """The roles as properties of the page, in the theme that its reader prefers."""
+    """Define the roles as CSS properties, in the theme that the reader prefers."""
 
     def properties(theme: dict[str, str]) -> str:
         return ":root { " + " ".join(f"--{role}: {value};" for role, value in theme.items()) + " }"

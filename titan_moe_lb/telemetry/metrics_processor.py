@@ -29,7 +29,7 @@ from titan_moe_lb.traces.trace import TraceWriter
 
 
 class LoadBalanceMetricsProcessor(MetricsProcessor):
-    """Metrics processor that logs expert load to every sink and the console, and records a trace."""
+    """Metrics processor that logs expert load to all sinks and the console, and records a trace."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset({"run_info", "cut"})
     """Fields of the Config that the model config's ``update_from_config`` fills."""

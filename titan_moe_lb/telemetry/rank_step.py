@@ -40,7 +40,8 @@ class RankStep:
     """Expert biases after the step, float32; NaN for a layer without biases, None if no layer has
     any."""
     bias_delta_NE: np.ndarray | None
-    """Change of the biases in the step, as ``bias_NE``."""
+    """Change of the expert biases in the step, float32; NaN for a layer without a change, None if
+    no layer has one."""
     gradient_squares_N2: np.ndarray | None
     """Squared norms of the gradients of the model's loss and of the aux losses, float32.
 

@@ -1,1 +1,1 @@
-"""Parts of the terminal output that several commands share."""
+"""Terminal output and folder locks that several commands share."""

@@ -1,4 +1,4 @@
-"""Lines in the terminal while a command has no other output."""
+"""Progress lines while a command has no other output."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 
 class Heartbeat:
-    """Print ``what(seconds)`` after a while, and again each time twice as long has passed.
+    """Context manager that prints a line after some seconds, and again whenever the time doubles.
 
     Args:
         say: print function.
-        what: makes the line from the seconds since the start, in a thread of its own.
+        what: returns the line for the seconds since the start; called in another thread.
         after: seconds until the first line.
     """
 

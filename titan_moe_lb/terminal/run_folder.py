@@ -1,4 +1,4 @@
-"""The folder that a run writes to: writable, and locked against other runs."""
+"""Output folder of a run: checks and a lock against other runs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ _LOCK = ".run.lock"
 
 
 def is_remote(folder: str) -> bool:
-    """Whether torch and torchtitan write to a folder through fsspec, as to ``s3://bucket``."""
+    """Return True if torch and torchtitan access the folder through fsspec, as ``s3://bucket``."""
     return "://" in folder
 
 
 def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run") -> None:
     """Make a folder and lock it for a run until this process ends.
 
-    The launcher and every rank of a run share the lock.
+    The launcher and all ranks of a run share the lock. A remote folder is left as it is, and a file
+    system without locks is not locked.
 
     Args:
+        folder: path of the folder.
         run: name of the run.
-        name: the user's own key of the folder, which is a flag too.
-        kind: what runs there, for the message.
+        name: the user's key of the folder, which is also a flag.
+        kind: kind of the run, for the message.
 
     Raises:
-        JobError: the folder is not writable, or another run holds the lock.
+        JobError: the folder has no name, is not writable, or is locked by another run.
     """
     if not folder:
         raise JobError(f"{name} is empty: name a folder, as in --{name} ./outputs")
@@ -53,12 +55,12 @@ def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run"
         raise JobError(
             f"{name} {folder} is that of a {kind} at work: give this {kind} another with --{name}"
         )
-    # A forked worker of a data loader may live on for seconds.
+    # A forked data-loader worker may outlive this process by seconds; it must not hold the lock.
     os.register_at_fork(after_in_child=functools.partial(os.close, lock))
 
 
 def _hold(lock: int, run: bytes) -> bytes:
-    """Take the lock if it is free; return the run that holds it."""
+    """Acquire the lock if it is free; return the name of the run that holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(lock, 0)

@@ -1,1 +1,1 @@
-"""One HTML page about a run, from its trace alone."""
+"""``titan-moe-lb report``: an HTML page about a run, from its trace."""

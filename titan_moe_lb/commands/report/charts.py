@@ -1,4 +1,8 @@
-"""The charts over steps. Of one run all its curves; of several one panel a curve, runs overlaid."""
+"""Charts over steps.
+
+A page of one run draws several curves in a panel. A page of several runs draws one quantity in a
+panel, with a curve for each run.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,9 @@ from titan_moe_lb.traces.trace import Trace
 from titan_moe_lb.traces.trace_columns import Column
 
 MOST_POINTS = 1000
-"""Points of a curve."""
+"""Largest number of points of a curve."""
 MOST_POINTS_PER_LAYER = 200
-"""Points of each of the curves where every layer has one."""
+"""Largest number of points of a curve in a panel with a curve for every layer."""
 
 _MAIN = Pen(color("ink"), width=2.4)
 _HIGHEST = Pen(color("red"), "dot")
@@ -39,7 +43,7 @@ _OTHER = Pen(color("violet"), "longdash")
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """A number of each step, and how it is drawn."""
+    """Name of a series, and its label and pen."""
 
     name: str
     label: str
@@ -48,7 +52,7 @@ class _Curve:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """Curves that share their axes, the one that matters most first."""
+    """Curves that share their axes, the most important first."""
 
     title: str
     curves: tuple[_Curve, ...]
@@ -107,18 +111,18 @@ _CHARTS = (
         ),
     ),
 )
-"""Title, text, and what is drawn."""
+"""Title, text and axes of each of the fixed charts."""
 _SHOWN_ABOVE = {curve.name for *_, axes in _CHARTS for one in axes for curve in one.curves} | {
     "step_seconds"
 }
-"""Columns without a chart of their own; the seconds repeat the throughput."""
+"""Columns without a chart of their own. ``step_seconds`` repeats the throughput."""
 _SUMMARIES = {"mean": "mean", "max": "maximum", "sum": "sum"}
 
 
 def charts(traces: list[Trace]) -> list[Chart]:
-    """Everything over steps.
+    """Make all charts over steps.
 
-    A column that is in none of the first charts gets a chart of its own, whatever it is.
+    Each column that no fixed chart contains gets a chart of its own.
     """
     series = [_series(trace) for trace in traces]
 
@@ -158,7 +162,7 @@ def charts(traces: list[Trace]) -> list[Chart]:
 
 
 def _series(trace: Trace) -> dict[str, np.ndarray]:
-    """Everything that is one number per step, by name."""
+    """Collect all series with one number per step, by name."""
     violation_SM = max_violation(trace.counts_SME)
     return {column.name: trace.over_steps(column.name) for column in trace.info.columns} | {
         "MaxVio maximum": violation_SM.max(axis=1),
@@ -169,7 +173,7 @@ def _series(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def _of_run(trace: Trace, series: dict[str, np.ndarray], axes: _Axes) -> Panel:
-    """All curves of some axes, of the one run there is."""
+    """Draw all curves of some axes, for a single run."""
     drawn = blank_figure(axes.title)
     for curve in axes.curves:
         _add(drawn, trace, curve.label, series[curve.name], MOST_POINTS, curve.pen)
@@ -181,7 +185,7 @@ def _of_run(trace: Trace, series: dict[str, np.ndarray], axes: _Axes) -> Panel:
 def _of_curve(
     traces: list[Trace], series: list[dict[str, np.ndarray]], title: str, curve: _Curve
 ) -> Panel:
-    """One curve of every run."""
+    """Draw one quantity, with a curve for each run."""
     drawn = blank_figure(title)
     lacking = []
     for mark, pen, trace, one in zip(MARKS, PENS, traces, series, strict=False):

@@ -1,4 +1,4 @@
-"""``titan-moe-lb report``."""
+"""The command ``titan-moe-lb report``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from titan_moe_lb.traces.trace import read_trace, trace_file
 
 
 def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | None = None) -> str:
-    """Write the page of one run, or of several side by side.
+    """Write the page of one run, or of several runs of one model.
 
     Args:
         run_dir: folder of the run, or its trace.
-        compare: the same of other runs of the same model.
-        output: the page; default: ``report.html`` beside the trace of the run, and
-            ``compare.html`` for several.
+        compare: folders or traces of further runs.
+        output: file of the page; default: ``report.html`` beside the trace of ``run_dir``, or
+            ``compare.html`` with further runs.
 
     Returns:
-        A line with the file, and one for each damage of a trace.
+        A line with the file, and a line for each damaged stretch of a trace.
 
     Raises:
-        JobError: a trace cannot be read, the models differ, the page cannot be written.
+        JobError: a trace cannot be read, the models differ, there are too many runs, or the page
+            cannot be written.
     """
     folders = (run_dir, *compare)
     if len(folders) > len(MARKS):
@@ -33,7 +34,7 @@ def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | Non
     files = [trace_file(folder) for folder in folders]
     if output is None:
         output = files[0].with_name("compare.html" if compare else "report.html")
-    if files[0].exists():  # else the run is what is wrong
+    if files[0].exists():  # otherwise read_trace reports that the run is missing
         output_file.check(output, inputs=files)
     traces = [read_trace(folder) for folder in folders]
     for other in traces[1:]:

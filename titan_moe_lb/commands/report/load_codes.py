@@ -1,8 +1,8 @@
-"""Loads of all experts in one byte each, small enough to embed in a page.
+"""Logarithmic codes of expert loads, one byte each, small enough to embed in a page.
 
-A code is a logarithm: 0 is an expert without tokens, 255 one that the layer does not have, and
-code k between them a load of 2**((k - 1) / LEVELS_PER_OCTAVE + LOWEST_OCTAVE) times the balanced
-load. So every load above 1/16 is within 4.5% of its code. Exact counts stay in the trace.
+Code 0 is an expert without tokens, and code 255 an absent expert. Any other code k is a load of
+``2**((k - 1) / LEVELS_PER_OCTAVE + LOWEST_OCTAVE)`` times the balanced load. A code therefore
+represents every load above 1/16 within 4.5%. The trace keeps the exact counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ABSENT = 255
 
 
 def encode(counts: np.ndarray) -> np.ndarray:
-    """Counts ``(..., E)`` to codes of the same shape, uint8."""
+    """Encode counts ``(..., E)`` as uint8 codes of the same shape."""
     load = relative_load(counts)
     octaves = np.log2(np.where(load > 0, load, 1.0)) - LOWEST_OCTAVE
     levels = np.clip(np.rint(octaves * LEVELS_PER_OCTAVE), 0, _ABSENT - 2) + 1
@@ -27,10 +27,11 @@ def encode(counts: np.ndarray) -> np.ndarray:
 
 
 def pack(codes_SME: np.ndarray) -> bytes:
-    """Deflate the codes in the smaller of two forms, which the first byte names.
+    """Compress the codes in two forms, and return the smaller one.
 
-    1: differences from step to step, modulo 256, small where loads drift slowly. 0: the codes
-    themselves, each by how often it occurs, for loads that change at random.
+    The first byte names the form. Form 1 has the differences from step to step, modulo 256, which
+    are small if loads drift slowly. Form 0 has the codes themselves, Huffman-coded, for loads that
+    change at random.
     """
     differences = np.diff(codes_SME, axis=0, prepend=np.zeros_like(codes_SME[:1]))
     forms = (
@@ -46,22 +47,27 @@ def _deflate(content: bytes, strategy: int) -> bytes:
 
 
 def shown_steps(num_steps: int, most: int) -> np.ndarray:
-    """Indices of at most ``most`` steps, evenly spread, with the first and the last."""
+    """Choose the indices of at most ``most`` evenly spread steps, including first and last."""
     return np.unique(np.linspace(0, num_steps - 1, min(num_steps, most)).round().astype(int))
 
 
 def pack_within(
     counts_SME: np.ndarray, most_steps: int, most_bytes: int
 ) -> tuple[bytes, np.ndarray]:
-    """Pack as many steps as fit.
+    """Pack evenly spread steps, as many as fit.
+
+    Args:
+        counts_SME: counts of all steps.
+        most_steps: largest number of steps.
+        most_bytes: largest size of the result; two steps may exceed it.
 
     Returns:
-        What :func:`pack` makes of them, and their indices.
+        Packed codes of the chosen steps, and the indices of the steps.
     """
     while True:
         indices = shown_steps(len(counts_SME), most_steps)
         packed = pack(encode(counts_SME[indices]))
         if len(packed) <= most_bytes or len(indices) <= 2:
             return packed, indices
-        # Steps further apart differ more: go a little below the proportional number.
+        # Steps further apart compress worse: choose 5 % fewer than the proportional number.
         most_steps = max(2, int(0.95 * len(indices) * most_bytes / len(packed)))

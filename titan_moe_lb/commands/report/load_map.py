@@ -1,4 +1,4 @@
-"""Layers x experts in colours, and one expert over the steps; the page's script fills them in."""
+"""Map of the load of every expert, and curve of one expert. The page's script adds the data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from titan_moe_lb.pages.charts import PENS, blank_figure
 from titan_moe_lb.pages.palette import color
 from titan_moe_lb.traces.trace import Trace
 
-# In octaves of the load relative to balance; an expert without tokens lies below the scale.
+# Octaves of the load relative to balance. An expert without tokens is below the scale.
 COLOR_RANGE = 2.0
 DEAD = -2.5
 LOAD_COLORS = [color(f"load-{index}") for index in range(5)]
-"""Evenly spread over the octaves."""
+"""Colours at equal distances over the octaves."""
 
 MOST_NUMBERED = (24, 12)
-"""Layers and experts of a map whose cells have room for their number."""
+"""Most layers and experts of a map whose cells show their number."""
 
 
 def heatmap(trace: Trace) -> go.Figure:
-    """The map of one run, and the crosses of its experts without tokens."""
+    """Make the map of one run, with crosses for experts without tokens."""
     num_layers, num_experts = len(trace.layers), trace.info.num_experts
     numbered = num_layers <= MOST_NUMBERED[0] and num_experts <= MOST_NUMBERED[1]
     every_layer, every_expert = -(-num_layers // 12), _round_spacing(num_experts)
@@ -43,7 +43,7 @@ def heatmap(trace: Trace) -> go.Figure:
     )
     marker = {"symbol": "x-thin", "size": 6, "line": {"color": color("cross"), "width": 1.5}}
     figure.add_scatter(mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
-    for role, width in (("surface", 5), ("ink", 2)):  # the frame of the picked expert
+    for role, width in (("surface", 5), ("ink", 2)):  # frame of the picked expert
         figure.add_shape(type="rect", line={"color": color(role), "width": width})
     figure.update_xaxes(
         range=[-0.5, num_experts - 0.5],
@@ -61,12 +61,12 @@ def heatmap(trace: Trace) -> go.Figure:
 
 
 def course(traces: list[Trace]) -> go.Figure:
-    """One expert over the steps, one curve per run."""
+    """Make the figure of the picked expert over steps, with a curve for each run."""
     figure = blank_figure("load / balanced", height=240)
     for mark, pen, _trace in zip(MARKS, PENS, traces, strict=False):
         line = {"color": pen.color, "dash": pen.dash}
         figure.add_scatter(name=mark, line=line, hovertemplate="%{y:.2f} ×")
-    # Where the slider is.
+    # Position of the slider.
     figure.add_shape(
         type="line", yref="paper", y0=0, y1=1, line={"dash": "dot", "color": color("soft")}
     )
@@ -76,12 +76,12 @@ def course(traces: list[Trace]) -> go.Figure:
 
 
 def _round_spacing(length: int) -> int:
-    """The smallest power of two that leaves at most 8 ticks."""
+    """Return the smallest power of two that makes at most 8 ticks."""
     return 1 << max(0, (length - 1) // 8).bit_length()
 
 
 def _color_scale() -> list[list]:
-    """LOAD_COLORS over their octaves, and the dead expert's colour at the lower end."""
+    """Return plotly's colour scale: the colour of dead experts, then LOAD_COLORS."""
     span = COLOR_RANGE - DEAD
     above_dead = (-COLOR_RANGE - DEAD) / 2 / span
     octaves = np.linspace(-COLOR_RANGE, COLOR_RANGE, len(LOAD_COLORS))

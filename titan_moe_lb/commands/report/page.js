@@ -1,5 +1,5 @@
-// Moves the maps with the slider, and follows the expert that is picked.
-// Codes are stored plain or as differences from step to step, modulo 256; see load_codes.py.
+// Script of the report: draw the maps at the slider's step, and the curve of the picked expert.
+// Codes are stored plain, or as differences from step to step modulo 256; see load_codes.py.
 const loadsOf = async (index, run) => {
   const form = new Uint8Array(await (await inflate(`loads-${index}`)).arrayBuffer());
   const codes = form.subarray(1);
@@ -34,7 +34,7 @@ drawPage(async () => {
     const run = runs[index];
     return loads[index][(frame * run.layers.length + Number(layer.value)) * run.numExperts + Number(expert.value)];
   };
-  // Around the picked expert; the frame is seen on every colour, for it has two.
+  // Frame around the picked expert. It has two colours, so it is visible on every load colour.
   const framed = (layout) => ({ ...layout, shapes: layout.shapes.map((shape) => ({
     ...shape,
     x0: Number(expert.value) - 0.5, x1: Number(expert.value) + 0.5,

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs neither a network nor the trace."""
+"""HTML page of the report, which needs neither a network nor the trace."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from titan_moe_lb.pages import html_page
 from titan_moe_lb.traces.trace import Trace
 
 MOST_FRAMES = 400
-"""Most steps of the slider: a hand cannot choose among more."""
+"""Largest number of steps of the slider; more would be too close to select by hand."""
 MOST_PAGE_BYTES = 4_950_000
-"""Fewer of these steps are embedded where the page would be larger."""
+"""Largest size of the page; it embeds fewer steps to stay below."""
 _MARKUP_BYTES = 60_000
 
 
 def render(traces: list[Trace]) -> str:
-    """The page of one run, or of runs of one model side by side."""
+    """Render the page of one run, or of several runs of one model."""
     shown = charts(traces)
     drawings = html_page.drawings(shown)
     rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(html_page.packed_plotly())
-    most_load_bytes = rest * 3 // 4 // len(traces)  # base64 makes 4 bytes of 3
+    most_load_bytes = rest * 3 // 4 // len(traces)  # base64 encodes 3 bytes as 4
     names = run_names([trace.path for trace in traces])
     runs = [
         _run(mark, name, trace, most_load_bytes)
@@ -56,7 +56,7 @@ def render(traces: list[Trace]) -> str:
 
 
 def _run(mark: str, name: str, trace: Trace, most_load_bytes: int) -> dict[str, Any]:
-    """Variables of the template for one run."""
+    """Compute the template variables of one run."""
     loads, frames = load_codes.pack_within(trace.counts_SME, MOST_FRAMES, most_load_bytes)
     hottest, coldest = summary.hottest_and_coldest(trace)
     return {

@@ -1,4 +1,4 @@
-"""Names of the runs of a page: a letter, and the part of the path that differs."""
+"""Names of the runs of a page: a letter, and the distinct part of the path."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MARKS = string.ascii_uppercase
-"""Letters of the runs of a page, in their order."""
+"""Letters of the runs of a page, in order."""
 
 
 def run_names(files: Sequence[Path]) -> list[str]:
-    """The shortest part of each trace's path that no other one has.
+    """Return the shortest part of each trace's path that no other path has.
 
-    ``exp1/outputs/moe_load.arrow`` and ``exp2/outputs/moe_load.arrow`` are ``exp1`` and
-    ``exp2``. A run that is alone, or compared with itself, has the name of its folder.
+    The names of ``exp1/outputs/moe_load.arrow`` and ``exp2/outputs/moe_load.arrow`` are ``exp1``
+    and ``exp2``. A single run, or a run compared with itself, has the name of its folder.
     """
     paths = [file.resolve().parts for file in files]
     if len(set(paths)) == 1:

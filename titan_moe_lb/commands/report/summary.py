@@ -1,4 +1,4 @@
-"""Cards and tables of a report."""
+"""Facts, cards and tables of a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One number with its name, and a line below."""
+    """Number with its label and a note."""
 
     label: str
     value: str
@@ -31,7 +31,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One expert of one layer; loads are relative to the balanced load."""
+    """Row of a table: one expert of one layer, with loads relative to the balanced load."""
 
     layer: int
     expert: int
@@ -42,7 +42,7 @@ class Expert:
 
 
 def facts(trace: Trace) -> dict[str, str]:
-    """Layout, batch and balancing of the run, by name."""
+    """Describe layout, steps, batch and balancing of the run, by name."""
     info, steps = trace.info, trace.steps
     resumed = f", resumed at {', '.join(map(str, info.resumed_at))}" if info.resumed_at else ""
     losses = ", ".join(f"{name} × {weight}" for name, weight in info.losses.items())
@@ -56,10 +56,11 @@ def facts(trace: Trace) -> dict[str, str]:
 
 
 def cards(trace: Trace, hottest: Expert) -> list[Card]:
-    """The head of the page.
+    """Make the cards at the top of the page.
 
     Args:
-        hottest: the expert with the highest mean load over the run.
+        trace: trace of the run.
+        hottest: expert with the highest mean load over the run.
     """
     steps = trace.steps
     now = hottest_now(trace)
@@ -112,14 +113,14 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
 
 
 def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
-    """The experts with the highest and the lowest mean load over the run, in this order."""
+    """Find the experts with the highest and with the lowest mean load over the run."""
     mean_ME = _mean_load(trace)
     hottest, coldest = extreme_experts(mean_ME, NUM_LISTED)
     return _experts(trace, mean_ME, hottest), _experts(trace, mean_ME, coldest)
 
 
 def hottest_now(trace: Trace) -> Expert:
-    """The expert with the highest load of the last step."""
+    """Find the expert with the highest load in the last step."""
     hottest = np.nanargmax(relative_load(trace.counts_SME[-1]))
     place = divmod(int(hottest), trace.info.num_experts)
     (expert,) = _experts(trace, _mean_load(trace), [place])
@@ -127,7 +128,7 @@ def hottest_now(trace: Trace) -> Expert:
 
 
 def _mean_load(trace: Trace) -> np.ndarray:
-    """Mean of the relative load over the steps ``(M, E)``, without a copy of all counts."""
+    """Compute the mean relative load over the steps ``(M, E)``, without a copy of all counts."""
     num_experts_M = trace.info.num_experts_M
     absent_M = trace.info.num_experts - num_experts_M
     routed_SM = trace.counts_SME.sum(axis=2, dtype=np.float64) - ABSENT * absent_M
@@ -156,7 +157,7 @@ def _experts(trace: Trace, mean_ME: np.ndarray, places: list[tuple[int, int]]) -
 
 
 def number(value: float) -> str:
-    """Three significant digits; a dash for a missing number."""
+    """Format a number with three significant digits, or as a dash if it is missing."""
     return words.number(value) if np.isfinite(value) else "–"
 
 
