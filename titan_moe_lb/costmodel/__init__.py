@@ -1,8 +1,9 @@
-"""Cost of imbalance: slowdown, memory, and the expert-parallel degree at which a job breaks.
+"""Cost model of load imbalance: step time, memory, and the expert-parallel degrees that fit.
 
-The formulas are those of NeuSim's MoE routing model, in real units: a load is never
-rounded before a ratio is taken, so that a step of one token has no imbalance of its own.
-Pure functions on numbers or numpy arrays that broadcast; no torch at module level.
+The two-level load follows NeuSim's MoE routing model (github.com/platformxlab/NeuSim), with
+real numbers of tokens. A load is never rounded before a ratio is taken, so a step of one token
+has no imbalance from rounding. Arguments are numbers or numpy arrays that broadcast. Only
+``costmodel.jobs`` imports torch at module level.
 """
 
 from titan_moe_lb.costmodel.hardware.all_to_all import all_to_all_time

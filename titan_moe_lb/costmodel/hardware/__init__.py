@@ -1,1 +1,1 @@
-"""Devices, links, and the time of one operation on them."""
+"""Devices and links, and the time of a single operation on them."""

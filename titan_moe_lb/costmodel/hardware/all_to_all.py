@@ -1,4 +1,4 @@
-"""The time of one all-to-all between the ranks of an expert-parallel group."""
+"""Time of one all-to-all between the ranks of an expert-parallel group."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ def all_to_all_time(
     latency: ArrayLike = 0.0,
     skew: ArrayLike = 1.0,
 ) -> Array:
-    """Seconds until the busiest rank has received everything.
+    """Time until the busiest rank has received everything, in seconds.
 
-    ``max(bytes x skew / bandwidth, latency x (EP - 1))``: either the link of the busiest
-    receiver is the limit, or the messages are so small that starting them is. None
+    ``max(bytes x skew / bandwidth, latency x (EP - 1))``. The first term is the transfer to the
+    busiest receiver. The second is the start of its messages, one after another. The time is 0
     without expert parallelism.
 
     Args:
         num_bytes: bytes that a rank receives from the other ranks at balance.
-        ep_degree: ranks.
-        bandwidth: bytes/s that a rank can receive. :meth:`Hardware.all_to_all_time` knows it
+        ep_degree: number of ranks in the group.
+        bandwidth: bytes/s that a rank can receive. :meth:`Hardware.all_to_all_time` computes it
             for groups that span several nodes.
         latency: seconds to start one message.
-        skew: the busiest receiver over the mean; see :func:`receiver_skew`.
+        skew: tokens of the busiest receiver over the mean; see :func:`receiver_skew`.
+
+    Raises:
+        JobError: ``ep_degree`` is below 1.
     """
     degree = np.asarray(ep_degree, dtype=np.float64)
     if (degree < 1).any():

@@ -16,7 +16,10 @@ from titan_moe_lb.errors import JobError
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One device and how it reaches the others. SI units; bandwidths in one direction."""
+    """Peak numbers of one device and its links, in SI units.
+
+    Bandwidths count one direction.
+    """
 
     name: str
     bf16_flops: float
@@ -24,13 +27,13 @@ class Hardware:
     memory_bytes: float
     memory_bandwidth: float
     scale_up_domain: int
-    """Devices that reach each other over the scale-up links."""
+    """Number of devices that share scale-up links."""
     scale_up_bandwidth: float
     scale_up_latency: float
     scale_out_bandwidth: float
     scale_out_latency: float
     sources: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
-    """Source of each figure."""
+    """Source of each number."""
 
     def __post_init__(self) -> None:
         for figure in SPECS:
@@ -42,7 +45,12 @@ class Hardware:
                 )
 
     def derated(self, *, compute_efficiency: float, network_efficiency: float) -> Hardware:
-        """Copy of the device with the share of its peaks that a program reaches."""
+        """Return a copy whose compute and link peaks are scaled by these efficiencies.
+
+        Args:
+            compute_efficiency: share of the peak FLOP/s that a program reaches.
+            network_efficiency: share of the link bandwidths that a program reaches.
+        """
         return dataclasses.replace(
             self,
             bf16_flops=self.bf16_flops * compute_efficiency,
@@ -58,16 +66,18 @@ class Hardware:
         skew: ArrayLike = 1.0,
         starts_at_once: bool = False,
     ) -> Array:
-        """Seconds of an all-to-all among ``ep_degree`` neighbouring ranks.
+        """Time of an all-to-all among ``ep_degree`` neighbouring ranks, in seconds.
 
-        Ranks of an EP group are neighbours (torchtitan's innermost mesh axis), so that
-        ``min(EP, domain)`` of them share a domain. Of the EP - 1 peers those in the domain
-        are reached over the scale-up links, the others over the scale-out ones; both work
-        at the same time and the slower one decides.
+        The ranks of an EP group are neighbours (torchtitan's innermost mesh axis), so
+        ``min(EP, domain)`` of them share a scale-up domain. A rank reaches the peers in its
+        domain over scale-up links, the others over scale-out links. Both kinds work at the same
+        time, and the slower one determines the result.
 
         Args:
             num_bytes: bytes that a rank receives from all other ranks at balance.
-            starts_at_once: the messages of a rank, rather than one after another.
+            ep_degree: number of ranks in the group.
+            skew: tokens of the busiest receiver over the mean.
+            starts_at_once: a rank starts all its messages at once, instead of one after another.
         """
         degree = np.asarray(ep_degree, dtype=np.float64)
         peers = np.maximum(degree - 1, 1)
@@ -89,7 +99,7 @@ class Hardware:
 
 
 class Host(Hardware):
-    """A machine without an accelerator, where torch composes attention and norms of operators."""
+    """Machine without an accelerator, where torch runs attention and norms as several operators."""
 
 
 SPECS = tuple(

@@ -1,4 +1,4 @@
-"""The time of matrix products: either the arithmetic or the memory is the limit."""
+"""Roofline times of matrix products: either arithmetic or memory is the limit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FP32_BYTES = 4
 
 
 def gemm_time(rows: ArrayLike, inner: float, columns: float, hardware: Hardware) -> Array:
-    """Seconds of ``(rows, inner) x (inner, columns)`` in BF16.
+    """Time of ``(rows, inner) x (inner, columns)`` in BF16, in seconds.
 
-    ``max(FLOPs / peak, bytes / bandwidth)``: the roofline of Williams, Waterman and
-    Patterson (CACM 52(4), 2009), each operand moved once.
+    ``max(FLOPs / peak, bytes / bandwidth)``, the roofline model of Williams, Waterman and
+    Patterson (CACM 52(4), 2009). Each operand is moved once.
     """
     rows = np.asarray(rows, dtype=np.float64)
     arithmetic = 2 * rows * inner * columns / hardware.bf16_flops
@@ -26,11 +26,11 @@ def gemm_time(rows: ArrayLike, inner: float, columns: float, hardware: Hardware)
 
 
 def turning_rows(inner: float, columns: float, hardware: Hardware) -> float | None:
-    """Rows from which on the arithmetic of a product takes longer than moving its operands.
+    """Rows at which the arithmetic of a product takes as long as moving its operands.
 
-    None where a product of these sizes is always limited by memory.
+    With more rows the arithmetic is the limit. None if memory is the limit at any number.
     """
-    # 2 r I C / F = 2 (r I + I C + r C) / M, divided by 2 I C, for r.
+    # Solve 2 r I C / F = 2 (r I + I C + r C) / M for r, after division by 2 I C.
     rest = hardware.memory_bandwidth / hardware.bf16_flops - 1 / inner - 1 / columns
     return 1 / rest if rest > 0 else None
 
@@ -38,10 +38,10 @@ def turning_rows(inner: float, columns: float, hardware: Hardware) -> float | No
 def expert_forward_time(
     load: ExpertLoad, dim: float, hidden_dim: float, hardware: Hardware
 ) -> Array:
-    """Seconds of the grouped products w1, w3 (D to F) and w2 (F to D) on the busiest device.
+    """Forward time of the grouped products on the busiest device, in seconds.
 
-    The backward pass takes twice as long: each product has one for the gradient of its
-    input and one for that of its weight, of the same size.
+    The products are w1 and w3 (D to F), and w2 (F to D). The backward pass takes twice as long:
+    each product has one for the gradient of its input and one for the gradient of its weight.
     """
     hot, hot_rows, others, other_rows = load.gemms()
     return hot * mlp_time(hot_rows, dim, hidden_dim, hardware) + others * mlp_time(
@@ -50,6 +50,6 @@ def expert_forward_time(
 
 
 def mlp_time(rows: ArrayLike, dim: float, hidden_dim: float, hardware: Hardware) -> Array:
-    """Seconds of the three products of one SwiGLU expert on ``rows`` tokens, forward."""
+    """Forward time of one SwiGLU expert's three products on ``rows`` tokens, in seconds."""
     into = gemm_time(rows, dim, hidden_dim, hardware)
     return 2 * into + gemm_time(rows, hidden_dim, dim, hardware)

@@ -1,1 +1,1 @@
-"""Sizes of a job, read from the job itself. The one part that needs torch."""
+"""Sizes of a job, read from its config and model. Only this part needs torch."""

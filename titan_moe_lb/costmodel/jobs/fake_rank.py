@@ -1,4 +1,4 @@
-"""One rank of a job without the others, on the meta device: its parts of the model, and its bytes."""
+"""One rank of a job on the meta device, without its peers: model parts and bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from titan_moe_lb.upstream.torch_internals import forget_meshes
 
 @contextmanager
 def fake_rank(rank: int, world_size: int) -> Iterator[None]:
-    """This process as one rank of a process group without peers."""
+    """Make this process one rank of a process group without peers."""
     with single_process.announced(rank=rank, world_size=world_size):
         utils.init_distributed(CommConfig(mode="fake_backend"))
         try:
@@ -37,7 +37,7 @@ def fake_rank(rank: int, world_size: int) -> Iterator[None]:
 def build_parts(
     config: Any, model: nn.Module, position: int
 ) -> tuple[Schedule, dict[int, nn.Module]]:
-    """The schedule, and this rank's parts of the model by stage, as the trainer makes them."""
+    """Build the schedule and this rank's model parts by stage, as torchtitan's trainer does."""
     spec = config.model_spec
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     dims.build_mesh()
@@ -67,10 +67,12 @@ def build_parts(
 
 
 def rank_state(rank: int, job: Job, parts: list[nn.Module]) -> RankState:
-    """Count the bytes that a rank holds whatever the routing is.
+    """Count the bytes of a rank that do not depend on the routing.
 
     Args:
-        parts: of the model, built on the meta device for this rank.
+        rank: global rank.
+        job: the resolved job.
+        parts: model parts of this rank, built on the meta device.
     """
     config, pipelined = job.config, job.layout.pp > 1
     parameters = {
@@ -90,10 +92,10 @@ def rank_state(rank: int, job: Job, parts: list[nn.Module]) -> RankState:
     reshards = get_fsdp_reshard_after_forward_policy(
         config.parallelism.fsdp_reshard_after_forward, pipelined
     )
-    # Between reshardings, the unit at work and the one that is fetched ahead are gathered.
+    # With resharding, only the running unit and the prefetched one are gathered.
     unsharded = working * (min(2 * largest, whole) if reshards else whole)
-    # A unit's gradients are copied together to be reduced. A pipeline reduces those of all
-    # micro-batches in the last one's backward; until then it has them whole.
+    # FSDP copies a unit's gradients into one buffer to reduce them. A pipeline reduces in the
+    # backward of the last micro-batch and keeps all gradients unsharded until then.
     unsharded += reduced * (whole + largest if pipelined else largest)
     return RankState(
         rank=rank,
@@ -106,7 +108,7 @@ def rank_state(rank: int, job: Job, parts: list[nn.Module]) -> RankState:
 
 
 def _gathered_size(parameter: nn.Parameter) -> int:
-    """Elements of a parameter after FSDP's all-gather: split by TP and EP alone."""
+    """Elements of a parameter after FSDP's all-gather: only TP and EP still split it."""
     size = parameter.numel()
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
@@ -118,8 +120,8 @@ def _gathered_size(parameter: nn.Parameter) -> int:
 
 
 def _optimizer_states(config: Any) -> int:
-    """Values that the optimizer keeps for each parameter, of the parameter's type."""
+    """Values that the optimizer keeps for each parameter, in the parameter's dtype."""
     names = {group.optimizer_name for group in config.optimizer.param_groups}
     known = {"Adam": 2, "AdamW": 2, "SGD": 1, "Muon": 1}
-    # An optimizer that is not known here is counted as Adam.
+    # An unknown optimizer counts as Adam.
     return max((known.get(name, 2) for name in names), default=2)

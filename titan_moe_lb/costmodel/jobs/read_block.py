@@ -1,8 +1,8 @@
-"""Bytes that a transformer block keeps for the backward outside its routed experts, by hand.
+"""Bytes that a transformer block saves for the backward, without its routed experts.
 
-Sizes are read from the module, shapes are those that torchtitan's eager forward makes. All are
-bytes of one token of the rank, where tensor parallelism gives a rank 1/TP of the tokens: what
-every rank of TP has whole, for the tokens of all, counts TP times.
+The formulas follow torchtitan's eager forward, with sizes read from the module. All bytes are per
+token of a rank. With tensor parallelism a rank has 1/TP of the tokens, so a tensor that every TP
+rank holds for all tokens counts TP times.
 
 N = heads, H = head dimension, S = keys of a sequence, D = model dimension, F = hidden
 dimension of the dense or shared experts, E = experts, K = top_k.
@@ -23,15 +23,21 @@ INDEX_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReader:
-    """Reads blocks of a job."""
+    """Reader of a job's transformer blocks."""
 
     tp_degree: int
     seq_len: int
     on_host: bool
-    """Operators that a GPU has as one kernel are composed on the host: norms, and attention
-    where it has sinks or where queries and values differ in size."""
+    """True to plan for a host, where torch runs norms as several operators. It does so with
+    attention, too, if there are sinks or if queries and values differ in size."""
 
     def read(self, block: nn.Module, moe_layer: int | None) -> Block:
+        """Count the bytes of one block.
+
+        Args:
+            block: transformer block on the meta device.
+            moe_layer: number of its MoE layer in the whole model; None for a dense block.
+        """
         parts: Any = block
         heads, queries, values = _heads(parts.attention)
         composed = self.on_host and (hasattr(parts.attention, "sinks") or queries != values)
@@ -42,17 +48,17 @@ class BlockReader:
         hidden = 0
         if feed_forward is not None:
             hidden = feed_forward.w1.weight.shape[0]
-            # In the order in which they run.
+            # The forward runs them in this order.
             of_layer += [_columns(getattr(feed_forward, name)) for name in ("w1", "w3", "w2")]
-        # Of the linear layers every second one, from the first on, and the scores or the result
-        # of attention.
+        # The selective policy saves every second linear layer, starting with the first, and the
+        # scores or the result of attention.
         selective = BF16_BYTES * sum(of_layer[::2])
         selective += (
             FP32_BYTES * heads * (self.seq_len + values)
             if composed
             else BF16_BYTES * heads * values + FP32_BYTES * heads
         )
-        # The input of w1 and w3; their results, the activation, and the product.
+        # The input of w1 and w3, their two results, the activation, and the product.
         ahead = self.norm(dim) + BF16_BYTES * (dim * self.tp_degree + 4 * hidden)
         if moe_layer is not None:
             ahead += self._routing(parts.moe.router, dim)
@@ -60,13 +66,14 @@ class BlockReader:
         scores = self._scores(parts.attention, heads, composed)
         results = BF16_BYTES * sum(of_attention)
         if composed:
-            # Scores and masked scores, or those and their softmax; the mask in BF16; queries and
-            # keys in float32 before and after they are scaled, and both in BF16 once more.
+            # Two of scores, masked scores and softmax at a time; the mask in BF16; queries and
+            # keys in float32 before and after scaling, and once more in BF16.
             forward = FP32_BYTES * heads * (2 * self.seq_len + 3 * queries) + results
             forward += BF16_BYTES * (self.seq_len * self.tp_degree + 2 * heads * queries)
             backward = FP32_BYTES * heads * (2 * self.seq_len + values)
         else:
-            # What the kernel takes is kept; gradients of queries, keys and values.
+            # The inputs of the kernel are saved already. The backward adds the gradients of
+            # queries, keys and values.
             forward = results
             backward = BF16_BYTES * heads * (2 * queries + values)
         return Block(
@@ -83,17 +90,18 @@ class BlockReader:
         )
 
     def norm(self, width: int, rows: int = 1) -> float:
-        """RMSNorm: its input and 1/rms in float32; on the host the normalized input as well.
+        """Bytes that an RMSNorm saves: its input, and 1/rms in float32.
 
-        Its result is counted where it is the input of something.
+        The input is in BF16. On the host it is in float32, and the normalized input is saved as
+        well. The result counts at the operation that reads it.
         """
         each = 2 * FP32_BYTES if self.on_host else BF16_BYTES
         return each * width + FP32_BYTES * rows
 
     def _projections(self, attention: Any) -> float:
-        """Between the input of attention and queries, keys and values."""
+        """Bytes saved between the input of attention and its queries, keys and values."""
         if hasattr(attention, "kv_lora_rank"):
-            # Latents are whole on every rank of TP; the rotation is a table of complex numbers.
+            # Every TP rank holds whole latents. The rotation is a table of complex numbers.
             widths = [rank for rank in (attention.q_lora_rank, attention.kv_lora_rank) if rank]
             latents = sum(self.norm(width) + BF16_BYTES * width for width in widths)
             return self.tp_degree * (latents + FP32_BYTES * attention.qk_rope_head_dim)
@@ -103,47 +111,50 @@ class BlockReader:
                 self.norm(heads * attention.head_dim, rows=heads)
                 for heads in (attention.n_heads, attention.n_kv_heads)
             )
-        # Sines and cosines of every position.
+        # The rotation is a table of sines and cosines.
         return norms + self.tp_degree * 2 * FP32_BYTES * attention.head_dim
 
     def _inner(
         self, attention: Any, heads: int, queries: int, values: int, composed: bool
     ) -> float:
-        """Queries, keys and values, and the result, which is the input of wo."""
+        """Bytes of queries, keys, values, and the result of attention, which is the input of wo."""
         result = BF16_BYTES * heads * values
         if composed:
-            # In float32, keys and values repeated for the heads that share them.
+            # All are in float32, with keys and values repeated for the heads that share them.
             return FP32_BYTES * heads * (2 * queries + values) + result
         if hasattr(attention, "kv_lora_rank"):
-            # Values are a view of what wkv_b gave, which stays whole.
+            # Values are a view of wkv_b's result, which is saved whole.
             kept = heads * (2 * queries + attention.qk_nope_head_dim + values)
         else:
             kept = (heads + 2 * attention.n_kv_heads) * queries
         return BF16_BYTES * kept + FP32_BYTES * heads + result
 
     def _scores(self, attention: Any, heads: int, composed: bool) -> float:
-        """The square that only the host keeps: the softmax, and with sinks the scores as well;
-        its kernel the mask, in BF16."""
+        """Bytes of attention scores or masks, which only the host saves.
+
+        Composed attention saves the softmax, and with sinks the scores as well, in float32. The
+        host's attention kernel saves the mask in BF16.
+        """
         if composed:
             squares = 2 if hasattr(attention, "sinks") else 1
             return squares * FP32_BYTES * heads * self.seq_len
         return BF16_BYTES * self.seq_len * self.tp_degree if self.on_host else 0.0
 
     def _routing(self, router: Any, dim: int) -> float:
-        """Input and scores of the gate in float32; experts, and the order of the experts."""
+        """Bytes of the gate's input and scores in float32, the choices, and the token order."""
         choices = 3 * (INDEX_BYTES + FP32_BYTES) * router.top_k
         return FP32_BYTES * (dim + router.num_experts) + choices
 
 
 def _heads(attention: Any) -> tuple[int, int, int]:
-    """Heads, and the dimensions of a query and of a value."""
+    """Head count, dimension of a query, and dimension of a value."""
     if hasattr(attention, "kv_lora_rank"):
         return attention.n_heads, attention.qk_head_dim, attention.v_head_dim
     return attention.n_heads, attention.head_dim, attention.head_dim
 
 
 def _linears(attention: nn.Module) -> list[int]:
-    """Values that each linear layer gives, in order."""
+    """Output width of each linear layer, in module order."""
     return [_columns(module) for module in attention.modules() if isinstance(module, nn.Linear)]
 
 

@@ -1,8 +1,8 @@
-"""The cost model's view of a job, read from the job itself.
+"""Sizes of a job, read from torchtitan's own model and pipeline.
 
-The job's config is built for its number of processes and one rank of each pipeline
-position is built on the meta device inside a fake process group, by torchtitan's own
-pipelining and parallelizing functions: nothing is typed again, nothing is allocated.
+torchtitan's pipelining and parallelizing functions build one rank of each pipeline position,
+on the meta device inside a fake process group. No size is written twice, and no memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def read_job(
     stages: tuple[Stage, ...] = (),
     on_host: bool = False,
 ) -> JobModel:
-    """Build ranks of the job on the meta device and read them.
+    """Build ranks of the job on the meta device and read their sizes.
 
     Args:
-        job: its config is consumed.
-        pipeline_ranks: the pipeline ranks to build; all of them by default.
-        stages: of the same job at another expert-parallel degree, which they do not
-            depend on; needed where not all pipeline ranks are built.
-        on_host: planned for the host as the device.
+        job: the resolved job. Its config is modified, so it cannot be used again.
+        pipeline_ranks: pipeline ranks to build; default: all of them.
+        stages: stages of the same job at another expert-parallel degree, which does not change
+            them. Required if ``pipeline_ranks`` leaves some out.
+        on_host: plan for a host as the device.
 
     Raises:
-        JobError: the model has no MoE layers, or its checkpointing cannot be planned.
+        JobError: the model has no MoE layers, a block is of an unknown kind, or the
+            checkpointing cannot be planned.
     """
     config, layout, cut = job.config, job.layout, job.cut
     if cpu.needed():
@@ -86,7 +87,7 @@ def read_job(
         checkpointing=_checkpointing(config),
         seq_len=cut.seq_len,
         on_host=on_host,
-        # Upstream fact: torch before 2.15 holds the buffers of every micro-batch of a pass.
+        # Upstream fact: torch before 2.15 keeps the buffers of every micro-batch of a pass.
         releases_buffers=hasattr(PipelineStage, "release_fwd_send_outputs"),
         steps=config.training.steps,
         tokens_per_step=cut.global_batch_size * cut.seq_len,
@@ -95,10 +96,17 @@ def read_job(
 
 
 def meta_model(job: Job, dtype: torch.dtype) -> tuple[dict[int, MoELayer], Any]:
-    """The MoE layers of the job's model, and the whole model on the meta device.
+    """Build the job's model on the meta device and read its MoE layers.
+
+    Args:
+        job: the resolved job. Its config is modified.
+        dtype: dtype of the parameters.
+
+    Returns:
+        MoE layers by number in the whole model, and the whole model.
 
     Raises:
-        JobError: it has no MoE layers.
+        JobError: the model has no MoE layers.
     """
     spec = job.config.model_spec
     job.bind()
@@ -109,7 +117,11 @@ def meta_model(job: Job, dtype: torch.dtype) -> tuple[dict[int, MoELayer], Any]:
 
 
 def moe_layers_of(spec: Any) -> dict[int, MoELayer]:
-    """The MoE layers by number in the whole model. Raises ``JobError`` where there are none."""
+    """Read the MoE layers of a model spec, by number in the whole model.
+
+    Raises:
+        JobError: the model has no MoE layers.
+    """
     numbers = layer_numbers(spec.model)
     if not numbers:
         raise JobError(f"{spec.name} {spec.flavor} has no MoE layers: there is nothing to plan")
@@ -134,23 +146,25 @@ def _moe_layer(moe: MoE.Config) -> MoELayer:
 def _attention_flops(config: Any, model: nn.Module) -> float:
     """Forward FLOPs of the scores and values of one layer for one token.
 
-    From the model's own count of FLOPs: the part that grows with the sequence.
+    They are the part of the model's own FLOP count that grows with the sequence.
     """
     model_config = config.model_spec.model
     _parameters, flops = model_config.get_nparams_and_flops(model, config.training.seq_len)
     _parameters, without = model_config.get_nparams_and_flops(model, 0)
-    # torchtitan counts the forward once and the backward twice, and the whole square of
-    # scores, of which a causal mask leaves half.
+    # torchtitan counts forward and backward as three forwards. It counts all scores, of which
+    # a causal mask leaves half.
     return (flops - without) / 3 / 2 / len(model_config.layers)
 
 
 def _loss_bytes(config: Any, tp_degree: int) -> tuple[float, float]:
-    """Bytes of the loss of one token, for each of its D values and for each of its V logits.
+    """Bytes of the loss of one token, for each of D hidden values and for each of V logits.
 
-    Chunks: the pieces of the hidden state in BF16 and the sum of their gradients in float32, of
-    all tokens on every rank of TP, which TP gathers first. Logits, of one chunk: in BF16, and in
-    float32 their logarithms, the gradient of these and that of the logits; where TP splits the
-    vocabulary the softmax as well.
+    A chunked loss holds the chunks of the hidden state in BF16 and the sum of their gradients
+    in float32. With TP it first gathers the tokens of all TP ranks.
+
+    The logits of one chunk are in BF16. Their log-probabilities, the gradient of these, and the
+    gradient of the logits are in float32. With TP, which splits the vocabulary, the softmax is
+    stored in float32 as well.
     """
     chunks, of_hidden = 1, 0
     if isinstance(config.loss, ChunkedLossWrapper.Config):
@@ -199,11 +213,10 @@ def _stage(
 
 
 def _blocks(part: nn.Module) -> dict[str, nn.Module]:
-    """Transformer blocks of a part by name, multi-token prediction included.
+    """Collect the transformer blocks of a part by name, multi-token prediction included.
 
     Raises:
-        JobError: one is built in another way than all of torchtitan's, which would be left out
-            of the memory in silence.
+        JobError: a block has no ``attention_norm``, so its memory is unknown.
     """
     blocks = {
         f"{group}.{name}": block

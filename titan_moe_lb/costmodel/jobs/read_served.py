@@ -1,4 +1,4 @@
-"""A model as it is served, read from the model of the job."""
+"""Sizes of a model for serving, read from the model of a job."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from titan_moe_lb.resolved_job import Job
 
 
 def read_served(job: Job) -> ServedModel:
-    """Build the model on the meta device and read it; the training's layout plays no part.
+    """Build the model on the meta device and read its sizes for serving.
 
     Args:
-        job: of one process; its config is consumed.
+        job: the job, resolved for one process. Its config is modified.
 
     Raises:
-        JobError: the model has no MoE layers, or attention of a kind that is not known.
+        JobError: the model has no MoE layers, or its attention is of an unknown kind.
     """
     spec = job.config.model_spec
     numbers = layer_numbers(spec.model)
@@ -65,19 +65,19 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _window(model: Any, layer: Any) -> int | None:
-    """GPT-OSS has windows, Llama 4 chunks, beyond which a layer sees nothing."""
+    """Attention window (GPT-OSS) or chunk (Llama 4) of a layer, in tokens; None without either."""
     if getattr(layer, "mask", None) == "chunked":
         return model.chunk_size
     return getattr(layer.attention, "sliding_window_size", None)
 
 
 def _cache(attention: Any, window: int | None) -> KVCache:
-    """Keys and values of the heads that have some; or latents and the rotated part of the key."""
+    """KV cache of a layer: keys and values of its KV heads, or latents and rotated key parts."""
     if hasattr(attention, "kv_lora_rank"):
         latent, rotated = attention.kv_lora_rank, attention.qk_rope_head_dim
         return KVCache(
             bytes_per_token=BF16_BYTES * (latent + rotated),
-            # The latents stand for keys and values once wkv_b is in queries and results.
+            # With wkv_b absorbed into queries and results, latents replace keys and values.
             decode_flops=2 * attention.n_heads * (2 * latent + rotated),
             prefill_flops=2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim),
             window=window,

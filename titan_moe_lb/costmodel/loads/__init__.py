@@ -1,1 +1,1 @@
-"""Loads of experts: assumed, drawn and recorded."""
+"""Loads of experts: two-level, log-normal and recorded."""

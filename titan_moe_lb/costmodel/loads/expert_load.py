@@ -1,4 +1,4 @@
-"""Tokens that the experts of the busiest device compute."""
+"""Two-level expert load, and the tokens of the busiest device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 from titan_moe_lb.errors import JobError
 
 Array = Any
-"""A number or a numpy array, as the arguments are."""
+"""A float for scalar arguments, else a numpy array of their broadcast shape."""
 
 WORST = -1.0
-"""The imbalance factor that stands for the worst case, E/K."""
+"""Imbalance factor that selects the worst case, E/K."""
 
 TOLERANCE = 1e-9
 
@@ -33,7 +33,7 @@ class ExpertLoad:
     experts_on_device: Array
     """Experts on the busiest device: E / EP rounded up, at least 1."""
     hot_experts_on_device: Array
-    """Hot experts among them."""
+    """Hot experts on the busiest device."""
     receiver_skew: Array
     """See :func:`receiver_skew`."""
 
@@ -44,12 +44,12 @@ class ExpertLoad:
         return self.hot_experts_on_device * self.hot_tokens + others * self.remaining_tokens
 
     def gemms(self) -> tuple[Array, Array, Array, Array]:
-        """The GEMMs of the busiest device, in whole tokens.
+        """Count the GEMMs of the busiest device and their rows, in whole tokens.
 
         Returns:
-            hot GEMMs, rows of each, other GEMMs, rows of each. Fewer routed tokens than
-            experts leave some experts without work: then as many experts as there are
-            tokens compute one row each.
+            hot GEMMs, rows of each, other GEMMs, rows of each. If an other expert has less than
+            one token on average, some experts have no work. Then each token of the other experts
+            is a GEMM of one row.
         """
         others = self.experts_on_device - self.hot_experts_on_device
         rows = whole_rows(self.remaining_tokens)
@@ -71,22 +71,22 @@ def expert_load(
     num_hot_experts: ArrayLike = 1,
     ep_degree: ArrayLike = 1,
 ) -> ExpertLoad:
-    """The load of the experts of one layer, and of those on the busiest device.
+    """Compute the two-level load of one layer's experts and of the busiest device.
 
-    A token selects K different experts, so that no expert gets more than T tokens: the
-    imbalance factor, the load of a hot expert over the mean, is at most E/K.
+    A token selects K different experts, so no expert gets more than T tokens. The imbalance
+    factor, the load of a hot expert over the mean, is therefore at most E/K.
 
     Args:
         num_experts: E.
         top_k: K, experts that each token selects.
-        num_tokens: T, tokens dispatched together: those of all ranks of the EP group.
+        num_tokens: T, tokens that all ranks of the EP group dispatch together.
         imbalance_factor: x in [1, E/K]; -1 for E/K.
-        num_hot_experts: W in [1, K], all of them on one device where it has room.
+        num_hot_experts: W in [1, K]. One device holds as many of them as it has experts.
         ep_degree: devices over which the experts are split in contiguous blocks.
 
     Raises:
-        JobError: E, K or EP below 1 or not whole, K above E, no tokens, the imbalance factor
-            outside [1, E/K], W outside [1, K] or not whole.
+        JobError: E, K, W or EP is below 1 or not whole, K is above E, there are no tokens, the
+            imbalance factor is outside [1, E/K], or W is above K.
     """
     experts = _whole("num_experts", num_experts)
     k = _whole("top_k", top_k)
@@ -106,7 +106,7 @@ def expert_load(
     given = np.asarray(imbalance_factor, dtype=np.float64)
     factor = np.where(given == WORST, worst, given)
     _refuse(
-        # Written so that not-a-number is outside too.
+        # The negated form refuses NaN as well.
         ~((factor >= 1 - TOLERANCE) & (factor <= worst * (1 + TOLERANCE))),
         "imbalance_factor {:g} is outside [1, {:g}] (1 is balance, E/K the worst case; -1 stands for "
         "the worst case)",
@@ -114,12 +114,12 @@ def expert_load(
         worst,
     )
     factor = np.clip(factor, 1.0, worst)
-    # Loads in units of the mean load of an expert. Where all experts are hot, K is E, and
-    # balance is the only possibility.
+    # Loads are in units of an expert's mean load. If all experts are hot, K is E, and balance
+    # is the only possible load.
     others = experts - hot
     rest = np.maximum((experts - hot * factor) / np.maximum(others, 1.0), 0.0)
     rest = np.where(others > 0, rest, factor)
-    # Where EP does not divide E, some device holds one expert more.
+    # If EP does not divide E, some devices hold one expert more than others.
     on_device = np.maximum(1.0, np.ceil(experts / degree))
     hot_on_device = np.minimum(hot, on_device)
     busiest = hot_on_device * factor + (on_device - hot_on_device) * rest
@@ -142,21 +142,27 @@ def receiver_skew(
     imbalance_factor: ArrayLike = WORST,
     num_hot_experts: ArrayLike = 1,
 ) -> Array:
-    """Tokens that the busiest device of an all-to-all receives over the mean T K / EP.
+    """Tokens that the busiest device of an all-to-all receives, over the mean T K / EP.
 
-    It does not depend on the number of tokens. Where EP does not divide E, the busiest
-    device has more experts than the mean; that is no imbalance of the routing, so the skew
-    is at most the imbalance factor: 1 at balance, never above E/K.
+    The ratio does not depend on the number of tokens. If EP does not divide E, the busiest
+    device holds more experts than the mean. The routing does not cause that excess, so the skew
+    is clipped to the imbalance factor: 1 at balance, at most E/K.
 
-    Args: scalars, or arrays that broadcast; see :func:`expert_load`.
+    Args:
+        num_experts: E, a number or an array that broadcasts with the others.
+        top_k: K, experts that each token selects.
+        ep_degree: devices over which the experts are split in contiguous blocks.
+        imbalance_factor: load of a hot expert over the mean, in [1, E/K]; -1 for E/K.
+        num_hot_experts: W in [1, K].
 
     Returns:
         A float, or an array of the broadcast shape, in [1, E/K]; 1 without EP.
 
     Raises:
-        JobError: an argument outside its range.
+        JobError: an argument is outside its range; see :func:`expert_load`.
 
-    Source: NeuSim's receiver skew of MoE dispatch; the upper bound is ours.
+    Source: NeuSim's receiver skew of MoE dispatch (github.com/platformxlab/NeuSim). The upper
+    bound is ours.
     """
     return expert_load(
         num_experts=num_experts,
@@ -169,18 +175,18 @@ def receiver_skew(
 
 
 def active_share(chosen: ArrayLike, num_tokens: ArrayLike) -> Array:
-    """The probability that an expert has any work, ``1 - (1 - p)^T``.
+    """Probability that an expert has any work, ``1 - (1 - p)^T``.
 
     Args:
-        chosen: p, the probability that a token chooses it: K/E at balance.
+        chosen: p, the probability that a token chooses the expert: K/E at balance.
         num_tokens: T, tokens that choose independently.
     """
-    with np.errstate(divide="ignore"):  # of an expert that every token chooses
+    with np.errstate(divide="ignore"):  # log(0) for an expert that every token chooses
         return -np.expm1(np.asarray(num_tokens) * np.log1p(-np.minimum(chosen, 1.0)))
 
 
 def whole_rows(tokens: Array) -> Array:
-    """Tokens rounded up, but not 8.000000000001 to 9."""
+    """Round tokens up, with a tolerance: 8.000000000001 becomes 8, not 9."""
     return np.ceil(tokens - TOLERANCE * np.maximum(1.0, tokens))
 
 
@@ -192,7 +198,7 @@ def _whole(name: str, value: ArrayLike) -> Array:
 
 
 def _refuse(wrong: Array, message: str, *values: Array) -> None:
-    """Raise ``JobError`` with the first values that are wrong, if any are."""
+    """Raise ``JobError`` with the first wrong values, if any value is wrong."""
     if wrong.any():
         first = [float(np.broadcast_to(value, wrong.shape)[wrong].flat[0]) for value in values]
         raise JobError(message.format(*first))

@@ -1,7 +1,7 @@
-"""Log-normal loads: one number says how uneven experts are.
+"""Log-normal loads: one number, sigma, sets how uneven experts are.
 
-Of the distributions that were fitted to recorded loads of DeepSeek-V3, the log-normal one
-came closest (DeepEP pull request #393).
+Among the distributions fitted to recorded DeepSeek-V3 loads, the log-normal one came closest
+(DeepEP pull request #393).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from titan_moe_lb.errors import JobError
 DRAWS = 16
 MOST_SIGMA = 5.0
 STEPS = 10_000
-"""Steps of the search for a sigma, in each unit of sigma."""
+"""Grid points of the search for a sigma, in each unit of sigma."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Unevenness of log-normal loads."""
+    """Log-normal loads of one sigma."""
 
     sigma: float
     name: str
@@ -35,10 +35,10 @@ class Spread:
         return f"log-normal loads of sigma {self.sigma:.3g}"
 
     def loads(self, layers: Sequence[MoELayer]) -> np.ndarray:
-        """:func:`lognormal_loads` of these layers.
+        """Draw :func:`lognormal_loads` for these layers.
 
         Raises:
-            JobError: their numbers of experts or top_k differ.
+            JobError: the layers differ in number of experts or top_k.
         """
         if len({(layer.num_experts, layer.top_k) for layer in layers}) > 1:
             raise JobError(
@@ -55,8 +55,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Overload:
-    """A measured overload factor: the load of the busiest rank of an expert-parallel group over
-    the mean, in the mean over layers and micro-batches."""
+    """Measured overload factor of an expert-parallel group.
+
+    The factor is the load of the busiest rank over the mean load, averaged over layers and
+    micro-batches.
+    """
 
     factor: float
     ep_degree: int
@@ -65,10 +68,10 @@ class Overload:
         return f"overload:{self.factor:g}@{self.ep_degree}"
 
     def spread(self, layers: Sequence[MoELayer]) -> Spread:
-        """The log-normal loads that have it, with experts placed in blocks.
+        """Find the log-normal loads that have this factor, with experts placed in blocks.
 
         Raises:
-            JobError: the ranks do not divide the experts, or cannot be that unevenly loaded.
+            JobError: the ranks do not divide the experts, or no log-normal loads are that uneven.
         """
         num_experts, top_k = layers[0].num_experts, layers[0].top_k
         if num_experts % self.ep_degree:
@@ -97,10 +100,11 @@ class Overload:
 def lognormal_loads(
     sigma: float, *, num_layers: int, num_experts: int, top_k: int, draws: int = DRAWS
 ) -> np.ndarray:
-    """Shares of the tokens ``(draws, num_layers, num_experts)``, always the same ones.
+    """Draw shares of the tokens ``(draws, num_layers, num_experts)`` with a fixed seed.
 
-    The logarithms are normal with a standard deviation of sigma. No expert gets more than
-    1/K of what is routed, since a token chooses it once: the others share what is cut off.
+    The logarithms are normal with standard deviation ``sigma``. A token chooses an expert once,
+    so each share is capped at 1/K. The other experts get the excess, in proportion to their
+    shares.
     """
     normal = np.random.default_rng(0).standard_normal((draws, num_layers, num_experts))
     shares = np.exp(sigma * (normal - normal.max(axis=-1, keepdims=True)))
@@ -116,10 +120,13 @@ def lognormal_loads(
 
 
 def fitted_sigma(counts: np.ndarray) -> float:
-    """The sigma whose loads are as uneven: of the same coefficient of variation.
+    """Estimate the sigma of log-normal loads with the same coefficient of variation CV.
+
+    ``sqrt(ln(1 + CV^2))``, from the moments of the log-normal distribution. CV^2 is the mean
+    over the leading dimensions.
 
     Args:
-        counts: tokens of each expert ``(..., E)``; the rest are layers and micro-batches.
+        counts: tokens of each expert ``(..., E)``, with layers and micro-batches in front.
     """
     shares = counts / np.maximum(counts.mean(axis=-1, keepdims=True), np.finfo(float).tiny)
     return float(np.sqrt(np.log1p(shares.var(axis=-1).mean())))

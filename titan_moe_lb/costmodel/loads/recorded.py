@@ -1,4 +1,4 @@
-"""Loads of a recorded run, cut to the micro-batches of a planned job."""
+"""Loads of a recorded run, regrouped to the size of a planned job's micro-batches."""
 
 from __future__ import annotations
 
@@ -9,52 +9,55 @@ import numpy as np
 from titan_moe_lb.traces.step_windows import tenth
 
 MOST_LOADS = 32
-"""Micro-batches of a window that are planned with; of more, as many evenly."""
+"""Most micro-batches that a plan uses from a window; it samples a longer one evenly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedLoads:
-    """A run's tokens per expert: S steps, M MoE layers in order, E experts."""
+    """Tokens per expert of a run: S steps, M MoE layers in order, E experts."""
 
     counts_SME: np.ndarray
     """Counts of whole global batches."""
     micro_batch_counts_SME: np.ndarray
     """Counts of single micro-batches ``(S', M, E)``; empty where the run has none."""
     expert_groups: tuple[int, ...]
-    """Into how many groups of neighbours that stay together, coarse to fine."""
+    """Numbers of equal groups of neighbouring experts that stay together, coarse to fine."""
     ep_degree: int
     max_overload_factor: float
-    """The most that any micro-batch of the second half had at the run's own EP degree."""
+    """Largest overload factor of a micro-batch in the second half, at the run's EP degree."""
 
     @property
     def has_micro_batches(self) -> bool:
+        """True if the run recorded single micro-batches."""
         return len(self.micro_batch_counts_SME) > 0
 
     @property
     def window(self) -> int:
-        """Steps at the beginning and at the end: a tenth."""
+        """Number of steps in the first and in the last tenth of the run, at least 1."""
         return tenth(len(self.counts_SME))
 
     @property
     def half(self) -> int:
+        """Number of steps in the first half of the run."""
         return len(self.counts_SME) // 2
 
     def known(self, steps: slice) -> np.ndarray:
-        """Tokens per expert of the steps together ``(M, E)``: what a placement is made for."""
+        """Sum tokens per expert over steps, ``(M, E)``: the load that experts are placed for."""
         return self.counts_SME[steps].sum(axis=0)
 
     def micro_batches(self, steps: slice, tokens: float) -> np.ndarray:
-        """Loads of micro-batches of about so many routed tokens ``(N, M, E)``.
+        """Select loads of micro-batches with about this many routed tokens, ``(N, M, E)``.
 
-        Where the planned job's are larger than the run's, neighbouring ones are put
-        together; smaller ones cannot be had. Without any the global batches stand in.
+        If the planned micro-batches are larger than the recorded ones, neighbouring ones are
+        summed. Recorded ones are never split. A run without micro-batches contributes its global
+        batches instead.
 
         Args:
-            steps: of the run; the micro-batches of those steps.
-            tokens: tokens x top_k that a layer dispatches together.
+            steps: steps of the run whose micro-batches are read.
+            tokens: tokens x top_k that a layer of the planned job dispatches together.
         """
         counts = self.micro_batch_counts_SME if self.has_micro_batches else self.counts_SME
-        # A run that was continued may have micro-batches of its later steps alone.
+        # A resumed run may have micro-batches of its later steps alone.
         start, stop, _stride = steps.indices(len(self.counts_SME))
         missing = len(self.counts_SME) - len(counts)
         counts = counts[max(0, start - missing) : max(1, stop - missing)]

@@ -1,6 +1,7 @@
-"""Bytes that a rank keeps for the backward pass, and the peak over a schedule.
+"""Bytes that a rank saves for the backward pass, and their peak over a schedule.
 
-What a rank receives in an MoE layer grows with the imbalance; what it sends does not.
+The number of tokens that a rank receives in an MoE layer grows with the imbalance. The number
+that it sends does not.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ from titan_moe_lb.parallel.schedules import peak, stages_of
 
 
 def bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
-    """Kept by the experts for each token and expert: one D and four F wide values.
+    """Bytes that an expert saves for each token: one vector of D values and four of F values.
 
-    The input of w1 and w3, their two results, the activation of the first, and the
-    product, which is the input of w2; in BF16, as torchtitan computes them.
+    These are the input of w1 and w3, their two results, the activation of the first, and the
+    product, which is the input of w2. torchtitan computes them in BF16.
     """
     return BF16_BYTES * (layer.dim + 4 * layer.hidden_dim / expert_shards)
 
 
 def bytes_of_combine(layer: MoELayer, role: RankRole, received: Array) -> Array:
-    """Kept by the combine: the results of the experts, for the gradient of the scores.
+    """Bytes that the combine saves: the experts' results, for the gradient of the scores.
 
-    In float32 on the ranks that route the tokens; with DeepEP in BF16 on those that compute
-    them, which apply the scores.
+    The ranks that route the tokens save them in float32. With DeepEP the ranks that compute the
+    tokens apply the scores and save the results in BF16.
 
     Args:
-        received: tokens that the ranks receive.
+        layer: sizes of the layer.
+        role: share of the rank.
+        received: tokens that each rank receives.
     """
     if role.exchanges and role.dispatcher == "deepep":
         return received * layer.dim * BF16_BYTES
@@ -41,8 +44,15 @@ def bytes_of_combine(layer: MoELayer, role: RankRole, received: Array) -> Array:
 
 
 def bytes_of_exchanges(layer: MoELayer, role: RankRole, received: Array) -> Array:
-    """Results of the all-to-alls, there and back. With DeepEP a token comes once to a rank, and
-    its sum goes back. Arguments: as :func:`bytes_of_combine`."""
+    """Bytes of the results of the dispatch and combine all-to-alls.
+
+    With DeepEP a rank receives a token once and returns one sum for it.
+
+    Args:
+        layer: sizes of the layer.
+        role: share of the rank.
+        received: tokens that each rank receives.
+    """
     if not role.exchanges:
         return 0.0
     there, back = received, role.tokens_per_rank * layer.top_k
@@ -56,10 +66,10 @@ def bytes_of_exchanges(layer: MoELayer, role: RankRole, received: Array) -> Arra
 
 
 def working_bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) -> float:
-    """Not kept, but there while the experts run backward.
+    """Further bytes of each received token while the experts run backward.
 
-    Either the gradients of the result, of the product and of one of its factors, or the
-    gradient of the result and that of the input three times: from w1, from w3, their sum.
+    They are the larger of two sets: the gradients of the result, of the product and of one of
+    its factors; or the gradients of the input from w1 and from w3, and their sum.
     """
     hidden_dim = layer.hidden_dim / expert_shards
     return BF16_BYTES * max(layer.dim + 2 * hidden_dim, 3 * layer.dim)
@@ -68,16 +78,18 @@ def working_bytes_per_received_token(layer: MoELayer, expert_shards: int = 1) ->
 def activation_peak(
     job: JobModel, role: RankRole, position: int, received: Mapping[int, np.ndarray]
 ) -> float:
-    """Bytes of activations at the peak on one pipeline rank.
+    """Peak bytes of the activations on one pipeline rank.
 
-    Under full checkpointing a layer keeps its input, and one layer at a time is whole. The
-    selective policy keeps every second linear layer's result and attention's, and on a GPU with
-    EP what the all-to-alls bring.
+    Under full checkpointing each layer saves its input, and one layer at a time is recomputed.
+    The selective policy saves the results of every second linear layer and of attention. On a
+    GPU with EP it also saves the results of the all-to-alls.
 
     Args:
-        position: the pipeline rank.
-        received: by MoE layer, tokens that each rank of the EP group receives in one
-            micro-batch ``(N, R)``, under N loads that the micro-batches have in turn.
+        job: sizes and schedule of the job.
+        role: share of the rank in an MoE layer.
+        position: pipeline rank.
+        received: tokens that each rank of the EP group receives in one micro-batch ``(N, R)``,
+            by number of the MoE layer. The micro-batches cycle through the N loads.
     """
     shape = next(iter(received.values())).shape
     turns = job.in_turn(shape[0])
@@ -98,23 +110,25 @@ def activation_peak(
 
 
 def _batch_bytes(job: JobModel) -> float:
-    """Inputs, labels and positions of a pass, of which some are there twice: five int64 values
-    a token. On the host the mask of its attention, a byte for each key."""
+    """Bytes of inputs, labels and positions of a pass: five int64 values for each token.
+
+    Some of them exist twice. The host adds its attention mask, one byte for each key.
+    """
     per_token = 5 * 8 + (job.seq_len if job.on_host else 0)
     return job.num_micro_batches * job.tokens_per_microbatch * per_token
 
 
 def _boundary_bytes(job: JobModel) -> float:
-    """One micro-batch between two stages, D wide, in BF16."""
+    """Bytes of one micro-batch between two stages: D values for each token, in BF16."""
     return job.tokens_per_microbatch / job.tp_degree * job.dim * BF16_BYTES
 
 
 def _pipeline_bytes(job: JobModel, stages: list[int]) -> float:
-    """Buffers that torch's pipelining holds for a pass, before torch 2.15.
+    """Bytes of the buffers that torch's pipelining keeps for a pass; 0 from torch 2.15 on.
 
     A stage has a buffer for each input and each gradient that it receives. A rank with several
-    stages waits for what it has sent at the end of the pass; between two stages of its own the
-    sent tensor is the received one.
+    stages also keeps all sent tensors until the end of the pass. Between two stages of the same
+    rank, the sent tensor is the received one.
     """
     if job.releases_buffers:
         return 0.0
@@ -127,12 +141,14 @@ def _pipeline_bytes(job: JobModel, stages: list[int]) -> float:
 
 
 def _released_bytes(job: JobModel, stages: list[int], index: int) -> tuple[float, float, float]:
-    """Buffers of one micro-batch of a stage, since torch 2.15, which allocates and releases
-    buffers one by one.
+    """Bytes of a stage's pipelining buffers for one micro-batch; 0 before torch 2.15.
+
+    From 2.15 on, torch allocates and releases each buffer by itself.
 
     Returns:
-        Bytes of its output until its backward, where a rank has several stages; of the gradient
-        that its backward receives; of the gradient that it sends, until the end of the pass.
+        Bytes of the sent output, until its backward; of the gradient that its backward receives;
+        and of the sent gradient, until the end of the pass. A rank with a single stage keeps no
+        sent tensors.
     """
     if not job.releases_buffers:
         return 0.0, 0.0, 0.0
@@ -146,9 +162,10 @@ def _released_bytes(job: JobModel, stages: list[int], index: int) -> tuple[float
 def _stage_bytes(
     job: JobModel, role: RankRole, stage: Stage, received: Mapping[int, Array]
 ) -> tuple[Array, Array]:
-    """Kept by one micro-batch of a stage, and needed besides while it runs.
+    """Bytes that one micro-batch of a stage saves, and further bytes while it runs.
 
-    While a block runs, those behind it are not there yet, or gone.
+    While a block runs, later blocks have no activations: they come after it in the forward and
+    are done in the backward.
     """
     tokens = job.tokens_per_microbatch / job.tp_degree
     inputs = tokens * job.dim * BF16_BYTES
@@ -166,7 +183,7 @@ def _stage_bytes(
             experts = experts + bytes_of_combine(layer, role, arrived)
             at_work = arrived * working_bytes_per_received_token(layer, role.expert_shards)
             if job.tp_degree > 1 and job.ep_degree > 1:
-                # The router has its own tokens, the shared experts those of all ranks of TP.
+                # The router reads its rank's tokens, the shared experts the tokens of all TP ranks.
                 feed_forward += inputs
             if not job.on_host:
                 saved = saved + bytes_of_exchanges(layer, role, arrived)
@@ -184,10 +201,14 @@ def _stage_bytes(
 
 
 def largest_that_fits(fits: Callable[[float], bool], worst: float) -> float | None:
-    """The largest imbalance in [1, worst] that fits, to a thousandth; None if balance does not.
+    """Find the largest imbalance in [1, worst] that fits, to within 0.001.
 
     Args:
-        fits: does not turn true again once it is false.
+        fits: test of an imbalance; once False, it stays False for every larger imbalance.
+        worst: largest imbalance to try.
+
+    Returns:
+        The imbalance; None if balance does not fit.
     """
     if not fits(1.0):
         return None

@@ -28,21 +28,28 @@ def exchange_time(
     neighbouring: bool,
     skew: Array,
 ) -> Array:
-    """Seconds of one all-to-all, there or back, until the busiest rank has everything.
+    """Time of one dispatch or combine all-to-all on the busiest rank, in seconds.
 
-    ``standard`` sends each of the K copies of a token. ``deepep`` sends a token once to each
-    node that it goes to, and there once to each rank, over both kinds of links at once.
-    ``low_latency``, DeepEP's kernels for serving, sends what ``standard`` does, and starts the
-    messages to all ranks at once.
+    - ``standard`` sends each of the K copies of a token.
+    - ``deepep`` sends a token once to each of its nodes, and there once to each of its ranks.
+      Scale-out and scale-up links work at the same time.
+    - ``low_latency`` (DeepEP's kernels for serving) sends the copies of ``standard``, and starts
+      the messages to all ranks at once.
 
     Args:
-        tokens: of one rank.
-        reachable: share of the nodes that a token may go to, by group-limited routing.
-        neighbouring: a token takes experts that follow one another, and so goes to few places.
-        skew: the busiest receiver over the mean.
+        dispatcher: kind of dispatcher.
+        hardware: the device and its links.
+        tokens: tokens that one rank routes.
+        num_experts: E.
+        top_k: K.
+        dim: model dimension D.
+        ep_degree: ranks of the group.
+        reachable: share of the nodes that group-limited routing allows a token.
+        neighbouring: a token selects consecutive experts, and so reaches few ranks.
+        skew: tokens of the busiest receiver over the mean.
     """
     if dispatcher != "deepep":
-        # Of the K copies of each token, 1/EP stay on their rank at balance.
+        # At balance 1/EP of the K copies of a token stay on their rank.
         copies = top_k * (ep_degree - 1) / ep_degree
         return hardware.all_to_all_time(
             num_bytes=tokens * copies * dim * BF16_BYTES,
@@ -62,7 +69,7 @@ def exchange_time(
             ep_degree=peers,
             bandwidth=bandwidth,
             latency=latency,
-            # No place gets a token twice.
+            # No node or rank receives a token twice.
             skew=np.minimum(skew, places / sent),
         )
 
@@ -76,10 +83,14 @@ def exchange_time(
 def places_of_a_token(
     places: float, num_experts: int, top_k: int, neighbouring: bool, reachable: float = 1.0
 ) -> float:
-    """Expected number of different ranks or nodes that the K experts of a token are on.
+    """Mean number of different ranks or nodes that hold the K experts of a token.
 
     Args:
-        reachable: share of the places that a token may go to.
+        places: ranks or nodes over which the experts are split.
+        num_experts: E.
+        top_k: K.
+        neighbouring: a token selects consecutive experts.
+        reachable: share of the places that a token may reach.
     """
     if neighbouring:
         return _different_of_a_run(places, top_k, int(num_experts // places))
@@ -87,11 +98,12 @@ def places_of_a_token(
 
 
 def _different_of_a_run(places: float, choices: int, experts: int) -> float:
-    """Mean number of places of K experts that follow one another, with so many in each place."""
-    # A run begins at any multiple of the common divisor, and ends in another place as often.
+    """Mean number of places that hold K consecutive experts, with ``experts`` in each place."""
+    # A run starts at multiples of gcd(K, experts), at each offset in a place equally often.
+    # The formula is the mean of 1 + (offset + K - 1) // experts over these offsets.
     return min(places, 1 + (choices - math.gcd(choices, experts)) / experts)
 
 
 def _different(places: float, choices: int) -> float:
-    """Expected number of different places among even choices."""
+    """Mean number of different places among independent uniform choices."""
     return places * (1 - (1 - 1 / places) ** choices)

@@ -1,4 +1,4 @@
-"""A job as the cost model sees it: sizes, stages, schedule, and what its ranks hold."""
+"""Sizes of a job for the cost model: stages, schedule, and bytes of its ranks."""
 
 from __future__ import annotations
 
@@ -13,48 +13,50 @@ from titan_moe_lb.parallel.schedules import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One transformer block outside its routed experts. Bytes are of one token of the rank,
-    where TP gives a rank 1/TP of the tokens."""
+    """Bytes of one transformer block, without its routed experts.
+
+    All are per token of a rank. With TP a rank has 1/TP of the tokens.
+    """
 
     moe_layer: int | None
     """Layer number in the whole model; None for a dense block."""
     attention: float
-    """Kept for the backward by attention and the norm before it."""
+    """Saved for the backward by attention and the norm before it."""
     attention_forward: float
-    """There besides while attention runs forward."""
+    """Further bytes while attention runs forward."""
     attention_backward: float
-    """There besides while it runs backward."""
+    """Further bytes while attention runs backward."""
     feed_forward: float
-    """Kept by the norm after attention and by what follows: dense or shared experts, router."""
+    """Saved by the norm after attention, the router, and the dense layer or shared experts."""
     selective: float
-    """Share of all this that torchtitan's selective checkpointing keeps."""
+    """Saved by torchtitan's selective checkpointing, in place of all saved bytes above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The last norm, the head and the loss. Bytes are of one token of the rank."""
+    """Bytes of the last norm, the head and the loss, per token of a rank."""
 
     norm: float
-    """Kept until the backward."""
+    """Saved until the backward."""
     loss: float
-    """There besides while the loss is computed."""
+    """Further bytes while the loss is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One pipeline stage. FLOPs and bytes are of one token, forward, before TP divides them."""
+    """One pipeline stage. FLOPs and bytes are per token in the forward, before TP divides them."""
 
     moe_layers: tuple[int, ...]
     """Numbers of its MoE layers in the whole model."""
     dense_flops: float
-    """Matrix products outside MoE layers, attention included."""
+    """FLOPs of matrix products outside MoE layers, attention included."""
     dense_bytes: float
-    """Inputs and results of the linear layers."""
+    """Bytes of the inputs and results of the blocks' linear layers outside the MoE."""
     vocabulary: int = 0
-    """Logits of a token, on the stage that has the head."""
+    """Logits of a token; 0 on a stage without the head."""
     blocks: tuple[Block, ...] = ()
     head: Head | None = None
-    """On the stage that has it."""
+    """None on a stage without the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +69,22 @@ class RankState:
     gradient_bytes: int
     optimizer_bytes: int
     unsharded_bytes: int
-    """FSDP's gathered parameters and unreduced gradients at their most."""
+    """Peak of FSDP's gathered parameters and unreduced gradients."""
 
     @property
     def total_bytes(self) -> int:
+        """Sum of the four byte counts."""
         return (
             self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.unsharded_bytes
         )
 
     def peak_bytes(self, activations: float, accumulates: bool) -> float:
-        """Total with the activations at their peak.
+        """Compute the total with the activations at their peak.
 
         Args:
-            accumulates: gradients of the passes before are there already. Those of a single
-                pass come as its activations go.
+            activations: bytes of the activations at their peak.
+            accumulates: gradients of earlier passes exist already. In a single pass, gradients
+                are allocated as activations are released.
         """
         gradients = self.gradient_bytes
         together = activations + gradients if accumulates else max(activations, gradients)
@@ -89,7 +93,7 @@ class RankState:
 
 @dataclass(frozen=True, kw_only=True)
 class JobModel:
-    """A job as the cost model sees it, at one expert-parallel degree."""
+    """Sizes of a job at one expert-parallel degree."""
 
     model_name: str
     flavor: str
@@ -106,23 +110,23 @@ class JobModel:
     tokens_per_microbatch: int
     """Tokens of one micro-batch on one rank, before TP splits the sequence."""
     checkpointing: str
-    """"none", "selective", "full"."""
+    """Activation checkpointing: "none", "selective" or "full"."""
     seq_len: int
     on_host: bool
-    """Planned for torch's host backend, which composes attention and norms of operators."""
+    """True for torch's host backend, which runs attention and norms as several operators."""
     releases_buffers: bool
-    """Pipelining releases what it has sent and received, as torch does since 2.15."""
+    """True if pipelining releases sent and received buffers, as torch does from 2.15 on."""
     tokens_per_step: int
     """Tokens of the global batch."""
     steps: int
     """Optimizer steps of the whole job."""
     states: dict[int, RankState]
-    """States by pipeline rank, of the ranks that were built."""
+    """States of the built ranks, by pipeline rank."""
     dispatcher: Dispatcher = "standard"
 
     @property
     def tokens_per_rank(self) -> int:
-        """Tokens that one rank routes: with EP, the ranks of TP route other tokens."""
+        """Tokens that one rank routes; with EP, each TP rank routes its part of the sequence."""
         return self.tokens_per_microbatch // (self.tp_degree if self.ep_degree > 1 else 1)
 
     @property
@@ -131,9 +135,10 @@ class JobModel:
         return 1 + max(micro_batch for _stage, _kind, micro_batch in self.schedule[0])
 
     def in_turn(self, num_loads: int) -> np.ndarray:
-        """Index of the recorded load of each micro-batch, int ``(passes, micro-batches)``.
+        """Assign loads to micro-batches in turn, over as many passes as all loads need.
 
-        As many passes through the schedule as it takes for each to have its turn.
+        Returns:
+            Index of the load of each micro-batch, int ``(passes, micro-batches)``.
         """
         per_pass = self.num_micro_batches
         passes = -(-num_loads // per_pass)

@@ -1,4 +1,4 @@
-"""KV caches: their bytes, and the time of attending to them."""
+"""Bytes of KV caches, and the time of attention over them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ class KVCache:
 
     bytes_per_token: float
     decode_flops: float
-    """FLOPs of a new token, for each token that it attends to."""
+    """FLOPs of a new token for each token that it attends to."""
     prefill_flops: float
-    """FLOPs in a prefill, where latent attention works on its expanded keys and values."""
+    """FLOPs of a prompt token for each token that it attends to. Latent attention works on
+    expanded keys and values here."""
     window: int | None = None
-    """The most tokens that one attends to; None for all."""
+    """Most tokens that a token attends to; None for all."""
 
     def kept_tokens(self, context: float) -> float:
-        """Tokens that the cache keeps of a sequence."""
+        """Count the tokens of a sequence that the cache keeps."""
         return context if self.window is None else min(context, self.window)
 
     def decode_seconds(self, sequences: float, context: float, hardware: Hardware) -> float:
-        """Time of one new token of each sequence of ``context`` tokens."""
+        """Time of one new token for each sequence of ``context`` tokens, in seconds."""
         pairs = sequences * self.kept_tokens(context)
         return max(
             pairs * self.decode_flops / hardware.bf16_flops,
@@ -32,8 +33,11 @@ class KVCache:
         )
 
     def prefill_seconds(self, tokens: float, context: float, hardware: Hardware) -> float:
-        """Prefill of at least one prompt of ``context`` tokens. A token attends to half of it in
-        the mean, or to its window. The cache is read once a prompt."""
+        """Time to prefill at least one prompt of ``context`` tokens, in seconds.
+
+        On average a token attends to half of its prompt, or to its window if there is one. The
+        cache is read once for each prompt.
+        """
         kept = self.kept_tokens(context)
         attended = kept - kept**2 / (2 * context)
         return max(

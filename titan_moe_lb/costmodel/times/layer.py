@@ -1,4 +1,4 @@
-"""The time of one MoE layer: router, dispatch, experts, combine, shared experts."""
+"""Time of one MoE layer: router, dispatch, experts, combine, shared experts."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ from titan_moe_lb.costmodel.times.dispatch import Dispatcher, exchange_time
 
 @dataclass(frozen=True, kw_only=True)
 class MoELayer:
-    """The sizes of one MoE layer."""
+    """Sizes of one MoE layer."""
 
     num_experts: int
     top_k: int
     dim: int
     hidden_dim: int
     shared_hidden_dim: int = 0
-    """Hidden size of the shared experts together; 0 without any."""
+    """Total hidden size of the shared experts; 0 without any."""
     num_groups: int = 1
     """Expert groups of group-limited routing."""
     num_limited_groups: int = 1
-    """Groups that a token may go to."""
+    """Number of groups from which a token may select experts."""
     expert_biases: bool = False
-    """Each expert adds biases to what its products give."""
+    """True if the experts add biases to the results of their products."""
     neighbouring_choices: bool = False
-    """A token takes experts that follow one another, as torchtitan's forced balance deals them."""
+    """True if a token selects consecutive experts, as under torchtitan's forced balance."""
 
     @property
     def parameters_per_expert(self) -> int:
+        """Number of weights in one expert, without biases."""
         return 3 * self.dim * self.hidden_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRole:
-    """The share of a rank in an MoE layer."""
+    """Share of one rank in an MoE layer."""
 
     tokens_per_rank: int
     """Tokens that the rank routes in one micro-batch."""
@@ -62,8 +63,11 @@ class RankRole:
 
     @property
     def exchanges(self) -> bool:
-        """Tokens go to other ranks. Without EP the local dispatcher is planned, whichever is
-        asked for: of torchtitan's only the standard one falls back to it."""
+        """True if tokens go to other ranks.
+
+        Without EP the local dispatcher is planned, whatever ``dispatcher`` says. In torchtitan
+        only the standard dispatcher falls back to it.
+        """
         return self.ep_degree > 1
 
     @property
@@ -74,36 +78,41 @@ class RankRole:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """Seconds of the forward pass of one layer on the busiest rank, one micro-batch."""
+    """Seconds of one layer's forward pass on the busiest rank, for one micro-batch."""
 
     router: Array
     dispatch: Array
     experts: Array
     movement: Array
-    """Moving tokens and working on single values: the order of the experts and back,
-    the activation between the products, the sum over the copies."""
+    """Memory-bound work: sorting tokens by expert and back, the activation between the
+    products, and the sum over a token's copies."""
     combine: Array
     shared_experts: Array
 
     @property
     def compute(self) -> Array:
+        """Forward pass without the all-to-alls."""
         return self.router + self.experts + self.movement + self.shared_experts
 
     @property
     def forward(self) -> Array:
+        """Whole forward pass."""
         return self.compute + self.dispatch + self.combine
 
     @property
     def backward(self) -> Array:
-        """Each product twice, each all-to-all once in the other direction."""
+        """Backward pass: compute takes twice as long, each all-to-all runs once in reverse."""
         return 2 * self.compute + self.dispatch + self.combine
 
     def recomputation(self, policy: str) -> Array:
-        """Seconds that activation checkpointing computes again before the backward.
+        """Seconds of the work that activation checkpointing repeats before the backward.
 
-        Full checkpointing repeats the whole forward. torchtitan's selective policy keeps
-        the results of the all-to-alls and repeats the grouped products and every second
-        other one.
+        Full checkpointing repeats the whole forward. torchtitan's selective policy saves the
+        results of the all-to-alls. It repeats the grouped products and every second other
+        product.
+
+        Args:
+            policy: "full", "selective" or "none".
         """
         if policy == "full":
             return self.forward
@@ -112,7 +121,7 @@ class LayerTime:
         return 0.0 * self.forward
 
     def total(self, policy: str = "none") -> Array:
-        """Forward, recomputation and backward."""
+        """Sum of forward, recomputation and backward."""
         return self.forward + self.recomputation(policy) + self.backward
 
 
@@ -124,10 +133,10 @@ def moe_layer_time(
     imbalance_factor: ArrayLike = WORST,
     num_hot_experts: ArrayLike = 1,
 ) -> LayerTime:
-    """The time under the two-level load: W hot experts, the others even.
+    """Time under the two-level load: W hot experts, the others even.
 
     Raises:
-        JobError: the imbalance outside [1, E/K], W outside [1, K].
+        JobError: the imbalance is outside [1, E/K], or W is outside [1, K].
     """
     load = layer_load(layer, role, imbalance_factor, num_hot_experts)
     hidden_dim = layer.hidden_dim / role.expert_shards
@@ -138,7 +147,11 @@ def moe_layer_time(
 def layer_load(
     layer: MoELayer, role: RankRole, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike
 ) -> ExpertLoad:
-    """The two-level load of one micro-batch. Errors: as :func:`moe_layer_time`."""
+    """Two-level load of one micro-batch.
+
+    Raises:
+        JobError: the imbalance is outside [1, E/K], or W is outside [1, K].
+    """
     return expert_load(
         num_experts=layer.num_experts,
         top_k=layer.top_k,
@@ -152,12 +165,15 @@ def layer_load(
 def measured_layer_time(
     layer: MoELayer, role: RankRole, hardware: Hardware, device_experts_dn: np.ndarray
 ) -> LayerTime:
-    """The time under measured loads.
+    """Time under measured loads.
 
     Args:
+        layer: sizes of the layer.
+        role: share of the rank.
+        hardware: the derated device.
         device_experts_dn: tokens of each of the n experts of each of the EP devices,
-            ``(..., EP, n)``, of ``role.tokens`` tokens in all. Leading dimensions
-            (steps) give arrays of that shape.
+            ``(..., EP, n)``. They add up to ``role.tokens`` x top_k. Leading dimensions, such
+            as micro-batches, become the shape of the times.
     """
     rows_dn = whole_rows(device_experts_dn)
     return _uneven_layer_time(layer, role, hardware, device_experts_dn, rows_dn, 1.0)
@@ -166,14 +182,20 @@ def measured_layer_time(
 def served_layer_time(
     layer: MoELayer, role: RankRole, hardware: Hardware, chosen_dn: np.ndarray
 ) -> tuple[LayerTime, Array]:
-    """The time where tokens are so few that some experts have no work, and are not read.
+    """Time of a layer with so few tokens that some experts have no work.
+
+    The weights of an expert without work are not read.
 
     Args:
-        chosen_dn: the probability that a token chooses the expert in each of the n slots of
-            each of the EP devices, ``(..., EP, n)``. They add up to top_k.
+        layer: sizes of the layer.
+        role: share of the rank.
+        hardware: the derated device.
+        chosen_dn: probability that a token chooses the expert in each of the n slots of each
+            of the EP devices, ``(..., EP, n)``. They add up to top_k.
 
     Returns:
-        The time, and the expected experts with work on the device that has most of them.
+        Time of the layer, and the mean number of experts with work on the device that has most
+        of them.
     """
     active_dn = active_share(chosen_dn, role.tokens)
     rows_dn = role.tokens * chosen_dn / np.maximum(active_dn, np.finfo(float).tiny)
@@ -189,12 +211,15 @@ def _uneven_layer_time(
     rows_dn: np.ndarray,
     active_dn: ArrayLike,
 ) -> LayerTime:
-    """The time where each expert of each device has a load of its own.
+    """Time of a layer in which every expert has its own load.
 
     Args:
-        load_dn: tokens of each expert, in any unit.
-        rows_dn: tokens of an expert that has work.
-        active_dn: the probability that it has.
+        layer: sizes of the layer.
+        role: share of the rank.
+        hardware: the derated device.
+        load_dn: tokens of each expert, in any unit, ``(..., EP, n)``.
+        rows_dn: tokens of each expert if it has work.
+        active_dn: probability that each expert has work.
     """
     hidden_dim = layer.hidden_dim / role.expert_shards
     seconds_dn = active_dn * mlp_time(rows_dn, layer.dim, hidden_dim, hardware)
@@ -236,16 +261,16 @@ def _layer_time(
 
 
 def _moved_bytes(layer: MoELayer, role: RankRole, skew: Array) -> Array:
-    """Read and written by the busiest rank in a forward, each operation fused into one.
+    """Bytes that the busiest rank reads and writes in a forward, with fused operations.
 
-    Of what it receives: the activation (two in, one out). Biases are written out for each token
-    before they are added. Of the rest, in values of D:
+    The activation reads two values and writes one for each received token. Biases are written
+    out for each token before they are added. The other work, in reads and writes of D values:
 
-    - standard: what it sends into the order of the ranks (2), weighted and summed in float32 when
-      it is back (3); what it receives into the order of the experts (2) and back (2).
-    - without EP: into the order of the experts (2), weighted and summed (3).
-    - DeepEP: what it receives into the order of the experts (2), weighted and summed (3).
-    - low latency: what it receives comes in the order of the experts, and is weighted (2).
+    - standard: sort sent tokens by rank (2), and weight and sum them in float32 when they are
+      back (3). Sort received tokens by expert (2) and back (2).
+    - without EP: sort tokens by expert (2), weight and sum them (3).
+    - DeepEP: sort received tokens by expert (2), weight and sum them (3).
+    - low latency: received tokens arrive sorted by expert, and are weighted (2).
     """
     dispatcher = role.dispatcher if role.exchanges else "local"
     received, returned = {

@@ -9,15 +9,17 @@ from titan_moe_lb.parallel.schedules import Action, Schedule
 
 
 def makespan(schedule: Schedule, forward: ArrayLike, backward: ArrayLike) -> float:
-    """Seconds from the first forward to the last backward.
+    """Time from the first forward to the last backward, in seconds.
 
-    A forward waits for that of the stage before, a backward for that of the stage after;
-    a rank does one thing at a time; sending takes no time. Half of a split backward is
-    its inputs', half its weights'.
+    A forward waits for the previous stage's forward, a backward for the next stage's backward.
+    A rank runs one action at a time, and sends take no time. A split backward spends half its
+    time on the inputs and half on the weights.
 
     Args:
-        forward, backward: seconds of each stage ``(stages,)``, or of each stage and
-            micro-batch ``(stages, micro-batches)``.
+        schedule: actions of each pipeline rank, in order.
+        forward: seconds of each stage ``(stages,)``, or of each stage and micro-batch
+            ``(stages, micro-batches)``.
+        backward: seconds of each stage's backward, with the shape of ``forward``.
     """
     number = 1 + max(action[2] for actions in schedule.values() for action in actions)
     ahead, back = (_table(seconds, number) for seconds in (forward, backward))
@@ -52,7 +54,7 @@ def _table(seconds: ArrayLike, num_micro_batches: int) -> list[list[float]]:
 
 
 def _predecessor(action: Action, last: int, finished: dict[Action, float]) -> float | None:
-    """Earliest start of an action; None while it is not known."""
+    """Earliest start of an action in seconds; None until its predecessor has run."""
     stage, kind, microbatch = action
     if kind == "F":
         return 0.0 if stage == 0 else finished.get((stage - 1, "F", microbatch))

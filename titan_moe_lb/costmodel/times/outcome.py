@@ -1,4 +1,4 @@
-"""One job at one expert-parallel degree on one device, under a load."""
+"""Step time and memory of a job at one expert-parallel degree, under one load."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ from titan_moe_lb.traces.expert_order import tokens_of_experts
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A job under one load. Seconds and bytes of the busiest rank."""
+    """Seconds and bytes of the busiest rank of a job, under one load."""
 
     compute_seconds: float
-    """Router, experts and shared experts of one MoE layer, forward, one micro-batch."""
+    """Forward of one MoE layer without all-to-alls, for one micro-batch; mean over layers."""
     dispatch_seconds: float
     combine_seconds: float
     layer_seconds: float
-    """The layer with its recomputation and backward; the mean over layers and micro-batches."""
+    """Forward, recomputation and backward of one MoE layer; mean over layers and
+    micro-batches."""
     layer_slowdown: float
-    """Against balance."""
+    """``layer_seconds`` over its value at balance."""
     worst_layer_slowdown: float
-    """Slowdown of the slowest layer, mean over its micro-batches."""
+    """Seconds of the slowest layer, mean over its micro-batches, over ``layer_seconds`` at
+    balance."""
     step_seconds: float
     step_slowdown: float
     hot_expert_tokens: float
@@ -45,26 +47,26 @@ class Outcome:
     busiest_rank_tokens: float
     memory_bytes: float
     memory_rank: int
-    """The rank that needs most memory."""
+    """Global rank that needs most memory."""
     fits: bool
 
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """The load of one MoE layer under N micro-batches: numbers or arrays of that length."""
+    """Load of one MoE layer in N micro-batches. Its times are numbers or arrays ``(N,)``."""
 
     time: LayerTime
     hot_expert_tokens: float
     received_NR: np.ndarray
-    """Tokens that each rank of the EP group receives, or one number for all, ``(N, R)``."""
+    """Tokens that each rank of the EP group receives ``(N, R)``; R = 1 for one number for all."""
 
 
 Loads = dict[int, LayerLoad]
-"""Loads by MoE layer, all under the same micro-batches."""
+"""Loads by number of the MoE layer, all in the same micro-batches."""
 
 
 class View:
-    """One job at one degree on one device."""
+    """Evaluation of one job at one expert-parallel degree on one device."""
 
     def __init__(
         self, job: JobModel, hardware: Hardware, usable_bytes: float, num_hot_experts: int
@@ -82,7 +84,7 @@ class View:
         self.worst = min(layer.num_experts / layer.top_k for layer in job.moe_layers.values())
 
     def two_level(self, factor: float) -> Loads:
-        """W hot experts in every layer and micro-batch, on a rank that is hot in all of them."""
+        """Build the load of W hot experts in every layer, all of them on the same rank."""
         hot = self.num_hot_experts
 
         def loaded(layer: MoELayer) -> LayerLoad:
@@ -98,11 +100,11 @@ class View:
         return {number: known[layer] for number, layer in layers.items()}
 
     def measured(self, counts_NME: np.ndarray, placed: Sequence[np.ndarray]) -> Loads:
-        """Loads of N micro-batches, scaled to the job's tokens.
+        """Build the loads of N micro-batches, scaled to the job's tokens.
 
         Args:
-            counts_NME: tokens of each expert of each MoE layer.
-            placed: of each layer the expert ids in the slots of each device ``(R, n)``.
+            counts_NME: tokens of each expert of each MoE layer in N micro-batches.
+            placed: expert ids in the slots of each device ``(R, n)``, for each layer.
         """
         loads: Loads = {}
         for row, (number, layer) in enumerate(self.job.moe_layers.items()):
@@ -114,11 +116,15 @@ class View:
         return loads
 
     def memory(self, received: Mapping[int, np.ndarray], copies: int = 0) -> tuple[float, int]:
-        """Bytes on the rank that needs most, and its pipeline rank.
+        """Find the rank that needs most memory.
 
         Args:
-            received: tokens that each rank of the EP group receives ``(N, R)``, by MoE layer.
-            copies: of experts on each rank in each layer, besides its own.
+            received: tokens that each rank of the EP group receives ``(N, R)``, by number of the
+                MoE layer.
+            copies: further copies of experts on each rank, in each layer.
+
+        Returns:
+            Bytes of that rank, and its pipeline rank.
         """
         accumulates = self.job.accumulation_steps > 1
         needs = {
@@ -132,11 +138,14 @@ class View:
         return needs[position], position
 
     def memory_at(self, factor: float) -> tuple[float, int]:
-        """Bytes and pipeline rank under the two-level load of that imbalance."""
+        """Find the rank that needs most memory under the two-level load of this imbalance."""
         return self.memory(_received(self.two_level(factor)))
 
     def _copy_bytes(self, position: int) -> float:
-        """Weights and gradients in BF16; the optimizer's state stays with the first copy."""
+        """Bytes of one further expert in each layer: weights and gradients in BF16.
+
+        The optimizer state stays with the first copy.
+        """
         layers = [
             self.job.moe_layers[number]
             for stage in stages_of(self.job.schedule[position])
@@ -145,10 +154,12 @@ class View:
         return 2 * BF16_BYTES * sum(layer.parameters_per_expert for layer in layers)
 
     def outcome(self, loads: Loads, balance: Outcome | None = None, copies: int = 0) -> Outcome:
-        """Means over the MoE layers and micro-batches, the step, and the memory.
+        """Compute means over MoE layers and micro-batches, step time and memory.
 
         Args:
-            balance: what slowdowns are against; None for balance itself.
+            loads: loads by number of the MoE layer.
+            balance: outcome at balance, which slowdowns compare with; None for balance itself.
+            copies: further copies of experts on each rank, in each layer.
         """
         times = {number: load.time for number, load in loads.items()}
         layers = [float(np.mean(time.total(self.job.checkpointing))) for time in times.values()]

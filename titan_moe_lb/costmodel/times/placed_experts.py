@@ -13,7 +13,7 @@ from titan_moe_lb.traces.expert_order import contiguous, greedy_in_groups
 
 
 def placements(redundant_experts: Sequence[int]) -> list[tuple[str, int]]:
-    """The placements under a recorded load, and the slots for copies of each."""
+    """List the placements for a recorded load, each with its slots for copies."""
     return [("contiguous", 0), ("greedy", 0), *(("eplb", n) for n in redundant_experts)]
 
 
@@ -32,15 +32,23 @@ def placed_experts(
     expert_groups: Sequence[int],
     redundant_experts: int,
 ) -> list[np.ndarray]:
-    """Expert ids in the slots of each device ``(EP, n)``, of each layer.
+    """Place experts: their ids in the slots of each device ``(EP, n)``, for each layer.
 
-    The order of the devices is free: the hottest one is another in every layer.
+    Greedy and EPLB placements rotate the devices by one for each layer. Otherwise one device
+    would be the hottest in every layer.
 
     Args:
         placement: "contiguous", "greedy" or "eplb".
-        known_ME: tokens of each expert that it is placed for.
-        expert_groups: that the greedy placement keeps together, coarse to fine.
-        redundant_experts: slots for copies, all devices together.
+        layers: MoE layers by number.
+        known_ME: tokens of each expert to place for.
+        ep_degree: number of devices.
+        hardware: the device, whose scale-up domain is a node for EPLB.
+        expert_groups: numbers of equal groups of neighbouring experts that the greedy placement
+            keeps together, coarse to fine.
+        redundant_experts: slots for copies, summed over the devices.
+
+    Raises:
+        JobError: the devices do not divide the experts and their copies.
     """
     nodes, rest = divmod(ep_degree, hardware.scale_up_domain)
 

@@ -23,7 +23,7 @@ CURVE_POINTS = 17
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyticRow:
-    """One imbalance of the two-level load."""
+    """Outcome at one imbalance of the two-level load."""
 
     imbalance_factor: float
     outcome: Outcome
@@ -31,63 +31,64 @@ class AnalyticRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormalRow(Spread):
-    """Log-normal loads, drawn anew in every layer; mean over draws."""
+    """Outcome under log-normal loads, drawn for every layer by itself; mean over draws."""
 
     outcome: Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRow:
-    """The load of a recorded run, under one placement."""
+    """Outcomes under the load of a recorded run, with one placement of the experts."""
 
     placement: str
-    """"contiguous", as torchtitan places experts; "greedy", what ``titan-moe-lb place`` does, in
-    which groups of experts stay together; or "eplb" with copies."""
+    """Placement of the experts: "contiguous" as in torchtitan, "greedy" as in
+    ``titan-moe-lb place``, which keeps expert groups together, or "eplb" with copies."""
     redundant_experts: int
-    """Slots for copies, all devices together."""
+    """Slots for copies, summed over the devices."""
     first: Outcome
-    """The first steps; placed for the last ones."""
+    """First steps, with experts placed for the last ones."""
     last: Outcome
-    """The last steps, for which it is placed: the most that placing can buy."""
+    """Last steps, with experts placed for them: the most that a placement can save."""
     stale_second_half: Outcome
-    """The second half of the run, placed for its first half: what placing once buys."""
+    """Second half of the run, with experts placed once, for its first half."""
     stale_last: Outcome
-    """The last steps, placed for the first half of the run."""
+    """Last steps, with experts placed for the first half of the run."""
 
     @property
     def label(self) -> str:
+        """Name of the placement in tables."""
         return label(self.placement, self.redundant_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CapacityRow:
-    """Buffers of one size in every MoE layer, for the loads of the second half of a run."""
+    """Buffers of one size in every MoE layer, for the loads of a run's second half."""
 
     drop_share: float
-    """Share of dropped tokens in the layer that drops most; 0: none is dropped."""
+    """Share of dropped tokens in the layer that drops most; 0 if no token is dropped."""
     capacity_factor: float
-    """Room of a rank over its balanced tokens."""
+    """Buffer size of a rank, over its tokens at balance."""
     non_blocking_capacity_factor: float
-    """Room as a share of the worst case, the unit of HybridEP's dispatcher."""
+    """Buffer size as a share of the worst case, as HybridEP's dispatcher defines it."""
     memory_bytes: float
     fits: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class DegreePlan:
-    """One expert-parallel degree."""
+    """Plan of a job at one expert-parallel degree."""
 
     ep_degree: int
     tokens_per_rank: int
     state_bytes: int
-    """Parameters, gradients, optimizer state and what FSDP gathers, on the rank that
-    needs most memory at balance."""
+    """Bytes of parameters, gradients, optimizer state and FSDP's gathered parameters, on the
+    rank that needs most memory at balance."""
     balance: Outcome
     rows: tuple[AnalyticRow, ...]
     lognormal: tuple[LogNormalRow, ...]
     largest_imbalance_that_fits: float | None
     curve: tuple[AnalyticRow, ...]
-    """Imbalances from balance to the worst case, evenly on a logarithmic scale."""
+    """Imbalances from balance to the worst case, evenly spaced on a logarithmic scale."""
     measured: tuple[MeasuredRow, ...] = ()
     capacity: tuple[CapacityRow, ...] = ()
 
@@ -104,19 +105,21 @@ def plan_degree(
     redundant_experts: Sequence[int] = (),
     drop_share: float = 0.01,
 ) -> DegreePlan:
-    """Plan one expert-parallel degree.
+    """Plan a job at one expert-parallel degree.
 
     Args:
-        imbalance_factors: each in [1, E/K], or -1 for E/K.
+        job: sizes and schedule of the job.
+        hardware: the derated device.
+        imbalance_factors: imbalances of the two-level load, each in [1, E/K], or -1 for E/K.
         num_hot_experts: W.
-        usable_bytes: of a device's memory.
-        spreads: of log-normal loads.
+        usable_bytes: usable memory of a device, in bytes.
+        spreads: log-normal loads.
         recorded: loads of a run of the same model.
         redundant_experts: numbers of slots for copies to place the recorded loads with.
-        drop_share: of the tokens, for a capacity that drops some.
+        drop_share: share of the tokens that the second capacity may drop.
 
     Raises:
-        JobError: an imbalance or W outside its range, slots that the devices do not divide.
+        JobError: an imbalance or W is outside its range, or the devices do not divide the slots.
     """
     view = View(job, hardware, usable_bytes, num_hot_experts)
     balance = view.outcome(view.two_level(1.0))
@@ -157,7 +160,10 @@ def plan_degree(
 
 
 def heaviest_pipeline_ranks(job: JobModel, hardware: Hardware, num_hot_experts: int) -> list[int]:
-    """Pipeline ranks with most memory at balance and at worst; other degrees build these alone."""
+    """Find the pipeline ranks with most memory at balance and in the worst case.
+
+    For other expert-parallel degrees, only these ranks are built.
+    """
     view = View(job, hardware, hardware.memory_bytes, num_hot_experts)
     return sorted({view.memory_at(factor)[1] for factor in (1.0, WORST)})
 
@@ -199,7 +205,7 @@ def _measured(
 
 
 def _routed(view: View) -> float:
-    """Tokens x top_k that a layer dispatches together."""
+    """Routed tokens of a layer in one dispatch: tokens x top_k."""
     return view.role.tokens * next(iter(view.job.moe_layers.values())).top_k
 
 

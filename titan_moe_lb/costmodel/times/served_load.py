@@ -1,4 +1,4 @@
-"""Loads of a deployment: how often each expert is chosen, and where the experts are."""
+"""Loads of a deployment: tokens of each expert, and the placement of the experts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from titan_moe_lb.costmodel.times.placed_experts import label, placements
 
 @dataclass(frozen=True, kw_only=True)
 class ServedLoad:
-    """One load and one placement."""
+    """Load of the experts under one placement."""
 
     name: str
     """Name in tables."""
     description: str
-    """Wording in sentences."""
+    """Phrase for sentences."""
     counts_NME: np.ndarray
-    """Tokens of each expert, or shares in the same proportion, under N loads."""
+    """Tokens of each expert under N loads. Only their proportions matter."""
     placement: str = "contiguous"
     expert_groups: tuple[int, ...] = ()
     redundant_experts: int = 0
@@ -31,7 +31,7 @@ class ServedLoad:
 def two_level_loads(
     layers: Sequence[MoELayer], factors: Sequence[float], num_hot_experts: int
 ) -> list[ServedLoad]:
-    """Some experts hot, the others even, as in a plan of training; the hot ones are the first."""
+    """Build a two-level load for each imbalance factor; the first experts are the hot ones."""
     loads = []
     for factor in factors:
         counts_ME = []
@@ -55,7 +55,7 @@ def two_level_loads(
 
 
 def recorded_loads(recorded: RecordedLoads, redundant_experts: Sequence[int]) -> list[ServedLoad]:
-    """The load of a run's last steps, with experts placed for it in each way."""
+    """Build the load of a run's last steps, once for each placement of the experts."""
     counts_ME = recorded.known(slice(-recorded.window, None))
     return [
         ServedLoad(

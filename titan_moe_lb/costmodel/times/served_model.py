@@ -1,4 +1,4 @@
-"""A model as a deployment has it: weights in BF16, and what a token costs in each layer."""
+"""Sizes of a model in a deployment: weights in BF16, linear layers and KV caches."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ class ServedLayer:
     """One decoder layer."""
 
     linears: tuple[tuple[int, int], ...]
-    """Inputs and outputs of each linear layer outside an MoE."""
+    """Input and output widths of each linear layer outside the MoE."""
     cache: KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """The decoder; layers that predict further tokens are left out."""
+    """Sizes of the decoder. Only ``moe_layers`` includes multi-token prediction."""
 
     model_name: str
     flavor: str
     moe_layers: dict[int, MoELayer]
-    """MoE layers by number in the whole model, multi-token prediction included."""
+    """MoE layers by number in the whole model."""
     layers: tuple[ServedLayer, ...]
     head: tuple[int, int]
-    """Inputs and outputs: D and the vocabulary."""
+    """Input and output widths of the head: D and the vocabulary size."""
     shared_bytes: int
-    """Weights that every rank has: all but the routed experts."""
+    """Bytes of the weights that every rank holds: all but the routed experts."""
     expert_bytes: dict[int, int]
-    """Weights of one routed expert, by the number of its layer."""
+    """Bytes of one routed expert, by the number of its layer."""
 
     def weight_bytes(self, ep_degree: int, redundant_experts: int = 0) -> float:
-        """On one rank, which has as many slots for experts as the others."""
+        """Compute the bytes of the weights on one rank, with equal expert slots on every rank."""
         slots = {
             number: (self.moe_layers[number].num_experts + redundant_experts) / ep_degree
             for number in self.expert_bytes
@@ -43,7 +43,7 @@ class ServedModel:
         return self.shared_bytes + routed
 
     def cache_bytes(self, context: int) -> float:
-        """Bytes of one sequence of ``context`` tokens."""
+        """Compute the cache bytes of one sequence of ``context`` tokens."""
         return sum(
             layer.cache.bytes_per_token * layer.cache.kept_tokens(context) for layer in self.layers
         )

@@ -1,7 +1,7 @@
-"""A deployment at one degree: time of a step, and sequences that fit.
+"""Step time and capacity of a deployment at one expert-parallel degree.
 
-A deployment is one expert-parallel group. Every rank has sequences of its own and the whole
-model but the routed experts, which are divided; all ranks take each step together.
+A deployment is one expert-parallel group. Every rank has its own sequences and all weights but
+the routed experts, which the ranks divide among them. All ranks run each step together.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from titan_moe_lb.traces.expert_order import tokens_of_experts
 
 @dataclass(frozen=True, kw_only=True)
 class ServedStep:
-    """One step of a rank. Seconds."""
+    """Time and memory of one step of a rank."""
 
     cache_seconds: float
-    """Attending to the tokens before."""
+    """Attention over the KV caches of all layers."""
     linear_seconds: float
     """Linear layers outside MoE layers, and the logits."""
     step_seconds: float
@@ -34,41 +34,42 @@ class ServedStep:
     tokens_per_second: float
     """Throughput of one rank."""
     memory_bytes: float
-    """Weights, and the caches of the sequences or prompts of the step."""
+    """Bytes of the weights and of the caches of the step's sequences or prompts."""
     fits: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedRow:
-    """A number of tokens on every rank, under one load."""
+    """Steps with one number of tokens on every rank, under one load."""
 
     load: str
-    """The imbalance, sigma or placement."""
+    """Name of the load: imbalance, sigma or placement."""
     tokens: int
+    """Tokens of a rank in a step."""
     active_experts: float
-    """Experts of a layer that have work on the rank that has most of them; the mean."""
+    """Experts of a layer with work, on the rank that has most of them; mean over layers."""
     experts_seconds: float
     """Router, experts and shared experts of all MoE layers, on the busiest rank."""
     exchange_seconds: float
     """Dispatch and combine of all MoE layers."""
     decode: ServedStep
-    """The tokens are the next ones of as many sequences."""
+    """Decode step: one new token for each of as many sequences."""
     prefill: ServedStep
-    """The tokens are those of prompts."""
+    """Prefill step: the tokens are prompt tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedDegree:
-    """One expert-parallel degree."""
+    """Plan of a deployment at one expert-parallel degree."""
 
     ep_degree: int
     weight_bytes: float
-    """Bytes of a rank without copies of experts."""
+    """Bytes of the weights of a rank, without copies of experts."""
     most_sequences: int
-    """Whose caches fit beside them."""
+    """Largest number of sequences on a rank whose caches fit beside the weights."""
     turning_tokens: float | None
-    """Tokens of a rank from which on, at balance, the experts' arithmetic takes longer than
-    reading them; None where it never does."""
+    """Tokens of a rank above which, at balance, the experts' arithmetic takes longer than
+    reading their weights; None if it never does."""
     rows: tuple[ServedRow, ...]
 
 
@@ -83,12 +84,17 @@ def serve_degree(
     usable_bytes: float,
     dispatcher: Dispatcher,
 ) -> ServedDegree:
-    """Plan a deployment at one degree.
+    """Plan a deployment at one expert-parallel degree.
 
     Args:
-        tokens: of one rank in one step.
+        model: sizes of the model.
+        hardware: the derated device.
+        ep_degree: ranks of the group.
+        loads: loads and placements, each of which gets its own rows.
+        tokens: numbers of tokens of a rank in one step, one row for each.
         context: tokens of a sequence, the prompt included.
-        usable_bytes: of a device's memory.
+        usable_bytes: usable memory of a device, in bytes.
+        dispatcher: kind of dispatcher.
 
     Raises:
         JobError: the devices do not divide the experts and their copies.
@@ -153,7 +159,7 @@ def serve_degree(
 def _chosen(
     model: ServedModel, hardware: Hardware, ep_degree: int, load: ServedLoad
 ) -> dict[int, np.ndarray]:
-    """The probability that a token chooses each slot ``(N, EP, n)``, by MoE layer."""
+    """Probability that a token chooses each slot ``(N, EP, n)``, by number of the MoE layer."""
     placed = placed_experts(
         load.placement,
         model.moe_layers,
@@ -170,10 +176,15 @@ def _chosen(
 
 
 def _linear_seconds(model: ServedModel, tokens: float, logits: float, hardware: Hardware) -> float:
-    """Time of the linear layers by roofline; inputs and outputs once more by memory bandwidth.
+    """Roofline time of the linear layers and the head, in seconds.
+
+    The operations between the layers write and read inputs and outputs once more.
 
     Args:
-        logits: tokens whose next one is asked for, one of each sequence.
+        model: sizes of the model.
+        tokens: tokens of the step.
+        logits: tokens whose logits are computed, one for each sequence.
+        hardware: the derated device.
     """
     products = 0.0
     values = 0

@@ -1,4 +1,4 @@
-"""The time of one optimizer step: every stage's micro-batches, put in the schedule's order."""
+"""Time of one optimizer step, from the micro-batches of every stage in schedule order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from titan_moe_lb.costmodel.times.makespan import makespan
 def step_time(
     job: JobModel, hardware: Hardware, layer_times: Mapping[int, LayerTime], num_loads: int = 1
 ) -> float:
-    """Seconds of one optimizer step.
+    """Time of one optimizer step, in seconds.
 
-    Dense layers take their FLOPs at the device's (derated) peak, and what is done to their
-    values one by one takes the memory's bandwidth. FSDP's collectives and the sending
-    between stages are taken to overlap.
+    Dense matrix products run at the device's derated peak, elementwise operations at its memory
+    bandwidth. FSDP's collectives and the sends between stages are assumed to overlap with
+    compute.
 
     Args:
-        layer_times: of each MoE layer, by its number in the whole model: numbers, or arrays
-            ``(N,)`` under N loads that the micro-batches have in turn.
+        job: sizes and schedule of the job.
+        hardware: the derated device.
+        layer_times: time of each MoE layer, by its number in the whole model: numbers, or arrays
+            ``(N,)`` for N loads that the micro-batches cycle through.
         num_loads: N.
     """
     forward, backward = [], []
@@ -48,17 +50,20 @@ def step_time(
 
 
 def _dense_time(stage: Stage, hardware: Hardware) -> float:
-    """Seconds of one token outside MoE layers, forward.
+    """Forward time of one token outside MoE layers, in seconds.
 
-    What linear layers take and give is written and read once more by the norms, rotations
-    and sums between them. A logit is written in BF16, read, and written and read in float32.
+    Norms, rotations and sums between linear layers write and read the layers' inputs and
+    results once more. A logit is written in BF16, read, then written and read in float32.
     """
     elementwise = 2 * stage.dense_bytes + 12 * stage.vocabulary
     return stage.dense_flops / hardware.bf16_flops + elementwise / hardware.memory_bandwidth
 
 
 def _optimizer_time(job: JobModel, hardware: Hardware) -> float:
-    """Parameters and optimizer state read and written, gradients read, on the largest rank."""
+    """Optimizer time on the largest rank, in seconds.
+
+    The optimizer reads and writes parameters and its state, and reads gradients.
+    """
     moved = max(
         2 * state.parameter_bytes + state.gradient_bytes + 2 * state.optimizer_bytes
         for state in job.states.values()
