@@ -1,1 +1,1 @@
-"""``titan-moe-lb diagnose``: what is wrong with the balance of a run, and what to change."""
+"""``titan-moe-lb diagnose``: faults in the balance of a run, and their remedies."""

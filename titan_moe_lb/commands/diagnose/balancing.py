@@ -1,4 +1,4 @@
-"""Losses and bias rule of a run, and the change of them that a finding proposes."""
+"""Losses and bias rule of a run, and the changes that a finding proposes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ OTHER_LOSSES = {
     "device_level_loss": "evens out groups of experts",
     "communication_loss": "evens out groups of experts",
 }
-"""Losses of this package that do not balance single experts, by metric name, and their effect. A
-loss of one's own counts as one that balances."""
+"""Metric name to effect of each loss of this package that does not balance single experts.
+
+A user's own loss counts as balancing.
+"""
 
 
 class Remedy(TypedDict):
-    """Fields of a finding."""
+    """Fields of a :class:`Finding` that propose a change."""
 
     remedy: str
     toml: str
@@ -32,7 +34,7 @@ class Remedy(TypedDict):
 
 @dataclass(frozen=True)
 class Balancing:
-    """Losses and bias rule of the run whose end is looked at."""
+    """Losses and bias rule of the run of a window."""
 
     window: Window
 
@@ -44,44 +46,47 @@ class Balancing:
 
     @property
     def description(self) -> str:
-        """The rule and its settings; "" without a bias. Of several, by layer, the first that moves."""
+        """Bias rule and its settings; "" without a bias. If layers differ, the first moving rule."""
         rules = (self.window.trace.info.expert_bias or "").split("; ")
         return next((rule for rule in rules if rule.partition(" ")[0] != "frozen"), rules[0])
 
     @property
     def rule(self) -> str:
-        """``type_name`` of the rule; "" without a bias."""
+        """``type_name`` of the bias rule; "" without a bias."""
         return self.description.partition(" ")[0]
 
     @property
     def bias_moves(self) -> bool:
-        """A speed may have been changed to 0: the steps themselves decide, where they are known."""
+        """True if the bias moves: the recorded steps decide, since a speed may change to 0."""
         steps_SM = self.window.column("bias_largest_step")
         return self.rule not in ("", "frozen") and (steps_SM is None or bool(steps_SM.any()))
 
     def setting(self, name: str) -> float | None:
-        """A setting of the rule, from its description: ``quantile (num_bins 1000, ema 0.9)``."""
+        """Read a setting from the description, as in ``quantile (num_bins 1000, ema 0.9)``."""
         found = re.search(rf"[( ]{name} (\d+(?:\.\d+)?(?:e[+-]?\d+)?)", self.description)
         return float(found[1]) if found else None
 
     @property
     def typical_score_M(self) -> np.ndarray:
-        """1/E under a softmax, 1/2 under a sigmoid and in an older trace without a score function."""
+        """Typical score of each layer: 1/E for softmax, else 1/2, also without ``score_func``."""
         info = self.window.trace.info
         softmax = info.score_func == "softmax"
         return 1 / info.num_experts_M if softmax else np.full(len(info.layers), 0.5)
 
     def moved(self, bias_M: np.ndarray) -> np.ndarray:
-        """Part of its balanced load that an expert gets or loses by such a change of its bias.
+        """Estimate the share of its balanced load by which a change of bias moves an expert.
 
-        For scores that are spread evenly from 0 to twice the typical one: then
-        ``bias / (2 typical)`` of all tokens choose otherwise, and an expert has K/E of them.
+        The estimate assumes that scores are uniform from 0 to twice the typical score. Then a share
+        ``bias / (2 typical)`` of all tokens changes its choice. The balanced load is K/E of them.
+
+        Args:
+            bias_M: change of the bias in each layer ``(M,)``.
         """
         info = self.window.trace.info
         return bias_M / (2 * self.typical_score_M) * info.num_experts_M / info.top_k_M
 
     def harder(self, first: str = "") -> Remedy:
-        """Remedy against uneven loads with the losses and the bias rule of the job.
+        """Propose a remedy for uneven loads, given the losses and the bias rule of the run.
 
         Args:
             first: text before the remedy.

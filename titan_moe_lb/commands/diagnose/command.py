@@ -1,4 +1,4 @@
-"""``titan-moe-lb diagnose``."""
+"""The command ``titan-moe-lb diagnose``."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from titan_moe_lb.traces.trace import Trace, read_trace
 
 
 def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") -> int:
-    """Print what is wrong with a run.
+    """Print the findings on a run.
 
     Args:
         run_dir: folder of the run, or its trace.
-        as_json: an object with ``steps``, ``findings`` and ``well`` instead of sentences.
-        fail_on: the least severity with status 1; "never": none.
+        as_json: print an object with ``steps``, ``findings`` and ``well`` instead of sentences.
+        fail_on: lowest severity that returns 1, or "never".
 
     Returns:
-        1 where something at least as bad as ``fail_on`` was found, or the run is too short;
-        else 0.
+        Exit status. 1 if a finding is at least as severe as ``fail_on``, or if the run is too
+        short; else 0. With "never", always 0.
 
     Raises:
         JobError: the trace cannot be read.

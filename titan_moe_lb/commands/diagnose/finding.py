@@ -1,4 +1,4 @@
-"""One thing that is wrong with a run."""
+"""Finding of a diagnosis."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ class Severity(IntEnum):
     """Severity of a finding."""
 
     NOTE = 0
-    """It costs something, and may be meant."""
+    """It has a cost, but may be intended."""
     WARNING = 1
-    """Worth a change before the next run."""
+    """Change it before the next run."""
     FAULT = 2
-    """The run is not worth going on with as it is."""
+    """Do not continue the run without a change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """In plain words, each one sentence or two."""
+    """One fault of a run, with evidence and a remedy. Texts have one or two sentences."""
 
     kind: str = ""
-    """One word for scripts, as in ``dead_experts``: the name of the check, which fills it in."""
+    """Name of the check, for scripts, such as ``dead_experts``. :func:`diagnosis` fills it in."""
     severity: Severity = Severity.WARNING
     what: str
-    """The fault, and its layers."""
+    """Fault, with its layers."""
     evidence: str
-    """The numbers that show it."""
+    """Numbers that show the fault."""
     reason: str
-    """The bound that they cross, and the reason for it."""
+    """Bound that the numbers exceed, and the reason for it."""
     remedy: str
-    """The change to make."""
+    """Change to make."""
     toml: str = ""
-    """The lines of the job to try, if there are any."""
+    """Lines to try in the job file; may be empty."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers in the whole model; None for the run as a whole."""
     experts: tuple[tuple[int, int], ...] = ()
-    """Layer and expert of each that is concerned, the fullest first."""
+    """Layer and number of each affected expert, the fullest first."""
     since: int | None = None
-    """First logged step of it; None if unknown."""
+    """First logged step with the fault; None if unknown."""
     explains: dict[str, str] = field(default_factory=dict)
-    """The findings that follow from it and are not listed: kind to ``what``."""
+    """Kind to ``what`` of each finding that follows from this one and is not listed itself."""

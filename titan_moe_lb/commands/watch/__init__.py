@@ -1,1 +1,1 @@
-"""A live run in the terminal."""
+"""``titan-moe-lb watch``: a live run in the terminal."""

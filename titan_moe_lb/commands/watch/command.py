@@ -1,4 +1,4 @@
-"""``titan-moe-lb watch``."""
+"""The command ``titan-moe-lb watch``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> 
 
     Args:
         run_dir: folder of the run, or its trace; it may not exist yet.
-        once: print one frame and return; also done where the output is not a terminal, or one
-            that cannot be drawn on again.
-        console: to draw on; default: the standard output.
+        once: print one frame and return. A console that is no terminal, or a dumb one, implies it.
+        console: console to draw on; default: the standard output.
 
     Raises:
-        JobError: what is there is not a trace; with ``once``, also where nothing is there.
+        JobError: the file is no trace; or, with ``once``, there is no trace or no whole step.
     """
     console = console or Console()
     follower, glyphs = Follower(run_dir), glyphs_of(console)
@@ -44,7 +43,7 @@ def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> 
         started = False
         while True:
             started |= follower.look()
-            # What would be drawn otherwise: a step, another size, an older step.
+            # Draw again for a new step, another size of the terminal, or another age of the step.
             now = (console.size, started and (follower.written, pulse.age(follower)))
             if now != shown:
                 shown = now

@@ -1,4 +1,4 @@
-"""Reader of the trace of a run that still grows."""
+"""Reader of the growing trace of a live run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import Trace, TraceReader, trace_file
 
 MOST_RECENT = 200
-"""Logged steps in memory, enough for a diagnosis of the end of a run."""
+"""Logged steps in memory, enough to diagnose the end of a run."""
 
 
 class Follower:
-    """The last whole step of a growing trace, and what led to it.
+    """Last whole step of a growing trace, with recent history.
+
+    Attributes but ``max_violations`` are valid after :meth:`look` has returned True.
 
     Attributes:
         info: description of the run.
-        step, load: the last whole step; valid once :meth:`look` has returned True.
-        written: time when the trace last grew, in seconds since the epoch; valid likewise.
-        findings: diagnosis of the last steps; none if they are too few; valid likewise.
+        step: number of the last whole step.
+        load: load of the last whole step.
+        written: time when the trace last grew, in seconds since the epoch.
+        findings: diagnosis of the recent steps; empty if they are too few.
         max_violations: MaxVio of every step read, mean over the layers.
     """
 
@@ -51,22 +54,22 @@ class Follower:
         return median(self._intervals) if self._intervals else None
 
     def look(self, must_exist: bool = False) -> bool:
-        """Read what came since the last look.
+        """Read the steps since the last call.
 
         Args:
-            must_exist: raise when there is no trace yet.
+            must_exist: raise if there is no trace or no whole step yet.
 
         Returns:
-            Whether there was a new step.
+            True if there was a new step.
 
         Raises:
-            JobError: the file is not a trace.
+            JobError: the file is no trace; or see ``must_exist``.
         """
         file = trace_file(self._run_dir)
         if not must_exist and not file.exists():
             return False
         if self._reader is None or self._file != _identity(file):
-            # Also when a resumed run has replaced the file.
+            # First call, or a resumed run has replaced the file.
             self._reader = TraceReader(self._run_dir)
             self._file = _identity(file)
             self.max_violations.clear()

@@ -1,4 +1,4 @@
-"""One picture of a run's last step, for a terminal of any width."""
+"""View of a run's last step for a terminal of any width."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from titan_moe_lb.traces.balance_statistics import (
     relative_load,
 )
 
-# Of Glyphs.bars.
+# Index in Glyphs.bars of a balanced load, and bars for each factor of two.
 BALANCED = 3
 BARS_PER_OCTAVE = 2
-# Colours are finer than bars: red, green and blue at these octaves of the load.
+# Colours (red, green, blue) at these octaves of the load; colours between are interpolated.
 _OCTAVES = (-1.25, 0.0, 1.25)
 _RGB = ((31, 150, 222), (100, 150, 80), (235, 155, 35))
 _LINES = (
@@ -43,7 +43,7 @@ _LINES = (
     ),
 )
 MOST_FINDINGS = 3
-"""Lines for what is wrong."""
+"""Most lines with findings."""
 _STYLES = {Severity.FAULT: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: ""}
 _WIDEST_EXPERT = 8
 _LABEL, _MAX_VIOLATION = 6, 7
@@ -53,13 +53,13 @@ _LABEL, _MAX_VIOLATION = 6, 7
 def frame(
     follower: Follower, width: int, most_layers: int | None = None, glyphs: Glyphs = UNICODE
 ) -> Group:
-    """Headline numbers and one strip per layer.
+    """Draw headline numbers, findings and a strip of loads for each layer.
 
     Args:
-        follower: has read a step.
+        follower: follower that has read a step.
         width: columns of the terminal.
-        most_layers: rows for layers; those with the highest MaxVio are shown. None: all.
-        glyphs: what the terminal can show.
+        most_layers: largest number of layers; those with the highest MaxVio are drawn. None: all.
+        glyphs: characters that the terminal can show.
     """
     load = follower.load
     violation_M = max_violation(load.counts_ME)
@@ -112,7 +112,7 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
 
 
 def _findings(follower: Follower, glyphs: Glyphs) -> list[Text]:
-    """Findings of a diagnosis of the last steps, the worst first."""
+    """Format the worst findings on the recent steps, the worst first."""
     found = follower.findings
     lines = [
         Text(
@@ -126,7 +126,7 @@ def _findings(follower: Follower, glyphs: Glyphs) -> list[Text]:
 
 
 def _numbers(follower: Follower) -> dict[str, float]:
-    """Every finite column of the step, by name; layers summarised."""
+    """Collect every finite column of the step by name, summarised over layers."""
     load = follower.load
     of_layers = {
         column.name: float(column.over_layers(load.layer_columns[column.name]))
@@ -155,7 +155,7 @@ def _strip(layer: int, counts_E: np.ndarray, violation: float, width: int, glyph
 
 
 def _most_uneven(load_E: np.ndarray, room: int) -> np.ndarray:
-    """At most ``room`` loads: of neighbours that share a column, the one furthest from balance."""
+    """Keep at most ``room`` loads: of each group of neighbours, the one furthest from balance."""
     neighbours = -(-len(load_E) // room)
     starts = np.arange(0, len(load_E), neighbours)
     distance_E = np.abs(np.log2(np.maximum(load_E, 2.0**-20)))
@@ -165,7 +165,7 @@ def _most_uneven(load_E: np.ndarray, room: int) -> np.ndarray:
 
 
 def _color(octaves: float) -> str:
-    """Blue below balance, grey at it, red above."""
+    """Return a colour: blue below balance, green at balance, orange above."""
     red, green, blue = (round(float(np.interp(octaves, _OCTAVES, channel))) for channel in _RGB)
     return f"rgb({red},{green},{blue})"
 
@@ -188,7 +188,7 @@ def _scale(num_shown: int, follower: Follower, width: int, glyphs: Glyphs) -> Te
 
 
 def _history(values: list[float], room: int, glyphs: Glyphs) -> str:
-    """Bars of the values since the first step, from zero to their maximum."""
+    """Draw the values since the first step as bars, from zero to their maximum."""
     if len(values) < 2 or room < 1:
         return ""
     columns = np.array_split(np.asarray(values), min(room, 40, len(values)))

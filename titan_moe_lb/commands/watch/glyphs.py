@@ -1,4 +1,4 @@
-"""Characters of a terminal: bars in Unicode, or in ASCII."""
+"""Characters for a terminal, in Unicode or in ASCII."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from rich.console import Console
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """Letters of a picture. Low bars starve, high bars are overloaded, the fourth is balance:
-    readable without colour."""
+    """Characters of a frame, readable without colour."""
 
     bars: str
+    """Characters for loads, ascending; the fourth is balance."""
     dead: str
+    """Character for an expert without tokens."""
     overflow: Literal["ellipsis", "crop"]
-    """End of a line that is too long."""
+    """rich's method to shorten a line that is too long."""
 
     def inert(self, text: str) -> str:
-        """The text without what a terminal would obey, or could not show."""
+        """Remove control characters, and replace characters that the terminal cannot show."""
         printable = "".join(letter for letter in text if letter.isprintable())
         return printable if self is UNICODE else printable.encode("ascii", "replace").decode()
 
@@ -30,10 +31,10 @@ ASCII = Glyphs("_.-=+*%#", "x", "crop")
 
 
 def glyphs_of(console: Console) -> Glyphs:
-    """Glyphs that the console can show.
+    """Choose the glyphs that the console can show.
 
-    In the C locale Python writes UTF-8 all the same (PEP 538, PEP 540), so that the environment
-    decides, not the encoding.
+    Python uses UTF-8 even in the C locale (PEP 538, PEP 540). So the encoding alone does not
+    decide: Unicode also needs a locale other than C and POSIX.
     """
     locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
     unicode = console.encoding.startswith("utf") and locale not in ("C", "POSIX")

@@ -1,4 +1,4 @@
-"""Single keys from the terminal, which is put back as it was however the program ends."""
+"""Single keys from the terminal, whose settings are restored however the program ends."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Keyboard:
-    """Keys as they are pressed; none where the standard input is not a terminal."""
+    """Reader of single keys; it reads none if the standard input is no terminal."""
 
     def __init__(self, file: int | None) -> None:
         self._file = file
         self.is_there = file is not None
 
     def pressed(self, seconds: float) -> str:
-        """The keys of the next ``seconds``, at the first of them; empty if there were none."""
+        """Wait up to ``seconds`` for keys; return them at once, or an empty string at the end."""
         if self._file is None:
             time.sleep(seconds)
             return ""
@@ -37,10 +37,10 @@ class Keyboard:
 
 @contextmanager
 def keyboard() -> Iterator[Keyboard]:
-    """Keys without the return key and without an echo; Ctrl-C still interrupts.
+    """Read keys without echo and without the return key; Ctrl-C still interrupts.
 
-    A signal that would end the program at once first leaves every ``with``, then ends it with
-    status 128 + its number.
+    SIGTERM and SIGHUP raise SystemExit with status 128 + their number, so that every ``with``
+    block is left first.
     """
 
     def leave(number: int, _frame: object) -> None:

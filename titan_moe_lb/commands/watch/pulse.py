@@ -1,4 +1,4 @@
-"""Age of the last step, and a warning if the run looks dead."""
+"""Age of the last step, and a warning if the run seems to have ended."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from titan_moe_lb.commands.watch.follower import Follower
 
 TIMES_LATE = 10
 SECONDS_LATE = 60.0
-"""A step that is later than both: checkpoints and compiles take a while."""
+"""A step is late beyond both bounds, since checkpoints and compilation delay steps."""
 
 
 def age(follower: Follower, now: float | None = None) -> str:
-    """Age of the last step, in words."""
+    """Format the age of the last step."""
     return f"{_duration(_seconds(follower, now))} ago"
 
 
 def verdict(follower: Follower, now: float | None = None) -> str | None:
-    """Warning if the next step is far beyond its time; a trace has no mark of a finished run."""
+    """Return a warning if the next step is late, since a trace does not record the end of a run."""
     usual, seconds = follower.seconds_between_steps, _seconds(follower, now)
     if usual is None or seconds <= max(TIMES_LATE * usual, SECONDS_LATE):
         return None

@@ -1,7 +1,7 @@
-"""Checks of the balance of a run, and which explains which.
+"""Checks of the balance of a run, and the findings that explain others.
 
-A check is a function of the end of a run and an entry of :data:`CHECKS`. It returns a finding,
-or a sentence with the numbers that it found well, or None where there is nothing to look at.
+A check is a function of the window at the end of a run, and an entry of :data:`CHECKS`. It returns
+a finding, or a sentence with numbers that are in bounds, or None if it does not apply.
 
 Shape suffixes: S = steps of the window, M = MoE layers, E = experts.
 """
@@ -19,15 +19,16 @@ from titan_moe_lb.traces.trace import Trace
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check; the function's name is the kind of its finding."""
+    """Check function, with its topic and the findings that it explains."""
 
     look: Callable[[Window], Finding | str | None]
     topic: str = ""
     explains: tuple[str, ...] = ()
-    """Topics and kinds of the findings that follow from its own."""
+    """Topics and kinds of the findings that follow from its finding."""
 
     @property
     def kind(self) -> str:
+        """Kind of its finding: the name of the function."""
         return self.look.__name__
 
 
@@ -50,24 +51,24 @@ CHECKS = (
     Check(loads.first_layers, "loads"),
     Check(run.padding),
 )
-"""A cause precedes what it explains. Findings of one severity are listed in this order."""
+"""All checks. A cause is before its symptoms; findings of one severity are listed in this order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The end of a run."""
+    """Result of all checks on the end of a run."""
 
     findings: list[Finding]
-    """One for each cause, the worst first."""
+    """A finding for each cause, the worst first."""
     well: dict[str, str]
-    """Kind of each check that found nothing to the numbers that it looked at."""
+    """Kind to numbers of each check without a finding."""
 
 
 def diagnosis(trace: Trace) -> Diagnosis:
-    """Look at the end of a run; of fewer than ``FEWEST_STEPS`` logged steps nothing is found.
+    """Run all checks on the end of a run; none if it has fewer than ``FEWEST_STEPS`` logged steps.
 
-    A finding that another one explains is listed with it. That one is as bad as the worst that
-    follows from it, unless it is a note, which may be meant.
+    A finding that another one explains is a symptom: it is listed in ``explains`` of its cause. A
+    cause gets the highest severity of its symptoms, unless it is a note.
     """
     window, well = Window(trace), dict[str, str]()
     if len(trace.steps) < FEWEST_STEPS:
@@ -99,12 +100,15 @@ def _with_symptoms(cause: Finding, symptoms: list[Finding]) -> Finding:
 
 
 def findings(trace: Trace) -> list[Finding]:
-    """Findings of :func:`diagnosis` alone."""
+    """Return only the findings of :func:`diagnosis`."""
     return diagnosis(trace).findings
 
 
 def _explains(cause: Check, finding: Finding, check: Check, symptom: Finding) -> bool:
-    """The check declares it, the cause began no later, and has all layers of the symptom."""
+    """Return True if a cause explains a symptom.
+
+    Its check declares so, the cause began no later, and it affects all layers of the symptom.
+    """
     if not {check.kind, check.topic} & {*cause.explains}:
         return False
     if finding.since is not None and symptom.since is not None and finding.since > symptom.since:

@@ -10,14 +10,16 @@ from titan_moe_lb.commands.diagnose.window import Window
 from titan_moe_lb.traces.balance_statistics import max_violation
 
 SHORT = 0.01
-"""Part of the excess: a bias that moves less needs a hundred times the steps so far, and ten times
-where scores are ten times closer than :meth:`Balancing.moved` assumes."""
+"""Share of the excess load below which a bias is too slow: it would need a hundred times the steps.
+
+If scores are ten times closer than :meth:`Balancing.moved` assumes, it would still need ten times.
+"""
 LARGE = 0.1
-"""Part of an expert's balanced load: a step of the bias that moves more overshoots."""
+"""Share of an expert's balanced load above which one step of the bias overshoots."""
 
 
 def bias_too_slow(window: Window) -> Finding | str | None:
-    """It cannot have reached what would balance the loads: by speed, or by an average."""
+    """Check if the speed or the average of the bias is too slow to have balanced the loads."""
     balancing, steps = Balancing(window), window.trace.steps
     uneven_M, worst = window.lasts(window.uneven_M / 2), int(window.lasting_M.argmax())
     range_SM, ema = window.trace.layer_columns.get("bias_range"), balancing.setting("ema")
@@ -56,7 +58,7 @@ def bias_too_slow(window: Window) -> Finding | str | None:
 
 
 def bias_oscillates(window: Window) -> Finding | str | None:
-    """It overshoots: other experts are full in every step."""
+    """Check if the bias overshoots, so that other experts are overloaded in each step."""
     balancing, steps_SM = Balancing(window), window.column("bias_largest_step")
     speed = balancing.setting("speed")
     if not balancing.bias_moves or (steps_SM is None and speed is None):
@@ -64,7 +66,7 @@ def bias_oscillates(window: Window) -> Finding | str | None:
     step_M = np.full(len(window.trace.layers), speed or 0.0)
     if steps_SM is not None:
         step_M = np.nanmean(steps_SM, axis=0)
-    moved_M = balancing.moved(2 * step_M)  # one expert goes up while another goes down
+    moved_M = balancing.moved(2 * step_M)  # one bias rises while another falls
     chance_M = window.by_chance(max_violation, window.tokens_per_step)
     jumps_M = (window.violation_M > 3 * chance_M) & (window.lasting_M < window.violation_M / 2)
     swings_M = jumps_M & (moved_M > LARGE)
@@ -93,6 +95,7 @@ def bias_oscillates(window: Window) -> Finding | str | None:
 
 
 def bias_saturates(window: Window) -> Finding | str | None:
+    """Check if the range of the expert bias exceeds that of the scores."""
     range_SM, balancing = window.column("bias_range"), Balancing(window)
     if range_SM is None:
         return None

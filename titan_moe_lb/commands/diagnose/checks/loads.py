@@ -1,4 +1,4 @@
-"""Checks of a layer's experts: few that get all, some without a token, one that gets too much."""
+"""Checks of expert loads: collapse, dead experts, hot experts, an uneven first layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_moe_lb.traces.expert_order import contiguous, overload
 
 
 def collapse(window: Window) -> Finding | str | None:
-    """The load has the entropy of few experts."""
+    """Check if the entropy of the load is as low as for few experts."""
     effective_M = effective_experts(window.counts_SME).mean(axis=0)
     chance_M = window.by_chance(effective_experts, window.tokens_per_step)
     collapsed_M = effective_M < chance_M / 2
@@ -37,7 +37,7 @@ def collapse(window: Window) -> Finding | str | None:
 
 
 def dead_experts(window: Window) -> Finding | str | None:
-    """No token in the whole window, and not by chance."""
+    """Check for experts without a token in the whole window, beyond sampling noise."""
     dead_ME = (window.load_ME == 0) & window.beyond_chance(window.load_ME)
     seen = f"balance is {window.balanced_M.min():.0f} tokens each in the last {len(window.counts_SME)} steps"
     if not dead_ME.any():
@@ -60,9 +60,9 @@ def dead_experts(window: Window) -> Finding | str | None:
 
 
 def hot_expert(window: Window) -> Finding | str | None:
-    """Single experts with far more than their share in the whole window."""
+    """Check for experts with far more than their share over the whole window."""
     load_ME, most_M1 = window.load_ME, 1 + window.uneven_M[:, None]
-    # Where others are dead, those that are left have more without one being hot.
+    # Dead experts raise the share of all others, which does not make one of them hot.
     num_experts_M1 = window.trace.info.num_experts_M[:, None]
     alive_M1 = (load_ME > 0).sum(axis=1, keepdims=True) / num_experts_M1
     hot_ME = (load_ME * alive_M1 > most_M1) & window.beyond_chance(load_ME)
@@ -85,7 +85,7 @@ def hot_expert(window: Window) -> Finding | str | None:
 
 
 def _cost(window: Window, row: int, expert: int) -> str:
-    """The overload of the hottest rank at the run's degree, with and without the expert's excess."""
+    """Describe the overload of the hottest rank with and without the expert's excess."""
     ep, num_experts = window.trace.info.ep, int(window.trace.info.num_experts_M[row])
     if ep == 1 or num_experts % ep:
         return "without expert parallelism no rank waits for it; its own products take longer"
@@ -100,6 +100,7 @@ def _cost(window: Window, row: int, expert: int) -> str:
 
 
 def first_layers(window: Window) -> Finding | str | None:
+    """Check if the first MoE layer is far less balanced than the others."""
     if len(window.violation_M) < 4:
         return None
     first, others = float(window.violation_M[0]), float(np.median(window.violation_M[1:]))

@@ -1,4 +1,4 @@
-"""Checks of the aux losses: none that balances, too weak, too strong."""
+"""Checks of the balancing: missing, too weak, or an aux loss too strong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STRONG = 3
 
 
 def nothing_balances(window: Window) -> Finding | str | None:
-    """Neither a loss nor a rule of the job moves tokens from full experts to empty ones."""
+    """Check if the job has neither a balancing loss nor a moving bias."""
     balancing = Balancing(window)
     if balancing.losses or balancing.bias_moves:
         bias = [balancing.description] * balancing.bias_moves
@@ -31,7 +31,7 @@ def nothing_balances(window: Window) -> Finding | str | None:
 
 
 def too_weak(window: Window) -> Finding | str | None:
-    """In most layers the load is bad, and no better than at the middle of the run."""
+    """Check if the load of most layers is bad, and no better than in the middle of the run."""
     trace, balancing = window.trace, Balancing(window)
     if not (balancing.losses or balancing.bias_moves) or len(trace.steps) < 4 * FEWEST_STEPS:
         return None
@@ -52,8 +52,10 @@ def too_weak(window: Window) -> Finding | str | None:
 
 
 def aux_loss_dominates(window: Window) -> Finding | str | None:
-    """The gradient of the losses is far larger than that of the model's loss. Needs
-    ``metrics.router_gradients``."""
+    """Check if the gradient of the aux losses is far larger than the gradient of the model's loss.
+
+    It needs ``metrics.router_gradients``.
+    """
     main_SM, aux_SM = map(window.column, ("main_gradient_squared", "aux_gradient_squared"))
     losses = window.trace.info.losses
     if main_SM is None or aux_SM is None or not losses:

@@ -1,4 +1,4 @@
-"""Checks of expert-parallel ranks, which wait for each other in every micro-batch."""
+"""Checks of the loads of expert-parallel ranks, which wait for each other in every micro-batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEQUENCE_WISE = "seq_load_balancing_loss"
 
 
 def hot_rank(window: Window) -> Finding | str | None:
-    """Another order of the same experts would be far better."""
+    """Check if another order of the same experts would balance the ranks far better."""
     info = window.trace.info
     if info.ep == 1 or (info.num_experts_M % info.ep).any():
         return None
@@ -47,7 +47,7 @@ def hot_rank(window: Window) -> Finding | str | None:
 
 
 def hidden_in_micro_batches(window: Window) -> Finding | str | None:
-    """Single micro-batches are uneven, and their sum is not."""
+    """Check if single micro-batches are uneven, but their sum is not."""
     single_SM = window.column("micro_batch_max_violation")
     if single_SM is None:
         return None

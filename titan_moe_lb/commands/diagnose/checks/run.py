@@ -1,4 +1,4 @@
-"""Checks of the run as a whole: a lost loss, a benchmark, padding."""
+"""Checks of the run as a whole: divergence, forced routing, padding."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ MUCH_PADDING = 0.3
 
 
 def diverged(window: Window) -> Finding | str | None:
-    """The language-model loss was a number and is none any more."""
+    """Check if the language-model loss is no longer finite."""
     loss_S = window.trace.step_columns.get("loss")
-    if loss_S is None or np.isnan(loss_S).all():  # a trace may never have known it
+    if loss_S is None or np.isnan(loss_S).all():  # the trace may not have recorded it
         return None
     bad_S = ~np.isfinite(loss_S)
     if not bad_S[-1]:
@@ -32,7 +32,7 @@ def diverged(window: Window) -> Finding | str | None:
 
 
 def forced_routing(window: Window) -> Finding | None:
-    """A benchmark decided where tokens went."""
+    """Check if the routing was forced by a benchmark strategy."""
     forced = window.trace.info.forced_routing
     if forced is None:
         return None
@@ -46,6 +46,7 @@ def forced_routing(window: Window) -> Finding | None:
 
 
 def padding(window: Window) -> Finding | str | None:
+    """Check if much of the routed tokens is padding."""
     share_S = window.column("padding_share")
     if share_S is None:
         return None
