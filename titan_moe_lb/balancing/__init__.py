@@ -1,1 +1,1 @@
-"""What changes training: losses, rules of the expert bias, forced routing, and the router they act in."""
+"""Losses, bias rules and forced routing, and the router that applies them."""

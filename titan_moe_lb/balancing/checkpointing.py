@@ -1,7 +1,7 @@
-"""Additions of a balanced model to torchtitan's ways to parallelize a model.
+"""Extensions of torchtitan's parallelization for balanced models.
 
-Activation checkpointing saves the decisions of the routers, the routers get their pipeline
-schedule, and frozen weights stay frozen.
+Activation checkpointing saves the routing decisions, routers read their pipeline schedule, and
+frozen weights stay frozen.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ SAVE = torch.ops.titan_moe_lb.save_decision.default
 
 
 class FullACSavingDecisions(FullAC):
-    """``FullAC`` that recomputes all of a block but the decisions of its router.
+    """``FullAC`` that recomputes a block except for the routing decisions.
 
-    Saved besides: the expert ids, 8 K bytes a token, and a table of losses, 4 E bytes a
-    sequence. An eager forward costs no operator more; a recomputed one skips the choice.
+    A block also saves the expert ids, 8 K bytes a token, and a table of losses, 4 E bytes a
+    sequence. An eager forward runs no additional operator. A recomputed forward skips the choice.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(FullAC.Config):
+        """Settings of full checkpointing."""
+
         compiled: bool = False
-        """The block is compiled, and then the policy has to name an operator."""
+        """True if the block is compiled; the policy then selects operators."""
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
         if self.config.compiled:
@@ -56,13 +58,14 @@ class FullACSavingDecisions(FullAC):
 
 
 class SelectiveACSavingDecisions(SelectiveAC):
-    """``SelectiveAC`` that saves the decisions of the router, in place of every top-k."""
+    """``SelectiveAC`` that saves the routing decisions instead of every top-k."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(SelectiveAC.Config):
-        pass
+        """Settings of selective checkpointing."""
 
     def get_save_ops(self) -> set:
+        """Replace the top-k by the operator that saves a decision."""
         return super().get_save_ops() - {torch.ops.aten.topk.default} | {SAVE}
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
@@ -84,7 +87,10 @@ def _contexts_of_operators() -> tuple:
 
 
 def saving_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A ``ModelSpec.parallelize_fn`` whose checkpointing saves the decisions of the routers."""
+    """Wrap a ``ModelSpec.parallelize_fn`` so that checkpointing saves the routing decisions.
+
+    Parameters that are frozen before it runs stay frozen.
+    """
 
     @functools.wraps(parallelize)
     def parallelize_saving_decisions(
@@ -111,7 +117,7 @@ def saving_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.
 
 
 def announcing_schedule(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
-    """A ``ModelSpec.pipelining_fn`` that sets the stage and the schedule of the routers."""
+    """Wrap a ``ModelSpec.pipelining_fn`` so that routers know their stage and schedule."""
 
     @functools.wraps(pipeline)
     def pipeline_announcing_schedule(model: nn.Module, **arguments: Any) -> tuple:

@@ -22,14 +22,17 @@ def choose(
     tokens: BatchTokens | None,
     learns: bool,
 ) -> torch.Tensor:
-    """Experts of every token: of a forced strategy, else the top-k of the biased scores; where an
-    earlier forward is replayed, its experts.
+    """Choose the experts of every token.
+
+    A forced strategy chooses, or torchtitan's debug routing, or else the top-k of the biased
+    scores. A replay then replaces the choice by the experts of an earlier forward.
 
     Args:
+        router: router of the tokens.
         scores_BLE: local scores ``(B, L, E)``.
         expert_bias_E: bias of the choice ``(E,)``.
-        tokens: which are valid; None for all.
-        learns: the bias rule observes the forward.
+        tokens: valid tokens; None if all are valid.
+        learns: True if the bias rule observes the forward.
 
     Returns:
         int64 ``(B, L, K)``.
@@ -52,7 +55,10 @@ def _top_k(
     tokens: BatchTokens | None,
     learns: bool,
 ) -> torch.Tensor:
-    """The top-k of the biased scores; a bias rule with a histogram observes the (K+1)-th too."""
+    """Select the top-k of the biased scores.
+
+    A bias rule with a histogram also observes the (K+1)-th score.
+    """
     biased_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
     choice_BLE = limit_groups(router, biased_BLE)
     record, rule = router.record, router.expert_bias
@@ -74,7 +80,7 @@ def _top_k(
 
 
 def limit_groups(router: LoadBalancedRouter, choice_BLE: torch.Tensor) -> torch.Tensor:
-    """Mask the scores ``(B, L, E)`` of the groups that a token cannot reach."""
+    """Mask the scores ``(B, L, E)`` of the expert groups that a token cannot reach."""
     if router.num_expert_groups is None:
         return choice_BLE
     return router._get_node_limited_routing_scores(choice_BLE)
@@ -86,7 +92,10 @@ def unbiased(
     expert_bias_E: torch.Tensor | None,
     ids_BLK: torch.Tensor,
 ) -> torch.Tensor:
-    """The top-k of the scores alone: the chosen experts where nothing else has chosen."""
+    """Select the top-k of the scores without expert bias and group limit.
+
+    The chosen experts are returned if the router uses none of these and no forced routing.
+    """
     forced = router.forced_routing is not None or router._debug_force_load_balance
     if forced or expert_bias_E is not None or router.num_expert_groups is not None:
         return scores_BLE.topk(router.top_k, dim=-1, sorted=False).indices

@@ -1,4 +1,4 @@
-"""Base class of losses, bias rules and forced strategies: kinds that a job chooses by name."""
+"""Base class of losses, bias rules and forced strategies, which a job selects by name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from titan_moe_lb.errors import JobError
 
 
 class Component(OwnDtypes, Module):
-    """A class of a family. Its base has ``kinds``; a subclass that defines ``type_name`` enters
-    itself there, so that one of a user's own needs no registration."""
+    """Base class of the components of a family.
+
+    The base class of a family defines ``kinds``. A subclass that defines ``type_name`` is added to
+    ``kinds``, so a user's own class needs no registration.
+    """
 
     type_name: ClassVar[str]
     """Name in a job config: ``type = "..."``."""
 
     kinds: ClassVar[dict[str, type[Any]]]
-    """The family's components that can be configured, by ``type_name``."""
+    """Configurable components of the family, by ``type_name``."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset()
     """Fields of the Config that the job fills and a job file cannot set."""
@@ -36,13 +39,15 @@ class Component(OwnDtypes, Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """Settings of a component."""
+
         def replicate(self, names: Iterable[str]) -> None:
-            """Lay buffers out alike on every rank; torchtitan needs a layout of all state."""
+            """Replicate buffers on every rank; torchtitan requires a placement of all state."""
             placement = dense_param_placement(tp=spmd.R)
             self.sharding_config = ShardingConfig(state_shardings=dict.fromkeys(names, placement))
 
         def describe(self) -> str:
-            """Name and settings in one phrase, for messages and the trace."""
+            """Return the name and the settings as one phrase, for messages and the trace."""
             # torchtitan's own fields are of its tensors, not of the method.
             own = {field.name for field in dataclasses.fields(Module.Config)}
             given = {
@@ -59,8 +64,9 @@ class Component(OwnDtypes, Module):
 
 
 def enter(kinds: dict[str, type], key: str, component: type) -> None:
-    """Add a class to its family, under its attribute ``key``. A module that is imported again
-    defines its classes anew.
+    """Add a class to its family, under its attribute ``key``.
+
+    A class with the same module path replaces the earlier one: its module was imported again.
 
     Raises:
         JobError: another class of the family has the name.
@@ -79,7 +85,11 @@ def _path(component: type) -> str:
 def require_formula(
     what: str, component: type[Component], base: type[Component], method: str
 ) -> None:
-    """Raises ``JobError``: a class has not overridden the method that says what it does."""
+    """Require that a class overrides the method that contains its formula.
+
+    Raises:
+        JobError: it does not.
+    """
     if getattr(component, method) is getattr(base, method):
         raise JobError(
             f"the {what} {component.__name__} has no formula: define {method}() in its class"

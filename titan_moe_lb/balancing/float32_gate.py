@@ -1,7 +1,8 @@
-"""The linear layer of a router in float32, the same on a GPU and on the host.
+"""Linear layer of a router in float32, with equal results on GPUs and CPUs.
 
-torchtitan's router asks for it by ``torch.autocast(dtype=torch.float32)``, which torch ignores on
-a host: there the layer runs in bfloat16 under mixed precision, and the scores of many experts tie.
+torchtitan's router requests float32 by ``torch.autocast(dtype=torch.float32)``, which torch
+ignores on a CPU. Under mixed precision the layer would run there in bfloat16, and the scores of
+many experts would tie.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def in_float32(gate: nn.Module, x_BLD: torch.Tensor) -> torch.Tensor:
-    """Logits of a gate, computed from float32 copies of its input and weights.
+    """Compute the logits of a gate from float32 copies of its input and weights.
 
-    Bit for bit the autocast of a GPU to float32, gradients included, which have the dtype of the
-    weights. float32 and float64 are computed as they are, without a copy. Where a subclass
-    multiplies the input more than once, its gradient is added up in float32 before it is rounded.
+    The result equals a GPU's autocast to float32 bit for bit, including the gradients, which have
+    the dtype of the weights. float32 and float64 tensors are not copied. If a subclass multiplies
+    the input more than once, the input's gradient is summed in float32 before it is rounded.
 
     Args:
         gate: a linear layer or a subclass, such as one with LoRA adapters.

@@ -1,12 +1,12 @@
-"""Gradients of the model's own loss and of the aux losses at a router, measured apart.
+"""Gradient norms of the model's loss and of the aux losses at a router, measured separately.
 
-The scores are computed twice from the same logits: the experts are weighed by the first, the aux
-losses are attached to the second. The gradient in the logits is measured on both ways and goes on
-to the gate, so that the gate learns from the same sum as without.
+The router computes the scores twice from the same logits. The first scores weight the outputs of
+the experts; the aux losses are attached to the second. Each path measures its gradient in the
+logits and passes it on to the gate, so the gate learns from the same sum as without measurement.
 
-The measure of a way is the sum of the squares of its gradient in the logits ``(T, E)`` over all
-tokens of the step: it does not depend on how the batch is cut. It is accumulated as the gradient of
-a leaf, which a compiler, a recomputation and a pipeline handle as that of any parameter.
+The measure of a path is the sum of the squares of its gradient in the logits ``(T, E)`` over all
+tokens of the step. It does not depend on how the batch is cut. It is accumulated as the gradient
+of a leaf, which compilers, recomputation and pipelines treat like the gradient of a parameter.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ if TYPE_CHECKING:
 
 
 class GradientNorms:
-    """Stand in for the two methods by which losses reach a router."""
+    """Replacement of the two router methods that attach losses."""
 
     def __init__(self, router: LoadBalancedRouter, squares_2: torch.Tensor) -> None:
-        """
+        """Replace ``attach_losses`` and ``gather`` of a router.
+
         Args:
-            squares_2: part of a float32 leaf; its gradient is the squares of the gradient of the
-                model's loss, and of the aux losses.
+            router: router whose gradients are measured.
+            squares_2: part of a float32 leaf. Its gradient is the sums of the squared gradients of
+                the model's loss and of the aux losses.
         """
         self._squares_2 = squares_2
         self._attach, self._score = router.attach_losses, router.score
         router.attach_losses, router.gather = self.attach_losses, self.gather  # type: ignore[method-assign]
 
     def attach_losses(self, logits_BLE: torch.Tensor, tokens: BatchTokens | None) -> torch.Tensor:
-        """As that of the router, on the way of the aux losses."""
+        """Attach the losses of logits as the router does, and measure the aux losses' gradient."""
         return self._attach(_measured(logits_BLE, self._squares_2[1]), tokens)
 
     def gather(
@@ -49,7 +51,11 @@ class GradientNorms:
         coefficients_BE: torch.Tensor | None,
         *losses: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As that of the router: the scores from the way of the model's loss."""
+        """Gather the scores on the path of the model's loss, and measure its gradient.
+
+        The losses of sums are attached on the path of the aux losses. Arguments and result are as
+        in ``LoadBalancedRouter.gather``.
+        """
         main_BLE = self._score(_measured(logits_BLE, self._squares_2[0]))
         chosen_BLK = local_shard(main_BLE).gather(-1, ids_BLK)
         with spmd.no_typecheck():
@@ -60,7 +66,7 @@ class GradientNorms:
 
 
 def _measured(logits_BLE: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """The logits; the backward adds the squares of their gradient to ``squares.grad``."""
+    """Return the logits; the backward adds their squared gradient's sum to ``squares.grad``."""
     with spmd.no_typecheck():
         local_BLE = _Measure.apply(local_shard(logits_BLE), squares)
     return placed_as(logits_BLE, local_BLE)
@@ -77,7 +83,7 @@ class _Measure(torch.autograd.Function):
 
 
 class _AttachApart(torch.autograd.Function):
-    """The chosen scores; ``scores_BLE`` gets the gradient of the losses of sums, and no other."""
+    """Identity of the chosen scores; ``scores_BLE`` receives the losses' gradient alone."""
 
     @staticmethod
     def forward(ctx, chosen_BLK, scores_BLE, coefficients_BE, inverse_sums_BL, document_BL):

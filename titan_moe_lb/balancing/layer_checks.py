@@ -1,4 +1,4 @@
-"""Checks of MoE layers: another router, tensors that are moved, cast, not finite, or frozen."""
+"""Checks of MoE layers: foreign routers, frozen weights, and moved, cast or non-finite tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from titan_moe_lb.parallel.local_shard import local_shard
 
 
 def unbalanced_layers_of(model_parts: list[nn.Module]) -> list[tuple[str, MoE]]:
-    """Names and MoE layers of this rank whose router is not a :class:`LoadBalancedRouter`."""
+    """Find the MoE layers of this rank whose router is not a :class:`LoadBalancedRouter`.
+
+    Returns:
+        (name, layer) of each.
+    """
     return [
         (name, module)
         for part in model_parts
@@ -24,14 +28,14 @@ def unbalanced_layers_of(model_parts: list[nn.Module]) -> list[tuple[str, MoE]]:
 
 
 def check_tensors(layers: list[MoE], device: torch.device) -> None:
-    """Compare devices and dtypes with those that the loop was given. Reads nothing of the device.
+    """Check the devices and dtypes of layers, without reading from the device.
 
     Args:
-        layers: balanced.
-        device: of the loop's record.
+        layers: balanced MoE layers.
+        device: device of the loop's record.
 
     Raises:
-        JobError: a layer was moved, or its state cast.
+        JobError: a layer was moved, or its state was cast.
     """
     for layer in layers:
         router = layer.router
@@ -52,8 +56,13 @@ def check_tensors(layers: list[MoE], device: torch.device) -> None:
 
 
 def not_finite(layers: list[MoE]) -> list[int]:
-    """Numbers of the layers whose gate or expert bias is not finite on this rank. Waits for the
-    device."""
+    """Find the layers whose gate or expert bias is not finite on this rank.
+
+    Waits for the device.
+
+    Returns:
+        Numbers of the layers in the whole model.
+    """
     finite = []
     for layer in layers:
         tensors = [layer.router.gate.weight, layer.expert_bias_E]
@@ -64,9 +73,12 @@ def not_finite(layers: list[MoE]) -> list[int]:
 
 
 def warn_without_effect(model_parts: list[nn.Module]) -> None:
-    """Warn of the layers whose aux losses can change no weight: all parameters up to their gate are
-    frozen. The order is that of registration, which in torchtitan's models is that of the forward;
-    a model that registers an earlier module later gets a warning too much."""
+    """Warn of layers whose aux losses cannot change any weight.
+
+    All parameters of such a layer's gate and of the modules before it are frozen. The order of the
+    modules is that of registration, which in torchtitan's models is the order of the forward. A
+    model that registers an earlier module later can receive a false warning.
+    """
     frozen = []
     for part in model_parts:
         trained: list[nn.Parameter] = []

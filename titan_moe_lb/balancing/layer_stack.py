@@ -1,4 +1,4 @@
-"""Layers of a rank that are alike: their biases and losses, moved at once when a step ends."""
+"""Stacks of similar layers of a rank, whose biases and losses are updated together."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from titan_moe_lb.parallel.local_shard import local_shard
 
 
 class LayerStack:
-    """Layers with as many experts, with the same top_k, and with the same rule of the expert bias.
+    """Layers with the same number of experts, the same top_k and the same bias rule.
 
-    The number of operators does not depend on how many layers there are.
+    The number of operators does not depend on the number of layers.
     """
 
     def __init__(self, layers: list[Any], members: list[int], record: StepRecord) -> None:
-        """
+        """Stack some layers of a rank.
+
         Args:
-            layers: all of the rank, in the order of the record.
-            members: places in ``layers`` of those of the stack.
+            layers: all balanced MoE layers of the rank, in the order of the record.
+            members: indices in ``layers`` of the layers of this stack.
+            record: record of the rank's routers.
         """
         self._layers = [layers[index] for index in members]
         self._routers: list[LoadBalancedRouter] = [layer.router for layer in self._layers]
@@ -34,11 +36,11 @@ class LayerStack:
         self._first = self._routers[0]
 
     def move_bias(self, step: int, tokens: int) -> None:
-        """The rule's update, from the sums of the finished step.
+        """Update the biases from the sums of the finished step.
 
         Args:
-            step: number of the step that ends.
-            tokens: tokens of the global batches before it.
+            step: number of the optimizer step that ends, from 1.
+            tokens: tokens of the global batches before this step.
         """
         rule = self._first.expert_bias
         if rule is None or not rule.moves:
@@ -64,7 +66,7 @@ class LayerStack:
             self._record.bias_delta_N[index] = delta_E
 
     def finish_losses(self) -> None:
-        """The losses take the counts of the finished step."""
+        """Update the losses with the counts of the finished step."""
         losses = self._first.aux_losses
         for name, loss in losses.items():
             counts_NE = None
@@ -74,7 +76,7 @@ class LayerStack:
             loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
 
     def forget_losses(self) -> None:
-        """The step is skipped: the losses forget what they have counted in it."""
+        """Drop the counts of a skipped step from the losses."""
         for name, loss in self._first.aux_losses.items():
             if not loss.needs_step_counts:
                 loss.finish_step([router.aux_losses[name] for router in self._routers], None)
@@ -90,10 +92,11 @@ class LayerStack:
 
 
 def stacks_of(layers: list[Any], record: StepRecord) -> list[LayerStack]:
-    """The layers of a rank, those that are alike together.
+    """Group the layers of a rank into stacks of similar layers.
 
     Args:
-        record: of the routers of these layers, in this order.
+        layers: balanced MoE layers of the rank.
+        record: record of the routers of these layers, in this order.
     """
     kinds: list[tuple] = []
     members: list[list[int]] = []

@@ -1,7 +1,8 @@
-"""Buffers that follow their model to another device, and keep their dtype where it is cast.
+"""Buffers that keep their dtype when their model is cast.
 
-``model.to(torch.bfloat16)`` casts every floating-point buffer. An expert bias in bfloat16 moves
-in steps of 1/256 of itself, so that small updates are lost or doubled.
+``model.to(torch.bfloat16)`` casts every floating-point buffer. An expert bias in bfloat16 changes
+in steps of 1/256 of its value, so small updates are lost or doubled. The buffers still follow
+their model to another device.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from titan_moe_lb.upstream.torch_internals import buffers_of
 
 
 class OwnDtypes(nn.Module):
-    """A module of ours that keeps the dtypes of its buffers."""
+    """Base class of modules that keep the dtypes of their buffers."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
         return _apply_keeping_dtypes(self, fn, recurse, super()._apply)
 
 
 def keep_dtypes(module: nn.Module) -> None:
-    """The same of a module whose class is torchtitan's."""
+    """Make an instance of a torchtitan class keep the dtypes of its buffers."""
     if "_apply" not in module.__dict__:
         object.__setattr__(module, "_apply", functools.partial(_apply_of_instance, module))
 

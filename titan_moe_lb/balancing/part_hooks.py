@@ -1,4 +1,4 @@
-"""Hooks around the forwards of a model part, and of no copy of it."""
+"""Forward hooks of a model part, inactive in its copies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from titan_moe_lb.balancing.recording.step_record import StepRecord
 class PartHooks:
     """Forward hooks of a model part of a rank.
 
-    ``copy.deepcopy`` of a model copies its hooks. Those of a copy would count forwards in a step
-    that nobody closes.
+    ``copy.deepcopy`` of a model copies its hooks. They do nothing in the copy, where they would
+    count forwards of a step that no loop closes.
     """
 
     def __init__(
         self, part: nn.Module, record: StepRecord, routers: slice, step_hook: Any = None
     ) -> None:
-        """
+        """Register the hooks.
+
         Args:
-            routers: of the part, in the record.
-            step_hook: has ``forward_begins`` and ``forward_ends``; for the first part of a rank.
+            part: model part.
+            record: record of the rank's routers.
+            routers: rows of the part's routers in the record.
+            step_hook: object with ``forward_begins`` and ``forward_ends``, for the first part of a
+                rank; else None.
         """
         self._part, self._record, self._routers = part, record, routers
         self._step_hook = step_hook

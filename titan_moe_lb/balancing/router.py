@@ -1,8 +1,8 @@
-"""The router: torchtitan's top-k router with losses and a record on it.
+"""Router with losses and a record: a subclass of torchtitan's top-k router.
 
 Shape suffixes as in torchtitan's ``models/common/moe.py``: B = batch, L = local
-tokens of a sequence, D = model dimension, E = experts, K = top_k; S = sources that
-are counted, Q = sequences: rows, or their documents.
+tokens of a sequence, D = model dimension, E = experts, K = top_k; S = count sources,
+Q = sequences, which are rows or their documents.
 """
 
 from __future__ import annotations
@@ -42,19 +42,22 @@ from titan_moe_lb.resolved_job import Job
 class LoadBalancedRouter(TokenChoiceTopKRouter):
     """Token-choice top-k routing with auxiliary losses, forced routing and a record.
 
-    With neither losses nor forced routing, every bit of the result is that of
-    ``TokenChoiceTopKRouter``. It records, and losses act, in training mode and with gradients.
+    Without losses and forced routing, the result equals ``TokenChoiceTopKRouter`` bit for bit.
+    Records and losses are active only in training mode with gradients.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
+        """Settings of torchtitan's router, with losses, bias rule and forced strategy."""
+
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
+        """Losses of the router, in the order of its record."""
 
         expert_bias: ExpertBias.Config | None = None
         """Rule that moves the bias of the choice; None for no bias."""
 
         forced_routing: ForcedRouting.Config | None = None
-        """Strategy that chooses instead of the scores, in a benchmark."""
+        """Strategy that replaces the choice by scores, in a benchmark."""
 
         layer: int = 0
         """Number of the router's layer in the whole model."""
@@ -63,10 +66,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Properties of the training loop's steps."""
 
         def bind(self, job: Job | None = None) -> None:
-            """Fill losses, bias rule and forced strategy with numbers of the router and the job.
+            """Fill in the numbers of the router and of the job.
 
             Args:
-                job: None for a training loop that announces its rows.
+                job: job of torchtitan's trainer; None for a training loop that announces its rows.
             """
             sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
             rows = None if job is None else job.config.training.local_batch_size
@@ -91,7 +94,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self._of_sums = [loss for loss in losses if isinstance(loss, SumsLoss)]
         self._of_logits = [loss for loss in losses if isinstance(loss, LogitsLoss)]
         self.num_documents = max([loss.config.documents or 1 for loss in self._of_sums], default=1)
-        """Documents of a row that a loss tells apart; 1 where every row is one sequence."""
+        """Documents of a row that a loss distinguishes; 1 if every row is one sequence."""
         self.expert_bias = config.expert_bias and config.expert_bias.build()
         self.forced_routing = config.forced_routing and config.forced_routing.build()
         self.needs_step_counts = any(loss.needs_step_counts for loss in losses) or (
@@ -103,20 +106,20 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         None: all tokens are valid."""
         self.num_bins = 0 if self.expert_bias is None else self.expert_bias.num_bins
         self.replay: RouterReplay | None = None
-        """Replaces the choice by experts of an earlier forward."""
+        """Replacement of the choice by experts of an earlier forward."""
         self.save: Callable[[torch.Tensor], torch.Tensor] = save_no_decision
-        """Operator whose result a checkpointing policy saves; set by the policy."""
+        """Operator whose result a checkpointing policy saves; the policy sets it."""
         self.held_out_counts_E: torch.Tensor | None = None
-        """Receives the tokens of forwards that do not learn, int64 ``(E,)``."""
+        """Buffer for the tokens per expert of forwards that do not learn, int64 ``(E,)``."""
         self.record: RouterRecord | None = None
         self.step_record: StepRecord | None = None
         self.stage = 0
         """Pipeline stage of the layer."""
         self.actions: Sequence[Action] | None = None
-        """Actions of its pipeline rank in a pass; None without pipeline parallelism."""
+        """Actions of its pipeline rank in one pass; None without pipeline parallelism."""
 
     def wire(self, groups: RankGroups) -> None:
-        """Read the training loop of the config and the process groups. Once, before training."""
+        """Apply the config's training loop and the process groups, once before training."""
         self._groups = groups
         padded = self.config.loop.padded
         self.needs_tokens = padded or self.num_documents > 1
@@ -135,14 +138,15 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             self.forced_routing.wire(groups, self.layer)
 
     def note_in(self, step_record: StepRecord, index: int) -> None:
-        """Record in the ``index``-th rows of the record of all routers of the rank."""
+        """Record in the ``index``-th rows of the rank's record."""
         self.step_record = step_record
         self.record = step_record.router(index, self.num_experts, self.top_k, self.num_bins)
 
     def forward(
         self, x_BLD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
+        """Choose the experts of every token, and attach the losses to the scores.
+
         Args:
             x_BLD: input ``(B, L, D)``.
             expert_bias_E: bias of the selection, not of the scores ``(E,)``.
@@ -177,7 +181,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         return topk_scores_BLK * self.route_scale, placed_as(scores_BLE, ids_BLK), scores_BLE
 
     def attach_losses(self, logits_BLE: torch.Tensor, tokens: BatchTokens | None) -> torch.Tensor:
-        """The logits, with the gradients of the losses of logits attached."""
+        """Attach the gradients of the losses of logits to the logits."""
         local_BLE = local_shard(logits_BLE)
         if not self._of_logits or not local_BLE.numel():
             return logits_BLE
@@ -188,7 +192,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         return placed_as(logits_BLE, local_BLE)
 
     def score(self, logits_BLE: torch.Tensor) -> torch.Tensor:
-        """Scores of the logits ``(B, L, E)``."""
+        """Compute the scores of logits ``(B, L, E)``."""
         return SCORE_FUNCTIONS[self.score_func](logits_BLE)
 
     def gather(
@@ -199,14 +203,14 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         coefficients_BE: torch.Tensor | None,
         *losses: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pick the scores of the chosen experts, with the gradients of the losses of sums attached.
+        """Gather the scores of the chosen experts, and attach the losses of sums.
 
         Args:
-            logits_BLE: before any loss was attached; read by
-                :class:`titan_moe_lb.balancing.gradient_norms.GradientNorms`, which replaces this.
-            ids_BLK: local, int64.
-            coefficients_BE, losses: see :func:`titan_moe_lb.functional.gather_scores`; None
-                without such a loss.
+            logits_BLE: logits without losses, which only ``GradientNorms`` needs.
+            scores_BLE: scores of all experts.
+            ids_BLK: local expert ids, int64.
+            coefficients_BE: as in ``functional.gather_scores``; None without a loss of sums.
+            *losses: the other arguments of ``gather_scores``.
 
         Returns:
             The scores of all experts ``(B, L, E)``, and of the chosen ones ``(B, L, K)``.
@@ -220,7 +224,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         return scores_BLE, placed_as(scores_BLE, chosen_BLK)
 
     def _check_loop(self) -> None:
-        """Raises ``JobError``: nobody would close the step, or know its rows."""
+        """Raise ``JobError`` without a training loop that closes the steps and knows their rows."""
         if self.step_record is not None:
             self.step_record.check_forward(self.layer, has_losses=len(self.aux_losses) > 0)
         elif self.needs_step_counts or len(self.aux_losses):
@@ -232,12 +236,14 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
     @property
     def _model_learns(self) -> bool:
-        """The running forward of the whole model learns. Reentrant checkpointing runs a block
-        without gradients in the forward, and with them in the backward."""
+        """True if the running forward of the whole model learns.
+
+        Reentrant checkpointing runs a block without gradients first, and with them in the backward.
+        """
         return self.step_record is not None and self.step_record.learns is True
 
     def _saved_tokens(self) -> BatchTokens | None:
-        """Tokens of the running forward; a repeated one may run after others have begun."""
+        """Save the tokens of the running forward, for a recomputation after others have begun."""
         tokens = self.tokens
         if self.num_documents > 1 and (tokens is None or tokens.documents is None):
             raise JobError(
@@ -249,10 +255,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     def _inverse_sums(
         self, scores_BLE: torch.Tensor, tokens: BatchTokens | None
     ) -> torch.Tensor | None:
-        """1 / sum_j s(t,j) ``(B, L)``, where a loss needs it; 0 for padding."""
+        """Compute 1 / sum_j s(t,j) ``(B, L)``, 0 for padding; None if no loss needs it or all are 1."""
         if not self._of_sums:
             return None
-        if self.score_func == "softmax":  # whose sums are 1
+        if self.score_func == "softmax":  # its sums are 1
             return None if tokens is None else tokens.valid_BL.float()
         inverse_BL = inverse_sums(scores_BLE)
         return inverse_BL if tokens is None else inverse_BL * tokens.valid_BL
@@ -265,7 +271,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         tokens: BatchTokens | None,
         learns: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Do all that must not happen again when the forward is repeated. On local tensors.
+        """Run everything that a recomputed forward must not repeat, on local tensors.
 
         Returns:
             Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
@@ -296,10 +302,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         inverse_BL: torch.Tensor | None,
         tokens: BatchTokens | None,
     ) -> torch.Tensor | None:
-        """Weighted gradient of the losses of sums in the sums of the probabilities, float32.
+        """Compute the weighted gradient of the losses of sums in the probability sums, float32.
 
         Returns:
-            ``(B, E)`` or ``(1, E)``, with documents ``(B, D, E)``; None without loss or token.
+            ``(B, E)`` or ``(1, E)``, with documents ``(B, D, E)``; None without a loss or a token.
         """
         if self.record is None or not self._of_sums or not scores_BLE.numel():
             return None
@@ -330,13 +336,13 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
 
 def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:
-    """The balanced MoE layers of this rank's pipeline stages."""
+    """Find the balanced MoE layers of this rank's pipeline stages."""
     modules = [module for part in model_parts for module in part.modules()]
     layers = [module for module in modules if isinstance(module, MoE)]
     return [layer for layer in layers if isinstance(layer.router, LoadBalancedRouter)]
 
 
 def routers_of(model_parts: list[nn.Module]) -> list[LoadBalancedRouter]:
-    """The routers of this rank's pipeline stages."""
+    """Find the routers of this rank's pipeline stages."""
     modules = [module for part in model_parts for module in part.modules()]
     return [module for module in modules if isinstance(module, LoadBalancedRouter)]

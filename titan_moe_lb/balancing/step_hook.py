@@ -1,4 +1,4 @@
-"""Step hook of a rank: closes the record, moves the biases, and divides the losses by the rows."""
+"""Step hook of a rank: it closes the record, updates the biases, and divides losses by rows."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 def wire_parts(model_parts: list[nn.Module], groups: RankGroups) -> StepHook | None:
-    """Wire the routers of this rank's pipeline stages to their loop. Once, before training.
+    """Connect the routers of this rank's pipeline stages to their loop, once before training.
 
     Returns:
-        The hook that closes a step; None where nothing needs one.
+        The hook that closes a step; None if no router needs one.
     """
     layers = moe_layers_of(model_parts)
     for layer in layers:
@@ -45,7 +45,7 @@ def wire_parts(model_parts: list[nn.Module], groups: RankGroups) -> StepHook | N
         register_token_mask(part, routers_of([part]), groups)
     if record is None:
         return None
-    if groups.stages.size == 1:  # what a stage receives may come from weights that learn
+    if groups.stages.size == 1:  # the input of a stage may come from weights that learn
         warn_without_effect(model_parts)
     hook = StepHook(layers, record, groups)
     first = 0
@@ -60,7 +60,7 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
     """Pass one record and the process groups to the routers of a rank.
 
     Returns:
-        The record; None where nothing needs one.
+        The record; None if no router needs one.
     """
     config, loop = routers[0].config, routers[0].config.loop
     for router in routers:
@@ -96,20 +96,24 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
 
 
 class StepHook:
-    """Opens and closes the steps of a rank's MoE layers. The number of operators does not depend
-    on how many layers there are, but on how many kinds (:mod:`titan_moe_lb.balancing.layer_stack`).
+    """Begin and end of the steps of a rank's MoE layers.
+
+    The number of operators depends on the number of kinds of layers, not on the number of layers
+    (:mod:`titan_moe_lb.balancing.layer_stack`).
 
     Attributes:
-        finished_steps: those of the checkpoint included.
+        finished_steps: finished optimizer steps, including those of the checkpoint.
         tokens: tokens of the finished steps.
-        announced_rows: rows that the last closed step has announced; 0 for none.
+        announced_rows: rows that the loop announced for the last closed step; 0 for none.
     """
 
     def __init__(self, layers: list[Any], record: StepRecord, groups: RankGroups) -> None:
-        """
+        """Create the hook, and begin the first step if all steps have the same number of rows.
+
         Args:
             layers: balanced MoE layers.
-            record: of the routers of these layers, in this order.
+            record: record of the routers of these layers, in this order.
+            groups: process groups of the rank.
         """
         self._layers = layers
         self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]
@@ -117,7 +121,7 @@ class StepHook:
         self._record = record
         self._stacks = stacks_of(layers, record)
         self._groups = groups
-        # A pipeline finds out shapes by a forward that nobody announces.
+        # A pipeline infers shapes by a forward that the loop does not announce.
         self._counts_rows = groups.stages.size == 1
         self._loop = self._routers[0].config.loop
         self.finished_steps = self._loop.finished_steps
@@ -140,21 +144,20 @@ class StepHook:
         self._begin_step_if_alike()
 
     def _begin_step_if_alike(self) -> None:
-        """Begin a step of a loop whose steps have as many rows, unless it has begun."""
+        """Begin a step if all steps have the same number of rows and it has not begun."""
         self.tokens.read()
         if self._global_rows is None and self._rows_of_every_step is not None:
             self.begin_step(self._rows_of_every_step)
 
     def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
-        """Divide the weights of the losses by the rows of the global batch, before its first
-        forward.
+        """Set the weights of the losses for a step, before its first forward.
 
         The gradient of a loss is that of ``weight * sum over the rows / num_rows``. A loop whose
-        steps are alike needs no call: the step that ends begins the next.
+        steps have equally many rows needs no call: the end of a step begins the next.
 
         Args:
             num_rows: rows of the global batch over all ranks, G.
-            loss_scale: number that the loop divides the gradients by before it steps, besides the
+            loss_scale: divisor that the loop applies to the gradients of this step, besides the
                 ``gradient_divisor`` of every step.
         """
         self._global_rows = num_rows
@@ -165,7 +168,7 @@ class StepHook:
             / (num_rows * self._groups.token_replicas)
             for loss in self._losses
         ]
-        # A copy to the device where they change.
+        # Copy to the device only if they changed.
         if weights != self._weights:
             self._weights = weights
             self._record.weights_A.copy_(torch.tensor(weights))
@@ -174,7 +177,8 @@ class StepHook:
         """Read the progress of a checkpoint, before the first step.
 
         Args:
-            tokens: over all ranks.
+            finished_steps: optimizer steps of the checkpoint.
+            tokens: tokens of these steps over all ranks.
         """
         self.finished_steps, self.tokens.total = finished_steps, tokens
         self._record.resume(finished_steps)
@@ -182,10 +186,10 @@ class StepHook:
             self.begin_step(self._global_rows)
 
     def forward_begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Run before a forward of the first model part of the rank.
+        """Run before a forward of the rank's first model part.
 
         Raises:
-            JobError: the step has more rows or forwards than the loop has announced.
+            JobError: the forward or the step does not match what the loop announced.
         """
         self._record.learns = part.training and torch.is_grad_enabled()
         if not self._record.learns:
@@ -226,7 +230,7 @@ class StepHook:
             )
 
     def forward_ends(self) -> None:
-        """Run after a forward of the first model part of the rank; those of others may learn."""
+        """Run after a forward of the rank's first model part; others may learn on a pipeline."""
         self._record.learns = False if self._counts_rows else None
 
     def _check_repetition(self) -> None:
@@ -237,7 +241,7 @@ class StepHook:
             )
 
     def _check_step(self) -> None:
-        """Of a loop whose rows are counted and announced."""
+        """Check the running step of a loop that counts and announces its rows."""
         assert self._global_rows is not None
         whole = [loss for loss in self._losses if not loss.additive]
         if whole and self._record.forwards > 1:
@@ -270,17 +274,18 @@ class StepHook:
             self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
         self.finished_steps += 1
         self._global_rows = None
-        # Where the device counts, the first forward of the next step does it.
+        # If the device counts tokens, the first forward of the next step begins it.
         if not self.tokens.counted:
             self._begin_step_if_alike()
 
     def check_announced_rows(self) -> None:
-        """Compare the rows of the last closed step with the announced ones, in a loop whose rows
-        are counted. Collective over the ranks that have other rows.
+        """Compare the rows of the last closed step with the announced ones.
+
+        Only loops whose rows are counted are checked. Collective over the data-parallel ranks.
 
         Raises:
-            JobError: an aux loss was divided by another number of rows. A step without a row has
-                no loss.
+            JobError: an aux loss was divided by another number of rows. A step without rows passes:
+                it has no loss.
         """
         if not (self._counts_rows and self._loop.varying and self.announced_rows):
             return
@@ -298,11 +303,11 @@ class StepHook:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the running step has counted a forward, or may have."""
+        """True if the running step has counted a forward, or may have."""
         return self._record.forwards > 0 or not self._counts_rows
 
     def skip_step(self) -> None:
-        """Forget the counts of a step after which the optimizer does not step."""
+        """Drop the counts of a step that the optimizer skips."""
         with torch.no_grad():
             self._record.discard_step()
             for stack in self._stacks:

@@ -1,4 +1,4 @@
-"""A value that changes at given steps or tokens of training: a loss weight, a bias speed."""
+"""Schedule of a value, such as a loss weight or a bias speed, by steps or tokens of training."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from titan_moe_lb.errors import JobError
 
 @dataclass(kw_only=True, slots=True)
 class Change:
-    """From when on a value is another."""
+    """Change of a value at a step or after a number of tokens."""
 
     value: float
     """The value from then on; 0 switches it off."""
 
     step: int | None = None
-    """The first optimizer step that has it; or ``tokens``."""
+    """The first optimizer step with this value; or ``tokens``."""
 
     tokens: float | None = None
-    """The tokens of training after which the next step has it, as in 14.3e12."""
+    """The tokens of training after which the next step has this value, as in 14.3e12."""
 
 
 def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) -> float:
-    """The value of a step.
+    """Return the value in a step.
 
     Args:
-        start: the value before the first change.
-        changes: in order; see :func:`check_changes`.
+        start: value before the first change.
+        changes: changes in order; see :func:`check_changes`.
         step: number of the optimizer step, from 1.
         tokens: tokens of the global batches of all steps before it.
     """
@@ -42,15 +42,23 @@ def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) ->
 
 
 def changes_after_tokens(router) -> bool:
-    """Whether a loss or the bias rule of a router's Config changes after a number of tokens."""
+    """Return True if a loss or the bias rule changes after a number of tokens.
+
+    Args:
+        router: a ``LoadBalancedRouter.Config``.
+    """
     components = (*router.aux_losses, router.expert_bias)
     changes = [change for component in components if component for change in component.changes]
     return any(change.tokens is not None for change in changes)
 
 
 def check_changes(what: str, changes: Sequence[Change]) -> None:
-    """Raises ``JobError``: a change without a time or with two, a negative value, a time that
-    goes backwards, steps and tokens mixed."""
+    """Check that changes are valid and in order.
+
+    Raises:
+        JobError: a change has no time or two, or its value is negative or not finite. The times
+            are not ascending, begin before training, or mix steps and tokens.
+    """
     for change in changes:
         if (change.step is None) == (change.tokens is None):
             raise JobError(f"{what} changes: each needs either step or tokens, to say when")
