@@ -1,7 +1,7 @@
-"""``titan-moe-lb doctor``: packages and devices of this machine, and what a job lacks.
+"""The command ``titan-moe-lb doctor``: check packages and devices for a job.
 
-It needs the standard library alone, so that ``python -m titan_moe_lb.commands.doctor`` runs in a
-broken environment.
+The module imports only the standard library, so ``python -m titan_moe_lb.commands.doctor`` runs in
+a broken environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MINIMUM_PYTHON = (3, 11)
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. Without ``ok`` something is missing that a job needs."""
+    """Result of one check, printed as a line. If not ``ok``, a job lacks something."""
 
     what: str
     text: str
@@ -34,7 +34,7 @@ class Finding:
 
 
 def main() -> None:
-    """Print every finding. Status 1 where something is missing."""
+    """Print all findings, and exit with status 1 if something is missing, else 0."""
     print(f"titan_moe_lb {titan_moe_lb.__version__} in {Path(titan_moe_lb.__file__).parent}")
     whole = True
     for finding in findings():
@@ -44,12 +44,13 @@ def main() -> None:
 
 
 def findings() -> Iterator[Finding]:
+    """Run all checks. A check that raises becomes a finding that is not ``ok``."""
     yield _python()
     yield from packages(DISTRIBUTION)
     for what, look in _LOOKS.items():
         try:
             yield Finding(what, look())
-        except Exception as error:  # whatever a broken installation raises
+        except Exception as error:  # a broken installation can raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             yield Finding(what, f"{reason}: install {DISTRIBUTION} again", ok=False)
 
@@ -63,7 +64,7 @@ def _python() -> Finding:
 
 
 def packages(distribution: str) -> Iterator[Finding]:
-    """Check everything that a distribution requires, directly or through other packages."""
+    """Check all requirements of a distribution, direct and indirect."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -108,7 +109,7 @@ def packages(distribution: str) -> Iterator[Finding]:
 
 
 def _lost_files(found: importlib.metadata.Distribution) -> int:
-    """Modules and libraries that were installed and are gone."""
+    """Count the installed modules and libraries whose file is missing."""
     names = [file for file in found.files or () if file.suffix in (".py", ".so")]
     return sum(not os.path.exists(str(found.locate_file(file))) for file in names)
 

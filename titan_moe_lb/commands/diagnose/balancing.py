@@ -46,7 +46,7 @@ class Balancing:
 
     @property
     def description(self) -> str:
-        """Bias rule and its settings; "" without a bias. If layers differ, the first moving rule."""
+        """Bias rule and settings; "" without a bias. If layers differ, the first moving rule."""
         rules = (self.window.trace.info.expert_bias or "").split("; ")
         return next((rule for rule in rules if rule.partition(" ")[0] != "frozen"), rules[0])
 

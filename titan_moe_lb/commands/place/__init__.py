@@ -1,1 +1,1 @@
-"""Experts of a checkpoint in another order: ``titan-moe-lb place``."""
+"""``titan-moe-lb place``: write a checkpoint with its experts in another order."""

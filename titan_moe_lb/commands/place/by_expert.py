@@ -1,4 +1,4 @@
-"""Rules that find the tensors by expert of a checkpoint, from names and shapes alone."""
+"""Rules that find the per-expert tensors of a checkpoint by their names and shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from titan_moe_lb.errors import JobError
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it is stored."""
+    """Shape and dtype of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -22,21 +22,24 @@ class Stored:
 
 @dataclass(frozen=True)
 class ExpertTensors:
-    """Tensors by expert of one MoE layer, in the model or in a copy of it."""
+    """Names of the per-expert tensors of one MoE layer, of the model or of a copy of it."""
 
     layer: int
-    """Number in the whole model, as in a trace."""
+    """Number of the layer in the whole model, as in a trace."""
     num_experts: int
     stacked: list[str] = field(default_factory=list)
-    """Tensors whose first axis is the expert."""
+    """Tensors with one row for each expert, optimizer state included."""
     separate: list[list[str]] = field(default_factory=list)
-    """Tensors of one expert each, in the order of the experts."""
+    """Lists with one tensor for each expert, in order of the experts."""
 
     def moves(self, order_E: np.ndarray) -> Iterator[tuple[str, tuple[str, np.ndarray | None]]]:
-        """Source of each tensor: another tensor, or its own rows in another order.
+        """Yield the source of each tensor: its own rows in another order, or another tensor.
 
         Args:
-            order_E: the expert at each place.
+            order_E: expert at each place ``(E,)``.
+
+        Yields:
+            Name of the tensor, and its entry of :data:`Moves`.
         """
         for name in self.stacked:
             yield name, (name, order_E)
@@ -50,10 +53,10 @@ _GATE = re.compile(
 _EXPERTS = re.compile(r"(routed_)?experts\.")
 _SEPARATE = re.compile(r"experts\.(\d+)\.(.+)")
 _STACKED = re.compile(
-    # The gate of torchtitan, then those of Hugging Face, where DeepSeek-V3 has its bias too.
+    # Gate of torchtitan, then gates of Hugging Face, which hold the bias of DeepSeek-V3 too.
     r"(router\.gate|gate|router)\.(weight|bias|e_score_correction_bias)"
     r"|experts\.\w+"
-    # The shape suffix of torchtitan's tensors and ours: w1_EFD, mlp1_bias_EG, expert_bias_E.
+    # Shape suffix in torchtitan and titan_moe_lb: w1_EFD, mlp1_bias_EG, expert_bias_E.
     r"|(.+\.)?\w+_E[A-Z]*"
 )
 _STAYS = re.compile(r"shared_expert.*")
@@ -63,14 +66,14 @@ _OPTIMIZER_SETTINGS = "optimizer.param_groups."
 
 
 def expert_tensors(tensors: dict[str, Stored], objects: Iterable[str] = ()) -> list[ExpertTensors]:
-    """Every tensor by expert, layer by layer.
+    """Find all per-expert tensors of each MoE layer.
 
     Args:
-        tensors: of the checkpoint, by name.
-        objects: names of what it holds besides.
+        tensors: tensors of the checkpoint, by name.
+        objects: names of the other objects of the checkpoint.
 
     Raises:
-        JobError: there is no MoE layer, or something of one that no rule knows.
+        JobError: there is no MoE layer, or no rule covers a tensor or object of one.
     """
     model = {name: kind for name, kind in tensors.items() if not name.startswith(_OPTIMIZER_STATE)}
     layers = _layers(model)
@@ -97,8 +100,11 @@ def expert_tensors(tensors: dict[str, Stored], objects: Iterable[str] = ()) -> l
 
 
 def _layers(model: dict[str, Stored]) -> dict[str, ExpertTensors]:
-    """MoE layers by the prefix of their names. Those outside the decoder (multi-token prediction) are
-    numbered on from its last layer, as in a trace."""
+    """Find the MoE layers, by the prefix of their tensors' names.
+
+    Layers outside the decoder (multi-token prediction) get the numbers after its last layer, as in
+    a trace.
+    """
     gates = [gate for name in sorted(model) if (gate := _GATE.fullmatch(name))]
     gates = [
         gate
@@ -119,6 +125,11 @@ def _layers(model: dict[str, Stored]) -> dict[str, ExpertTensors]:
 
 
 def _enter(layer: ExpertTensors, prefix: str, names: list[str], model: dict[str, Stored]) -> None:
+    """Add the per-expert tensors of one layer.
+
+    Raises:
+        JobError: no rule covers a tensor, or it does not fit the number of experts.
+    """
     separate: dict[str, dict[int, str]] = defaultdict(dict)
     for name in names:
         tail = name.removeprefix(prefix)
@@ -148,9 +159,15 @@ def _enter(layer: ExpertTensors, prefix: str, names: list[str], model: dict[str,
 
 
 def _enter_optimizer(layers: dict[str, ExpertTensors], tensors: dict[str, Stored]) -> None:
-    """The state of a parameter is by expert where it has the parameter's shape; a single number,
-    such as a step count, is of the whole parameter. Outside of MoE layers the model may be saved
-    under other names than it is trained under (q, k and v of a fused projection)."""
+    """Add the optimizer state of stacked parameters.
+
+    State in the shape of its parameter is per expert. A single number, such as a step count,
+    belongs to the whole parameter. Outside of MoE layers, state may have no parameter of its name,
+    since a checkpoint may split a fused projection into q, k and v.
+
+    Raises:
+        JobError: state in an MoE layer has no parameter, or has another shape.
+    """
     owners = {name: layer for layer in layers.values() for name in layer.stacked}
     for name in sorted(tensors):
         if not name.startswith(_OPTIMIZER_STATE):

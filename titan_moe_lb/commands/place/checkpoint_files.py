@@ -1,4 +1,4 @@
-"""Base class of both kinds of checkpoint: tensors to read by row and to write in place."""
+"""Base class of both kinds of checkpoint: read tensors by row, write them in another order."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import numpy as np
 from titan_moe_lb.commands.place.by_expert import Stored
 
 Moves = dict[str, tuple[str, np.ndarray | None]]
-"""Source of each tensor: the rows of a tensor of its shape and type, in an order; None for as they
-are. A tensor without an entry stays."""
+"""Name of a tensor to its source and the order of the source's rows.
+
+The source is a tensor of equal shape and type. The order is None if the rows stay in order. A
+tensor without an entry is copied.
+"""
 
 _COPIED_AT_ONCE = 16 << 20
 
 
 class CheckpointFiles(ABC):
-    """A checkpoint in a folder. It maps its files, so that memory holds only what a caller
-    reads.
+    """Checkpoint in a folder, with mapped files, so that memory holds only the parts that are read.
 
     Attributes:
-        tensors: by name.
-        objects: names of what is stored besides.
-        data_files: what holds them; names relative to the folder.
+        tensors: tensors by name.
+        objects: names of other stored objects.
+        data_files: names of the files with tensors and objects, relative to the folder.
     """
 
     tensors: dict[str, Stored]
@@ -39,28 +41,35 @@ class CheckpointFiles(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Bytes of all data files."""
+        """Size of the stored data in bytes."""
 
     @abstractmethod
     def row(self, name: str, index: int) -> memoryview | np.ndarray:
-        """The bytes of one expert of a tensor whose first axis is the expert."""
+        """Read the bytes of one row of a tensor."""
 
     @abstractmethod
     def whole(self, name: str) -> list[memoryview | np.ndarray]:
-        """The bytes of a tensor or an object as they are stored, in pieces."""
+        """Read the stored bytes of a tensor or an object, in pieces."""
 
     @abstractmethod
     def write(self, folder: Path, moves: Moves, advance: Callable[[int], None]) -> None:
-        """Write the checkpoint with its tensors moved, into an empty folder.
+        """Write the checkpoint with moved tensors.
 
         Args:
-            advance: called with every number of written bytes.
+            folder: an empty folder to write to.
+            moves: source of each tensor that moves.
+            advance: called with the number of bytes after each write.
         """
 
 
 def copy_span(
     source: BinaryIO, begin: int, length: int, target: BinaryIO, advance: Callable[[int], None]
 ) -> None:
+    """Copy bytes between files, at most 16 MiB at a time.
+
+    Raises:
+        OSError: the source ends early.
+    """
     source.seek(begin)
     while length:
         piece = source.read(min(length, _COPIED_AT_ONCE))
@@ -72,5 +81,6 @@ def copy_span(
 
 
 def to_disk(file: BinaryIO) -> None:
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())

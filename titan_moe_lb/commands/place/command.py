@@ -1,4 +1,4 @@
-"""``titan-moe-lb place``."""
+"""The command ``titan-moe-lb place``."""
 
 from __future__ import annotations
 
@@ -45,20 +45,21 @@ def place(
     """Write a checkpoint with the experts of its MoE layers in another order.
 
     Args:
-        path: a checkpoint, or a run, whose newest finished step is taken.
-        output: a folder to make, of the same kind as ``path``; a name that ends in .json gets
-            the placement alone.
-        from_run: whose loads are to be balanced; that of the checkpoint by default.
+        path: a checkpoint, or a run, whose newest finished step is used.
+        output: folder to make, of the same kind as ``path``; or a .json file, for the placement
+            alone.
+        from_run: run whose loads to balance; default: the run of the checkpoint.
         ep: expert-parallel degree to balance for.
-        groups: how many groups of experts stay together, coarse to fine.
-        file: the placement instead of one from loads.
-        undo: put the experts back.
+        groups: numbers of expert groups that stay together, as in "4,8"; default: as the run
+            records.
+        file: saved placement to apply instead of one from loads.
+        undo: restore the order before the last placement.
 
     Returns:
-        What was done, in lines.
+        Lines that describe the result.
 
     Raises:
-        JobError: the first thing that is wrong, in one line. Then nothing is left at ``output``.
+        JobError: the first error. Nothing is left at ``output``.
     """
     folder = _checkpoint_of(path)
     alone = output.suffix == ".json"
@@ -103,7 +104,7 @@ def place(
 
 
 def _checkpoint_of(path: Path) -> Path:
-    """The folder of a checkpoint: itself, or the newest finished step of a run."""
+    """Find the checkpoint: the folder itself, or the newest finished step of a run."""
     if not path.is_dir():
         raise JobError(f"{path}: there is no such folder: name a checkpoint, or a run that has one")
     if (path / ".metadata").is_file() or any(path.glob("*.safetensors")):
@@ -155,7 +156,12 @@ def _given(plan: ExpertOrder, file: Path, ep: int | None, groups: str | None) ->
 
 
 def _loads(path: Path, folder: Path, from_run: Path | None, done: ExpertOrder | None) -> Trace:
-    """The run's trace, if its experts have the numbers that those of the checkpoint have."""
+    """Read the trace of the loads to balance.
+
+    Raises:
+        JobError: there is no trace, its routing was forced, or it numbers the experts in another
+            way than the checkpoint.
+    """
     homes = (path, folder.parent.parent)
     own = next((home for home in homes if trace_file(home).is_file()), None)
     if from_run is None and own is None:
@@ -178,7 +184,11 @@ def _loads(path: Path, folder: Path, from_run: Path | None, done: ExpertOrder | 
 
 
 def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[ExpertOrder, np.ndarray]:
-    """A placement, and the tokens of each expert of each layer that it is for ``(M, E)``."""
+    """Compute a placement from the last tenth of the steps.
+
+    Returns:
+        Placement, and the counts ``(M, E)`` that it balances.
+    """
     info, run = trace.info, trace.path.parent
     if ep is None:
         raise JobError("--ep is missing: the expert-parallel degree to balance for, as in --ep 8")
@@ -205,10 +215,10 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Exper
 
 
 def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
-    """Overload before and after, in a line.
+    """Describe the overload before and after, in a line.
 
     Raises:
-        JobError: the order does not reduce it.
+        JobError: the placement does not reduce the overload.
     """
     ep, together = plan.ep_degree, plan.groups
     counts = [counts_E[counts_E >= 0] for counts_E in counts_ME]
@@ -230,7 +240,7 @@ def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
 
 
 def _record(plan: ExpertOrder, done: ExpertOrder | None, undo: bool) -> ExpertOrder | None:
-    """Expert order that the placed checkpoint records."""
+    """Return the expert order that the new checkpoint records; None for the original order."""
     if undo:
         return done.earlier if done is not None else None
     return dataclasses.replace(plan, earlier=done)

@@ -1,4 +1,4 @@
-"""A distributed checkpoint (DCP): every tensor in chunks, as the ranks of a run held them."""
+"""Distributed checkpoint (DCP): tensors in chunks, as the ranks of a run held them."""
 
 from __future__ import annotations
 
@@ -33,24 +33,31 @@ _METADATA = ".metadata"
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A chunk of a tensor, or an object."""
+    """Chunk of a tensor, or object."""
 
     index: MetadataIndex
     info: Any
-    """Where it is stored: DCP's file, offset and length."""
+    """DCP's record of the file, offset and length."""
     size: tuple[int, ...]
 
     @property
     def offset(self) -> tuple[int, ...]:
+        """Position of the chunk in the tensor; () for an object."""
         return tuple(self.index.offset or ())
 
 
 class DistributedFiles(CheckpointFiles):
-    """Chunks keep their place and size, so that the target is cut as the source was. Memory of a
-    write: twice the largest chunk of a tensor that moves."""
+    """Distributed checkpoint whose copy has the same chunks in the same files.
+
+    A write needs memory for twice the largest chunk of a moved tensor.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises JobError: a file is missing or cut, or a chunk is compressed."""
+        """Read the metadata.
+
+        Raises:
+            JobError: a file is missing or cut off, or a chunk is compressed.
+        """
         super().__init__(folder)
         checkpoint = Checkpoint(path=folder)
         if problem := damage(checkpoint):
@@ -85,18 +92,22 @@ class DistributedFiles(CheckpointFiles):
 
     @property
     def num_bytes(self) -> int:
+        """Size of all chunks and objects in bytes."""
         return sum(info.length for info in self._metadata.storage_data.values())
 
     def row(self, name: str, index: int) -> np.ndarray:
+        """Assemble one row of a tensor from its chunks."""
         row = torch.empty(self.tensors[name].shape[1:], dtype=self._dtype(name))
         self._fill(row, name, index, (0,) * row.dim())
         return row.reshape(-1).view(torch.uint8).numpy()
 
     def whole(self, name: str) -> list[np.ndarray]:
+        """Map the serialised chunks of a tensor, or an object."""
         parts = sorted(self._parts[name], key=lambda part: part.offset)
         return [self._map(part.info, 0, part.info.length) for part in parts]
 
     def write(self, folder: Path, moves: Moves, advance: Callable[[int], None]) -> None:
+        """Write all files chunk by chunk, then the metadata with new offsets and lengths."""
         written = {}
         parts = [part for parts in self._parts.values() for part in parts]
         parts.sort(key=lambda part: (part.info.relative_path, part.info.offset))
@@ -114,7 +125,7 @@ class DistributedFiles(CheckpointFiles):
                     written[part.index] = dataclasses.replace(info, offset=begin, length=length)
                 to_disk(target)
         metadata = dataclasses.replace(self._metadata, storage_data=written)
-        if metadata.storage_meta is not None:  # of this reading
+        if metadata.storage_meta is not None:  # load_id belongs to one load
             metadata.storage_meta = dataclasses.replace(metadata.storage_meta, load_id=None)
         with open(folder / _METADATA, "xb") as target:
             pickle.dump(metadata, target)
@@ -124,7 +135,7 @@ class DistributedFiles(CheckpointFiles):
         return getattr(torch, self.tensors[name].dtype.removeprefix("torch."))
 
     def _moved(self, name: str, order: np.ndarray, part: _Part) -> io.BytesIO:
-        """A chunk of the target, serialised as DCP does."""
+        """Assemble a chunk of the new checkpoint, and serialise it as DCP does."""
         chunk = torch.empty(part.size, dtype=self._dtype(name))
         first, *begin = part.offset
         for row, expert in zip(chunk, order[first:], strict=False):
@@ -134,10 +145,16 @@ class DistributedFiles(CheckpointFiles):
         return stream
 
     def _fill(self, box: torch.Tensor, name: str, index: int, begin: Sequence[int]) -> None:
-        """Read a box of a row of a tensor from every chunk that has a part of it.
+        """Copy a part of one row of a tensor from all chunks that overlap it.
 
         Args:
-            begin: of the box, in the axes after the first.
+            box: tensor to fill.
+            name: name of the source tensor.
+            index: index of the row.
+            begin: position of the box in the axes after the first.
+
+        Raises:
+            JobError: the chunks do not cover the box.
         """
         found = 0
         for part in self._parts[name]:
@@ -156,7 +173,7 @@ class DistributedFiles(CheckpointFiles):
             raise JobError(f"{self.folder}: the chunks of {name} are not the whole tensor")
 
     def _mapped_view(self, part: _Part) -> torch.Tensor:
-        """Map a chunk, with the strides and the offset that torch.save wrote."""
+        """Map a chunk as a tensor, with the strides and the offset that torch.save stored."""
         info = part.info
         with open(self.folder / info.relative_path, "rb") as file, FakeTensorMode():
             stream: Any = file_view(file, info.offset, info.length)
@@ -167,7 +184,7 @@ class DistributedFiles(CheckpointFiles):
         return numbers.as_strided(outline.shape, outline.stride(), outline.storage_offset())
 
     def _map(self, info: Any, begin: int, length: int) -> np.ndarray:
-        # Copy-on-write, which nobody does: torch warns of tensors that cannot be written.
+        # Copy-on-write, although nothing writes: torch warns about read-only arrays.
         file = self.folder / info.relative_path
         return np.memmap(file, mode="c", offset=info.offset + begin, shape=length)
 

@@ -1,4 +1,4 @@
-"""New folder that appears whole or not at all."""
+"""New folder that is created atomically."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from titan_moe_lb.errors import JobError
 
 
 def check(new: Path, num_bytes: int) -> None:
-    """Check before the long work that the folder can be made.
+    """Check that a folder can be made, before the work starts.
+
+    Args:
+        new: folder to make.
+        num_bytes: space that it needs.
 
     Raises:
-        JobError: something is there, it would change the numbering of a run midway, or there is
-            too little room.
+        JobError: the path exists, its parent is not writable or contains steps of a run, or the
+            disk has too little space.
     """
     if os.path.lexists(new):
         raise JobError(f"{new} exists: name a new folder with --output")
@@ -35,10 +39,13 @@ def check(new: Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def whole(new: Path) -> Iterator[Path]:
-    """A hidden folder beside it to write in, which gets its name when all of it is on the disk.
+    """Make a hidden folder beside a new one, and rename it when its content is on the disk.
+
+    Yields:
+        Path of the hidden folder. It is removed after any exception.
 
     Raises:
-        JobError: the system refused to write, for one because the disk is full; nothing is left.
+        JobError: the system cannot write, for example because the disk is full.
     """
     partial = new.with_name(f".{new.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint written again with its tensors moved, and compared with what it was made from."""
+"""Copy of a checkpoint with moved tensors, compared with its source."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from titan_moe_lb.errors import JobError
 def rewrite(
     source: CheckpointFiles, folder: Path, moves: Moves, advance: Callable[[int], None]
 ) -> None:
-    """Into an empty folder; files of other kinds (configuration, tokenizer) are copied.
+    """Write a checkpoint with moved tensors, copy its other files, and compare the result.
 
     Args:
-        advance: called with numbers of bytes, three times those of the source in all.
+        source: checkpoint to copy.
+        folder: an empty folder to write to.
+        moves: source of each tensor that moves.
+        advance: called with numbers of bytes; their sum is three times the size of the source.
 
     Raises:
-        JobError: what was written reads back otherwise.
+        JobError: the copy differs from its source.
     """
     for path in source.folder.iterdir():
         if path.is_dir():
@@ -38,7 +41,11 @@ def _compare(
     moves: Moves,
     advance: Callable[[int], None],
 ) -> None:
-    """Every tensor of the target, expert by expert, with that of the source it was to be."""
+    """Compare every tensor of the target, row by row, with its source in ``moves``.
+
+    Raises:
+        JobError: a tensor or object differs.
+    """
     same = target.tensors == source.tensors and target.objects == source.objects
     for name in (*source.tensors, *source.objects):
         other, order = moves.get(name, (name, None))

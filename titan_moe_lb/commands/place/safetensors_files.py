@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: safetensors files, each a header and then one tensor after the other."""
+"""Hugging Face checkpoint: safetensors files, each with a header and then the tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ _INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsFiles(CheckpointFiles):
-    """Every tensor keeps its name, file and place, and gets the bytes of another: no type is
-    converted, and quantized ones move with their scales. Memory of a write: 16 MiB."""
+    """Hugging Face checkpoint whose copy has equal headers: only the bytes of tensors move.
+
+    No type is converted, and quantized tensors move with their scales. A write needs 16 MiB of
+    memory.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises JobError: a file is missing, cut, or none of safetensors."""
+        """Read the headers.
+
+        Raises:
+            JobError: a file is missing, cut off, or no safetensors file.
+        """
         super().__init__(folder)
         self.tensors = {}
         self._where: dict[str, tuple[Path, int, int]] = {}
@@ -37,6 +44,7 @@ class SafetensorsFiles(CheckpointFiles):
             self._enter(file)
 
     def _enter(self, file: Path) -> None:
+        """Read the header of a file, and add its tensors."""
         size = file.stat().st_size
         try:
             with open(file, "rb") as opened:
@@ -59,20 +67,24 @@ class SafetensorsFiles(CheckpointFiles):
 
     @property
     def num_bytes(self) -> int:
+        """Size of all safetensors files in bytes."""
         return sum((self.folder / name).stat().st_size for name in self.data_files)
 
     def row(self, name: str, index: int) -> np.ndarray:
+        """Map one row of a tensor."""
         (span,) = self.whole(name)
         size = len(span) // self.tensors[name].shape[0]
         return span[index * size : (index + 1) * size]
 
     def whole(self, name: str) -> list[np.ndarray]:
+        """Map a tensor; no piece if it is empty."""
         file, begin, length = self._where[name]
         if not length:
             return []
         return [np.memmap(file, mode="r", offset=begin, shape=length)]
 
     def write(self, folder: Path, moves: Moves, advance: Callable[[int], None]) -> None:
+        """Write all files with their headers unchanged, and each tensor from its source."""
         for file, begin in self._begins.items():
             names = [name for name, (there, *_span) in self._where.items() if there == file]
             with open(file, "rb") as source, open(folder / file.name, "xb") as target:
