@@ -48,7 +48,7 @@ class Component(OwnDtypes, Module):
 
         def describe(self) -> str:
             """Return the name and the settings as one phrase, for messages and the trace."""
-            # torchtitan's own fields are of its tensors, not of the method.
+            # The fields of torchtitan's Module.Config are no settings of the method.
             own = {field.name for field in dataclasses.fields(Module.Config)}
             given = {
                 field.name: getattr(self, field.name)

@@ -255,7 +255,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     def _inverse_sums(
         self, scores_BLE: torch.Tensor, tokens: BatchTokens | None
     ) -> torch.Tensor | None:
-        """Compute 1 / sum_j s(t,j) ``(B, L)``, 0 for padding; None if no loss needs it or all are 1."""
+        """Compute 1 / sum_j s(t,j) ``(B, L)``, 0 for padding; None if not needed or all are 1."""
         if not self._of_sums:
             return None
         if self.score_func == "softmax":  # its sums are 1

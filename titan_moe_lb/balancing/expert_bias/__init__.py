@@ -1,4 +1,4 @@
-"""Rules that move the bias of the choice: one file each."""
+"""Rules that update the bias of the choice: one file each."""
 
 from titan_moe_lb.balancing.expert_bias.base import BiasStep, ExpertBias
 from titan_moe_lb.balancing.expert_bias.frozen import FrozenBias

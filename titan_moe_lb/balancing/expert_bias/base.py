@@ -1,4 +1,4 @@
-"""Base class of the rules of the expert bias.
+"""Base class of the bias rules.
 
 Shape suffixes: N = layers of a rank, E = experts, H = bins of a histogram; B = rows and
 L = tokens of a row on a rank.
@@ -17,10 +17,10 @@ from titan_moe_lb.balancing.value_schedule import Change
 
 @dataclass(frozen=True, slots=True)
 class BiasStep:
-    """Valid tokens of a finished step over all ranks and micro-batches, as rules read them."""
+    """Sums of a finished step for a bias rule: valid tokens of all ranks and micro-batches."""
 
     bias_NE: torch.Tensor
-    """Biases of the step, float32."""
+    """Biases during the step, float32."""
 
     counts_NE: torch.Tensor
     """Tokens that selected each expert, int64."""
@@ -29,44 +29,46 @@ class BiasStep:
     """Sums of :meth:`ExpertBias.observe`, int64; None without bins."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By name of ``state_names``: float32 ``(N, E)``, which the rule changes in place."""
+    """State by the names of ``state_names``, float32 ``(N, E)``; the rule changes it in place."""
 
     choices_N1: torch.Tensor = field(init=False)
-    """Sum of the counts, int64: tokens times K, and 0 where nothing was routed."""
+    """Sum of the counts, int64: tokens times K, or 0 if no token was routed."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices_N1", self.counts_NE.sum(dim=-1, keepdim=True))
 
 
 class ExpertBias(Component):
-    """Moves the bias ``b_i`` that is added to the scores of an expert for the choice alone.
+    """Base class of rules for the bias ``b_i`` that is added to an expert's scores for the choice.
 
-    The bias is torchtitan's buffer ``expert_bias_E`` of each MoE layer, float32 and part
-    of the checkpoint; a rule moves it when the optimizer steps. Every layer has
-    a component of its own, and the first of a rank moves the biases of all its layers at
-    once, stacked. A rule of one's own is a subclass with a ``type_name``.
+    The bias is torchtitan's buffer ``expert_bias_E`` of each MoE layer. It is float32 and part of
+    the checkpoint; a rule updates it just before the optimizer steps. Each layer has its own
+    component, and the first of similar layers updates the stacked biases of all. A user's rule is
+    a subclass with a ``type_name``.
     """
 
     kinds: ClassVar[dict[str, type[ExpertBias]]] = {}
-    """Every rule that can be configured, by ``type_name``."""
+    """Configurable rules, by ``type_name``."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k", "starts_anew"})
     """Fields of the Config that :meth:`Config.bind` and the model's ``update_from_config`` fill."""
 
     moves: ClassVar[bool] = True
-    """Whether the rule ever changes the bias, so that it needs the counts of every step."""
+    """True if the rule changes the bias, and so needs the counts of every step."""
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    """State of the rule for each expert besides the bias; part of the checkpoint."""
+    """Buffers of the rule's own state for each expert; part of the checkpoint."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
+        """Settings of a bias rule."""
+
         reset: bool = False
-        """Start from a bias of zero where the job begins from a checkpoint with a learned
-        one. Once: a restart of the same job goes on with what it has learned since."""
+        """Start from a zero bias if the job begins from a checkpoint with a learned bias. A restart
+        of the same job keeps the bias learned since."""
 
         changes: list[Change] = field(default_factory=list)
-        """When the value that the rule is tuned by changes, and to what."""
+        """Changes of the update speed during training."""
 
         num_experts: int | None = None
         """E of the router. Filled by :meth:`bind`."""
@@ -75,8 +77,8 @@ class ExpertBias(Component):
         """K of the router. Filled by :meth:`bind`."""
 
         starts_anew: bool = False
-        """The checkpoint lacks the state of the rule, because another rule wrote it. Filled by
-        ``update_from_config`` of the model."""
+        """True if the checkpoint lacks the state of the rule, because another rule wrote it. Filled
+        by ``update_from_config`` of the model."""
 
         def bind(self, *, num_experts: int, top_k: int) -> None:
             """Fill in the numbers of the router."""
@@ -104,14 +106,14 @@ class ExpertBias(Component):
 
     @property
     def num_bins(self) -> int:
-        """H of the histogram of each expert that the rule needs; 0 for none."""
+        """Number of histogram bins of each expert, H; 0 if the rule needs no histogram."""
         return 0
 
     def set_progress(self, step: int, tokens: int) -> None:
-        """Set the values of the schedule. On the host, before the bias is moved.
+        """Set the scheduled values, on the host, before the bias is updated.
 
         Args:
-            step: the optimizer step that is about to end, from 1.
+            step: number of the optimizer step that ends, from 1.
             tokens: tokens of the global batches of the steps before it.
         """
 
@@ -122,21 +124,31 @@ class ExpertBias(Component):
         bias_E: torch.Tensor,
         number: torch.Tensor,
     ) -> None:
-        """Add a forward to the histogram of the step; in training alone, and once however
-        often the forward is repeated.
+        """Add a forward to the histogram of the step.
+
+        Only forwards in training are observed, and each only once, even if it is recomputed.
 
         Args:
-            histogram_EH: int32, to be added to in place.
-            required_BLE: the bias that each token requires of each expert, float32
-                (:func:`titan_moe_lb.balancing.expert_bias.required.required_bias`); -inf where it
-                selects the expert whatever its bias.
-            bias_E: that of the forward, float32.
-            number: int32, 1 for a valid token and 0 for padding ``(B, L, 1)``, or 1 for all.
+            histogram_EH: int32, changed in place.
+            required_BLE: bias above which each token selects each expert, float32
+                (:func:`titan_moe_lb.balancing.expert_bias.required.required_bias`); -inf if it
+                selects the expert at any bias.
+            bias_E: bias in the forward, float32.
+            number: int32: 1 for a valid token and 0 for padding ``(B, L, 1)``, or 1 for all.
         """
 
     def move(self, step: BiasStep) -> torch.Tensor:
-        """:meth:`delta` of the layers that have routed a token. A layer without one keeps its bias
-        and its state, whatever the formula makes of zero counts."""
+        """Compute :meth:`delta`, and leave layers without tokens unchanged.
+
+        A layer that routed no token keeps its bias and its state, whatever the formula returns for
+        zero counts.
+
+        Args:
+            step: sums of the finished step; its state is updated.
+
+        Returns:
+            float32 ``(N, E)``.
+        """
         before = {name: state_NE.clone() for name, state_NE in step.state.items()}
         empty_N1 = step.choices_N1 == 0
         delta_NE = self.delta(step).masked_fill(empty_N1, 0)
@@ -145,8 +157,9 @@ class ExpertBias(Component):
         return delta_NE
 
     def delta(self, step: BiasStep) -> torch.Tensor:
-        """Formula of the update of the biases of N layers after a step. The update of a layer that
-        has routed nothing is not used.
+        """Compute the update of the biases of N layers after a step.
+
+        The update of a layer that routed no token is discarded.
 
         Returns:
             float32 ``(N, E)``.

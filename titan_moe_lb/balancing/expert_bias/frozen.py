@@ -1,4 +1,4 @@
-"""The bias as it is: used, not moved."""
+"""Bias rule that applies a bias without updates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from titan_moe_lb.balancing.expert_bias.base import ExpertBias
 
 
 class FrozenBias(ExpertBias):
-    """The bias that the checkpoint holds goes on acting on the choice.
+    """Unchanged bias of the checkpoint, applied to the choice.
 
-    DeepSeek-V3 trained its last 500 billion tokens so (arXiv 2412.19437, section 4.2).
+    DeepSeek-V3 trained its last 500 billion tokens with a frozen bias (arXiv 2412.19437,
+    section 4.2).
     """
 
     type_name: ClassVar[str] = "frozen"
     moves: ClassVar[bool] = False
     filled_by_job: ClassVar[frozenset[str]] = ExpertBias.filled_by_job | {"changes"}
-    """There is no value that could change."""
+    """Fields that a job file cannot set; the rule has no value that could change."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ExpertBias.Config):
-        pass
+        """Settings of the frozen rule."""

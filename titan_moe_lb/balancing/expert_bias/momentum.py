@@ -1,4 +1,4 @@
-"""Soft-clamped updates with momentum (SMEBU)."""
+"""Bias rule with soft-clamped updates and momentum (SMEBU)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from titan_moe_lb.errors import JobError
 
 
 class MomentumBias(SpeedBias):
-    """``b_i += m_i``, where ``m_i = momentum * m_i + (1 - momentum) * d_i`` and ``d_i`` is
+    """``b_i += m_i``: soft-clamped updates with momentum.
+
+    ``m_i = momentum * m_i + (1 - momentum) * d_i``, where ``d_i`` is
     ``speed * tanh(scale * (1 - n_i / mean_j n_j))`` less its mean over the experts.
 
-    SMEBU of Trinity Large, arXiv 2602.17004; speed, scale and momentum are its lambda,
-    kappa and beta, and the defaults its values. Both were compared with published notes on
-    the report, not with the report itself. Fixed point: every expert has the mean load and
-    ``m`` is 0; unlike the sign rule it comes to rest there.
+    Source: SMEBU of Trinity Large, arXiv 2602.17004. ``speed``, ``scale`` and ``momentum`` are its
+    lambda, kappa and beta; the defaults are its values. Formula and defaults were compared with
+    published notes on the report, not with the report itself. At the fixed point every expert has
+    the mean load and ``m`` is 0; unlike with the sign rule, the bias rests there.
     """
 
     type_name: ClassVar[str] = "momentum"
@@ -28,14 +30,16 @@ class MomentumBias(SpeedBias):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SpeedBias.Config):
+        """Settings of the momentum rule."""
+
         speed: float = 5e-4
-        """The largest step, before its mean is taken off. ``changes`` change it."""
+        """Largest update, before its mean is subtracted; ``changes`` can change it."""
 
         scale: float = 2.0
-        """How soon a violation counts as a large one."""
+        """Steepness of the clamp; a larger scale clamps smaller violations."""
 
         momentum: float = 0.5
-        """Share of the last step in this one, in [0, 1)."""
+        """Share of the last update in the new one, in [0, 1)."""
 
         def __post_init__(self) -> None:
             SpeedBias.Config.__post_init__(self)
@@ -49,6 +53,7 @@ class MomentumBias(SpeedBias):
                 )
 
     def delta(self, step: BiasStep) -> torch.Tensor:
+        """Update the momentum, and return it."""
         mean_N1 = step.choices_N1 / step.counts_NE.shape[-1]
         violation_NE = 1 - step.counts_NE / mean_N1
         delta_NE = self.speed * torch.tanh(self.config.scale * violation_NE)

@@ -1,4 +1,4 @@
-"""Quantile balancing one step ahead."""
+"""Quantile balancing with a forecast for the next step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from titan_moe_lb.errors import JobError
 
 
 class QuantileTrendBias(QuantileBias):
-    """The quantile ``q`` of :class:`QuantileBias`, extrapolated to the step that it is used in.
+    """Quantile ``q`` of :class:`QuantileBias`, extrapolated to the next step.
 
-    While the router learns, the bias that balances it moves, and a bias made from one step
-    is late in the next. Holt's linear trend (double exponential smoothing) forecasts it:
+    While the router learns, the bias that balances it changes, and a bias computed from one step
+    lags behind in the next. Holt's linear trend (double exponential smoothing) forecasts it:
 
         level = ema * b + (1 - ema) * q
         trend = trend_ema * trend + (1 - trend_ema) * (level - last level)
         b = level + trend
 
-    The rule is ours; docs/evidence/study.md has what it gains. Fixed point: that of ``quantile``,
-    with a trend of 0.
+    The rule is ours; docs/evidence/study.md measures its gain. It has the fixed point of
+    ``quantile``, with a trend of 0.
     """
 
     type_name: ClassVar[str] = "quantile_trend"
@@ -31,8 +31,10 @@ class QuantileTrendBias(QuantileBias):
 
     @dataclass(kw_only=True, slots=True)
     class Config(QuantileBias.Config):
+        """Settings of the rule with a trend."""
+
         trend_ema: float = 0.7
-        """Share of the last trend in the new one, in [0, 1)."""
+        """Weight of the last trend in the new one, in [0, 1)."""
 
         def __post_init__(self) -> None:
             QuantileBias.Config.__post_init__(self)
@@ -42,11 +44,12 @@ class QuantileTrendBias(QuantileBias):
                 )
 
     def delta(self, step: BiasStep) -> torch.Tensor:
+        """Update the trend, and compute the update from the bias to level plus trend."""
         if step.histogram_NEH is None:
             return torch.zeros_like(step.bias_NE)
         trend_NE = step.state["trend_E"]
         level_NE = step.bias_NE.lerp(self.quantile(step), 1 - self.config.ema)
-        # The first quantile of all is no trend of a bias that was zero.
+        # The first update of a zero bias is not a trend.
         begun_N1 = step.bias_NE.any(dim=-1, keepdim=True)
         rise_NE = (level_NE - (step.bias_NE - trend_NE)) * begun_N1
         trend_NE.lerp_(rise_NE, 1 - self.config.trend_ema)

@@ -1,4 +1,4 @@
-"""The bias that a token requires of an expert. Torch alone.
+"""Bias that a token requires to select an expert. Torch alone.
 
 Shape suffixes: B = rows, L = local tokens of a row, E = experts, G = groups, K = top_k.
 """
@@ -16,24 +16,24 @@ def required_bias(
     num_groups: int | None,
     num_limited_groups: int | None,
 ) -> torch.Tensor:
-    """The bias above which a token selects an expert.
+    """Compute the bias above which a token selects an expert.
 
-    Without groups ``r(t,i) = alpha(t) - s(t,i)`` with alpha the (K+1)-th largest biased
-    score (Kimi K3 technical report, Eq. 13): the K selected experts are those whose bias is
-    above what is required of it.
+    Without groups ``r(t,i) = alpha(t) - s(t,i)``, where alpha is the (K+1)-th largest biased score
+    (Kimi K3 technical report, Eq. 13). The K selected experts are those whose bias is above r.
 
-    Under group-limited routing an expert also needs its group to be selected: the sum of the
-    group's two best biased scores has to be above ``beta(t)``, the largest sum of a group that
-    is left out. The experts of a group enter together, so that they share what is missing: a
-    rise of all their biases by ``(beta - sum) / 2``. The larger of the two requirements counts.
-    Where the selected groups have exactly K experts, the group's is the only one.
+    Under group-limited routing an expert's group must be selected too: the sum of the group's two
+    best biased scores must exceed ``beta(t)``, the largest sum of a group that is left out. The
+    experts of a group enter together, so each needs half of what is missing: all their biases rise
+    by ``(beta - sum) / 2``. r is the larger of both requirements. If the selected groups have
+    exactly K experts, the requirement of the group is the only one.
 
     Args:
         scores_BLE: scores, float32.
         biased_BLE: scores plus bias, before a group limit.
-        runner_up_BL1: alpha: the (K+1)-th largest of them, after the group limit; -inf
-            where a token selects all that it can reach.
-        num_groups, num_limited_groups: of group-limited routing; None without.
+        runner_up_BL1: alpha, the (K+1)-th largest biased score after the group limit; -inf if a
+            token selects every expert that it can reach.
+        num_groups: expert groups of group-limited routing; None without.
+        num_limited_groups: groups that a token can reach; None without.
 
     Returns:
         float32 ``(B, L, E)``.

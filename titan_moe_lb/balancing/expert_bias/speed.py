@@ -11,16 +11,18 @@ from titan_moe_lb.errors import JobError
 
 
 class SpeedBias(ExpertBias):
-    """A rule whose step is proportional to a speed, which can change on a schedule.
+    """Base class of rules whose updates are proportional to a speed, which can follow a schedule.
 
     Attributes:
-        speed: of the step that is about to end.
+        speed: speed in the step that is about to end.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ExpertBias.Config):
+        """Settings of a rule with a speed."""
+
         speed: float
-        """Factor of every step of the bias. ``changes`` change it."""
+        """Factor of every update of the bias; ``changes`` can change it."""
 
         def __post_init__(self) -> None:
             if not (math.isfinite(self.speed) and self.speed > 0):
@@ -35,4 +37,5 @@ class SpeedBias(ExpertBias):
         self.speed = config.speed
 
     def set_progress(self, step: int, tokens: int) -> None:
+        """Set the speed of the step."""
         self.speed = value_at(self.config.speed, self.config.changes, step, tokens)

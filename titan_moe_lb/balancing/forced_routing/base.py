@@ -16,14 +16,14 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 class ForcedRouting(Component):
-    """Chooses the experts in place of the router, for a benchmark.
+    """Base class of strategies that choose the experts instead of the router, for a benchmark.
 
-    The scores stay the router's: their gradients flow, and the scores of the forced experts are
-    gathered and normalised as usual. A strategy of one's own is a subclass with a ``type_name``.
+    The scores remain the router's. Their gradients flow, and the scores of the forced experts are
+    gathered and normalized as usual. A user's strategy is a subclass with a ``type_name``.
     """
 
     kinds: ClassVar[dict[str, type[ForcedRouting]]] = {}
-    """Every strategy that can be configured, by ``type_name``."""
+    """Configurable strategies, by ``type_name``."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset(
         {"num_experts", "top_k", "open_groups", "batch_cut"}
@@ -32,6 +32,8 @@ class ForcedRouting(Component):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
+        """Settings of a forced strategy."""
+
         num_experts: int | None = None
         """E of the router. Filled by ``update_from_config``."""
 
@@ -42,7 +44,7 @@ class ForcedRouting(Component):
         """Expert groups that a token may reach; None: all. Filled by the router."""
 
         batch_cut: Cut | None = None
-        """How the job cuts its global batch. Filled by the router."""
+        """Cut of the job's global batch. Filled by the router."""
 
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
             """Fill the fields that depend on a ``Trainer.Config`` and on the router."""
@@ -50,7 +52,7 @@ class ForcedRouting(Component):
             self.top_k = top_k
 
         def tensors(self) -> dict[str, torch.Tensor]:
-            """Tensors of the strategy, by the name of their buffer."""
+            """Return the strategy's tensors, by the name of their buffer."""
             return {}
 
     def __init__(self, config: Config) -> None:
@@ -65,15 +67,16 @@ class ForcedRouting(Component):
         self._init_self_buffers()
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        """Make the buffers; again where torchtitan initializes a model."""
+        """Create the buffers; torchtitan calls this again when it initializes a model."""
         for name, tensor in self.config.tensors().items():
             device = buffer_device or getattr(self, name, tensor).device
             self.register_buffer(name, tensor.to(device), persistent=False)
 
     def wire(self, groups: RankGroups, layer: int) -> None:
-        """Read this rank's place in the job. Once, when the model is built.
+        """Read this rank's position in the job, once before training.
 
         Args:
+            groups: process groups of the rank.
             layer: number of the router's layer in the whole model.
         """
 
@@ -87,9 +90,9 @@ class ForcedRouting(Component):
 
         Args:
             scores_BLE: local scores ``(B, L, E)``, for their shape and device.
-            forward_number: forwards of this router so far, int64 ``()``, those before the
-                checkpoint of a resumed job included.
-            limit_groups: masks scores ``(B, L, E)`` as group-limited routing does.
+            forward_number: earlier forwards of this router, int64 ``()``, with those before the
+                checkpoint of a resumed job.
+            limit_groups: function that masks scores ``(B, L, E)`` as group-limited routing does.
 
         Returns:
             ``(B, L, K)`` int64, distinct in a token.
@@ -101,7 +104,7 @@ def announce(strategies: Sequence[ForcedRouting | None]) -> None:
     """Warn that a run is a benchmark.
 
     Args:
-        strategies: of each MoE layer of the rank; None where the router decides.
+        strategies: strategy of each MoE layer of the rank; None if the router chooses.
     """
     forced = [strategy.config.describe() for strategy in strategies if strategy is not None]
     for strategy in set(forced):

@@ -1,8 +1,8 @@
 """Expert ids and random numbers of the forced strategies. Pure functions; torch alone.
 
-Shape suffixes: T = tokens, E = experts, K = top_k. Nothing here asks a generator for
-its state: a random number is a function of a seed and of its place, so that the
-forward that activation checkpointing repeats draws the same ones.
+Shape suffixes: T = tokens, E = experts, K = top_k. No function uses the state of a generator: a
+random number is a function of a seed and of its index. A forward that activation checkpointing
+recomputes therefore draws the same numbers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 
 
 def round_robin_ids(tokens_T: torch.Tensor, top_k: int, num_experts: int) -> torch.Tensor:
-    """Deal the experts out in turn: token t takes experts t K, ..., t K + K - 1 modulo E.
+    """Assign the experts in turn: token t selects experts t K, ..., t K + K - 1 modulo E.
 
     Args:
         tokens_T: numbers of the tokens, int64 ``(T,)``.
+        top_k: K.
+        num_experts: E.
 
     Returns:
         ``(T, K)`` int64, distinct in a token. Over successive tokens no two experts differ
@@ -36,15 +38,18 @@ def hot_share_ids(
     num_hot_choices: int,
     total_tokens: int,
 ) -> torch.Tensor:
-    """Give a fixed number of all choices to the hot experts, evenly, the rest to the cold.
+    """Assign a fixed number of choices evenly to the hot experts, and the rest to the cold ones.
 
     Token t makes ``floor((t+1) H / total) - floor(t H / total)`` of its K choices among the
-    hot experts; within the hot and within the cold ones the choices are dealt in turn.
+    hot experts. Within the hot and within the cold experts, choices are assigned in turn.
 
     Args:
         tokens_T: numbers of the tokens in ``[0, total_tokens)``, int64 ``(T,)``.
-        hot_experts, cold_experts: int64, disjoint.
+        top_k: K.
+        hot_experts: int64.
+        cold_experts: int64, disjoint from the hot ones.
         num_hot_choices: H, choices of hot experts over ``total_tokens`` tokens.
+        total_tokens: tokens of the global batch.
 
     Returns:
         ``(T, K)`` int64, distinct in a token.
@@ -68,28 +73,33 @@ def ragged_rows(
     distance: float,
     dispatched_tokens: int,
 ) -> torch.Tensor:
-    """Exchange tokens among those that are dispatched together, sorted by their experts.
+    """Permute the rows of round robin within each dispatch, sorted by their experts.
 
-    Of the n tokens of a dispatch ``R = round(fraction n)``, spread evenly, are ragged: the
-    i-th of them takes, of the R first rows that :func:`round_robin_ids` deals, the i-th in
-    the order of their first expert, beginning ``distance E`` experts up the ring. The others
-    take the other rows as they come. Of R, what is no whole number of rounds (the rows after
-    which the deal repeats) comes last and unsorted.
+    Row t contains the experts that :func:`round_robin_ids` assigns to token t. Of the n tokens of
+    a dispatch, ``R = round(fraction n)`` evenly spread tokens are ragged, and they use the first R
+    rows. The i-th ragged token uses the i-th of these rows in the order of their first expert,
+    which begins at expert ``distance E`` and wraps around. The other tokens use the other rows in
+    order. A round is the number of rows after which round robin repeats. Rows of R beyond its
+    last whole round come last and unsorted.
 
     Args:
         tokens_T: numbers of the tokens, int64 ``(T,)``.
+        top_k: K.
+        num_experts: E.
+        fraction: share of ragged tokens, in (0, 1].
+        distance: first expert of the order, as a share of E, in [0, 1).
         dispatched_tokens: n.
 
     Returns:
-        The number of the row that each token takes, int64 ``(T,)``: a permutation of the
-        tokens of a dispatch, so that no count of an expert differs from round robin's.
+        Row of each token, int64 ``(T,)``: a permutation of the tokens of a dispatch. Each expert
+        therefore has as many tokens as with round robin.
     """
     first_T = tokens_T // dispatched_tokens * dispatched_tokens
     place_T = tokens_T - first_T
     num_ragged = round(fraction * dispatched_tokens)
     ragged_before_T = place_T * num_ragged // dispatched_tokens
     is_ragged_T = (place_T + 1) * num_ragged // dispatched_tokens > ragged_before_T
-    # Row t begins with expert t K mod E, a multiple of step: in a round once with each.
+    # Row t begins with expert t K mod E, a multiple of step; a round has each multiple once.
     step = math.gcd(top_k, num_experts)
     per_round = num_experts // step
     rounds = num_ragged // per_round
@@ -104,21 +114,24 @@ def ragged_rows(
 def even_order(
     num_experts: int, top_k: int, expert_parallel: int, open_groups: int | None = None
 ) -> list[int]:
-    """All experts, in an order of which any n successive ones lie evenly on the EP ranks.
+    """Order all experts so that any n successive ones spread evenly over the EP ranks.
 
-    A digit reversal (van der Corput's sequence): the digits of a place, lowest first, are
-    those of the expert, highest first. The radices are the prime factors of the EP degree,
-    then those of E / EP, so that the order is the same for all EP degrees that are powers of
-    two. Torchtitan gives rank r the experts ``[r E/EP, (r+1) E/EP)``.
+    The order is a digit reversal (van der Corput's sequence). The digits of a position, lowest
+    first, are the digits of its expert, highest first. The radices are the prime factors of the EP
+    degree, then those of E / EP, so all EP degrees that are powers of two have the same order.
+    torchtitan assigns the experts ``[r E/EP, (r+1) E/EP)`` to rank r.
 
     Args:
-        open_groups: expert groups that a token may reach; None for all. Its K experts then
-            are that many runs of successive ones. Where no such runs divide both K and E,
-            the order is 0, 1, ..., E - 1.
+        num_experts: E.
+        top_k: K.
+        expert_parallel: EP degree.
+        open_groups: expert groups that a token may reach; None for all. Its K experts then form
+            at most so many runs of successive experts. If no length of such runs divides both K
+            and E, the order is 0, 1, ..., E - 1.
 
     Returns:
-        A permutation of the experts. Without ``open_groups`` the numbers of any n successive
-        ones on two ranks differ by at most one, the order being read as a ring.
+        A permutation of the experts, to be read as a ring. Without ``open_groups``, the numbers of
+        any n successive experts on two ranks differ by at most one.
     """
     most = top_k if open_groups is None else open_groups
     lengths = [length for length in range(1, top_k + 1) if top_k % length == 0]
@@ -136,9 +149,9 @@ def even_order(
 def placed_experts(
     number: int, num_experts: int, placement: Literal["contiguous", "spread"]
 ) -> list[int]:
-    """``number`` experts: the first ones, or at equal distances over all, ``floor(i E / number)``.
+    """Select ``number`` experts: the first ones, or ``floor(i E / number)`` for i from 0.
 
-    Spread ones lie evenly on the ranks of every EP degree, to within one.
+    The latter are spread: every EP degree has them evenly on its ranks, to within one.
     """
     if placement == "contiguous":
         return list(range(number))
@@ -146,7 +159,7 @@ def placed_experts(
 
 
 def _prime_factors(number: int) -> list[int]:
-    """Ascending, as often as each divides."""
+    """Return the prime factors of a number, ascending, with repetitions."""
     factors, divisor = [], 2
     while number > 1:
         while number % divisor == 0:
@@ -157,9 +170,9 @@ def _prime_factors(number: int) -> list[int]:
 
 
 def hash_seed(*parts: int) -> int:
-    """One 64-bit seed from several integers, as int64.
+    """Hash several integers to one 64-bit seed, as int64.
 
-    Two of n seeds are equal with a chance of about n^2 / 2^65: 2e-9 for the 250,000 seeds of
+    Two of n seeds are equal with a probability of about n^2 / 2^65: 2e-9 for the 250,000 seeds of
     61 layers on 4,096 ranks.
     """
     seed = torch.zeros((), dtype=torch.int64)
@@ -169,15 +182,14 @@ def hash_seed(*parts: int) -> int:
 
 
 def uniform(seed: torch.Tensor, number: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random numbers in (0, 1), float32, a function of their place, ``seed`` and ``number``.
+    """Draw random numbers in (0, 1), float32, from their index, ``seed`` and ``number``.
 
-    The stream of one seed and number is no stretch of that of another, as it would be if
-    they only chose where in one long sequence it begins.
+    The streams of two pairs of seed and number are not shifted parts of one long sequence.
 
     Args:
         seed: int64 ``()``, of :func:`hash_seed`.
-        number: int64 ``()``; another number gives other values.
-        shape: of the result.
+        number: int64 ``()``; another number yields other values.
+        shape: shape of the result.
     """
     place = torch.arange(math.prod(shape), device=seed.device).view(shape)
     bits = _mix(_mix(place + seed) ^ _mix(_mix(number) ^ seed))
@@ -188,15 +200,15 @@ def uniform(seed: torch.Tensor, number: torch.Tensor, shape: tuple[int, ...]) ->
 def standard_normal(
     seed: torch.Tensor, number: torch.Tensor, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """Standard normal numbers, float32. Args: as :func:`uniform`."""
+    """Draw standard normal numbers, float32; the arguments are those of :func:`uniform`."""
     return torch.special.ndtri(uniform(seed, number, shape))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 64-bit integers that spreads every input bit over the output.
+    """Apply a bijection of 64-bit integers that spreads every input bit over the output.
 
-    One step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from state x: products and
-    sums of int64 wrap around, as those of unsigned integers do.
+    This is one step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from state x. Products and
+    sums of int64 wrap around like those of unsigned integers.
     """
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -205,10 +217,10 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, with zeros from the left: int64 alone would repeat the sign."""
+    """Shift to the right and fill with zeros; an int64 shift alone would repeat the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _signed(x: int) -> int:
-    """The int64 of the same last 64 bits."""
+    """Return the int64 with the same last 64 bits."""
     return (x + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""A given share of all tokens on some experts."""
+"""Fixed share of all tokens on some experts."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
 
 
 class HotExperts(HotShare):
-    """Sends ``fraction`` of all routed tokens to ``num_hot`` experts.
+    """Send ``fraction`` of all routed tokens to ``num_hot`` experts.
 
-    Contiguous, the hot experts are the first ones and heat up the first EP ranks. Spread, they are
-    experts floor(i E / num_hot), as many on every rank to within one: hot experts without a hot
-    rank. W1 and W3 of Megatron-LM PR 7488.
+    Contiguous hot experts are the first ones, so the first EP ranks are hot. Spread hot experts are
+    floor(i E / num_hot), equally many on every rank to within one: no rank is hot. Source: W1 and
+    W3 of Megatron-LM PR 7488.
     """
 
     type_name: ClassVar[str] = "hot_experts"
 
     @dataclass(kw_only=True, slots=True)
     class Config(HotShare.Config):
+        """Settings of ``hot_experts``."""
+
         num_hot: int
-        """Hot experts."""
+        """Number of hot experts."""
 
         placement: Literal["contiguous", "spread"] = "contiguous"
-        """The first experts, or at equal distances over all."""
+        """Hot experts: the first ones, or experts at equal distances over all."""
 
         def __post_init__(self) -> None:
             HotShare.Config.__post_init__(self)
             require_at_least_one(self._owner.type_name, num_hot=self.num_hot)
 
         def hot_experts(self) -> list[int]:
+            """List the hot experts by their placement."""
             assert self.num_experts is not None
             return placed_experts(self.num_hot, self.num_experts, self.placement)

@@ -1,4 +1,4 @@
-"""A given share of all tokens on the experts of some EP ranks."""
+"""Fixed share of all tokens on the experts of some EP ranks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from titan_moe_lb.errors import JobError
 
 
 class HotRank(HotShare):
-    """Sends ``fraction`` of all routed tokens to the experts of the hot EP ranks.
+    """Send ``fraction`` of all routed tokens to the experts of the hot EP ranks.
 
-    With fraction 1 it is the worst case for the memory of a GPU. W2 of Megatron-LM PR 7488, where
-    the first quarter of the experts is hot on whatever ranks they are (here ``hot_experts``).
+    Fraction 1 is the worst case for the memory of a GPU. Source: W2 of Megatron-LM PR 7488, which
+    heats the first quarter of the experts on any ranks (``hot_experts`` here).
     """
 
     type_name: ClassVar[str] = "hot_rank"
 
     @dataclass(kw_only=True, slots=True)
     class Config(HotShare.Config):
+        """Settings of ``hot_rank``."""
+
         rank: int | None = None
         """The hot rank of each EP group; or ``ranks``."""
 
@@ -37,10 +39,11 @@ class HotRank(HotShare):
 
         @property
         def hot_ranks(self) -> list[int]:
+            """Hot ranks of each EP group, ascending."""
             return sorted(self.ranks or []) if self.rank is None else [self.rank]
 
         def hot_experts(self) -> list[int]:
-            """Torchtitan gives rank r experts [r E/EP, (r+1) E/EP)."""
+            """List the experts of the hot ranks: torchtitan's rank r has [r E/EP, (r+1) E/EP)."""
             assert self.num_experts is not None
             per_rank = self.num_experts // self.expert_parallel
             return [e for e in range(self.num_experts) if e // per_rank in self.hot_ranks]

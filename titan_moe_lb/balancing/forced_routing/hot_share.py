@@ -1,4 +1,4 @@
-"""Base class of the strategies that give hot experts a fixed share of all tokens."""
+"""Base class of strategies that send a fixed share of all tokens to hot experts."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 
 
 class HotShare(TokenIndexRouting):
-    """Sends ``fraction`` of all routed tokens to the hot experts and the rest to the cold ones.
+    """Send ``fraction`` of all routed tokens to the hot experts and the rest to the cold ones.
 
     The share holds for every dispatch and for the global batch, to within one token. Hot experts
-    share evenly, and so do cold ones.
+    share their tokens evenly, and so do cold ones.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenIndexRouting.Config):
+        """Settings of a strategy with hot experts."""
+
         fraction: float
-        """Share of all routed tokens, in (0, 1]."""
+        """Share of all routed tokens that hot experts receive, in (0, 1]."""
 
         def __post_init__(self) -> None:
             require_share(self._owner.type_name, self.fraction)
 
         def hot_experts(self) -> list[int]:
-            """The hot experts, ascending."""
+            """List the hot experts, ascending."""
             raise NotImplementedError
 
         def expert_lists(self) -> dict[str, list[int]]:
+            """List the hot and the cold experts."""
             assert self.num_experts is not None
             hot = self.hot_experts()
             cold = sorted(set(range(self.num_experts)) - set(hot))
@@ -40,6 +43,7 @@ class HotShare(TokenIndexRouting):
     cold_experts: torch.Tensor
 
     def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        """Assign the fixed share of the choices to the hot experts."""
         return hot_share_ids(
             tokens_T,
             self.top_k,

@@ -1,4 +1,4 @@
-"""Balanced experts, unevenly fed by the source ranks."""
+"""Balanced experts with uneven loads from the source ranks."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from titan_moe_lb.errors import JobError
 
 
 class Ragged(TokenIndexRouting):
-    """Balances the destinations of tokens and skews their sources.
+    """Balance the destinations of tokens and skew their sources.
 
     W4 of Megatron-LM PR 7488 isolates skew before the dispatch: "uneven per-rank source token
     counts, balanced destinations". Ranks of torchtitan hold equally many tokens, so the skew is in
-    how much each source sends to an expert. Every expert gets the same number of tokens of every
-    dispatch, to within one. ``fraction`` of them, evenly taken from all sources, choose by their
-    source: the token at share x of the dispatch (its ranks and their sequences in order) takes
-    successive experts from about ``(x + distance) E`` on. Rank r of an EP group sends these tokens
-    to rank ``r + distance EP``: with 0 to itself, with 0.5 half way round. This holds to within
-    one round of E / gcd(K, E) tokens, except for tokens whose K experts are on two ranks. The
-    all-to-all splits are as uneven as balanced destinations allow, at every EP degree.
+    how many tokens each source sends to an expert. Every expert receives the same number of tokens
+    of every dispatch, to within one.
+
+    ``fraction`` of the tokens, spread evenly over all sources, choose by their source. The token at
+    share x of the dispatch (its ranks and their sequences in order) selects successive experts from
+    about ``(x + distance) E`` on. Rank r of an EP group sends these tokens to rank
+    ``r + distance EP``: to itself at distance 0, half way around at 0.5. This holds to within one
+    round of E / gcd(K, E) tokens, except for tokens whose K experts are on two ranks. At every EP
+    degree, the all-to-all splits are as uneven as balanced destinations allow.
     """
 
     type_name: ClassVar[str] = "ragged"
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenIndexRouting.Config):
+        """Settings of ``ragged``."""
+
         fraction: float
         """Share of the tokens that choose by their source, in (0, 1]."""
 
         distance: float = 0.5
-        """How far away their experts are, as a share of all, in [0, 1); 0 is the own rank."""
+        """Distance of their experts, as a share of all, in [0, 1); 0 is the own rank."""
 
         def __post_init__(self) -> None:
             require_share("ragged", self.fraction)
@@ -43,6 +47,7 @@ class Ragged(TokenIndexRouting):
                 raise JobError(f"ragged distance is {self.distance}; it must be in [0, 1)")
 
     def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        """Assign the experts of round robin to the permuted tokens."""
         rows_T = ragged_rows(
             tokens_T,
             self.top_k,

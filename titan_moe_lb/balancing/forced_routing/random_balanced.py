@@ -1,4 +1,4 @@
-"""Balance on average: every token draws its experts."""
+"""Balance on average: random experts for every token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_moe_lb.balancing.forced_routing.random_routing import RandomRouting
 
 
 class RandomBalanced(RandomRouting):
-    """Top-k of random logits, new ones for every token and forward, others on every rank.
+    """Top-k of random logits, which are drawn for every token and forward.
 
     The load is balanced up to chance.
     """
@@ -21,7 +21,8 @@ class RandomBalanced(RandomRouting):
 
     @dataclass(kw_only=True, slots=True)
     class Config(RandomRouting.Config):
-        pass
+        """Settings of ``random_balanced``."""
 
     def logits(self, shape: tuple[int, ...], forward_number: torch.Tensor) -> torch.Tensor:
+        """Draw uniform logits."""
         return uniform(self.own_seed, forward_number, shape)

@@ -1,4 +1,4 @@
-"""The routing of a recorded run, token by token."""
+"""Replay of a recorded run, token by token."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from titan_moe_lb.traces.routing_trace import open_routing_trace
 
 
 class Replay(ForcedRouting):
-    """Sends each token of the global batch where it went in a recorded step.
+    """Send each token of the global batch to the experts of a recorded step.
 
-    The recorded steps are replayed in order, and then again from the first; a resumed job continues
-    with the one of its step. Exact under any layout of the same global batch.
+    The recorded steps are replayed in order, and then again from the first. A resumed job continues
+    with the recorded step of its next step. The replay is exact under any layout of the same global
+    batch.
     """
 
     type_name: ClassVar[str] = "replay"
 
     @dataclass(kw_only=True, slots=True)
     class Config(ForcedRouting.Config):
+        """Settings of ``replay``."""
+
         trace: str
         """Folder of the run that recorded its routing."""
 
@@ -31,12 +34,14 @@ class Replay(ForcedRouting):
         """Recorded steps to replay, in this order; None: all of them."""
 
         def tensors(self) -> dict[str, torch.Tensor]:
-            # Filled by wire: the shape depends on how many steps were recorded.
+            """Return an empty tensor, which ``wire`` fills."""
+            # wire() fills it: the shape depends on the number of recorded steps.
             return {"expert_ids_NBLK": torch.zeros(0)}
 
     expert_ids_NBLK: torch.Tensor
 
     def wire(self, groups, layer: int) -> None:
+        """Read this rank's tokens of the recorded steps."""
         trace = open_routing_trace(self.config.trace)
         cut = self.config.batch_cut
         assert cut is not None
@@ -57,5 +62,6 @@ class Replay(ForcedRouting):
         self.expert_ids_NBLK = torch.from_numpy(ids_NBLK).to(self.expert_ids_NBLK.device)
 
     def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
+        """Return the recorded experts of the forward."""
         index = (forward_number % self.expert_ids_NBLK.shape[0]).unsqueeze(0)
         return self.expert_ids_NBLK.index_select(0, index)[0].long()

@@ -13,10 +13,10 @@ from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
 
 
 class Rotating(HotShare):
-    """Routes as contiguous ``hot_experts``, and makes the next experts hot every ``period`` steps.
+    """Route as contiguous ``hot_experts``, and make the next experts hot every ``period`` steps.
 
     In step s, counted from 0, experts ``(s // period) num_hot + [0, num_hot)`` modulo E are hot,
-    also in a resumed job. A plan made from the load of past steps is stale whenever they change.
+    also in a resumed job. A plan for the load of past steps is outdated after each change. Source:
     W6 of Megatron-LM PR 7488, whose period is 3.
     """
 
@@ -24,8 +24,10 @@ class Rotating(HotShare):
 
     @dataclass(kw_only=True, slots=True)
     class Config(HotShare.Config):
+        """Settings of hot experts that change."""
+
         num_hot: int
-        """Hot experts."""
+        """Number of hot experts."""
 
         period: int = 3
         """Steps until the next experts are hot."""
@@ -35,14 +37,16 @@ class Rotating(HotShare):
             require_at_least_one("rotating", num_hot=self.num_hot, period=self.period)
 
         def hot_experts(self) -> list[int]:
-            """The hot experts of step 0."""
+            """List the hot experts of step 0."""
             return list(range(self.num_hot))
 
         def different_steps(self) -> list[int]:
+            """Return one step for each set of hot experts."""
             assert self.num_experts is not None
             places = self.num_experts // math.gcd(self.num_experts, self.num_hot)
             return [place * self.period for place in range(places)]
 
     def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        """Assign the experts of step 0, shifted by the step."""
         first = step // self.config.period * self.config.num_hot
         return (super().deal(tokens_T, total_tokens, step) + first) % self.num_experts

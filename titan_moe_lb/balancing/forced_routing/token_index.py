@@ -1,4 +1,4 @@
-"""Base class of the strategies that assign experts by the number of a token."""
+"""Base class of strategies that assign experts by the number of a token."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from titan_moe_lb.balancing.forced_routing.functional import even_order
 
 
 class TokenIndexRouting(ForcedRouting):
-    """Chooses the experts of a token by its number in the step, and by the step.
+    """Choose the experts of a token by its number in the step, and by the step.
 
-    The tokens that an EP group dispatches together, one micro-batch of its ranks, have successive
-    numbers. What holds for every run of successive numbers to within one token therefore holds for
-    each dispatch and for the global batch, and the counts of a step do not depend on the layout.
-    There is no seed, and every layer chooses alike.
+    The tokens that an EP group dispatches together (one micro-batch of its ranks) have successive
+    numbers. A property of every run of successive numbers, to within one token, therefore holds for
+    each dispatch and for the global batch. The counts of a step do not depend on the layout. There
+    is no seed, and every layer makes the same choice.
     """
 
     filled_by_job: ClassVar[frozenset[str]] = ForcedRouting.filled_by_job | {
         "expert_parallel",
         "num_micro_batches",
     }
+    """Fields of the Config that the router and ``update_from_config`` fill."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ForcedRouting.Config):
+        """Settings of a strategy by token numbers."""
+
         expert_parallel: int = 1
         """EP degree. Filled by ``update_from_config``."""
 
@@ -34,6 +37,7 @@ class TokenIndexRouting(ForcedRouting):
         """Forwards of one router in a step. Filled by ``update_from_config``."""
 
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
+            """Fill in the EP degree and the number of micro-batches too."""
             ForcedRouting.Config.update_from_config(
                 self, config=config, num_experts=num_experts, top_k=top_k
             )
@@ -42,19 +46,20 @@ class TokenIndexRouting(ForcedRouting):
             self.num_micro_batches = self.batch_cut.num_micro_batches
 
         def expert_lists(self) -> dict[str, list[int]]:
-            """Lists of experts that ``deal`` reads, by the name of their buffer."""
+            """Return the lists of experts that ``deal`` reads, by the name of their buffer."""
             return {}
 
         def tensors(self) -> dict[str, torch.Tensor]:
+            """Return the lists of experts as tensors."""
             lists = self.expert_lists().items()
             return {name: torch.tensor(experts, dtype=torch.int64) for name, experts in lists}
 
         def different_steps(self) -> list[int]:
-            """One step of each kind that ``deal`` distinguishes."""
+            """Return one step of each kind that ``deal`` distinguishes."""
             return [0]
 
         def even_order(self) -> list[int]:
-            """All experts, in an order that leaves no EP rank idle."""
+            """Order all experts so that no EP rank is idle."""
             assert self.num_experts is not None and self.top_k is not None
             return even_order(self.num_experts, self.top_k, self.expert_parallel, self.open_groups)
 
@@ -63,15 +68,16 @@ class TokenIndexRouting(ForcedRouting):
         self._place, self._num_places, self._num_groups = 0, 1, 1
 
     def wire(self, groups, layer: int) -> None:
+        """Read this rank's place among the ranks that route different tokens."""
         self._place, self._num_places, _group = groups.token_ranks
         self._num_groups = self._num_places // groups.experts.size
 
     def deal(self, tokens_T: torch.Tensor, total_tokens: int, step: torch.Tensor) -> torch.Tensor:
-        """The experts of some tokens.
+        """Choose the experts of some tokens.
 
         Args:
-            tokens_T: int64 ``(T,)``, their numbers among those of the step's global batch.
-            total_tokens: how many those are.
+            tokens_T: numbers of the tokens in the global batch of the step, int64 ``(T,)``.
+            total_tokens: tokens of this global batch.
             step: finished steps, int64 ``()``: 0 in the step that is logged as 1.
 
         Returns:
@@ -80,6 +86,7 @@ class TokenIndexRouting(ForcedRouting):
         raise NotImplementedError
 
     def forward(self, scores_BLE, forward_number, limit_groups) -> torch.Tensor:
+        """Choose the experts of the local tokens by their numbers."""
         B, L, _E = scores_BLE.shape
         num_micro_batches = self.config.num_micro_batches
         shard = forward_number % num_micro_batches * self._num_places + self._place

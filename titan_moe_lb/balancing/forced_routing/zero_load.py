@@ -13,35 +13,39 @@ from titan_moe_lb.balancing.forced_routing.token_index import TokenIndexRouting
 
 
 class ZeroLoad(TokenIndexRouting):
-    """Sends no token to ``num_zero`` experts and the same number to the others, to within one.
+    """Send no token to ``num_zero`` experts and the same number to the others, to within one.
 
-    Contiguous, these are the first experts; with ``num_zero`` E / EP the first EP rank gets
-    nothing. Spread, they are experts floor(i E / num_zero), as many on every rank to within one.
-    W5 of Megatron-LM PR 7488, where the first half gets nothing.
+    Contiguous experts without load are the first ones; if ``num_zero`` is E / EP, the first EP rank
+    receives no token. Spread ones are floor(i E / num_zero), equally many on every rank to within
+    one. Source: W5 of Megatron-LM PR 7488, where the first half receives no token.
     """
 
     type_name: ClassVar[str] = "zero_load"
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenIndexRouting.Config):
+        """Settings of ``zero_load``."""
+
         num_zero: int
-        """Experts without load."""
+        """Number of experts without load."""
 
         placement: Literal["contiguous", "spread"] = "contiguous"
-        """The first experts, or at equal distances over all."""
+        """Experts without load: the first ones, or experts at equal distances over all."""
 
         def __post_init__(self) -> None:
             require_at_least_one("zero_load", num_zero=self.num_zero)
 
         def expert_lists(self) -> dict[str, list[int]]:
+            """List the experts with load."""
             assert self.num_experts is not None
             zero = set(placed_experts(self.num_zero, self.num_experts, self.placement))
-            # Runs of successive experts, as a group limit needs them, would have gaps.
+            # In the even order, the runs of successive experts for a group limit would have gaps.
             order = range(self.num_experts) if self.open_groups else self.even_order()
             return {"loaded_experts": [e for e in order if e not in zero]}
 
     loaded_experts: torch.Tensor
 
     def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
+        """Assign the experts with load in turn."""
         places_TK = round_robin_ids(tokens_T, self.top_k, self.loaded_experts.numel())
         return self.loaded_experts[places_TK]
