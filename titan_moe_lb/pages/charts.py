@@ -1,6 +1,6 @@
 """Charts: plotly figures in the style of the pages.
 
-Curves differ by dash and by the label at their end, so that colour alone carries no information.
+Curves differ by dash and by the label at their end, so that no curve depends on its colour alone.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Pen:
-    """Style of a curve; ``color`` is a role of the palette."""
+    """Style of a curve; ``color`` is a reference to a role of the palette."""
 
     color: str
     dash: str = "solid"

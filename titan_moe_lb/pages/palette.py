@@ -89,7 +89,7 @@ DARK |= _ramp("#a48bf0", "#8fe3b0")
 
 
 def color(role: str) -> str:
-    """Return the reference to a role for a style sheet or a chart."""
+    """Return the CSS reference to a role, for style sheets and charts."""
     return f"var(--{role})"
 
 

@@ -1,1 +1,1 @@
-"""Metrics of a step, and their way to the sinks, the console and the trace."""
+"""Metrics of a step, and their output to sinks, console and trace."""

@@ -45,13 +45,13 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         """Log every layer's own numbers as well, as moe/NAME_layer_NUMBER."""
 
         moe_extreme_experts: int = 4
-        """How many of the hottest and of the coldest experts each logged step names; 0: none."""
+        """Number of the hottest and of the coldest experts that each logged step names; 0: none."""
 
         router_gradients: bool = False
         """Measure the gradients of the model's loss and of the aux losses in each router."""
 
         write_moe_trace: bool = True
-        """Write moe_load.arrow in dump_folder: what titan-moe-lb report and watch read."""
+        """Write moe_load.arrow in dump_folder, which titan-moe-lb report and watch read."""
 
         record_routing_steps: list[int] = field(default_factory=list)
         """Steps whose routing is written to dump_folder/routing, token by token, for replay."""
@@ -60,7 +60,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         """Description of the run in its traces. Filled by ``update_from_config`` of the model."""
 
         cut: Annotated[batch_cut.Cut | None, tyro.conf.Suppress] = None
-        """How the job cuts its global batch. Filled by ``update_from_config`` of the model."""
+        """Cut of the job's global batch. Filled by ``update_from_config`` of the model."""
 
     def __init__(
         self,

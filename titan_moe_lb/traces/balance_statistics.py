@@ -4,7 +4,7 @@ The statistics reduce the last dimension of ``counts (..., E)``, of any numeric 
 number of experts and K = top_k. A row of zeros counts as balanced.
 
 A layer may have fewer experts than another layer of its model. Its row is padded with
-:data:`ABSENT`, which every function skips.
+:data:`ABSENT`, which the statistics skip.
 """
 
 from __future__ import annotations

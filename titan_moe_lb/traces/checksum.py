@@ -1,7 +1,7 @@
 """CRC-32 of every message of a trace, in metadata that other Arrow readers ignore.
 
-The writer writes a message (the schema or a batch) with zeros as its digits. :func:`stamp`
-then fills in the digits.
+The writer writes a message (the schema or a batch) with zeros in place of the
+checksum's digits. :func:`stamp` then fills in the digits.
 """
 
 from __future__ import annotations

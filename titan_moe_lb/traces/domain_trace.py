@@ -35,7 +35,7 @@ class DomainLoad:
 
 
 class DomainTraceWriter:
-    """Writer of the file, on one rank. As robust as :class:`StepFile`."""
+    """Writer of the file, on one rank. The file is a :class:`StepFile`."""
 
     def __init__(self, folder: Path | str, info: RunInfo) -> None:
         self._info = info

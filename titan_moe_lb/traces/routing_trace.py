@@ -26,7 +26,7 @@ FOLDER = "routing"
 
 
 class RoutingTraceWriter:
-    """Writer of the file of one rank. As robust as :class:`StepFile`."""
+    """Writer of the file of one rank. The file is a :class:`StepFile`."""
 
     def __init__(self, run_dir: Path | str, info: RunInfo, rank: int) -> None:
         self.info = info

@@ -1,4 +1,4 @@
-"""Description of a run, which its traces carry in their metadata."""
+"""Description of a run, stored in the metadata of its traces."""
 
 from __future__ import annotations
 

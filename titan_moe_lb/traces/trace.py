@@ -28,7 +28,7 @@ FILE_NAME = "moe_load.arrow"
 
 
 class TraceWriter:
-    """Writer of the trace of a run, on one rank. As robust as :class:`StepFile`."""
+    """Writer of the trace of a run, on one rank. The file is a :class:`StepFile`."""
 
     def __init__(self, path: Path | str, info: RunInfo) -> None:
         """Prepare the writer; the first :meth:`write` opens the file.

@@ -57,7 +57,7 @@ class Balancing:
 
     @property
     def bias_moves(self) -> bool:
-        """True if the bias moves: the recorded steps decide, since a speed may change to 0."""
+        """True if the bias moves. Its recorded steps decide, since a speed may change to 0."""
         steps_SM = self.window.column("bias_largest_step")
         return self.rule not in ("", "frozen") and (steps_SM is None or bool(steps_SM.any()))
 

@@ -22,7 +22,7 @@ MOST_RECENT = 200
 class Follower:
     """Last whole step of a growing trace, with recent history.
 
-    Attributes but ``max_violations`` are valid after :meth:`look` has returned True.
+    All attributes but ``max_violations`` are unset until :meth:`look` has returned True.
 
     Attributes:
         info: description of the run.

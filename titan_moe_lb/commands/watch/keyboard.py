@@ -23,7 +23,7 @@ class Keyboard:
         self.is_there = file is not None
 
     def pressed(self, seconds: float) -> str:
-        """Wait up to ``seconds`` for keys; return them at once, or an empty string at the end."""
+        """Return pressed keys, after a wait of at most ``seconds`` for the first; may be empty."""
         if self._file is None:
             time.sleep(seconds)
             return ""
@@ -37,7 +37,7 @@ class Keyboard:
 
 @contextmanager
 def keyboard() -> Iterator[Keyboard]:
-    """Read keys without echo and without the return key; Ctrl-C still interrupts.
+    """Switch the terminal to single keys without echo; Ctrl-C still interrupts.
 
     SIGTERM and SIGHUP raise SystemExit with status 128 + their number, so that every ``with``
     block is left first.

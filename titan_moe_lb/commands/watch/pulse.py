@@ -8,7 +8,7 @@ from titan_moe_lb.commands.watch.follower import Follower
 
 TIMES_LATE = 10
 SECONDS_LATE = 60.0
-"""A step is late beyond both bounds, since checkpoints and compilation delay steps."""
+"""A step is late beyond both bounds; checkpoints and compilation delay steps too."""
 
 
 def age(follower: Follower, now: float | None = None) -> str:

@@ -21,7 +21,7 @@ class Reduction(Enum):
     """Reduction of several numbers to one, over the ranks of a pipeline stage or over layers."""
 
     SUM = "sum"
-    """Each rank has a part of the whole."""
+    """The numbers are parts of a whole."""
     MEAN = "mean"
     """All numbers have equal weight."""
     MAX = "max"
@@ -66,7 +66,7 @@ class Metric:
 
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
-        """Return True if such a router has the metric.
+        """Return True if routers of this Config have the metric.
 
         The trace has the column if a router of the model has the metric.
         """
