@@ -1,1 +1,1 @@
-"""Answers of ``plan`` and ``study`` as data, and one renderer each for terminal, JSON and page."""
+"""Answers of ``plan`` and ``study`` as data, with renderers for terminal, JSON and HTML page."""

@@ -1,4 +1,4 @@
-"""An answer as data: sentences, tables and charts."""
+"""Answer of a command as data: sentences, tables and charts."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from titan_moe_lb.pages.charts import Chart
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of a table."""
+    """One column of a table."""
 
     title: str
     unit: str = ""
     show: Callable[[Any], str] = str
-    """Text of a value. In the terminal, texts of columns without it are not folded."""
+    """Format of a value. The terminal never wraps a column that keeps the default."""
     on_terminal: str | None = ""
     """Shorter heading in the terminal; None leaves the column out there."""
     is_name: bool = False
-    """Names what a row is about: left-aligned, and may be folded."""
+    """True for the name of a row, which is left-aligned and may wrap."""
 
     @property
     def heading(self) -> str:
+        """Title with its unit."""
         return f"{self.title} {self.unit}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A value with more than its text."""
+    """Value of a table with its own text, note or marks."""
 
     value: Any
     text: str = ""
-    """Text that replaces the column's own."""
+    """Text that replaces the column's format."""
     note: str = ""
-    """Second line, in small letters."""
+    """Second line, in small print."""
     is_bad: bool = False
     is_best: bool = False
 
@@ -47,23 +48,23 @@ Row = Sequence[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table and the sentences around it."""
+    """Table and the sentences around it."""
 
     title: str
     columns: Sequence[Column]
     groups: Sequence[Sequence[Row]]
-    """Rows; a rule divides the groups."""
+    """Rows in groups, with a rule between groups."""
     text: list[str] = field(default_factory=list)
     """Sentences above the table."""
     legend: list[str] = field(default_factory=list)
-    """Further sentences above it, on the page alone."""
+    """Further sentences above the table, on the page only."""
     notes: Sequence[str] = ()
     """Sentences below the table."""
     key: str = ""
-    """Key of the rows in JSON; empty where :attr:`Answer.numbers` has them."""
+    """Key of the rows in JSON; empty if :attr:`Answer.numbers` contains them."""
 
     def cells(self, row: Row) -> list[Cell]:
-        """The row with the text of every value."""
+        """Wrap every value of a row in a :class:`Cell` with its text."""
         cells = [value if isinstance(value, Cell) else Cell(value=value) for value in row]
         return [
             cell if cell.text else dataclasses.replace(cell, text=column.show(cell.value))
@@ -73,7 +74,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer of one command."""
+    """Answer of one command."""
 
     kind: str
     """Kind of page, as in "Plan of a job"."""
@@ -84,11 +85,12 @@ class Answer:
     sections: Sequence[Table | Callable[[], Iterable[Chart]]]
     """Tables, and functions that draw charts for the page."""
     appendix: Sequence[Table] = ()
-    """Tables at the end of the page alone."""
+    """Tables at the end of the page, in no other output."""
     footer: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """All numbers, as plain data for JSON."""
 
     @property
     def tables(self) -> list[Table]:
+        """Tables among the sections, in order."""
         return [section for section in self.sections if isinstance(section, Table)]

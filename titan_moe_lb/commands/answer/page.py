@@ -1,4 +1,4 @@
-"""An answer as one HTML file that needs no network."""
+"""Answer as one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from titan_moe_lb.pages.charts import Chart
 
 
 def render(answer: Answer) -> str:
-    """The page, its charts drawn."""
+    """Draw the charts and render the page."""
     sections: list[Table | Chart] = []
     for section in (*answer.sections, *answer.appendix):
         sections += [section] if isinstance(section, Table) else section()

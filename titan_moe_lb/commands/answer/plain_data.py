@@ -1,4 +1,4 @@
-"""An answer as JSON."""
+"""Answer as JSON."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from titan_moe_lb.commands.answer.answer import Answer, Cell, Table
 
 
 def as_json(answer: Answer, indent: int = 2) -> str:
-    """The numbers of the answer, and the rows of every table that has a key.
+    """Convert the numbers of the answer and the rows of all tables with a key.
 
-    A number that is not finite, which JSON has no word for, is null.
+    Infinity and NaN become null.
     """
     rows = {table.key: _rows(table) for table in answer.tables if table.key}
     return json.dumps(_finite({**answer.numbers, **rows}), indent=indent, default=str)

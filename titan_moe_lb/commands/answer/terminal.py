@@ -1,4 +1,4 @@
-"""An answer in the terminal."""
+"""Answer in the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME_WIDTH = 16
 
 
 def print_answer(answer: Answer, console: Console | None = None) -> None:
-    """Print the sentences and tables; a file or a pipe has room for whole tables."""
+    """Print the sentences and tables, at a fixed width into a file or a pipe."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH, file=console.file)
@@ -29,7 +29,7 @@ def print_answer(answer: Answer, console: Console | None = None) -> None:
 
 
 def _print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Each line whole, which a pipe can search."""
+    """Print each line without wrapping, so that grep finds it in a pipe."""
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 

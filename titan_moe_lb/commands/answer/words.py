@@ -1,4 +1,4 @@
-"""Numbers in sentences and tables."""
+"""Formats of numbers in sentences and tables."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ GIB = 2**30
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Text of a number with so many significant digits; larger ones are whole."""
+    """Format a number to ``digits`` significant digits; larger ones as whole numbers."""
     return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or milliseconds where there are few."""
+    """Format a time in seconds, or in milliseconds below 0.1 s."""
     return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(seconds * 1e3)} ms"
 
 
 def memory(num_bytes: float, fits: bool) -> Cell:
-    """GiB, marked where they do not fit."""
+    """Format bytes in GiB, marked as bad if they do not fit."""
     gib = num_bytes / GIB
     return Cell(value=gib, text=number(gib) + ("" if fits else " no"), is_bad=not fits)
 
 
 def decimals(places: int) -> Any:
-    """Text of a value with so many digits after the point."""
+    """Return a format with ``places`` digits after the point."""
     return f"{{:,.{places}f}}".format

@@ -1,1 +1,1 @@
-"""``titan-moe-lb plan``: the cost model's answers for one job, as a table, JSON or a page."""
+"""``titan-moe-lb plan``: predicted step time and memory of one job, under several loads."""

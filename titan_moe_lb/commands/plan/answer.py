@@ -1,4 +1,4 @@
-"""The answer of ``titan-moe-lb plan``: verdict and headline in sentences, tables, charts."""
+"""Answer of ``titan-moe-lb plan``: verdict, headline, tables and charts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_moe_lb.costmodel.hardware.device import Hardware
 
 
 def answer(plan: Plan) -> Answer:
-    """The plan as sentences, tables and charts."""
+    """Convert a plan to sentences, tables and charts."""
     job = plan.job
     made = [make(plan) for make in tables.TABLES]
     return Answer(
@@ -28,7 +28,7 @@ def answer(plan: Plan) -> Answer:
 
 
 def verdict(plan: Plan) -> list[str]:
-    """Advice, what it would save, and how certain that is."""
+    """Write the advice, its saving, and its certainty as sentences."""
     found = plan.verdict
     if found.ep_degree is None or found.outcome is None:
         return [
@@ -99,6 +99,7 @@ def _headline(plan: Plan) -> list[str]:
 
 
 def usable_memory(usable_bytes: float, device: Hardware) -> str:
+    """Describe the usable memory of a device."""
     return (
         f"usable memory {usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of "
         f"{device.memory_bytes / GIB:.1f} kept free)"
@@ -106,7 +107,7 @@ def usable_memory(usable_bytes: float, device: Hardware) -> str:
 
 
 def efficiencies(flags: PlanArguments) -> str:
-    """Assumed efficiencies of the device, and the dispatcher."""
+    """Describe the assumed efficiencies of the device, and the dispatcher."""
     return (
         f"{flags.compute_efficiency:.0%} of peak compute, {flags.network_efficiency:.0%} of "
         f"link bandwidth; {flags.dispatcher} dispatch"
@@ -114,6 +115,6 @@ def efficiencies(flags: PlanArguments) -> str:
 
 
 def device_sources(device: Hardware) -> str:
-    """Sources of the numbers of the device."""
+    """List the sources of the device's numbers."""
     sources = "; ".join(f"{name}: {source}" for name, source in device.sources.items())
     return f"Figures of the device: {sources}"

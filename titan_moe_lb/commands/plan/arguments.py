@@ -1,4 +1,4 @@
-"""The flags of ``titan-moe-lb plan``, read and checked."""
+"""Reading and checking the flags of ``titan-moe-lb plan``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from titan_moe_lb.traces.trace import Trace, read_trace
 
 @dataclass(frozen=True, kw_only=True)
 class Loads:
-    """The loads to plan with, which the model's layers can have."""
+    """Loads to plan with, checked against the layers of the model."""
 
     factors: list[float]
     """Imbalances of the two-level load."""
     spreads: list[Spread]
+    """Log-normal loads."""
     redundant_experts: list[int]
     run: dict[str, Any] | None
     recorded: RecordedLoads | None
@@ -43,18 +44,19 @@ class Inputs:
     """The device with its peaks."""
     derated: Hardware
     degrees: list[int]
-    """Degrees of ``--ep``; empty without it."""
+    """Expert-parallel degrees of ``--ep``; empty without the flag."""
     trace: Trace | None
 
     @classmethod
     def of(cls, flags: PlanArguments, imbalances: str) -> Inputs:
-        """Read the flags.
+        """Read and check the flags.
 
         Args:
+            flags: the flags of the command.
             imbalances: default of ``--imbalance``.
 
         Raises:
-            JobError: the first flag that is wrong.
+            JobError: a flag is wrong; the first one is reported.
         """
         _check(flags)
         factors, log_normal = _imbalances(flags.imbalance or imbalances)
@@ -82,14 +84,14 @@ class Inputs:
         )
 
     def loads(self, moe_layers: Mapping[int, MoELayer], degrees: Iterable[int]) -> Loads:
-        """The loads, fitted to the model.
+        """Fit the loads to the model.
 
         Args:
-            moe_layers: by number.
-            degrees: expert-parallel ones that are planned.
+            moe_layers: MoE layers of the model, by number.
+            degrees: expert-parallel degrees to plan.
 
         Raises:
-            JobError: its layers cannot be that unevenly loaded, or are not those of the run.
+            JobError: a layer cannot be that unevenly loaded, or the run's layers are different.
         """
         self._check_layers(moe_layers)
         layers = list(moe_layers.values())
@@ -168,7 +170,7 @@ def _check(flags: PlanArguments) -> None:
 
 
 def _imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
-    """Imbalances of the two-level load, and log-normal ones."""
+    """Split ``--imbalance`` into imbalances of the two-level load and log-normal loads."""
     factors: list[float] = []
     log_normal: list[Spread | Overload] = []
     for word in (word.strip() for word in text.split(",")):
@@ -205,7 +207,11 @@ def _imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
 
 
 def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:
-    """Each once, in the order given."""
+    """Parse comma-separated numbers of at least 1, without duplicates, in their order.
+
+    Raises:
+        JobError: a word is not such a number. The message names ``flag``.
+    """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise JobError(f"{flag} {text} must be whole numbers of at least 1{example}")
@@ -213,7 +219,11 @@ def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:
 
 
 def ranks(flags: PlanArguments, of_job: int | None) -> int:
-    """The flag; else NGPU, as when the job is started; else what the job wants; else 1."""
+    """Resolve the number of ranks: ``--ranks``, else NGPU, else the job's own, else 1.
+
+    Raises:
+        JobError: the number is not a whole number of at least 1.
+    """
     announced = os.environ.get("NGPU")
     if flags.ranks is None and announced and not announced.isdecimal():
         raise JobError(f"NGPU={announced} must be a whole number of at least 1")
@@ -224,18 +234,19 @@ def ranks(flags: PlanArguments, of_job: int | None) -> int:
 
 
 def with_flags(job: list[str], flags: list[str]) -> list[str]:
-    """Behind the job's own, and before a subcommand as ``activation-checkpoint:full``."""
+    """Insert flags after the job's own, before a subcommand (``activation-checkpoint:full``)."""
     subcommands = [n for n, word in enumerate(job) if word.startswith("activation-")]
     end = min(subcommands, default=len(job))
     return [*job[:end], *flags, *job[end:]]
 
 
 def usual_degrees(own: int, layers: Sequence[MoELayer], most: int) -> list[int]:
-    """The job's own degree, then the four nearest powers of two that the layout allows.
+    """List the job's own degree, then the four nearest powers of two that the layout allows.
 
     Args:
-        own: the job's degree.
-        most: the degree divides it, and the experts of every layer.
+        own: expert-parallel degree of the job.
+        layers: MoE layers; a degree must divide the experts of each.
+        most: number of ranks that a degree must divide.
     """
     common = math.gcd(most, *(layer.num_experts for layer in layers))
     possible = [2**power for power in range(common.bit_length()) if common % 2**power == 0]

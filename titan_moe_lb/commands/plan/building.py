@@ -1,4 +1,4 @@
-"""This process while it builds models that nobody runs."""
+"""Setup of this process while it builds models on the meta device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from titan_moe_lb.terminal.heartbeat import Heartbeat
 
 @contextmanager
 def silent_build() -> Iterator[None]:
-    """Ready for torchtitan, silent about the ranks that are built, and all put back after."""
+    """Prepare torchtitan, silence its logs and warnings, and restore both afterwards."""
     from titan_moe_lb.upstream import cpu
 
     cpu.prepare()
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    # Copying pipeline stages makes millions of objects and no garbage: a quarter of the time.
+    # Copies of pipeline stages are millions of objects without garbage; collecting them would
+    # take a quarter of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -34,7 +35,7 @@ def silent_build() -> Iterator[None]:
 
 
 def heartbeat(doing: str) -> Heartbeat:
-    """A line now and then on standard error while it lasts."""
+    """Return a context that prints progress lines to standard error."""
     return Heartbeat(
         lambda line: print(line, file=sys.stderr), lambda seconds: f"{doing}: {seconds} s so far"
     )

@@ -1,4 +1,4 @@
-"""The charts of a plan's page, as plotly figures."""
+"""Charts of a plan's page, as plotly figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from titan_moe_lb.pages.palette import color, ramp
 
 
 def charts(plan: Plan) -> list[Chart]:
-    """Step time, memory and the parts of a layer; the measured load where there is a run."""
+    """Chart step time, memory and the parts of a layer, and the load of a run if there is one."""
 
     def of_step(draw: Callable[[Plan, Callable[[Outcome], float], str], go.Figure]) -> list[Panel]:
         return [
@@ -75,11 +75,13 @@ def curves_by_degree(
     x_title: str,
     ticks: Sequence[float],
 ) -> go.Figure:
-    """One curve for each expert-parallel degree, over a logarithmic axis.
+    """Draw one curve for each expert-parallel degree, over a logarithmic axis.
 
     Args:
-        curves: points of the curve, by degree.
-        ticks: of the axis of x.
+        curves: points of each curve, by degree.
+        y_title: title of the y axis.
+        x_title: title of the x axis.
+        ticks: ticks of the x axis.
     """
     figure = blank_figure(y_title, x_title)
     figure.update_xaxes(type="log", tickvals=ticks)

@@ -1,4 +1,4 @@
-"""``titan-moe-lb plan``: flags to an answer."""
+"""``titan-moe-lb plan``: from flags to a printed answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DROP_SHARE = 0.01
 
 
 def run(flags: PlanArguments) -> None:
-    """Answer in the terminal or as JSON, and on a page where one is asked for."""
+    """Plan the job and print the answer or its JSON; write a page if ``--output`` names one."""
     if flags.output:
         named = (flags.job_config, flags.hardware, flags.from_run)
         output_file.check(flags.output, [trace_file(path) for path in named if path])
@@ -46,7 +46,7 @@ def make_plan(flags: PlanArguments) -> Plan:
     """Read the job, and the run if one is named, and plan every degree.
 
     Raises:
-        JobError: the first thing that is wrong, in one line.
+        JobError: a flag, the job or the run is wrong; the first error is reported.
     """
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
 
@@ -54,7 +54,7 @@ def make_plan(flags: PlanArguments) -> Plan:
     with silent_build(), heartbeat("building one rank of each pipeline position"):
         by_degree = _jobs(inputs)
         moe_layers = moe_layers_of(next(iter(by_degree.values())).config.model_spec)
-        # Everything is checked before ranks are built, which takes minutes for a large model.
+        # Check everything before the ranks are built, which takes minutes for a large model.
         loads = inputs.loads(moe_layers, by_degree)
         jobs = _read_jobs(inputs, list(by_degree.values()))
     usable = inputs.device.memory_bytes * (1 - MEMORY_RESERVE)
@@ -84,7 +84,7 @@ def make_plan(flags: PlanArguments) -> Plan:
 
 
 def _jobs(inputs: Inputs) -> dict[int, Job]:
-    """The job, resolved at every expert-parallel degree."""
+    """Resolve the job at every expert-parallel degree."""
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.job import job_config
 
@@ -99,7 +99,7 @@ def _jobs(inputs: Inputs) -> dict[int, Job]:
         job = draft.resolve(ranks)
         layers = list(moe_layers_of(job.config.model_spec).values())
         degrees = arguments.usual_degrees(job.layout.ep, layers, job.layout.widest_ep)
-    # Nothing is captured here, and not every degree could be.
+    # A plan captures no CUDA graphs, and not every degree supports them.
     uncaptured = "--training.disable_cuda_graphs"
     return {
         degree: job_config.load(
@@ -113,7 +113,10 @@ def _jobs(inputs: Inputs) -> dict[int, Job]:
 
 
 def _read_jobs(inputs: Inputs, jobs: list[Job]) -> list[JobModel]:
-    """The job at every degree, the first one with all of its pipeline ranks."""
+    """Read the job at every degree.
+
+    All pipeline ranks are built at the first degree, and only the heaviest ones at the others.
+    """
     from titan_moe_lb.costmodel.jobs.read_job import read_job
 
     flags, on_host = inputs.flags, isinstance(inputs.device, Host)

@@ -1,4 +1,4 @@
-"""Devices by name: of the table with sources, or of a user's file."""
+"""Devices by name, from the package's table with sources or from a user's file."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ USUAL = {
     "scale_out_bandwidth": (1e7, 1e14, "bytes/s in one direction, as in 50e9"),
     "scale_out_latency": (1e-9, 1e-2, "seconds, as in 2.7e-6"),
 }
-"""Least and most that a device has, and the unit: a file in TFLOP/s, GB or µs is outside."""
+"""Smallest and largest plausible value, and the unit. A file in TFLOP/s, GB or µs is outside."""
 
 KINDS = {"gpu": Hardware, "host": Host}
 
 
 def hardware(name: str) -> Hardware:
-    """The device of that name, or of a TOML file of the user's.
+    """Look up a device by its name, or read it from a user's TOML file.
+
+    Args:
+        name: name in the package's table, or path of a file that ends in .toml.
 
     Raises:
-        JobError: neither a known name nor a file; a file that does not define a device.
+        JobError: the name is unknown, or the file does not define a device.
     """
     if name.endswith(".toml"):
         return _device(Path(name).stem, toml_tables.read(name, "--hardware"), name)
@@ -46,7 +49,7 @@ def hardware(name: str) -> Hardware:
 
 
 def known_hardware() -> dict[str, dict[str, Any]]:
-    """The table that comes with the package, by name."""
+    """Read the package's table of devices, by name."""
     text = resources.files("titan_moe_lb.costmodel.hardware").joinpath("devices.toml").read_text()
     return tomli.loads(text)
 
@@ -64,7 +67,7 @@ def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
     if kind not in KINDS:
         raise JobError(f"{place}: kind is {kind!r}; {nearest(str(kind), KINDS)}")
     device = KINDS[kind](**values)
-    # A host is measured, in these units, and may be slower than any accelerator.
+    # The file of a host is measured in these units, and a host may be slower than any accelerator.
     for figure, (least, most, unit) in (USUAL if kind == "gpu" else {}).items():
         value = table[figure]
         if not least <= value <= most:

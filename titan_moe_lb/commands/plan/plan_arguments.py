@@ -1,4 +1,4 @@
-"""Flags of ``titan-moe-lb plan``. Imports little, so that ``--help`` is instant."""
+"""Flags of ``titan-moe-lb plan``. This module imports little, so ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ class PlanArguments:
 
     @property
     def job_arguments(self) -> list[str]:
-        """The job, as ``run_train.sh`` takes it."""
+        """Flags that define the job, as for ``run_train.sh``."""
         file = ["--job-config", self.job_config] if self.job_config else []
         return [*file, *self.job_flags]

@@ -1,4 +1,4 @@
-"""The loads of a recorded run."""
+"""Loads of a recorded run, checked against the model of a job."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from titan_moe_lb.traces.trace import Trace
 def loads_of_run(
     trace: Trace, moe_layers: Mapping[int, MoELayer]
 ) -> tuple[dict[str, Any], RecordedLoads]:
-    """Facts of the run as plain data, and its loads.
+    """Read the facts and loads of a run.
+
+    Returns:
+        Facts of the run as plain data, and its loads.
 
     Raises:
-        JobError: its MoE layers have other shapes than the job's; names may differ.
+        JobError: the MoE layers of run and job differ in number, experts or top_k. The names of
+            the models may differ.
     """
     info = trace.info
     if info.num_experts_by_layer or info.top_k_by_layer:
@@ -56,10 +60,10 @@ def loads_of_run(
         "first_steps": trace.steps[:window].tolist(),
         "last_steps": trace.steps[-window:].tolist(),
         "ep_degree": info.ep,
-        # Of single micro-batches; the counts are of whole global batches.
+        # From single micro-batches; the counts are of whole global batches.
         "max_overload_factor": float(np.nanmax(overload_S)),
         "micro_batches": len(recorded.micro_batch_counts_SME),
-        # Of whole global batches, so that chance in a small one is not taken for a preference.
+        # From whole global batches: in small micro-batches, sampling noise would add to sigma.
         "sigma": fitted_sigma(recorded.known(slice(-window, None))),
     }
     return run, recorded

@@ -1,4 +1,4 @@
-"""A planned job."""
+"""Result of ``titan-moe-lb plan``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ MEMORY_RESERVE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The planned job at every degree."""
+    """Plan of a job at every expert-parallel degree."""
 
     job: JobModel
-    """At the first degree."""
+    """Sizes of the job at the first degree."""
     flags: PlanArguments
     device: Hardware
-    """The device with its peaks, not derated."""
+    """Device with its peaks, not derated."""
     usable_bytes: float
     degrees: tuple[DegreePlan, ...]
     verdict: Verdict
     run: dict[str, Any] | None
-    """The run whose loads the measured rows have."""
+    """Facts of the run that the measured rows use; None without a run."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data. Seconds, bytes, tokens."""
+        """Convert to plain data in seconds, bytes and tokens."""
         first = next(iter(self.job.moe_layers.values()))
         return {
             "verdict": dataclasses.asdict(self.verdict),

@@ -1,4 +1,4 @@
-"""The verdict: the best degree, its head-room, and what balancing and placing would save."""
+"""Verdict of a plan: best degree, free memory, and savings by balancing and placement."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from titan_moe_lb.costmodel.times.outcome import Outcome
 from titan_moe_lb.costmodel.times.predict import DegreePlan
 
 CLOSE = 0.1
-"""Degrees whose steps differ by less are too close for this model to rank."""
+"""Relative difference of step times below which this model cannot rank two degrees."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """Saving of a change at the chosen degree."""
+    """Saving by one change at the chosen degree."""
 
     by: str
     share: float
-    """Share of the step's time."""
+    """Saved share of the step time."""
     gpu_hours: float
-    """Over all steps of the job."""
+    """Saved GPU-hours over all steps of the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,33 +29,34 @@ class Verdict:
     """Advice for the job."""
 
     load: str
-    """The load under which degrees are compared."""
+    """Load under which the degrees are compared, as a phrase."""
     ep_degree: int | None = None
-    """The fastest degree that fits; None where none does."""
+    """Fastest degree that fits; None if no degree fits."""
     outcome: Outcome | None = None
-    """At that degree."""
+    """Outcome at that degree."""
     head_room_bytes: float = 0.0
     largest_imbalance_that_fits: float | None = None
     gpu_hours: float = 0.0
     """GPU-hours of all steps of the job."""
     balancing: Gain | None = None
     placements: tuple[Gain, ...] = ()
-    """Placed for the first half of the run, judged at its end."""
+    """Savings in the run's last steps of placements computed for its first half."""
     next_degree: int | None = None
-    """The next fastest that fits."""
+    """Second fastest degree that fits."""
     next_slower: float = 0.0
-    """Relative difference of its step time."""
+    """Step time of ``next_degree`` over the fastest one, minus 1."""
 
     @property
     def is_close(self) -> bool:
+        """True if the two fastest degrees are too close to rank."""
         return self.next_degree is not None and self.next_slower < CLOSE
 
 
 def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> Verdict:
-    """Compare the degrees under the run's load, else log-normal loads, else at balance.
+    """Compare the degrees under the run's load, else log-normal loads, else balance.
 
-    Balance leaves nothing to save. There the saving is that at the largest imbalance asked for
-    below the worst case.
+    At balance there is nothing to save. The verdict then reports the saving at the largest
+    requested imbalance below the worst case.
     """
     load, outcome_of = _load(degrees)
     fitting = sorted(

@@ -1,1 +1,1 @@
-"""``titan-moe-lb study``: the same job under many settings, and what comes of each."""
+"""``titan-moe-lb study``: a comparison of one job under many settings."""

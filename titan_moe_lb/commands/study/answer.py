@@ -1,4 +1,4 @@
-"""The answer of a study: its settings as tables, charts, and every number as plain data."""
+"""Answer of a study: tables of its settings, charts, and all numbers as plain data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TITLES = {
     "step_slowdown": "step x",
     "step_seconds": "step s",
 }
-"""Titles of the numbers of a setting."""
+"""Titles of a setting's numbers."""
 
 _ON_TERMINAL = {
     "validation_loss": "loss",
@@ -33,14 +33,16 @@ _ON_TERMINAL = {
     "steps_until_balanced": "balanced at",
     "step_slowdown": "step x",
 }
-"""Shorter ones, which leave room for the names of the settings."""
+"""Shorter titles, which leave room for the names of the settings."""
 
 
 def answer(study: Study, groups: Sequence[Group], name: str) -> Answer:
-    """The study as sentences, tables and charts.
+    """Convert a study to sentences, tables and charts.
 
     Args:
-        name: of its folder.
+        study: file of the study.
+        groups: its settings, by model.
+        name: name of its folder.
     """
     settings = study.settings
     return Answer(
@@ -94,11 +96,11 @@ def _settings(group: Group) -> Table:
 
 
 def in_words(spread: Spread) -> Cell:
-    """The mean over the seeds, and below it the lowest and highest where they differ."""
+    """Format the mean over the seeds, with the lowest and highest below if they differ."""
     low, high = spread.low, spread.high
     if math.isnan(spread.mean):
         text = "–"
-    elif math.isinf(high):  # steps until something that did not happen in some seed
+    elif math.isinf(high):  # in some seed the load was never balanced
         text = "never" if math.isinf(low) else f"{number(low, 4)} or never"
     else:
         text = number(spread.mean, 4)
@@ -108,7 +110,7 @@ def in_words(spread: Spread) -> Cell:
 
 
 def _cells(setting: Setting) -> Cell:
-    """Number of cells, or how many of them failed or diverged."""
+    """Count the cells, or those that failed or diverged."""
     bad = [result.record.status for result in setting.results if result.measured is None]
     ends = ", ".join(f"{bad.count(status)} {status}" for status in dict.fromkeys(bad))
     return Cell(value=len(setting.results), text=ends, is_bad=bool(bad))
@@ -157,7 +159,7 @@ def _what_was_run(study: Study) -> Table:
 
 
 def _numbers(study: Study, groups: Sequence[Group]) -> dict[str, Any]:
-    """Every number of the table and the page, by setting and by cell."""
+    """Collect all numbers of tables and page, by setting and by cell."""
     settings = [(group, setting) for group in groups for setting in group.settings]
 
     def of_setting(group: Group, setting: Setting) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One run of a study: its folder, which is that of any run, and what became of it."""
+"""One run of a study: its flags, its run folder and its outcome."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from titan_moe_lb.errors import JobError
 RECORD = "cell.json"
 LOG = "log"
 CELLS = "cells"
-"""Folder of the cells in that of their study."""
+"""Folder of all cells, in the folder of the study."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One value of each axis."""
+    """Run of a study, with one value of each axis."""
 
     labels: dict[str, str]
-    """Name of its value, by axis."""
+    """Name of the value, by title of the axis."""
     seed: int | None
     flags: list[str]
-    """Flags of its job."""
+    """Flags of the job."""
     ranks: int
 
     @property
     def name(self) -> str:
-        """Name of its folder, which is not hidden and is never ``..``."""
+        """Name of the folder, which is never hidden and never ``..``."""
         parts = [
             re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("._") for text in self.labels.values()
         ]
@@ -41,17 +41,17 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Cell):
-    """Outcome of a cell, written when it has ended: a folder without one was cut short."""
+    """Outcome of a cell, written at its end. A folder without a record was interrupted."""
 
     status: Literal["done", "diverged", "failed"]
-    """``diverged``: it ran to its end, and its loss is not a number."""
+    """``diverged`` if the loss is not a number; ``failed`` for every other error."""
     seconds: float
     error: str
-    """Why it failed, in a line; empty where it did not."""
+    """Error in one line; empty without an error."""
 
 
 class CellFolder:
-    """The folder of a cell in the folder of its study."""
+    """Folder of a cell in the folder of its study."""
 
     def __init__(self, study_folder: Path, cell: Cell) -> None:
         self.cell = cell
@@ -59,14 +59,14 @@ class CellFolder:
 
     @property
     def log(self) -> Path:
-        """Output of the cell."""
+        """File with the output of the cell."""
         return self.path / LOG
 
     def record(self) -> Record | None:
-        """Read the outcome of the cell; None where it has not ended.
+        """Read the outcome of the cell; None if it has not ended.
 
         Raises:
-            JobError: another job was run there.
+            JobError: the record is damaged, or another job was run in the folder.
         """
         path = self.path / RECORD
         if not path.is_file():
@@ -88,13 +88,21 @@ class CellFolder:
         return record
 
     def clear(self) -> None:
-        """Make the folder anew. Raises ``OSError``."""
+        """Delete the folder and create it again.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
 
     def write(self, record: Record) -> None:
-        """Write the record whole or not at all."""
+        """Write the record atomically.
+
+        Raises:
+            JobError: the folder cannot be written.
+        """
         partial = self.path / f".{RECORD}"
         try:
             partial.write_text(json.dumps(asdict(record), indent=1) + "\n")
@@ -105,7 +113,7 @@ class CellFolder:
             raise self.unwritable(error) from None
 
     def unwritable(self, error: OSError) -> JobError:
-        """Error for a full disk."""
+        """Convert an error of the file system, such as a full disk, to a :class:`JobError`."""
         return JobError(
             f"{self.path} cannot be written ({error.strerror}): what has ended is kept; make "
             "room and start the study again"

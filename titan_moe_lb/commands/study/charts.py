@@ -1,4 +1,4 @@
-"""The charts of a study, those of one model side by side."""
+"""Charts of a study, with one panel for each model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from titan_moe_lb.pages.charts import (
 from titan_moe_lb.pages.palette import color
 
 FEW = 4
-"""Settings whose curves can all be distinguished."""
+"""Most settings whose curves can all be coloured and told apart."""
 MOST_POINTS = 60
-"""Points of a curve: steps are averaged in so many stretches."""
+"""Most points of a curve; more steps are averaged in segments."""
 
 _TICKS = [one * 10.0**power for power in range(-3, 4) for one in (1, 2, 3, 5)]
 _LOSS_TITLES = {"validation_loss": "validation loss", "training_loss": "training loss"}
 
 
 def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
-    """Charts of the cost and benefit of the settings of each model."""
+    """Draw the costs and benefits of each model's settings."""
     made = [
         _fronts(
             groups,
@@ -136,14 +136,14 @@ def _front(group: Group, cost: str, x_title: str) -> go.Figure:
             hovertemplate=f"{setting.name}<br>{x_title} %{{x:.4g}}<br>loss %{{y:.4g}}<extra></extra>",
         )
     figure.update_layout(hovermode="closest", margin_t=20)
-    # One setting without balance is far from all others; perfect balance costs nothing.
+    # A setting without balancing is far from all others. A cost of 0 rules out a log scale.
     if all(point > 0 for curve in figure.data for point in curve.x):
         figure.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS])
     return figure
 
 
 def _x(setting: Setting, cost: str) -> Spread:
-    """A cost as it is drawn: what a step takes is drawn as what it loses, in percent."""
+    """Convert a cost for its axis: a step slowdown becomes lost time in percent."""
     spread = setting.spread(cost)
     if cost != "step_slowdown":
         return spread
@@ -156,7 +156,7 @@ def _curves(group: Group, y_title: str, course: str) -> go.Figure:
     hues = (Pen(p.color, p.dash, width=2.2) for p in PENS if p.color != color("grey"))
     pens = dict(zip(coloured, hues, strict=False))
     labels = {one.name: f"{number} {one.name}" for number, one in enumerate(group.settings, 1)}
-    # Grey first, so that it does not cover what is looked at.
+    # Draw grey curves first, so that they do not cover the coloured ones.
     for setting in sorted(group.settings, key=lambda setting: setting.name in pens):
         seeds = [
             (result.course.steps, getattr(result.course, course))
@@ -174,14 +174,14 @@ def _curves(group: Group, y_title: str, course: str) -> go.Figure:
             figure.data[-1].update(hoverinfo="skip", hovertemplate=None)
         add_curve(figure, labels[setting.name], steps, np.mean(rows, axis=0), pen)
     label_curves(figure, [labels[name] for name in pens])
-    for annotation in figure.layout.annotations:  # the number is enough: the table has the name
+    for annotation in figure.layout.annotations:  # keep the number; the table lists the name
         annotation.text = annotation.text.partition(" ")[0]
     figure.update_layout(margin_r=34, hovermode="closest")
     return figure
 
 
 def _in_colour(group: Group) -> list[Setting]:
-    """The settings that a reader looks for: the best ones, and the least even; all of a few."""
+    """Choose the coloured settings: the Pareto front and the least even one, or all of a few."""
     if len(group.settings) <= FEW:
         return list(group.settings)
     known = [setting for setting in group.settings if setting.complete]
@@ -191,7 +191,7 @@ def _in_colour(group: Group) -> list[Setting]:
 
 
 def _stretches(values_S: np.ndarray) -> np.ndarray:
-    """Means of as many stretches of the steps as a curve has points."""
+    """Average the steps in as many segments as a curve has points."""
     parts = np.array_split(values_S, min(MOST_POINTS, len(values_S)))
     return np.array([part.mean() for part in parts], dtype=np.float32)
 

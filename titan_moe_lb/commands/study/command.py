@@ -1,4 +1,4 @@
-"""``titan-moe-lb study``."""
+"""``titan-moe-lb study``: run the cells, then write and print the answer."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def run_study(
     processes: int | None = None,
     retry_failed: bool = False,
 ) -> None:
-    """Run what of a study has not been run, and write what it has found.
+    """Run the cells of a study that have no result yet, and write its page and numbers.
 
     Args:
-        path: its file.
-        output: its folder; default: ``outputs/`` and the name of the file.
-        processes: cells at once; default: as the file says.
+        path: file of the study.
+        output: folder of the study; default: ``outputs/`` and the name of the file.
+        processes: number of cells that run at once; default: the number in the file.
         retry_failed: run cells again that failed or diverged.
 
     Raises:
-        JobError: the first thing that is wrong, in one line. Cells that have ended are kept.
+        JobError: the file, a job or the folder is wrong. Ended cells are kept.
     """
     study = read_study(path)
     folder = (output or Path("outputs") / path.stem).absolute()
@@ -95,10 +95,10 @@ def _conclude(study: Study, folder: Path, folders: list[CellFolder]) -> None:
 
 
 def check_jobs(cells: list[Cell]) -> None:
-    """Every setting once, before anything starts: a key that no job has is found here.
+    """Resolve the job of every setting once, so that a wrong key fails before any run starts.
 
     Raises:
-        JobError: of the first cell whose job does not hold.
+        JobError: a job is invalid; the message names its cell.
     """
     from titan_moe_lb.commands.plan.building import silent_build
 
@@ -114,7 +114,11 @@ def check_jobs(cells: list[Cell]) -> None:
 
 
 def check_prediction(plan: Prediction) -> None:
-    """Check a prediction before the runs. Raises ``JobError``."""
+    """Check a prediction before the runs.
+
+    Raises:
+        JobError: the device is unknown, or the planned job is invalid.
+    """
     from titan_moe_lb.commands.plan.building import silent_build
     from titan_moe_lb.commands.plan.known_hardware import hardware
 

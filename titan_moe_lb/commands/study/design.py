@@ -1,4 +1,4 @@
-"""The file of a study: a job, the axes along which it varies, and how to run it."""
+"""File of a study: a job, the axes along which it varies, and how to run it."""
 
 from __future__ import annotations
 
@@ -14,48 +14,51 @@ from titan_moe_lb.commands.study.cell import Cell
 from titan_moe_lb.errors import JobError
 
 SEED = "debug.seed"
-"""The key along which cells are repetitions of one another."""
+"""Key that repeats a cell: cells that differ only in it share a setting."""
 
 MOST_CELLS = 10_000
-"""Largest grid: more cells are a mistake."""
+"""Largest grid; more cells are probably a mistake."""
 
 FARTHEST = 1e300
-"""Largest distance from 0 of a range, whose width is then finite too."""
+"""Largest absolute bound of a range, so that its width is finite too."""
 
 MOST_LETTERS = 200
-"""Longest name of a cell and of its folder."""
+"""Most characters in the name of a cell, which is also its folder."""
 
 RANKS = "ranks"
-"""No key of a job: how many processes a cell has."""
+"""Key of an axis that sets the number of processes of a cell; it is no key of a job."""
 
 
 @dataclass(kw_only=True)
 class Axis:
-    """``[[axis]]``: what varies. Values of one key, a range of it, or settings of several keys."""
+    """``[[axis]]``: values of one key, a range of it, or named settings of several keys."""
 
     key: str = ""
     """Key of the job, as in model.aux_losses or optimizer.param_groups.0.optimizer_kwargs.lr."""
     values: list[Any] = field(default_factory=list)
     low: float | None = None
-    """Lower end of a range, for a sampler that is not the grid."""
+    """Lower end of a range, for any sampler except the grid."""
     high: float | None = None
+    """Upper end of the range."""
     log: bool = False
-    """Logarithmic range."""
+    """Sample the range on a logarithmic scale."""
     name: str = ""
     """Name of the axis; default: its key."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Keys of each value by its name, in place of key and values."""
+    """Keys that each named value sets; replaces ``key`` and ``values``."""
 
     @property
     def title(self) -> str:
+        """Name of the axis, or the last part of its key."""
         return self.name or self.key.rpartition(".")[2]
 
     @property
     def is_range(self) -> bool:
+        """True if the axis is a range."""
         return self.low is not None or self.high is not None
 
     def choices(self) -> dict[str, dict[str, Any]]:
-        """Keys that each value sets, by its name."""
+        """List the keys that each value sets, by the name of the value."""
         if self.settings:
             return self.settings
         return {label(value): {self.key: value} for value in self.values}
@@ -63,61 +66,65 @@ class Axis:
 
 @dataclass(kw_only=True)
 class Prediction:
-    """``[plan]``: the job whose step time is predicted from the measured imbalance."""
+    """``[plan]``: job whose step time is predicted from the measured imbalance."""
 
     hardware: str
-    """Device, as for titan-moe-lb plan."""
+    """Device, as in ``titan-moe-lb plan --hardware``."""
     ep: int
     """Expert-parallel degree of the planned job."""
     ranks: int
+    """Ranks of the planned job."""
     job: list[str] = field(default_factory=list)
-    """Flags of another, larger job, which is taken to be as unbalanced as the cell; default: the
+    """Flags of another, larger job, which is assumed to be as unbalanced as the cell; default: the
     cell's own job under its measured load."""
 
 
 @dataclass(kw_only=True)
 class Settings:
-    """``[study]``."""
+    """``[study]``: how to run the cells."""
 
     job: list[str] = field(default_factory=list)
     """Flags of every cell, as for run_train.sh."""
     description: str = ""
     """One sentence for the page."""
     ranks: int = 1
-    """Processes of a cell."""
+    """Number of processes of a cell."""
     processes: int = 1
-    """Cells at once."""
+    """Number of cells that run at once."""
     threads: int = 1
-    """Threads of each process of a cell."""
+    """Number of threads of each process of a cell."""
     balanced_below: float = 0.5
-    """MaxVio, mean over layers, below which a step counts as balanced."""
+    """MaxVio (mean over layers) below which a step counts as balanced."""
     sampler: Literal["grid", "random", "tpe", "nsga2"] = "grid"
-    """grid runs every combination; the others choose trials of them (Optuna), to lower the
-    validation loss and MaxVio together."""
+    """"grid" runs every combination. The others are samplers of Optuna, which choose ``trials``
+    cells to lower the validation loss and MaxVio together."""
     trials: int = 0
-    """Cells of a sampler that is not the grid."""
+    """Number of cells for any sampler except the grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The whole file."""
+    """Contents of the file."""
 
     settings: Settings
     axes: list[Axis]
     plan: Prediction | None
 
     def grid(self) -> list[Cell]:
-        """Every combination; the seeds of one setting follow one another."""
+        """List all combinations; the seeds of one setting follow one another."""
         axes = sorted(self.axes, key=lambda axis: axis.key == SEED)
         combinations = itertools.product(*(axis.choices().items() for axis in axes))
         titles = [axis.title for axis in axes]
         return [self.cell(dict(zip(titles, chosen, strict=True))) for chosen in combinations]
 
     def cell(self, chosen: dict[str, tuple[str, dict[str, Any]]]) -> Cell:
-        """Cell of one value of each axis.
+        """Build the cell with one value of each axis.
+
+        Args:
+            chosen: name of the value and the keys that it sets, by title of the axis.
 
         Raises:
-            JobError: no process can be started of it, or no folder made.
+            JobError: the number of ranks, the flags or the name of the cell is invalid.
         """
         keys: dict[str, Any] = {}
         for _name, sets in chosen.values():
@@ -147,7 +154,7 @@ def read_study(path: Path) -> Study:
     """Read the file of a study.
 
     Raises:
-        JobError: it cannot be read, or a key is not one of a study.
+        JobError: the file cannot be read, or a key or value is invalid.
     """
     tables = toml_tables.read(str(path), "study")
     named = {"study": dict, "axis": list, "plan": dict}
@@ -231,12 +238,12 @@ def _check_axis(axis: Axis, sampler: str, where: str) -> None:
 
 
 def label(value: Any) -> str:
-    """A value of an axis, as it is called."""
+    """Name a value of an axis."""
     return value if isinstance(value, str) else toml_tables.inline(value)
 
 
 def flag(key: str, value: Any) -> list[str]:
-    """The words of a command line that set one key of a job."""
+    """Format the command-line words that set one key of a job."""
     if key.startswith("model."):
         return [f"--{key}={value if isinstance(value, str) else toml_tables.inline(value)}"]
     if isinstance(value, bool):

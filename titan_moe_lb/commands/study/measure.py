@@ -1,4 +1,4 @@
-"""The numbers of a cell, from the files of its run.
+"""Numbers of a cell, from the files of its run.
 
 Shape suffixes: S = logged steps, D = domains, M = MoE layers, E = experts.
 """
@@ -19,10 +19,10 @@ from titan_moe_lb.traces.trace import Trace, read_trace
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """A cell over its steps."""
+    """MaxVio and loss of a cell over its logged steps."""
 
     steps: np.ndarray
-    """int64 ``(S,)``."""
+    """Numbers of the logged steps, int64 ``(S,)``."""
     violation_S: np.ndarray
     """MaxVio of the global batch, mean over layers."""
     loss_S: np.ndarray
@@ -31,7 +31,7 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A cell in single numbers. NaN where the run does not have it."""
+    """Scalar results of a cell; NaN for a number that the run did not record."""
 
     validation_loss: float
     """Mean over the domains at the last validation."""
@@ -40,23 +40,28 @@ class Measured:
     max_violation: float
     """MaxVio of the global batch, mean over layers and over the last quarter of the steps."""
     micro_batch_max_violation: float
-    """MaxVio of single micro-batches, over the same steps."""
+    """MaxVio of single micro-batches, mean over the same steps."""
     steps_until_balanced: float
-    """First logged step after which MaxVio stays below the bound; infinite if there is none."""
+    """First logged step from which on MaxVio stays below the bound; infinite if there is none."""
     specialisation: float
-    """Specialisation of the experts: total variation distance of the loads of the domains,
-    mean over layers and pairs of domains. 0: the same experts; 1: no expert in common."""
+    """Total variation distance between the loads of two domains, mean over layers and pairs of
+    domains. 0: both use the same experts; 1: they share no expert."""
     loss_of: dict[str, float]
     """Validation loss by domain."""
     effective_experts_of: dict[str, float]
-    """Number of balanced experts with the entropy of the domain's load; mean over layers."""
+    """Number of evenly loaded experts with the entropy of the domain's load, mean over layers;
+    by domain."""
 
 
 def measure(folder: Path, balanced_below: float) -> tuple[Measured, Course]:
     """Measure the run in a folder.
 
+    Args:
+        folder: folder of the run.
+        balanced_below: MaxVio below which a step counts as balanced.
+
     Raises:
-        JobError: it has no trace.
+        JobError: the folder has no trace.
     """
     trace, domains = read_trace(folder), read_domain_trace(folder)
     violation_S = max_violation(trace.counts_SME).mean(axis=1)
@@ -75,7 +80,7 @@ def measure(folder: Path, balanced_below: float) -> tuple[Measured, Course]:
 
 
 def until_balanced(trace: Trace, violation_S: np.ndarray, bound: float) -> float:
-    """See :attr:`Measured.steps_until_balanced`."""
+    """Compute :attr:`Measured.steps_until_balanced`."""
     above = np.flatnonzero(violation_S >= bound)
     if not len(above):
         return float(trace.steps[0])

@@ -1,4 +1,4 @@
-"""The step time of the planned job at the imbalance of each cell."""
+"""Step time of the planned job at the imbalance of each cell."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from titan_moe_lb.errors import JobError
 
 
 def predicted(prediction: Prediction, cells: Sequence[Result]) -> list[Result]:
-    """The cells with the step time of their load, and its ratio to that at balance.
+    """Add the predicted step time and its ratio to balance to every cell that succeeded.
 
-    With a job of its own the prediction is of that job, whose fullest expert is as far above the
-    mean as the cell's; without, of the cell's job under the load of its last steps.
+    If ``[plan]`` names a job, that job is planned with the cell's MaxVio as its imbalance.
+    Otherwise the cell's own job is planned under the load of its last steps.
 
     Raises:
         JobError: the job cannot be planned.
@@ -56,7 +56,7 @@ def _outcomes(prediction: Prediction, cells: Sequence[Result]) -> list[Outcome]:
 
 
 def _without_layout(flags: Sequence[str]) -> list[str]:
-    """Flags without those of a layout, whose value may be a word of its own."""
+    """Remove ``--parallelism`` flags, and their values if these are separate words."""
     kept: list[str] = []
     drops_value = False
     for word in flags:

@@ -1,4 +1,4 @@
-"""Progress of a running study: a bar on a terminal, else a line for each cell that ends."""
+"""Progress of a running study: a bar on a terminal, and a line for each cell that ends."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from titan_moe_lb.commands.study.cell import CellFolder, Record
 
 
 class Display:
-    """Progress of one start of a study, until it is closed."""
+    """Progress display of one start of a study."""
 
     def __init__(self, total: int) -> None:
-        """
+        """Start the display.
+
         Args:
-            total: cells of the whole study.
+            total: number of cells of the whole study.
         """
         self._console = Console()
         self._total = total
@@ -38,7 +39,7 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
-            # A cell takes minutes: the speed is that of all that have ended.
+            # A cell takes minutes, so estimate the speed from all ended cells.
             speed_estimate_period=1e9,
             disable=not self._console.is_terminal,
         )
@@ -46,20 +47,23 @@ class Display:
         self._bar.start()
 
     def close(self) -> None:
+        """Stop the bar."""
         self._bar.stop()
 
     def known(self) -> None:
-        """A cell that ended in an earlier start."""
+        """Count a cell that ended in an earlier start."""
         self._known += 1
         self._bar.update(self._task, total=self._total - self._known)
 
     def began(self, folder: CellFolder) -> None:
+        """Show a cell as running."""
         if self._known and not self._ended and not self._running:
             self._console.print(f"{self._known} of {self._total} cells have been run before")
         self._running.append(folder.cell.name)
         self._describe()
 
     def ended(self, folder: CellFolder, record: Record) -> None:
+        """Count a cell as ended and print its outcome."""
         self._ended += 1
         self._running.remove(folder.cell.name)
         self._bar.advance(self._task)

@@ -1,4 +1,4 @@
-"""Results of a study: its cells by setting, and the settings by model."""
+"""Results of a study: cells by setting, and settings by model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Result:
     folder: CellFolder
     record: Record
     measured: Measured | None
-    """None where it failed or diverged."""
+    """None if the cell failed or diverged."""
     course: Course | None
     step_seconds: float = math.nan
-    """Step of the planned job; see :mod:`titan_moe_lb.commands.study.predict`."""
+    """Step time of the planned job; see :mod:`titan_moe_lb.commands.study.predict`."""
     step_slowdown: float = math.nan
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """Everything that is one number, by name."""
+        """Scalar results by name; empty if the cell failed or diverged."""
         if self.measured is None:
             return {}
         plain = {k: v for k, v in asdict(self.measured).items() if not isinstance(v, dict)}
@@ -48,7 +48,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A number over the seeds of a setting."""
+    """Mean, lowest and highest of a number over the seeds of a setting."""
 
     mean: float
     low: float
@@ -56,7 +56,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """NaN of no value."""
+        """Summarize values; without any, all three numbers are NaN."""
         if not values:
             return cls(mean=math.nan, low=math.nan, high=math.nan)
         return cls(mean=float(np.mean(values)), low=min(values), high=max(values))
@@ -64,43 +64,46 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Cells that differ in their seed alone."""
+    """Cells that differ only in their seed."""
 
     name: str
     results: tuple[Result, ...]
 
     def spread(self, number: str) -> Spread:
-        """Over the cells that have come to a good end."""
+        """Summarize a number over the cells that succeeded."""
         found = [result.numbers[number] for result in self.results if result.measured]
         return Spread.of(found)
 
     @property
     def complete(self) -> bool:
-        """Every cell has come to a good end."""
+        """True if every cell succeeded."""
         return all(result.measured for result in self.results)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Settings of one model, which may be compared."""
+    """Settings of one model, which can be compared."""
 
     name: str
-    """Name of the model on its axis; empty where all cells have one model."""
+    """Name of the model on its axis; empty if all cells share one model."""
     settings: tuple[Setting, ...]
 
     @property
     def loss(self) -> str:
-        """The loss by which settings are judged: on held-out text where every cell has it."""
+        """Name of the loss that ranks settings: validation loss if every setting has it."""
         has = [not math.isnan(s.spread("validation_loss").mean) for s in self.settings]
         return "validation_loss" if all(has) else "training_loss"
 
     def knows(self, number: str) -> bool:
-        """Return whether some setting has the number."""
+        """Return True if at least one setting has the number."""
         return any(not math.isnan(setting.spread(number).mean) for setting in self.settings)
 
     def front(self, cost: str) -> list[Setting]:
-        """Settings than which none is better in the loss and not worse in ``cost``, or the other
-        way round; by ascending cost."""
+        """Find the Pareto front of loss and ``cost``, by ascending cost.
+
+        A setting is on the front if no other is better in one of the two and at least as good in
+        the other. Only settings whose cells all succeeded take part.
+        """
         known = [s for s in self.settings if s.complete and math.isfinite(s.spread(cost).mean)]
         at = {s.name: (s.spread(cost).mean, s.spread(self.loss).mean) for s in known}
 
@@ -112,7 +115,7 @@ class Group:
 
 
 def read_results(study: Study, folders: Iterable[CellFolder]) -> list[Result]:
-    """Results of the cells that have ended."""
+    """Read the results of the cells that have ended."""
     results = []
     for folder in folders:
         record = folder.record()
@@ -129,7 +132,7 @@ def read_results(study: Study, folders: Iterable[CellFolder]) -> list[Result]:
 
 
 def by_model(study: Study, results: Sequence[Result]) -> list[Group]:
-    """The results in the order of the axes."""
+    """Group the results by model and setting, in the order of the results."""
     of_model = [
         axis.title
         for axis in study.axes

@@ -1,4 +1,4 @@
-"""Run the cells of a study, some at once; what has ended before is not run again."""
+"""Processes of a study: they run cells, several at once, and write their records."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from titan_moe_lb.traces.trace import read_trace
 
 _STOP_SECONDS = 30
 _NOT_FINITE = "Loss is not finite"
-"""Message of torchtitan 0.3.0 for such a run."""
+"""Message of torchtitan 0.3.0 for a loss that is not finite."""
 
 
 class Runner:
-    """Processes of cells that run at once, and how they are stopped."""
+    """Runner of cells, several at once."""
 
     def __init__(self, processes: int, threads: int) -> None:
-        """
+        """Store the limits.
+
         Args:
-            processes: cells at once.
-            threads: of each process of a cell.
+            processes: number of cells that run at once.
+            threads: threads of each process of a cell.
         """
         self._processes = processes
         self._threads = threads
@@ -50,10 +51,18 @@ class Runner:
         began: Callable[[CellFolder], None],
         ended: Callable[[CellFolder, Record], None],
     ) -> None:
-        """Run each cell to its end. The next one is chosen when there is room for it.
+        """Run each cell to its end.
+
+        The next folder is read when a slot is free, so that a sampler knows earlier results. An
+        error stops all running cells.
+
+        Args:
+            folders: folders of the cells to run.
+            began: called before a cell starts.
+            ended: called with the record of a cell that has ended.
 
         Raises:
-            JobError: what became of a cell cannot be written; the others are stopped.
+            JobError: the log or record of a cell cannot be written.
         """
         with ThreadPoolExecutor(self._processes) as pool:
             pending: dict[Future[Record], CellFolder] = {}
@@ -96,7 +105,7 @@ class Runner:
         return record
 
     def _train(self, folder: CellFolder, log) -> int:
-        """Run the cell in a session of its own, so that Ctrl-C reaches us alone; its exit status."""
+        """Run the cell in its own session, out of reach of Ctrl-C, and return its exit status."""
         with self._lock:
             if self._stopped:
                 return 1
@@ -135,20 +144,19 @@ class Runner:
 
 
 def command(folder: CellFolder) -> list[str]:
-    """Command line of a cell, as a user would type it."""
+    """Build the command line of a cell, as a user would type it."""
     train = [sys.executable, "-m", "titan_moe_lb.cli", "train"]
     return [*train, *folder.cell.flags, f"--dump_folder={folder.path}"]
 
 
 def stop_leftovers(cells: Path) -> None:
-    """End the processes of a study that was killed: they would write into the folders of its
-    cells.
+    """Kill processes of an earlier, killed study, which would still write into its cells.
 
     Args:
-        cells: the folder of all cells.
+        cells: folder of all cells.
 
     Raises:
-        JobError: one of them is another user's.
+        JobError: such a process belongs to another user.
     """
     flag = f"--dump_folder={cells}{os.sep}"
     found = []
@@ -168,18 +176,18 @@ def stop_leftovers(cells: Path) -> None:
 
 
 def _status(path: Path, error: str) -> Literal["done", "diverged", "failed"]:
-    """Status of a run that has ended, with this error if with any."""
+    """Status of an ended run, from its error, else from the last loss in its trace."""
     if error:
         return "diverged" if _NOT_FINITE in error else "failed"
     try:
         loss_S = read_trace(path).step_columns.get("loss", np.zeros(1))
-    except JobError:  # a job that writes no trace has nothing to say of it
+    except JobError:  # the job wrote no trace
         return "failed"
     return "done" if np.isfinite(loss_S[-1]) else "diverged"
 
 
 def _last_line(log: Path) -> str:
-    """Last error or line of a failed cell."""
+    """Last error of a failed cell, else its last line."""
     lines = log.read_text(errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("titan_moe_lb: error: ")] or lines
     return errors[-1].removeprefix("titan_moe_lb: error: ") if errors else "it printed nothing"

@@ -1,4 +1,4 @@
-"""The cells that a study runs: every combination, or those that a sampler of Optuna chooses."""
+"""Choice of the cells that a study runs: all combinations, or trials of an Optuna sampler."""
 
 from __future__ import annotations
 
@@ -13,31 +13,36 @@ from titan_moe_lb.errors import JobError
 
 
 class Grid:
-    """Every combination."""
+    """Choice of all combinations."""
 
     def __init__(self, study: Study) -> None:
         self.known_cells = study.grid()
-        """Cells that are chosen before the first one has run."""
+        """Cells that are known before the first one has run."""
         self.total = len(self.known_cells)
 
     def cells(self) -> Iterator[Cell]:
+        """Iterate over the cells to run."""
         return iter(self.known_cells)
 
     def tell(self, folder: CellFolder, record: Record) -> None:
-        """Nothing: no later cell depends on this one."""
+        """Ignore the result, on which no later cell depends."""
 
 
 class Search:
-    """Cells that lower two numbers together.
+    """Choice of cells that lower loss and MaxVio together, by a sampler of Optuna.
 
-    A restart reports earlier results to the sampler in the order of its choices: the folders of
-    the cells are the only record, so that nothing can disagree with them.
+    The folders of the cells are the only record of a search. A restart reports their results to
+    the sampler in the order in which it chooses the cells.
     """
 
     known_cells: tuple[Cell, ...] = ()
 
     def __init__(self, study: Study) -> None:
-        """Raises JobError: Optuna is not installed."""
+        """Create the sampler.
+
+        Raises:
+            JobError: Optuna is not installed.
+        """
         try:
             import optuna
         except ImportError:
@@ -61,7 +66,7 @@ class Search:
         )
 
     def cells(self) -> Iterator[Cell]:
-        """One cell for each trial; a combination that was chosen before is not run again."""
+        """Choose one cell for each trial, and skip combinations that were chosen before."""
         for _number in range(self._study.settings.trials):
             trial = self._search.ask()
             chosen: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -83,7 +88,7 @@ class Search:
             yield cell
 
     def tell(self, folder: CellFolder, record: Record) -> None:
-        """Report the loss and MaxVio of a cell."""
+        """Report the loss and MaxVio of a cell to the sampler."""
         trial = self._trials[folder.cell.name]
         values = []
         if record.status == "done":

@@ -1,4 +1,4 @@
-"""Conclusions from the numbers of a study, and their limits, in one paragraph."""
+"""Conclusions from a study and their limits, in one paragraph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TITLES = {
 
 
 def verdict(group: Group) -> str:
-    """Compare the settings of one model, without those that have a failed cell."""
+    """Compare the settings of one model, without settings that have a failed cell."""
     settings = [setting for setting in group.settings if setting.complete]
     if not settings:
         return "No setting has come to a good end."
@@ -64,7 +64,7 @@ def verdict(group: Group) -> str:
 
 
 def _within(best: Setting, settings: list[Setting], loss: str) -> list[Setting]:
-    """Settings whose seeds reach into those of the best."""
+    """List the settings whose range over seeds overlaps the range of the best one."""
     highest = best.spread(loss).high
     return [s for s in settings if s is not best and s.spread(loss).low <= highest]
 

@@ -1,1 +1,1 @@
-"""``titan-moe-lb plan --serve``: what the model of a job takes where it is served."""
+"""``titan-moe-lb plan --serve``: predicted step time and memory of a deployment."""

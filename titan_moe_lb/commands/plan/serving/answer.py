@@ -1,4 +1,4 @@
-"""The answer of ``titan-moe-lb plan --serve``: verdict, table, charts."""
+"""Answer of ``titan-moe-lb plan --serve``: verdict, table and charts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_moe_lb.pages.charts import Chart, Panel
 
 
 def answer(serving: Serving) -> Answer:
-    """The deployment as sentences, a table and charts."""
+    """Convert the plan of a deployment to sentences, a table and charts."""
     model = serving.model
     return Answer(
         kind="Plan of a deployment",
@@ -117,7 +117,7 @@ def _row(ep_degree: int, row: ServedRow) -> Row:
 
 
 def _limits(serving: Serving, degree: ServedDegree) -> str:
-    """Number of sequences that fit, and the limit of the experts."""
+    """Describe how many sequences fit, and the bottleneck of the experts."""
     turn = (
         "reading the experts is the limit at any number of tokens"
         if degree.turning_tokens is None
@@ -134,7 +134,7 @@ def _limits(serving: Serving, degree: ServedDegree) -> str:
 
 
 def _charts(serving: Serving) -> list[Chart]:
-    """Time, throughput and memory against the tokens of a step, under the judged load."""
+    """Chart time, throughput and memory over the tokens of a step, under the judged load."""
 
     def panel(caption: str, unit: str, value: Callable[[ServedRow], float]) -> Panel:
         curves = {

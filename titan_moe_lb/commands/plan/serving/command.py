@@ -1,4 +1,4 @@
-"""``titan-moe-lb plan --serve``: flags to a planned deployment."""
+"""``titan-moe-lb plan --serve``: from flags to the plan of a deployment."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ALONE = [
     "--parallelism.expert_parallel_degree=1",
     "--training.disable_cuda_graphs",
 ]
-"""Flags of a job in one process: a deployment does not depend on the training's layout."""
+"""Flags for a job in one process, because a deployment ignores the training's layout."""
 
 
 def serve(flags: PlanArguments) -> Serving:
     """Read the model, and the run if one is named, and plan every degree.
 
     Raises:
-        JobError: the first thing that is wrong, in one line.
+        JobError: a flag, the job or the run is wrong; the first error is reported.
     """
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.costmodel.jobs.read_served import read_served
@@ -85,7 +85,10 @@ def serve(flags: PlanArguments) -> Serving:
 
 
 def _job(inputs: Inputs) -> tuple[Job, list[int]]:
-    """The job in one process; the degrees asked for, or the job's own and those near it."""
+    """Resolve the job for one process, and the degrees to plan.
+
+    The degrees are those of ``--ep``, else the job's own and the powers of two near it.
+    """
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.job import job_config
 

@@ -1,4 +1,4 @@
-"""A planned deployment at every degree, and its best rows."""
+"""Result of ``titan-moe-lb plan --serve``, and its best rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_moe_lb.costmodel.times.serving import ServedDegree, ServedRow
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A row and its degree."""
+    """Row with its expert-parallel degree."""
 
     ep_degree: int
     row: ServedRow
@@ -23,22 +23,23 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """The deployment that was asked for, at every degree."""
+    """Plan of a deployment at every expert-parallel degree."""
 
     model: ServedModel
     flags: PlanArguments
     context: int
     judged: ServedLoad
-    """The run's with experts in blocks, else the first log-normal one, else the first."""
+    """Load of the verdict: the run's with contiguous experts, else the first log-normal load, else
+    the first two-level load."""
     device: Hardware
-    """The device with its peaks, not derated."""
+    """Device with its peaks, not derated."""
     usable_bytes: float
     degrees: tuple[ServedDegree, ...]
     run: dict[str, Any] | None
-    """The run whose loads the rows of placements have."""
+    """Facts of the run that the rows of placements use; None without a run."""
 
     def _judged(self, phase: str) -> list[Choice]:
-        """Rows under that load whose ``decode`` or ``prefill`` step fits."""
+        """List the rows under the judged load whose ``decode`` or ``prefill`` step fits."""
         return [
             Choice(ep_degree=degree.ep_degree, row=row)
             for degree in self.degrees
@@ -48,25 +49,25 @@ class Serving:
 
     @property
     def most_decoded(self) -> Choice | None:
-        """Most new tokens a second on each device; None where nothing fits."""
+        """Row with most decoded tokens per second on each device; None if nothing fits."""
         fitting = self._judged("decode")
         return max(fitting, key=lambda one: one.row.decode.tokens_per_second, default=None)
 
     @property
     def shortest_step(self) -> Choice | None:
-        """The shortest time between two tokens of a sequence."""
+        """Row with the shortest time between two tokens of a sequence; None if nothing fits."""
         return min(
             self._judged("decode"), key=lambda one: one.row.decode.step_seconds, default=None
         )
 
     @property
     def most_prefilled(self) -> Choice | None:
-        """Most prompt tokens a second on each device."""
+        """Row with most prefilled tokens per second on each device; None if nothing fits."""
         fitting = self._judged("prefill")
         return max(fitting, key=lambda one: one.row.prefill.tokens_per_second, default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data. Seconds, bytes, tokens of one rank."""
+        """Convert to plain data in seconds, bytes and tokens of one rank."""
         best = {
             name: choice and dataclasses.asdict(choice)
             for name in ("most_decoded", "shortest_step", "most_prefilled")

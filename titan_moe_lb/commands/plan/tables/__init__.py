@@ -1,4 +1,4 @@
-"""The tables of a plan, in order. A new one is a file here and a line below."""
+"""Tables of a plan, in order. A new table is one file here and one line below."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ TABLES: tuple[Callable[[Plan], Table | None], ...] = (
     placement_age.table,
     capacity.table,
 )
-"""Each makes its table; None where the plan has nothing for it."""
+"""Functions that build one table each, or return None if the plan has no data for it."""

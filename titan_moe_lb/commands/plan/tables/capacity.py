@@ -1,4 +1,4 @@
-"""Room of a rank's buffers for the loads of a run."""
+"""Buffer sizes of a rank for the loads of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from titan_moe_lb.commands.plan.result import Plan
 
 
 def table(plan: Plan) -> Table | None:
+    """Build the table; None without recorded micro-batches."""
     if not plan.degrees[0].capacity:
         return None
     return Table(

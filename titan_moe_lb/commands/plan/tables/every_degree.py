@@ -1,4 +1,4 @@
-"""Every expert-parallel degree under every assumed imbalance."""
+"""Outcomes of every expert-parallel degree under every assumed load."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from titan_moe_lb.costmodel.times.predict import DegreePlan
 
 
 def table(plan: Plan) -> Table:
+    """Build the table."""
     return Table(
         title="Every degree and imbalance",
         columns=(Column(title="EP"), Column(title="imbalance"), *outcome.COLUMNS),
@@ -36,9 +37,9 @@ def table(plan: Plan) -> Table:
 
 
 def _fastest(plan: Plan) -> str:
-    """The degree with the shortest step at the least and at the most imbalance.
+    """Name the degree with the shortest step at the smallest and at the largest imbalance.
 
-    The slowdowns do not show it: each is against balance at its own degree.
+    The slowdowns cannot rank degrees, because each compares with balance at its own degree.
     """
     found = []
     rows = list(zip(*(degree.rows for degree in plan.degrees), strict=True))

@@ -1,4 +1,4 @@
-"""The load of a recorded run, under every placement."""
+"""Outcomes under the load of a recorded run, with every placement."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from titan_moe_lb.costmodel.times.predict import DegreePlan
 
 
 def table(plan: Plan) -> Table | None:
+    """Build the table; None without a run."""
     if plan.run is None:
         return None
     run = plan.run

@@ -1,4 +1,4 @@
-"""The columns of an outcome, which several tables share."""
+"""Columns of an outcome, which several tables share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Savings of a placement once the load has moved on."""
+"""Slowdowns with a placement that was computed for an earlier load."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from titan_moe_lb.commands.plan.result import Plan
 
 
 def table(plan: Plan) -> Table | None:
+    """Build the table; None without a run."""
     if plan.run is None:
         return None
     return Table(
