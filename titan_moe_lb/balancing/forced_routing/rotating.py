@@ -16,8 +16,8 @@ class Rotating(HotShare):
     """Route as contiguous ``hot_experts``, and make the next experts hot every ``period`` steps.
 
     In step s, counted from 0, experts ``(s // period) num_hot + [0, num_hot)`` modulo E are hot,
-    also in a resumed job. A plan for the load of past steps is outdated after each change. Source:
-    W6 of Megatron-LM PR 7488, whose period is 3.
+    also in a resumed job. A plan from the load of past steps is stale after each change. Source: W6
+    of Megatron-LM PR 7488, whose period is 3.
     """
 
     type_name: ClassVar[str] = "rotating"

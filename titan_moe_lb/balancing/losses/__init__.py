@@ -1,6 +1,6 @@
-"""Losses on the router beside the language-model loss: one file each.
+"""Losses on the router besides the language-model loss: one file each.
 
-:mod:`titan_moe_lb.balancing.losses.base` walks one loss from TOML to gradient.
+:mod:`titan_moe_lb.balancing.losses.base` follows one loss from TOML to gradient.
 """
 
 from titan_moe_lb import functional

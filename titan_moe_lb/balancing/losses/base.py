@@ -1,35 +1,35 @@
-"""Base classes of the router losses, and the way of one loss from TOML to gradient.
+"""Base classes of the router losses, and the path of a loss from TOML to gradient.
 
 1. **TOML.** ``[[model.aux_losses]] type = "sequence_wise", weight = 1e-4`` becomes a
-   ``SequenceWiseAuxLoss.Config``. :meth:`Component.__init_subclass__` has entered the class by its
-   ``type_name``, so a loss of a user's own needs no registration.
-2. **Config.** :meth:`AuxLoss.Config.bind` fills E and K of the router and ``local_batch_size`` of
-   the job, before the model is built. Each router builds a loss of its own.
+   ``SequenceWiseAuxLoss.Config``. :meth:`Component.__init_subclass__` has added the class to
+   ``kinds`` by its ``type_name``, so a user's own loss needs no registration.
+2. **Config.** :meth:`AuxLoss.Config.bind` fills in E and K of the router and ``local_batch_size``
+   of the job, before the model is built. Each router builds its own loss.
 3. **Divisor.** torchtitan 0.3.0 sums gradients over data-parallel ranks, accumulation steps and
-   pipeline micro-batches, and divides by nothing. A loss that is a mean over the G rows of a global
-   batch is the sum over the rows of each micro-batch, divided by G, whichever way the batch is cut:
+   pipeline micro-batches, and does not divide them. A mean over the G rows of a global batch is
+   therefore the sum over the rows of each micro-batch divided by G, however the batch is cut:
 
        G = local_batch_size x data-parallel ranks x accumulation steps
 
-   :meth:`StepHook.begin_step` writes ``weight / G`` to the device once a step. It is the only place
-   that divides.
+   :meth:`StepHook.begin_step` writes ``weight / G`` to the device once a step. No other code
+   divides.
 4. **Forward.** :meth:`LoadBalancedRouter.forward` computes the scores s(t,i), chooses experts and
    calls the formula of each loss. It adds the raw value to the record of the step, for the metrics.
-   A :class:`SumsLoss` sees two small tables for each sequence: the sums of the probabilities
+   A :class:`SumsLoss` reads two small tables for each sequence: the sums of the probabilities
    p(t,i) = s(t,i) / sum_j s(t,j) over its tokens, and the tokens of each expert. A
-   :class:`LogitsLoss` sees the logits of each token.
-5. **Gradient.** A loss reaches the router by gradient, not by value: the loss of the trainer is
-   untouched. So it works on every pipeline stage, under every schedule, and with a loss that is
-   computed in chunks. Counts are not differentiated. The gradient of a loss of sums in the sums is
-   one coefficient for each sequence and expert, and all tokens of the sequence share it.
-   :func:`titan_moe_lb.functional.gather_scores` picks the scores of the chosen experts. Its backward
-   writes a tensor of the size of the scores anyway, and starts it from these coefficients instead
-   of from zeros. Losses of sums so cost no pass of their own. :meth:`LogitsLoss.attach` adds its
-   gradient to that of the logits.
+   :class:`LogitsLoss` reads the logits of each token.
+5. **Gradient.** A loss reaches the router by gradient, not by value; the trainer's loss does not
+   change. A loss therefore works on every pipeline stage, under every schedule, and if the
+   trainer's loss is computed in chunks. Counts are not differentiated. The gradient of a loss of
+   sums in the sums is one coefficient for each sequence and expert, shared by all its tokens.
+   :func:`titan_moe_lb.functional.gather_scores` gathers the scores of the chosen experts. Its
+   backward fills a tensor of the size of the scores anyway, and starts from these coefficients
+   instead of zeros. Losses of sums thus need no extra pass. :meth:`LogitsLoss.attach` adds its
+   gradient to the gradient of the logits.
 6. **Optimizer.** The gate learns from the sum of both gradients. Then
    :meth:`StepHook.close_step` divides the recorded values by G and closes the step.
 
-To add a loss, derive from one of the two kinds and write the formula; docs/howto/add_a_loss.md
+To add a loss, derive from one of the two classes and write the formula; docs/howto/add_a_loss.md
 has an example.
 
 Shape suffixes: B = sequences of a micro-batch, L = tokens of a sequence, E = experts, K = top_k,
@@ -57,22 +57,22 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 class AuxLoss(Component):
-    """A loss on the router. See the module docstring.
+    """Base class of a loss on the router; see the module docstring.
 
     Attributes:
-        index: place among the losses of the router, and in its record.
+        index: index among the losses of the router, and in its record.
         groups: process groups of the rank, once the router is wired.
     """
 
     additive: ClassVar[bool] = True
-    """The loss of a batch is the sum over its sequences. Otherwise it is refused under pipeline
-    parallelism and gradient accumulation, which cut the batch."""
+    """True if the loss of a batch is the sum over its sequences. Other losses are refused under
+    pipeline parallelism and gradient accumulation, which cut the batch."""
 
     metric_name: ClassVar[str]
     """Name of the raw, unweighted value in the metrics, without the ``moe/`` prefix."""
 
     kinds: ClassVar[dict[str, type[AuxLoss]]] = {}
-    """Losses that can be configured, by ``type_name``."""
+    """Configurable losses, by ``type_name``."""
 
     filled_by_job: ClassVar[frozenset[str]] = frozenset(
         {"num_experts", "top_k", "local_batch_size"}
@@ -80,11 +80,13 @@ class AuxLoss(Component):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
+        """Settings of a loss."""
+
         weight: float
-        """Factor of the loss, alpha in the papers. Positive; leave the loss out for none."""
+        """Factor of the loss, alpha in the papers; above 0. For no loss, leave it out."""
 
         changes: list[Change] = field(default_factory=list)
-        """When the weight changes, and to what."""
+        """Changes of the weight during training."""
 
         num_experts: int | None = None
         """E of the router. Filled by :meth:`bind`."""
@@ -93,19 +95,17 @@ class AuxLoss(Component):
         """K of the router. Filled by :meth:`bind`."""
 
         local_batch_size: int | None = None
-        """Rows of a data-parallel rank in an accumulation step, by which the loss is normalised.
-        Filled by :meth:`bind`; None in a training loop that announces its rows."""
+        """Rows of a data-parallel rank in an accumulation step, which normalize the loss. Filled by
+        :meth:`bind`; None in a training loop that announces its rows."""
 
         @property
         def documents(self) -> int | None:
-            """Documents of a row that are its sequences; None where a row is one sequence. A loss
-            of sums may override it."""
+            """Documents of a row that are sequences of the loss; None if a row is one sequence."""
             return None
 
         @property
         def expert_groups(self) -> int:
-            """Equal groups of neighbouring experts in the formula; a new order of the experts keeps
-            each group together."""
+            """Equal groups of neighboring experts, kept together in a new order of the experts."""
             return 1
 
         def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class AuxLoss(Component):
 
     @property
     def needs_step_counts(self) -> bool:
-        """Whether :meth:`finish_step` needs the counts of every step, over all ranks."""
+        """True if :meth:`finish_step` needs the counts of every step, over all ranks."""
         return False
 
     @classmethod
@@ -151,54 +151,56 @@ class AuxLoss(Component):
         """Update the losses of a rank's N layers at once, before the optimizer steps.
 
         Args:
-            losses: this kind's loss of each layer.
-            counts_NE: tokens per expert in the step over all ranks and micro-batches, int64
-                ``(N, E)``, counted as the losses count; None unless ``needs_step_counts``.
+            losses: one loss of this class for each layer.
+            counts_NE: tokens per expert in the step over all ranks and micro-batches, int64, from
+                the losses' count source; None unless ``needs_step_counts``.
         """
 
 
 class SumsLoss(AuxLoss):
-    """A loss that is a function of the sums of probabilities and of the counts of sequences."""
+    """Base class of losses of the probability sums and token counts of sequences."""
 
     linear: ClassVar[bool] = False
-    """The coefficients do not depend on the sums: such a class defines :meth:`coefficients` alone.
-    A rank that holds a part of a sequence then uses its own sums; otherwise they are summed over
-    the ranks that share the sequence."""
+    """True if the coefficients do not depend on the sums; the class then defines only
+    :meth:`coefficients`. A rank with a part of a sequence then uses its own sums; otherwise the
+    ranks that share the sequence sum theirs."""
 
     count_groups: int = 1
-    """Above 1: count tokens with any expert of one of so many equal groups of neighbours, once
-    each, at every expert of the group."""
+    """Above 1: number of equal groups of neighboring experts. A token counts once for each group
+    that it reaches, at every expert of the group."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(AuxLoss.Config):
+        """Settings of a loss of sums."""
+
         count_from: Literal["selected", "scores"] = "selected"
-        """What is counted: the experts that were selected (after expert bias and group
-        limit), or the top-K of the unbiased scores (DeepSeek-V3, Eq. 18)."""
+        """Experts that are counted: those selected (after expert bias and group limit), or the
+        top-K of the unbiased scores (DeepSeek-V3, Eq. 18)."""
 
     source: int = 0
-    """Place of :attr:`count_source` in the tables of the router, once it is wired."""
+    """Index of :attr:`count_source` in the tables of the router, once it is wired."""
 
     @property
     def count_source(self) -> CountSource:
-        """What the loss counts."""
+        """Source of the loss's counts."""
         return CountSource(self.config.count_from, self.count_groups)
 
     @property
     def needs_counts(self) -> bool:
-        """Whether :meth:`value` needs the counts of the forward."""
+        """True if the formula needs the counts of the forward."""
         return True
 
     def value(
         self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequences: Sequences
     ) -> torch.Tensor:
-        """Formula of the loss, before it is divided by the rows of the global batch.
+        """Compute the loss, before the division by the rows of the global batch.
 
         Args:
             sums_BE: ``sum_t p(t,i)`` over the valid tokens of whole sequences, float32
-                ``(B, E)``. A sequence without any has those of one balanced token.
+                ``(B, E)``. A sequence without valid tokens has the sums of one balanced token.
             counts_BE: valid tokens of each expert in whole sequences, int64 ``(B, E)``; None
                 unless ``needs_counts``.
-            sequences: valid tokens of each, and its share of a row.
+            sequences: valid tokens of each sequence, and its share of a row.
 
         Returns:
             Scalar, unweighted, differentiable in the sums: the sum over the sequences of
@@ -209,8 +211,10 @@ class SumsLoss(AuxLoss):
     def coefficients(
         self, sums_BE: torch.Tensor, counts_BE: torch.Tensor | None, sequences: Sequences
     ) -> torch.Tensor:
-        """Gradient of :meth:`value` in the sums, ``(B, E)``, or ``(1, E)`` where all
-        sequences have the same. Overridden in a linear loss, and where a closed form is cheaper."""
+        """Compute the gradient of :meth:`value` in the sums, ``(B, E)``, or ``(1, E)`` if shared.
+
+        A linear loss overrides it, and so does a loss with a cheaper closed form.
+        """
         return _gradient(lambda sums: self.value(sums, counts_BE, sequences), sums_BE)
 
     def apply(
@@ -219,12 +223,14 @@ class SumsLoss(AuxLoss):
         record: RouterRecord,
         save: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Coefficients of a forward, float32. Adds the raw value to the record, once.
+        """Compute the coefficients of a forward, float32, and add the raw value to the record.
 
         Args:
-            save: makes a checkpointing policy save a tensor. What a repeated forward must not
-                compute again goes through it before the first forward uses it: a compiler would
-                otherwise leave it all to the backward.
+            tables: tables of the forward.
+            record: record of the router; a recomputed forward adds nothing.
+            save: function that makes a checkpointing policy save a tensor. Results that a
+                recomputed forward reuses pass through it before their first use. A compiler would
+                otherwise move their whole computation to the backward.
         """
         documents = self.config.documents is not None
         sequences = tables.sequences(documents=documents)
@@ -233,7 +239,7 @@ class SumsLoss(AuxLoss):
         if self.needs_counts:
             counts_BE = tables.counts(self.source, documents=documents)
         if not self.linear and isinstance(sequences.share, torch.Tensor):
-            # A formula may divide by what an empty sequence has none of.
+            # The formula may divide by a sum, which an empty sequence would leave at 0.
             sums_BE = sums_BE.masked_fill(sequences.share == 0, 1 / sums_BE.shape[-1])
         coefficients_BE = save(self.coefficients(sums_BE, counts_BE, sequences).float())
         if is_recomputation():
@@ -247,10 +253,10 @@ class SumsLoss(AuxLoss):
 
 
 class LogitsLoss(AuxLoss):
-    """A loss that is a mean over the tokens of a function of each token's logits."""
+    """Base class of losses that are a mean over the tokens of a function of their logits."""
 
     def per_token(self, logits_BLE: torch.Tensor) -> torch.Tensor:
-        """Formula of the loss of each token, unweighted.
+        """Compute the loss of each token, unweighted.
 
         Args:
             logits_BLE: gate outputs before the score function, float32 ``(B, L, E)``.
@@ -263,23 +269,25 @@ class LogitsLoss(AuxLoss):
     def per_token_and_saved(
         self, logits_BLE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """:meth:`per_token`, and a small tensor of it that saves :meth:`logits_gradient` work."""
+        """Compute :meth:`per_token`, and a small tensor that :meth:`logits_gradient` reuses."""
         return self.per_token(logits_BLE), None
 
     def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
-        """Gradient of ``per_token(logits).sum()``, ``(B, L, E)``. Overridden where a closed
-        form is cheaper."""
+        """Compute the gradient of ``per_token(logits).sum()``, ``(B, L, E)``.
+
+        A loss with a cheaper closed form overrides it.
+        """
         return _gradient(lambda logits: self.per_token(logits).sum(), logits_BLE)
 
     def attach(
         self, logits_BLE: torch.Tensor, tokens: BatchTokens | None, record: RouterRecord
     ) -> torch.Tensor:
-        """The logits themselves; the backward adds the weighted gradient of the loss.
+        """Return the logits; the backward adds the weighted gradient of the loss.
 
         Args:
             logits_BLE: local gate outputs ``(B, L, E)``.
-            tokens: which are valid; None for all.
-            record: receives the raw value, once.
+            tokens: valid tokens; None if all are valid.
+            record: record to which the raw value is added, once.
         """
         with torch.no_grad():
             per_token_BL, saved = self.per_token_and_saved(at_least_float32(logits_BLE))
@@ -310,10 +318,10 @@ class _Attach(torch.autograd.Function):
 
 
 def _gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
-    """Gradient of a scalar function by autograd; also inside a forward that is checkpointed."""
+    """Compute the gradient of a scalar function by autograd, also in a checkpointed forward."""
     if torch.compiler.is_compiling():
         return torch.func.grad(function)(at)
-    # torch.func has no way past the hooks of a checkpoint, which would repeat the forward here.
+    # torch.func cannot bypass the hooks of a checkpoint, which would recompute the forward here.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         at = at.detach().requires_grad_()
         return torch.autograd.grad(function(at), at)[0]
@@ -324,7 +332,7 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_formula(loss: type[AuxLoss]) -> None:
-    """Raises ``JobError``: a router does not know how to apply such a loss."""
+    """Raise ``JobError`` for a loss without formula, or that a router cannot apply."""
     if issubclass(loss, SumsLoss):
         formula = "coefficients" if loss.linear else "value"
         require_formula("aux loss", loss, SumsLoss, formula)

@@ -1,4 +1,4 @@
-"""The load-balancing loss over one rank's batch."""
+"""Load-balancing loss over one rank's batch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from titan_moe_lb.balancing.losses.base import SumsLoss
 
 
 class BatchWiseAuxLoss(SumsLoss):
-    """sum_i f_i P_i over all T = B L tokens of the rank's local batch.
+    """Mean over the ranks of sum_i f_i P_i over all T = B L tokens of the local batch.
 
-    f_i = E / (K T) * #{t : i selected}, P_i = 1 / T * sum_t p(t,i); mean over the ranks.
-    Source: Switch Transformer, arXiv 2101.03961, Eqs. 4 to 6; the "micro-batch LBL" of
-    arXiv 2501.11873. Not additive over sequences, so its value depends on the
-    data-parallel degree by definition.
+    f_i = E / (K T) * #{t : i selected}, P_i = 1 / T * sum_t p(t,i). Source: Switch Transformer,
+    arXiv 2101.03961, Eqs. 4 to 6; the "micro-batch LBL" of arXiv 2501.11873. The loss is not
+    additive over sequences, so its value depends on the data-parallel degree by definition.
     """
 
     type_name: ClassVar[str] = "batch_wise"
@@ -26,10 +25,10 @@ class BatchWiseAuxLoss(SumsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
-        pass
+        """Settings of ``batch_wise``."""
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        """f_i / T, times the share of the batch."""
+        """Return f_i / T, times the share of the batch."""
         batch = sequences.together(counts_BE.shape[0])
         scale = self.num_experts / self.top_k
         return counts_BE.sum(dim=0, keepdim=True) * (scale * batch.share / batch.tokens**2)

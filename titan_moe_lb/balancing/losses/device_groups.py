@@ -1,4 +1,4 @@
-"""The two losses of DeepSeek-V2 over groups of experts that share a device."""
+"""Losses of DeepSeek-V2 over groups of experts that share a device."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from titan_moe_lb.errors import JobError
 
 
 class _OverDeviceGroups(SumsLoss):
-    """The experts are in D equal groups of neighbours, in the order of their numbers.
+    """Base class of losses over D equal groups of neighboring experts.
 
-    The number of groups is a setting, not the expert-parallel degree of a run, so that the
-    loss does not depend on the layout; torchtitan puts the groups on devices in this order
-    where the degree is D.
+    The number of groups is a setting, not the expert-parallel degree of a run, so the loss does not
+    depend on the layout. torchtitan places the groups on devices in this order if the degree is D.
     """
 
     linear: ClassVar[bool] = True
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
+        """Settings of a loss over device groups."""
+
         num_device_groups: int
-        """D: how many groups the experts are in."""
+        """Number of expert groups, D."""
 
         @property
         def expert_groups(self) -> int:
+            """Number of groups in the formula, D."""
             return self.num_device_groups
 
         def bind(self, **numbers: Any) -> None:
+            """Fill in the numbers, and check that D divides E."""
             SumsLoss.Config.bind(self, **numbers)
             groups, num_experts = self.num_device_groups, numbers["num_experts"]
             if groups < 1 or num_experts % groups:
@@ -44,20 +47,20 @@ class _OverDeviceGroups(SumsLoss):
         self.num_groups = config.num_device_groups
 
     def load(self, counts_BE: torch.Tensor, tokens: int | torch.Tensor) -> torch.Tensor:
-        """The load of each expert's group relative to balance, float32 ``(B, E)``."""
+        """Compute the load of each expert's group relative to balance, float32 ``(B, E)``."""
         raise NotImplementedError
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        """The load of the group / L, times the share of the sequence."""
+        """Return the load of the group / L, times the share of the sequence."""
         load_BE = self.load(counts_BE, sequences.tokens)
         return load_BE * (sequences.share / sequences.tokens)
 
 
 class DeviceLevelLoss(_OverDeviceGroups):
-    """sum_g f'_g P'_g of each sequence, mean over the sequences; 1.0 at balance.
+    """Mean over the sequences of sum_g f'_g P'_g; 1.0 at balance.
 
-    f'_g is the mean of f_i over the experts of group g and P'_g the sum of P_i, with f and
-    P of the sequence-wise loss. Source: DeepSeek-V2, arXiv 2405.04434, Eqs. 26 to 28.
+    f'_g is the mean of f_i over the experts of group g, and P'_g is the sum of P_i, with f and P of
+    the sequence-wise loss. Source: DeepSeek-V2, arXiv 2405.04434, Eqs. 26 to 28.
     """
 
     type_name: ClassVar[str] = "device_level"
@@ -65,21 +68,22 @@ class DeviceLevelLoss(_OverDeviceGroups):
 
     @dataclass(kw_only=True, slots=True)
     class Config(_OverDeviceGroups.Config):
-        pass
+        """Settings of ``device_level``."""
 
     def load(self, counts_BE, tokens) -> torch.Tensor:
+        """Compute f' of each expert's group."""
         f_BE = counts_BE * (self.num_experts / (self.top_k * tokens))
         f_BGN = f_BE.unflatten(-1, (self.num_groups, -1))
         return f_BGN.mean(dim=-1, keepdim=True).expand_as(f_BGN).flatten(-2)
 
 
 class CommunicationLoss(_OverDeviceGroups):
-    """sum_g f''_g P''_g of each sequence, mean over the sequences.
+    """Mean over the sequences of sum_g f''_g P''_g.
 
-    f''_g = D / (M L) * #{t : t is sent to group g}, each token once however many of its
-    experts are there, and P''_g the sum of P_i over the group: every device receives about
-    as many tokens, where each token is sent to M. Source: DeepSeek-V2, arXiv 2405.04434,
-    Eqs. 29 to 31.
+    f''_g = D / (M L) * #{t : t is sent to group g}, where a token counts once however many of its
+    experts are in the group. P''_g is the sum of P_i over the group. The loss evens out the numbers
+    of tokens that devices receive, if each token is sent to M devices. Source: DeepSeek-V2, arXiv
+    2405.04434, Eqs. 29 to 31.
     """
 
     type_name: ClassVar[str] = "communication"
@@ -87,9 +91,11 @@ class CommunicationLoss(_OverDeviceGroups):
 
     @dataclass(kw_only=True, slots=True)
     class Config(_OverDeviceGroups.Config):
+        """Settings of ``communication``."""
+
         devices_per_token: int
-        """M: to how many devices a token is sent at most. A factor of the loss alone: the
-        limit itself is the model's group-limited routing."""
+        """Largest number of devices that a token is sent to, M. It is a factor of the loss alone:
+        the model's group-limited routing sets the limit."""
 
         def __post_init__(self) -> None:
             _OverDeviceGroups.Config.__post_init__(self)
@@ -105,4 +111,5 @@ class CommunicationLoss(_OverDeviceGroups):
         self.devices_per_token = config.devices_per_token
 
     def load(self, counts_BE, tokens) -> torch.Tensor:
+        """Compute f'' of each expert's group."""
         return counts_BE * (self.num_groups / (self.devices_per_token * tokens))

@@ -1,4 +1,4 @@
-"""The load-balancing loss over the global batch."""
+"""Load-balancing loss over the global batch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from titan_moe_lb.upstream.torch_internals import all_reduce
 
 
 class GlobalBatchAuxLoss(SumsLoss):
-    """sum_i f_i P_i with f over the whole global batch, P over the tokens at hand.
+    """Mean over the sequences of sum_i f_i P_i, with f of the whole global batch.
 
     f_i = E / (K T) * #{t : i selected} over all T tokens of the global batch, and
-    P_i = 1 / L * sum_t p(t,i) of each sequence, mean over the sequences. Source: arXiv
-    2501.11873, Eqs. 3 and 4; what Qwen3 trained with (arXiv 2505.09388). The counts of the
-    running step are not known while its first micro-batch runs backward, so one of two
-    stand-ins is taken:
+    P_i = 1 / L * sum_t p(t,i) of each sequence. Source: arXiv 2501.11873, Eqs. 3 and 4; Qwen3 was
+    trained with this loss (arXiv 2505.09388). The counts of a step are unknown while its first
+    micro-batch runs backward, so f is approximated in one of two ways:
 
-    - ``previous_step``: the counts of the last optimizer step, reduced over every rank
-      and micro-batch. f is then one constant, the loss is exactly additive, and its
-      gradient depends neither on the layout nor on the schedule. In the first step
-      f = 1, whose gradient is zero. f is part of the checkpoint.
-    - ``running``: the buffer of the paper: the micro-batches so far of the running
-      step, over the data-parallel ranks. One small collective a forward.
+    - ``previous_step``: f is the load of the last optimizer step over all ranks and
+      micro-batches. It is constant in a step, the loss is exactly additive, and its gradient
+      depends neither on the layout nor on the schedule. In the first step f = 1, whose gradient is
+      zero. f is part of the checkpoint.
+    - ``running``: f is the load of the running step's micro-batches so far, over the
+      data-parallel ranks: the buffer of the paper. It costs one small collective a forward.
 
     Attributes:
         load_E: f of the last step, float32 ``(E,)``; ``previous_step`` alone.
@@ -41,10 +40,13 @@ class GlobalBatchAuxLoss(SumsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
+        """Settings of ``global_batch``."""
+
         counts: Literal["previous_step", "running"] = "previous_step"
-        """Where f comes from; see the class."""
+        """Source of f; see the class."""
 
         def bind(self, **numbers: Any) -> None:
+            """Fill in the numbers, and replicate ``load_E``."""
             SumsLoss.Config.bind(self, **numbers)
             if self.counts == "previous_step":
                 self.replicate(["load_E"])
@@ -69,18 +71,20 @@ class GlobalBatchAuxLoss(SumsLoss):
 
     @property
     def needs_counts(self) -> bool:
+        """True with ``running``."""
         return self.running
 
     @property
     def needs_step_counts(self) -> bool:
+        """True with ``previous_step``."""
         return not self.running
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        """f_i / L, times the share of the sequence."""
+        """Return f_i / L, times the share of the sequence."""
         return self._load(counts_BE).unsqueeze(0) * (sequences.share / sequences.tokens)
 
     def _load(self, counts_BE: torch.Tensor | None) -> torch.Tensor:
-        """f ``(E,)``; adds the micro-batch to the running counts."""
+        """Return f ``(E,)``, and add the micro-batch to the running counts."""
         if not self.running:
             return local_shard(self.load_E)
         if not is_recomputation():
@@ -95,6 +99,7 @@ class GlobalBatchAuxLoss(SumsLoss):
     def finish_step(
         cls, losses: Sequence[GlobalBatchAuxLoss], counts_NE: torch.Tensor | None
     ) -> None:
+        """Set f of the next step, or reset the running counts."""
         if counts_NE is None:
             torch._foreach_zero_([loss.counts_E for loss in losses])
         else:
@@ -104,8 +109,10 @@ class GlobalBatchAuxLoss(SumsLoss):
 
 
 def _relative_load(counts: torch.Tensor, otherwise: float | torch.Tensor) -> torch.Tensor:
-    """Each expert's share of the tokens in units of the mean share, float32 ``(..., E)``;
-    ``otherwise`` where no valid token was counted."""
+    """Divide each expert's tokens by the mean over the experts, float32 ``(..., E)``.
+
+    Returns ``otherwise`` if no valid token was counted.
+    """
     total = counts.sum(dim=-1, keepdim=True)
     load = counts * counts.shape[-1] / total.clamp_min(1)
     return torch.where(total > 0, load, otherwise).float()

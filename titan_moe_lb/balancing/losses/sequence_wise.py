@@ -1,4 +1,4 @@
-"""The sequence-wise balance loss."""
+"""Sequence-wise balance loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from titan_moe_lb.errors import JobError
 
 
 class SequenceWiseAuxLoss(SumsLoss):
-    """sum_i f_i P_i of each sequence, mean over the sequences.
+    """Mean over the sequences of sum_i f_i P_i; 1.0 at perfect balance.
 
-    Over the L tokens of one sequence, f_i = E / (K L) * #{t : i selected} and
-    P_i = 1 / L * sum_t p(t,i); 1.0 at perfect balance. Source: DeepSeek-V3, arXiv
-    2412.19437, Eqs. 17 to 20; the expert-level loss of DeepSeek-V2, arXiv 2405.04434,
-    Eqs. 23 to 25.
+    Over the L tokens of a sequence, f_i = E / (K L) * #{t : i selected} and
+    P_i = 1 / L * sum_t p(t,i). Source: DeepSeek-V3, arXiv 2412.19437, Eqs. 17 to 20; the
+    expert-level loss of DeepSeek-V2, arXiv 2405.04434, Eqs. 23 to 25.
     """
 
     type_name: ClassVar[str] = "sequence_wise"
@@ -26,15 +25,18 @@ class SequenceWiseAuxLoss(SumsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
+        """Settings of ``sequence_wise``."""
+
         over: Literal["row", "document"] = "row"
-        """What a sequence is: a row of the batch, or each of the documents packed into it,
-        which weigh as many tokens as they have."""
+        """Sequence of the loss: a row of the batch, or each document packed into it. A document is
+        weighted by its number of tokens."""
 
         max_documents: int = 64
-        """Documents of a row that are told apart; what comes after joins the last."""
+        """Largest number of documents in a row; later ones are merged into the last."""
 
         @property
         def documents(self) -> int | None:
+            """Largest number of documents in a row; None with ``over = "row"``."""
             return self.max_documents if self.over == "document" else None
 
         def __post_init__(self) -> None:
@@ -45,6 +47,6 @@ class SequenceWiseAuxLoss(SumsLoss):
                 )
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
-        """f_i / L, times the share of the sequence."""
+        """Return f_i / L, times the share of the sequence."""
         scale = self.num_experts / self.top_k
         return counts_BE * (scale * sequences.share / sequences.tokens**2)

@@ -1,4 +1,4 @@
-"""The router z-loss."""
+"""Router z-loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from titan_moe_lb.balancing.losses.base import LogitsLoss
 
 
 class RouterZLoss(LogitsLoss):
-    """mean_t (log sum_i exp logits(t,i))**2: keeps the gate's logits small.
+    """Mean over the tokens of (log sum_i exp logits(t,i))**2: it keeps the gate's logits small.
 
     Source: ST-MoE, arXiv 2202.08906, Eq. 5.
     """
@@ -21,15 +21,17 @@ class RouterZLoss(LogitsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(LogitsLoss.Config):
-        pass
+        """Settings of ``z_loss``."""
 
     def per_token(self, logits_BLE: torch.Tensor) -> torch.Tensor:
+        """Return the squared logsumexp of the logits."""
         return torch.logsumexp(logits_BLE, dim=-1).square()
 
     def per_token_and_saved(self, logits_BLE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the squared logsumexp, and the logsumexp."""
         logsumexp_BL = torch.logsumexp(logits_BLE, dim=-1)
         return logsumexp_BL.square(), logsumexp_BL
 
     def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
-        """2 logsumexp(logits) softmax(logits)."""
+        """Return 2 logsumexp(logits) softmax(logits)."""
         return torch.softmax(logits_BLE, dim=-1).mul_((saved * 2).unsqueeze(-1))

@@ -1,1 +1,1 @@
-"""Records of a rank's routers during training: on the device, torch alone."""
+"""Records of a rank's routers during training, on the device. Torch alone."""

@@ -1,13 +1,13 @@
-"""Reuse of routing decisions when activation checkpointing repeats a forward.
+"""Reuse of routing decisions when activation checkpointing recomputes a forward.
 
-A repeated forward would choose the experts anew. Where scores tie, or a kernel is not
-deterministic, it could choose others than those whose outputs the loss has seen. So the decisions
-of the first forward are saved beside the checkpoint, a few numbers a token, and reused: nothing is
-chosen, counted or recorded twice.
+A recomputed forward would choose the experts again. If scores tie, or a kernel is not
+deterministic, its choice could differ from the first one, whose outputs the loss has used. The
+decisions of the first forward, a few numbers a token, are therefore saved beside the checkpoint
+and reused. Nothing is chosen, counted or recorded twice.
 
-Eager full checkpointing saves them in :class:`Decisions`, which costs no operator.
-Selective checkpointing and compiled blocks work on operators: there a decision
-passes through :func:`save_decision`, whose result their policy saves.
+Eager full checkpointing saves them in :class:`Decisions`, without an operator. Selective
+checkpointing and compiled blocks select operators: there a decision passes through
+:func:`save_decision`, whose result their policy saves.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ T = TypeVar("T")
 
 
 def is_recomputation() -> bool:
-    """True in a forward that eager activation checkpointing runs again in backward.
+    """Return True in a forward that eager activation checkpointing recomputes in the backward.
 
-    Non-reentrant checkpointing recomputes from inside the autograd engine, where a
-    graph task is current (torch.utils.checkpoint relies on the same fact). A
-    compiled block needs no test: its forward graph alone holds the mutations of
-    buffers.
+    Non-reentrant checkpointing recomputes inside the autograd engine, where a graph task is
+    current; torch.utils.checkpoint relies on the same fact. A compiled block needs no test: only
+    its forward graph contains the mutations of buffers.
     """
     return not torch.compiler.is_compiling() and in_backward()
 
 
 def saved_decision(make: Callable[[], T]) -> T:
-    """Result of ``make``; in a repeated forward under :class:`Decisions`, that of the first."""
+    """Return the result of ``make``; a recomputed forward in :class:`Decisions` returns the first."""
     if torch.compiler.is_compiling() or _current.decisions is None:
         return make()
     return _current.decisions._next(make)
@@ -44,7 +43,7 @@ def saved_decision(make: Callable[[], T]) -> T:
 
 @torch.library.custom_op("titan_moe_lb::save_decision", mutates_args=())
 def save_decision(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy, by an operator of its own that a checkpointing policy can save."""
+    """Copy a tensor by an operator that a checkpointing policy can save."""
     return tensor.clone()
 
 
@@ -54,7 +53,7 @@ def _(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_no_decision(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, where no policy needs an operator."""
+    """Return the tensor itself, for checkpointing without a policy of operators."""
     return tensor
 
 
@@ -62,7 +61,7 @@ class Decisions:
     """Decisions of one run of a checkpointed region, in order.
 
     Attributes:
-        first, again: contexts of its forward and of each repetition, for the
+        first, again: contexts of its forward and of each recomputation, for the
             ``context_fn`` of ``torch.utils.checkpoint``.
     """
 
@@ -74,7 +73,7 @@ class Decisions:
 
     @classmethod
     def contexts(cls) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """A ``context_fn``: new for every run."""
+        """Create the contexts of a new run; a ``context_fn``."""
         decisions = cls()
         return decisions.first, decisions.again
 
@@ -87,7 +86,7 @@ class Decisions:
 
 
 class _During(AbstractContextManager):
-    """Can be entered several times: a zero-bubble schedule repeats a forward twice."""
+    """Context of a forward or its recomputations; a zero-bubble schedule recomputes it twice."""
 
     def __init__(self, decisions: Decisions, *, again: bool) -> None:
         self._decisions, self._again = decisions, again
@@ -103,7 +102,7 @@ class _During(AbstractContextManager):
 
 
 class _Current(threading.local):
-    """Per thread: the autograd engine repeats forwards in threads of its own."""
+    """Decisions of the running thread; the autograd engine recomputes forwards in other threads."""
 
     decisions: Decisions | None = None
 

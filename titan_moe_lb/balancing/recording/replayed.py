@@ -1,4 +1,4 @@
-"""Experts that one forward of a router has chosen, for another forward of the same tokens."""
+"""Replay of the experts that a router chose in another forward of the same tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 
 
 class RouterReplay:
-    """Records the choices of a router, or replaces them by earlier ones.
+    """Recording of a router's choices, or their replacement by earlier ones.
 
     Attributes:
-        notes: save the choices of the running forward in ``seen_BLK``.
+        notes: True to save the choices of the running forward in ``seen_BLK``.
+        seen_BLK: choices of the last forward that was recorded, int64 ``(B, L, K)``.
         expert_ids_BLK: experts for the running forward, int64 ``(B, L, K)``, negative for a token
-            that chooses itself; None: all choose.
-        changed_2: choices of the router that were not among those it had to take, and how
-            many it had to take, int64 ``(2,)``.
+            that chooses itself; None: all tokens choose.
+        changed_2: number of the router's choices that are not among the replayed experts, and
+            number of the replayed experts, int64 ``(2,)``.
     """
 
     def __init__(self) -> None:
@@ -25,8 +26,10 @@ class RouterReplay:
         self.changed_2: torch.Tensor | None = None
 
     def __call__(self, own_BLK: torch.Tensor) -> torch.Tensor:
-        """The experts of a forward, from those that the router has chosen, both int64
-        ``(B, L, K)``."""
+        """Return the experts of a forward, given the router's own choices.
+
+        Both are int64 ``(B, L, K)``.
+        """
         if self.notes:
             self.seen_BLK = own_BLK
         taken_BLK = self.expert_ids_BLK

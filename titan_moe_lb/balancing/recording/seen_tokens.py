@@ -1,4 +1,4 @@
-"""Tokens of training so far, for changes after a number of tokens."""
+"""Number of training tokens so far, for schedules by tokens."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from titan_moe_lb.balancing.recording.step_record import StepSums
 
 
 class SeenTokens:
-    """Tokens of the finished steps over all ranks, padding included.
+    """Number of tokens of the finished steps over all ranks, including padding.
 
-    torchtitan's Trainer has the same number in every step. In another loop the counts of a step
-    contain it. They stay on the device until the next step begins.
+    In torchtitan's Trainer every step has the same number. In another loop the number follows from
+    the counts of a step, which stay on the device until the next step begins.
 
     Attributes:
-        total: of the steps that were read.
-        counted: the device counts, because steps differ.
+        total: tokens of the steps that were read.
+        counted: True if the device counts tokens, because steps differ.
     """
 
     def __init__(self, before: int, per_step: int | None, *, counted: bool) -> None:
-        """
+        """Start from the tokens of a checkpoint.
+
         Args:
             before: tokens of the checkpoint that the loop resumes from.
-            per_step: tokens of every step; None where they differ.
+            per_step: tokens of every step; None if they differ.
+            counted: True if the device counts tokens.
         """
         self.total = before
         self.counted = counted
@@ -30,11 +32,11 @@ class SeenTokens:
         self._unread: torch.Tensor | None = None
 
     def finish_step(self, sums: StepSums | None, top_k: int) -> None:
-        """Add a step.
+        """Add a finished step.
 
         Args:
-            sums: of the step, where tokens are counted.
-            top_k: of the first router.
+            sums: sums of the step, if tokens are counted.
+            top_k: K of the first router.
         """
         self.total += self._per_step
         if self.counted:
@@ -42,7 +44,7 @@ class SeenTokens:
             self._unread = sums.counts_NSE[0, 0].sum() // top_k
 
     def read(self) -> None:
-        """Between two steps: add what the device has counted in the last one."""
+        """Add the tokens that the device counted in the last step; call it between two steps."""
         if self._unread is not None:
             self.total += int(self._unread)
             self._unread = None

@@ -18,11 +18,11 @@ from titan_moe_lb.upstream.torch_internals import all_reduce
 
 
 class CountSource(NamedTuple):
-    """What is counted for each sequence and expert."""
+    """Definition of the tokens that are counted for each sequence and expert."""
 
     choice: Literal["dispatched", "selected", "scores"]
-    """Every token where it goes; valid tokens where they go; valid tokens by the top-K of
-    the unbiased scores."""
+    """``dispatched``: every token at its experts; ``selected``: valid tokens at their experts;
+    ``scores``: valid tokens at the top-K of the unbiased scores."""
 
     groups: int = 1
     """See :attr:`titan_moe_lb.balancing.losses.base.SumsLoss.count_groups`."""
@@ -33,22 +33,25 @@ SELECTED = CountSource("selected")
 
 
 class CountSources:
-    """The sources that a router counts: dispatched tokens first, and those that someone needs at
-    the end of a step before the rest.
+    """Sources that a router counts, in the order of its tables.
+
+    Dispatched tokens come first, then the other sources that are needed at the end of a step, then
+    the rest.
 
     Attributes:
-        num_at_step_end: how many someone needs at the end of a step.
-        valid: index of the valid tokens that selected each expert.
+        num_at_step_end: number of sources that are needed at the end of a step.
+        valid: index of the source of valid tokens that selected each expert.
     """
 
     def __init__(
         self, at_step_end: Sequence[CountSource], at_once: Sequence[CountSource], *, padded: bool
     ) -> None:
-        """
+        """Order the sources.
+
         Args:
-            at_step_end: what losses count until the end of a step.
-            at_once: what losses count in each forward.
-            padded: batches say which tokens are valid.
+            at_step_end: sources that losses need at the end of a step.
+            at_once: sources that losses need in each forward.
+            padded: True if batches have a mask of valid tokens.
         """
         self._padded = padded
         step = dict.fromkeys([DISPATCHED, *map(self._known, (SELECTED, *at_step_end))])
@@ -60,7 +63,7 @@ class CountSources:
         return DISPATCHED if source == SELECTED and not self._padded else source
 
     def index(self, source: CountSource) -> int:
-        """Place of a source in the tables."""
+        """Return the index of a source in the tables."""
         return self._sources.index(self._known(source))
 
     def count(
@@ -73,19 +76,20 @@ class CountSources:
         num_documents: int,
         one: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Local tokens per source, sequence and expert.
+        """Count the local tokens of each source, sequence and expert.
 
         Args:
             ids_BLK: selected experts, int64.
             unbiased_ids_BLK: computes the top-K of the unbiased scores, if a source needs it.
-            tokens: which are valid; None for all.
-            num_documents: D; 1 where a row is one sequence.
+            tokens: valid tokens; None if all are valid.
+            num_experts: E.
+            num_documents: D; 1 if a row is one sequence.
             one: 1, int64 ``()``.
 
         Returns:
-            int64 ``(S, Q, E)``, and its S rows. A backward needs the rows: they are the results of
+            int64 ``(S, Q, E)``, and its S rows. A backward needs the rows, which are the results of
             the additions. A graph that recomputes a tensor for its backward repeats the operators
-            that lead to it, and not what was done in place to a tensor that it is a part of.
+            that produce it, but not in-place changes of a tensor that contains it.
         """
         num_rows = ids_BLK.shape[0]
         counts_SQE = ids_BLK.new_zeros(len(self._sources), num_rows * num_documents, num_experts)
@@ -110,7 +114,7 @@ class CountSources:
 def _experts_of_reached_groups(
     ids_BLK: torch.Tensor, groups: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All experts, and whether each token has one of the same group, both ``(B, L, E)`` int64."""
+    """List all experts, and mark those in a group that the token reaches, ``(B, L, E)`` int64."""
     reached_BLG = ids_BLK.new_zeros(*ids_BLK.shape[:2], groups).scatter_(-1, ids_BLK // size, 1)
     experts_E = torch.arange(groups * size, device=ids_BLK.device)
     reached_BLE = reached_BLG.repeat_interleave(size, dim=-1)
@@ -118,7 +122,7 @@ def _experts_of_reached_groups(
 
 
 class SequenceTables:
-    """Tables of one forward that losses of sums read, for each row or each document."""
+    """Tables of one forward for losses of sums, for each row or each document."""
 
     def __init__(
         self,
@@ -132,15 +136,17 @@ class SequenceTables:
         whole_sums: bool,
         whole_counts: bool,
     ) -> None:
-        """
+        """Compute the tables.
+
         Args:
             scores_BLE: local scores.
             inverse_sums_BL: see :func:`titan_moe_lb.functional.gather_scores`.
             counts_by_source: local tokens of each expert, int64 ``(Q, E)`` each.
-            tokens: which are valid, and their sequences; None for whole rows.
-            num_documents: D; 1 where every row is one sequence.
-            whole_sums: a loss needs the sums of whole sequences.
-            whole_counts: the same of the counts.
+            tokens: valid tokens and their sequences; None for whole rows.
+            num_documents: D; 1 if every row is one sequence.
+            groups: process groups of the rank.
+            whole_sums: True if a loss needs the sums of whole sequences.
+            whole_counts: True if a loss needs the counts of whole sequences.
         """
         self._tokens, self._groups = tokens, groups
         self._length, self._num_documents = scores_BLE.shape[1], num_documents
@@ -164,19 +170,19 @@ class SequenceTables:
         return table
 
     def sequences(self, *, documents: bool) -> Sequences:
-        """The rows, or their documents."""
+        """Return the rows, or their documents, as sequences."""
         if self._tokens is None:
             return Sequences(self._length * self._groups.sequence_shards, 1.0)
         of_documents = self._tokens.documents if documents else None
         return self._tokens.rows if of_documents is None else of_documents
 
     def sums(self, *, documents: bool, whole: bool) -> torch.Tensor:
-        """Sums of the probabilities of each sequence ``(B, E)``, of its local or of all tokens."""
+        """Return the probability sums of each sequence ``(B, E)``, over local or all tokens."""
         table = self._whole_QE if whole else self._local_QE
         return self._rows(table, documents)
 
     def counts(self, source: int, *, documents: bool) -> torch.Tensor:
-        """Tokens of each expert in whole sequences ``(B, E)``."""
+        """Return the tokens of each expert in whole sequences ``(B, E)``."""
         return self._rows(self._counts[source], documents)
 
     def _rows(self, table_QE: torch.Tensor, documents: bool) -> torch.Tensor:

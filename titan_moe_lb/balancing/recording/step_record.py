@@ -1,7 +1,7 @@
-"""Record of a step of a rank's routers, on the device and without a host read.
+"""Record of a step of a rank's routers, on the device and without host reads.
 
-Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = sources that
-are counted, A = losses, B = rows and L = tokens of a row in a micro-batch, Q = sequences
+Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = count sources,
+A = losses, B = rows and L = tokens of a row in a micro-batch, Q = sequences
 (rows, or documents in them), E = experts, K = top_k, H = bins of a histogram.
 """
 
@@ -21,16 +21,16 @@ from titan_moe_lb.errors import JobError
 
 
 class RouterRecord(nn.Module):
-    """One router's rows of a :class:`StepRecord`.
+    """Rows of one router in a :class:`StepRecord`.
 
-    Buffers outside of checkpoints: torch's pipeline stages find out shapes by a real forward, and
-    restore the buffers of a stage after it.
+    They are buffers, outside of checkpoints, because torch's pipeline stages infer shapes by a real
+    forward and then restore the buffers of a stage.
 
     Attributes:
         counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
-        micro_batch: forwards of the running step so far, int64 ``(1,)``; 0 where M is 1.
+        micro_batch: forwards of the running step so far, int64 ``(1,)``; 0 if M is 1.
         weights_A: factor of the gradient of each loss, weight / G, float32.
-        steps: finished steps, those of the checkpoint included, int64 ``(1,)``.
+        steps: finished steps, including those of the checkpoint, int64 ``(1,)``.
         one: 1, int64 ``()``, added to a count for each token.
     """
 
@@ -49,21 +49,22 @@ class RouterRecord(nn.Module):
             self.register_buffer(name, row, persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> RouterRecord:
-        """Stay where it is, in its own dtypes, when the model is moved or cast: the rows are parts
-        of one table of all routers."""
+        """Ignore moves and casts of the model: the rows are views of one table of all routers."""
         return self
 
     def forward_number(self) -> torch.Tensor:
-        """Forwards of this router before this one, int64 ``()``: ``steps`` M and those of the
-        running step."""
+        """Return the number of earlier forwards of this router, int64 ``()``.
+
+        It is ``steps`` times M plus the forwards of the running step.
+        """
         return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
 
     def note(self, counts_SQE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
         """Add one forward.
 
         Args:
-            counts_SQE: tokens per source, sequence and expert, int64; sources beyond those
-                that are recorded are left out.
+            counts_SQE: tokens per source, sequence and expert, int64. Sources that no step end needs
+                are left out.
             expert_ids_BLK: selected experts.
         """
         slot = self.micro_batch
@@ -74,9 +75,10 @@ class RouterRecord(nn.Module):
             self.expert_ids_MBLK.index_copy_(0, slot, ids_1BLK)
 
     def add_dot(self, loss: int, coefficients_BE: torch.Tensor, sums_BE: torch.Tensor) -> None:
-        """Add to the value of a loss the sum of the products of two tables, in one operator.
+        """Add the sum of the products of two tables to the value of a loss, in one operator.
 
         Args:
+            loss: index of the loss.
             coefficients_BE: ``(B, E)`` or ``(1, E)``, float32.
             sums_BE: ``(B, E)``, float32.
         """
@@ -86,7 +88,7 @@ class RouterRecord(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class StepSums:
-    """A finished step over all micro-batches, and over the ranks that route its tokens."""
+    """Sums of a finished step over its micro-batches and over the ranks that route its tokens."""
 
     counts_NSE: torch.Tensor
     """Tokens per expert, int64."""
@@ -97,15 +99,15 @@ class StepSums:
 
 
 class StepRecord:
-    """The running step of all routers of a rank, and the last finished one.
+    """Running step of all routers of a rank, and the last finished step.
 
-    Stacked by router, so that to finish a step and to sum it over ranks take the same number of
-    operators for 4 layers and for 61. A router that has fewer experts, choices or bins than
-    another one uses the first part of its row; the rest of the row stays 0.
+    The tables are stacked by router. To finish a step and to sum it over ranks therefore takes the
+    same number of operators for 4 layers and for 61. A router with fewer experts, choices or bins
+    than another uses the first part of its row; the rest of the row stays 0.
 
     Attributes:
-        counts_NMSE: tokens per expert of the running step, int64, of the S sources that someone
-            needs at the end of a step
+        counts_NMSE: tokens per expert of the running step, int64, of the S sources that are needed
+            at the end of a step
             (:class:`titan_moe_lb.balancing.recording.sequence_tables.CountSources`).
         losses_NA: raw values of the losses, float32, summed over the rows of this rank.
         histogram_NEH: observations of the bias rule in the running step, int32; None without bins.
@@ -113,19 +115,19 @@ class StepRecord:
             else int32; None unless ``token_shape``.
         step_counts_NMSE, step_losses_NA: the same of the last finished step, the losses divided
             by the rows of its global batch.
-        step_micro_batches: forwards in the last finished step, int64 ``(1,)``; None where every
-            step has as many, or M is 1.
-        sums: of the last finished step over all ranks, after :meth:`reduce`.
+        step_micro_batches: forwards in the last finished step, int64 ``(1,)``; None if every
+            step has the same number, or M is 1.
+        sums: sums of the last finished step over all ranks, after :meth:`reduce`.
         weights_A: see :class:`RouterRecord`.
-        rows, forwards: of the running step on this rank, as the host counts them when a forward
-            begins: nothing is read from the device.
-        learns: whether the model is in a forward that learns; None where it is not known.
-        of_copy: whether it belongs to a copy of a model, whose steps nobody closes.
-        gradient_squares_N2: a leaf for :mod:`titan_moe_lb.balancing.gradient_norms`, float32; None
-            unless they are measured.
-        step_gradient_squares_N2: of the last finished step.
-        bias_delta_N: last update of the expert biases of each router, float32 ``(E,)``; None for
-            none.
+        rows, forwards: rows and forwards of the running step on this rank, which the host counts
+            when a forward begins.
+        learns: True while the model is in a forward that learns; None if unknown.
+        of_copy: True if the record belongs to a copy of a model, whose steps no loop closes.
+        gradient_squares_N2: leaf for :mod:`titan_moe_lb.balancing.gradient_norms`, float32; None
+            unless gradient norms are measured.
+        step_gradient_squares_N2: sums of squares of the last finished step.
+        bias_delta_N: last update of the expert bias of each router, float32 ``(E,)``; None without
+            an update.
     """
 
     def __init__(
@@ -143,14 +145,20 @@ class StepRecord:
         varying: bool = False,
         gradients: bool = False,
     ) -> None:
-        """
+        """Allocate the tables.
+
         Args:
-            num_micro_batches: of a step; the most where they vary.
-            num_experts, num_bins: the largest number of a router.
-            token_shape: (B, L, K) of a micro-batch, to keep the experts of each token.
-            finished_steps: of the checkpoint that the job goes on from.
-            varying: the steps differ in their number of micro-batches.
-            gradients: measure those of the model's loss and of the aux losses.
+            num_routers: N.
+            num_micro_batches: M; the maximum if ``varying``.
+            num_sources: S.
+            num_experts: E, the maximum of the routers.
+            num_losses: A.
+            num_bins: H, the maximum of the routers.
+            token_shape: (B, L, K) of a micro-batch, to record the experts of each token.
+            device: device of the tables.
+            finished_steps: optimizer steps of the checkpoint that the job resumes from.
+            varying: True if steps differ in their number of micro-batches.
+            gradients: True to measure the gradients of the model's loss and of the aux losses.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -158,7 +166,7 @@ class StepRecord:
 
         self.counts_NMSE = zeros(num_micro_batches, num_sources, num_experts)
         self.step_counts_NMSE = torch.zeros_like(self.counts_NMSE)
-        # Rows of whole 16 bytes: a compiler would copy an input that is not aligned so.
+        # Rows are multiples of 16 bytes: a compiler would copy an input without this alignment.
         self.losses_NA = zeros(-(-num_losses // 4) * 4, dtype=torch.float32)[:, :num_losses]
         self.step_losses_NA = torch.zeros_like(self.losses_NA)
         self._micro_batches_N1 = zeros(2)[:, :1]
@@ -190,7 +198,7 @@ class StepRecord:
         return copied
 
     def router(self, index: int, num_experts: int, top_k: int, num_bins: int) -> RouterRecord:
-        """The rows of one router."""
+        """Create the record of one router."""
         ids, histogram = self.expert_ids_NMBLK, None
         if self.histogram_NEH is not None and num_bins:
             histogram = histogram_of(self.histogram_NEH[index], num_experts, num_bins)
@@ -206,7 +214,7 @@ class StepRecord:
         )
 
     def check_forward(self, layer: int, *, has_losses: bool) -> None:
-        """Raises ``JobError``: the learning forward of a layer is of no step that is closed."""
+        """Raise ``JobError`` for a learning forward of a layer whose step no loop closes."""
         if self.of_copy:
             raise JobError(
                 f"layer {layer} is of a copy of a model that has a training loop, and nobody "
@@ -221,16 +229,18 @@ class StepRecord:
             )
 
     def finish_forward(self, routers: slice) -> None:
-        """Let the next forward of some routers be the next micro-batch. One operator for all the
-        routers of a model part, outside of them."""
+        """Advance some routers to the next micro-batch.
+
+        It is one operator for all routers of a model part, outside of them.
+        """
         if self.counts_NMSE.shape[1] > 1:
             self._micro_batches_N1[routers].add_(1)
 
     def finish_step(self, num_rows: int) -> None:
-        """Save the running step as the finished one and start anew, but for the histogram.
+        """Save the running step as the finished one, and reset all but the histogram.
 
         Args:
-            num_rows: of the global batch.
+            num_rows: rows of the global batch.
         """
         self.step_counts_NMSE.copy_(self.counts_NMSE)
         torch.mul(self.losses_NA, 1 / num_rows, out=self.step_losses_NA)
@@ -243,11 +253,11 @@ class StepRecord:
         self.sums = None
 
     def resume(self, finished_steps: int) -> None:
-        """Read the steps of a checkpoint, before the first step."""
+        """Read the finished steps of a checkpoint, before the first step."""
         self._steps.fill_(finished_steps)
 
     def discard_step(self) -> None:
-        """Forget the running step."""
+        """Drop the running step."""
         self._start_anew()
         self.forget_histogram()
 
@@ -258,21 +268,21 @@ class StepRecord:
         self.rows = self.forwards = 0
 
     def forget_histogram(self) -> None:
-        """Start the histogram anew, once the finished step has been summed."""
+        """Reset the histogram, once the finished step has been summed."""
         if self.histogram_NEH is not None:
             self.histogram_NEH.zero_()
 
     def reduce(self, groups: Sequence[dist.ProcessGroup]) -> StepSums:
-        """The finished step over all micro-batches and ranks, summed once. Collective.
+        """Sum the finished step over all micro-batches and ranks, once. Collective.
 
         Args:
-            groups: one for each mesh axis whose ranks route different tokens.
+            groups: process groups, one for each mesh axis whose ranks route different tokens.
         """
         if self.sums is None:
             parts = [self.step_counts_NMSE.sum(dim=1), self.step_losses_NA]
             if self.histogram_NEH is not None:
                 parts.append(self.histogram_NEH)
-            # float64 holds the counts exactly up to 2**53 and takes the losses along.
+            # float64 is exact for counts up to 2**53, and the losses share the collective.
             fused = torch.cat([part.flatten().double() for part in parts])
             for group in groups:
                 dist.all_reduce(fused, group=group)
@@ -291,9 +301,11 @@ class StepRecord:
 
 
 def histogram_of(rows: torch.Tensor, num_experts: int, num_bins: int) -> torch.Tensor:
-    """The histograms of routers with so many experts and bins, a contiguous part of each row.
+    """Select the histograms of routers, a contiguous part of each row.
 
     Args:
-        rows: of routers, ``(..., E, H)``.
+        rows: rows of routers, ``(..., E, H)``, for the largest E and H.
+        num_experts: E of these routers.
+        num_bins: H of these routers.
     """
     return rows.flatten(-2)[..., : num_experts * num_bins].unflatten(-1, (num_experts, num_bins))

@@ -1,4 +1,4 @@
-"""Properties of a training loop's optimizer steps, known before the first of them."""
+"""Properties of a training loop's optimizer steps, known before the first step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingLoop:
-    """Filled from a job's config, or by :func:`titan_moe_lb.attach`."""
+    """Properties of the steps, filled from a job's config or by :func:`titan_moe_lb.attach`."""
 
     track: bool = True
     """Record the counts of each micro-batch, for the metrics."""
@@ -16,10 +16,10 @@ class TrainingLoop:
     """Measure the gradients of the model's loss and of the aux losses at each router."""
 
     num_micro_batches: int = 1
-    """Forwards of a router in an optimizer step; in a loop of one's own, at most."""
+    """Forwards of a router in an optimizer step; the maximum if ``varying``."""
 
     varying: bool = False
-    """Steps differ in the number of their micro-batches."""
+    """True if steps differ in the number of their micro-batches."""
 
     accumulation_steps: int = 1
     """Local batches of a data-parallel rank in an optimizer step."""
@@ -29,10 +29,10 @@ class TrainingLoop:
     they follow from ``local_batch_size`` of the losses."""
 
     tokens_per_step: int | None = None
-    """Tokens of a global batch; None where they differ."""
+    """Tokens of a global batch; None if steps differ."""
 
     padded: bool = False
-    """Batches say which of their tokens are valid."""
+    """True if batches have a mask of valid tokens."""
 
     recorded_tokens: tuple[int, int] | None = None
     """(B, L) of a micro-batch on a rank, to record the experts of each token."""
@@ -41,7 +41,7 @@ class TrainingLoop:
     """Assignment of the tokens of a row to context-parallel ranks."""
 
     gradient_divisor: int = 1
-    """Number that the loop divides the sum of the gradients of its ranks by."""
+    """Divisor that the loop applies to the sum of its ranks' gradients."""
 
     finished_steps: int = 0
     """Optimizer steps of the checkpoint that the loop resumes from."""

@@ -1,7 +1,7 @@
 """Valid tokens of a forward, and their sequences. Torch alone.
 
-Shape suffixes: B = rows of a micro-batch, S = tokens of a whole row, L = those of it that
-this rank holds, D = documents of a row that are told apart.
+Shape suffixes: B = rows of a micro-batch, S = tokens of a whole row, L = tokens of a row on
+this rank, D = documents of a row that are distinguished.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 class Sequences(NamedTuple):
     """Sizes of the sequences of a forward.
 
-    Where all are alike, as without padding, both are plain numbers and cost no operator.
+    If all sequences are equal, as without padding, both are plain numbers and cost no operator.
     """
 
     tokens: int | torch.Tensor
     """Valid tokens of each whole sequence, at least 1; float32 ``(B, 1)`` or one number."""
 
     share: float | torch.Tensor
-    """Share of its row, by tokens: 1 where a row is one sequence, 0 without a valid token;
+    """Share of its row, by tokens: 1 if a row is one sequence, 0 without a valid token;
     float32 ``(B, 1)`` or one number."""
 
     def together(self, number: int) -> Sequences:
-        """All ``number`` sequences as one."""
+        """Merge all ``number`` sequences into one."""
         if not isinstance(self.tokens, torch.Tensor):
             return Sequences(self.tokens * number, self.share * number)
         assert isinstance(self.share, torch.Tensor)
@@ -35,8 +35,10 @@ class Sequences(NamedTuple):
 
 
 class BatchTokens(NamedTuple):
-    """The tokens of one forward on a rank. Rows weigh alike, and within a row its valid tokens
-    do."""
+    """Tokens of one forward on a rank.
+
+    All rows have the same weight, and so have the valid tokens of a row.
+    """
 
     valid_BL: torch.Tensor
     """1 for a valid token, 0 for padding, int64 ``(B, L)``."""
@@ -45,13 +47,13 @@ class BatchTokens(NamedTuple):
     """Each row as one sequence."""
 
     document_BL: torch.Tensor | None = None
-    """Number of each token's document in its row, int64 ``(B, L)``; None where rows are sequences."""
+    """Number of each token's document in its row, int64 ``(B, L)``; None if rows are sequences."""
 
     documents: Sequences | None = None
     """The documents of all rows, ``(B D, 1)``."""
 
     def saved(self, save: Callable[[torch.Tensor], torch.Tensor]) -> BatchTokens:
-        """The same, every tensor through an operator that a checkpointing policy saves."""
+        """Copy every tensor by an operator that a checkpointing policy saves."""
 
         def saved(sequences: Sequences) -> Sequences:
             return Sequences(save(sequences.tokens), save(sequences.share))  # type: ignore[arg-type]
@@ -76,12 +78,12 @@ def batch_tokens(
     max_documents: int,
     slices: Sequence[tuple[int, int]],
 ) -> BatchTokens:
-    """Tokens of the routers of a rank, from whole rows.
+    """Compute the tokens of a rank's routers from whole rows.
 
     Args:
         valid_BS: valid tokens, bool ``(B, S)``.
         document_BS: number of each token's document in its row, from 0, int64 ``(B, S)``.
-        max_documents: D; what comes after joins the last.
+        max_documents: D; later documents are merged into the last.
         slices: (start, length) of the parts of a row that this rank holds, in order.
     """
     valid_BS = valid_BS.long()
@@ -106,21 +108,21 @@ def _held(whole_BS: torch.Tensor, slices: Sequence[tuple[int, int]]) -> torch.Te
 
 
 def document_numbers(positions_BS: torch.Tensor) -> torch.Tensor:
-    """Number of each token's document in its row, from 0.
+    """Compute the number of each token's document in its row, from 0.
 
     Args:
-        positions_BS: position of each token in its document, int64 ``(B, S)``: a document
-            begins where it does not go on by one.
+        positions_BS: position of each token in its document, int64 ``(B, S)``. A document
+            begins where the position does not increase by one.
     """
     begins_BS = positions_BS.diff(dim=1) != 1
     return torch.nn.functional.pad(begins_BS.long(), (1, 0)).cumsum(dim=1)
 
 
 def before_padding(labels_BS: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Tokens before the run of ignored labels at the end of a row, bool ``(B, S)``.
+    """Find the tokens before the ignored labels at the end of a row, bool ``(B, S)``.
 
-    torchtitan's chat data set fills a row with such a run. Ignored labels before it belong
-    to prompts, which are no padding: every example ends in a label that counts.
+    torchtitan's chat data set pads rows with ignored labels. Earlier ignored labels belong to
+    prompts, which are no padding: every example ends in a label that counts.
     """
     counts_BS = (labels_BS != ignore_index).flip(1).long().cumsum(dim=1).flip(1)
     return counts_BS > 0

@@ -1,4 +1,4 @@
-"""torchtitan's data loaders with a token mask and document numbers in their batches."""
+"""Data loaders of torchtitan with a token mask and document numbers in their batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from titan_moe_lb.errors import JobError
 
 
 def with_token_mask(config: Any, *, documents: bool) -> Any:
-    """A loader's Config whose batches contain a mask of the valid tokens, where some are not, and
-    document numbers. The same Config where neither is needed.
+    """Derive a loader's Config whose batches contain a token mask and document numbers.
+
+    The mask is only for loaders that pad rows. The same Config is returned if neither is needed.
 
     Args:
-        documents: number the documents of each row.
+        config: Config of a data loader.
+        documents: True to number the documents of each row.
     """
     loader = config._owner
     if getattr(loader, "adds_token_mask", False) or not (pads_rows(loader) or documents):

@@ -1,4 +1,4 @@
-"""Valid tokens of a batch, from the input of a model part to its routers."""
+"""Valid tokens of a batch, passed from the input of a model part to its routers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ VALID_TOKENS = "valid_tokens"
 """Argument of a model's forward and key of a data loader's batch: bool, whole rows."""
 
 DOCUMENT_IDS = "document_ids"
-"""The same, int64: number of each token's document in its row, from 0."""
+"""Argument and key of each token's document number in its row, from 0: int64, whole rows."""
 
 
 def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGroups) -> None:
-    """Before every forward of the part, set the valid tokens of its routers.
+    """Register a hook that sets the valid tokens of a part's routers before every forward.
 
-    torchtitan passes what a data loader adds to ``input`` to every stage of a pipeline, as
-    arguments of the model, whole rows on every rank. The hook removes ours again; in a loop of
-    one's own, ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid.
+    torchtitan passes what a data loader adds to ``input`` to every pipeline stage, as arguments of
+    the model, with whole rows on every rank. The hook removes our arguments. In a user's loop, call
+    ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid.
 
     Args:
-        routers: of the part, each a :class:`titan_moe_lb.balancing.router.LoadBalancedRouter`.
+        part: model part.
+        routers: routers of the part, each a
+            :class:`titan_moe_lb.balancing.router.LoadBalancedRouter`.
+        groups: process groups of the rank.
     """
-
     needed = any(router.needs_tokens for router in routers)
 
     def hook(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
