@@ -1,10 +1,10 @@
-"""Rejections of a job at config time, one function per rule.
+"""Checks of a job at config time, one function per rule.
 
-No rule repeats a check that torchtitan makes when the model is bound to the job.
 Each rule takes a :class:`~titan_moe_lb.resolved_job.Job` and raises ``JobError`` with one line
-that names the setting and what to use instead. They run once in every process of a job.
-:mod:`titan_moe_lb.rules.files` is not among the rules: a job can be resolved and
-printed where it does not run.
+that names the setting and what to use instead. No rule repeats a check that torchtitan makes when
+the model is bound to the job. The rules run once in every process of a job.
+:mod:`titan_moe_lb.rules.files` is not among them, because a job may be resolved and printed on a
+machine where it cannot run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ OF_A_MODEL: tuple[Callable[[Job], None], ...] = (
     *routers.RULES,
     spmd_backend.blocks_can_be_traced,
 )
-"""Rules that read no more of a config than its ``parallelism``, ``compile``,
-``activation_checkpoint`` and ``traverse``."""
+"""Rules that read only ``parallelism``, ``compile``, ``activation_checkpoint`` and ``traverse``
+of a config."""
 
 
 def validate(job: Job) -> None:
-    """Run every rule. Raises ``JobError`` at the first that does not hold."""
+    """Run every rule.
+
+    Raises:
+        JobError: the first rule that does not hold.
+    """
     for rule in RULES:
         rule(job)

@@ -1,4 +1,4 @@
-"""Rules of forced routing and of the recording that it replays."""
+"""Rules of forced routing and of routing recorded for replay."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from titan_moe_lb.traces.routing_trace import open_routing_trace
 
 
 def one_way_to_force_routing(job: Job) -> None:
+    """Refuse ``debug.moe_force_load_balance`` together with ``forced_routing``."""
     if job.config.debug.moe_force_load_balance and _forced(job):
         raise JobError(
             "debug.moe_force_load_balance and [model] forced_routing are both on: keep one "
@@ -32,6 +33,7 @@ def one_way_to_force_routing(job: Job) -> None:
 
 
 def hot_ranks_exist(job: Job) -> None:
+    """Check that an EP group has the ranks of ``hot_rank``."""
     degree = job.config.parallelism.expert_parallel_degree
     for _fqn, _router, forced in _forced(job, HotRank):
         if degree == 1:
@@ -48,6 +50,7 @@ def hot_ranks_exist(job: Job) -> None:
 
 
 def hot_share_finds_experts(job: Job) -> None:
+    """Check that ``hot_share`` leaves a cold expert, and that top_k permits its fraction."""
     for fqn, router, forced in _forced(job, HotShare):
         what = f"forced_routing {forced.describe()}"
         total, top_k = router.num_experts, router.top_k
@@ -67,6 +70,7 @@ def hot_share_finds_experts(job: Job) -> None:
 
 
 def zero_load_leaves_experts(job: Job) -> None:
+    """Check that ``zero_load`` leaves at least top_k experts with load."""
     for fqn, router, forced in _forced(job, ZeroLoad):
         most = router.num_experts - router.top_k
         if forced.num_zero > most:
@@ -81,10 +85,10 @@ TRIED_TOKENS = 2**18
 
 
 def forced_routing_keeps_group_limit(job: Job) -> None:
-    """Try the token-index strategies; the random strategies apply the limit themselves.
+    """Check that token-index strategies keep the limit of expert groups per token.
 
-    The first ``TRIED_TOKENS`` tokens of the global batch stand for all: most strategies repeat
-    much sooner.
+    Random strategies apply the limit themselves. This check routes at most ``TRIED_TOKENS``
+    tokens, from the start of the global batch, because most strategies repeat much sooner.
     """
     tried = []
     for fqn, router, forced in _forced(job, TokenIndexRouting):
@@ -114,13 +118,14 @@ def forced_routing_keeps_group_limit(job: Job) -> None:
 
 
 def _most_groups(ids_TK: torch.Tensor, router: LoadBalancedRouter.Config) -> int:
-    """Expert groups that a token reaches, at most."""
+    """Return the largest number of expert groups that a token reaches."""
     groups_TK = ids_TK // (router.num_experts // router.num_expert_groups)
     reached_TG = torch.nn.functional.one_hot(groups_TK, router.num_expert_groups).amax(dim=1)
     return int(reached_TG.sum(dim=1).max())
 
 
 def replayed_trace_fits(job: Job) -> None:
+    """Check that a replayed trace has this job's model, global batch and steps."""
     for _fqn, _router, forced in _forced(job, Replay)[:1]:
         trace = open_routing_trace(forced.trace)
         here, there = describe_run(job), trace.info
@@ -142,6 +147,7 @@ def replayed_trace_fits(job: Job) -> None:
 
 
 def recorded_routing_can_be_replayed(job: Job) -> None:
+    """Check ``metrics.record_routing_steps``, and that the order of the tokens is known."""
     steps = getattr(job.config.metrics, "record_routing_steps", None)
     if steps:
         for step in steps:
@@ -175,7 +181,7 @@ def _forced(
 
 
 def _bound(forced: Any, router: LoadBalancedRouter.Config, job: Job) -> Any:
-    """A copy of a strategy's Config with all that the router and the job fill."""
+    """Return a copy of a strategy's Config, bound to its router and the job."""
     router = copy.copy(router)
     router.forced_routing = copy.deepcopy(forced)
     router.bind(job)

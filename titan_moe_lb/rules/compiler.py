@@ -1,4 +1,4 @@
-"""The C++ compiler that ``torch.compile`` needs on the host."""
+"""C++ compiler that ``torch.compile`` needs on the host."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ REMEDY = "install one (apt-get install g++), or name it in CXX"
 
 
 def cpp_compiler() -> str | None:
-    """Path of the program that inductor would start; None where it is missing."""
+    """Return the path of the compiler that inductor would start; None if it is missing."""
     words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     return shutil.which(words[0])
 
 
 def compiler_is_here(job: Job) -> None:
-    """Raises ``JobError`` where inductor would look for a compiler in vain."""
+    """Check that a C++ compiler is installed if inductor compiles for the host."""
     on_host = torch.accelerator.current_accelerator(check_available=True) is None
     compiled = job.config.compile.enable and job.config.compile.backend == "inductor"
     if compiled and on_host and cpp_compiler() is None:

@@ -1,4 +1,4 @@
-"""Checks of files, programs and devices, on the machine of the job, before any process starts."""
+"""Checks of files, programs and devices on the machine of the job, before any process starts."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
 def validate_files(job: Job) -> None:
-    """Check all of them.
+    """Check the files, programs and devices that a job needs.
 
     Raises:
-        JobError: the first file, program or device that does not fit.
+        JobError: the first one that is missing or does not fit the job.
     """
     compiler_is_here(job)
     device_is_here(job)
@@ -56,7 +56,10 @@ def validate_files(job: Job) -> None:
 
 
 def device_is_here(job: Job) -> None:
-    """torch refuses these at the start, or in the first save."""
+    """Refuse settings that need a GPU on a machine without one.
+
+    torch raises these errors too, but only at the start or in the first save.
+    """
     if torch.accelerator.is_available():
         return
     if job.config.training.enable_cpu_offload:
@@ -73,6 +76,7 @@ def device_is_here(job: Job) -> None:
 
 
 def assets_are_here(job: Job) -> None:
+    """Check that ``hf_assets_path`` is a folder with a tokenizer."""
     if not os.path.isdir(job.config.hf_assets_path):
         raise JobError(
             f"hf_assets_path {job.config.hf_assets_path!r} is not a folder: download the model's "
@@ -90,6 +94,7 @@ def assets_are_here(job: Job) -> None:
 
 
 def datasets_are_known(job: Job) -> None:
+    """Check that the data sets of training and validation exist."""
     loaders = {"dataloader": job.config.dataloader}
     if job.config.validator.enable:
         loaders["validator.dataloader"] = job.config.validator.dataloader
@@ -105,6 +110,7 @@ def datasets_are_known(job: Job) -> None:
 
 
 def domains_are_known(job: Job) -> None:
+    """Check that the data sets of ``validator.domains`` exist and that their load is recorded."""
     domains = getattr(job.config.validator, "domains", [])
     if not job.config.validator.enable or not domains:
         return
@@ -128,7 +134,7 @@ def domains_are_known(job: Job) -> None:
 
 
 def batch_fits_in_memory(job: Job) -> None:
-    """Compare the ids of the tokens alone: the need of the model is not known here."""
+    """Check that the token ids of a local batch fit in memory; the model's need is not known."""
     training = job.config.training
     size = training.local_batch_size * training.seq_len * torch.int64.itemsize
     memory = psutil.virtual_memory().total
@@ -141,6 +147,7 @@ def batch_fits_in_memory(job: Job) -> None:
 
 
 def overrides_are_there(job: Job) -> None:
+    """Check that the functions of ``override.imports`` can be imported."""
     for entry in job.config.override.imports:
         target = entry if isinstance(entry, str) else entry[0]
         module, _dot, function = target.rpartition(".")
@@ -153,6 +160,7 @@ def overrides_are_there(job: Job) -> None:
 
 
 def checkpoint_is_there(job: Job) -> None:
+    """Check that the folder of the checkpoint to load exists."""
     start = job.start
     if start is None or start.path.is_dir():
         return
@@ -166,6 +174,7 @@ def checkpoint_is_there(job: Job) -> None:
 
 
 def checkpoint_is_whole(job: Job) -> None:
+    """Check that no file of the checkpoint is missing or cut."""
     if job.start is None:
         return
     problem = damage(job.start)
@@ -174,6 +183,7 @@ def checkpoint_is_whole(job: Job) -> None:
 
 
 def checkpoint_has_steps_to_go(job: Job) -> None:
+    """Check that ``training.steps`` is larger than the step of the checkpoint."""
     start, steps = job.start, job.config.training.steps
     if start is not None and start.step is not None and start.step >= steps:
         raise JobError(
@@ -183,7 +193,10 @@ def checkpoint_has_steps_to_go(job: Job) -> None:
 
 
 def checkpoint_is_of_this_model(job: Job) -> None:
-    """Names and shapes of all weights, except what :func:`checkpoint_has_router_state` checks."""
+    """Compare names and shapes of the weights in the checkpoint and in the model.
+
+    :func:`checkpoint_has_router_state` checks the expert biases and the state of losses.
+    """
     start, spec = job.start, job.config.model_spec
     if start is None or spec is None:
         return
@@ -202,7 +215,10 @@ def checkpoint_is_of_this_model(job: Job) -> None:
 
 
 def checkpoint_has_training_state(job: Job) -> None:
-    """A last step may hold the weights alone, and torchtitan resumes from whole states alone."""
+    """Check that a checkpoint to resume from contains the training state.
+
+    A last step may contain the weights alone, from which torchtitan cannot resume.
+    """
     start = job.start
     if start is None or is_model_only(job.config, start) or _holds_training_state(start):
         return
@@ -226,8 +242,11 @@ def _holds_training_state(checkpoint: Checkpoint) -> bool:
 
 
 def checkpoint_is_of_as_many_data_ranks(job: Job) -> None:
-    """torchtitan 0.3.0 cannot divide the place in the data over other ranks
-    (https://github.com/pytorch/torchtitan/issues/811)."""
+    """Check that the number of data-parallel ranks is the same as in the checkpoint.
+
+    torchtitan 0.3.0 cannot redistribute the position in the data over other ranks
+    (https://github.com/pytorch/torchtitan/issues/811).
+    """
     start, loader = job.start, job.config.dataloader._owner
     if (
         start is None
@@ -249,7 +268,11 @@ def checkpoint_is_of_as_many_data_ranks(job: Job) -> None:
 
 
 def checkpoint_counts_tokens_of_as_many_ranks(job: Job) -> None:
-    """torchtitan 0.3.0 saves the tokens of one rank, ``ntokens_seen``, and not of how many."""
+    """Check that the ranks that count tokens are as many as in the checkpoint.
+
+    torchtitan 0.3.0 saves ``ntokens_seen`` of one rank, without the number of ranks. Only changes
+    of losses and bias rules after a number of tokens depend on it.
+    """
     start, checkpoint = job.start, job.config.checkpoint
     if (
         start is None
@@ -278,8 +301,11 @@ def _data_ranks_of(checkpoint: Checkpoint) -> int:
 
 
 def checkpoint_has_router_state(job: Job) -> None:
-    """Expert biases and what losses remember are model state, which torchtitan loads whole: a
-    name too few is a traceback in every process, one too many is dropped."""
+    """Check that checkpoint and job have the same expert biases, and the job's loss states.
+
+    They are model state. torchtitan raises in every process if the checkpoint lacks a name, and
+    silently drops a name that the model lacks.
+    """
     start = job.start
     if start is None:
         return

@@ -13,17 +13,17 @@ from titan_moe_lb.resolved_job import Job
 
 
 def check_initial_weights(job: Job) -> None:
-    """Compare names and shapes of the folder that a job starts from with its model.
+    """Compare the names and shapes of the weights that a job starts from with its model.
 
-    Reads the headers of the files alone, and builds the model without memory.
+    This reads only the headers of the files and builds the model on the meta device.
 
     Raises:
-        JobError: no weights there, or the first tensor that is missing or has another shape.
+        JobError: the folder has no weights, or the first tensor that does not fit the model.
     """
     checkpoint, spec = job.config.checkpoint, job.config.model_spec
     if not checkpoint.enable or not checkpoint.initial_load_in_hf:
         return
-    if job.start is not None:  # of its own, which comes first
+    if job.start is not None:  # a distributed checkpoint takes precedence
         return
     assert spec is not None
     if spec.state_dict_adapter is None:
@@ -39,7 +39,7 @@ def check_initial_weights(job: Job) -> None:
             "folder of the weights in checkpoint.initial_load_path"
         )
     if checkpoint.initial_load_in_hf_quantized:
-        # Stored in blocks, under other names and shapes; the adapter knows whether it can.
+        # Blocks have other names and shapes; the adapter raises if it cannot read them.
         spec.state_dict_adapter(spec.model, None).get_hf_storage_reader(folder, from_quantized=True)
         return
     for name in _biases_without_use(job):
@@ -80,7 +80,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _biases_without_use(job: Job) -> list[str]:
-    """Names in a Hugging Face checkpoint of expert biases that the job does not have."""
+    """Return the Hugging Face names of expert biases that the job does not have."""
     spec = job.config.model_spec
     assert spec is not None and spec.state_dict_adapter is not None
     adapter = spec.state_dict_adapter(spec.model, job.config.hf_assets_path)
@@ -95,7 +95,7 @@ def _biases_without_use(job: Job) -> list[str]:
 def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     spec = job.config.model_spec
     assert spec is not None and spec.state_dict_adapter is not None
-    # As torchtitan makes it: an adapter may choose names by the index in that folder.
+    # Built as torchtitan does: an adapter may choose names by the index in that folder.
     adapter = spec.state_dict_adapter(job.bound.model_spec.model, job.config.hf_assets_path)
     return {
         name: tuple(value.shape)

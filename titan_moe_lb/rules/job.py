@@ -36,6 +36,7 @@ _AT_LEAST_ONE = (
 
 
 def sizes_are_positive(job: Job) -> None:
+    """Check the lower bounds of sizes, step counts and time limits."""
     for least, paths in enumerate((_AT_LEAST_ZERO, _AT_LEAST_ONE)):
         for path in paths:
             section, name = path.split(".")
@@ -56,6 +57,7 @@ def sizes_are_positive(job: Job) -> None:
 
 
 def learning_rate_shrinks(job: Job) -> None:
+    """Check that the factors of the learning-rate schedule are from 0 to 1."""
     for name in ("decay_ratio", "min_lr_factor"):
         value = getattr(job.config.lr_scheduler, name)
         if value is not None and not 0 <= value <= 1:
@@ -63,6 +65,7 @@ def learning_rate_shrinks(job: Job) -> None:
 
 
 def seed_checkpoint_is_of_one_process(job: Job) -> None:
+    """Check that one process makes a seed checkpoint, with checkpoints enabled."""
     if not job.config.checkpoint.create_seed_checkpoint:
         return
     processes = job.layout.world_size
@@ -76,12 +79,14 @@ def seed_checkpoint_is_of_one_process(job: Job) -> None:
 
 
 def seed_is_one(job: Job) -> None:
+    """Check that ``debug.seed`` is a valid seed."""
     seed = job.config.debug.seed
     if seed is not None and not 0 <= seed < 2**64:
         raise JobError(f"debug.seed is {seed}; it must be at least 0 and below 2**64")
 
 
 def optimizers_can_be_built(job: Job) -> None:
+    """Check that torchtitan has the optimizers, and that a job file can set their arguments."""
     for index, group in enumerate(job.config.optimizer.param_groups):
         name = group.optimizer_name
         key = f"optimizer.param_groups[{index}].optimizer_name is {name!r}"
@@ -107,6 +112,7 @@ def optimizers_can_be_built(job: Job) -> None:
 
 
 def optimizer_arguments_fit(job: Job) -> None:
+    """Check the names of optimizer arguments, and the learning rates."""
     for index, group in enumerate(job.config.optimizer.param_groups):
         optimizer = getattr(torch.optim, group.optimizer_name, None)
         if optimizer is not None:  # torchtitan has optimizers of its own besides torch's
@@ -127,6 +133,7 @@ def optimizer_arguments_fit(job: Job) -> None:
 
 
 def global_batch_divides_over_ranks(job: Job) -> None:
+    """Check that the global batch is a multiple of the local batches of all ranks."""
     total = job.config.training.global_batch_size
     if total < 0:
         return
@@ -140,6 +147,7 @@ def global_batch_divides_over_ranks(job: Job) -> None:
 
 
 def sequence_divides_over_ranks(job: Job) -> None:
+    """Check that a sequence divides evenly over TP and CP ranks."""
     tp, cp = (
         job.config.parallelism.tensor_parallel_degree,
         job.config.parallelism.context_parallel_degree,
@@ -156,7 +164,10 @@ def sequence_divides_over_ranks(job: Job) -> None:
 
 
 def flex_attention_takes_the_slices(job: Job) -> None:
-    """Torch cuts a block mask between blocks, and finds out in the first step."""
+    """Check that context parallelism cuts the mask of flex attention between blocks.
+
+    torch raises this error too, but only in the first step.
+    """
     cp = job.config.parallelism.context_parallel_degree
     block = cp * FLEX_BLOCK_SIZE
     if cp == 1 or job.config.training.seq_len % block == 0 or job.config.model_spec is None:
@@ -170,6 +181,7 @@ def flex_attention_takes_the_slices(job: Job) -> None:
 
 
 def compile_backend_is_known(job: Job) -> None:
+    """Check that ``compile.backend`` exists."""
     backends = compiler_backends()
     if job.config.compile.enable and job.config.compile.backend not in backends:
         raise JobError(
@@ -179,7 +191,7 @@ def compile_backend_is_known(job: Job) -> None:
 
 
 def compile_components_are_known(job: Job) -> None:
-    """torchtitan looks for these two, and compiles nothing under another name."""
+    """Check ``compile.components``, of which torchtitan silently ignores unknown names."""
     for component in job.config.compile.components if job.config.compile.enable else ():
         if component not in ("model", "loss"):
             raise JobError(
@@ -189,6 +201,7 @@ def compile_components_are_known(job: Job) -> None:
 
 
 def states_that_are_not_loaded_are_known(job: Job) -> None:
+    """Check that ``checkpoint.exclude_from_loading`` names parts of a checkpoint."""
     for name in job.config.checkpoint.exclude_from_loading if job.config.checkpoint.enable else ():
         if name not in _LEFT_OUT_OF_LOADING:
             raise JobError(

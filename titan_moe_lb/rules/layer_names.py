@@ -1,4 +1,4 @@
-"""Names of model parts in messages: their layers, as a user counts them."""
+"""Names of layers in messages."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from titan_moe_lb.resolved_job import Job
 
 
 def loss_sees_the_whole_batch(job: Job) -> None:
+    """Refuse non-additive losses under pipeline parallelism and gradient accumulation."""
     for _fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config):
         if job.config.parallelism.pipeline_parallel_degree > 1:
             refuse_in_parts(router, "pipeline parallelism")
@@ -23,7 +24,11 @@ def loss_sees_the_whole_batch(job: Job) -> None:
 
 
 def refuse_in_parts(router: LoadBalancedRouter.Config, cut_by: str) -> None:
-    """Refuse a loss that is not a sum over sequences, where the batch is cut into parts.
+    """Refuse a loss that is not a sum over sequences, because the batch is cut into parts.
+
+    Args:
+        router: the router with its losses.
+        cut_by: cause of the cut, for the message.
 
     Raises:
         JobError: the router has such a loss.
@@ -45,7 +50,7 @@ def refuse_in_parts(router: LoadBalancedRouter.Config, cut_by: str) -> None:
 
 
 def gradients_can_be_measured(job: Job) -> None:
-    """Check ``metrics.router_gradients``."""
+    """Check that the layout permits ``metrics.router_gradients``."""
     if not getattr(job.config.metrics, "router_gradients", False):
         return
     parallelism = job.config.parallelism
@@ -68,7 +73,7 @@ def gradients_can_be_measured(job: Job) -> None:
 
 
 def _with_global_batch(losses: list[AuxLoss.Config]) -> str:
-    """The line of TOML with the same losses, the batch-wise one over the global batch."""
+    """Return the line of TOML that replaces the batch-wise loss by the global-batch loss."""
     whole_batch = [
         GlobalBatchAuxLoss.Config(weight=loss.weight, count_from=loss.count_from)
         if isinstance(loss, BatchWiseAuxLoss.Config)

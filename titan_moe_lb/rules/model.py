@@ -1,4 +1,4 @@
-"""Rules of the model."""
+"""Rules of a job's model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from titan_moe_lb.rules.layer_names import layer_name
 
 
 def expert_biases_are_added_once(job: Job) -> None:
-    """Upstream fact: under tensor parallelism torchtitan 0.3.0 adds the output bias of GPT-OSS's
-    experts on every rank (spmd_types without EP) and halves the gradient of the attention's
-    output bias (partial_dtensor)."""
+    """Refuse layouts in which torchtitan 0.3.0 computes the biases of GPT-OSS wrong.
+
+    Upstream fact: under tensor parallelism, ``spmd_types`` without EP adds the output bias of the
+    experts on every rank. ``partial_dtensor`` halves the gradient of the attention's output bias.
+    """
     parallelism = job.config.parallelism
     right = parallelism.expert_parallel_degree > 1 and parallelism.spmd_backend == "spmd_types"
     if parallelism.tensor_parallel_degree == 1 or right:
@@ -31,6 +33,7 @@ def expert_biases_are_added_once(job: Job) -> None:
 
 
 def experts_divide_over_ranks(job: Job) -> None:
+    """Check that the expert-parallel degree divides the experts of each layer."""
     degree = job.config.parallelism.expert_parallel_degree
     for fqn, moe in moe_layers(job.config).items():
         if moe.num_experts % degree:
@@ -41,13 +44,15 @@ def experts_divide_over_ranks(job: Job) -> None:
 
 
 def experts_are_counted_alike(job: Job) -> None:
+    """Check the job with :func:`layers_count_their_experts_alike`."""
     layers_count_their_experts_alike(job.config)
 
 
 def layers_count_their_experts_alike(config: Any) -> None:
-    """torchtitan has both numbers of a layer in several places and does not compare them.
+    """Check that num_experts and top_k are the same in all parts of a layer.
 
-    A dispatcher with another top_k sends tokens to the wrong experts.
+    torchtitan does not compare them. A dispatcher with another top_k sends tokens to the wrong
+    experts.
     """
     for fqn, moe in moe_layers(config).items():
         router, routed = moe.router, moe.routed_experts
@@ -71,7 +76,10 @@ def layers_count_their_experts_alike(config: Any) -> None:
 
 
 def checkpointing_keeps_decisions(job: Job) -> None:
-    """:mod:`titan_moe_lb.balancing.checkpointing` saves decisions for the other kinds alone."""
+    """Refuse memory-budget checkpointing of balanced routers.
+
+    :mod:`titan_moe_lb.balancing.checkpointing` saves routing decisions for the other kinds only.
+    """
     if isinstance(job.config.activation_checkpoint, MemoryBudgetAC.Config) and any(
         job.config.traverse(LoadBalancedRouter.Config)
     ):

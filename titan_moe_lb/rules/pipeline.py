@@ -1,6 +1,6 @@
 """Rules of pipeline schedules.
 
-torch and torchtitan raise these errors after every process has built its model.
+torch and torchtitan raise these errors too, but only after every process has built its model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _EQUAL_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")
 
 
 def schedule_is_known(job: Job) -> None:
-    """torch ignores the case of the name; the rules here and in zero_bubble.py do not."""
+    """Check that the schedule exists.
+
+    torch ignores the case of its name; the rules here and in zero_bubble.py do not.
+    """
     schedule = job.config.parallelism.pipeline_parallel_schedule
     if job.config.parallelism.pipeline_parallel_degree > 1 and schedule not in SCHEDULES:
         same = [name for name in SCHEDULES if name.lower() == schedule.lower()]
@@ -32,6 +35,7 @@ def schedule_is_known(job: Job) -> None:
 
 
 def stages_fit_ranks(job: Job) -> None:
+    """Check that the number of stages fits the schedule and the ranks."""
     parallelism, stages = job.config.parallelism, len(_stages(job))
     schedule, ranks = parallelism.pipeline_parallel_schedule, job.layout.pp
     wanted = 1 if schedule in _A_STAGE_A_RANK else 2 if schedule in _TWO_STAGES_A_RANK else 0
@@ -49,7 +53,7 @@ def stages_fit_ranks(job: Job) -> None:
 
 
 def micro_batches_fit_schedule(job: Job) -> None:
-    """torch 2.14, ``distributed/pipelining/schedules.py``."""
+    """Check the number of micro-batches, as in torch 2.14, ``distributed/pipelining/schedules.py``."""
     parallelism, stages = job.config.parallelism, len(_stages(job))
     if not stages or parallelism.pipeline_parallel_schedule_csv:
         return
@@ -71,8 +75,10 @@ def micro_batches_fit_schedule(job: Job) -> None:
 
 
 def stages_have_attention(job: Job) -> None:
-    """Upstream fact: torchtitan 0.3.0's ``apply_cp_to_forward`` looks at the first attention of
-    a stage."""
+    """Check that every stage has a layer, under context parallelism.
+
+    Upstream fact: torchtitan 0.3.0's ``apply_cp_to_forward`` reads the first attention of a stage.
+    """
     parallelism, stages = job.config.parallelism, _stages(job)
     if parallelism.context_parallel_degree == 1:
         return
@@ -91,6 +97,7 @@ def stages_have_attention(job: Job) -> None:
 
 
 def zero_bubble_needs_whole_recompute(job: Job) -> None:
+    """Refuse selective activation checkpointing under a zero-bubble schedule."""
     schedule = job.config.parallelism.pipeline_parallel_schedule
     if (
         job.config.parallelism.pipeline_parallel_degree > 1
@@ -105,10 +112,10 @@ def zero_bubble_needs_whole_recompute(job: Job) -> None:
 
 
 def _stages(job: Job) -> list[list[str]]:
-    """Names of the modules of each stage; none without a pipeline.
+    """Return the names of the modules of each stage; empty without a pipeline.
 
     Raises:
-        JobError: the model has no such stages.
+        JobError: the model cannot be cut into these stages.
     """
     parallelism, spec, ranks = job.config.parallelism, job.config.model_spec, job.layout.pp
     if ranks == 1 or spec is None:
@@ -136,7 +143,7 @@ def _stages(job: Job) -> list[list[str]]:
 
 
 def _by_hand(stages: list[list[str]], num_layers: int) -> list[list[str]]:
-    """Check stages given by hand: torchtitan drops modules that no stage names."""
+    """Check the user's own stages; torchtitan drops modules that no stage names."""
     key = "parallelism.module_fqns_per_model_part"
     (modules,) = pipeline_parallel._generate_llm_fqn_per_model_part(1, num_layers)
     places: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Rules of routers, for jobs and for loops of one's own."""
+"""Rules of routers, for jobs and for users' own training loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def check_router(where: str, router: LoadBalancedRouter.Config) -> None:
     """Check one router.
 
     Args:
-        where: name of the layer for the message.
+        where: name of the layer, for the message.
+        router: the router's config.
 
     Raises:
         JobError: the first rule that does not hold.
@@ -67,14 +68,16 @@ def _one_loss_of_each_kind(where: str, router: LoadBalancedRouter.Config) -> Non
 
 
 def check_alike(routers: list[tuple[str, LoadBalancedRouter.Config]]) -> None:
-    """The step has one weight for a loss and one name for a column, for all layers; a rule of the
-    bias may be another in each.
+    """Check that all layers have the same losses and the same forced routing.
+
+    A step has one weight per loss and one column per metric, for all layers. Only the rule of the
+    expert bias may differ by layer.
 
     Args:
-        routers: of a model, with the names of their layers for the message.
+        routers: names of the layers, for the message, and their routers.
 
     Raises:
-        JobError: a layer has other losses than the first, or is forced otherwise.
+        JobError: a layer has other losses or another forced routing than the first.
     """
     if not routers:
         return
@@ -93,7 +96,7 @@ def check_alike(routers: list[tuple[str, LoadBalancedRouter.Config]]) -> None:
 
 
 def _given(component: Component.Config | None) -> tuple[type, dict[str, Any]] | None:
-    """Return the user's choice, without the numbers that a job fills in for each layer."""
+    """Return the user's choice, without the values that a job fills in for each layer."""
     if component is None:
         return None
     own = {field.name for field in dataclasses.fields(component)} - component._owner.filled_by_job
@@ -105,6 +108,7 @@ def _described(components: list[Any]) -> str:
 
 
 def routers_are_right(job: Job) -> None:
+    """Check all routers of a job with :func:`check_router` and :func:`check_alike`."""
     routers = [
         (layer_name(fqn), router)
         for fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config)

@@ -8,11 +8,13 @@ from titan_moe_lb.resolved_job import Job
 
 
 def gradients_are_kept(job: Job) -> None:
-    """Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
-    waits for an argument that is still under way by ``AsyncCollectiveTensor.wait()``, and autograd
-    loses it there. What torchtitan 0.3.0 gathers along the sequence, for its experts and for
-    attention, is under way where it has one sequence; several are put together first, and waited
-    for."""
+    """Refuse layouts in which a DTensor backend loses gradients.
+
+    Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
+    waits for a pending argument by ``AsyncCollectiveTensor.wait()``, where autograd loses it. With
+    one sequence, the tensors that torchtitan 0.3.0 gathers along the sequence are still pending.
+    Several sequences are concatenated first, which waits for them.
+    """
     parallelism = job.config.parallelism
     if (
         parallelism.spmd_backend == "spmd_types"
@@ -39,9 +41,12 @@ def gradients_are_kept(job: Job) -> None:
 
 
 def blocks_can_be_traced(job: Job) -> None:
-    """Upstream fact: under ``full_dtensor`` a linear layer flattens rows and tokens of a DTensor.
-    Where the tokens are cut too, by CP or by TP under EP, torch 2.14 ends in the first step with
-    ``PendingUnbackedSymbolNotFound``, or does not end (pytorch/torchtitan#3409)."""
+    """Refuse to compile blocks under ``full_dtensor`` if the tokens are sharded.
+
+    Upstream fact: a linear layer flattens rows and tokens of a DTensor. If CP, or TP under EP,
+    shards the tokens too, torch 2.14 raises ``PendingUnbackedSymbolNotFound`` in the first step,
+    or hangs (pytorch/torchtitan#3409).
+    """
     parallelism = job.config.parallelism
     cut = parallelism.context_parallel_degree > 1 or (
         parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1
