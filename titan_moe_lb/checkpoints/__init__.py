@@ -1,1 +1,1 @@
-"""Checkpoints: which one a job starts from, whether it is whole, and the order of its experts."""
+"""Checkpoint of a job's start, checks that it is complete, and the order of its experts."""

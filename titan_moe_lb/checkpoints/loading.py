@@ -1,7 +1,7 @@
-"""torchtitan's checkpoint manager, with checked loading and an exact balance state.
+"""Checkpoint manager with checked loading and exact balance state.
 
-``checkpoint.export_dtype`` is for weights. An expert bias in bfloat16 would send tokens to other
-experts than the run did.
+torchtitan's own manager applies ``checkpoint.export_dtype`` to all model state. An expert bias in
+bfloat16 would route tokens to other experts than the run did.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from titan_moe_lb.terminal.run_folder import is_remote
 from titan_moe_lb.upstream.checked_reader import CheckedReader
 
 _BALANCE = re.compile(r"(^|\.)expert_bias_E$|\.router\.(aux_losses|expert_bias)\.")
-"""Names of the expert bias, and of the state of losses and bias rules."""
+"""Pattern for the names of expert biases and of the state of losses and bias rules."""
 
 
 class CheckedCheckpoints(CheckpointManager):
-    """Checkpoint manager that checks what it reads from this machine's disks.
+    """Checkpoint manager that checks checkpoints on local disks when it loads them.
 
-    It saves the state of the balance in that state's own dtype.
+    It saves expert biases and the state of losses and bias rules in their own dtypes.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
-        pass
+        """Config of the checkpoint manager."""
 
     def dcp_save(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Save with exact balance state, and with the number of ranks that count tokens."""
         model = self.states[MODEL].state_dict()
         balance = {k: model[k] for k in state_dict if k in model and _BALANCE.search(k)}
         trainer = state_dict.get(TRAIN_STATE)
@@ -48,6 +49,7 @@ class CheckedCheckpoints(CheckpointManager):
     def dcp_load(
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
     ) -> None:
+        """Load a local distributed checkpoint with checks; load any other as torchtitan does."""
         if from_hf or is_remote(checkpoint_id):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
@@ -56,6 +58,6 @@ class CheckedCheckpoints(CheckpointManager):
 
 
 def adapt(config: Trainer.Config) -> None:
-    """Replace torchtitan's own checkpoint manager in a job, in place; leave any other alone."""
+    """Replace torchtitan's own checkpoint manager in a job, in place; keep any other."""
     if type(config.checkpoint) is CheckpointManager.Config:
         config.checkpoint = derive(config.checkpoint, CheckedCheckpoints.Config)

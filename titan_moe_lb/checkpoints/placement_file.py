@@ -1,4 +1,4 @@
-"""The order of the experts in each layer of a checkpoint: computed, checked, saved as JSON."""
+"""Order of the experts in each layer of a checkpoint: computed, checked, saved as JSON."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertOrder:
-    """An order of the experts for every MoE layer."""
+    """Order of the experts in every MoE layer."""
 
     orders: dict[int, np.ndarray]
-    """The expert at each place ``(E,)``, int64, by the number of the layer."""
+    """Expert at each position ``(E,)``, int64, by layer number."""
     ep_degree: int
-    """Expert-parallel degree that it balances; it changes the model at no degree."""
+    """Expert-parallel degree that the order balances; the model is the same at any degree."""
     groups: tuple[int, ...]
-    """Numbers of equal groups of neighbouring experts that stay together."""
+    """Numbers of equal groups of neighbouring experts that stay together, as 4 and 8."""
     loads: str
-    """The loads that it balances, in words."""
+    """Description of the loads that the order balances."""
     earlier: ExpertOrder | None = None
-    """The order of the checkpoint that it was applied to."""
+    """Order of the checkpoint to which this one was applied."""
 
     @property
     def title(self) -> str:
-        """A phrase with a digest of the order."""
+        """Short description with a digest of the order."""
         text = json.dumps({number: order.tolist() for number, order in self.orders.items()})
         digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
         return f"placed for EP {self.ep_degree} ({digest})"
 
     def inverse(self) -> dict[int, np.ndarray]:
+        """Return the inverse permutation ``(E,)`` of each layer."""
         return {number: np.argsort(order) for number, order in self.orders.items()}
 
     def check(self, num_experts: dict[int, int], what: str) -> None:
-        """Check that it fits a model.
+        """Check that the order fits a model.
 
         Args:
-            num_experts: E of each MoE layer, by number.
+            num_experts: number of experts of each MoE layer, by layer number.
             what: the model, for the message.
 
         Raises:
-            JobError: layers or experts differ, an order is no permutation or splits a group.
+            JobError: layers or experts differ, an order is no permutation, or it splits a group.
         """
         if self.orders.keys() != num_experts.keys():
             raise JobError(
@@ -83,6 +84,7 @@ class ExpertOrder:
                     )
 
     def as_json(self) -> dict[str, Any]:
+        """Return the contents of a placement file."""
         return {
             "format": _FORMAT,
             "ep_degree": self.ep_degree,
@@ -93,6 +95,7 @@ class ExpertOrder:
         }
 
     def write(self, file: Path) -> None:
+        """Write a placement file."""
         file.write_text(json.dumps(self.as_json()) + "\n")
 
 
@@ -103,7 +106,16 @@ def from_loads(
     groups: tuple[int, ...],
     loads: str,
 ) -> ExpertOrder:
-    """Greedy order for the tokens of each expert of each layer ``(M, E)``; -1: no such expert."""
+    """Compute a greedy order that balances loads.
+
+    Args:
+        counts_ME: tokens of each expert of each layer ``(M, E)``; -1 for an expert that the layer
+            does not have.
+        layers: number of each layer.
+        ep_degree: expert-parallel degree to balance for.
+        groups: numbers of equal groups of experts that stay together.
+        loads: description of the loads.
+    """
     orders = {
         number: greedy_in_groups(counts_E[counts_E >= 0], ep_degree, groups, roll=row).reshape(-1)
         for row, (number, counts_E) in enumerate(zip(layers, counts_ME, strict=True))
@@ -115,7 +127,7 @@ def read(file: Path) -> ExpertOrder:
     """Read a saved order.
 
     Raises:
-        JobError: the file is missing, or no placement.
+        JobError: the file cannot be read or contains no placement.
     """
     try:
         return _of_json(json.loads(file.read_text()))
@@ -131,7 +143,7 @@ def read(file: Path) -> ExpertOrder:
 
 
 def of_checkpoint(path: Path) -> ExpertOrder | None:
-    """The order saved in a checkpoint's folder, or in that of the run that it is a step of."""
+    """Read the order in a checkpoint's folder, else in its run's folder; None without one."""
     for folder in (path, path.parent.parent):
         if (folder / FILE_NAME).is_file():
             return read(folder / FILE_NAME)
@@ -142,7 +154,7 @@ def parse_groups(text: str) -> tuple[int, ...]:
     """Parse ``--groups``, as in ``"4,8"``.
 
     Raises:
-        JobError: an entry is no whole number of at least 1.
+        JobError: an entry is not a whole number of at least 1.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):

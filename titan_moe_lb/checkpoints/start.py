@@ -1,4 +1,4 @@
-"""The checkpoint that a job starts from, and a check that all of its files are there."""
+"""Checkpoint that a job starts from, and a check that its files are complete."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.terminal import run_folder
 
 TOKEN_RANKS = "titan_moe_lb.token_ranks"
-"""Name of a tensor in our checkpoints: its size is the number of ranks that count tokens, each its
-own (``ntokens_seen`` of torchtitan). DCP's metadata give it without a load."""
+"""Name of a tensor in our checkpoints. Its size is the number of ranks of which each counts its own
+tokens (torchtitan's ``ntokens_seen``). DCP's metadata contain the size, so nothing is loaded."""
 
 _METADATA = ".metadata"
 _FINISHED = (_METADATA, "model.safetensors.index.json")
-"""Files by which torchtitan knows a step that it can load, though it cannot load the second."""
+"""Files of which torchtitan requires one in a complete step, though it cannot load the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A distributed checkpoint that a job loads."""
+    """Distributed checkpoint that a job loads."""
 
     path: Path
 
     step: int | None = None
-    """Of the job's own run; None for weights from elsewhere (``checkpoint.initial_load_path``)."""
+    """Step of the job's own run; None for ``checkpoint.initial_load_path``."""
 
     @cached_property
     def metadata(self) -> Metadata:
-        """The contents without the tensors, read once. Raises as :func:`read_metadata`."""
+        """Result of :func:`read_metadata`, read once; raises as it does."""
         return read_metadata(self.path)
 
 
 def is_remote(config) -> bool:
-    """Whether a folder of a job's checkpoints is not on this machine's file systems."""
+    """Return True if a folder of a job's checkpoints is not on this machine's file systems."""
     checkpoint = config.checkpoint
     folders = (config.dump_folder, checkpoint.folder, checkpoint.initial_load_path or "")
     return any(run_folder.is_remote(folder) for folder in folders)
 
 
 def own_folder(config) -> Path:
-    """The folder to which a job writes its checkpoints, one folder a step."""
+    """Return the folder to which a job writes its checkpoints, one subfolder per step."""
     return Path(config.dump_folder, config.checkpoint.folder)
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
-    """The steps that a run began to save, ascending."""
+    """Return the steps that a run has begun to save and their folders, ascending."""
     found = {
         int(match[1]): path
         for path in folder.glob("step-*")
@@ -66,20 +66,20 @@ def steps_in(folder: Path) -> dict[int, Path]:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether torchtitan takes a step for one that it can load: its save was completed."""
+    """Return True if torchtitan considers the save of a step complete."""
     return any((path / name).is_file() for name in _FINISHED)
 
 
 def start_of(config) -> Checkpoint | None:
-    """The distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
+    """Find the distributed checkpoint that a job loads, as torchtitan 0.3.0 chooses it.
 
-    That is ``checkpoint.load_step``, else the job's latest step with metadata, else
-    ``checkpoint.initial_load_path``.
+    The choice is ``checkpoint.load_step``, else the job's latest complete step, else
+    ``checkpoint.initial_load_path``. If a run has several steps and none is complete, torchtitan
+    would silently begin again. This function returns the latest step then, whose checks fail.
 
     Returns:
-        None for a start from random or Hugging Face weights, for a run that was killed in its first
-        save, and for remote folders, which are not read. torchtitan would silently begin again
-        where a run has several steps and none with metadata: the latest, which cannot be loaded.
+        None for a start from random or Hugging Face weights, for a run that was killed in its
+        first save, and for remote folders, which are not read.
     """
     checkpoint = config.checkpoint
     if not checkpoint.enable or checkpoint.create_seed_checkpoint or is_remote(config):
@@ -101,14 +101,14 @@ def start_of(config) -> Checkpoint | None:
 
 
 def is_model_only(config, start: Checkpoint) -> bool:
-    """Whether a job loads only the weights of a checkpoint."""
+    """Return True if a job loads only the weights of a checkpoint."""
     if start.step is None:
         return config.checkpoint.initial_load_model_only
     return start.step == 0
 
 
 def left_out(config, start: Checkpoint | None) -> list[int]:
-    """The steps of a run that are newer than its start and whose save was not completed."""
+    """List the steps of a run that are newer than its start and incomplete."""
     if is_remote(config) or not config.checkpoint.enable or config.checkpoint.load_step != -1:
         return []
     begun = (start.step if start else None) or 0
@@ -120,7 +120,12 @@ def left_out(config, start: Checkpoint | None) -> list[int]:
 
 
 def remedy(folder: Path, broken: Path) -> str:
-    """The key to set where the step ``broken`` of a run in ``folder`` cannot be loaded."""
+    """Name the key to set if a checkpoint cannot be loaded.
+
+    Args:
+        folder: folder of the run's checkpoints.
+        broken: the checkpoint that cannot be loaded.
+    """
     for step, path in reversed(steps_in(folder).items()):
         if path != broken and damage(Checkpoint(path=path)) is None:
             return f"the last good step in {folder} is {step}: set checkpoint.load_step = {step}"
@@ -131,10 +136,10 @@ def remedy(folder: Path, broken: Path) -> str:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Names, shapes and files of the tensors in a checkpoint.
+    """Read names, shapes and files of the tensors in a checkpoint.
 
     Raises:
-        JobError: there is no metadata, or it is cut.
+        JobError: the metadata are missing, cut or damaged.
     """
     file = path / _METADATA
     if not file.is_file():
@@ -152,9 +157,9 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """The first file of a checkpoint that is missing or cut, in words; None if all are whole.
+    """Describe the first file of a checkpoint that is missing or cut; None if all are complete.
 
-    :mod:`titan_moe_lb.checkpoints.loading` checks their contents.
+    :mod:`titan_moe_lb.checkpoints.loading` checks the contents of the files.
     """
     path, sizes = checkpoint.path, dict[str, int]()
     try:
@@ -166,7 +171,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
         files = sorted((path / name, size) for name, size in sizes.items())
     except JobError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001  a changed pickle holds anything
+    except Exception as error:  # noqa: BLE001  a changed pickle can contain anything
         return f"{path / _METADATA} is damaged ({type(error).__name__})"
     if torn is not None:
         return f"{path / _METADATA} is damaged: it does not say where all of {torn} is"
@@ -179,7 +184,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def _torn(metadata: Metadata, name: str) -> bool:
-    """Whether parts of an entry are missing: torch would load the others without an error."""
+    """Return True if parts of an entry are missing; torch would load the others without error."""
     entry, stored = metadata.state_dict_metadata[name], metadata.storage_data
     if not isinstance(entry, TensorStorageMetadata):
         return MetadataIndex(name) not in stored

@@ -1,8 +1,8 @@
-"""A small corpus of English text that comes with Python, and a tokenizer trained on it.
+"""Small corpus of English text that comes with Python, and a tokenizer trained on it.
 
 The corpus is Python's language reference and library topics (``pydoc_data.topics``, 465,000
-characters), dataset ``CORPUS`` of torchtitan. ``python -m benchmarks.train_tokenizer`` made the
-BPE tokenizer of 2,048 entries in ``tokenizer/``.
+characters). torchtitan knows it as dataset ``CORPUS``. ``python -m benchmarks.train_tokenizer``
+made the BPE tokenizer of 2,048 entries in ``tokenizer/``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOKENIZER_PATH = str(importlib.resources.files("titan_moe_lb.data") / "tokenizer
 
 
 def documents() -> list[str]:
-    """The topics in alphabetical order, one text each."""
+    """Return the topics in alphabetical order, one text each."""
     topics = pydoc_data.topics.topics
     return [topics[name] for name in sorted(topics)]
 

@@ -1,13 +1,13 @@
 """Two domains of text that come with Python, English and code, each with a held-out part.
 
-English is Python's reference (``pydoc_data.topics``) and the docstrings of the standard library;
-code is every third of its modules without docstrings. A checksum of the names holds a sixteenth of
-the topics and modules out for validation, so that a module's docstrings and code are on the same
-side. Documents are cut at line ends into pieces of about 2,000 characters, in a fixed order that
-mixes the domains.
+English is Python's reference (``pydoc_data.topics``) and the docstrings of the standard library.
+Code is every third module of the standard library, without docstrings. A checksum of the names
+holds out one sixteenth of the topics and modules for validation. So a module's docstrings and code
+are on the same side. Documents are cut at line ends into pieces of about 2,000 characters. The
+order of the pieces is fixed and mixes the domains.
 
-Compare numbers of one version of Python alone: another brings other texts. 3.11.7 has 1.25 million
-characters of English and 1.16 million of code to train on.
+Compare results of one version of Python only, because each version contains other texts. Python
+3.11.7 has 1.25 million characters of English and 1.16 million of code to train on.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _DOCSTRING = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTILINE)
 
 
 def held_out(domain: str) -> str:
-    """Name of the validation dataset of a domain."""
+    """Return the name of a domain's validation dataset."""
     return f"python_{domain}_held_out"
 
 
 def pieces(domain: str, *, validation: bool) -> list[str]:
-    """Texts of a domain of about 2,000 characters, in the order of their documents."""
+    """Return the texts of a domain, of about 2,000 characters each, in the order of documents."""
     return [
         piece
         for name, kind, text in _documents()
@@ -49,7 +49,7 @@ def pieces(domain: str, *, validation: bool) -> list[str]:
 
 @functools.cache
 def _documents() -> tuple[tuple[str, str, str], ...]:
-    """Name, domain and text of every document."""
+    """Return name, domain and text of every document."""
     topics = pydoc_data.topics.topics
     found = [(name, "english", topics[name]) for name in sorted(topics)]
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -76,7 +76,7 @@ def _cut(text: str) -> Iterator[str]:
 
 def _mixed() -> list[str]:
     texts = [text for domain in DOMAINS for text in pieces(domain, validation=False)]
-    # An order without a random number generator: none of its versions can change it.
+    # A shuffle by checksums: it does not depend on the version of a random number generator.
     return sorted(texts, key=lambda text: zlib.crc32(text.encode()))
 
 

@@ -1,6 +1,6 @@
-"""torchtitan's data sets and data loaders, by what the package asks of them.
+"""Data sets and data loaders of torchtitan, and their properties that the package uses.
 
-Only :mod:`titan_moe_lb.upstream.finite_data` names a loader of torchtitan besides.
+Besides this module, only :mod:`titan_moe_lb.upstream.finite_data` names a loader of torchtitan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchtitan.hf_datasets.text_datasets import (
 
 
 def register(name: str, texts: Callable[[], list[str]]) -> None:
-    """Register texts as a data set of torchtitan. Its path is its name."""
+    """Register texts as a data set of torchtitan, with its name as path."""
     DATASETS[name] = DatasetConfig(
         path=name,
         loader=lambda path: Dataset.from_dict({"text": texts()}),
@@ -29,25 +29,25 @@ def register(name: str, texts: Callable[[], list[str]]) -> None:
 
 
 def data_sets() -> Collection[str]:
-    """Names of the data sets that a text loader knows."""
+    """Return the names of the data sets that a text loader knows."""
     return DATASETS.keys()
 
 
 def text(dataset: str, **options: Any) -> BaseDataLoader.Config:
-    """Config of the loader of a text data set."""
+    """Return the config of a loader for a text data set."""
     return HuggingFaceTextDataLoader.Config(dataset=dataset, **options)
 
 
 def is_text(config: BaseDataLoader.Config) -> bool:
-    """Whether a loader reads a data set of :func:`data_sets`."""
+    """Return True if a loader reads a data set of :func:`data_sets`."""
     return isinstance(config, HuggingFaceTextDataLoader.Config)
 
 
 def saves_place_by_rank(loader: type) -> bool:
-    """Whether a checkpoint has the place of each data-parallel rank in the data."""
+    """Return True if checkpoints contain the position of each data-parallel rank in the data."""
     return issubclass(loader, ParallelAwareDataloader)
 
 
 def pads_rows(loader: type) -> bool:
-    """Whether a loader fills rows up, and marks padding in the labels alone."""
+    """Return True if a loader pads rows and marks the padding only in the labels."""
     return issubclass(loader, (ChatDataLoader, InterleavedChatDataLoader))

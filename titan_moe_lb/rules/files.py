@@ -268,7 +268,7 @@ def checkpoint_is_of_as_many_data_ranks(job: Job) -> None:
 
 
 def checkpoint_counts_tokens_of_as_many_ranks(job: Job) -> None:
-    """Check that the ranks that count tokens are as many as in the checkpoint.
+    """Check that as many ranks count tokens as in the checkpoint.
 
     torchtitan 0.3.0 saves ``ntokens_seen`` of one rank, without the number of ranks. Only changes
     of losses and bias rules after a number of tokens depend on it.

@@ -1,2 +1,4 @@
-"""What torch 2.14 and torchtitan 0.3.0 lack, and their private names. Newer ones make files here
-deletable."""
+"""Private names of torch 2.14 and torchtitan 0.3.0, and corrections of their errors.
+
+Newer versions make files here deletable.
+"""

@@ -1,8 +1,8 @@
-"""A reader of distributed checkpoints that compares the checksums in them.
+"""Reader of distributed checkpoints that compares the checksums in them.
 
-Upstream fact: ``torch.save`` writes a CRC-32 into every record of a checkpoint, and ``torch.load``
-does not compare it: a run would train on a flipped bit. Each rank therefore reads twice what it
-loads, the second time from the page cache.
+Upstream fact: ``torch.save`` writes a CRC-32 into every record of a checkpoint, but ``torch.load``
+does not compare it. A run would train on a flipped bit. So each rank reads twice what it loads,
+the second time from the page cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from titan_moe_lb.errors import JobError
 
 
 class CheckedReader(FileSystemReader):
-    """Reader of a distributed checkpoint; raises ``JobError`` at the first damaged record."""
+    """Reader of a distributed checkpoint that raises ``JobError`` at the first damaged record."""
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
         found = super()._slice_file(file, sinfo)
@@ -38,7 +38,7 @@ class CheckedReader(FileSystemReader):
 
 
 class _SeekableFromEnd(io.RawIOBase):
-    """A slice of a file that seeks from its own end; torch 2.14's seeks from that of the file."""
+    """Slice of a file that seeks from its own end; torch 2.14's seeks from the end of the file."""
 
     def __init__(self, view: Any) -> None:
         self._view = view

@@ -1,8 +1,8 @@
 """Finite data: a whole validation set (``validator.steps = -1``), or a finite training set.
 
-In torchtitan 0.3.0 each data-parallel rank stops when its own data end. The others have another
-batch and wait for it in a collective (https://github.com/pytorch/torchtitan/issues/1618). Here all
-ranks stop with the first: before each batch they agree that every one of them has it.
+In torchtitan 0.3.0, each data-parallel rank stops when its own data end. Ranks with another batch
+then wait for it in a collective (https://github.com/pytorch/torchtitan/issues/1618). Here, all
+ranks stop with the first one: before each batch, they agree that each of them has one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from titan_moe_lb.parallel.batch_cut import Cut
 
 
 def adapt(config: Trainer.Config, cut: Cut) -> None:
-    """Adapt the loaders of one job, in place, whose data end."""
+    """Make the finite loaders of a job stop on all ranks together, in place."""
     validator = config.validator
     if isinstance(validator, Validator.Config) and validator.enable and validator.steps == -1:
         pipelined = config.parallelism.pipeline_parallel_degree > 1
@@ -52,9 +52,9 @@ def _stopping_together(loader: type[Any]) -> type[Any]:
             name: str
             """The user's key of this loader."""
             least: int
-            """Batches that a step takes."""
+            """Batches that a step needs."""
             whole: bool
-            """Leave out a last batch with fewer rows: pipelines take one size, and a loss of
+            """Skip a last batch with fewer rows: pipelines need one size, and a loss over
             sequences divides by it."""
 
         def __init__(self, config: Config, *, local_batch_size: int, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ def _stopping_together(loader: type[Any]) -> type[Any]:
 
 
 def _all(holds: bool) -> bool:
-    """Whether a condition holds on every rank. Collective."""
+    """Return True if the condition holds on every rank. Collective."""
     everywhere = torch.tensor(int(holds), device=utils.device_type)
     if dist.is_initialized():
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)

@@ -2,8 +2,9 @@
 
 Upstream fact: a stage receives into a buffer with the strides of the tensor that is sent
 (``torch/distributed/pipelining/_utils.py``, ``_make_tensor_from_meta``). gloo refuses a buffer that
-is not contiguous, and NCCL ignores its strides (pytorch/pytorch#114982). With tensor and sequence
-parallelism and several sequences a micro-batch, a stage of torchtitan 0.3.0 ends in such a tensor.
+is not contiguous, and NCCL ignores its strides (pytorch/pytorch#114982). A stage of torchtitan
+0.3.0 outputs such a tensor under tensor and sequence parallelism, if a micro-batch has several
+sequences.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 
 def make_contiguous(stage: nn.Module) -> None:
-    """Make the output of a stage and the gradient of its input contiguous, by a copy where needed."""
+    """Make the output of a stage and the gradient of its input contiguous."""
     stage.register_forward_pre_hook(_with_contiguous_gradient)
     stage.register_forward_hook(_contiguous_output)
 
@@ -26,8 +27,10 @@ def _with_contiguous_gradient(_stage: nn.Module, inputs: tuple) -> tuple:
 
 
 def _hooked(received: torch.Tensor) -> torch.Tensor:
-    """A view with a hook. The buffer itself would collect the hooks of all steps
-    (pytorch/pytorch#185331)."""
+    """Return a view with a hook.
+
+    The buffer itself would collect the hooks of all steps (pytorch/pytorch#185331).
+    """
     if not received.requires_grad:
         return received
     view = received.view_as(received)

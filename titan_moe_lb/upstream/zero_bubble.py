@@ -1,6 +1,6 @@
-"""Right gradients of torchtitan 0.3.0 under a zero-bubble pipeline schedule.
+"""Correct gradients of torchtitan 0.3.0 under a zero-bubble pipeline schedule.
 
-These schedules run the backward of a stage in two passes: inputs, then weights.
+These schedules run the backward of a stage in two passes: for its inputs, then for its weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 
 
 def adapt(config: Trainer.Config) -> None:
-    """Adapt one job, in place, if its schedule is a zero-bubble one."""
+    """Adapt a job, in place, if its schedule may split the backward."""
     parallelism = config.parallelism
-    # A schedule from a file may split its backward too; whether it does is not known here.
+    # A schedule from a file may split its backward too, so it is treated as if it did.
     splits_backward = parallelism.pipeline_parallel_schedule in ZERO_BUBBLE_SCHEDULES or bool(
         parallelism.pipeline_parallel_schedule_csv
     )
@@ -35,7 +35,7 @@ def adapt(config: Trainer.Config) -> None:
 
 
 def _keeping_buffers(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Wrap a ``ModelSpec.pipelining_fn``: the backward of compiled blocks can run twice."""
+    """Wrap a ``ModelSpec.pipelining_fn`` so that the backward of compiled blocks can run twice."""
 
     @functools.wraps(pipeline)
     def pipeline_keeping_buffers(model: nn.Module, **arguments: Any) -> tuple:
@@ -48,10 +48,10 @@ def _keeping_buffers(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
 def _keep_buffers() -> None:
     """Keep the saved activations of compiled blocks, for the rest of the process.
 
-    Upstream fact: a compiled block is one autograd node that both passes enter, and functorch's
-    donated buffers let the first pass overwrite its activations. The compile caches ignore that
-    setting: without a tag of its own, this job would load a backward that another schedule
-    compiled, and train on NaN.
+    Upstream fact: a compiled block is one autograd node, which both passes run. With functorch's
+    donated buffers, the first pass may overwrite the activations. The compile caches ignore this
+    setting. Without a separate tag, the job would load a backward that was compiled for another
+    schedule, and train on NaN.
     """
     torch._functorch.config.donated_buffer = False
     torch.compiler.config.cache_key_tag += "+kept_buffers"
@@ -60,9 +60,9 @@ def _keep_buffers() -> None:
 def _compute_loss_whole(config: Trainer.Config) -> None:
     """Replace a chunked loss by the loss that it wraps.
 
-    Upstream fact: ``ChunkedLossWrapper`` reshards the FSDP group of the final norm and the head at
-    the end of the loss. The pass for the weights then looks for the sharded parameter in a graph
-    with the unsharded one, and the final norm gets no gradient.
+    Upstream fact: ``ChunkedLossWrapper`` reshards the FSDP group of final norm and head at the end
+    of the loss. The pass for the weights then searches the graph for the sharded parameter, but
+    the graph has the unsharded one. So the final norm gets no gradient.
     """
     if isinstance(config.loss, ChunkedLossWrapper.Config):
         config.loss = config.loss.loss_fn

@@ -1,8 +1,8 @@
-"""The host backend: what torchtitan 0.3.0 needs to run without an accelerator.
+"""Host backend: changes with which torchtitan 0.3.0 runs without an accelerator.
 
-``adapt(config)`` changes a complete job config. ``prepare()``, where a run begins or a model is
-built, patches torch and torchtitan for the rest of the process. With an accelerator neither has an
-effect, and no module of this package is imported.
+``prepare()`` patches torch and torchtitan for the rest of the process; call it before a run begins
+or a model is built. It does nothing with an accelerator. ``adapt(config)`` changes a complete job
+config; call it only if :func:`needed`. Other modules of this package are imported on demand.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ DENSE_ATTENTION = "titan_moe_lb.upstream.cpu.attention.dense_mask_attention"
 
 
 def needed() -> bool:
-    """Whether there is no accelerator that torchtitan can use; it cannot use an Apple GPU."""
+    """Return True without an accelerator that torchtitan can use; it cannot use an Apple GPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator is None or accelerator.type == "mps"
 
 
 def prepare() -> None:
-    """Prepare this process, where needed, before a trainer or a process group is made."""
+    """Prepare this process, if needed, before it builds a trainer or a process group."""
     if needed():
         use_host()
 
 
 @functools.cache
 def use_host() -> None:
-    """Prepare this process."""
+    """Patch torch and torchtitan in this process for the host."""
     from titan_moe_lb.upstream.cpu.device import use_host_device
 
     use_host_device()
@@ -50,7 +50,7 @@ def use_host() -> None:
 
 
 def adapt(config: Trainer.Config) -> None:
-    """Adapt one job, in place: dense attention, sum reduction, no CUDA graphs."""
+    """Adapt a job, in place: dense attention, no CUDA graphs, and :func:`adapt_spec`."""
     config.training.disable_cuda_graphs = True
     if DENSE_ATTENTION not in config.override.imports:
         config.override.imports.append(DENSE_ATTENTION)
@@ -59,7 +59,7 @@ def adapt(config: Trainer.Config) -> None:
 
 
 def adapt_spec(spec: ModelSpec) -> None:
-    """Adapt how a model is parallelized, in place: sum reduction, draws of one process."""
+    """Adapt a model, in place: sum reduction, and the initial weights of a single process."""
     from titan_moe_lb.upstream.cpu.fsdp import with_sum_reduction
     from titan_moe_lb.upstream.cpu.random_numbers import with_draws_of_one_process
 
@@ -71,8 +71,8 @@ def adapt_spec(spec: ModelSpec) -> None:
 def leave() -> NoReturn:
     """End a process whose job has succeeded and whose files are closed.
 
-    With gloo of torch 2.15 about one process in twenty aborts while the interpreter shuts down
-    ("terminate called without an active exception"), and torchrun reports the job as failed.
+    With gloo of torch 2.15, about one process in twenty aborts while the interpreter shuts down
+    ("terminate called without an active exception"). torchrun would report the job as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

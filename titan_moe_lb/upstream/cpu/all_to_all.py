@@ -1,9 +1,8 @@
 """Uneven all-to-all on gloo.
 
-Upstream fact: spmd_types exchanges tokens with
-``torch.distributed.all_to_all`` over lists of tensors of unequal sizes, which
-gloo rejects. gloo does take ``all_to_all_single`` with split sizes. spmd_types
-offers ``set_dist`` to replace the collectives that it calls.
+Upstream fact: spmd_types exchanges tokens by ``torch.distributed.all_to_all`` with lists of
+tensors of unequal sizes, which gloo rejects. gloo accepts ``all_to_all_single`` with split sizes.
+``set_dist`` of spmd_types replaces the collectives that it calls.
 """
 
 from __future__ import annotations
@@ -45,4 +44,5 @@ class GlooCollectives(ModuleType):
 
 
 def use_gloo_all_to_all() -> None:
+    """Make spmd_types call :class:`GlooCollectives`."""
     spmd_types._dist.set_dist(GlooCollectives())

@@ -1,10 +1,9 @@
-"""FlexAttention on the host: the same mask, evaluated densely.
+"""FlexAttention on the host, with a dense mask.
 
-Upstream facts: FlexAttention has no CPU backward, and torchtitan compiles both
-the kernel and the construction of its block mask, which costs seconds on a CPU
-before the first step. Here a block mask skips nothing (``dense_block_mask``) and is
-evaluated where it is made, once for all layers, to the boolean matrix that
-``scaled_dot_product_attention`` takes.
+Upstream facts: FlexAttention has no CPU backward. torchtitan compiles both the kernel and the
+construction of its block mask, which takes seconds on a CPU before the first step. Here, a block
+mask skips no block (``dense_block_mask``). It is evaluated when it is made, once for all layers, to
+the boolean matrix that ``scaled_dot_product_attention`` expects.
 
 Shape suffixes: B = batch, L = query length, N = heads, H = head dimension,
 S = key length (differs from L under context parallelism).
@@ -37,7 +36,7 @@ def look_up(
     q_idx: torch.Tensor,
     kv_idx: torch.Tensor,
 ) -> torch.Tensor:
-    """Mask function that looks up a mask evaluated before; bind its first argument."""
+    """Look up an evaluated mask; with its first argument bound, this is a mask function."""
     return mask_BNLS[b, h, q_idx, kv_idx]
 
 
@@ -51,10 +50,10 @@ def dense_block_mask(
     BLOCK_SIZE: int | tuple[int, int] = 128,
     **ignored: object,
 ) -> BlockMask:
-    """Make a block mask of all blocks whose ``mask_mod`` is a partial :func:`look_up`: torch finds
-    the tensor in it where a block mask is an input of a traced graph.
+    """Make a block mask of all blocks, whose ``mask_mod`` is a partial :func:`look_up`.
 
-    Args: as of ``torch.nn.attention.flex_attention.create_block_mask``.
+    If a block mask is an input of a traced graph, torch finds the tensor in this partial. See
+    ``torch.nn.attention.flex_attention.create_block_mask`` for the arguments.
     """
     # A mask's integer arithmetic has no SPMD rule.
     with spmd.no_typecheck():
@@ -76,26 +75,25 @@ def dense_block_mask(
 
 
 def use_uncompiled_block_mask() -> None:
-    """Monkeypatch: replace the compiled ``create_block_mask`` of torchtitan and of torch.
+    """Replace the compiled ``create_block_mask`` of torchtitan and torch, by monkeypatching.
 
-    Upstream fact: ``create_attention_mask``, and torch where it cuts a mask for context
-    parallelism, always call their module's ``_compiled_create_block_mask``; there is no
-    setting that turns the compilation off. Only this package's dense attention reads the
-    result.
+    Upstream fact: ``create_attention_mask`` always calls its module's
+    ``_compiled_create_block_mask``, and so does torch when it cuts a mask for context parallelism.
+    No setting turns the compilation off. Only our dense attention reads the result.
     """
     for module in (upstream, context_parallel):
         module._compiled_create_block_mask = dense_block_mask  # type: ignore[union-attr]
 
 
 class DenseMaskAttention(FlexAttention):
-    """FlexAttention's interface over ``scaled_dot_product_attention``."""
+    """Attention with FlexAttention's interface, on ``scaled_dot_product_attention``."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(FlexAttention.Config):
-        pass
+        """Config of :class:`DenseMaskAttention`."""
 
-    # The parameter names are part of the contract: torchtitan's local_map looks
-    # the shardings up by them.
+    # The parameter names are part of the contract: torchtitan's local_map looks up the shardings
+    # by them.
     def forward(
         self,
         q_BLNH: torch.Tensor,
@@ -109,12 +107,13 @@ class DenseMaskAttention(FlexAttention):
         out_transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
+        """Return the attention output ``(B, L, N, H)``, or ``out_transform(output, logsumexp)``."""
         if score_mod is not None:
             raise NotImplementedError("score_mod is not supported by the host attention")
         q_BNLH, k_BNSH, v_BNSH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
         assert isinstance(attention_masks.mask_mod, functools.partial)
         (mask_BNLS,) = attention_masks.mask_mod.args
-        # Typed at its boundary, as torchtitan does around its own flex kernel.
+        # Types are asserted for the output alone, as torchtitan does around its own flex kernel.
         with spmd.no_typecheck():
             if out_transform is None:
                 out_BNLH = F.scaled_dot_product_attention(
@@ -151,7 +150,7 @@ def _softmax_attention(
     mask_BNLS: torch.Tensor,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention that also returns the logsumexp of the masked scores, float32."""
+    """Return the attention ``(B, N, L, H)`` and the logsumexp of the masked scores, float32."""
     groups = q_BNLH.shape[1] // k_BNSH.shape[1]
     k_BNSH = k_BNSH.repeat_interleave(groups, dim=1)
     v_BNSH = v_BNSH.repeat_interleave(groups, dim=1)
@@ -165,4 +164,5 @@ def _softmax_attention(
 
 @override(target=FlexAttention.Config, description="dense mask instead of a flex kernel")
 def dense_mask_attention(config: FlexAttention.Config) -> DenseMaskAttention.Config:
+    """Replace the config of a FlexAttention by a :class:`DenseMaskAttention`'s."""
     return derive(config, DenseMaskAttention.Config)

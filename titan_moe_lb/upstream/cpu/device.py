@@ -1,7 +1,7 @@
-"""A device module for the host, with the memory of this process.
+"""Device module for the host, with the memory of this process.
 
-Upstream fact: torchtitan reads memory through the accelerator's module (``torch.cuda`` and the
-like), and through ``torch.cuda`` where there is none. ``torch.cpu`` lacks functions that it calls.
+Upstream fact: torchtitan reads memory through the accelerator's module, and through ``torch.cuda``
+without an accelerator. ``torch.cpu`` lacks functions that it calls.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _processor_name() -> str:
 
 
 class HostDevice(ModuleType):
-    """``torch.cpu`` with the memory queries of an accelerator, in bytes.
+    """Module like ``torch.cpu``, with the memory queries of an accelerator, in bytes.
 
-    "Active" and "reserved" are both the resident memory of this process; the capacity is the
-    physical memory of the machine. The peak is the largest value of the queries since the last
+    "Active" and "reserved" are both the resident memory of this process. The capacity is the
+    physical memory of the machine. The peak is the largest value of all queries since the last
     reset.
     """
 
@@ -44,15 +44,19 @@ class HostDevice(ModuleType):
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
+        """Return 0: the host is one device."""
         return 0
 
     def get_device_name(self, device: object = None) -> str:
+        """Return the name of the processor."""
         return _processor_name()
 
     def get_device_properties(self, device: object = None) -> SimpleNamespace:
+        """Return the name of the processor and the physical memory of the machine, in bytes."""
         return SimpleNamespace(name=_processor_name(), total_memory=psutil.virtual_memory().total)
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
+        """Return the peak memory in bytes, under the keys that torchtitan reads."""
         with self._lock:
             self._peak_bytes = max(self._peak_bytes, self._process.memory_info().rss)
             return {
@@ -63,19 +67,20 @@ class HostDevice(ModuleType):
             }
 
     def reset_peak_memory_stats(self, device: object = None) -> None:
+        """Start a new peak."""
         with self._lock:
             self._peak_bytes = 0
 
     def empty_cache(self) -> None:
-        """The host allocator keeps no cache of its own to empty."""
+        """Do nothing: the host allocator has no cache to empty."""
 
 
 def use_host_device() -> None:
     """Point torchtitan at the host.
 
     Upstream fact: ``torchtitan.tools.utils`` binds ``device_type`` and ``device_module`` at import,
-    to ``cuda`` where no accelerator is found. Modules that have imported both names, ours too, get
-    the host's as well.
+    to ``cuda`` if it finds no accelerator. This function replaces both names there, and in all
+    modules of torchtitan and of this package that have imported them.
     """
     from torchtitan.tools import utils
 

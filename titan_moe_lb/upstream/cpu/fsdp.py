@@ -1,8 +1,8 @@
 """FSDP on gloo.
 
-Upstream fact: torchtitan sets FSDP's gradient divide factor to 1, which torch
-implements with a pre-multiplied sum (``PREMUL_SUM``); gloo has no such
-reduction. FSDP's own switch makes it use a plain sum.
+Upstream fact: torchtitan sets FSDP's gradient divide factor to 1, which torch implements with a
+pre-multiplied sum (``PREMUL_SUM``). gloo has no such reduction. A setting of FSDP makes it use a
+plain sum.
 """
 
 from __future__ import annotations

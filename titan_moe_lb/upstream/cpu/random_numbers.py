@@ -1,8 +1,8 @@
-"""Random weights on the host: the same from one seed in every layout.
+"""Random weights on the host that depend on the seed, not on the layout.
 
-Upstream fact: DTensor keeps the random numbers of shards apart by the offset of a CUDA generator,
-and a CPU generator has none. On a CPU mesh every rank draws the same numbers for its own shard, so
-that half of the experts of EP 2 are copies (https://github.com/pytorch/torchtitan/issues/4600).
+Upstream fact: DTensor separates the random numbers of shards by the offset of a CUDA generator. A
+CPU generator has no offset, so on a CPU mesh every rank draws the same numbers for its own shard.
+Under EP 2, half of the experts are copies (https://github.com/pytorch/torchtitan/issues/4600).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module
 
 _DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
-"""All draws of ``torch.nn.init``, ``trunc_normal_`` included; not dropout and random tensors of a
-forward."""
+"""Operators of all draws in ``torch.nn.init``, ``trunc_normal_`` included. Dropout and random
+tensors of a forward use others."""
 
 
 def draw_whole_tensors() -> None:
-    """Register with DTensor: each rank draws the whole tensor and keeps its own shard.
+    """Make each rank draw whole tensors and keep its own shard of each DTensor.
 
-    The generators of the ranks must agree; torchtitan seeds those of a pipeline stage alike.
-    A rank holds one whole tensor at a time.
+    The generators of the ranks must agree; torchtitan seeds the ranks of a pipeline stage alike.
+    A rank has one whole tensor in memory at a time.
     """
     DTensor._op_dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
 
@@ -46,7 +46,7 @@ def _draw(op_call: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> 
 
 @contextmanager
 def generator_of_rank_0() -> Iterator[None]:
-    """Draw from a generator that rank 0 has seeded, and restore the rank's own afterwards."""
+    """Draw from a generator that rank 0 seeds; restore this rank's own generator afterwards."""
     seed = torch.randint(2**62, (1,))
     dist.broadcast(seed, src=0)
     with torch.random.fork_rng(devices=[]):
@@ -55,9 +55,9 @@ def generator_of_rank_0() -> Iterator[None]:
 
 
 def with_draws_of_one_process(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Wrap a ``ModelSpec.pipelining_fn`` so that stages begin with the weights of one process.
+    """Wrap a ``ModelSpec.pipelining_fn`` so that stages start with the weights of one process.
 
-    Upstream fact: the seed of a pipeline rank is the job's plus the rank's number.
+    Upstream fact: the seed of a pipeline rank is the job's seed plus the rank's number.
     """
 
     @functools.wraps(pipeline)
@@ -70,12 +70,12 @@ def with_draws_of_one_process(pipeline: Callable[..., tuple]) -> Callable[..., t
 
 
 class _DrawsOfOneProcess:
-    """The state of one process's generator at each parameter of a model.
+    """State of a single process's generator at each parameter of a model.
 
     Args:
-        whole: on the meta device, before it is cut into stages, which are copies of its modules.
-            Its initializers are replaced.
-        seed: of the one process.
+        whole: the model on the meta device, before it is cut into stages. Its initializers are
+            replaced; stages copy its modules and so these initializers.
+        seed: seed of the single process.
     """
 
     def __init__(self, whole: BaseModel, seed: int) -> None:
@@ -97,7 +97,7 @@ class _DrawsOfOneProcess:
     def _initialize(
         self, name: str, initialize: Callable[[torch.Tensor], None], parameter: torch.Tensor
     ) -> None:
-        if parameter.is_meta:  # of the whole model: its numbers are drawn and dropped
+        if parameter.is_meta:  # of the whole model: draw its numbers and drop them
             self._states[name] = torch.get_rng_state()
             initialize(torch.empty_like(parameter, device="cpu"))
             return
