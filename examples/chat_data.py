@@ -1,4 +1,4 @@
-"""A small chat data set that needs no download: questions about the topics of Python's help."""
+"""Small chat data set that needs no download: questions about the topics of Python's help."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATE = (
 
 
 def write_chats(folder: Path) -> None:
-    """``chats.jsonl``, and in ``tokenizer`` a tokenizer with a chat template."""
+    """Write ``chats.jsonl``, and a tokenizer with a chat template in ``tokenizer``."""
     shutil.copytree(TOKENIZER_PATH, folder / "tokenizer", dirs_exist_ok=True)
     (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     with open(folder / "chats.jsonl", "w") as file:
@@ -27,7 +27,7 @@ def write_chats(folder: Path) -> None:
 
 
 def messages(sample: dict) -> list[dict[str, str]]:
-    """A line of the file as a conversation."""
+    """Convert a line of the file to a conversation."""
     return [
         {"role": "user", "content": sample["question"]},
         {"role": "assistant", "content": sample["answer"]},
@@ -35,7 +35,7 @@ def messages(sample: dict) -> list[dict[str, str]]:
 
 
 def loader_config(folder: Path | str) -> ChatDataLoader.Config:
-    """torchtitan's loader of such a file: it packs conversations and pads the end of a row."""
+    """Configure torchtitan's chat loader, which packs conversations and pads the end of a row."""
     return ChatDataLoader.Config(
         dataset_path="json",
         load_dataset_kwargs={"data_files": f"{folder}/chats.jsonl", "split": "train"},

@@ -1,8 +1,8 @@
 """Direct preference optimization with a frozen reference: ``python examples/dpo.py``.
 
-Of two continuations of a text the true one is preferred to one with its words in another order
-(loss: arXiv 2305.18290, Eq. 7). The reference is a second model that nobody attaches: its forwards
-leave no trace in the balance of the policy.
+The policy learns to prefer a text to the same words in another order (loss: arXiv 2305.18290,
+Eq. 7). The reference is a second model without ``attach()``, so its forwards do not affect the
+balance of the policy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEQ_LEN, PAIRS, BETA = 64, 3, 0.5
 
 
 def main(steps: int = 10) -> list[dict[str, float]]:
-    """Prefer true texts; returns loss and balance of each step."""
+    """Train the policy; return loss and balance of each step."""
     spec = model_registry("tiny", aux_losses=[SequenceWiseAuxLoss.Config(weight=1e-3)])
     training = TrainingConfig(seq_len=SEQ_LEN, mixed_precision_param="float32")
     policy, parallel_dims, train_context = build_model(spec, training=training, seed=0)
@@ -31,7 +31,7 @@ def main(steps: int = 10) -> list[dict[str, float]]:
     reference = same.model.requires_grad_(False)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    # A pair is two rows; rows of unequal length are filled up.
+    # A pair is two rows; rows of unequal length are padded.
     balance = attach(policy, optimizer, parallel_dims, rows_per_step=2 * PAIRS * ranks, padded=True)
     pairs = Pairs(rank)
     history = []
@@ -61,10 +61,10 @@ def main(steps: int = 10) -> list[dict[str, float]]:
 def log_probabilities(
     model: torch.nn.Module, tokens: torch.Tensor, valid: torch.Tensor
 ) -> torch.Tensor:
-    """Of each row, over its valid tokens but the first, ``(B,)``."""
+    """Return the log-probability of each row, over its valid tokens but the first, ``(B,)``."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     masks = model.get_attention_masks(positions)
-    # The reference takes the mask as well: whoever does not learn has no use for it.
+    # The balance needs the token mask. The reference has no balance, so it needs no mask.
     marks = {"valid_tokens": valid} if torch.is_grad_enabled() else {}
     logits = model(tokens, attention_masks=masks, positions=positions, **marks)
     scores = logits[:, :-1].float().log_softmax(-1)
@@ -73,7 +73,7 @@ def log_probabilities(
 
 
 class Pairs:
-    """Texts of unequal length, and the same words in another order."""
+    """Pairs of a text and the same words in another order, of unequal length."""
 
     def __init__(self, rank: int) -> None:
         self.random = random.Random(rank)
@@ -81,7 +81,7 @@ class Pairs:
         self.encode = tokenizer.encode
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen rows, then rejected ones, and which tokens are no padding, ``(2 PAIRS, S)``."""
+        """Return chosen rows, then rejected rows, and the mask of valid tokens, ``(2 PAIRS, S)``."""
         chosen, rejected = [], []
         for text in self.random.sample(documents()[:60], PAIRS):
             words = text.split()[: self.random.randint(8, 20)]

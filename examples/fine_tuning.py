@@ -1,8 +1,7 @@
 """Supervised fine-tuning on chats with padding: ``python examples/fine_tuning.py``.
 
-torchtitan's chat loader packs conversations into rows and fills the end of a row with padding.
-Padding is dispatched to experts and costs time, so it counts in the load; it teaches neither the
-losses nor the bias.
+torchtitan's chat loader packs conversations into rows and pads the end of a row. Padding is
+dispatched to experts and costs time, so it counts in the load. Losses and expert bias ignore it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SEQ_LEN, ROWS = 128, 4
 
 
 def main(steps: int = 10) -> list[dict[str, float]]:
-    """Train on answers; returns loss and balance of each step."""
+    """Train on answers; return loss and balance of each step."""
     spec = model_registry("tiny", aux_losses=[GlobalBatchAuxLoss.Config(weight=0.1)])
     training = TrainingConfig(seq_len=SEQ_LEN, mixed_precision_param="float32")
     model, parallel_dims, train_context = build_model(spec, training=training, seed=0)
@@ -66,7 +65,7 @@ def main(steps: int = 10) -> list[dict[str, float]]:
 
 
 def chats(rank: int, ranks: int):
-    """Batches of this rank: inputs (input, positions, valid_tokens) and labels."""
+    """Yield the batches of this rank: inputs (input, positions, valid_tokens) and labels."""
     with tempfile.TemporaryDirectory() as folder:
         write_chats(Path(folder))
         tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=f"{folder}/tokenizer")

@@ -1,9 +1,9 @@
 """Group-relative policy optimization with replayed routing: ``python examples/grpo.py``.
 
-The policy samples groups of completions of unequal length, is rewarded for a token that it likes to
-learn, and trains on them twice with the clipped loss of arXiv 2402.03300, Eq. 3. The forward that
-scores a rollout records the experts of its tokens, and the training forwards take them again
-(arXiv 2510.11370), in micro-batches that are cut by length.
+The policy samples groups of completions of unequal length, is rewarded for certain tokens, and
+trains on each batch twice with the clipped loss of arXiv 2402.03300, Eq. 3. The forward that scores
+a rollout records the experts of its tokens. The training forwards use them again (arXiv
+2510.11370), in micro-batches that are sorted by length.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from titan_moe_lb import GlobalBatchAuxLoss, RoutingReplay, attach, build_model
 PROMPT, NEW, GROUPS, GROUP_SIZE, EPOCHS, CLIP = 4, 8, 2, 16, 2, 0.3
 ROWS = GROUPS * GROUP_SIZE
 REWARDED = range(0, 1024)
-"""Tokens that are worth something."""
+"""Tokens for which the policy is rewarded."""
 
 
 def main(steps: int = 8) -> list[dict[str, float]]:
-    """Sample, score, train; returns reward, loss and balance of each step."""
+    """Sample, score and train; return reward, loss and balance of each step."""
     spec = model_registry("tiny", aux_losses=[GlobalBatchAuxLoss.Config(weight=1e-3)])
     training = TrainingConfig(seq_len=PROMPT + NEW, mixed_precision_param="float32")
     model, parallel_dims, train_context = build_model(spec, training=training, seed=0)
@@ -33,7 +33,7 @@ def main(steps: int = 8) -> list[dict[str, float]]:
     dice = torch.Generator().manual_seed(rank)
     history = []
     for step in range(1, steps + 1):
-        with train_context(), torch.no_grad():  # leaves no trace in the balance
+        with train_context(), torch.no_grad():  # does not affect the balance
             tokens, lengths = rollout(model, dice)
             ids = torch.arange(ROWS).unsqueeze(1).expand_as(tokens)
             with replay.record():
@@ -45,7 +45,7 @@ def main(steps: int = 8) -> list[dict[str, float]]:
         for _ in range(EPOCHS):
             balance.begin_step(ROWS * ranks)
             loss = torch.zeros(())
-            for rows in lengths.argsort().split(8):  # as long as the longest of eight
+            for rows in lengths.argsort().split(8):  # cut to the longest of eight rows
                 end = PROMPT + int(lengths[rows].max())
                 with train_context(), replay.replay():
                     after = log_probabilities(model, tokens[rows, :end], sample_ids=ids[rows, :end])
@@ -76,7 +76,7 @@ def main(steps: int = 8) -> list[dict[str, float]]:
 
 
 def rollout(model: torch.nn.Module, dice: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled rows ``(ROWS, S)`` and the lengths of their completions."""
+    """Sample rows ``(ROWS, S)``, and the lengths of their completions ``(ROWS,)``."""
     prompts = torch.randint(0, 256, (GROUPS, PROMPT), generator=dice)
     tokens = prompts.repeat_interleave(GROUP_SIZE, dim=0)
     for _ in range(NEW):
@@ -86,24 +86,25 @@ def rollout(model: torch.nn.Module, dice: torch.Generator) -> tuple[torch.Tensor
 
 
 def rewards(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Share of the tokens of each completion that are worth something."""
+    """Return the share of rewarded tokens in each completion ``(ROWS,)``."""
     liked = (tokens[:, 1:] >= REWARDED.start) & (tokens[:, 1:] < REWARDED.stop)
     return (liked * completions(lengths, tokens.shape[1])).sum(dim=1) / lengths
 
 
 def completions(lengths: torch.Tensor, end: int) -> torch.Tensor:
-    """Which of the tokens 1 to ``end`` are of the completion, bool ``(B, end - 1)``."""
+    """Mark the completion among the tokens 1 to ``end - 1``, bool ``(B, end - 1)``."""
     index = torch.arange(1, end)
     return (index >= PROMPT) & (index < PROMPT + lengths.unsqueeze(1))
 
 
 def log_probabilities(model: torch.nn.Module, tokens: torch.Tensor, **marks) -> torch.Tensor:
-    """Of every token but the first, ``(B, S - 1)``."""
+    """Return the log-probability of every token but the first, ``(B, S - 1)``."""
     scores = forward(model, tokens, **marks)[:, :-1].float().log_softmax(-1)
     return scores.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
 def forward(model: torch.nn.Module, tokens: torch.Tensor, **marks) -> torch.Tensor:
+    """Return the logits ``(B, S, vocabulary)``."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     masks = model.get_attention_masks(positions)
     return model(tokens, attention_masks=masks, positions=positions, **marks)

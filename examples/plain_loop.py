@@ -1,7 +1,7 @@
-"""A plain PyTorch loop on a model of the registry: ``python examples/plain_loop.py``.
+"""Plain PyTorch loop on a model of the registry: ``python examples/plain_loop.py``.
 
-On several processes: ``torchrun --nproc-per-node 2 examples/plain_loop.py``. The rows of a step are
-cut into micro-batches of different sizes, as in a loop that fills its memory as it can.
+``torchrun --nproc-per-node 2 examples/plain_loop.py`` runs it on two processes. The rows of a step
+are cut into micro-batches of different sizes, as in a loop that fills the memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MICRO_BATCHES = (3, 1, 2)
 
 
 def main(steps: int = 10) -> list[dict[str, float]]:
-    """Train on Python's documentation; returns loss and balance of each step."""
+    """Train on Python's documentation; return loss and balance of each step."""
     spec = model_registry(
         "tiny",
         aux_losses=[SequenceWiseAuxLoss.Config(weight=1e-2), RouterZLoss.Config(weight=1e-4)],
@@ -45,10 +45,10 @@ def main(steps: int = 10) -> list[dict[str, float]]:
                 masks = model.get_attention_masks(places)
                 logits = model(inputs, attention_masks=masks, positions=places)
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-                # torchtitan sums the gradients of the ranks: a mean is divided here.
+                # torchtitan sums gradients over ranks, so this loss is divided by all rows.
                 (loss * size / (ROWS * dist.get_world_size())).backward()
             total += loss.detach() * size / ROWS
-        optimizer.step()  # closes the step of the balance, just before
+        optimizer.step()  # ends the step of the balance first
         optimizer.zero_grad()
         dist.all_reduce(total)
         history.append({"loss": float(total) / dist.get_world_size(), **balance.metrics()})
@@ -62,7 +62,7 @@ def main(steps: int = 10) -> list[dict[str, float]]:
 
 
 def text():
-    """Rows of this rank, one token longer than a sequence, without end."""
+    """Yield rows of this rank, one token longer than a sequence, without end."""
     tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=TOKENIZER_PATH)
     tokens = torch.tensor([token for text in documents()[:60] for token in tokenizer.encode(text)])
     rows = tokens.unfold(0, SEQ_LEN + 1, SEQ_LEN)

@@ -4,7 +4,7 @@ from titan_moe_lb import trainer_config
 
 
 def main(steps: int = 5) -> None:
-    """Every flag of ``run_train.sh``; on a machine without a GPU, on the host."""
+    """Train with flags of ``run_train.sh``; without a GPU, train on the host."""
     trainer = trainer_config(
         "--module=deepseek_v3", "--config=deepseek_v3_tiny", f"--training.steps={steps}"
     ).build()

@@ -1,6 +1,6 @@
 """Parts that every model package of the registry uses.
 
-A model package is ``model_registry/<model>/`` with
+A model package is a folder ``model_registry/<model>/`` with
 
 - ``__init__.py``: ``FLAVORS``, ``DEFAULTS`` (a :class:`Default` for each balancing choice, with its
   source) and ``model_registry(flavor, ...)``, which builds a torchtitan ``ModelSpec``, decorated
@@ -28,19 +28,19 @@ from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
 
 @dataclass(frozen=True)
 class Default:
-    """Value of a registry entry where the job sets none, with its source."""
+    """Value of a registry entry's argument for jobs that set none, with its source."""
 
     key: str
     """Argument of :func:`titan_moe_lb.wiring.model_spec.balanced`, a key of [model]."""
     value: Any
     source: str
-    """Paper and section, or plainly that nobody published one."""
+    """Paper and section, or a note that nobody has published a value."""
     flavors: tuple[str, ...] = ()
-    """Flavors that it is for, in place of the default of all flavors; empty: all flavors."""
+    """Flavors with this default, which replaces the default of all flavors; empty: all flavors."""
 
 
 def defaults_of(defaults: Iterable[Default], flavor: str) -> dict[str, Default]:
-    """The default of each key in a flavor: the flavor's own, else that of all flavors."""
+    """Return the default of each key in a flavor: its own, else the default of all flavors."""
     fitting = [default for default in defaults if not default.flavors or flavor in default.flavors]
     return {default.key: default for default in sorted(fitting, key=lambda d: bool(d.flavors))}
 
@@ -48,14 +48,19 @@ def defaults_of(defaults: Iterable[Default], flavor: str) -> dict[str, Default]:
 def registry_entry(
     model: str, flavors: Sequence[str], defaults: Sequence[Default]
 ) -> Callable[[Callable[..., ModelSpec]], Callable[..., BalancedModelSpec]]:
-    """Decorator that balances the specs of a function ``(flavor, ...) -> ModelSpec``.
+    """Decorate a function ``(flavor, ...) -> ModelSpec`` so that it returns balanced specs.
 
-    The entry also takes the arguments of :func:`titan_moe_lb.wiring.model_spec.balanced`, with the
-    defaults of the flavor, and saves all arguments on the spec.
+    The entry also accepts the arguments of :func:`titan_moe_lb.wiring.model_spec.balanced`, with
+    the defaults of the flavor, and saves all arguments on the spec.
+
+    Args:
+        model: name of the model, for messages.
+        flavors: valid flavors.
+        defaults: defaults of the arguments of ``balanced``.
 
     Raises:
-        JobError: a default is of an unknown flavor or key; when the entry is called, the flavor is
-            unknown.
+        JobError: a default names an unknown flavor or key; or the entry is called with an unknown
+            flavor.
     """
     _spec, *of_balanced = inspect.signature(balanced).parameters.values()
     keys = [parameter.name for parameter in of_balanced]
@@ -106,7 +111,7 @@ def registry_entry(
 
 
 def resized(config: Decoder.Config, dim: int, layers: list) -> Decoder.Config:
-    """A decoder with the vocabulary of ``config`` and other layers of width ``dim``."""
+    """Return a decoder with the vocabulary of ``config`` and other layers, of width ``dim``."""
     return dataclasses.replace(
         config,
         dim=dim,

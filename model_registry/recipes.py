@@ -1,4 +1,4 @@
-"""Two jobs that config functions start from: a debug run and a pre-training run."""
+"""Jobs from which config functions start: a debug run and a pre-training run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
 def language_model_loss(spec: ModelSpec) -> BaseLoss.Config:
-    """Cross entropy of the next token, computed in chunks of the sequence."""
+    """Return the cross entropy of the next token, computed in chunks of the sequence."""
     return ChunkedLossWrapper.Config(
         loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
     )
@@ -30,7 +30,7 @@ def debug(
     local_batch_size: int = 8,
     seq_len: int = 256,
 ) -> Trainer.Config:
-    """Ten steps on text that comes with Python, every step logged, the same in every run."""
+    """Return a job of ten logged steps on text that comes with Python, with a fixed seed."""
     return Trainer.Config(
         loss=loss or language_model_loss(spec),
         hf_assets_path=TOKENIZER_PATH,
@@ -72,13 +72,17 @@ def pretraining(
     seq_len: int = 4096,
     activation_checkpoint: SelectiveAC.Config | FullAC.Config | None = None,
 ) -> Trainer.Config:
-    """A run on C4 over many GPUs; job files set the rest of the layout.
+    """Return a job on C4 over many GPUs; job files set the rest of the layout.
 
     Args:
+        spec: the model.
         loss: default: :func:`language_model_loss`.
-        assets: folder of the model's tokenizer and of its weights, for a job that starts from them.
+        assets: folder of the model's tokenizer, and of its weights if a job starts from them.
         learning_rate: peak, reached after 2,000 steps. The default is DeepSeek-V3's (arXiv
-            2412.19437, section 4.2), for reports that do not give one.
+            2412.19437, section 4.2), for models whose report names none.
+        expert_parallel: expert-parallel degree.
+        local_batch_size: sequences of a data-parallel rank in a forward.
+        seq_len: tokens of a sequence.
         activation_checkpoint: default: selective.
     """
     return Trainer.Config(

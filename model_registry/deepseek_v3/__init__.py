@@ -67,15 +67,17 @@ def model_registry(
     non_blocking_capacity_factor: float | None = None,
     num_mtp_layers: int = 0,
 ) -> ModelSpec:
-    """DeepSeek-V3 of one flavor.
+    """Build the spec of a DeepSeek-V3.
 
     Args:
         flavor: one of ``FLAVORS``.
-        attn_backend, moe_comm_backend: as in torchtitan's own entry.
-        non_blocking_capacity_factor, num_mtp_layers: as in torchtitan's own entry.
+        attn_backend: as in torchtitan's own entry.
+        moe_comm_backend: as in torchtitan's own entry.
+        non_blocking_capacity_factor: as in torchtitan's own entry.
+        num_mtp_layers: as in torchtitan's own entry.
 
     Raises:
-        JobError: negative ``num_mtp_layers``.
+        JobError: ``num_mtp_layers`` is negative.
     """
     if num_mtp_layers < 0:
         raise JobError(f"num_mtp_layers is {num_mtp_layers}; it must be at least 0")
@@ -98,7 +100,10 @@ def tiny(
     non_blocking_capacity_factor: float | None = None,
     num_mtp_layers: int = 0,
 ) -> upstream.DeepSeekV3Model.Config:
-    """Four layers (the first dense) of width 64; sigmoid scores, 2 of 4 expert groups, top 2."""
+    """Build a config of four layers of width 64: one dense, then three MoE layers of 8 experts.
+
+    Scores are sigmoids. The top 2 experts are in at most 2 of 4 expert groups.
+    """
     dim, rope_dim = 64, 16
     linear = {"weight": partial(nn.init.normal_, std=0.02), "bias": nn.init.zeros_}
     experts = {name: partial(nn.init.normal_, std=0.02) for name in ("w1_EFD", "w2_EDF", "w3_EFD")}

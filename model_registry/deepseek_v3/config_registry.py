@@ -1,4 +1,4 @@
-"""Config functions of DeepSeek-V3, under the names that torchtitan's users know."""
+"""Config functions of DeepSeek-V3, with torchtitan's names."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from model_registry import recipes
 from model_registry.deepseek_v3 import model_registry
 
 debug_config = "deepseek_v3_debugmodel"
-"""The job that runs when none is named."""
+"""Config function of the default job."""
 
 
 def loss_config(spec: ModelSpec) -> BaseLoss.Config:
-    """The language-model loss that fits a model of this registry entry."""
+    """Return the language-model loss for a model of this registry entry."""
     if spec.model.mtp_layers:
         return MTPLoss.Config(global_vocab_size=decoder_vocab_size(spec))
     return recipes.language_model_loss(spec)
 
 
 def deepseek_v3_tiny() -> Trainer.Config:
-    """A few seconds on a laptop: for tests."""
+    """Tiny model for tests; a few seconds on a laptop."""
     return _debug("tiny", seq_len=128)
 
 
 def deepseek_v3_debugmodel() -> Trainer.Config:
-    """Under a minute on a laptop, on text that comes with Python."""
+    """Debug model on text that comes with Python; under a minute on a laptop."""
     return _debug("debugmodel")
 
 
 def deepseek_v3_debugmodel_mtp() -> Trainer.Config:
-    """The debug model with one multi-token prediction layer."""
+    """Debug model with one multi-token prediction layer."""
     return _debug("debugmodel", num_mtp_layers=1)
 
 

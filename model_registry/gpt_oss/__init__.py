@@ -1,7 +1,7 @@
 """GPT-OSS: attention sinks, sliding windows on every other layer, gates with a bias.
 
-The flavors are torchtitan's (``debugmodel``, ``20b``, ``120b``) and ``tiny``, for
-tests. Model card: arXiv 2508.10925.
+The flavors are torchtitan's (``debugmodel``, ``20b``, ``120b``) and ``tiny``, for tests. The model
+card is arXiv 2508.10925.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def model_registry(
     attn_backend: str = "flex",
     moe_comm_backend: str = "standard",
 ) -> ModelSpec:
-    """GPT-OSS of one flavor.
+    """Build the spec of a GPT-OSS.
 
     Args:
         flavor: one of ``FLAVORS``.
         attn_backend: ``flex`` runs everywhere; ``varlen``, torchtitan's own default
-            for this model, on GPUs alone.
+            for this model, runs on GPUs only.
         moe_comm_backend: as in torchtitan's own entry.
     """
     build = tiny if flavor == "tiny" else upstream.gptoss_configs[flavor]
@@ -56,9 +56,9 @@ def model_registry(
 
 
 def tiny(attn_backend: str, moe_comm_backend: str) -> upstream.GptOssModel.Config:
-    """Four MoE layers of width 64, the even ones with a sliding window of 128 tokens.
+    """Build a config of four MoE layers of width 64, the even ones with a window of 128 tokens.
 
-    Softmax scores with a bias in the gate, normalised over the top 2 of 8 experts.
+    The gate has a bias, and softmax scores are normalised over the top 2 of 8 experts.
     """
     dim, head_dim, num_experts, top_k = 64, 16, 8, 2
     debugmodel = upstream.gptoss_configs["debugmodel"](
@@ -66,7 +66,7 @@ def tiny(attn_backend: str, moe_comm_backend: str) -> upstream.GptOssModel.Confi
     )
 
     def layer(layer_id: int, block):
-        """The block of the debug model, smaller."""
+        """Return a smaller copy of the debug model's block."""
         norm = dataclasses.replace(block.ffn_norm, normalized_shape=dim)
         router = block.moe.router
         gate = dataclasses.replace(router.gate, in_features=dim)

@@ -1,4 +1,4 @@
-"""Config functions of GPT-OSS, under the names that torchtitan's users know."""
+"""Config functions of GPT-OSS, with torchtitan's names."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from model_registry import recipes
 from model_registry.gpt_oss import model_registry
 
 debug_config = "gpt_oss_debugmodel"
-"""The job that runs when none is named."""
+"""Config function of the default job."""
 
 
 def gpt_oss_tiny():
-    """A few seconds on a laptop: for tests. Longer than the sliding window."""
+    """Tiny model for tests, with sequences longer than its window; a few seconds on a laptop."""
     return recipes.debug(model_registry("tiny"))
 
 
 def gpt_oss_debugmodel():
-    """4 layers of 8 experts, on text that comes with Python."""
+    """Debug model: 4 layers of 8 experts, on text that comes with Python."""
     return recipes.debug(model_registry("debugmodel"), local_batch_size=4)
 
 

@@ -1,4 +1,4 @@
-"""GPT-OSS to and from Hugging Face checkpoints in 16 or 32 bits."""
+"""Conversion of GPT-OSS weights to and from Hugging Face checkpoints in 16 or 32 bits."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ _WEIGHTS = (".experts.gate_up_proj", ".experts.down_proj")
 
 
 class GptOssStateDictAdapter(upstream.GptOssStateDictAdapter):
-    """Adds the expert weights, which the adapter of torchtitan 0.3.0 loses.
+    """Adapter that converts the expert weights too, which torchtitan 0.3.0's adapter loses.
 
-    Upstream fact: its expert names are those of an older module (``mlp1_weight``
-    where the module has ``mlp1_weight_EGD``), so ``to_hf`` drops the experts and
-    ``from_hf`` makes names that no module has. It also means the MXFP4 layout, whose
-    last two axes are those of torchtitan; the weights of an unquantized checkpoint
-    (``gate_up_proj`` ``(E, D, 2F)``, ``down_proj`` ``(E, F, D)``) are transposed.
-    Gate and up columns alternate in both.
+    Upstream fact: torchtitan's adapter uses the expert names of an older module, such as
+    ``mlp1_weight`` for ``mlp1_weight_EGD``. So ``to_hf`` drops the experts, and ``from_hf`` makes
+    names that no module has. It also assumes the MXFP4 layout, in which the last two axes are in
+    torchtitan's order. An unquantized checkpoint has them transposed: ``gate_up_proj``
+    ``(E, D, 2F)`` and ``down_proj`` ``(E, F, D)``. Gate and up columns alternate in both layouts.
     """
 
     def __init__(self, model_config: GptOssModel.Config, hf_assets_path: str | None) -> None:
@@ -40,15 +39,21 @@ class GptOssStateDictAdapter(upstream.GptOssStateDictAdapter):
         names.update({_HF_EXPERTS + name: _EXPERTS + own for name, own in _EXPERT_NAMES.items()})
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Convert to Hugging Face, with transposed expert weights."""
         return _expert_weights_transposed(super().to_hf(state_dict))
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Convert from Hugging Face, with transposed expert weights."""
         return super().from_hf(_expert_weights_transposed(hf_state_dict))
 
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False
     ) -> HuggingFaceStorageReader:
-        """Raises ``JobError`` for a quantized checkpoint."""
+        """Return a reader of an unquantized checkpoint.
+
+        Raises:
+            JobError: ``from_quantized`` is True.
+        """
         if from_quantized:
             raise JobError(
                 "checkpoint.initial_load_in_hf_quantized: an MXFP4 checkpoint of gpt_oss cannot be "
@@ -59,7 +64,7 @@ class GptOssStateDictAdapter(upstream.GptOssStateDictAdapter):
 
 
 def _expert_weights_transposed(hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-    # Contiguous, because safetensors stores nothing else.
+    # safetensors stores contiguous tensors only.
     return {
         name: value.transpose(-2, -1).contiguous() if name.endswith(_WEIGHTS) else value
         for name, value in hf_state_dict.items()

@@ -41,17 +41,18 @@ def model_registry(
     non_blocking_capacity_factor: float | None = None,
     interleave_moe_layer_step: int | None = None,
 ) -> ModelSpec:
-    """Llama 4 of one flavor.
+    """Build the spec of a Llama 4.
 
     Args:
         flavor: one of ``FLAVORS``.
         attn_backend: "flex", "flex_flash" or "varlen", as in torchtitan.
-        moe_comm_backend, non_blocking_capacity_factor: as in torchtitan's own entries.
-        interleave_moe_layer_step: every how many layers the feed-forward is a MoE; None
-            for the flavor's own.
+        moe_comm_backend: as in torchtitan's own entries.
+        non_blocking_capacity_factor: as in torchtitan's own entries.
+        interleave_moe_layer_step: interval of MoE layers: 1, every layer; 2, every second; None:
+            the flavor's own.
 
     Raises:
-        JobError: ``interleave_moe_layer_step`` outside the layers.
+        JobError: ``interleave_moe_layer_step`` is below 1 or above the number of layers.
     """
     architecture = ARCHITECTURES[flavor]
     if interleave_moe_layer_step is not None:

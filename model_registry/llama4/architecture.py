@@ -1,4 +1,4 @@
-"""From the published numbers of a Llama 4 model to its config."""
+"""Conversion of the published sizes of a Llama 4 model to its config."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NORM_INIT: dict[str, Callable] = {"weight": nn.init.ones_}
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes of a model, under the names of torchtitan's configs."""
+    """Sizes of a model, with the names of torchtitan's configs."""
 
     dim: int
     n_layers: int
@@ -39,21 +39,21 @@ class Architecture:
     vocab_size: int
     num_experts: int
     moe_hidden_dim: int
-    """Width of a routed expert, and of the shared one."""
+    """Width of a routed expert, and of the shared expert."""
     dense_hidden_dim: int
     """Width of a feed-forward without experts."""
     interleave_moe_layer_step: int
-    """Every how many layers the feed-forward is a MoE: 1, every one; 2, every second."""
+    """Interval of MoE layers: 1, every layer; 2, every second."""
     use_qk_norm: bool
-    """Queries and keys of RoPE layers have unit root mean square."""
+    """Normalize queries and keys of RoPE layers to unit root mean square."""
     max_seq_len: int
     rope_scaling_factor: float | None = None
-    """By how much the slow frequencies of RoPE are stretched, as in Llama 3; None: none."""
+    """Divisor of the slow frequencies of RoPE, as in Llama 3; None: no scaling."""
     original_max_position_embeddings: int = 8192
     """Wavelength, in tokens, above which a frequency of RoPE is slow."""
     chunk_size: int = 8192
     no_rope_layer_interval: int = 4
-    """Every fourth layer has no RoPE and sees the whole document."""
+    """Interval of layers that have no RoPE and see the whole document."""
     floor_scale: int = 8192
     attn_scale: float = 0.1
     rope_theta: float = 500_000.0
@@ -65,7 +65,7 @@ class Architecture:
         moe_comm_backend: str,
         non_blocking_capacity_factor: float | None = None,
     ) -> Llama4Model.Config:
-        """The arguments are those of torchtitan's own registry entries."""
+        """Build the config; see torchtitan's own registry entries for the arguments."""
         output_std = self.dim**-0.5
         return Llama4Model.Config(
             dim=self.dim,
@@ -114,8 +114,8 @@ class Architecture:
                 wqkv_param_init=_LINEAR_INIT,
                 wo_param_init=_depth_init(layer_id),
                 inner_attention=get_attention_config(attn_backend),
-                # torchtitan gathers a fused projection whole, on every rank, for each state
-                # dict, and keeps it: 7 GB in Scout.
+                # For each state dict, torchtitan gathers a fused projection on every rank and
+                # keeps it: 7 GB in Scout.
                 fuse_qkv=False,
                 rope=self._rope() if has_rope else self._temperature(),
                 # Llama 4 normalizes after the rotation, torchtitan before it: a norm
@@ -175,7 +175,7 @@ class Architecture:
             theta=self.rope_theta,
             scaling="none" if self.rope_scaling_factor is None else "llama",
             scaling_factor=self.rope_scaling_factor or 1.0,
-            # One boundary between fast and slow, nothing in between.
+            # One boundary between fast and slow frequencies, nothing in between.
             low_freq_factor=1.0,
             high_freq_factor=1.0,
             original_max_position_embeddings=self.original_max_position_embeddings,
@@ -194,5 +194,5 @@ class Architecture:
 
 
 def _depth_init(layer_id: int) -> dict[str, Callable]:
-    """Smaller deeper down, as torchtitan initializes what is added to the residual stream."""
+    """Return an initializer with a smaller std in deeper layers, as in torchtitan."""
     return {"weight": partial(nn.init.trunc_normal_, std=depth_scaled_std(0.02, layer_id))}

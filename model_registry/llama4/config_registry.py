@@ -8,16 +8,16 @@ from model_registry import recipes
 from model_registry.llama4 import model_registry
 
 debug_config = "llama4_debugmodel"
-"""The job that runs when none is named."""
+"""Config function of the default job."""
 
 
 def llama4_tiny():
-    """A few seconds on a laptop: for tests."""
+    """Tiny model for tests; a few seconds on a laptop."""
     return recipes.debug(model_registry("tiny"), seq_len=128)
 
 
 def llama4_debugmodel():
-    """Under a minute on a laptop, on text that comes with Python."""
+    """Debug model on text that comes with Python; under a minute on a laptop."""
     return recipes.debug(model_registry("debugmodel"))
 
 

@@ -1,12 +1,14 @@
-"""The Llama 4 models, and two small ones.
+"""Sizes of the published Llama 4 models, and of two small ones.
 
-``17Bx16E`` (Scout) and ``17Bx128E`` (Maverick) have the numbers of the ``text_config`` in
-``config.json`` of meta-llama/Llama-4-Scout-17B-16E and meta-llama/Llama-4-Maverick-17B-128E.
-``max_seq_len`` is that of the Instruct models (Scout's base model says 262,144).
+``17Bx16E`` (Scout) and ``17Bx128E`` (Maverick) have the sizes of the ``text_config`` in
+``config.json`` of meta-llama/Llama-4-Scout-17B-16E and meta-llama/Llama-4-Maverick-17B-128E. Their
+``max_seq_len`` is from the Instruct models; the base model of Scout has 262,144.
 
-Their parameters are 107,769,861,120 and 400,711,848,960; with the 871,932,416 of the vision
-tower and its projector these are the 108,641,793,536 and 401,583,781,376 that Hugging Face
-counts in the published checkpoints ("109B" and "400B").
+Hugging Face counts the vision tower and its projector too:
+
+    flavor    text             vision       Hugging Face
+    17Bx16E   107,769,861,120  871,932,416  108,641,793,536 ("109B")
+    17Bx128E  400,711,848,960  871,932,416  401,583,781,376 ("400B")
 """
 
 from __future__ import annotations

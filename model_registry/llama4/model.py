@@ -1,7 +1,7 @@
-"""The Llama 4 text decoder, from torchtitan's own parts.
+"""Text decoder of Llama 4, built from torchtitan's own parts.
 
-Its block is that of torchtitan's Qwen3 (grouped-query attention, then a dense or a MoE
-feed-forward), so Qwen3's shardings and parallelize function fit it as they are.
+It uses the block of torchtitan's Qwen3 (grouped-query attention, then a dense or a MoE
+feed-forward). So Qwen3's shardings and parallelize function fit it unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from titan_moe_lb.errors import JobError
 
 
 class Llama4TransformerBlock(Qwen3TransformerBlock):
-    """A block that picks its attention mask."""
+    """Transformer block that selects its attention mask."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Qwen3TransformerBlock.Config):
+        """Config of a block."""
+
         mask: Literal["full", "chunked"]
         """Key of ``Llama4Model.get_attention_masks``."""
 
@@ -38,19 +40,27 @@ class Llama4TransformerBlock(Qwen3TransformerBlock):
         attention_masks: AttentionMasksType | None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states ``(B, L, D)``; the masks are those of ``Llama4Model``."""
+        """Compute hidden states ``(B, L, D)`` with this block's mask of ``attention_masks``."""
         assert isinstance(attention_masks, dict)
         return super().forward(x, attention_masks[self.mask], positions)
 
 
 class Llama4Model(Decoder):
+    """Text decoder of Llama 4."""
+
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
+        """Config of the decoder."""
+
         chunk_size: int
         """Tokens of a document that attend to each other in a layer with chunked attention."""
 
         def update_from_config(self, *, config, **kwargs) -> None:
-            """Bind the job. Raises ``JobError`` for varlen attention under context parallelism."""
+            """Bind the model to a job.
+
+            Raises:
+                JobError: the job has varlen attention and context parallelism.
+            """
             Decoder.Config.update_from_config(self, config=config, **kwargs)
             parallelism = config.parallelism
             if parallelism.context_parallel_degree > 1 and isinstance(
@@ -67,7 +77,7 @@ class Llama4Model(Decoder):
             )
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            """Parameters, and FLOPs of a token; a chunked layer attends within its chunk."""
+            """Return the number of parameters, and FLOPs per token with chunked attention."""
             attention = self.layers[0].attention
             assert isinstance(attention, GQAttention.Config) and attention.head_dim is not None
             head_dims = 2 * attention.head_dim
@@ -84,15 +94,15 @@ class Llama4Model(Decoder):
     config: Config
 
     def get_attention_masks(self, positions: torch.Tensor) -> AttentionMasksType | None:
-        """The causal masks "full" and "chunked" of packed documents.
+        """Make the causal masks "full" and "chunked" of packed documents.
+
+        A token sees no token before its chunk, just as it sees none before its document. So the
+        chunked mask is the document mask of positions that restart with every chunk, for flex and
+        varlen alike. Chunks are counted from the start of the document, like positions of RoPE and
+        temperature. So packing with other documents does not change the result.
 
         Args:
-            positions: of each token in its document ``(B, L)``.
-
-        A chunk is to attention what a document is: tokens before it are not seen. So the
-        chunked mask is the document mask of positions that start again with every chunk,
-        for flex and varlen alike. Chunks are counted from the start of the document, as
-        RoPE and temperature are: what a document is packed with does not change it.
+            positions: position of each token in its document ``(B, L)``.
         """
         full = super().get_attention_masks(positions)
         if positions.shape[1] <= self.config.chunk_size:

@@ -1,11 +1,11 @@
-"""Llama 4 weights to and from the checkpoints of Hugging Face, bit for bit.
+"""Exact conversion of Llama 4 weights to and from Hugging Face checkpoints.
 
-RoPE turns the same pairs on both sides, so no head is permuted. What differs is the names
-and the experts: Hugging Face holds gate and up projection as one ``(E, D, 2F)`` and the
-down projection as ``(E, F, D)``; here they are ``(E, F, D)`` twice and ``(E, D, F)``.
+RoPE rotates the same pairs on both sides, so no head is permuted. Names and experts differ.
+Hugging Face stores gate and up projection as one ``(E, D, 2F)`` and the down projection as
+``(E, F, D)``. Here they are ``(E, F, D)`` twice and ``(E, D, F)``.
 
-The expert bias of aux-loss-free balancing has no place in a Hugging Face checkpoint and is
-left out; loading one leaves it as it is.
+A Hugging Face checkpoint has no place for an expert bias. It is left out, and loading a checkpoint
+does not change it.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _HF_GATE_UP = "feed_forward.experts.gate_up_proj"
 _HF_DOWN = "feed_forward.experts.down_proj"
 
 _TEXT_MODEL = "language_model."
-"""What the names of the text model begin with in a checkpoint that has vision too."""
+"""Prefix of the text model's names in a checkpoint with vision."""
 
 
 class Llama4StateDictAdapter(StateDictAdapter):
-    """``Llama4ForCausalLM``, or the text model of ``Llama4ForConditionalGeneration``.
+    """Adapter for ``Llama4ForCausalLM`` and for the text model of ``Llama4ForConditionalGeneration``.
 
-    Writes the names of the second, which are those of the published checkpoints, where the
-    index in ``hf_assets_path`` has them; reads either, and passes the vision tower by.
+    It reads the names of both and skips the vision tower. It writes the names of the second, as in
+    the published checkpoints, if the index in ``hf_assets_path`` has them.
     """
 
     fqn_to_index_mapping: dict[str, int] | None
-    """From a name to the number of its file, as the index has it."""
+    """Number of the file of each name, from the index."""
 
     def __init__(self, model_config: BaseModel.Config, hf_assets_path: str | None) -> None:
         super().__init__(model_config, hf_assets_path)
@@ -67,9 +67,10 @@ class Llama4StateDictAdapter(StateDictAdapter):
             }
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Sharded tensors stay sharded: online loading reads into what this returns.
+        """Convert to Hugging Face; sharded tensors stay sharded.
 
-        The experts in it are copies, because no view has both projections in one tensor.
+        Online loading reads into the returned tensors. The experts among them are copies, because
+        no view has both projections in one tensor.
         """
         hf_state_dict = {}
         for name, value in state_dict.items():
@@ -85,6 +86,7 @@ class Llama4StateDictAdapter(StateDictAdapter):
         return hf_state_dict
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Convert from Hugging Face; skip the vision tower and its projector."""
         state_dict = {}
         for name, value in hf_state_dict.items():
             if name.startswith(("vision_model.", "multi_modal_projector.")):
@@ -102,16 +104,16 @@ class Llama4StateDictAdapter(StateDictAdapter):
 
 
 def _split(name: str, layers: str) -> tuple[str, str]:
-    """``"layers.3.", "attention.wo.weight"``; the first is empty outside of the layers."""
+    """Split off the layer, as in ``"layers.3.", "attention.wo.weight"``; empty outside of layers."""
     match = re.match(rf"{re.escape(layers)}\.\d+\.", name)
     return (match.group(), name[match.end() :]) if match else ("", name)
 
 
 def _with_whole_hidden_dim(weight_EFD: torch.Tensor) -> torch.Tensor:
-    """Shard D where F is sharded: one all-to-all, nothing gathered.
+    """Shard D instead of F, by one all-to-all and without a gather.
 
-    Gate and up projection become one tensor along F. Were F sharded, a rank would hold
-    two separate pieces of it, which no placement describes.
+    Gate and up projection become one tensor along F. If F were sharded, a rank would have two
+    separate pieces of it, which no placement describes.
     """
     if not isinstance(weight_EFD, DTensor):
         return weight_EFD
@@ -124,5 +126,5 @@ def _with_whole_hidden_dim(weight_EFD: torch.Tensor) -> torch.Tensor:
 
 
 def _transposed(weight: torch.Tensor) -> torch.Tensor:
-    """Each expert's matrix transposed."""
+    """Transpose each expert's matrix."""
     return weight.transpose(1, 2).contiguous()

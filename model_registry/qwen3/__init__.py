@@ -1,7 +1,7 @@
 """Qwen3 MoE: grouped-query attention with norms on queries and keys, no shared experts.
 
-The MoE flavors of torchtitan (``debugmodel_moe``, ``30B-A3B``, ``235B-A22B``) and
-``tiny``, for tests. Report: arXiv 2505.09388.
+The flavors are torchtitan's MoE flavors (``debugmodel_moe``, ``30B-A3B``, ``235B-A22B``) and
+``tiny``, for tests. The report is arXiv 2505.09388.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def model_registry(
     attn_backend: str = "flex",
     moe_comm_backend: str = "standard",
 ) -> ModelSpec:
-    """Qwen3 MoE of one flavor.
+    """Build the spec of a Qwen3 MoE.
 
     Args:
         flavor: one of ``FLAVORS``.
-        attn_backend, moe_comm_backend: as in torchtitan's own entry.
+        attn_backend: as in torchtitan's own entry.
+        moe_comm_backend: as in torchtitan's own entry.
     """
     build = tiny if flavor == "tiny" else upstream.qwen3_configs[flavor]
     return dataclasses.replace(
@@ -53,7 +54,10 @@ def model_registry(
 
 
 def tiny(attn_backend: str, moe_comm_backend: str) -> upstream.Qwen3Model.Config:
-    """Four MoE layers of width 64; softmax scores, normalised over the top 2 of 8 experts."""
+    """Build a config of four MoE layers of width 64, with 8 experts.
+
+    Softmax scores are normalised over the top 2.
+    """
     dim, head_dim = 64, 16
     layers = qwen3_moe_layers(
         n_layers=4,

@@ -6,16 +6,16 @@ from model_registry import recipes
 from model_registry.qwen3 import model_registry
 
 debug_config = "qwen3_debugmodel_moe"
-"""The job that runs when none is named."""
+"""Config function of the default job."""
 
 
 def qwen3_tiny():
-    """A few seconds on a laptop: for tests."""
+    """Tiny model for tests; a few seconds on a laptop."""
     return recipes.debug(model_registry("tiny"), seq_len=128)
 
 
 def qwen3_debugmodel_moe():
-    """8 layers of 64 experts, on text that comes with Python."""
+    """Debug model: 8 layers of 64 experts, on text that comes with Python."""
     return recipes.debug(model_registry("debugmodel_moe"), local_batch_size=4)
 
 

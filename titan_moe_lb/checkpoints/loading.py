@@ -1,7 +1,8 @@
 """Checkpoint manager with checked loading and exact balance state.
 
-torchtitan's own manager applies ``checkpoint.export_dtype`` to all model state. An expert bias in
-bfloat16 would route tokens to other experts than the run did.
+When torchtitan's own manager saves the model alone, it converts all of it to
+``checkpoint.export_dtype``. An expert bias in bfloat16 would route tokens to other experts than
+the run did.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class DenseMaskAttention(FlexAttention):
         q_BNLH, k_BNSH, v_BNSH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
         assert isinstance(attention_masks.mask_mod, functools.partial)
         (mask_BNLS,) = attention_masks.mask_mod.args
-        # Types are asserted for the output alone, as torchtitan does around its own flex kernel.
+        # Types are asserted at the boundary alone, as torchtitan does around its own flex kernel.
         with spmd.no_typecheck():
             if out_transform is None:
                 out_BNLH = F.scaled_dot_product_attention(
