@@ -1,16 +1,18 @@
-"""What a router loss costs: forward and backward of one router, with and without.
+"""Cost of a router loss: forward and backward of one router, with and without the loss.
 
     python -m benchmarks.aux_loss [--repeats 20] [--device cpu|cuda] [--markdown]
 
-Columns: the bare router (torchtitan's), ours with each loss, and the same
-sequence-wise or batch-wise loss as textbook autograd (the z-loss likewise), as ``torch.func.grad`` inside
-an autograd Function's backward, and as ``load_balancing_loss_func`` of transformers.
-The variants are interleaved; a column is the median over the repeats of the time
-added to the bare router of the same repeat. Saved memory is what autograd keeps
-between forward and backward beyond the bare router. On CUDA two more: the peak of
-allocated memory beyond the bare router's, and the share of the memory-bandwidth bound:
-the time in which the least traffic of a router's forward and backward could be moved at
-the bandwidth of a copy, over the measured time.
+Columns: torchtitan's bare router, and ours with each loss. For comparison, the sequence-wise loss
+and the z-loss as textbook autograd, the sequence-wise loss as ``torch.func.grad`` in the backward
+of an autograd Function, and ``load_balancing_loss_func`` of transformers.
+
+The variants are interleaved. A column is the time added to the bare router in the same repeat, as
+the median over repeats. Saved memory is the memory that autograd keeps between forward and
+backward, beyond the bare router's.
+
+CUDA adds two numbers. One is the peak of allocated memory beyond the bare router's. The other is
+the share of the memory-bandwidth bound. The bound is the least traffic of a router's forward and
+backward, at the bandwidth of a copy; the share is the bound over the measured time.
 """
 
 from __future__ import annotations
@@ -60,15 +62,18 @@ WEIGHT = 1e-3
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     repeats: int = 20
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dim: int = 2048
-    """Width of the model, which the gate reads. A narrow one hides less behind the gate."""
+    """Model width, the input size of the gate. The smaller it is, the larger is a loss's share."""
     markdown: bool = False
     """Print a table instead of JSON lines."""
 
 
 def main() -> None:
+    """Measure all shapes, and print a row for each."""
     arguments = tyro.cli(Arguments)
     for shape in SHAPES:
         row = measure(*shape, arguments)
@@ -76,6 +81,7 @@ def main() -> None:
 
 
 def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> dict:
+    """Measure all variants on one shape."""
     device = torch.device(arguments.device)
     dim = arguments.dim
     x = torch.randn(SEQUENCES, tokens // SEQUENCES, dim, device=device, requires_grad=True)
@@ -136,7 +142,7 @@ def _variants(num_experts: int, top_k: int, dim: int, device: torch.device) -> d
 
     def transformers_loss(x: torch.Tensor) -> torch.Tensor:
         topk_scores, _ids, scores = bare(x)
-        # It takes logits and applies the softmax itself; log-probabilities are logits.
+        # The function expects logits and applies the softmax; log-probabilities are logits.
         logits = scores.flatten(0, 1).log()
         return topk_scores.sum() + WEIGHT * load_balancing_loss_func((logits,), num_experts, top_k)
 
@@ -160,7 +166,7 @@ def _variants(num_experts: int, top_k: int, dim: int, device: torch.device) -> d
 
 
 class _InjectByFuncGrad(torch.autograd.Function):
-    """Injection without the closed form: differentiate the loss in backward."""
+    """Gradient injection without a closed form: differentiate the loss in the backward."""
 
     @staticmethod
     def forward(ctx, topk_scores, scores, ids):
@@ -205,7 +211,7 @@ def _step(run: Run, x: torch.Tensor) -> None:
 
 
 def _saved_bytes(run: Run, x: torch.Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps for backward."""
+    """Bytes of distinct storages that autograd keeps for the backward."""
     storages: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -228,8 +234,8 @@ def _peak_bytes(run: Run, x: torch.Tensor) -> int:
 
 
 def _least_bytes(tokens: int, num_experts: int, top_k: int, dim: int) -> int:
-    """Float32 traffic that a router's forward and backward cannot do without."""
-    inputs = 3 * tokens * dim  # read for the logits and the weight's gradient; its own written
+    """Least bytes that a router's forward and backward must read and write, in float32."""
+    inputs = 3 * tokens * dim  # read for logits and weight gradient; input gradient written
     weight = 3 * num_experts * dim  # read twice, its gradient written
     scores = 5 * tokens * num_experts  # written, read twice; the gradient written and read
     selected = 4 * tokens * top_k  # scores and their gradient, written and read
@@ -238,7 +244,7 @@ def _least_bytes(tokens: int, num_experts: int, top_k: int, dim: int) -> int:
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Bandwidth of a large copy in bytes/s, reads and writes together."""
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []

@@ -1,12 +1,12 @@
-"""How well each method balances a small model, and what the language model pays for it.
+"""Balance and language-model loss of a small model with each balancing method.
 
     python -m benchmarks.balance_methods [--methods quantile default] [--folder FOLDER]
 
-Trains the tiny DeepSeek-V3 for 200 steps of 16 sequences of 256 tokens with each method,
-one process each, and prints mean MaxVio (over the layers and two windows of steps) and the
-language-model loss of the last 20 steps. What has been run in the folder is not run again.
-``noise`` is no method: the quantile run's weights of step 140 with a learning rate of 0,
-so that the router does not move and what is left is chance.
+Trains the tiny DeepSeek-V3 with each method, one process each, for 200 steps of 16 sequences of 256
+tokens. Prints the mean MaxVio, over layers and two windows of steps, and the language-model loss of
+the last 20 steps. Finished runs in the folder are reused. ``noise`` is the sampling noise, not a
+method: it continues the quantile run's weights of step 140 with learning rate 0, so the router does
+not change.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ STEPS, EARLY, LATE = 200, (31, 80), (141, 200)
 
 
 def method(bias: str, losses: str = "[]") -> list[str]:
+    """Build the flags of a method from its bias rule and losses."""
     return [f"--model.expert_bias={bias}", f"--model.aux_losses={losses}"]
 
 
 def sequence_wise(weight: str) -> str:
+    """Build the value of ``model.aux_losses`` with one sequence-wise loss."""
     return f"[{{type = 'sequence_wise', weight = {weight}}}]"
 
 
@@ -63,16 +65,19 @@ METHODS = {
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    """Which to run; default: all."""
+    """Methods to run; default: all."""
 
     folder: Path = Path(tempfile.gettempdir()) / "balance_methods"
-    """Where the runs are kept."""
+    """Folder of the runs."""
 
     seed: int = 1
 
 
 def main() -> None:
+    """Run the methods, and print the table."""
     arguments = tyro.cli(Arguments)
     print("| method | steps 31-80 | steps 141-200 | loss, steps 181-200 |\n|---|---|---|---|")
     for name in arguments.methods:
@@ -90,6 +95,7 @@ def main() -> None:
 
 
 def train(name: str, run: Path, arguments: Arguments) -> None:
+    """Train one method in its own process and folder."""
     run.mkdir(parents=True, exist_ok=True)
     flags = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", *METHODS[name]]
     flags += ["--training.seq_len=256", "--training.local_batch_size=16"]

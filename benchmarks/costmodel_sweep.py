@@ -1,9 +1,9 @@
-"""How long the cost model takes for a sweep of many points at once, on one core.
+"""Time of the cost model for a sweep of many points at once, on one core.
 
     OMP_NUM_THREADS=1 python -m benchmarks.costmodel_sweep [--points 1000000]
 
-Random imbalance, expert-parallel degree, tokens and hot experts for 256 experts, top 8.
-Prints one line of JSON: seconds of the load, the skew and the all-to-all of all points.
+The points have random imbalance, expert-parallel degree, tokens and hot experts, for 256 experts
+and top 8. Prints one line of JSON: seconds for the load, the skew and the all-to-all of all points.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from titan_moe_lb.costmodel import all_to_all_time, expert_load, receiver_skew
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     points: int = 1_000_000
     repetitions: int = 5
 
 
 def main() -> None:
+    """Time the sweep, and print its median."""
     arguments = tyro.cli(Arguments)
     random = np.random.default_rng(0)
     size = arguments.points

@@ -1,10 +1,9 @@
-"""Everything about this package that only a GPU can show, in one command.
+"""All GPU measurements and tests of this package, in one command.
 
     python -m benchmarks.gpu [--quick] [--output gpu]
 
-Writes ``gpu.json`` and ``gpu.html``. Where there is no GPU, the parts that need none run on the
-host, and the others are named with what they wait for. A part that fails is reported beside the
-others, and the status is 1.
+Writes ``gpu.json`` and ``gpu.html``. Without a GPU, some parts run on the host and the others are
+reported as skipped. If a part fails, the others still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -33,35 +32,38 @@ LAYOUTS = (
     "pp=2,schedule=Interleaved1F1B,dp_shard=2,accumulate=2,ac=full",
     "dp_shard=8,ep=8",
 )
-"""For the parity over NCCL: those that fit the GPUs that are here."""
+"""Layouts of the parity tests over NCCL. A layout with more ranks than GPUs is skipped."""
 _SHOWN = 4000
-"""Characters of a part's last words that are kept."""
+"""Most characters of a part's output that the page shows."""
 
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     output: Path = Path("gpu")
-    """Path of both files, without their endings."""
+    """Path of both files, without suffix."""
     quick: bool = False
-    """Few repeats: to see that every part runs."""
+    """Use few repeats, to check that every part runs."""
 
 
 @dataclass
 class Part:
-    """One measurement or test, in a process of its own."""
+    """One measurement or test, in its own process."""
 
     name: str
     command: list[str]
     needs_gpus: int = 0
     outcome: str = ""
-    """passed, failed, or what it waits for."""
+    """"passed", "failed", or the reason why it was skipped."""
     seconds: float = 0.0
     results: list[Any] = field(default_factory=list)
-    """The lines of JSON that it printed."""
+    """Parsed lines of JSON from its output."""
     said: str = ""
-    """What else it printed, at its end."""
+    """End of its other output."""
 
     def run(self, gpus: int) -> None:
+        """Run the part and store its results; skip it if there are too few GPUs."""
         if gpus < self.needs_gpus:
             self.outcome = f"skipped: needs {self.needs_gpus} GPU(s), {gpus} are here"
             return
@@ -82,7 +84,7 @@ class Part:
 
 
 def parts(quick: bool, gpus: int) -> list[Part]:
-    """All of them, also those that this machine cannot run."""
+    """List all parts, including those that this machine cannot run."""
     device = "cuda" if gpus else "cpu"
     few = quick or not gpus
     graph = "tests/telemetry/test_telemetry.py::test_a_cuda_graph_records_in_every_replay"
@@ -134,7 +136,7 @@ def _ranks(layout: str) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures are of."""
+    """Describe the machine of the measurements."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}
 
@@ -161,6 +163,7 @@ pre {overflow-x: auto; background: #8881; padding: .5em} td {padding-right: 2em}
 
 
 def main() -> None:
+    """Run all parts, and write both files."""
     arguments = tyro.cli(Arguments)
     here = machine()
     tried = parts(arguments.quick, len(here["gpus"]))

@@ -1,7 +1,9 @@
-"""This machine as a device, measured in about a second, as a file for ``titan-moe-lb plan``.
+"""Measurement of this machine as a device for ``titan-moe-lb plan``.
 
-python -m benchmarks.host_hardware > host.toml
-titan-moe-lb plan --hardware host.toml
+It takes about a second. Redirect the output to a file, and pass that file to ``plan``:
+
+    python -m benchmarks.host_hardware > host.toml
+    titan-moe-lb plan --hardware host.toml
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ _BYTES = 32 * 2**20
 
 
 def measure_host(*, size: int = 768) -> Host:
-    """One process on this host as one rank.
+    """Measure this host, with one process as one rank.
 
-    Torch's BF16 matrix product of ``size`` x ``size`` in this process's threads, a copy of
-    memory, and a TCP connection to itself, which is what gloo uses between processes. All
-    ranks share one host, so that there is no scale-out link: its figures are the same. A
-    peak is the best of several times, since whatever else runs can only add to them.
+    Measures a BF16 matrix product of ``size`` x ``size`` in this process's threads, a copy of
+    memory, and a TCP connection to itself, as gloo uses between processes. All ranks share one
+    host, so there is no scale-out link, and its numbers repeat the scale-up ones. Peaks are
+    the best of several runs, because other work on the machine can only slow a run down.
     """
     bandwidth, latency = _loopback()
     figures = {
@@ -44,7 +46,7 @@ def measure_host(*, size: int = 768) -> Host:
 
 
 def as_toml(host: Host) -> str:
-    """The file that defines the device."""
+    """Format the TOML file that defines the device."""
     figures = {figure: getattr(host, figure) for figure in SPECS}
     return tomli_w.dumps({"name": host.name, "kind": "host", **figures, "sources": host.sources})
 
@@ -72,14 +74,14 @@ def _copy_bandwidth() -> float:
 
 
 def _loopback() -> tuple[float, float]:
-    """Bytes/s in one direction, and seconds to start a message, over TCP to this host."""
+    """Measure TCP to this host: bytes/s in one direction, and seconds to start a message."""
     with socket.create_server(("localhost", 0)) as server:
         near = socket.create_connection(server.getsockname())
         far, _address = server.accept()
     block = bytes(2**20)
 
     def echo() -> None:
-        """Answer each message of 1 byte, and each block sequence once it is complete."""
+        """Answer each message of 1 byte, and each complete sequence of blocks."""
         received = 0
         while data := far.recv(2**20):
             received += len(data)

@@ -1,8 +1,10 @@
-"""How OpenMP's threads should wait in a job of one process: ``python -m benchmarks.host_threads``.
+"""Wait settings of OpenMP's threads, compared in jobs of one process.
 
-One process for each setting, all of them alive and taking turns, so that each meets the same
-other work on the machine; prints the median and the worst seconds of a step of a small MoE-sized
-model (2,048 tokens, 256 wide, many short operators), and the CPU seconds that it took.
+    python -m benchmarks.host_threads [ROUNDS]
+
+Starts one process for each setting. The processes take turns, so that other work on the machine
+disturbs all of them alike. Each steps a small model of an MoE layer's size (2,048 tokens, width
+256, many short operators). Prints median and worst seconds of a step, and its CPU seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ LAYERS, TOKENS, DIM, HEADS = 4, 2048, 256, 16
 
 
 def main() -> None:
+    """Let the processes take turns, and print the times of each setting."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     clean = {name: value for name, value in os.environ.items() if name not in KEYS}
     command = [sys.executable, "-m", "benchmarks.host_threads", "--worker"]
@@ -54,6 +57,7 @@ def main() -> None:
 
 
 def work() -> None:
+    """Take one step for each line of standard input, and print its wall and CPU seconds."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, 0.0, batch_first=True)
     model = torch.nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)

@@ -1,9 +1,11 @@
-"""How long the commands that read a long trace take: ``python -m benchmarks.long_trace``.
+"""Time and memory of the commands that read a long trace.
 
-Writes the trace of a run of 15,625 logged steps of 64 MoE layers with 64 experts, a million
-layer-steps, and starts each command on it; prints its seconds, its CPU seconds and its
-resident memory. The counts of 64 steps are repeated: a record is compressed by itself, so that
-it is no smaller for that.
+    python -m benchmarks.long_trace
+
+Writes the trace of a run with 15,625 logged steps of 64 MoE layers with 64 experts: a million
+layer-steps. Starts each command on it, and prints its seconds, CPU seconds and resident memory.
+The trace repeats the counts of 64 steps. This does not shrink the file, because each record is
+compressed by itself.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ COMMANDS = ("report", "diagnose")
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     steps: int = 15_625
     layers: int = 64
     experts: int = 64
 
 
 def write_trace(folder: Path, arguments: Arguments) -> None:
-    """One micro-batch of eight in a step, as the trace of a run has it."""
+    """Write a trace whose micro-batch counts are an eighth of the global batch."""
     info = run_info(arguments.layers, arguments.experts, top_k=8)
     loads = [
         dataclasses.replace(load, micro_batch_counts_ME=load.counts_ME // 8)
@@ -46,6 +50,7 @@ def write_trace(folder: Path, arguments: Arguments) -> None:
 
 
 def main() -> None:
+    """Write the trace, and measure each command."""
     arguments = tyro.cli(Arguments)
     with TemporaryDirectory(prefix="titan_moe_lb-long-trace-") as folder:
         write_trace(Path(folder), arguments)

@@ -1,12 +1,12 @@
-"""A hot rank by placement, timed before and after ``titan-moe-lb place``, on this host.
+"""Step time before and after ``titan-moe-lb place``, for a job with a hot rank on this host.
 
     python -m benchmarks.place [--repetitions 11] [--module NAME] [--config NAME]
 
-Two processes on gloo with expert parallelism train two steps of a model whose first half of the
-experts, those of the first rank, are preferred by a bias. The checkpoint is placed by the loads of
-these steps. Then one trainer takes steps with the weights of the one and of the other checkpoint in
-turn, in alternating order; medians over the slower rank. Beside them what ``titan-moe-lb plan``
-predicts for this host from the same run. Prints one line of JSON.
+Two gloo processes with expert parallelism train a model for two steps. A bias prefers the first
+half of the experts, which the first rank holds. ``place`` then places the checkpoint by the loads
+of these steps. One trainer takes steps from both checkpoints in turn, in alternating order. The
+results are medians of the slower rank's times, and the ratio that ``titan-moe-lb plan`` predicts
+for this host from the same run. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -42,23 +42,27 @@ from titan_moe_lb.run.train import trainer_config
 
 RANKS = 2
 STEPS = 2
-"""Before the checkpoint."""
+"""Steps before the checkpoint."""
 
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     module: str = "benchmarks.wide_experts"
     config: str = "wide_experts"
     repetitions: int = 11
 
     @property
     def job(self) -> tuple[str, ...]:
-        # A bias that all but stays: none would be learned away in so few steps.
+        """Flags of the job."""
+        # The speed is so low that the bias hardly changes in a few steps.
         bias = '{type = "sign", speed = 1e-9}'
         return ("--module", self.module, "--config", self.config, "--model.expert_bias", bias)
 
 
 def main() -> None:
+    """Measure and predict the ratio of step times, and print both."""
     arguments = tyro.cli(Arguments)
     folder = Path(tempfile.mkdtemp())
     try:
@@ -100,7 +104,7 @@ def _rank(rank: int, arguments: Arguments, folder: Path, port: int) -> None:
     if rank == 0:
         for line in place(folder / "run", output=folder / "placed", ep=RANKS):
             print(line)
-        # The timed steps go on in the trace of the run.
+        # The timed steps would continue the trace of the run.
         without = shutil.ignore_patterns("checkpoint")
         shutil.copytree(folder / "run", folder / "recorded", ignore=without)
     dist.barrier()
@@ -133,7 +137,7 @@ def _trained(arguments: Arguments, run: Path) -> Trainer:
 
 
 def _in_turn(trainer: Trainer, folder: Path, repetitions: int) -> list[list[float]]:
-    """Seconds of a step from each checkpoint, ``(2, repetitions)``: as it was, and placed."""
+    """Seconds of a step from each checkpoint, original and placed, ``(2, repetitions)``."""
     (model,) = trainer.model_parts
     checkpoints = [folder / name / "checkpoint" / f"step-{STEPS}" for name in ("run", "placed")]
     seconds: list[list[float]] = [[], []]

@@ -2,10 +2,10 @@
 
     python -m benchmarks.place_memory [--gigabytes 1] [--folder DIR]
 
-Builds a distributed checkpoint of torchtitan's names in ``folder``, as one rank saves it: MoE layers
-with AdamW's moments. Prints the most memory that ``place`` had of its own (``RssAnon`` above that
-before, which does not count pages of files: the system takes those back when it needs them), the
-largest chunk of a tensor, and the seconds. Linux.
+Builds a distributed checkpoint with torchtitan's names in ``folder``, as one rank saves it: MoE
+layers with AdamW's moments. Prints the peak of the memory that ``place`` allocates, the largest
+chunk of a tensor, and the seconds. The memory is ``RssAnon`` above its value before the call. It
+excludes pages of files, which the system can reclaim. Runs on Linux only.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ TENSORS = ("w1_EFD", "w2_EDF", "w3_EFD")
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     gigabytes: float = 1.0
     folder: Path | None = None
 
 
 class _Peak(threading.Thread):
-    """The most memory of this process's own, looked at every millisecond."""
+    """Peak of this process's anonymous memory, sampled every millisecond."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -59,6 +61,7 @@ class _Peak(threading.Thread):
 
 
 def main() -> None:
+    """Place a checkpoint, and print its memory and time."""
     arguments = tyro.cli(Arguments)
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:

@@ -1,10 +1,10 @@
-"""Planned memory beside torch's own account of a real step on gloo, layout by layout.
+"""Planned memory, compared with torch's live storages in a real step on gloo, by layout.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planned_memory [--only NAME ...] [--flags=...]
 
-A small model on two or four processes of this host, balanced routing. Prints the rows of the
-table in docs/evidence/planned_memory.md: of every pipeline position the peak of live storages in the second
-optimizer step, and what is planned for it.
+Trains a small model with balanced routing on two or four processes of this host. Prints the rows of
+the table in docs/evidence/planned_memory.md. For every pipeline position they contain the planned
+peak, and the measured peak of live storages in the second optimizer step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from tests.support.rank_pool import RankPool
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     only: tuple[str, ...] = ()
     """Names of layouts, or parts of them."""
     config: str = "deepseek_v3_tiny"
-    """Module and flavor."""
+    """Name of the job's config, ``<module>_<flavor>``."""
     flags: str = "--training.local_batch_size=16"
-    """Of the job, in one argument."""
+    """Further flags of the job, in one argument."""
 
 
 def main() -> None:
+    """Plan and measure every layout, and print the table."""
     arguments = tyro.cli(Arguments)
     print("| layout | rank | planned MB | measured MB | planned / measured |")
     print("|---|---|---|---|---|")

@@ -1,11 +1,11 @@
-"""How far the previous step's counts are from the running step's.
+"""Difference between the aux gradient with the previous step's counts and with the step's own.
 
     python -m benchmarks.previous_step_counts [--steps 50] [--config deepseek_v3_debugmodel]
 
-Trains with the global-batch loss and computes at every step the aux gradient of all
-gates twice on the same batch and weights: with f from the previous step (what trains)
-and with f from the step itself (what the paper defines). Prints the cosine of the two
-and the ratio of their norms.
+Trains with the global-batch loss. At every step it computes the aux gradient of all gates twice,
+on the same batch and weights. One uses f from the previous step, as in training; the other uses f
+from the step itself, as the paper defines it. Prints the cosine of the two gradients and the ratio
+of their norms.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ from titan_moe_lb.parallel.local_shard import local_shard
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     steps: int = 50
     config: str = "deepseek_v3_debugmodel"
 
 
 def main() -> None:
+    """Train, compare the two gradients at every step, and print the result."""
     arguments = tyro.cli(Arguments)
     single_process.announce()
     trainer = _trainer(arguments)
@@ -81,12 +84,12 @@ def main() -> None:
 
 
 def _loads(routers: list[LoadBalancedRouter]) -> list[torch.Tensor]:
-    """f of the loss of each layer, as this rank holds it."""
+    """List f of each layer's loss, as this rank holds it."""
     return [local_shard(router.aux_losses["global_batch"].load_E) for router in routers]
 
 
 def _aux_gradient(trainer: Trainer, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
-    """Gradient of the aux loss alone in all gates, flat."""
+    """Compute the gradient of the aux loss alone in all gates, flattened."""
     trainer.optimizers.zero_grad()
     trainer.forward_backward_step(
         input_dict={name: value.to(trainer.device) for name, value in inputs.items()},

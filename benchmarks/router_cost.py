@@ -1,14 +1,13 @@
-"""What the host spends on a router: operators and eager time of a forward and backward.
+"""Cost of a router on the host: operators and eager time of a forward and backward.
 
     python -m benchmarks.router_cost [--repeats 2000]
 
-Four routers of DeepSeek-V3's kind (256 experts, top 8, groups limited, sigmoid, scores
-normed and scaled) on so few tokens that issuing the operators is all that takes time:
-torchtitan's, and ours with the metrics alone, with the loss that DeepSeek-V3 trained
-with, and with three losses. Operators that are no views are counted, which is exact; the
-routers run in turn on one thread, each time first where the last was second, and the
-ratio is the median over the repeats of a router's time to torchtitan's of the same
-repeat. Prints a table.
+Compares four routers of DeepSeek-V3's kind: 256 experts, top 8, group-limited, sigmoid scores,
+normalized and scaled. They are torchtitan's router, and ours with the metrics alone, with
+DeepSeek-V3's loss, and with three losses. There are so few tokens that issuing the operators is
+the only cost. Operators are counted without views. The routers run in turn on one thread, in
+rotating order. The ratio is the median over repeats of a router's time to torchtitan's in the
+same repeat. Prints a table.
 """
 
 from __future__ import annotations
@@ -49,10 +48,13 @@ BASELINE = "torchtitan's router"
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     repeats: int = 2000
 
 
 def main() -> None:
+    """Measure all routers, and print the table."""
     arguments = tyro.cli(Arguments)
     torch.set_num_threads(1)
     routers = _routers()
@@ -131,7 +133,7 @@ def _initialised(router: TokenChoiceTopKRouter) -> TokenChoiceTopKRouter:
 
 
 def _step(router: TokenChoiceTopKRouter) -> Callable[[], None]:
-    """Forward and backward, added to gradients that are there from the first time on."""
+    """Build a forward and backward that accumulates into existing gradients."""
     x_BLD = torch.randn(SEQUENCES, LENGTH, DIM, requires_grad=True)
     bias_E = torch.zeros(EXPERTS)
     ones_BLK = torch.ones(SEQUENCES, LENGTH, TOP_K)

@@ -1,12 +1,11 @@
-"""What the losses, or the telemetry, cost of a whole training step.
+"""Overhead of the losses, or of the telemetry, in a whole training step.
 
     python -m benchmarks.step_overhead [--of telemetry] [--steps 12] [--config NAME]
 
-Two trainers of the same job in one process, stepped in turn. Of the losses:
-torchtitan's own router against ours with the sequence-wise, global-batch and z losses.
-Of the telemetry: the registry's job with ``track_moe_metrics`` off and on, where every
-step is logged, reduced and written to a trace. Prints the medians, the overhead of the
-median pair and the spread between the quartiles of the pairs.
+Two trainers of the same job step in turn in one process. For the losses, torchtitan's own router
+is compared with ours with the sequence-wise, global-batch and z losses. For the telemetry, the
+registry's job runs with ``track_moe_metrics`` off and on, and logs every step. Prints the medians,
+and the median and quartiles of the overhead over pairs of steps.
 """
 
 from __future__ import annotations
@@ -42,21 +41,24 @@ LOSSES = (
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     of: Literal["losses", "telemetry"] = "losses"
     steps: int = 12
     config: str = "deepseek_v3_debugmodel"
 
 
 def main() -> None:
+    """Step both trainers in turn, and print their times."""
     arguments = tyro.cli(Arguments)
     single_process.announce()
     sides = {"without": _trainer(arguments, on=False), "with": _trainer(arguments, on=True)}
     iterators = {name: side.batch_generator(side.dataloader) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for step in range(arguments.steps + 2):
-        # The order alternates, so that neither side always follows the other.
+        # The order alternates, so that no side always runs second.
         for name in list(sides)[:: 1 if step % 2 else -1]:
-            # Losses act in steps that are not logged, too: step 3 of 1,000 is not.
+            # Step 3 is not logged (log_freq is 1000); losses act in such steps, too.
             sides[name].step = 3 + step
             _synchronize()
             started = time.perf_counter()

@@ -14,7 +14,7 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def main() -> None:
-    """Byte-level BPE over the corpus, written as Hugging Face tokenizer files."""
+    """Train a byte-level BPE over the corpus, and write it as Hugging Face tokenizer files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,17 +1,16 @@
-"""The cost model beside a measurement: an MoE layer under controlled imbalance on this host.
+"""Comparison of the cost model with a measured MoE layer under controlled imbalance.
 
     python -m benchmarks.validate_costmodel [--ep-degree 2] [--repetitions 9]
 
-torchtitan's own dispatcher and grouped experts run forward and backward in EP processes on
-gloo, one thread each, with the expert ids of forced routing: the hot experts get exactly the
-asked share. All
-imbalances run in turn, in alternating order; medians. Every time is divided by that at
-balance:
+torchtitan's own dispatcher and grouped experts run forward and backward on this host, in EP gloo
+processes of one thread each. Forced routing gives the hot experts exactly the requested share. All
+imbalances run in turn, in alternating order, and the results are medians. Every time is divided by
+the time at balance:
 
-- wall: from a barrier until the last rank is done, all-to-alls included; given where every
-  process has a core of its own;
-- busiest: processor time of the busiest rank's thread, which does not count waiting, so
-  that it is fair where processes share cores;
+- wall: from a barrier until the last rank is done, all-to-alls included. It is reported if every
+  process has its own core.
+- busiest: CPU time of the busiest rank's thread. It excludes waiting, so it is fair even if
+  processes share cores.
 - predicted: the cost model with this host's measured peak.
 
 Prints one line of JSON for each imbalance.
@@ -48,6 +47,8 @@ IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     ep_degree: int = 2
     repetitions: int = 9
     num_experts: int = 16
@@ -59,6 +60,7 @@ class Arguments:
 
 
 def main() -> None:
+    """Predict and measure every imbalance, and print both."""
     arguments = tyro.cli(Arguments)
     predicted = _predict(arguments)
     context = torch.multiprocessing.get_context("spawn")
@@ -98,7 +100,7 @@ def _factor(arguments: Arguments, imbalance: float) -> float:
 
 
 def _predict(arguments: Arguments) -> list[float]:
-    """Seconds of forward and backward by imbalance; this benchmark has no router."""
+    """Predict the seconds of forward and backward for each imbalance, without the router."""
     torch.set_num_threads(1)
     hardware = measure_host()
     layer = MoELayer(
@@ -125,7 +127,7 @@ def _predict(arguments: Arguments) -> list[float]:
 def _rank(rank: int, arguments: Arguments, port: int, results) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    # The backward runs in this thread, whose processor time is measured.
+    # Keep the backward in this thread, whose CPU time is measured.
     torch.autograd.set_multithreading_enabled(False)
     degree = arguments.ep_degree
     dist.init_process_group(
@@ -174,7 +176,7 @@ def _rank(rank: int, arguments: Arguments, port: int, results) -> None:
 def _forward_backward(
     layer: RoutedExperts, topk_expert_ids_BLK: torch.Tensor, arguments: Arguments
 ) -> tuple[float, float]:
-    """Wall and processor seconds of this rank's thread."""
+    """Run one forward and backward; return wall seconds and CPU seconds of this thread."""
     shape = (1, arguments.tokens_per_rank)
     x_BLD = torch.randn(*shape, arguments.dim, dtype=torch.bfloat16, requires_grad=True)
     scores_BLK = torch.rand(*shape, arguments.top_k, requires_grad=True)
@@ -190,7 +192,7 @@ def _forward_backward(
 
 
 def _expert_ids(arguments: Arguments, factor: float) -> torch.Tensor:
-    """Expert ids ``(1, T, K)``: the first W experts get ``factor`` x the mean, the rest is even."""
+    """Expert ids ``(1, T, K)``: the first W experts get ``factor`` x the mean, the others even."""
     tokens, top_k, hot = arguments.tokens_per_rank, arguments.top_k, arguments.hot_experts
     return hot_share_ids(
         torch.arange(tokens),

@@ -1,5 +1,7 @@
-"""A job whose step is its experts, as in a large model: the tiny DeepSeek-V3, experts 64 times as
-wide."""
+"""Job whose experts dominate the step, as in a large model.
+
+It is the tiny DeepSeek-V3 with experts 64 times as wide.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ HIDDEN_DIM = 2048
 
 
 def wide_experts() -> Trainer.Config:
-    """Experts take nine tenths of the products of its step."""
+    """Build the job; its experts do nine tenths of the matrix products of a step."""
     config = config_registry.deepseek_v3_tiny()
     for layer in config.model_spec.model.layers:
         if layer.moe is not None:

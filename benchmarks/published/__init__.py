@@ -1,1 +1,1 @@
-"""The cost model beside what others have measured and published."""
+"""Comparison of the cost model with published measurements."""

@@ -1,4 +1,4 @@
-"""The jobs that come nearest to published runs, and their plans."""
+"""Jobs that come closest to published runs, and their plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from titan_moe_lb.commands.plan.result import Plan
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 
 OWN = "benchmarks.published.models"
-"""The module of the models that the registry lacks."""
+"""Module of the models that the registry lacks."""
 
 
 def job(
@@ -20,7 +20,7 @@ def job(
     checkpointing: str,
     seq_len: int = 4096,
 ) -> tuple[str, ...]:
-    """Flags of a job, with local and global batch sizes in sequences."""
+    """Build the flags of a job, with local and global batch sizes in sequences."""
     return (
         f"--module={module}",
         f"--config={config}",
@@ -34,7 +34,12 @@ def job(
 
 
 def pipeline(degree: int, layers: int | None = None) -> tuple[str, ...]:
-    """Flags of interleaved stages, of so many layers or two on each rank."""
+    """Build the flags of an interleaved pipeline.
+
+    Args:
+        degree: pipeline ranks.
+        layers: layers of each stage; default: two stages on each rank.
+    """
     stages = (
         f"--parallelism.pipeline_parallel_degree={degree}",
         "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
@@ -62,7 +67,7 @@ def planned(
     dispatcher: Dispatcher = "standard",
     imbalance: str = "1.0",
 ) -> Plan:
-    """The plan of the job of these flags at one degree, as ``titan-moe-lb plan`` makes it."""
+    """Plan the job of these flags at one expert-parallel degree, as ``titan-moe-lb plan`` does."""
     return make_plan(
         PlanArguments(
             hardware=hardware,

@@ -1,4 +1,4 @@
-"""Models that others have measured and the registry lacks, of torchtitan's own parts."""
+"""Models of published runs that the registry lacks, built from torchtitan's own parts."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ EXPERTS = {name: nn.init.zeros_ for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
 def glm45_air() -> Trainer.Config:
     """GLM-4.5-Air, 106B: 46 layers, the first dense; 128 experts, top 8, one shared expert.
 
-    Dimensions: its published config.json (huggingface.co/zai-org/GLM-4.5-Air). Left out are
-    the biases of queries, keys and values; the vocabulary is Qwen3's, a quarter of a percent
-    larger.
+    The dimensions are from its config.json (huggingface.co/zai-org/GLM-4.5-Air). The biases of
+    queries, keys and values are left out. The vocabulary is Qwen3's, 0.25 % larger.
     """
     spec = qwen3.model_registry("235B-A22B")
     layers = [_glm_layer(dense=number == 0) for number in range(46)]
@@ -41,10 +40,10 @@ def glm45_air() -> Trainer.Config:
 
 
 def deepseek_9b() -> Trainer.Config:
-    """9.5B: 16 layers, the first dense; 64 experts, top 8, one shared expert.
+    """DeepSeek-V3 of 9.5B: 16 layers, the first dense; 64 experts, top 8, one shared expert.
 
-    Dimensions: ``debugmodel_ep8_llep`` of torchtitan/models/deepseek_v3/__init__.py in
-    github.com/NousResearch/torchtitan.
+    The dimensions are from ``debugmodel_ep8_llep`` in torchtitan/models/deepseek_v3/__init__.py
+    of github.com/NousResearch/torchtitan.
     """
     spec = deepseek_v3.model_registry("debugmodel")
     layers = deepseek_v3.build_mla_moe_layers(

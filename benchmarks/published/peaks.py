@@ -1,4 +1,4 @@
-"""Peaks of GPU memory that others have published, beside the plan at balance.
+"""Published peaks of GPU memory, compared with the plan at balance.
 
     OMP_NUM_THREADS=1 python -m benchmarks.published.peaks
 
@@ -21,35 +21,36 @@ from benchmarks.published.jobs import (
 
 GIB = 2**30
 HOST = str(Path(__file__).with_name("composed_operators.toml"))
-"""An A100 whose attention is composed of operators; the peak does not depend on its speed."""
+"""Device whose attention runs as several operators; the peak does not depend on its speed."""
 B200_GIB = 178.4
-"""What torchtitan calls the capacity of a B200: 66.91 GiB are 37.51 % of it in its pull 2389."""
+"""Capacity of a B200 in torchtitan's logs: its pull 2389 reports 66.91 GiB as 37.51 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The peak of a run, and the job that comes nearest to it."""
+    """Published peak of a run, with the job that comes closest to it."""
 
     name: str
     source: str
     hardware: str
-    """What is planned for."""
+    """Device of the plan."""
     ranks: int
     ep: int
     gib: float
     job: tuple[str, ...]
     above: bool = False
-    """It did not fit in so many GiB."""
+    """True if the run did not fit into ``gib``."""
     gpu: str = ""
-    """What it ran on, where that is another."""
+    """Device of the run, if it is another one."""
     kind: str = "reserved"
-    """torch's own count: what its allocator reserves, or what is active in it."""
+    """Kind of torch's memory statistic: reserved by the allocator, or active in it."""
     differs: str = ""
-    """What the job does not say of the run."""
+    """Differences between the run and the job."""
     unknown: str = ""
-    """What is not known of the run, so that no bound can be asked."""
+    """Unknown facts of the run, which rule out a bound on the deviation."""
 
     def planned_gib(self) -> float:
+        """Plan the job and return its peak at balance in GiB."""
         plan = planned(self.job, hardware=self.hardware, ranks=self.ranks, ep=self.ep)
         return plan.degrees[0].balance.memory_bytes / GIB
 
@@ -153,6 +154,7 @@ PEAKS = (
 
 
 def main() -> None:
+    """Print the rows of the table."""
     print("| run | GPUs | published | planned | deviation | not in the job | source |")
     print("|---|---|---|---|---|---|---|")
     for peak in PEAKS:

@@ -1,15 +1,16 @@
-"""Slow-downs at a measured imbalance that others have published, beside the plan.
+"""Published slowdowns at a measured imbalance, compared with the plan.
 
     OMP_NUM_THREADS=1 python -m benchmarks.published.slowdowns
 
-UltraEP (arXiv 2606.04101v3), figure 11: TFLOP/s of a GPU and the load of the busiest rank over the
-mean, of the same job without balancing, with three balancers, with theirs, and with routing that is
-forced to balance. The slow-down is the last over each. Planned are log-normal loads whose busiest
-rank has that load in the mean. Prints the rows of the table in docs/evidence/published_runs.md.
+UltraEP (arXiv 2606.04101v3), figure 11, reports TFLOP/s per GPU and the load of the busiest rank
+over the mean. It compares one job without balancing, with three balancers, with UltraEP, and with
+forced balance. The slowdown is the TFLOP/s under forced balance over the TFLOP/s of each system.
+The plan uses log-normal loads whose busiest rank has the reported load on average. Prints the rows
+of the table in docs/evidence/published_runs.md.
 
-The paper does not name its GPUs, nor the tokens of a micro-batch. Chosen are GB200, for its racks
-of 64 and four GPUs to a server and more TFLOP/s than three quarters of an H100's peak, and 8,192
-tokens, with which the time of its experts (figure 13) comes out.
+The paper names neither its GPUs nor the tokens of a micro-batch. We assume GB200: the paper has
+racks of 64 GPUs, four GPUs to a server, and more TFLOP/s than three quarters of an H100's peak. We
+assume 8,192 tokens, which reproduce the time of its experts in figure 13.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from titan_moe_lb.commands.plan.result import Plan
 SYSTEMS = ("none", "EPLB", "LPLB", "EPLB of exact loads", "UltraEP")
 EP = 64
 BATCH = 5120
-"""Sequences; the paper's batches grow from 1,024 to that."""
+"""Sequences of a global batch; the paper's batches grow from 1,024 to this size."""
 SEQ_LEN = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model, and what figure 11 says of each of ``SYSTEMS``."""
+    """Model with the numbers of figure 11 for each of ``SYSTEMS``."""
 
     name: str
     ranks: int
@@ -38,6 +39,7 @@ class Model:
     job: tuple[str, ...]
 
     def plan(self) -> Plan:
+        """Plan the job under log-normal loads of each reported imbalance."""
         return planned(
             self.job,
             hardware="gb200_nvl72",
@@ -48,10 +50,11 @@ class Model:
         )
 
     def predicted(self) -> list[float]:
-        """The slow-down of a step at each imbalance."""
+        """Predict the slowdown of a step at each imbalance."""
         return [row.outcome.step_slowdown for row in self.plan().degrees[0].lognormal]
 
     def measured(self) -> list[float]:
+        """Compute the reported slowdown of a step with each system."""
         return [self.balanced_tflops / tflops for tflops in self.tflops]
 
 
@@ -100,10 +103,11 @@ MODELS = (
 
 QWEN = MODELS[1]
 LAYER = {"forced to balance": 6.40 + 10.43, "no balancing": 15.77 + 19.68}
-"""Milliseconds of a layer of it, forward and backward: the sums of figure 13."""
+"""Milliseconds of one layer of this model, forward and backward: the sums of figure 13."""
 
 
 def main() -> None:
+    """Print the rows of the table, and the times of a layer."""
     print("| run | balanced by | imbalance | slow-down | predicted | deviation |")
     print("|---|---|---|---|---|---|")
     for model in MODELS:

@@ -1,10 +1,10 @@
-"""Step times that others have published, beside the plan with its default assumptions.
+"""Published step times, compared with the plan under its default assumptions.
 
     OMP_NUM_THREADS=1 python -m benchmarks.published.step_times [--only NAME ...]
 
-Each run is planned at balance: all were measured with balanced routing, or trained with little
-imbalance, or their experts are not spread. Nothing is fitted to a run. Prints the rows of the
-table in docs/evidence/published_runs.md.
+Each run is planned at balance. All of them had balanced routing, or little imbalance, or no expert
+parallelism. No number is fitted to a run. Prints the rows of the table in
+docs/evidence/published_runs.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COOKBOOK = "github.com/nebius/ml-cookbook, pytorch-dsv3-mxfp8"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A published run, and the job that comes nearest to it."""
+    """Published run, with the job that comes closest to it."""
 
     name: str
     source: str
@@ -47,22 +47,22 @@ class Run:
     ranks: int
     ep: int
     tokens_per_second: float
-    """Of one GPU."""
+    """Tokens per second of one GPU."""
     job: tuple[str, ...]
     dispatcher: Dispatcher = "deepep"
     differs: str = ""
-    """What the job does not say of the run."""
+    """Differences between the run and the job."""
     what_if: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-    """Other predictions: what they take from that, and factors on figures of the device."""
+    """Further predictions by description, each with factors on numbers of the device."""
 
 
 NEIGHBOURS = "--debug.moe_force_load_balance"
-"""AutoModel's balanced gate gives a token experts that follow one another, and so does this."""
+"""Flag that gives a token consecutive experts, as AutoModel's balanced gate does."""
 TP2 = "--parallelism.tensor_parallel_degree=2"
 
 
 AT_0_3 = {"0.3 of the peak": {"bf16_flops": 0.3 / 0.5}}
-"""The default is half of it."""
+"""Factors for 0.3 of the peak; the default assumption is 0.5."""
 HIDDEN = {
     "bf16_flops": 112 / 132,
     "scale_up_bandwidth": 1e6,
@@ -149,8 +149,8 @@ RUNS = (
             batch=8192,
             checkpointing="full",
         ),
-        # 2.55 billion parameters of experts on a rank, each gathered in BF16 and reduced in float32
-        # among four, four times a step: 4 x 2.55e9 x 3/4 x (2 + 4) bytes at 40 GB/s.
+        # A rank holds 2.55 billion expert parameters. Four ranks gather them in BF16 and reduce
+        # them in float32, four times a step: 4 x 2.55e9 x 3/4 x (2 + 4) bytes at 40 GB/s.
         differs="FSDP's collectives of the experts, which four EP groups share: 1.15 s if nothing hides them",
     ),
     Run(
@@ -279,11 +279,14 @@ RUNS = (
 
 @dataclass
 class Arguments:
+    """Flags of the benchmark."""
+
     only: tuple[str, ...] = ()
     """Names of runs, or parts of them."""
 
 
 def main() -> None:
+    """Print the rows of the table."""
     arguments = tyro.cli(Arguments)
     print("| run | GPUs | EP | measured | predicted | deviation | not in the job | source |")
     print("|---|---|---|---|---|---|---|---|")
@@ -305,13 +308,13 @@ def main() -> None:
 
 
 def _predict(run: Run, device: str) -> tuple[int, float]:
-    """Tokens of a step, and its seconds at balance."""
+    """Plan a run; return the tokens of a step and its seconds at balance."""
     plan = planned(run.job, hardware=device, ranks=run.ranks, ep=run.ep, dispatcher=run.dispatcher)
     return plan.job.tokens_per_step, plan.degrees[0].balance.step_seconds
 
 
 def _changed(name: str, factors: Mapping[str, float], folder: str) -> str:
-    """A file in the folder with a device some of whose figures are others."""
+    """Write a copy of a device with some numbers multiplied by factors; return its path."""
     device = hardware(name)
     figures = {name: getattr(device, name) * factors.get(name, 1) for name in SPECS}
     figures["scale_up_domain"] = device.scale_up_domain

@@ -43,7 +43,7 @@ class Axis:
     log: bool = False
     """Sample the range on a logarithmic scale."""
     name: str = ""
-    """Name of the axis; default: its key."""
+    """Name of the axis; default: the last part of its key."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Keys that each named value sets; replaces ``key`` and ``values``."""
 
