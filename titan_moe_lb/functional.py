@@ -1,4 +1,4 @@
-"""The mathematics of the router losses, on plain tensors. Imports torch alone.
+"""Mathematics of the router losses, on plain tensors. Imports torch alone.
 
 Shape suffixes: B = sequences, L = tokens of a sequence, E = experts, K = top_k,
 T = tokens that one loss averages over.
@@ -12,8 +12,8 @@ score function, p(t,i) = s(t,i) / sum_j s(t,j) its share of the token, and
 
 All functions take scores of any floating dtype and compute in float32 or wider. Probabilities
 and gradients are exact as long as S(t) = sum_j s(t,j) is at least 2 / max of that dtype, which is
-6e-39 in float32. Below it p shrinks to 0 with S, and gradients stay finite. A mean over no tokens
-is 0.
+6e-39 in float32. Below this bound p shrinks to 0 with S, and gradients stay finite. A mean over
+no tokens is 0.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": functools.partial(F.softmax, dim=-1),
     "sigmoid": torch.sigmoid,
 }
-"""Scores of logits ``(..., E)``, by the value of ``score_func``."""
+"""Score functions of logits ``(..., E)``, by the value of ``score_func``."""
 
 UNDERFLOW = 2.0**60
 """Factor that keeps products of the smallest scores with the weight of a loss above 0."""
 
 
 def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Tokens of each sequence that selected each expert.
+    """Count the tokens of each sequence that selected each expert.
 
     Args:
         topk_expert_ids_BLK: integer expert ids ``(B, L, K)``, distinct within a token.
@@ -51,14 +51,22 @@ def count_tokens_per_expert(topk_expert_ids_BLK: torch.Tensor, num_experts: int)
 def add_tokens_(
     counts_BE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor, number: torch.Tensor
 ) -> torch.Tensor:
-    """Add the tokens of :func:`count_tokens_per_expert` in place, each ``number`` times: int64,
-    1 for all as ``()``, or ``(B, L, 1)``."""
+    """Add the tokens of :func:`count_tokens_per_expert` to counts, in place.
+
+    Args:
+        counts_BE: counts ``(B, E)``, int64.
+        topk_expert_ids_BLK: integer expert ids ``(B, L, K)``, distinct within a token.
+        number: addend for each token, int64 ``(B, L, 1)``, or 1 for all as ``()``.
+
+    Returns:
+        The counts.
+    """
     number_BN = number.expand_as(topk_expert_ids_BLK).flatten(1)
     return counts_BE.scatter_add_(1, topk_expert_ids_BLK.flatten(1), number_BN)
 
 
 def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tensor:
-    """f of the module docstring: the load of each expert in units of the balanced load.
+    """Compute f of the module docstring: each expert's load in units of the balanced load.
 
     Args:
         counts: tokens per expert ``(..., E)``.
@@ -72,8 +80,10 @@ def expert_load(counts: torch.Tensor, top_k: int, num_tokens: int) -> torch.Tens
 
 
 def inverse_sums(scores_BLE: torch.Tensor) -> torch.Tensor:
-    """1 / sum_j s(t,j) of each token ``(B, L)``, float32 or wider, at most half of the dtype's
-    largest number."""
+    """Compute 1 / sum_j s(t,j) of each token ``(B, L)``, float32 or wider.
+
+    The result is at most half of the dtype's largest number.
+    """
     sums_BL = at_least_float32(scores_BLE).sum(dim=-1)
     return sums_BL.reciprocal().clamp(max=torch.finfo(sums_BL.dtype).max / 2)
 
@@ -86,15 +96,15 @@ def probability_sums(
     document_BL: torch.Tensor | None = None,
     num_documents: int = 1,
 ) -> torch.Tensor:
-    """sum_t p(t,i) of each sequence.
+    """Compute sum_t p(t,i) of each sequence.
 
     Args:
         scores_BLE: positive scores ``(B, L, E)``.
-        sums_to_one: the scores of a token sum to one by construction, so p = s.
-        inverse_sums_BL: of :func:`inverse_sums`, where they are known already; 0 leaves a
-            token out.
-        document_BL: number of each token's document in its row, int64; with it, the
+        sums_to_one: True if the scores of a token sum to one by construction, so that p = s.
+        inverse_sums_BL: result of :func:`inverse_sums`, if it is known; 0 leaves a token out.
+        document_BL: number of each token's document in its row, int64. With it, the
             ``num_documents`` documents of a row are its sequences.
+        num_documents: documents of a row.
 
     Returns:
         ``(B, E)``, or ``(B num_documents, E)``; divide by the tokens of a sequence for P.
@@ -119,11 +129,11 @@ def probability_sums(
 def sequence_wise_load_balance(
     scores_BLE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor
 ) -> torch.Tensor:
-    """The sequence-wise balance loss of DeepSeek-V3, averaged over the sequences.
+    """Compute the sequence-wise balance loss of DeepSeek-V3, averaged over the sequences.
 
     Source: arXiv 2412.19437, Eqs. 17 to 20 (without the factor alpha): T is one
-    sequence. Eq. 18 counts the top-K of the unbiased scores; pass those ids for
-    the paper's form, or the ids that were dispatched for the selected experts.
+    sequence. Eq. 18 counts the top-K of the unbiased scores. Pass those ids for
+    the paper's form, or the dispatched ids to count the selected experts.
 
     Args:
         scores_BLE: scores after the score function ``(B, L, E)``.
@@ -142,12 +152,17 @@ def sequence_wise_load_balance(
 def batch_wise_load_balance(
     scores_BLE: torch.Tensor, topk_expert_ids_BLK: torch.Tensor
 ) -> torch.Tensor:
-    """The load-balancing loss of Switch Transformer over all tokens passed in.
+    """Compute the load-balancing loss of Switch Transformer over all tokens passed in.
 
-    Source: arXiv 2101.03961, Eqs. 4 to 6, generalised to K experts a token (the
+    Source: arXiv 2101.03961, Eqs. 4 to 6, generalized to K experts a token (the
     "micro-batch LBL" of arXiv 2501.11873): T = B * L.
 
-    Args and returns: as :func:`sequence_wise_load_balance`.
+    Args:
+        scores_BLE: scores after the score function ``(B, L, E)``.
+        topk_expert_ids_BLK: counted expert ids ``(B, L, K)``, int64.
+
+    Returns:
+        Scalar, differentiable in the scores.
     """
     counts_BE = count_tokens_per_expert(topk_expert_ids_BLK, scores_BLE.shape[-1])
     num_routed_tokens = topk_expert_ids_BLK.numel()
@@ -157,14 +172,14 @@ def batch_wise_load_balance(
 def load_balance_from_counts(
     scores_BLE: torch.Tensor, counts_E: torch.Tensor, num_routed_tokens: int | torch.Tensor
 ) -> torch.Tensor:
-    """The balance loss with counts that were taken elsewhere.
+    """Compute the balance loss from given counts.
 
     Source: arXiv 2501.11873, Eq. 3: f from the tokens of the global batch, P from
     the tokens at hand.
 
     Args:
         scores_BLE: scores after the score function ``(B, L, E)``.
-        counts_E: tokens per expert ``(E,)`` of whatever batch was counted.
+        counts_E: tokens per expert ``(E,)`` of any batch.
         num_routed_tokens: K times the tokens that were counted.
 
     Returns:
@@ -177,7 +192,7 @@ def load_balance_from_counts(
 
 
 def router_z_loss(logits_BLE: torch.Tensor) -> torch.Tensor:
-    """mean_t logsumexp_i(logits(t,i))**2.
+    """Compute mean_t logsumexp_i(logits(t,i))**2.
 
     Source: ST-MoE, arXiv 2202.08906, Eq. 5.
 
@@ -199,28 +214,28 @@ def load_balance_score_grad(
     inverse_sums_BL: torch.Tensor | None = None,
     document_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)`` in the scores.
+    """Compute the gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)`` in the scores.
 
-    Every loss that is a function of the sums of the probabilities has this form, with
-    its gradient in the sums for coefficients. With S(t) = sum_j s(t,j),
+    Every loss that is a function of the probability sums has a gradient of this form; the
+    coefficients are its gradient in the sums. With S(t) = sum_j s(t,j),
 
         d/ds(t,j) = (coefficients_j - sum_i coefficients_i p(t,i)) / S(t)
 
-    and for scores that sum to one (softmax) p = s, so that the gradient is
-    ``coefficients_j`` itself: the same vector for every token of a sequence. Both
-    forms give the same gradient in the logits of a softmax.
+    For scores that sum to one (softmax) p = s, and the gradient is ``coefficients_j``: the same
+    vector for every token of a sequence. Both forms have the same gradient in the logits of a
+    softmax.
 
     Args:
         scores_BLE: ``(B, L, E)``.
-        coefficients_BE: ``(B, E)``, or ``(1, E)`` where all sequences share them;
-            ``(B, D, E)`` where documents have their own.
-        sums_to_one: the scores of a token sum to one by construction.
-        inverse_sums_BL: 1 / S(t) ``(B, L)`` where it is known already; 0 leaves a token out.
+        coefficients_BE: ``(B, E)``, or ``(1, E)`` if all sequences share them;
+            ``(B, D, E)`` if documents have their own.
+        sums_to_one: True if the scores of a token sum to one by construction.
+        inverse_sums_BL: 1 / S(t) ``(B, L)``, if it is known; 0 leaves a token out.
         document_BL: number of each token's document in its row, int64, below D.
 
     Returns:
-        ``(B, L, E)`` in the dtype of the scores. An expanded view where
-        ``sums_to_one``: do not write to it.
+        ``(B, L, E)`` in the dtype of the scores. With ``sums_to_one`` it can be an expanded
+        view: do not write to it.
     """
     wide_BLE = at_least_float32(scores_BLE)
     if document_BL is not None:
@@ -251,17 +266,17 @@ def gather_scores(
     inverse_sums_BL: torch.Tensor | None,
     document_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scores of the selected experts, with the gradient of balance losses attached.
+    """Gather the scores of the selected experts, and attach the gradient of balance losses.
 
-    Forward is ``scores_BLE.gather(-1, topk_expert_ids_BLK)``, bit for bit. Backward adds the
-    gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)``: the gradient of the gather is added
-    to it in place, so that the losses cost no pass of their own over the scores.
+    The forward equals ``scores_BLE.gather(-1, topk_expert_ids_BLK)`` bit for bit. The backward
+    computes the gradient of ``sum_be coefficients[b,e] * sum_l p(b,l,e)`` and adds the gradient of
+    the gather to it in place. The losses therefore need no extra pass over the scores.
 
     Args:
         scores_BLE: scores after the score function ``(B, L, E)``.
         topk_expert_ids_BLK: selected experts ``(B, L, K)``, int64, distinct in a token.
         coefficients_BE: see :func:`load_balance_score_grad`.
-        inverse_sums_BL: see there; None where the scores of every token sum to one.
+        inverse_sums_BL: see there; None if the scores of every token sum to one.
         document_BL: see there.
 
     Returns:
@@ -291,7 +306,7 @@ def attached_gradient(
     inverse_sums_BL: torch.Tensor | None,
     document_BL: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gradient that :func:`gather_scores` attaches ``(B, L, E)``, to be written to."""
+    """Compute the gradient that :func:`gather_scores` attaches, ``(B, L, E)``, contiguous."""
     # contiguous() materialises the expanded view; a dense gradient is not copied.
     return load_balance_score_grad(
         scores_BLE,
@@ -303,9 +318,9 @@ def attached_gradient(
 
 
 class _ProbabilitySums(torch.autograd.Function):
-    """:func:`probability_sums` of scores that do not sum to one, differentiable in them.
+    """Probability sums of scores that do not sum to one, differentiable in the scores.
 
-    The backward is the closed form. Autograd on 1 / S overflows at S = 5e-20 already.
+    The backward is the closed form: autograd on 1 / S overflows at S = 5e-20 already.
     """
 
     @staticmethod
@@ -330,5 +345,5 @@ def _at_least_one(number: int | torch.Tensor) -> int | torch.Tensor:
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or half precision as float32."""
+    """Convert half precision to float32; return other tensors as they are."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

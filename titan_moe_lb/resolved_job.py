@@ -1,4 +1,4 @@
-"""A job, resolved once in each process and passed on."""
+"""Job that each process resolves once and passes on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from titan_moe_lb.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Job:
-    """A config, the layout of its processes and the checkpoint that it starts from.
+    """Config, layout of the processes and start checkpoint of a job.
 
     Attributes:
         config: a ``Trainer.Config``.
-        layout: of ``[parallelism]`` and the number of processes.
-        start: None for random weights, and for those of Hugging Face.
+        layout: layout of ``[parallelism]`` over the processes.
+        start: checkpoint to load; None for random weights, and for weights of Hugging Face.
     """
 
     config: Any
@@ -31,7 +31,7 @@ class Job:
 
     @classmethod
     def of(cls, config: Any, world_size: int) -> Job:
-        """Resolve the layout and look for the checkpoint.
+        """Resolve the layout and find the checkpoint.
 
         Raises:
             JobError: the layout does not fit ``world_size`` processes.
@@ -40,18 +40,18 @@ class Job:
 
     @cached_property
     def cut(self) -> Cut:
-        """How the job cuts its global batch."""
+        """Cut of the job's global batch."""
         return Cut.of(self.config, self.layout)
 
     def bind(self) -> None:
-        """Let a balanced model take this job where torchtitan binds it, and not resolve its own."""
+        """Pass this job to a balanced model, which then does not resolve its own."""
         hooks = self.config.model_spec.post_optimizer_build_fn
         if hasattr(hooks, "job"):
             hooks.job = self
 
     @cached_property
     def bound(self) -> Any:
-        """A copy of the config whose model is filled in as torchtitan does before it builds it."""
+        """Copy of the config with its model filled in, as torchtitan does before it builds it."""
         config = copy.deepcopy(self.config)
         Job(config, self.layout, self.start).bind()
         config.model_spec.model.update_from_config(config=config)
@@ -59,6 +59,6 @@ class Job:
 
     @cached_property
     def meta_model(self) -> nn.Module:
-        """The model of the job on the meta device, without memory."""
+        """Model of the job on the meta device, without memory."""
         with torch.device("meta"):
             return self.bound.model_spec.model.build()

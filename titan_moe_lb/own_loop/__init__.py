@@ -1,1 +1,1 @@
-"""Balance without torchtitan's Trainer: a model, an optimizer, a loop of one's own."""
+"""Load balancing without torchtitan's Trainer, in a user's training loop."""

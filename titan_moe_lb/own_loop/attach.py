@@ -1,4 +1,4 @@
-"""``attach()``: connect the balance of a model to a training loop of one's own."""
+"""``attach()``: connect the balance of a model to a user's training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from titan_moe_lb.rules.routers import check_alike, check_router
 from titan_moe_lb.upstream import cpu, data_parallel
 
 _BEFORE_STEP = "register_step_pre_hook"
-"""Method of torch's optimizers and of torchtitan's container."""
+"""Method of torch's optimizers and of torchtitan's container that registers a hook."""
 
 
 def attach(
@@ -39,29 +39,32 @@ def attach(
 ) -> Balance:
     """Connect the balance of a model to a training loop, once, before the model's first forward.
 
-    Every forward in training mode and with gradients is counted. Forwards in ``eval()`` or under
-    ``torch.no_grad()``, as of a reference model, are not. An aux loss reaches the routers by the
-    backward of a counted forward: nothing is added to the loop's own loss.
+    Forwards in training mode and with gradients are counted. Forwards in ``eval()`` or under
+    ``torch.no_grad()``, such as those of a reference model, are not. An aux loss reaches the
+    routers in the backward of a counted forward; nothing is added to the loop's own loss.
 
     Args:
         model: a model of a spec that :func:`titan_moe_lb.balanced` returned, or this rank's parts
             of it.
-        optimizer: a torch optimizer or torchtitan's container; its ``step()`` closes a step of the
-            balance just before. Of a sequence, the first one does. None: the loop calls
+        optimizer: a torch optimizer or torchtitan's container; its ``step()`` first closes a step
+            of the balance. In a sequence of optimizers, the first one does. None: the loop calls
             :meth:`Balance.close_step`.
-        parallel_dims: torchtitan's ``ParallelDims``. None: every process of the job holds the whole
-            model and other rows.
-        rows_per_step: rows of the global batch over all ranks, where each step has as many. None:
-            the loop calls :meth:`Balance.begin_step`, which only aux losses need.
-        padded: batches have padding, and forwards get the valid tokens:
+        parallel_dims: torchtitan's ``ParallelDims``. None: every process of the job has the whole
+            model and different rows.
+        rows_per_step: rows of the global batch over all ranks, if every step has the same number.
+            None: the loop calls :meth:`Balance.begin_step`, which only aux losses need.
+        padded: True if batches have padding. Forwards then receive the valid tokens:
             ``model(tokens, valid_tokens=mask)``, a bool mask of whole rows.
         gradients: how the loop combines the gradients of data-parallel ranks. torchtitan sums;
             torch's DistributedDataParallel and FSDP take the mean by default.
-        max_micro_batches: the most forwards of a step; the record has a row for each.
+        max_micro_batches: largest number of forwards in a step; the record has a row for each.
         context_parallel_load_balancer: torchtitan's name of how context parallelism splits a row.
         finished_steps: optimizer steps of the checkpoint that the loop continues from.
-        seen_tokens: :attr:`Balance.seen_tokens` at that checkpoint. Needed where a loss or a bias
+        seen_tokens: :attr:`Balance.seen_tokens` at that checkpoint. Only needed if a loss or a bias
             rule changes after a number of tokens.
+
+    Returns:
+        The balance of the model in the loop.
 
     Raises:
         JobError: an argument is invalid; a layer of the model has no balanced router, or one that a
@@ -114,7 +117,7 @@ def _before_step_of(optimizer: Any) -> Any:
 
 
 def _check_model(parts: list[nn.Module], groups: RankGroups) -> None:
-    """Raise ``JobError`` for a model without a balanced router, or with one that cannot be right."""
+    """Raise ``JobError`` for a model with a loop, or without valid balanced routers."""
     routers = routers_of(parts)
     if any(router.record is not None for router in routers):
         raise JobError(
@@ -141,7 +144,7 @@ def _check_model(parts: list[nn.Module], groups: RankGroups) -> None:
 
 
 def _record_buffers(part: nn.Module) -> list[str]:
-    """Names of the buffers in which a rank counts its own tokens."""
+    """List the names of the buffers in which a rank counts its own tokens."""
     return [
         f"{name}.{buffer}"
         for name, module in part.named_modules()

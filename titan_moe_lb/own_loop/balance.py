@@ -1,4 +1,4 @@
-"""``Balance``: steps and metrics of the balance of a model in a loop of one's own."""
+"""``Balance``: steps and metrics of a model's balance in a user's training loop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from titan_moe_lb.telemetry.sink_metrics import sink_metrics
 from titan_moe_lb.traces.step_load import StepLoad
 
 _NONE = -(2**62)
-"""Smaller than any number that ranks compare."""
+"""Placeholder for no number, below every number that ranks compare."""
 
 
 class Balance:
-    """The balance of a model in a loop that is not torchtitan's trainer; :func:`attach` makes it."""
+    """Balance of a model in a loop other than torchtitan's Trainer; :func:`attach` creates it."""
 
     def __init__(
         self,
@@ -34,9 +34,13 @@ class Balance:
         groups: RankGroups,
         finished_steps: int,
     ) -> None:
-        """
+        """Create the balance of a rank.
+
         Args:
+            model_parts: model parts of the rank.
             hook: step hook of the MoE layers; None on a pipeline stage without any.
+            groups: process groups of the rank.
+            finished_steps: optimizer steps of the checkpoint.
         """
         self.model_parts = model_parts
         self.groups = groups
@@ -52,6 +56,7 @@ class Balance:
     @property
     def seen_tokens(self) -> int:
         """Tokens of all closed steps over all ranks, including padding and the checkpoint's tokens.
+
         Read it between two steps.
 
         Raises:
@@ -65,7 +70,7 @@ class Balance:
         return self._hook.tokens.total
 
     def begin_step(self, rows: int, *, loss_scale: float = 1.0) -> None:
-        """Announce a step before its first forward. Counts since the last closed step are dropped.
+        """Announce a step before its first forward, and drop counts since the last closed step.
 
         Args:
             rows: rows of the global batch, over all ranks.
@@ -85,24 +90,27 @@ class Balance:
             self._hook.begin_step(rows, loss_scale)
 
     def skip_step(self) -> None:
-        """Drop the counts of a step that the optimizer skips, as after gradients of NaN."""
+        """Drop the counts of a step that the optimizer skips, as after NaN gradients."""
         if self._hook is not None:
             self._hook.skip_step()
 
     def close_step(self) -> None:
-        """Close a step just before the optimizer steps. Collective over the ranks that route other
-        tokens."""
+        """Close a step just before the optimizer steps.
+
+        Collective over the ranks that route different tokens.
+        """
         if self._hook is not None:
             self._hook.close_step()
         self._closed_steps += 1
 
     def load(self) -> StepLoad:
-        """Tokens of every expert and columns of every layer in the last closed step.
-        Collective: call on every rank.
+        """Return the tokens of every expert and the columns of every layer in the last closed step.
+
+        Collective: call it on every rank.
 
         Raises:
-            JobError: no step was closed, or not on every rank; it had other rows than announced;
-                the gate of a layer is not finite. The same on every rank.
+            JobError: no step was closed, or not on every rank; the step had other rows than
+                announced; the gate of a layer is not finite. The error is the same on every rank.
         """
         self._compare_ranks()
         if self._hook is not None:
@@ -110,11 +118,13 @@ class Balance:
         return reduce_step(moe_layers_of(self.model_parts), self.groups)
 
     def _compare_ranks(self) -> None:
-        """Raise on every rank what is wrong on any, so that no rank waits for another in a later
-        collective. Collective, with the same shape whatever a rank has done."""
+        """Raise an error of any rank on every rank, so that no rank waits in a later collective.
+
+        Collective, with the same shape whatever a rank has done.
+        """
         broken = not_finite(moe_layers_of(self.model_parts))
         announced = None if self._hook is None else self._hook.announced_rows
-        # The largest of each, and the largest of each with the other sign: the smallest.
+        # The maxima of the negated numbers are the negated minima.
         most = torch.tensor(
             [
                 self._closed_steps,
@@ -150,12 +160,14 @@ class Balance:
             )
 
     def metrics(self, *, per_layer: bool = False, num_extreme_experts: int = 0) -> dict[str, float]:
-        """Metrics of the last closed step over all ranks and micro-batches, by name
-        (docs/reference/metrics.md); empty where no rank has routed a token. Collective: call on every rank.
+        """Return the metrics of the last closed step over all ranks and micro-batches, by name.
+
+        docs/reference/metrics.md describes them. The result is empty if no rank routed a token.
+        Collective: call it on every rank.
 
         Args:
-            per_layer: add those of every layer, ``moe/<name>_layer_<number>``.
-            num_extreme_experts: how many of the hottest and of the coldest experts to add.
+            per_layer: True to add the metrics of every layer, ``moe/<name>_layer_<number>``.
+            num_extreme_experts: number of hottest and of coldest experts to add.
 
         Raises:
             JobError: as :meth:`load`.

@@ -1,4 +1,4 @@
-"""A model of torchtitan, parallelized and initialized, for a training loop of one's own."""
+"""Construction of a parallelized and initialized torchtitan model for a user's training loop."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from titan_moe_lb.upstream import cpu
 
 
 class BuiltModel(NamedTuple):
-    """What a loop needs of its model."""
+    """Model of a rank, with its meshes and the context of its forwards."""
 
     model: BaseModel
-    """In training mode, on this rank's device."""
+    """Model in training mode, on this rank's device."""
 
     parallel_dims: ParallelDims
-    """How it is split."""
+    """Meshes over which the model is split."""
 
     train_context: Callable[[], AbstractContextManager[None]]
-    """Around each forward and its backward."""
+    """Creates the context of each forward and its backward."""
 
 
 def build_model(
@@ -57,17 +57,20 @@ def build_model(
     override_imports: Sequence[str] = (),
     seed: int | None = None,
 ) -> BuiltModel:
-    """Build a model as torchtitan's trainer does, without one. Initializes ``torch.distributed``
-    where nobody has, also for a single process.
+    """Build a model as torchtitan's trainer does, without a trainer.
+
+    ``torch.distributed`` is initialized if it is not yet, also for a single process.
 
     Args:
-        spec: of torchtitan, or of :func:`titan_moe_lb.balanced`; it stays as it is.
+        spec: spec of torchtitan or of :func:`titan_moe_lb.balanced`; it is not changed.
         training: ``seq_len``, the longest row, and the dtypes.
-        parallelism: degrees; without pipeline parallelism, which needs torchtitan's trainer.
-        parallel_dims: of a model that this process has built before, as a policy's for its
-            reference: the two share their meshes.
+        parallelism: degrees. Pipeline parallelism needs torchtitan's trainer.
+        parallel_dims: dimensions of a model that this process has built before, such as the policy
+            of a reference model: the two share their meshes.
+        compile: torchtitan's compile settings; None: no compilation.
+        activation_checkpoint: torchtitan's checkpointing settings; None: no checkpointing.
         override_imports: torchtitan's config overrides, as in ``[override] imports``.
-        seed: of the weights; None for another in every run.
+        seed: seed of the weights; None: other weights in every run.
 
     Raises:
         JobError: the degrees do not fit the processes, or a rule of a job's model does not hold.
@@ -133,7 +136,10 @@ def build_model(
 
 
 def _one_generator(seed: int | None, dims: ParallelDims) -> AbstractContextManager[None]:
-    """The ranks draw alike where no seed makes them; an accelerator's DTensor sees to it itself."""
+    """Return a context in which ranks draw equal numbers although no seed is set.
+
+    DTensor on an accelerator needs no such context.
+    """
     if seed is not None or dims.world_size == 1 or not cpu.needed():
         return nullcontext()
     from titan_moe_lb.upstream.cpu.random_numbers import generator_of_rank_0

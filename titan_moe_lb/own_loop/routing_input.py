@@ -14,7 +14,8 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.routing_memory import UNKNOWN, positions_in_order
 
 SAMPLE_IDS = "sample_ids"
-"""Argument of the model's forward: sample of each token of whole rows, int64 ``(B, S)``; -1 for none."""
+"""Argument of the model's forward: sample of each token of whole rows, int64 ``(B, S)``; -1 for no
+sample."""
 
 SAMPLE_POSITIONS = "sample_positions"
 """Argument of the model's forward: position of each token in its sample, int64 ``(B, S)``. Default:
@@ -22,7 +23,7 @@ a sample begins at its first token in the row."""
 
 
 def expert_ids(given: Any, top_k: int, num_experts: int) -> np.ndarray:
-    """Check the experts of the tokens of a sample, ``(T, K)``.
+    """Check the experts of the tokens of a sample, and return them as an array ``(T, K)``.
 
     Raises:
         JobError: a token has neither K different experts nor a row of -1.
@@ -53,11 +54,14 @@ def expert_ids(given: Any, top_k: int, num_experts: int) -> np.ndarray:
 def samples_and_positions(
     samples: torch.Tensor, positions: torch.Tensor | None, *, rows: int, length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sample of each token and its position there, ``(B, S)``.
+    """Check the samples and positions of tokens, and return them as arrays ``(B, S)``.
 
     Args:
+        samples: sample of each token, ``(B, S)``.
+        positions: position of each token in its sample, ``(B, S)``; None: samples begin where they
+            begin in their rows.
         rows: B of the forward.
-        length: S of the forward; None where only the model's first stage knows it.
+        length: S of the forward; None if only the model's first stage knows it.
 
     Raises:
         JobError: they have another shape, no integers, or a negative position.

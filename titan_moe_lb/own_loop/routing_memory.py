@@ -1,4 +1,4 @@
-"""The experts of the tokens of samples, in host memory. Needs numpy alone.
+"""Experts of the tokens of samples, in host memory. Needs numpy alone.
 
 Shape suffixes: N = MoE layers, B = rows, L = tokens of a row, T = tokens of a sample, K = top_k.
 """
@@ -13,24 +13,25 @@ import numpy as np
 from titan_moe_lb.errors import JobError
 
 UNKNOWN = -1
-"""In place of an expert that was not recorded."""
+"""Placeholder for an expert that was not recorded."""
 
 OWN_CHOICE = -2
-"""In place of an expert of a token that was added without experts and chooses itself."""
+"""Placeholder for an expert of a token that was added without experts and chooses itself."""
 
 
 class Recording(NamedTuple):
-    """When a sample was recorded. The larger one counts as the newer, also of two ranks.
+    """Version of a sample's experts. The largest recording is the newest, also across ranks.
 
-    Ranks that record one sample in the same optimizer step have no common clock: where they split
-    the sample, or record it in turn, each opens as many ``record()`` between two ``exchange()``.
+    Ranks that record one sample in the same optimizer step have no common clock. If they split the
+    sample, or record it in turn, each must enter ``record()`` equally often between two
+    ``exchange()``.
     """
 
     finished_steps: int
-    """Optimizer steps of the loop by then."""
+    """Optimizer steps that the loop had finished."""
 
     number: int
-    """Number of the recording on its rank, counted on from the largest of all at an exchange."""
+    """Number of the recording on its rank, continued from the largest of all at an exchange."""
 
     step: int
     """Finished optimizer steps of the weights that chose."""
@@ -41,7 +42,7 @@ class RoutingMemory:
 
     Attributes:
         experts: int16 ``(N, T, K)`` of each sample, or :data:`UNKNOWN` or :data:`OWN_CHOICE`.
-        recordings: when each sample was recorded.
+        recordings: recording of each sample.
     """
 
     def __init__(self, num_layers: int, top_k: int) -> None:
@@ -53,20 +54,25 @@ class RoutingMemory:
     def keep(
         self, recording: Recording, sample: int, positions_T: np.ndarray, ids_NTK: np.ndarray
     ) -> None:
-        """Save the experts of some positions of a sample: add them to those of the same recording,
-        replace those of an older one."""
+        """Save the experts of some positions of a sample.
+
+        They join those of the same recording, and replace those of an older one.
+        """
         if self.recordings.get(sample) != recording:
             self.forget(sample)
             self.recordings[sample] = recording
         self._at_least(sample, int(positions_T.max()) + 1)[:, positions_T] = ids_NTK
 
     def add(self, recording: Recording, sample: int, layer: int, ids_TK: np.ndarray) -> None:
-        """Replace the experts of one layer of a sample. Once every layer was added, the next
-        addition begins the sample anew.
+        """Replace the experts of one layer of a sample.
+
+        Once every layer was added, the next addition begins the sample anew.
 
         Args:
+            recording: recording of the addition.
+            sample: number of the sample.
             layer: index of the layer.
-            ids_TK: a row of :data:`UNKNOWN` chooses itself.
+            ids_TK: experts; a token with a row of :data:`UNKNOWN` chooses itself.
         """
         additions_N = self._additions_N.get(sample)
         if additions_N is None or (additions_N == additions_N[0]).all():
@@ -85,7 +91,7 @@ class RoutingMemory:
             of_samples.pop(sample, None)
 
     def merge(self, memories: Sequence[tuple[dict[int, Recording], dict[int, np.ndarray]]]) -> None:
-        """Take the newest recording of each sample, joined from all ranks that have a part of it.
+        """Keep the newest recording of each sample, joined from all ranks that have a part of it.
 
         Args:
             memories: ``recordings`` and ``experts`` of each rank, in the same order on all.
@@ -106,7 +112,7 @@ class RoutingMemory:
         self.experts, self.recordings = whole, newest
 
     def recall(self, samples_BL: np.ndarray, positions_BL: np.ndarray) -> np.ndarray:
-        """The experts of tokens.
+        """Return the experts of tokens.
 
         Args:
             samples_BL: sample of each token, -1 for none.
@@ -117,7 +123,7 @@ class RoutingMemory:
             for one that was added without experts.
 
         Raises:
-            JobError: one was never recorded.
+            JobError: a token of a sample was not recorded, or not for all layers.
         """
         shape = (self._num_layers, samples_BL.size, self._top_k)
         ids_NTK = np.full(shape, UNKNOWN, dtype=np.int16)
@@ -147,7 +153,7 @@ class RoutingMemory:
         return ids_NTK.reshape(self._num_layers, *samples_BL.shape, self._top_k)
 
     def _at_least(self, sample: int, length: int) -> np.ndarray:
-        """The saved experts of a sample, with room for ``length`` tokens."""
+        """Return the saved experts of a sample, with room for ``length`` tokens."""
         known = self.experts.get(sample)
         if known is None:
             known = np.full((self._num_layers, 0, self._top_k), UNKNOWN, dtype=np.int16)
@@ -170,7 +176,7 @@ def _filled(known_NTK: np.ndarray, other_NTK: np.ndarray) -> np.ndarray:
 
 
 def places_of_samples(samples_BL: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each sample of some tokens, and the places of its tokens in the flattened array."""
+    """Yield each sample of some tokens, and the indices of its tokens in the flattened array."""
     order = np.argsort(samples_BL, axis=None, kind="stable")
     samples, begins = np.unique(samples_BL.flat[order], return_index=True)
     for sample, places_T in zip(samples, np.split(order, begins[1:]), strict=True):
@@ -179,7 +185,7 @@ def places_of_samples(samples_BL: np.ndarray) -> Iterator[tuple[int, np.ndarray]
 
 
 def positions_in_order(samples_BS: np.ndarray) -> np.ndarray:
-    """The position of each token in a sample that begins where it begins in its row."""
+    """Compute the position of each token in a sample that begins where it begins in its row."""
     index_S = np.arange(samples_BS.shape[1])
     begins_BS = np.ones_like(samples_BS, dtype=bool)
     begins_BS[:, 1:] = samples_BS[:, 1:] != samples_BS[:, :-1]

@@ -1,9 +1,9 @@
-"""Training on the experts that a rollout has used.
+"""Replay of a rollout's experts in training.
 
-In reinforcement learning, the forward that scores a rollout and the one that trains on it can
+In reinforcement learning, one forward scores a rollout and another one trains on it. The two can
 choose different experts for the same tokens, which adds to the difference of their probabilities.
 Rollout routing replay (R3, arXiv 2510.11370) saves the experts of the rollout and uses them in
-training. The scores, and so the gradient of the gate, are those of training.
+training. The scores, and so the gradient of the gate, remain those of training.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from titan_moe_lb.parallel.local_shard import local_shard
 
 
 class RoutingReplay:
-    """Saves the experts of samples in host memory and uses them in another forward.
+    """Experts of samples, saved in host memory for use in another forward.
 
     ::
 
@@ -55,12 +55,16 @@ class RoutingReplay:
     A token takes 2 N K bytes on each rank that saves it: 8.7 KiB for the 58 MoE layers of
     DeepSeek-V3 without pipeline parallelism.
 
-    Shape suffixes: B = rows, S = tokens of a whole row, L = those of it on this rank, N = MoE
+    Shape suffixes: B = rows, S = tokens of a whole row, L = tokens of a row on this rank, N = MoE
     layers of a model part, K = top_k, T = tokens of a sample.
     """
 
     def __init__(self, balance: Balance) -> None:
-        """
+        """Register the replay with the model parts of a balance. Collective over pipeline stages.
+
+        Args:
+            balance: balance of the model, from :func:`titan_moe_lb.attach`.
+
         Raises:
             JobError: the balance has a replay already.
         """
@@ -86,8 +90,8 @@ class RoutingReplay:
     def record(self) -> Iterator[None]:
         """Record the forwards of the model, which need ``sample_ids``.
 
-        All forwards within it are one recording, which joins the parts of a sample. It replaces
-        earlier recordings of a sample.
+        All forwards within the context are one recording, which joins the parts of a sample and
+        replaces earlier recordings of it.
         """
         self._recordings += self._mode != "record"
         with self._in_mode("record"):
@@ -106,10 +110,10 @@ class RoutingReplay:
 
         Args:
             sample: number of the sample, at least 0.
-            layer: number of the MoE layer in the whole model; ignored where this rank has not got it.
-            expert_ids_TK: integers ``(T, K)``, K different experts of each token from its first
-                position on, or a row of -1 for a token that chooses itself.
-            step: finished optimizer steps of the weights that chose; default: now.
+            layer: number of the MoE layer in the whole model; ignored if it is on another rank.
+            expert_ids_TK: integers ``(T, K)``: K different experts of each token, from position 0
+                on, or a row of -1 for a token that chooses itself.
+            step: finished optimizer steps of the weights that chose; None: those of the loop.
 
         Raises:
             JobError: an argument is invalid.
@@ -136,16 +140,16 @@ class RoutingReplay:
                     part.memory.add(recording, number, row, part.padded(ids_TK))
 
     def forget(self, samples: Sequence[int] | None = None) -> None:
-        """Drop some samples; None: all."""
+        """Drop some samples; None: all samples."""
         for part in self._parts:
             for sample in list(part.memory.experts) if samples is None else samples:
                 part.memory.forget(sample)
 
     def exchange(self) -> None:
-        """Share all recordings of this rank's layers between the ranks that route other tokens.
+        """Share all recordings of this rank's layers between the ranks that route different tokens.
 
-        Of a sample that several ranks have recorded, the newest recording wins: the one of the
-        later optimizer step, else of the rank with more recordings so far. Collective.
+        If several ranks have recorded a sample, the newest recording wins: the one of the later
+        optimizer step, else the one of the rank with more recordings so far. Collective.
         """
         for group in self._groups.tokens:
             ranks: list[Any] = [None] * dist.get_world_size(group)
@@ -157,11 +161,11 @@ class RoutingReplay:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory of the saved experts of this rank."""
+        """Host memory of the saved experts of this rank, in bytes."""
         return sum(ids.nbytes for part in self._parts for ids in part.memory.experts.values())
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the replayed forwards since the last call, over all ranks. Collective.
+        """Return metrics of the replayed forwards since the last call, over all ranks. Collective.
 
         ``moe/replay_changed_share``: share of the training forward's own choices that the replay
         replaced. ``moe/replay_off_policy_steps``: optimizer steps since the sample was recorded,
@@ -199,7 +203,7 @@ class RoutingReplay:
         return self._balance.finished_steps
 
     def _layers_of_the_model(self) -> list[int]:
-        """The numbers of all MoE layers. Collective over the stages of a pipeline."""
+        """List the numbers of all MoE layers. Collective over the stages of a pipeline."""
         mine = [router.layer for part in self._parts for router in part.routers]
         stages: list[Any] = [mine]
         group = self._groups.stages.group
@@ -219,7 +223,7 @@ class RoutingReplay:
     def _begin(
         self, part: _Part | None, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict]:
-        """Before a forward of a part; None: of one without MoE layers."""
+        """Prepare a forward of a part; None for a part without MoE layers."""
         samples, positions = kwargs.pop(SAMPLE_IDS, None), kwargs.pop(SAMPLE_POSITIONS, None)
         if part is None:
             return args, kwargs
@@ -233,7 +237,7 @@ class RoutingReplay:
             )
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
         shape = tuple(local_shard(given).shape)
-        # Token ids; the activations between two stages have one more dimension.
+        # Token ids have two dimensions; the activations between two stages have three.
         length = shape[1] * self._groups.context.size if len(shape) == 2 else None
         whole = samples_and_positions(samples, positions, rows=shape[0], length=length)
         part.samples_BL, part.positions_BL = (rows_BS[:, self._held(rows_BS)] for rows_BS in whole)
@@ -249,12 +253,12 @@ class RoutingReplay:
         return args, kwargs
 
     def _end(self, part: _Part, _module: nn.Module, _args: tuple, _output: Any) -> None:
-        """After a forward of a part."""
+        """Finish a forward of a part."""
         if self._mode == "record":
             part.take_notes(Recording(self._now, self._recordings, self._now))
 
     def _held(self, rows_BS: np.ndarray) -> np.ndarray:
-        """Indices of the tokens of whole rows that the routers of this rank see."""
+        """List the indices of the tokens of whole rows that the routers of this rank see."""
         slices = self._groups.token_slices(
             rows_BS.shape[1],
             self._parts[0].routers[0].config.loop.context_parallel_load_balancer,
@@ -270,7 +274,7 @@ class RoutingReplay:
 
 
 class _Part:
-    """A model part of this rank, and the saved experts of its layers."""
+    """Model part of this rank, and the saved experts of its layers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -287,12 +291,12 @@ class _Part:
         return self.routers[0].gate.weight.device
 
     def padded(self, ids: np.ndarray) -> np.ndarray:
-        """Experts of a layer, ``(..., K)``, with as many columns as the layer with the most."""
+        """Pad the experts of a layer, ``(..., K)``, to the K of the layer with the most."""
         missing = [(0, 0)] * (ids.ndim - 1) + [(0, self._top_k - ids.shape[-1])]
         return np.pad(ids, missing, constant_values=UNKNOWN)
 
     def rest(self) -> None:
-        """Let all routers choose, without a record."""
+        """Stop recording and replay: all routers choose."""
         for router in self.routers:
             router.replay.notes, router.replay.expert_ids_BLK = False, None  # type: ignore[union-attr]
 
@@ -312,7 +316,7 @@ class _Part:
                 replay.changed_2 = torch.zeros(2, dtype=torch.int64, device=self.device)
 
     def take_notes(self, recording: Recording) -> None:
-        """Save the choices of the routers."""
+        """Save the choices of the routers in the last forward."""
         seen = [router.replay.seen_BLK.short().cpu().numpy() for router in self.routers]  # type: ignore[union-attr]
         self.rest()
         ids_NTK = np.stack([self.padded(ids_BLK).reshape(-1, self._top_k) for ids_BLK in seen])

@@ -1,4 +1,4 @@
-"""Balance for the Hugging Face models of torchtitan's ``transformers_modeling_backend``."""
+"""Load balancing of the Hugging Face models of torchtitan's ``transformers_modeling_backend``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ def balanced_transformers(
     aux_losses: list[AuxLoss.Config] | None = None,
     expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
 ) -> Any:
-    """Give the MoE layers of a Hugging Face model balanced routers, as
-    :func:`titan_moe_lb.balanced` does for torchtitan's own models. Build the trainer from the
-    result, then call :func:`titan_moe_lb.attach`.
+    """Add balanced routers to the MoE layers of a Hugging Face model.
 
-    The config of such a model has no MoE layer: torchtitan replaces the layers of the Hugging Face
-    model when it parallelizes it.
+    :func:`titan_moe_lb.balanced` does so for torchtitan's own models. Build the trainer from the
+    result, then call :func:`titan_moe_lb.attach`. The config of a Hugging Face model has no MoE
+    layer: torchtitan replaces the model's layers when it parallelizes the model.
 
     Args:
         spec: a ``ModelSpec`` of ``torchtitan.experiments.transformers_modeling_backend``; it is not
             changed.
+        aux_losses: losses of every router; None for none.
+        expert_bias: as in :func:`titan_moe_lb.balanced`.
+
+    Returns:
+        A ``ModelSpec`` with balanced routers.
 
     Raises:
-        JobError: when the trainer is built, if no layer of the model is replaced.
+        JobError: no layer of the model is replaced; raised when the trainer is built.
     """
     converter = LoadBalanceConverter.Config(
         aux_losses=aux_losses or [], expert_bias=expert_bias

@@ -1,1 +1,1 @@
-"""How a job lies on its ranks: layout, cut of the batch, local shard, pipeline schedules."""
+"""Placement of a job on its ranks: layout, cut of the batch, local shards, pipeline schedules."""

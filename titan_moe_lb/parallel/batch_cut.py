@@ -1,4 +1,4 @@
-"""How a job cuts its global batch, and which part of it a rank holds.
+"""Cut of a job's global batch, and the part that each rank holds.
 
 The sequences of a global batch are numbered by accumulation step, then by
 data-parallel rank, then by micro-batch.
@@ -15,7 +15,7 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """The numbers of the cut."""
+    """Numbers of the cut of a global batch."""
 
     global_batch_size: int
     """Sequences of one optimizer step, resolved: never -1."""
@@ -27,7 +27,7 @@ class Cut:
     seq_len: int
     """Tokens of a whole sequence."""
     sequence_shards: int
-    """Ranks over which a router sees one sequence split: CP, and TP where EP is on."""
+    """Ranks that share one sequence of a router: CP, and TP with EP."""
     context_parallel_load_balancer: str | None
 
     @classmethod
@@ -60,7 +60,7 @@ class Cut:
 
 
 def first_sequences(cut: Cut, groups: RankGroups) -> list[int]:
-    """Number of the first sequence of each of this rank's micro-batches, in order."""
+    """List the number of the first sequence of each of this rank's micro-batches, in order."""
     rank, ranks, _group = groups.batch
     return [
         (step * ranks + rank) * cut.local_batch_size + first

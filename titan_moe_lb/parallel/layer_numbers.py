@@ -15,10 +15,10 @@ def moe_layers(config: Any) -> dict[str, MoE.Config]:
 
 
 def layer_numbers(model_config: Decoder.Config) -> dict[str, int]:
-    """By name in the model, ascending: the number of the decoder layer that an MoE is in.
+    """Map the name of each MoE layer in the model to the number of its decoder layer.
 
-    MoE layers elsewhere (multi-token prediction) go on from the last decoder layer, dense
-    ones included, in their order.
+    MoE layers elsewhere (multi-token prediction) have the numbers after the last decoder layer, in
+    their order. Dense decoder layers count too.
     """
     names = list(moe_layers(model_config))
     numbers = {

@@ -1,4 +1,4 @@
-"""The parallel layout of a job as plain numbers, known before any process group exists."""
+"""Parallel layout of a job as plain numbers, known before any process group exists."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Layout:
 
     @classmethod
     def of_dims(cls, dims: Any) -> Layout:
-        """Degrees of torchtitan's ``ParallelDims``, which has the same names."""
+        """Read the degrees of torchtitan's ``ParallelDims``, which has the same names."""
         return cls(**{one.name: getattr(dims, one.name) for one in dataclasses.fields(cls)})
 
     @property
@@ -79,12 +79,12 @@ class Layout:
 
     @property
     def widest_ep(self) -> int:
-        """Largest expert-parallel degree: the ranks of one stage that hold one copy of it."""
+        """Largest expert-parallel degree: the ranks that hold one copy of a pipeline stage."""
         return self.dp_shard * self.cp * self.tp
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks over which a router sees one row split."""
+        """Ranks that share one row of a router."""
         return self.cp * (self.tp if self.ep > 1 else 1)
 
     @property
@@ -93,9 +93,9 @@ class Layout:
         return self.world_size // self.pp
 
     def metrics_rank(self, schedule: str) -> int:
-        """The global rank that sees the loss: the first of the last pipeline stage.
+        """Return the global rank that sees the loss: the first of the last pipeline stage.
 
-        A V-shaped schedule puts the last stage on the first pipeline rank.
+        A V-shaped schedule places the last stage on the first pipeline rank.
         """
         if schedule in ("ZBVZeroBubble", "DualPipeV"):
             return 0

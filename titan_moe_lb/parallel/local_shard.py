@@ -1,4 +1,4 @@
-"""The part of a tensor that this rank holds."""
+"""Local shards of distributed tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """The local tensor of a DTensor; a plain tensor is its own."""
+    """Return the local tensor of a DTensor, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_as(reference: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """The inverse: a local tensor, placed (and SPMD-typed) as the one it was computed from."""
+    """Place (and SPMD-type) a local tensor like the tensor that it was computed from."""
     if isinstance(reference, DTensor):
         mesh, placements = reference.device_mesh, reference.placements
         return DTensor.from_local(local, mesh, placements, run_check=False)

@@ -1,4 +1,4 @@
-"""Ranks that work together, by their role in routing: the only reader of torchtitan's meshes."""
+"""Process groups of a rank by their role in routing; the only reader of torchtitan's meshes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 
 class Axis(NamedTuple):
-    """Ranks of one mesh axis; alone by default."""
+    """Ranks of one mesh axis; by default this rank alone."""
 
     rank: int = 0
-    """Number of this rank among them."""
+    """Number of this rank on the axis."""
 
     size: int = 1
 
@@ -28,10 +28,10 @@ class RankGroups:
     """
 
     batch: Axis = Axis()
-    """Data-parallel ranks: each has other rows."""
+    """Data-parallel ranks: each has different rows."""
 
     context: Axis = Axis()
-    """Context-parallel ranks: each has another part of the same rows."""
+    """Context-parallel ranks: each has a different part of the same rows."""
 
     loss: Axis = Axis()
     """Data and context parallel ranks together."""
@@ -40,7 +40,7 @@ class RankGroups:
     """Tensor-parallel ranks."""
 
     experts: Axis = Axis()
-    """Expert-parallel ranks; they follow one another among the ranks that route tokens."""
+    """Expert-parallel ranks, which are successive ranks among those that route tokens."""
 
     stages: Axis = Axis()
     """Pipeline ranks."""
@@ -53,7 +53,7 @@ class RankGroups:
         """Read the meshes of a torchtitan ``ParallelDims``.
 
         Under TP without EP, spmd_types keeps plain tensors, whose gradient on a replicated axis
-        is a partial sum. A DTensor's gradient is whole on every rank.
+        is a partial sum. The gradient of a DTensor is whole on every rank.
         """
 
         def axis(name: str, enabled: bool) -> Axis:
@@ -75,7 +75,7 @@ class RankGroups:
 
     @classmethod
     def each_alone(cls) -> RankGroups:
-        """Every process of the job holds the whole model and rows of its own."""
+        """Create the groups of a job whose processes each have the whole model and own rows."""
         axis = Axis()
         if dist.is_initialized() and dist.get_world_size() > 1:
             axis = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
@@ -86,8 +86,11 @@ class RankGroups:
 
     @property
     def _token_shards(self) -> Axis:
-        """With EP, torchtitan splits the tokens over TP ranks before the gate; without, every TP
-        rank routes the same tokens."""
+        """Ranks that share the tokens of a row before the gate.
+
+        With EP, torchtitan splits the tokens over TP ranks. Without EP, every TP rank routes the
+        same tokens.
+        """
         return self.tensor if self.experts.size > 1 else Axis()
 
     @property
@@ -107,23 +110,27 @@ class RankGroups:
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks that a router's sequence is split over."""
+        """Ranks that share a router's sequence."""
         return self.context.size * self._token_shards.size
 
     @property
     def token_ranks(self) -> Axis:
-        """This rank among all that route different tokens; without a group."""
+        """Position of this rank among all that route different tokens, without a process group."""
         shards = self._token_shards
         return Axis(self.loss.rank * shards.size + shards.rank, self.loss.size * shards.size)
 
     def token_slices(self, length: int, load_balancer: str | None) -> list[tuple[int, int]]:
-        """(start, length) of the parts of a row that a router of this rank routes, in order.
+        """List the parts of a row that a router of this rank routes, in order.
 
-        Context parallelism's "headtail" balancer gives rank r of n the r-th slice of 2 n and
-        the r-th last; tensor parallelism then splits what a rank has.
+        Context parallelism's "headtail" balancer assigns the r-th slice of 2 n and the r-th last to
+        rank r of n. Tensor parallelism then splits the part of a rank.
 
         Args:
             length: tokens of the whole row.
+            load_balancer: context parallelism's load balancer; without one, parts are contiguous.
+
+        Returns:
+            (start, length) of each part.
         """
         rank, size, _group = self.context
         if size > 1 and load_balancer == "headtail":
@@ -140,7 +147,7 @@ def _groups(*axes: Axis) -> list[dist.ProcessGroup]:
 
 
 def _share(pieces: list[tuple[int, int]], ranks: Axis) -> list[tuple[int, int]]:
-    """This rank's equal share of some positions, in their order."""
+    """Select this rank's equal share of some positions, in their order."""
     share = sum(length for _start, length in pieces) // ranks.size
     skip, part = ranks.rank * share, []
     for start, length in pieces:

@@ -1,9 +1,9 @@
-"""Pipeline schedules: which a job can name, what each rank does in what order, what it holds.
+"""Pipeline schedules: their names, the actions of each rank in order, and peaks of its memory.
 
 An action is ``(stage, kind, micro_batch)``; kinds are those of torch.distributed.pipelining:
-"F" forward, "B" whole backward, "I" and "W" backward of the inputs and of the weights. What a
-micro-batch keeps is kept from its forward until its B, or its W, has ended: until then the
-pass for the weights needs the inputs of the experts.
+"F" forward, "B" whole backward, "I" and "W" backward of the inputs and of the weights. The
+tensors of a micro-batch are kept from its forward until its B or W has ended: the backward of
+the weights needs the inputs of the experts.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ ZERO_BUBBLE_SCHEDULES = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
 """Schedules that run the backward of a stage in two passes."""
 
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", *ZERO_BUBBLE_SCHEDULES)
-"""Schedules of torch.distributed.pipelining that can be named in a job."""
+"""Schedules of torch.distributed.pipelining that a job can name."""
 
 KINDS = ("F", "B", "I", "W")
 
 Action = tuple[int, str, int]
 Schedule = dict[int, list[Action]]
-"""By pipeline rank, in the order in which the rank runs them."""
+"""Actions by pipeline rank, in the order in which the rank runs them."""
 
 
 def actions_of(pp_schedule: Any) -> Schedule:
-    """What each rank computes in one run of a pipeline: one pass over its local batch.
+    """List the actions of each rank in one run of a pipeline: one pass over its local batch.
 
-    With gradient accumulation an optimizer step is several runs, and nothing is kept
+    With gradient accumulation an optimizer step consists of several runs, and no tensors are kept
     between them. The micro-batches of a run are numbered from 0.
 
     Args:
@@ -41,8 +41,8 @@ def actions_of(pp_schedule: Any) -> Schedule:
     from torch.distributed.pipelining import Schedule1F1B
 
     if isinstance(pp_schedule, Schedule1F1B):
-        # Upstream fact: torch 2.14 and 2.15 write this schedule down with the forwards of the
-        # last stage numbered from 1, and run it from 0.
+        # Upstream fact: torch 2.14 and 2.15 list this schedule with the forwards of the last stage
+        # numbered from 1, and run it from 0.
         return one_forward_one_backward(pp_schedule._num_stages, pp_schedule._n_microbatches)
     return {
         rank: [action for entry in entries for action in _computations(entry)]
@@ -51,7 +51,7 @@ def actions_of(pp_schedule: Any) -> Schedule:
 
 
 def _computations(entry: Any) -> list[Action]:
-    """Those in one entry of torch's list; communication and idling are left out.
+    """List the actions in one entry of torch's list, without communication and idling.
 
     An overlapped forward and backward is an entry of two, which torch runs one by one.
     """
@@ -65,7 +65,7 @@ def _computations(entry: Any) -> list[Action]:
 
 
 def one_forward_one_backward(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """1F1B: as many forwards as there are stages behind, then one of each in turn."""
+    """Build the 1F1B schedule: warm-up forwards, then a backward and a forward in turn."""
     schedule = {}
     for rank in range(num_ranks):
         warmup = min(num_micro_batches, num_ranks - rank)
@@ -79,7 +79,7 @@ def one_forward_one_backward(num_ranks: int, num_micro_batches: int) -> Schedule
 
 
 def stages_of(actions: Sequence[Action]) -> list[int]:
-    """The stages of a rank, ascending: the order of its model parts in torchtitan."""
+    """List the stages of a rank, ascending, which is the order of its model parts in torchtitan."""
     return sorted({stage for stage, _kind, _micro_batch in actions})
 
 
@@ -89,18 +89,18 @@ def peak(
     working: Callable[[int, int], Any] = lambda stage, micro_batch: 0.0,
     left: Callable[[int], Any] = lambda stage: 0.0,
 ) -> Any:
-    """The most that one rank holds at a time, in the unit of what it is given.
+    """Compute the most that one rank holds at a time, in the unit of ``kept``.
 
     Args:
-        actions: the rank's own.
-        kept: ``kept(stage, micro_batch)``, what a micro-batch of a stage keeps until its B or
-            W has ended, at least 0: tokens or bytes, numbers or arrays of one shape (one
-            entry for each accumulation step, or for each rank of the EP group).
-        working: what it needs besides while it runs.
-        left: ``left(stage)``, what its B or W leaves until the end.
+        actions: actions of the rank.
+        kept: ``kept(stage, micro_batch)``, at least 0, held by a micro-batch of a stage until its
+            B or W has ended: tokens or bytes, numbers or arrays of one shape (one entry for each
+            accumulation step, or for each rank of the EP group).
+        working: ``working(stage, micro_batch)``, needed in addition while an action runs.
+        left: ``left(stage)``, held from its B or W until the end.
 
     Returns:
-        The peak, of the same shape: each entry's own.
+        The peak of each entry, in the same shape.
     """
     held: Any = 0.0
     most: Any = 0.0

@@ -1,4 +1,4 @@
-"""The environment variables by which torch.distributed and torchtitan know a process of a job."""
+"""Environment variables that identify a process of a job for torch.distributed and torchtitan."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 
 def is_launched() -> bool:
-    """Whether a launcher has set the variables of this process."""
+    """Return True if a launcher has set the variables of this process."""
     return "RANK" in os.environ
 
 
 def world_size() -> int:
-    """Processes of the job that this process belongs to: 1 without a launcher."""
+    """Return the number of processes of this process's job: 1 without a launcher."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -25,7 +25,7 @@ def announce(*, rank: int = 0, world_size: int = 1) -> None:
     """Set the variables of a process without a launcher.
 
     Args:
-        rank: of this process.
+        rank: rank of the process.
         world_size: processes of the job; in a dry run the others do not exist.
     """
     os.environ.update(_variables(rank, world_size))
@@ -33,7 +33,7 @@ def announce(*, rank: int = 0, world_size: int = 1) -> None:
 
 @contextmanager
 def announced(*, rank: int = 0, world_size: int = 1) -> Iterator[None]:
-    """Set the variables as :func:`announce` does, and restore them at the end."""
+    """Set the variables like :func:`announce`, and restore them at the end."""
     variables = _variables(rank, world_size)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

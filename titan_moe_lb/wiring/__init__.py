@@ -1,1 +1,1 @@
-"""How losses, bias rules and records get into a model of torchtitan."""
+"""Insertion of losses, bias rules and records into torchtitan's models."""

@@ -1,4 +1,4 @@
-"""Load balancing for any torchtitan MoE model: swap its routers, bind them to the job."""
+"""Load balancing for any torchtitan MoE model: replace its routers and bind them to the job."""
 
 from __future__ import annotations
 
@@ -46,18 +46,20 @@ from titan_moe_lb.wiring.resume import (
 
 
 class LoadBalanceConverter(ModelConfigConverter):
-    """Give every MoE layer of a model config a :class:`LoadBalancedRouter`.
+    """Converter that replaces every router of a model config by a :class:`LoadBalancedRouter`.
 
-    :func:`titan_moe_lb.wiring.model_spec.balanced` applies it together with the step hook that
-    it needs; in torchtitan's own ``converters=`` it would lack the hook and is refused.
-    The converted config also checks the job and binds the losses to it in
-    ``update_from_config``, which torchtitan calls before it builds the model.
+    :func:`titan_moe_lb.wiring.model_spec.balanced` applies it together with the step hook that it
+    needs. In torchtitan's own ``converters=`` the hook is missing, and the job is refused. The
+    converted config checks the job and binds the losses to it in ``update_from_config``, which
+    torchtitan calls before it builds the model.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ModelConfigConverter.Config):
+        """Settings of the converter."""
+
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
-        """Losses of every router, each with its own copy."""
+        """Losses of every router; each router has its own copy."""
 
         expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep"
         """Rule that moves the bias of every layer; None for no bias, "keep" for torchtitan's sign
@@ -70,7 +72,7 @@ class LoadBalanceConverter(ModelConfigConverter):
         self.config = config
 
     def convert(self, model_config: BaseModel.Config) -> BaseModel.Config:
-        """Convert in place where possible; returns the new root.
+        """Convert in place if possible, and return the new root.
 
         Raises:
             JobError: the model has no MoE layer, or a router that is not torchtitan's.
@@ -97,7 +99,12 @@ class LoadBalanceConverter(ModelConfigConverter):
         """Convert one layer in place.
 
         Args:
-            number: of the layer in the whole model.
+            fqn: name of the layer in the model.
+            moe: config of the layer.
+            number: number of the layer in the whole model.
+
+        Raises:
+            JobError: the router is not torchtitan's.
         """
         # A converter such as LoRA's makes subclasses of configs that build the same classes.
         if moe.router._owner not in (TokenChoiceTopKRouter, LoadBalancedRouter):
@@ -106,8 +113,8 @@ class LoadBalanceConverter(ModelConfigConverter):
                 "TokenChoiceTopKRouter can be replaced"
             )
         bias = self._expert_bias(moe)
-        # torchtitan's layer has the buffer of the bias where this is a number; its own
-        # update, whose speed the number is, does not run.
+        # torchtitan's layer has the buffer of the bias if this is a number. The number is the
+        # speed of torchtitan's own update, which does not run.
         moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
         moe.router = derive(
             moe.router,
@@ -117,7 +124,7 @@ class LoadBalanceConverter(ModelConfigConverter):
             forced_routing=copy.deepcopy(self.config.forced_routing),
             layer=number,
         )
-        # The dispatcher's own copy of the router's number.
+        # The dispatcher has its own copy of top_k.
         moe.routed_experts.token_dispatcher.top_k = moe.router.top_k
         moe.router.bind()
 
@@ -132,20 +139,22 @@ class LoadBalanceConverter(ModelConfigConverter):
 
 @dataclass
 class BuildHooks:
-    """The ``post_optimizer_build_fn`` of a balanced ``ModelSpec``: the model's own, then ours."""
+    """``post_optimizer_build_fn`` of a balanced ``ModelSpec``: the spec's own, then ours."""
 
     own: Callable | None = None
+    """The spec's own function."""
     reset: BiasReset | None = None
-    """Filled by ``update_from_config`` of the model."""
+    """Reset of the expert biases. Filled by ``update_from_config`` of the model."""
 
     of_trainer: bool = False
-    """Filled likewise: torchtitan's trainer builds the model. Another loop calls ``attach()``."""
+    """True if torchtitan's trainer builds the model. Filled likewise. Another loop calls
+    ``attach()``."""
 
     job: Job | None = None
-    """The job where it was resolved and checked before; None: ``update_from_config`` does both."""
+    """Job that was resolved and checked before; None: ``update_from_config`` does both."""
 
     other_metrics: str = ""
-    """Filled likewise: class of metrics that log no load of the experts."""
+    """Class of metrics that do not log the load of the experts; empty for none. Filled likewise."""
 
     def __call__(
         self,
@@ -153,6 +162,7 @@ class BuildHooks:
         model_parts: list[nn.Module],
         parallel_dims: ParallelDims,
     ) -> None:
+        """Run the spec's own function, and connect the routers to torchtitan's trainer."""
         if self.own is not None:
             self.own(optimizers, model_parts, parallel_dims)
         if not self.of_trainer:
@@ -174,14 +184,16 @@ class BuildHooks:
 
 
 def _resume_when_loaded(part: nn.Module, hook: StepHook, groups: RankGroups) -> None:
-    """Let a step hook read the progress of the checkpoint that torchtitan loads.
+    """Pass the progress of the checkpoint that torchtitan loads to a step hook.
 
     Args:
-        part: the first model part of the rank.
+        part: first model part of the rank.
+        hook: step hook of the rank.
+        groups: process groups of the rank.
     """
 
     def resume(_part: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        # torchtitan's CheckpointManager passes all that it has loaded, also its Trainer.
+        # torchtitan's CheckpointManager passes everything that it has loaded.
         if TRAIN_STATE in state_dict:
             trained = state_dict[TRAIN_STATE].state_dict()
             hook.resume(trained["step"], trained["ntokens_seen"] * groups.loss.size)
@@ -190,14 +202,14 @@ def _resume_when_loaded(part: nn.Module, hook: StepHook, groups: RankGroups) -> 
 
 
 class _BoundToJob:
-    """Mark of the classes that :func:`_bound_to_job` makes."""
+    """Marker of the classes that :func:`_bound_to_job` creates."""
 
     __slots__ = ()
 
 
 @functools.cache
 def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Config]:
-    """A subclass of a model's Config that binds its routers in ``update_from_config``."""
+    """Derive a model's Config that binds its routers in ``update_from_config``."""
     if issubclass(model_config_cls, _BoundToJob):
         return model_config_cls
 
@@ -212,9 +224,9 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
         def update_from_config(self, *, config, **kwargs) -> None:
             named = {fqn: router for fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)}
             routers = list(named.values())
-            for router in routers:  # a layer may have been changed since it was converted
+            for router in routers:  # a converted layer may have been changed since
                 router.bind()
-            if not isinstance(config, Trainer.Config):  # a loop of one's own, which attaches
+            if not isinstance(config, Trainer.Config):  # a loop that calls attach()
                 layers_count_their_experts_alike(self)
                 model_config_cls.update_from_config(self, config=config, **kwargs)
                 return
@@ -256,7 +268,7 @@ def _checked_job(config: Trainer.Config) -> Job:
 
 
 def _loop(job: Job) -> TrainingLoop:
-    """Properties of the steps of torchtitan's trainer in a job."""
+    """Read the properties of the trainer's steps from a job."""
     cut, metrics = job.cut, job.config.metrics
     reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
     recorded_tokens = None
@@ -276,7 +288,7 @@ def _loop(job: Job) -> TrainingLoop:
 
 
 def _step_hooks(config: Trainer.Config) -> BuildHooks:
-    """Hooks of the job's model spec; without them no step would be closed."""
+    """Return the hooks of the job's model spec, without which no step would be closed."""
     spec = config.model_spec
     hooks = BuildHooks() if spec is None else spec.post_optimizer_build_fn
     if not isinstance(hooks, BuildHooks):

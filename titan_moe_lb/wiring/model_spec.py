@@ -1,4 +1,4 @@
-"""A ``ModelSpec`` that balances its experts, and the arguments that made it."""
+"""``ModelSpec`` with balanced experts, and the arguments that built it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from titan_moe_lb.wiring.converter import BuildHooks, LoadBalanceConverter
 
 @dataclass
 class BalancedModelSpec(ModelSpec):
-    """A ``ModelSpec`` from which a job config builds the same model with other arguments."""
+    """``ModelSpec`` from which a job config builds the same model with other arguments."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the registry entry, every default filled in; without an entry, those of
+    """Arguments of the registry entry, including defaults; without an entry, the arguments of
     :func:`balanced`."""
 
 
@@ -36,20 +36,20 @@ def balanced(
     forced_routing: ForcedRouting.Config | None = None,
     converters: list[ModelConfigConverter.Config] | None = None,
 ) -> BalancedModelSpec:
-    """Give a torchtitan model the losses and the step hook of this package.
+    """Add the losses and the step hook of this package to a torchtitan model.
 
-    A ``post_optimizer_build_fn`` of the spec runs before ours, except torchtitan's own
-    update of the expert bias, which ours replaces.
+    A ``post_optimizer_build_fn`` of the spec runs before ours. torchtitan's own update of the
+    expert bias does not run, because ours replaces it.
 
     Args:
-        spec: any torchtitan ``ModelSpec`` of a MoE model; its config is consumed. One that is
-            balanced is balanced anew.
+        spec: any torchtitan ``ModelSpec`` of a MoE model, whose config is changed. A balanced spec
+            is balanced anew.
         aux_losses: losses of every router, each with its own copy; None or an empty list
             for none.
         expert_bias: rule that moves the bias of the choice; None for no bias, "keep" for the
             rule that the model has: torchtitan's is the sign rule.
         forced_routing: strategy that chooses the experts, in a benchmark.
-        converters: converters of the user's own (quantization, LoRA), applied first.
+        converters: the user's own converters (quantization, LoRA), applied first.
 
     Raises:
         JobError: the model has no MoE layer, or a router that is not torchtitan's.

@@ -19,23 +19,30 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.resolved_job import Job
 
 MARKER = "expert_bias_reset.json"
-"""In the run's checkpoint folder: the step from whose checkpoint the bias was reset."""
+"""File in the run's checkpoint folder: the step from whose checkpoint the bias was reset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BiasReset:
-    """Sets the biases of a rank to zero when its model is loaded."""
+    """Reset of the biases of a rank to zero when its model is loaded."""
 
     marker: Path
+    """File that records the reset."""
     step: int
-    """Step of the checkpoint that is loaded; 0 for weights from elsewhere."""
+    """Step of the loaded checkpoint; 0 for weights from elsewhere."""
 
     @classmethod
     def of(cls, job: Job, rules: Sequence[ExpertBias.Config]) -> BiasReset | None:
-        """Return None also after a restart from a later checkpoint of the job itself.
+        """Return the reset of a job, or None if no reset is due.
+
+        None is due after a restart from a later checkpoint of the job itself.
 
         Args:
-            rules: of the expert bias of each layer.
+            job: the job.
+            rules: bias rules of the layers.
+
+        Raises:
+            JobError: the checkpoints are on a remote file system.
         """
         if not any(rule.reset for rule in rules) or not job.config.checkpoint.enable:
             return None
@@ -57,7 +64,10 @@ class BiasReset:
         return cls(marker=marker, step=step)
 
     def register(self, model_parts: list[nn.Module]) -> None:
-        """torchtitan loads a checkpoint after ``post_optimizer_build_fn``."""
+        """Register the reset for the load of the checkpoint.
+
+        torchtitan loads a checkpoint after ``post_optimizer_build_fn``.
+        """
         for part in model_parts:
             part.register_load_state_dict_post_hook(self._zero)
 
@@ -75,13 +85,17 @@ class BiasReset:
 
 
 def start_anew(job: Job, rules: dict[str, ExpertBias.Config]) -> None:
-    """Let rules start without state where another rule wrote the checkpoint.
+    """Let rules start without state if another rule wrote the checkpoint.
 
-    torchtitan loads all state of a model and fails where the checkpoint lacks a part. So this part
-    is no state until the model is loaded.
+    torchtitan loads all state of a model and fails if the checkpoint lacks a part. The rules'
+    buffers are therefore not part of the state until the model is loaded.
 
     Args:
-        rules: of the model's routers, by their names in it.
+        job: the job.
+        rules: bias rules of the model's routers, by the routers' names.
+
+    Raises:
+        JobError: the metadata of the checkpoint cannot be read.
     """
     start = job.start
     if start is None or not any(rule._owner.state_names for rule in rules.values()):
@@ -96,7 +110,7 @@ def start_anew(job: Job, rules: dict[str, ExpertBias.Config]) -> None:
 
 
 def remember_once_loaded(model_parts: list[nn.Module]) -> None:
-    """Put the state that :func:`start_anew` left out into the checkpoints that this job writes."""
+    """Add the state that :func:`start_anew` left out to the checkpoints of this job."""
 
     def remember(part: nn.Module, _keys: object) -> None:
         for rule in part.modules():

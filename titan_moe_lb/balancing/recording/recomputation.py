@@ -35,7 +35,7 @@ def is_recomputation() -> bool:
 
 
 def saved_decision(make: Callable[[], T]) -> T:
-    """Return the result of ``make``; a recomputed forward in :class:`Decisions` returns the first."""
+    """Return the result of ``make``; a recomputation under :class:`Decisions` returns the first."""
     if torch.compiler.is_compiling() or _current.decisions is None:
         return make()
     return _current.decisions._next(make)

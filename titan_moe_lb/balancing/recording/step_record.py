@@ -63,8 +63,8 @@ class RouterRecord(nn.Module):
         """Add one forward.
 
         Args:
-            counts_SQE: tokens per source, sequence and expert, int64. Sources that no step end needs
-                are left out.
+            counts_SQE: tokens per source, sequence and expert, int64. Sources that no step end
+                needs are left out.
             expert_ids_BLK: selected experts.
         """
         slot = self.micro_batch
