@@ -2,9 +2,10 @@
 
     python -m benchmarks.aux_loss [--repeats 20] [--device cpu|cuda] [--markdown]
 
-Columns: torchtitan's bare router, and ours with each loss. For comparison, the sequence-wise loss
-and the z-loss as textbook autograd, the sequence-wise loss as ``torch.func.grad`` in the backward
-of an autograd Function, and ``load_balancing_loss_func`` of transformers.
+The columns are torchtitan's bare router, and ours with each loss. Further columns compute the
+sequence-wise loss and the z-loss by textbook autograd, the sequence-wise loss by
+``torch.func.grad`` in the backward of an autograd Function, and ``load_balancing_loss_func`` of
+transformers.
 
 The variants are interleaved. A column is the time added to the bare router in the same repeat, as
 the median over repeats. Saved memory is the memory that autograd keeps between forward and
@@ -67,7 +68,7 @@ class Arguments:
     repeats: int = 20
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dim: int = 2048
-    """Model width, the input size of the gate. The smaller it is, the larger is a loss's share."""
+    """Model width, the input size of the gate. A small one raises the share of a loss."""
     markdown: bool = False
     """Print a table instead of JSON lines."""
 

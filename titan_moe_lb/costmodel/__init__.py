@@ -2,8 +2,8 @@
 
 The two-level load follows NeuSim's MoE routing model (github.com/platformxlab/NeuSim), with
 real numbers of tokens. A load is never rounded before a ratio is taken, so a step of one token
-has no imbalance from rounding. Arguments are numbers or numpy arrays that broadcast. Only
-``costmodel.jobs`` imports torch at module level.
+has no imbalance from rounding. The public functions accept numbers or numpy arrays that
+broadcast. Only ``costmodel.jobs`` imports torch at module level.
 """
 
 from titan_moe_lb.costmodel.hardware.all_to_all import all_to_all_time

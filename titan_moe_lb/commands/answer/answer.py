@@ -17,7 +17,7 @@ class Column:
     title: str
     unit: str = ""
     show: Callable[[Any], str] = str
-    """Format of a value. The terminal never wraps a column that keeps the default."""
+    """Format of a value. In the terminal, only names and columns with their own format wrap."""
     on_terminal: str | None = ""
     """Shorter heading in the terminal; None leaves the column out there."""
     is_name: bool = False

@@ -41,8 +41,9 @@ class Inputs:
     factors: list[float]
     log_normal: list[Spread | Overload]
     device: Hardware
-    """The device with its peaks."""
+    """Device with its peaks."""
     derated: Hardware
+    """Device at the assumed efficiencies."""
     degrees: list[int]
     """Expert-parallel degrees of ``--ep``; empty without the flag."""
     trace: Trace | None
@@ -207,7 +208,7 @@ def _imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
 
 
 def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:
-    """Parse comma-separated numbers of at least 1, without duplicates, in their order.
+    """Parse comma-separated whole numbers of at least 1; drop duplicates and keep the order.
 
     Raises:
         JobError: a word is not such a number. The message names ``flag``.

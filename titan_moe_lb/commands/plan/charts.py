@@ -112,7 +112,7 @@ def _memory(plan: Plan) -> go.Figure:
     figure = _over_imbalance(plan, lambda outcome: outcome.memory_bytes / GIB, "GiB")
     usable = plan.usable_bytes / GIB
     low, high = figure.layout.yaxis.range
-    if usable < 2 * high:  # a limit far above would press the curves together
+    if usable < 2 * high:  # a much higher limit would flatten the curves
         figure.add_hline(
             y=usable,
             line={"dash": "dash", "color": color("bad")},

@@ -24,8 +24,8 @@ def loads_of_run(
         Facts of the run as plain data, and its loads.
 
     Raises:
-        JobError: the MoE layers of run and job differ in number, experts or top_k. The names of
-            the models may differ.
+        JobError: the MoE layers of run and job differ in number, experts or top_k, or the run's
+            layers differ among themselves. The names of the models may differ.
     """
     info = trace.info
     if info.num_experts_by_layer or info.top_k_by_layer:

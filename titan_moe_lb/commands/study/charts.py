@@ -136,7 +136,8 @@ def _front(group: Group, cost: str, x_title: str) -> go.Figure:
             hovertemplate=f"{setting.name}<br>{x_title} %{{x:.4g}}<br>loss %{{y:.4g}}<extra></extra>",
         )
     figure.update_layout(hovermode="closest", margin_t=20)
-    # A setting without balancing is far from all others. A cost of 0 rules out a log scale.
+    # Use a log scale, because a setting without balancing is far from all others. A cost of 0
+    # rules it out.
     if all(point > 0 for curve in figure.data for point in curve.x):
         figure.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS])
     return figure

@@ -1,4 +1,4 @@
-"""Processes of a study: they run cells, several at once, and write their records."""
+"""Runner of a study's cells, several at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOT_FINITE = "Loss is not finite"
 
 
 class Runner:
-    """Runner of cells, several at once."""
+    """Runner of cells, each as a training job in its own processes."""
 
     def __init__(self, processes: int, threads: int) -> None:
         """Store the limits.

@@ -1,4 +1,4 @@
-"""A device and its links."""
+"""One device and its links."""
 
 from __future__ import annotations
 

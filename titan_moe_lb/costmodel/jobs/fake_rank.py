@@ -53,7 +53,7 @@ def build_parts(
     }
     if dims.pp == 1:
         return actions_of(None), {0: spec.parallelize_fn(model, **parallel)}
-    # Copies the stages of this rank out of the model.
+    # The call copies this rank's stages out of the model.
     pipeline, parts, _first, _last = spec.pipelining_fn(
         model,
         **parallel,

@@ -35,7 +35,7 @@ class ExpertLoad:
     hot_experts_on_device: Array
     """Hot experts on the busiest device."""
     receiver_skew: Array
-    """See :func:`receiver_skew`."""
+    """Tokens of the busiest receiver over the mean; see :func:`receiver_skew`."""
 
     @property
     def tokens_on_device(self) -> Array:

@@ -31,7 +31,7 @@ class Spread:
 
     @property
     def description(self) -> str:
-        """Wording in sentences."""
+        """Phrase for sentences."""
         return f"log-normal loads of sigma {self.sigma:.3g}"
 
     def loads(self, layers: Sequence[MoELayer]) -> np.ndarray:

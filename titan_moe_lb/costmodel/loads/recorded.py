@@ -19,7 +19,7 @@ class RecordedLoads:
     counts_SME: np.ndarray
     """Counts of whole global batches."""
     micro_batch_counts_SME: np.ndarray
-    """Counts of single micro-batches ``(S', M, E)``; empty where the run has none."""
+    """Counts of single micro-batches ``(S', M, E)``; empty if the run has none."""
     expert_groups: tuple[int, ...]
     """Numbers of equal groups of neighbouring experts that stay together, coarse to fine."""
     ep_degree: int

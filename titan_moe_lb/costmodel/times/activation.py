@@ -147,8 +147,8 @@ def _released_bytes(job: JobModel, stages: list[int], index: int) -> tuple[float
 
     Returns:
         Bytes of the sent output, until its backward; of the gradient that its backward receives;
-        and of the sent gradient, until the end of the pass. A rank with a single stage keeps no
-        sent tensors.
+        and of the sent gradient, until the end of the pass. Only a rank with several stages keeps
+        sent tensors, and only those for other ranks.
     """
     if not job.releases_buffers:
         return 0.0, 0.0, 0.0
