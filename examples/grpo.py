@@ -1,8 +1,8 @@
 """Group-relative policy optimization with replayed routing: ``python examples/grpo.py``.
 
-The policy samples groups of completions of unequal length, is rewarded for certain tokens, and
-trains on each batch twice with the clipped loss of arXiv 2402.03300, Eq. 3. The forward that scores
-a rollout records the experts of its tokens. The training forwards use them again (arXiv
+The policy samples groups of completions of unequal length, and is rewarded for certain tokens. It
+trains twice on each batch, with the clipped loss of arXiv 2402.03300, Eq. 3. The forward that
+scores a rollout records the experts of its tokens. The training forwards use them again (arXiv
 2510.11370), in micro-batches that are sorted by length.
 """
 

@@ -1,12 +1,19 @@
 """Parts that every model package of the registry uses.
 
-A model package is a folder ``model_registry/<model>/`` with
+A model package is a folder ``model_registry/<model>/`` with two files.
 
-- ``__init__.py``: ``FLAVORS``, ``DEFAULTS`` (a :class:`Default` for each balancing choice, with its
-  source) and ``model_registry(flavor, ...)``, which builds a torchtitan ``ModelSpec``, decorated
-  with :func:`registry_entry`;
-- ``config_registry.py``: one config function per job, ``debug_config`` (the name of the default
-  one) and, where the language-model loss depends on the model, ``loss_config(spec)``.
+``__init__.py`` contains:
+
+- ``FLAVORS``;
+- ``DEFAULTS``: a :class:`Default` for each balancing choice, with its source;
+- ``model_registry(flavor, ...)``: builds a torchtitan ``ModelSpec``; decorated with
+  :func:`registry_entry`.
+
+``config_registry.py`` contains:
+
+- one config function per job;
+- ``debug_config``: name of the default config function;
+- ``loss_config(spec)``, if the language-model loss depends on the model.
 """
 
 from __future__ import annotations

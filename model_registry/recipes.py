@@ -78,8 +78,8 @@ def pretraining(
         spec: the model.
         loss: default: :func:`language_model_loss`.
         assets: folder of the model's tokenizer, and of its weights if a job starts from them.
-        learning_rate: peak, reached after 2,000 steps. The default is DeepSeek-V3's (arXiv
-            2412.19437, section 4.2), for models whose report names none.
+        learning_rate: peak, reached after 2,000 steps. The default, for models without a published
+            one, is DeepSeek-V3's (arXiv 2412.19437, section 4.2).
         expert_parallel: expert-parallel degree.
         local_batch_size: sequences of a data-parallel rank in a forward.
         seq_len: tokens of a sequence.

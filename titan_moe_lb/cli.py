@@ -56,8 +56,8 @@ def report(
 
     Args:
         run_dir: Folder of the run, or its moe_load.arrow.
-        compare: Another run of the same model, shown beside the first; give it once for each.
-        output: File to write; default: report.html in the run's folder, compare.html for several.
+        compare: Another run of the same model to show beside the first; repeat it for each run.
+        output: File to write; default: report.html, or compare.html, in the folder of the run.
     """
     from titan_moe_lb.commands.report.command import write_report
 
@@ -69,7 +69,7 @@ def watch(run_dir: RunDir, once: bool = False) -> None:
 
     Args:
         run_dir: Folder of the run, or its moe_load.arrow; it may not exist yet.
-        once: Print one frame and exit, as when the output is not a terminal.
+        once: Print one frame and exit, as always if the output is not a terminal.
     """
     from titan_moe_lb.commands.watch import command
 
@@ -85,8 +85,8 @@ def diagnose(
 
     Args:
         run_dir: Folder of the run, or its moe_load.arrow.
-        json: Print an object instead of sentences.
-        fail_on: Status 1 where something at least as bad is found, or the run is too short to say.
+        json: Print a JSON object instead of sentences.
+        fail_on: Exit with status 1 for a finding at least this severe, or for a run that is too short.
     """
     from titan_moe_lb.commands.diagnose import command
 
@@ -114,13 +114,13 @@ def place(
     """Write a checkpoint with its experts in the order that balances the ranks.
 
     Args:
-        checkpoint: A distributed or Hugging Face checkpoint, or a run, whose newest step is taken.
-        output: Folder to make, of the same kind; or a .json file for the placement alone.
+        checkpoint: A distributed or Hugging Face checkpoint, or a run, to use its newest step.
+        output: Folder to write, of the same kind; or a .json file, to write only the placement.
         ep: Expert-parallel degree to balance for.
-        from_run: Run whose loads are balanced; default: that of the checkpoint.
-        groups: How many groups of experts stay together, 1 for none; default: as the run says.
-        placement: A placement.json, instead of one from the loads of a run.
-        undo: Put the experts back where they were.
+        from_run: Run with the loads to balance; default: the run of the checkpoint.
+        groups: Numbers of expert groups that stay together, 1 for none; default: from the run.
+        placement: A placement.json to apply, instead of a placement from the loads of a run.
+        undo: Restore the order before the last placement.
     """
     from titan_moe_lb.commands.place import command
 
@@ -146,9 +146,9 @@ def study(
 
     Args:
         study: The job and its axes; docs/howto/compare_settings.md describes the file.
-        output: Where the runs and the page go; default: outputs/ and the name of the file.
-        processes: Runs at once; default: as the file says.
-        retry_failed: Run again what failed or diverged.
+        output: Folder of the runs and the page; default: outputs/ and the name of the file.
+        processes: Number of runs at once; default: from the file.
+        retry_failed: Repeat runs that failed or diverged.
     """
     from titan_moe_lb.commands.study import command
 

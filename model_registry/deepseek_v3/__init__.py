@@ -1,8 +1,8 @@
 """DeepSeek-V3: Multi-head Latent Attention, shared and routed experts (arXiv 2412.19437).
 
-The flavors are torchtitan's (``debugmodel``, ``16B``, ``236B``, ``671B``) and
-``tiny``, for tests. ``16B`` and ``236B`` are DeepSeek-V2-Lite and DeepSeek-V2 (arXiv
-2405.04434), which route by softmax scores and are balanced by losses alone.
+The flavors are torchtitan's (``debugmodel``, ``16B``, ``236B``, ``671B``) and ``tiny``, for tests.
+``16B`` and ``236B`` are DeepSeek-V2-Lite and DeepSeek-V2 (arXiv 2405.04434). They route by softmax
+scores, and only losses balance them.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ class Architecture:
                 # keeps it: 7 GB in Scout.
                 fuse_qkv=False,
                 rope=self._rope() if has_rope else self._temperature(),
-                # Llama 4 normalizes after the rotation, torchtitan before it: a norm
-                # without weights commutes with a rotation.
+                # Llama 4 normalizes after the rotation, torchtitan before it. The result is the
+                # same, because a norm without weights commutes with a rotation.
                 qk_norm=RMSNorm.Config(normalized_shape=self.head_dim, elementwise_affine=False)
                 if has_rope and self.use_qk_norm
                 else None,

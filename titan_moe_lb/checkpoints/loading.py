@@ -42,7 +42,7 @@ class CheckedCheckpoints(CheckpointManager):
         model = self.states[MODEL].state_dict()
         balance = {k: model[k] for k in state_dict if k in model and _BALANCE.search(k)}
         trainer = state_dict.get(TRAIN_STATE)
-        if trainer is not None:  # not in a save of the weights alone
+        if trainer is not None:  # a save of the model alone has none
             layout = Layout.of_dims(trainer.parallel_dims)
             balance[TOKEN_RANKS] = torch.zeros(layout.data_ranks * layout.cp, dtype=torch.uint8)
         return super().dcp_save({**state_dict, **balance}, *args, **kwargs)

@@ -75,11 +75,12 @@ def start_of(config) -> Checkpoint | None:
 
     The choice is ``checkpoint.load_step``, else the job's latest complete step, else
     ``checkpoint.initial_load_path``. If a run has several steps and none is complete, torchtitan
-    would silently begin again. This function returns the latest step then, whose checks fail.
+    would silently begin again. This function then returns the latest step, which later fails
+    :func:`damage`.
 
     Returns:
-        None for a start from random or Hugging Face weights, for a run that was killed in its
-        first save, and for remote folders, which are not read.
+        None for a start from random or Hugging Face weights, and for a run that was killed in its
+        first save. None for remote folders too, which are not read.
     """
     checkpoint = config.checkpoint
     if not checkpoint.enable or checkpoint.create_seed_checkpoint or is_remote(config):

@@ -1,8 +1,8 @@
 """Small corpus of English text that comes with Python, and a tokenizer trained on it.
 
 The corpus is Python's language reference and library topics (``pydoc_data.topics``, 465,000
-characters). torchtitan knows it as dataset ``CORPUS``. ``python -m benchmarks.train_tokenizer``
-made the BPE tokenizer of 2,048 entries in ``tokenizer/``.
+characters), registered as dataset ``CORPUS``. ``python -m benchmarks.train_tokenizer`` made the BPE
+tokenizer of 2,048 entries in ``tokenizer/``.
 """
 
 from __future__ import annotations

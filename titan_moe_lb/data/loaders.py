@@ -29,7 +29,7 @@ def register(name: str, texts: Callable[[], list[str]]) -> None:
 
 
 def data_sets() -> Collection[str]:
-    """Return the names of the data sets that a text loader knows."""
+    """Return the names of the data sets for text loaders."""
     return DATASETS.keys()
 
 

@@ -71,7 +71,7 @@ class CommandLine:
 
 @dataclass(kw_only=True)
 class Draft:
-    """Job whose config function is known and whose config is not built yet.
+    """Job with a config function, before its config is built.
 
     Attributes:
         command: the command line.
@@ -172,7 +172,7 @@ def load(arguments: list[str], world_size: int | None = None) -> Job:
 
     Args:
         arguments: the command line of the job.
-        world_size: number of processes; None: that of the job to which this process belongs.
+        world_size: number of processes; None: as in the environment of this process.
     """
     return draft(arguments).resolve(world_size or single_process.world_size())
 
@@ -330,7 +330,7 @@ def registry_entry(registry) -> Callable[..., BalancedModelSpec]:
 
 
 class _ResolvedConfigManager(ConfigManager):
-    """Config manager of torchtitan that applies flags to a config which is already loaded."""
+    """Config manager of torchtitan that applies flags to an existing config."""
 
     def __init__(self, config: Trainer.Config) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ def config_function(registry: ModuleType, name: str) -> Callable:
 
 
 def config_names(registry: ModuleType) -> list[str]:
-    """List the functions that the registry module itself defines and that need no arguments."""
+    """List the functions without arguments that the registry module itself defines."""
     return [
         name
         for name, member in vars(registry).items()

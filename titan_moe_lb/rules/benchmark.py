@@ -147,7 +147,7 @@ def replayed_trace_fits(job: Job) -> None:
 
 
 def recorded_routing_can_be_replayed(job: Job) -> None:
-    """Check ``metrics.record_routing_steps``, and that the order of the tokens is known."""
+    """Check ``metrics.record_routing_steps``, and that the tokens of each rank are known."""
     steps = getattr(job.config.metrics, "record_routing_steps", None)
     if steps:
         for step in steps:

@@ -95,7 +95,7 @@ def _biases_without_use(job: Job) -> list[str]:
 def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     spec = job.config.model_spec
     assert spec is not None and spec.state_dict_adapter is not None
-    # Built as torchtitan does: an adapter may choose names by the index in that folder.
+    # torchtitan passes this folder too; an adapter may choose names by the index in it.
     adapter = spec.state_dict_adapter(job.bound.model_spec.model, job.config.hf_assets_path)
     return {
         name: tuple(value.shape)

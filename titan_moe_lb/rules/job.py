@@ -115,7 +115,7 @@ def optimizer_arguments_fit(job: Job) -> None:
     """Check the names of optimizer arguments, and the learning rates."""
     for index, group in enumerate(job.config.optimizer.param_groups):
         optimizer = getattr(torch.optim, group.optimizer_name, None)
-        if optimizer is not None:  # torchtitan has optimizers of its own besides torch's
+        if optimizer is not None:  # torchtitan also has optimizers that torch lacks
             valid = inspect.signature(optimizer).parameters
             for name in group.optimizer_kwargs:
                 if name not in valid:

@@ -11,9 +11,9 @@ def gradients_are_kept(job: Job) -> None:
     """Refuse layouts in which a DTensor backend loses gradients.
 
     Upstream fact: torch 2.14's ``local_map`` (``distributed/tensor/experimental/_func_map.py``)
-    waits for a pending argument by ``AsyncCollectiveTensor.wait()``, where autograd loses it. With
-    one sequence, the tensors that torchtitan 0.3.0 gathers along the sequence are still pending.
-    Several sequences are concatenated first, which waits for them.
+    waits for a pending argument by ``AsyncCollectiveTensor.wait()``, and autograd loses it there.
+    With one sequence, the tensors that torchtitan 0.3.0 gathers along the sequence are still
+    pending. Several sequences are concatenated first, which waits for the collective.
     """
     parallelism = job.config.parallelism
     if (

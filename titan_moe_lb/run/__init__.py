@@ -1,1 +1,1 @@
-"""From a config to processes, and what they print."""
+"""Processes of a job, their console output, and the end of a run."""

@@ -47,7 +47,7 @@ def _stand_in_for_missing_assets(config: Trainer.Config) -> None:
 
 
 def _leave_weights_unset(config: Trainer.Config) -> None:
-    """Skip weight initialization: it takes most of the time, and unwritten host memory is free."""
+    """Skip weight initialization, which is slow and commits memory."""
     assert config.model_spec is not None
     modules = config.model_spec.traverse(Module.Config, recurse=True)
     for _fqn, module, _parent, _attribute in modules:

@@ -190,7 +190,7 @@ def _ignore_signals() -> None:
 
 
 class _Logs(DefaultLogsSpecs):
-    """Log settings of torchrun. The folder holds error files alone: each rank logs by itself."""
+    """Log settings of torchrun: its folder contains error files only, as each rank logs itself."""
 
     def __init__(self, folder: str, met: Callable[[list[dict[str, str]]], None]) -> None:
         super().__init__(folder)

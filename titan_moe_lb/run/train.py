@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from titan_moe_lb.run import parent_process
 
-if __name__ == "__main__":  # before the imports, which take seconds
+if __name__ == "__main__":  # before the slow imports
     parent_process.end_with_launcher(or_agent=True)
 
 import torch
@@ -46,7 +46,7 @@ _CLOSING_SECONDS = 5.0
 
 def main(arguments: list[str] | None = None) -> None:
     """Resolve the job and train it."""
-    # The launcher receives Ctrl-C too, and reports it.
+    # Ctrl-C ends this process without a traceback; the launcher reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Drop torchtitan's warnings about a config: it repeats them when it builds the model.
     logging.root.addHandler(logging.NullHandler())

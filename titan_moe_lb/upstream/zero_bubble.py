@@ -22,7 +22,7 @@ from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 def adapt(config: Trainer.Config) -> None:
     """Adapt a job, in place, if its schedule may split the backward."""
     parallelism = config.parallelism
-    # A schedule from a file may split its backward too, so it is treated as if it did.
+    # A schedule from a file may split its backward too; assume that it does.
     splits_backward = parallelism.pipeline_parallel_schedule in ZERO_BUBBLE_SCHEDULES or bool(
         parallelism.pipeline_parallel_schedule_csv
     )

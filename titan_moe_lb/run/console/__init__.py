@@ -1,1 +1,1 @@
-"""What a run says: a few lines for the user, everything in a log file of each rank."""
+"""Output of a run: a few lines for the user, and a full log file of each rank."""

@@ -34,7 +34,7 @@ class StepLine:
     """Values that a rank knows for torchtitan's line of a step."""
 
     loss: bool = True
-    """The rank holds a part of the last pipeline stage."""
+    """The rank has a part of the last pipeline stage, and so the loss."""
 
     peak_flops: bool = True
     """torchtitan knows the device's peak FLOPS; for an unknown device it uses the A100's."""
@@ -82,7 +82,7 @@ def begin(
         known: values to keep in torchtitan's line of a step.
         first_step: called at the first line of a step.
     """
-    logging.raiseExceptions = False  # on a full disk, each line of the log would print a traceback
+    logging.raiseExceptions = False  # else each line prints a traceback once the disk is full
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     # torchtitan logs through the root, so this filters its lines before any handler.

@@ -117,7 +117,7 @@ def ranks_shown(job: Job) -> list[int]:
 
 
 def knows_loss(job: Job, rank: int) -> bool:
-    """Return True if the rank holds a part of the last pipeline stage."""
+    """Return True if the rank has a part of the last pipeline stage."""
     return rank // job.layout.stage_ranks == _metrics_rank(job) // job.layout.stage_ranks
 
 

@@ -55,7 +55,7 @@ def dense_block_mask(
     If a block mask is an input of a traced graph, torch finds the tensor in this partial. See
     ``torch.nn.attention.flex_attention.create_block_mask`` for the arguments.
     """
-    # A mask's integer arithmetic has no SPMD rule.
+    # The integer arithmetic of a mask has no SPMD rule.
     with spmd.no_typecheck():
         mask_BNLS = create_mask(mask_mod, B, H, Q_LEN, KV_LEN, device=device)
     query_block, key_block = (

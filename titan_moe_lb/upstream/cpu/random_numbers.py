@@ -27,7 +27,7 @@ tensors of a forward use others."""
 def draw_whole_tensors() -> None:
     """Make each rank draw whole tensors and keep its own shard of each DTensor.
 
-    The generators of the ranks must agree; torchtitan seeds the ranks of a pipeline stage alike.
+    The generators of the ranks must agree; torchtitan seeds all ranks of a pipeline stage equally.
     A rank has one whole tensor in memory at a time.
     """
     DTensor._op_dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
@@ -73,8 +73,8 @@ class _DrawsOfOneProcess:
     """State of a single process's generator at each parameter of a model.
 
     Args:
-        whole: the model on the meta device, before it is cut into stages. Its initializers are
-            replaced; stages copy its modules and so these initializers.
+        whole: the model on the meta device, before it is cut into stages. This class replaces its
+            initializers, and the stages copy them with the modules.
         seed: seed of the single process.
     """
 
