@@ -119,7 +119,7 @@ def probability_sums(
         return (weights_BDL @ scores_BLE).flatten(0, 1)
     if sums_to_one:
         return scores_BLE.sum(dim=1)
-    # A matrix product with 1/S as its left side sums and normalises in one pass
+    # A matrix product with 1/S as its left side sums and normalizes in one pass
     # over the scores, without a second tensor of their size.
     if inverse_sums_BL is None:
         inverse_sums_BL = inverse_sums(scores_BLE)
@@ -307,7 +307,7 @@ def attached_gradient(
     document_BL: torch.Tensor | None,
 ) -> torch.Tensor:
     """Compute the gradient that :func:`gather_scores` attaches, ``(B, L, E)``, contiguous."""
-    # contiguous() materialises the expanded view; a dense gradient is not copied.
+    # contiguous() materializes the expanded view; a dense gradient is not copied.
     return load_balance_score_grad(
         scores_BLE,
         coefficients_BE,

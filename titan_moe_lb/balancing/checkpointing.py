@@ -33,8 +33,9 @@ SAVE = torch.ops.titan_moe_lb.save_decision.default
 class FullACSavingDecisions(FullAC):
     """``FullAC`` that recomputes a block except for the routing decisions.
 
-    A block also saves the expert ids, 8 K bytes a token, and a table of losses, 4 E bytes a
-    sequence. An eager forward runs no additional operator. A recomputed forward skips the choice.
+    Besides its input, a block saves the expert ids, 8 K bytes a token, and a table of losses, 4 E
+    bytes a sequence. An eager forward runs no additional operator. A recomputed forward skips the
+    choice.
     """
 
     @dataclass(kw_only=True, slots=True)

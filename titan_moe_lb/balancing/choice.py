@@ -94,7 +94,7 @@ def unbiased(
 ) -> torch.Tensor:
     """Select the top-k of the scores without expert bias and group limit.
 
-    The chosen experts are returned if the router uses none of these and no forced routing.
+    If the router uses neither of them and no forced routing, the chosen experts are returned.
     """
     forced = router.forced_routing is not None or router._debug_force_load_balance
     if forced or expert_bias_E is not None or router.num_expert_groups is not None:

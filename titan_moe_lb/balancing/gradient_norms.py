@@ -32,8 +32,8 @@ class GradientNorms:
 
         Args:
             router: router whose gradients are measured.
-            squares_2: part of a float32 leaf. Its gradient is the sums of the squared gradients of
-                the model's loss and of the aux losses.
+            squares_2: part of a float32 leaf, whose gradient accumulates the sums of the squared
+                gradients of the model's loss and of the aux losses.
         """
         self._squares_2 = squares_2
         self._attach, self._score = router.attach_losses, router.score
@@ -66,7 +66,7 @@ class GradientNorms:
 
 
 def _measured(logits_BLE: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Return the logits; the backward adds their squared gradient's sum to ``squares.grad``."""
+    """Return the logits; the backward adds their gradient's sum of squares to ``squares.grad``."""
     with spmd.no_typecheck():
         local_BLE = _Measure.apply(local_shard(logits_BLE), squares)
     return placed_as(logits_BLE, local_BLE)

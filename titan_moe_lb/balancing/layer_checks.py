@@ -73,7 +73,7 @@ def not_finite(layers: list[MoE]) -> list[int]:
 
 
 def warn_without_effect(model_parts: list[nn.Module]) -> None:
-    """Warn of layers whose aux losses cannot change any weight.
+    """Warn about layers whose aux losses cannot change any weight.
 
     All parameters of such a layer's gate and of the modules before it are frozen. The order of the
     modules is that of registration, which in torchtitan's models is the order of the forward. A

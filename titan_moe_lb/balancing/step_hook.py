@@ -303,7 +303,7 @@ class StepHook:
 
     @property
     def has_begun(self) -> bool:
-        """True if the running step has counted a forward, or may have."""
+        """True if the running step has counted a forward, or may have counted one."""
         return self._record.forwards > 0 or not self._counts_rows
 
     def skip_step(self) -> None:

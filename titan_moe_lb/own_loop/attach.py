@@ -21,7 +21,7 @@ from titan_moe_lb.rules.routers import check_alike, check_router
 from titan_moe_lb.upstream import cpu, data_parallel
 
 _BEFORE_STEP = "register_step_pre_hook"
-"""Method of torch's optimizers and of torchtitan's container that registers a hook."""
+"""Method of torch's optimizers and of torchtitan's container: it registers a hook before a step."""
 
 
 def attach(

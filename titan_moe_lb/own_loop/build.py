@@ -43,7 +43,7 @@ class BuiltModel(NamedTuple):
     """Meshes over which the model is split."""
 
     train_context: Callable[[], AbstractContextManager[None]]
-    """Creates the context of each forward and its backward."""
+    """Factory of the context around each forward and its backward."""
 
 
 def build_model(

@@ -47,10 +47,10 @@ class RoutingReplay:
 
         replay = RoutingReplay(balance)
         with replay.record(), torch.no_grad():
-            model(tokens, sample_ids=ids)            # however the rollout packs its samples
-        replay.exchange()                            # where another rank may train on a sample
+            model(tokens, sample_ids=ids)            # in the packing of the rollout
+        replay.exchange()                            # if another rank may train on a sample
         with replay.replay():
-            loss(model(tokens, sample_ids=ids)).backward()   # and however training does
+            loss(model(tokens, sample_ids=ids)).backward()   # in any other packing
 
     A token takes 2 N K bytes on each rank that saves it: 8.7 KiB for the 58 MoE layers of
     DeepSeek-V3 without pipeline parallelism.

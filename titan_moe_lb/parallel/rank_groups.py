@@ -75,7 +75,7 @@ class RankGroups:
 
     @classmethod
     def each_alone(cls) -> RankGroups:
-        """Create the groups of a job whose processes each have the whole model and own rows."""
+        """Create the groups of processes that each have the whole model and different rows."""
         axis = Axis()
         if dist.is_initialized() and dist.get_world_size() > 1:
             axis = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)

@@ -28,8 +28,8 @@ class QuantileBias(ExpertBias):
     bias. Uniform bins of 2e-3 would be wider than the differences between the scores of a softmax
     over many experts.
 
-    At the fixed point K/E of the tokens select every expert. The rule has no speed. With K = E
-    there is no choice, and the bias does not change.
+    At the fixed point every expert is selected by K/E of the tokens. The rule has no speed. With
+    K = E there is no choice, and the bias does not change.
     """
 
     type_name: ClassVar[str] = "quantile"

@@ -23,9 +23,9 @@ def required_bias(
 
     Under group-limited routing an expert's group must be selected too: the sum of the group's two
     best biased scores must exceed ``beta(t)``, the largest sum of a group that is left out. The
-    experts of a group enter together, so each needs half of what is missing: all their biases rise
-    by ``(beta - sum) / 2``. r is the larger of both requirements. If the selected groups have
-    exactly K experts, the requirement of the group is the only one.
+    experts of a group enter together, so all their biases rise by ``(beta - sum) / 2``. r is the
+    larger of both requirements. If the selected groups have exactly K experts, only the requirement
+    of the group remains.
 
     Args:
         scores_BLE: scores, float32.

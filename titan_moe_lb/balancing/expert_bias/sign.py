@@ -32,6 +32,6 @@ class SignBias(SpeedBias):
     def delta(self, step: BiasStep) -> torch.Tensor:
         """Compute the sign of each expert's deviation from the mean load, times the speed."""
         num_experts = step.counts_NE.shape[-1]
-        # In integers: float32 would round counts beyond 2**24, and with them the sign.
+        # Computed in integers: float32 would round counts beyond 2**24 and change the sign.
         delta_NE = self.speed * torch.sign(step.choices_N1 - num_experts * step.counts_NE)
         return delta_NE - delta_NE.mean(dim=-1, keepdim=True)

@@ -73,7 +73,7 @@ def ragged_rows(
     distance: float,
     dispatched_tokens: int,
 ) -> torch.Tensor:
-    """Permute the rows of round robin within each dispatch, sorted by their experts.
+    """Reorder the round-robin rows of each dispatch, a fraction of them by their first expert.
 
     Row t contains the experts that :func:`round_robin_ids` assigns to token t. Of the n tokens of
     a dispatch, ``R = round(fraction n)`` evenly spread tokens are ragged, and they use the first R
@@ -151,7 +151,7 @@ def placed_experts(
 ) -> list[int]:
     """Select ``number`` experts: the first ones, or ``floor(i E / number)`` for i from 0.
 
-    The latter are spread: every EP degree has them evenly on its ranks, to within one.
+    Spread experts are even on the ranks of every EP degree, to within one.
     """
     if placement == "contiguous":
         return list(range(number))

@@ -12,8 +12,8 @@ from titan_moe_lb.errors import JobError
 class HotRank(HotShare):
     """Send ``fraction`` of all routed tokens to the experts of the hot EP ranks.
 
-    Fraction 1 is the worst case for the memory of a GPU. Source: W2 of Megatron-LM PR 7488, which
-    heats the first quarter of the experts on any ranks (``hot_experts`` here).
+    Fraction 1 is the worst case for the memory of a GPU. Source: W2 of Megatron-LM PR 7488, where
+    the first quarter of the experts is hot, on any ranks (``hot_experts`` here).
     """
 
     type_name: ClassVar[str] = "hot_rank"

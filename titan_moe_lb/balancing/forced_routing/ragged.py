@@ -47,7 +47,7 @@ class Ragged(TokenIndexRouting):
                 raise JobError(f"ragged distance is {self.distance}; it must be in [0, 1)")
 
     def deal(self, tokens_T, total_tokens, step) -> torch.Tensor:
-        """Assign the experts of round robin to the permuted tokens."""
+        """Assign the round-robin experts of reordered rows."""
         rows_T = ragged_rows(
             tokens_T,
             self.top_k,

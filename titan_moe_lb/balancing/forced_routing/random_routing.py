@@ -28,7 +28,7 @@ class RandomRouting(ForcedRouting):
 
         def tensors(self) -> dict[str, torch.Tensor]:
             """Return zeros for the seeds, which ``wire`` fills."""
-            names = ("own_seed", "shared_seed")  # filled by wire
+            names = ("own_seed", "shared_seed")
             return {name: torch.zeros((), dtype=torch.int64) for name in names}
 
     own_seed: torch.Tensor

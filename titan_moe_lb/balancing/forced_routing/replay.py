@@ -17,8 +17,7 @@ class Replay(ForcedRouting):
     """Send each token of the global batch to the experts of a recorded step.
 
     The recorded steps are replayed in order, and then again from the first. A resumed job continues
-    with the recorded step of its next step. The replay is exact under any layout of the same global
-    batch.
+    where it stopped. The replay is exact under any layout of the same global batch.
     """
 
     type_name: ClassVar[str] = "replay"
@@ -35,7 +34,7 @@ class Replay(ForcedRouting):
 
         def tensors(self) -> dict[str, torch.Tensor]:
             """Return an empty tensor, which ``wire`` fills."""
-            # wire() fills it: the shape depends on the number of recorded steps.
+            # The shape depends on the number of recorded steps.
             return {"expert_ids_NBLK": torch.zeros(0)}
 
     expert_ids_NBLK: torch.Tensor

@@ -37,7 +37,7 @@ class TokenIndexRouting(ForcedRouting):
         """Forwards of one router in a step. Filled by ``update_from_config``."""
 
         def update_from_config(self, *, config, num_experts: int, top_k: int) -> None:
-            """Fill in the EP degree and the number of micro-batches too."""
+            """Fill the fields of the base class, the EP degree and the number of micro-batches."""
             ForcedRouting.Config.update_from_config(
                 self, config=config, num_experts=num_experts, top_k=top_k
             )

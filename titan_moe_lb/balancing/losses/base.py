@@ -138,7 +138,7 @@ class AuxLoss(Component):
         self.groups = RankGroups()
 
     def weight_at(self, step: int, tokens: int) -> float:
-        """Weight in a step; see :func:`titan_moe_lb.balancing.value_schedule.value_at`."""
+        """Return the weight in a step; see ``value_schedule.value_at``."""
         return value_at(self.config.weight, self.config.changes, step, tokens)
 
     @property
@@ -158,7 +158,7 @@ class AuxLoss(Component):
 
 
 class SumsLoss(AuxLoss):
-    """Base class of losses of the probability sums and token counts of sequences."""
+    """Base class of losses that depend on the probability sums and token counts of sequences."""
 
     linear: ClassVar[bool] = False
     """True if the coefficients do not depend on the sums; the class then defines only
@@ -253,7 +253,7 @@ class SumsLoss(AuxLoss):
 
 
 class LogitsLoss(AuxLoss):
-    """Base class of losses that are a mean over the tokens of a function of their logits."""
+    """Base class of losses that average a function of each token's logits."""
 
     def per_token(self, logits_BLE: torch.Tensor) -> torch.Tensor:
         """Compute the loss of each token, unweighted.

@@ -1,4 +1,4 @@
-"""Importance loss: it balances probabilities."""
+"""Importance loss."""
 
 from __future__ import annotations
 

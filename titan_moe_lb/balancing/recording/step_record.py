@@ -101,7 +101,7 @@ class StepSums:
 class StepRecord:
     """Running step of all routers of a rank, and the last finished step.
 
-    The tables are stacked by router. To finish a step and to sum it over ranks therefore takes the
+    The tables are stacked by router. Finishing a step and summing it over ranks therefore take the
     same number of operators for 4 layers and for 61. A router with fewer experts, choices or bins
     than another uses the first part of its row; the rest of the row stays 0.
 
@@ -231,7 +231,7 @@ class StepRecord:
     def finish_forward(self, routers: slice) -> None:
         """Advance some routers to the next micro-batch.
 
-        It is one operator for all routers of a model part, outside of them.
+        One operator advances all routers of a model part.
         """
         if self.counts_NMSE.shape[1] > 1:
             self._micro_batches_N1[routers].add_(1)

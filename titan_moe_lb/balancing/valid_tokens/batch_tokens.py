@@ -22,8 +22,8 @@ class Sequences(NamedTuple):
     """Valid tokens of each whole sequence, at least 1; float32 ``(B, 1)`` or one number."""
 
     share: float | torch.Tensor
-    """Share of its row, by tokens: 1 if a row is one sequence, 0 without a valid token;
-    float32 ``(B, 1)`` or one number."""
+    """Share of the sequence in its row, by tokens: 1 if a row is one sequence, 0 without a valid
+    token; float32 ``(B, 1)`` or one number."""
 
     def together(self, number: int) -> Sequences:
         """Merge all ``number`` sequences into one."""

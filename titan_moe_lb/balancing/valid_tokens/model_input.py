@@ -14,10 +14,11 @@ from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.parallel.rank_groups import RankGroups
 
 VALID_TOKENS = "valid_tokens"
-"""Argument of a model's forward and key of a data loader's batch: bool, whole rows."""
+"""Argument of a model's forward and key of a data loader's batch: mask of valid tokens, bool, whole
+rows."""
 
 DOCUMENT_IDS = "document_ids"
-"""Argument and key of each token's document number in its row, from 0: int64, whole rows."""
+"""Argument and key: number of each token's document in its row, from 0, int64, whole rows."""
 
 
 def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGroups) -> None:
