@@ -3,9 +3,9 @@
     python -m benchmarks.aux_loss [--repeats 20] [--device cpu|cuda] [--markdown]
 
 The columns are torchtitan's bare router, and ours with each loss. Further columns compute the
-sequence-wise loss and the z-loss by textbook autograd, the sequence-wise loss by
-``torch.func.grad`` in the backward of an autograd Function, and ``load_balancing_loss_func`` of
-transformers.
+sequence-wise loss and the z-loss by textbook autograd. One computes the sequence-wise loss by
+``torch.func.grad`` in the backward of an autograd Function. The last one calls
+``load_balancing_loss_func`` of transformers.
 
 The variants are interleaved. A column is the time added to the bare router in the same repeat, as
 the median over repeats. Saved memory is the memory that autograd keeps between forward and

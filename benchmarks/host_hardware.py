@@ -26,9 +26,9 @@ _BYTES = 32 * 2**20
 def measure_host(*, size: int = 768) -> Host:
     """Measure this host, with one process as one rank.
 
-    Measures a BF16 matrix product of ``size`` x ``size`` in this process's threads, a copy of
-    memory, and a TCP connection to itself, as gloo uses between processes. All ranks share one
-    host, so there is no scale-out link, and its numbers repeat the scale-up ones. Peaks are
+    Times a BF16 matrix product of ``size`` x ``size`` in this process's threads, a copy of
+    memory, and a TCP connection to this host, as gloo uses between processes. All ranks share
+    one host, so there is no scale-out link, and its numbers repeat the scale-up ones. Peaks are
     the best of several runs, because other work on the machine can only slow a run down.
     """
     bandwidth, latency = _loopback()

@@ -23,7 +23,7 @@ from titan_moe_lb.pages.charts import (
 from titan_moe_lb.pages.palette import color
 
 FEW = 4
-"""Most settings whose curves can all be coloured and told apart."""
+"""Largest number of settings of which all curves are coloured."""
 MOST_POINTS = 60
 """Most points of a curve; more steps are averaged in segments."""
 

@@ -102,7 +102,7 @@ class Group:
         """Find the Pareto front of loss and ``cost``, by ascending cost.
 
         A setting is on the front if no other is better in one of the two and at least as good in
-        the other. Only settings whose cells all succeeded take part.
+        the other. Settings with a failed cell are left out.
         """
         known = [s for s in self.settings if s.complete and math.isfinite(s.spread(cost).mean)]
         at = {s.name: (s.spread(cost).mean, s.spread(self.loss).mean) for s in known}

@@ -65,8 +65,8 @@ class RankRole:
     def exchanges(self) -> bool:
         """True if tokens go to other ranks.
 
-        Without EP the local dispatcher is planned, whatever ``dispatcher`` says. In torchtitan
-        only the standard dispatcher falls back to it.
+        Without EP the local dispatcher is planned for every value of ``dispatcher``. In
+        torchtitan only the standard dispatcher falls back to it.
         """
         return self.ep_degree > 1
 

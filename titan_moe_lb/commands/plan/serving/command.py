@@ -87,7 +87,7 @@ def serve(flags: PlanArguments) -> Serving:
 def _job(inputs: Inputs) -> tuple[Job, list[int]]:
     """Resolve the job for one process, and the degrees to plan.
 
-    The degrees are those of ``--ep``, else the job's own and the powers of two near it.
+    ``--ep`` sets the degrees; by default they are the job's own and the powers of two near it.
     """
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.job import job_config
