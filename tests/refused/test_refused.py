@@ -8,7 +8,7 @@ import pytest
 
 from tests.refused import commands, jobs, scene
 from titan_moe_lb.costmodel.jobs import read_job, read_served
-from titan_moe_lb.run import launch, processes
+from titan_moe_lb.run import launch, rank_processes
 
 LINES = commands.REPORT | commands.PLAN | commands.PLACE | jobs.FLAGS
 BY_TYRO = commands.BY_TYRO | jobs.BY_TYRO
@@ -30,7 +30,7 @@ def refused(folder, monkeypatch, capsys):
     def refused(line: str) -> str:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(launch, "_run_here", no_start)
-        monkeypatch.setattr(processes, "run", no_start)
+        monkeypatch.setattr(rank_processes, "run", no_start)
         for build in (read_job, read_served):  # minutes for a large model
             monkeypatch.setattr(build, build.__name__.rpartition(".")[2], no_start)
         before = scene.state(folder)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed import TCPStore
 
 from tests.support.job_processes import TINY, end, fork, last_step, read_to, start, working_in
-from titan_moe_lb.run import processes
+from titan_moe_lb.run import rank_processes
 from titan_moe_lb.run.console.signals import ended_by
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 
@@ -122,10 +122,10 @@ def test_a_second_node_that_never_comes_is_one_line(tmp_path):
 def test_a_meeting_point_with_a_stranger_or_with_too_few_nodes(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         monkeypatch.setenv("RDZV_ENDPOINT", f"127.0.0.1:{stranger.getsockname()[1]}")
-        assert "port" in processes._Meeting(sys.stderr, nodes=2)._seen()
+        assert "port" in rank_processes._Meeting(sys.stderr, nodes=2)._seen()
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("RDZV_ENDPOINT", f"localhost:{store.port}")
-    assert "NNODES" in processes._Meeting(sys.stderr, nodes=2)._seen()
+    assert "NNODES" in rank_processes._Meeting(sys.stderr, nodes=2)._seen()
 
 
 def test_a_heartbeat_repeats_until_its_end():

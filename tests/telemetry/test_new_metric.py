@@ -12,10 +12,10 @@ from tests.support.telemetry_jobs import forward_and_backward, moe_layers
 from titan_moe_lb import cli
 from titan_moe_lb.balancing.step_hook import StepHook, wire
 from titan_moe_lb.parallel.rank_groups import RankGroups
-from titan_moe_lb.telemetry.columns import columns_in, columns_of
 from titan_moe_lb.telemetry.metrics import Metric
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.sink_metrics import sink_metrics
+from titan_moe_lb.telemetry.trace_columns import columns_in, columns_of
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
 FILE = """

@@ -21,10 +21,10 @@ from tests.support.synthetic_trace import COLUMNS, LOSS, run_info, step_loads, w
 from titan_moe_lb import cli
 from titan_moe_lb.commands.diagnose.checks import findings
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.run_info import FORMAT_VERSION
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import FILE_NAME, MICRO_BATCH, TraceReader, TraceWriter, read_trace
-from titan_moe_lb.traces.trace_columns import Column
 
 SUMMARIES, BOOLEAN = ["mean", "max", "sum"], st.booleans()
 NUMBERS = st.floats(allow_infinity=False)

@@ -13,10 +13,9 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import tomli
 import tomli_w
 from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer
@@ -24,15 +23,12 @@ from torchtitan.trainer import Trainer
 from titan_moe_lb import rules, toml_tables
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job import job_files, module_lookup, renamed_keys
-from titan_moe_lb.job.own_flags import DEFAULT_MODULE
+from titan_moe_lb.job.own_flags import DEFAULT_MODULE, CommandLine, parse_command_line
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.telemetry.metrics_processor import adapt
 from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
-
-_VALUES = ("module", "config", "job_config", "max_restarts")
-_SWITCHES = {"print_config": "print_config", "list": "list_models"}
 
 # Arguments of a registry entry that [job] or Python sets.
 _NOT_IN_MODEL_TABLE = ("flavor", "converters", "spec")
@@ -53,20 +49,6 @@ class JobTable:
     """Number of processes of the job on all nodes; None: any."""
     max_restarts: int = 0
     """How often to restart all processes after one of them has failed."""
-
-
-@dataclass(kw_only=True)
-class CommandLine:
-    """Our own arguments; ``rest`` contains the flags of torchtitan's config."""
-
-    module: str | None = None
-    config: str | None = None
-    job_config: str | None = None
-    max_restarts: str | None = None
-    print_config: bool = False
-    list_models: bool = False
-    model: dict[str, Any] = field(default_factory=dict)
-    rest: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -195,44 +177,6 @@ def render(table: JobTable, config: Trainer.Config) -> str:
         rows = config.training.local_batch_size
         text += f"\n# Filled by the job in each of aux_losses: local_batch_size = {rows}\n"
     return text
-
-
-def parse_command_line(arguments: list[str]) -> CommandLine:
-    """Separate our own flags from torchtitan's; ``--flag value`` and ``--flag=value`` are valid."""
-    command = CommandLine()
-    remaining = list(arguments)
-    while remaining:
-        argument = remaining.pop(0)
-        name, has_value, value = argument.partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        ours = name.startswith("--") and (key in (*_VALUES, *_SWITCHES) or key.startswith("model."))
-        if name == "--flavor":
-            raise JobError("--flavor is a key of [job] in a job file; here --config chooses it")
-        if not ours:
-            command.rest.append(argument)
-        elif key in _SWITCHES:
-            if has_value:
-                raise JobError(f"{name} takes no value, not even {value!r}")
-            setattr(command, _SWITCHES[key], True)
-        else:
-            if not has_value:
-                if not remaining:
-                    raise JobError(f"{name} needs a value")
-                value = remaining.pop(0)
-            if key.startswith("model."):
-                command.model[key.removeprefix("model.")] = _toml_value(name, value)
-            else:
-                setattr(command, key, value)
-    return command
-
-
-def _toml_value(flag: str, text: str) -> Any:
-    try:
-        return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
-        if text.replace("_", "").replace("-", "").isalnum():
-            return text  # a bare word is a string
-        raise JobError(f"{flag} {text!r}: not a TOML value") from None
 
 
 def _complete(table: JobTable, source: str) -> JobTable:

@@ -1,4 +1,16 @@
-"""Help of our own flags of a job. This module imports nothing, so that help is instant."""
+"""Our own flags of a job; the others belong to torchtitan's config.
+
+Help is instant: this module imports neither torch nor torchtitan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import tomli
+
+from titan_moe_lb.errors import JobError
 
 DEFAULT_MODULE = "deepseek_v3"
 
@@ -15,3 +27,58 @@ Flags of titan_moe_lb:
                       checkpoint, N times at most; default 0
   --print-config      print the resolved job as TOML and stop
 """
+
+_VALUES = ("module", "config", "job_config", "max_restarts")
+_SWITCHES = {"print_config": "print_config", "list": "list_models"}
+
+
+@dataclass(kw_only=True)
+class CommandLine:
+    """Our own arguments; ``rest`` contains the flags of torchtitan's config."""
+
+    module: str | None = None
+    config: str | None = None
+    job_config: str | None = None
+    max_restarts: str | None = None
+    print_config: bool = False
+    list_models: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
+
+
+def parse_command_line(arguments: list[str]) -> CommandLine:
+    """Separate our own flags from torchtitan's; ``--flag value`` and ``--flag=value`` are valid."""
+    command = CommandLine()
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        name, has_value, value = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        ours = name.startswith("--") and (key in (*_VALUES, *_SWITCHES) or key.startswith("model."))
+        if name == "--flavor":
+            raise JobError("--flavor is a key of [job] in a job file; here --config chooses it")
+        if not ours:
+            command.rest.append(argument)
+        elif key in _SWITCHES:
+            if has_value:
+                raise JobError(f"{name} takes no value, not even {value!r}")
+            setattr(command, _SWITCHES[key], True)
+        else:
+            if not has_value:
+                if not remaining:
+                    raise JobError(f"{name} needs a value")
+                value = remaining.pop(0)
+            if key.startswith("model."):
+                command.model[key.removeprefix("model.")] = _toml_value(name, value)
+            else:
+                setattr(command, key, value)
+    return command
+
+
+def _toml_value(flag: str, text: str) -> Any:
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        if text.replace("_", "").replace("-", "").isalnum():
+            return text  # a bare word is a string
+        raise JobError(f"{flag} {text!r}: not a TOML value") from None

@@ -15,9 +15,9 @@ from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.balancing.step_hook import StepHook
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.rank_groups import RankGroups
-from titan_moe_lb.telemetry.columns import columns_in
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.telemetry.sink_metrics import sink_metrics
+from titan_moe_lb.telemetry.trace_columns import columns_in
 from titan_moe_lb.traces.step_load import StepLoad
 
 _NONE = -(2**62)

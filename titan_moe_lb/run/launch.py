@@ -18,11 +18,11 @@ import sys
 import torch
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.job import catalog, job_config, model_help
+from titan_moe_lb.job import catalog, job_config, model_help, own_flags
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.files import validate_files
-from titan_moe_lb.run import environment, processes, train
+from titan_moe_lb.run import environment, rank_processes, train
 from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.upstream import cpu
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
     try:
-        if job_config.parse_command_line(arguments).list_models:
+        if own_flags.parse_command_line(arguments).list_models:
             catalog.show()
             return
         environment.check_mode()
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         _run_here(job)
     else:
         environment.hand_on_run(run)
-        processes.run(job, arguments, here, nodes, draft.table.max_restarts)
+        rank_processes.run(job, arguments, here, nodes, draft.table.max_restarts)
 
 
 def _with_environment(arguments: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.telemetry.columns import LEARNING, columns_of
+from titan_moe_lb.telemetry.trace_columns import LEARNING, columns_of
 from titan_moe_lb.traces.expert_order import coarse_to_fine
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.version import __version__

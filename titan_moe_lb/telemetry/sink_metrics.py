@@ -8,9 +8,9 @@ import numpy as np
 
 from titan_moe_lb.telemetry.metrics.of_counts import OF_COUNTS, WITHOUT_PERCENTILES
 from titan_moe_lb.traces.balance_statistics import extreme_experts, max_violation, relative_load
+from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.domain_trace import DomainLoad
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace_columns import Column
 
 _PERCENTILES = {"p50": 50, "p95": 95, "max": 100}
 """Suffix of a name to a percentile over the layers."""

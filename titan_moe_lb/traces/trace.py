@@ -1,7 +1,7 @@
 """Trace of a run: the load of every MoE layer in every logged step, in ``moe_load.arrow``.
 
 Each logged step is one record batch with a row for each MoE layer. Readers find the columns of
-``trace_columns`` by name.
+``column_format`` by name.
 
 Shape suffixes: S = logged steps, M = MoE layers, E = experts.
 """
@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader
+from titan_moe_lb.traces.column_format import MICRO_BATCH, Column, all_columns, always, batch_of
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace_columns import MICRO_BATCH, Column, all_columns, always, batch_of
 
 FILE_NAME = "moe_load.arrow"
 

@@ -26,8 +26,8 @@ from titan_moe_lb.pages.charts import (
 )
 from titan_moe_lb.pages.palette import color, ramp
 from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.trace import Trace
-from titan_moe_lb.traces.trace_columns import Column
 
 MOST_POINTS = 1000
 """Largest number of points of a curve."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.metrics import Metric
+from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace_columns import Column
 
 LEARNING = (
     Column("loss", per="step", description="Language-model loss, mean over the global batch."),
