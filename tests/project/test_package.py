@@ -122,8 +122,8 @@ def test_doctor_says_what_is_missing_and_the_remedy(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     lost, *others = sorted(str(finding) for finding in doctor.packages("half"))
     assert all(line.startswith("MISSING packages") for line in (lost, *others))
-    assert "half has lost 1 files: pip install --force-reinstall --no-deps 'half==1.0'" in lost
-    assert "no-such-thing is not here: pip install 'no-such-thing>=3'" in others[0]
+    assert "half are missing: pip install --force-reinstall --no-deps 'half==1.0'" in lost
+    assert "pip install 'no-such-thing>=3'" in others[0]
     assert "rich is " in others[1] and "pip install 'rich>=999'" in others[1]
     assert len(others) == 2
 

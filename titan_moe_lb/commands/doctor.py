@@ -68,7 +68,7 @@ def packages(distribution: str) -> Iterator[Finding]:
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        yield Finding("packages", "packaging is not here: pip install packaging", ok=False)
+        yield Finding("packages", "packaging is not installed: pip install packaging", ok=False)
         return
     waiting = [Requirement(distribution)]
     seen: dict[str, str] = {}
@@ -80,7 +80,7 @@ def packages(distribution: str) -> Iterator[Finding]:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             missing = True
-            yield Finding("packages", f"{name} is not here: pip install '{wanted}'", ok=False)
+            yield Finding("packages", f"{name} is not installed: pip install '{wanted}'", ok=False)
             continue
         if not wanted.specifier.contains(found.version, prereleases=True):
             missing = True
@@ -93,7 +93,7 @@ def packages(distribution: str) -> Iterator[Finding]:
         if lost := _lost_files(found):
             missing = True
             remedy = f"pip install --force-reinstall --no-deps '{name}=={found.version}'"
-            yield Finding("packages", f"{name} has lost {lost} files: {remedy}", ok=False)
+            yield Finding("packages", f"{lost} files of {name} are missing: {remedy}", ok=False)
         needs = map(Requirement, found.requires or ())
         extras = {"", *wanted.extras}
         waiting += [
@@ -138,7 +138,7 @@ def _processes() -> str:
         backend = torch.distributed.get_default_backend_for_device(str(device))
     if not torch.distributed.is_backend_available(backend):
         raise RuntimeError(f"this torch has no {backend}")
-    return f"talk over {backend}"
+    return f"communicate over {backend}"
 
 
 def _attention() -> str:

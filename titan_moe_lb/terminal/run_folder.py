@@ -53,7 +53,7 @@ def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run"
     if held_by != run.encode():
         os.close(lock)
         raise JobError(
-            f"{name} {folder} is that of a {kind} at work: give this {kind} another with --{name}"
+            f"{name} {folder} is in use by another {kind}: name another folder with --{name}"
         )
     # A forked data-loader worker may outlive this process by seconds; it must not hold the lock.
     os.register_at_fork(after_in_child=functools.partial(os.close, lock))

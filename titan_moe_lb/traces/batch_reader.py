@@ -56,7 +56,7 @@ class BatchReader:
         self._position = self._source.tell()
         self._has_checksums = KEY in (self.schema.metadata or {})
         if self._has_checksums and not is_intact(self._bytes(0, self._position)):
-            raise JobError(f"{path} is damaged at its beginning: take another run")
+            raise JobError(f"{path} is damaged at its beginning: use another run")
 
     def read(
         self,

@@ -109,7 +109,7 @@ def read_domain_trace(folder: Path | str) -> DomainTrace | None:
     layers = len(info.layers)
     domains = batches[-1]["domain"].to_pylist()[::layers]
     if any(batch["domain"].to_pylist()[::layers] != domains for batch in batches):
-        raise JobError(f"{path}: its validations are of different domains: take another run")
+        raise JobError(f"{path}: its validations are of different domains: use another run")
     shape = (len(batches), len(domains), layers)
     table = pa.Table.from_batches(batches)
     counts = table["counts"].combine_chunks().flatten().to_numpy()

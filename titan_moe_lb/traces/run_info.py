@@ -172,7 +172,7 @@ class RunInfo:
         except (ValueError, KeyError, TypeError, AttributeError, TypeCheckError) as error:
             raise JobError(
                 f"{path} describes its run in a way that cannot be read "
-                f"({str(error).partition(chr(10))[0]}): it is damaged, take another run"
+                f"({str(error).partition(chr(10))[0]}): it is damaged, use another run"
             ) from error
 
 

@@ -230,7 +230,7 @@ class TraceReader:
             if not self._is_step(batch):
                 raise JobError(
                     f"{self._path} holds a batch that is not one step of its layers: it is "
-                    "damaged, take another run"
+                    "damaged, use another run"
                 )
             yield batch
 
@@ -303,7 +303,7 @@ def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
         or found.get(MICRO_BATCH, types[MICRO_BATCH]) != types[MICRO_BATCH]
         or declared & found.keys() - floats
     ):
-        raise JobError(f"{path} has other columns than a trace: it is damaged, take another run")
+        raise JobError(f"{path} has other columns than a trace: it is damaged, use another run")
     others = [Column(name) for name in found if name in floats - declared]
     return dataclasses.replace(info, columns=(*info.columns, *others))
 

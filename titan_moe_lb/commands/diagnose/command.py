@@ -49,8 +49,8 @@ def _json(trace: Trace, found: Diagnosis) -> str:
 def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
     if not enough:
         return (
-            f"{trace.path}: {len(trace.steps)} logged steps are too short to say: "
-            f"{FEWEST_STEPS} at least"
+            f"{trace.path}: {len(trace.steps)} logged steps are too few for a diagnosis: at least "
+            f"{FEWEST_STEPS} are needed"
         )
     steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"
     if not found.findings:

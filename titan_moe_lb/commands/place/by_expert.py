@@ -88,7 +88,7 @@ def expert_tensors(tensors: dict[str, Stored], objects: Iterable[str] = ()) -> l
         if prefix is not None:
             members[prefix].append(name)
         elif _SPEAKS_OF_EXPERTS.search(name):
-            raise JobError(f"{name} speaks of experts, and is in no MoE layer that is known")
+            raise JobError(f"{name} names experts but is in no known MoE layer")
     for prefix, names in members.items():
         _enter(layers[prefix], prefix, names, model)
     _enter_optimizer(layers, tensors)
@@ -144,8 +144,8 @@ def _enter(layer: ExpertTensors, prefix: str, names: list[str], model: dict[str,
             layer.stacked.append(name)
         elif not _STAYS.fullmatch(tail):
             raise JobError(
-                f"{name} is of an MoE layer, and nothing says whether it is by expert (the name "
-                "of a tensor that is ends in its shape, as in _EFD)"
+                f"{name} is in an MoE layer, but no rule says if it is per expert (names of "
+                "per-expert tensors end in their shape, as in _EFD)"
             )
     for rest, of_expert in separate.items():
         if sorted(of_expert) != list(range(layer.num_experts)):
@@ -181,6 +181,6 @@ def _enter_optimizer(layers: dict[str, ExpertTensors], tensors: dict[str, Stored
             if shape != tensors[parameter].shape:
                 raise JobError(
                     f"{name} has shape {shape} and its parameter {tensors[parameter].shape}: "
-                    "nothing says how it is by expert"
+                    "it cannot be split by expert"
                 )
             owners[parameter].stacked.append(name)

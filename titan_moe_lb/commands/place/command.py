@@ -170,8 +170,8 @@ def _loads(path: Path, folder: Path, from_run: Path | None, done: ExpertOrder | 
     info, run = trace.info, trace.path.parent
     if info.forced_routing is not None:
         raise JobError(
-            f"the loads of {run} were forced ({info.forced_routing}): they are those of a number, "
-            "whatever expert has it; take a run without"
+            f"the routing of {run} was forced ({info.forced_routing}), so its loads do not belong to "
+            "its experts: use a run without forced routing"
         )
     theirs = done.title if done is not None else None
     is_own = own is not None and run.resolve() == trace_file(own).parent.resolve()
@@ -200,8 +200,8 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Exper
         together = info.expert_groups
     else:
         raise JobError(
-            f"{run} does not say whether experts are in groups that stay together: give --groups "
-            "with the num_expert_groups of the router, or --groups 1 for none"
+            f"{run} does not record whether experts are in groups that stay together: set --groups "
+            "to the num_expert_groups of the router, or --groups 1 for none"
         )
     for number in together:
         for num_experts in info.num_experts_M:

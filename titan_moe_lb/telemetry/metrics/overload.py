@@ -34,7 +34,7 @@ class MaximumOverload(Metric):
     """Overload factor of the worst micro-batch of a step."""
 
     name = "max_overload_factor"
-    description = "The same, of the worst micro-batch"
+    description = "Overload factor of the worst micro-batch"
     over_ranks = Reduction.MAX
     over_layers = Reduction.MAX
 

@@ -75,7 +75,7 @@ def bias_oscillates(window: Window) -> Finding | str | None:
         f"a step of {step_M.max():.2g} against scores of {balancing.typical_score_M[worst]:.2g} moves "
         f"{moved_M.max():.2g} of an expert's load; MaxVio of layer {window.trace.layers[worst]} is "
         f"{window.violation_M[worst]:.2f} in a step, {window.lasting_M[worst]:.2f} in the last "
-        f"{len(window.counts_SME)} together; chance makes {chance_M[worst]:.2f} in a step"
+        f"{len(window.counts_SME)} together; sampling noise alone gives {chance_M[worst]:.2f} in a step"
     )
     if not swings_M.any():
         return seen
@@ -110,7 +110,7 @@ def bias_saturates(window: Window) -> Finding | str | None:
         what=f"the expert bias outweighs the scores in {window.layers(large_M)}",
         evidence=seen,
         reason="scores lie between 0 and 1: a range above 1 chooses experts whatever the token",
-        remedy="start it anew" + (", at a tenth of its speed" if slower else ""),
+        remedy="reset it" + (", at a tenth of its speed" if slower else ""),
         toml=f'expert_bias = {{type = "{balancing.rule}", {slower}reset = true}}',
         layers=window.numbers(large_M),
     )

@@ -40,8 +40,8 @@ def hot_rank(window: Window) -> Finding | str | None:
         f"{window.layers(hot_M)}",
         evidence=f"{seen}; the same experts in another order would give {best_M[worst]:.2f}",
         reason=f"above {LATE} every rank waits a fifth of the time of its experts",
-        remedy="titan-moe-lb plan --from-run says what moving experts saves, titan-moe-lb place "
-        "moves them; a stronger balance makes it needless",
+        remedy="titan-moe-lb plan --from-run predicts what moving experts saves, titan-moe-lb place "
+        "moves them; with a stronger balance neither is needed",
         layers=window.numbers(hot_M),
     )
 
@@ -59,7 +59,7 @@ def hidden_in_micro_batches(window: Window) -> Finding | str | None:
     worst = int(np.argmax(np.where(hidden_M, single_M, 0))) if hidden_M.any() else 0
     seen = (
         f"MaxVio {single_M[worst]:.2f} in a micro-batch, {window.violation_M[worst]:.2f} in a "
-        f"step; chance makes {chance_M[worst]:.2f} in a micro-batch"
+        f"step; sampling noise alone gives {chance_M[worst]:.2f} in a micro-batch"
     )
     if not hidden_M.any():
         return seen

@@ -39,7 +39,7 @@ def forced_routing(window: Window) -> Finding | None:
     return Finding(
         severity=Severity.NOTE,
         what=f"{forced} decided where tokens went",
-        evidence="the trace says so",
+        evidence="forced_routing in the metadata of the trace",
         reason="a benchmark shows what an imbalance costs, not how a router behaves",
         remedy="take forced_routing out of the job to train",
     )
