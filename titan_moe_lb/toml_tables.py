@@ -144,7 +144,7 @@ def _list_of_configs(current: list, element: Any, value: Any, where: str) -> lis
     tables = value if isinstance(value, list) else [value]
     choices = _choices([element])
     if not tables and current and not choices:
-        raise JobError(f"{where} is empty: leave it out to keep what it is, or give it an entry")
+        raise JobError(f"{where} is empty: remove it to keep the current value, or add an entry")
     entries = []
     for index, table in enumerate(tables):
         place = f"{where}[{index}]"

@@ -58,7 +58,7 @@ def test_a_killed_process_is_started_again_without_a_person(tmp_path):
     assert status == 0, err
     (line,) = err.splitlines()
     (resumed,) = (
-        int(step) for step in re.findall("goes on after step (\\d+)", "".join([*printed, *out]))
+        int(step) for step in re.findall("resumes after step (\\d+)", "".join([*printed, *out]))
     )
     for text in ("rank 0", "SIGKILL", f"checkpoint of step {resumed} ", "(1 of 2)"):
         assert text in line

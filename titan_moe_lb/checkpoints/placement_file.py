@@ -67,7 +67,7 @@ class ExpertOrder:
             if not np.array_equal(np.sort(order), np.arange(len(order))):
                 raise JobError(
                     f"the placement of layer {number} is no order of its {len(order)} experts: each "
-                    "has to stand there once"
+                    "must occur exactly once"
                 )
             contiguous(len(order), self.ep_degree)
             for groups in self.groups:
@@ -137,8 +137,8 @@ def read(file: Path) -> ExpertOrder:
         raise JobError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise JobError(
-            f"{file} is no placement: it has to hold ep_degree, groups (a list) and orders (for the "
-            "number of each MoE layer, which expert stands at each place)"
+            f"{file} is no placement: it needs ep_degree, groups (a list) and orders (by layer number, "
+            "the expert at each position)"
         ) from None
 
 

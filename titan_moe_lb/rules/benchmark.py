@@ -140,7 +140,7 @@ def replayed_trace_fits(job: Job) -> None:
         missing = sorted(set(forced.steps or ()) - set(trace.steps))
         if missing:
             raise JobError(
-                f"forced_routing replay asks for step {missing[0]}, and {trace.folder} holds "
+                f"forced_routing replay needs step {missing[0]}; {trace.folder} contains "
                 f"steps {', '.join(map(str, trace.steps)) or 'none'}"
             )
         _whole_sequence_order_is_known(job, "replay")

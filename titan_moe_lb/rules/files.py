@@ -88,7 +88,7 @@ def assets_are_here(job: Job) -> None:
     ]
     if isinstance(job.config.tokenizer, HuggingFaceTokenizer.Config) and not found:
         raise JobError(
-            f"hf_assets_path {job.config.hf_assets_path!r} holds no tokenizer: none of "
+            f"hf_assets_path {job.config.hf_assets_path!r} contains no tokenizer: none of "
             f"{', '.join(files)}"
         )
 
@@ -142,7 +142,7 @@ def batch_fits_in_memory(job: Job) -> None:
         raise JobError(
             f"training.local_batch_size {training.local_batch_size:,} x training.seq_len "
             f"{training.seq_len:,} tokens need {size / 2**30:,.0f} GiB for their ids alone, and "
-            f"this machine has {memory / 2**30:,.0f} GiB: take a smaller one"
+            f"this machine has {memory / 2**30:,.0f} GiB: reduce one of them"
         )
 
 
@@ -187,7 +187,7 @@ def checkpoint_has_steps_to_go(job: Job) -> None:
     start, steps = job.start, job.config.training.steps
     if start is not None and start.step is not None and start.step >= steps:
         raise JobError(
-            f"training.steps is {steps}, and {start.path} has done {start.step}: set it higher to "
+            f"training.steps is {steps}, and {start.path} is already at step {start.step}: set it higher to "
             "go on, or begin again in another dump_folder"
         )
 

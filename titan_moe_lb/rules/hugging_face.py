@@ -35,7 +35,7 @@ def check_initial_weights(job: Job) -> None:
     found = _shapes(Path(folder))
     if not found:
         raise JobError(
-            f"checkpoint.initial_load_in_hf: {folder!r} holds no *.safetensors file; name the "
+            f"checkpoint.initial_load_in_hf: {folder!r} contains no *.safetensors file; name the "
             "folder of the weights in checkpoint.initial_load_path"
         )
     if checkpoint.initial_load_in_hf_quantized:

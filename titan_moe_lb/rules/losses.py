@@ -61,7 +61,7 @@ def gradients_can_be_measured(job: Job) -> None:
     ):
         raise JobError(
             "metrics.router_gradients: under tensor parallelism without expert parallelism a rank "
-            "has a part of each gradient, whose norm says nothing: measure in a layout without "
+            "has a part of each gradient, whose norm is meaningless: measure in a layout without "
             "parallelism.tensor_parallel_degree, or with parallelism.expert_parallel_degree"
         )
     schedule = parallelism.pipeline_parallel_schedule

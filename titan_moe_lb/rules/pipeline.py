@@ -106,7 +106,7 @@ def zero_bubble_needs_whole_recompute(job: Job) -> None:
     ):
         raise JobError(
             f"the {schedule} schedule runs each backward in two passes, which selective "
-            'activation checkpointing does not survive: set [activation_checkpoint] type = "full" '
+            'activation checkpointing does not support: set [activation_checkpoint] type = "full" '
             'or type = "none"'
         )
 
@@ -138,7 +138,7 @@ def _stages(job: Job) -> list[list[str]]:
     raise JobError(
         f"parallelism.pipeline_parallel_degree {ranks} with the "
         f"{parallelism.pipeline_parallel_schedule} schedule makes {stages} stages of a model of "
-        f"{layers} layers: take a smaller degree or a deeper model"
+        f"{layers} layers: use a smaller degree or a deeper model"
     )
 
 
@@ -156,7 +156,7 @@ def _by_hand(stages: list[list[str]], num_layers: int) -> list[list[str]]:
             places[name] = number
     for name in modules:
         if name not in places:
-            raise JobError(f"{key} leaves {name!r} out: give it to a stage")
+            raise JobError(f"{key} leaves {name!r} out: assign it to a stage")
     for before, after in itertools.pairwise(modules):
         if places[before] > places[after]:
             raise JobError(

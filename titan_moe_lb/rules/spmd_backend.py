@@ -34,8 +34,8 @@ def gradients_are_kept(job: Job) -> None:
     else:
         return
     raise JobError(
-        f'parallelism.spmd_backend = "{parallelism.spmd_backend}" loses the gradient {lost} '
-        f"under parallelism.{key} with one sequence a forward, and does not say so: set "
+        f'parallelism.spmd_backend = "{parallelism.spmd_backend}" silently loses the gradient {lost} '
+        f"under parallelism.{key} with one sequence a forward: set "
         'parallelism.spmd_backend = "spmd_types"'
     )
 

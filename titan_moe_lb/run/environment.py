@@ -65,7 +65,7 @@ def check_nodes(nodes: int) -> None:
         socket.getaddrinfo(host, None)
     except OSError as error:
         raise JobError(
-            f"RDZV_ENDPOINT={endpoint}: the host {host!r} is not known here ({error.strerror})"
+            f"RDZV_ENDPOINT={endpoint}: cannot resolve the host {host!r} ({error.strerror}); set a host that this node can reach"
         ) from None
     # This node opens the port. Without NODE_RANK, the nodes find out later which one does.
     if nodes == 1 or rank == "0":
@@ -74,7 +74,7 @@ def check_nodes(nodes: int) -> None:
         except OSError as error:
             raise JobError(
                 f"RDZV_ENDPOINT={endpoint}: the port cannot be opened here "
-                f"({os.strerror(error.errno or 0)}): stop what holds it, or take another"
+                f"({os.strerror(error.errno or 0)}): stop the program that uses it, or set another port"
             ) from None
 
 

@@ -110,7 +110,7 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
     here = table.ranks // nodes
     if here > (devices or max(os.cpu_count() or 1, 8)) and not dry_run:
         raise JobError(
-            f"the job wants {table.ranks} ranks and this node would start {here}: set NNODES and "
+            f"[job] ranks is {table.ranks}, which starts {here} processes on this node: set NNODES and "
             f"NGPU for the cluster, or COMM_MODE=fake_backend NGPU={table.ranks} to build one "
             "rank of it here"
         )

@@ -118,7 +118,7 @@ class _Attempt:
                 ranks = [int(one["RANK"]) for one in processes]
                 if not set(shown) & set(ranks):
                     print(
-                        f"ranks {ranks[0]} to {ranks[-1]} work here; the node of rank {shown[0]} shows "
+                        f"this node runs ranks {ranks[0]} to {ranks[-1]}; the node of rank {shown[0]} shows "
                         f"the steps; logs: {logs}",
                         flush=True,
                     )
@@ -247,7 +247,7 @@ class _Meeting:
     def _waits(self, seconds: int) -> str:
         return (
             f"waiting for the other nodes at RDZV_ENDPOINT={self._endpoint} since {seconds} s: "
-            f"{self._seen()}; it is given up after RDZV_TIMEOUT={self._timeout} s"
+            f"{self._seen()}; gives up after RDZV_TIMEOUT={self._timeout} s"
         )
 
     def _seen(self) -> str:
@@ -256,10 +256,10 @@ class _Meeting:
         try:
             socket.create_connection((host, port), timeout=3).close()
         except OSError as error:
-            return f"nothing answers there ({error.strerror or error}), is that node started?"
+            return f"cannot connect ({error.strerror or error}): start that node"
         if not _is_store(host, port):
-            return "what answers there is no node of a job: free that port, or take another"
-        return f"not all of the {self._nodes} nodes (NNODES) are there"
+            return "another program listens there: free the port, or set another"
+        return f"some of the {self._nodes} nodes (NNODES) have not started"
 
     def _stop(self, number: signal.Signals) -> NoReturn:
         self._say(stopped(number, "nothing, no process was started"))

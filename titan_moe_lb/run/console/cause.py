@@ -76,7 +76,7 @@ def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
         words in text for words in _NO_MEMORY
     ):
         return Cause(
-            line=f"out of memory ({_short(error)}): take a smaller training.local_batch_size or "
+            line=f"out of memory ({_short(error)}): reduce training.local_batch_size or "
             "training.seq_len, more ranks, or activation checkpointing",
             status=1,
             has_traceback=True,
@@ -98,7 +98,7 @@ def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
     lost = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _PEER_IS_GONE)
     )
-    line = f"it lost the connection to another process ({_short(error)})" if lost else _short(error)
+    line = f"lost the connection to another process ({_short(error)})" if lost else _short(error)
     return Cause(line=line, status=1, has_traceback=True, is_echo=lost)
 
 
@@ -166,12 +166,12 @@ def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
     ours = failure.error_file_data.get("titan_moe_lb")
     if failure.exitcode < 0:
         name = failure.signal_name()
-        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        hint = ", probably out of memory" if name == "SIGKILL" else ""
         line = f"rank {rank} was killed by {name}{hint}; its log: {log}"
         is_echo = failure.exitcode == -signal.SIGABRT
         cause = Cause(line=line, status=1, has_traceback=False, is_echo=is_echo)
     elif ours is None:
-        line = f"rank {rank} ended with status {failure.exitcode} and no word: see {log} and "
+        line = f"rank {rank} ended with status {failure.exitcode} without an error message: see {log} and "
         line += str(logs / "launcher.log")
         cause = Cause(line=line, status=1, has_traceback=False)
     else:

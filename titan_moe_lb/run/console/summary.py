@@ -94,14 +94,14 @@ def _start(job: Job) -> str:
     words = _start_in_words(job)
     if cut_short:
         steps = " and ".join(map(str, cut_short))
-        words += f"; step {steps} is left out: its save was cut short, and it will be saved again"
+        words += f"; the incomplete save of step {steps} is ignored and will be repeated"
     return words
 
 
 def _start_in_words(job: Job) -> str:
     config, start = job.config, job.start
     if start is not None and start.step is not None:
-        return f"goes on after step {start.step} of {start.path.parent}"
+        return f"resumes after step {start.step} of {start.path.parent}"
     if start is not None:
         return f"with the weights of {start.path}"
     if config.checkpoint.enable and config.checkpoint.initial_load_in_hf:
