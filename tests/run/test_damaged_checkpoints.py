@@ -88,7 +88,7 @@ def test_a_step_without_metadata_is_left_out(learned, two_steps, tmp_path):
     run, metadata = two_steps, two_steps / "checkpoint/step-4/.metadata"
     metadata.unlink()
     files_of(run, SIGN)
-    assert "step 2" in start_line(run) and "step 4 is left out" in start_line(run)
+    assert "step 2" in start_line(run) and "step 4 is ignored" in start_line(run)
     files_of(run, SIGN, "--checkpoint.load_step=2")
     assert LOAD_STEP_2 in refusal(run, SIGN, "--checkpoint.load_step=4")
     message = refusal(run, SIGN, "--checkpoint.load_step=7")
@@ -106,7 +106,7 @@ def test_a_run_that_was_killed_in_its_first_save_begins_again(two_steps):
         two_steps / "checkpoint/step-4" / ".metadata.tmp"
     )
     files_of(two_steps, SIGN)
-    assert start_line(two_steps).startswith("fresh; step 4 is left out")
+    assert start_line(two_steps).startswith("fresh;") and "step 4" in start_line(two_steps)
 
 
 def flip(file: Path, place: int) -> None:
