@@ -30,7 +30,9 @@ from titan_moe_lb.commands.report.page import render
 from titan_moe_lb.commands.watch.follower import Follower
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.layout import Layout
 from titan_moe_lb.parallel.rank_groups import RankGroups
+from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.rules.routers import routers_are_right
 from titan_moe_lb.traces.balance_statistics import ABSENT
@@ -146,10 +148,11 @@ def test_losses_and_forced_routing_are_those_of_every_layer(key, value):
         aux_losses=[SequenceWiseAuxLoss.Config(weight=1e-3)],
         forced_routing=RandomBalanced.Config(),
     )
-    routers_are_right(spec.model)
+    job = Job(spec.model, Layout(), start=None)
+    routers_are_right(job)
     setattr(spec.model.layers[3].moe.router, key, value)
     with pytest.raises(JobError, match="layer 3 .*layer 1 "):
-        routers_are_right(spec.model)
+        routers_are_right(job)
 
 
 LAYOUTS = {

@@ -156,7 +156,7 @@ def test_help_shows_keys_losses_and_flags(capsys):
         'type = "global_batch"',
         "one of 'previous_step',",
         'type = "frozen"',
-        "what moves the bias",
+        "moves the bias",
         "The tokens of training",
         "--training.steps",
     ):

@@ -18,4 +18,7 @@ from titan_moe_lb.upstream import cpu
 
 cpu.use_host()
 torch.set_num_threads(1)
+# torch replaces the thread pool of a forked process at its first use. Two first uses at once, by
+# the threads of autograd, end the process with "Invalid thread pool!".
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 job_config.load(["--config=deepseek_v3_tiny"], 1)

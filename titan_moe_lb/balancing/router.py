@@ -322,7 +322,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         )
         total = None
         for loss in self._of_sums:
-            coefficients_BE = loss.apply(tables, self.record, self.save)
+            coefficients_BE = loss.contribute(tables, self.record, self.save)
             if documents:  # (B, D, E), or broadcasting to it
                 shape = (-1, 1) if loss.config.documents is None else (len(scores_BLE), -1)
                 coefficients_BE = coefficients_BE.unflatten(0, shape)

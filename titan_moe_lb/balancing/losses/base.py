@@ -217,7 +217,7 @@ class SumsLoss(AuxLoss):
         """
         return _gradient(lambda sums: self.value(sums, counts_BE, sequences), sums_BE)
 
-    def apply(
+    def contribute(
         self,
         tables: SequenceTables,
         record: RouterRecord,

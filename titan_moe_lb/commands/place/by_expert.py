@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from titan_moe_lb.checkpoints.start import TOKEN_RANKS
 from titan_moe_lb.errors import JobError
 
 
@@ -75,7 +76,11 @@ def expert_tensors(tensors: dict[str, Stored], objects: Iterable[str] = ()) -> l
     Raises:
         JobError: there is no MoE layer, or no rule covers a tensor or object of one.
     """
-    model = {name: kind for name, kind in tensors.items() if not name.startswith(_OPTIMIZER_STATE)}
+    model = {
+        name: kind
+        for name, kind in tensors.items()
+        if not name.startswith(_OPTIMIZER_STATE) and name != TOKEN_RANKS
+    }
     layers = _layers(model)
     if not layers:
         raise JobError(
