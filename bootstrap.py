@@ -1,8 +1,4 @@
-"""Make ``.venv`` and install this project in it: ``python3 bootstrap.py [EXTRA ...]``.
-
-It needs the standard library alone. It does nothing while ``.venv/installed`` contains the digest
-of ``pyproject.toml`` and the extras. An interrupted installation starts over.
-"""
+"""Make ``.venv`` with this project in it, unless it is there: ``python3 bootstrap.py [EXTRA ...]``."""
 
 from __future__ import annotations
 
@@ -24,6 +20,7 @@ PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome"), "ipro
 
 
 def main() -> None:
+    """Make or update the environment."""
     if sys.version_info < MINIMUM_PYTHON:
         stop(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: set PYTHON")
     extras = set(sys.argv[1:])
@@ -46,6 +43,7 @@ def stamp() -> list[str]:
 
 
 def is_installed(extras: set[str]) -> bool:
+    """Return whether the stamp is of this project file and these extras."""
     return stamp()[:1] == [digest()] and extras <= set(stamp()[1:])
 
 
@@ -83,6 +81,7 @@ def run(*command: str) -> None:
 
 
 def stop(text: str) -> None:
+    """Exit with one line."""
     sys.exit(f"bootstrap: error: {text}")
 
 
