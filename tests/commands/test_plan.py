@@ -281,7 +281,7 @@ def test_a_table_is_one_file_and_one_line(ranks, device, tmp_path):
         (["--imbalance=overload:0.5@4"], "--imbalance overload:0.5@4: an overload factor is"),
         (["--imbalance=overload:2@3"], "--imbalance overload:2@3: 3 ranks do not divide 8"),
         (["--imbalance=overload:9@4"], "--imbalance overload:9@4 is above 2.42, which"),
-        (["--drop-share=0.1"], "--drop-share is answered from the load of a run: give --from"),
+        (["--drop-share=0.1"], "--drop-share needs the load of a run: add --from-run"),
         (["--drop-share=1.5"], "--drop-share 1.5 must be above 0 and below 1"),
     ],
 )

@@ -162,7 +162,7 @@ def test_log_normal_loads(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--drop-share=0.1"], "has no loads of single micro-batches, which a capacity is for"),
+        (["--drop-share=0.1"], "--drop-share needs loads of single micro-batches"),
         (["--redundant-experts=some"], "--redundant-experts some must be whole numbers"),
     ],
 )

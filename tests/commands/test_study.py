@@ -293,7 +293,7 @@ def test_bad_input_of_the_command(tmp_path, quick, capsys):
     command.run_study(path, output=output)
     other = write(tmp_path, f'[study]\njob = ["--x=1"]\n{AXES}', "other")
     line = said(str(other), "-o", str(output))
-    assert "0_1 is of another study" in line and "--x=1" in line and "--output" in line
+    assert "0_1 contains a cell of another study" in line and "--x=1" in line and "--output" in line
     (output / "cells" / "0_1" / "cell.json").write_text("{")
     assert "cell.json is damaged: delete" in said(str(path), "-o", str(output))
     (output / "study.html").write_text("mine")
@@ -447,8 +447,8 @@ def test_front_and_paragraph_by_hand():
     said = verdict(group)
     assert "Lowest loss on held-out text: b (5.05, 5 to 5.1 over 2 seeds)." in said
     assert "Most even load: d (MaxVio 0.1," in said
-    assert "a cannot be told from it" in said
-    assert "pays 0.3 in the loss" in said
+    assert "a and it do not differ clearly" in said
+    assert "a loss higher by 0.3" in said
     one_seed = verdict(group_of(a=[(5.0, 0.4)], b=[(5.1, 0.5)]))
     assert "One seed each" in one_seed
 

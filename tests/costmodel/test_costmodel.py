@@ -518,7 +518,7 @@ def test_hardware_of_the_users_own(tmp_path):
     ("text", "message"),
     [
         ("bf16_flops = 1e12", "'mine' lacks memory_bytes"),
-        ("bf16_flop = 1e12", "no figure 'bf16_flop'; did you mean 'bf16_flops'?"),
+        ("bf16_flop = 1e12", "'bf16_flop'; did you mean 'bf16_flops'?"),
     ],
 )
 def test_hardware_file_that_is_none(tmp_path, text, message):

@@ -123,7 +123,7 @@ def test_what_was_never_recorded_is_one_line():
     with replay.replay():
         with pytest.raises(JobError, match=r"sample 5 was never recorded: score it under record"):
             model(x, sample_ids=torch.full((1, 8), 5))
-        with pytest.raises(JobError, match=r"says nothing of its samples: call model\(tokens, sam"):
+        with pytest.raises(JobError, match=r"has no sample_ids: call model\(tokens, sam"):
             model(x)
     with replay.record(), torch.no_grad():
         model(x, sample_ids=torch.tensor([[5] * 4 + [-1] * 4]))

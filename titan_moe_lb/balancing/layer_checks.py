@@ -41,8 +41,8 @@ def check_tensors(layers: list[MoE], device: torch.device) -> None:
         router = layer.router
         if layer.tokens_per_expert_E.device != device:
             raise JobError(
-                f"layer {router.layer} is on {layer.tokens_per_expert_E.device} and its loop on "
-                f"{device}: move the model before attach(), or back before it trains"
+                f"layer {router.layer} is on {layer.tokens_per_expert_E.device}, but its loop's record is "
+                f"on {device}: move the model before attach(), or back before it trains"
             )
         states = [*layer.named_buffers(recurse=False), *router.aux_losses.named_buffers()]
         if router.expert_bias is not None:

@@ -247,8 +247,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         tokens = self.tokens
         if self.num_documents > 1 and (tokens is None or tokens.documents is None):
             raise JobError(
-                'an aux loss has over = "document", and the batch does not say which tokens are '
-                "of one document: call the whole model, with document_ids=..."
+                'an aux loss has over = "document", and the batch has no document numbers: '
+                "pass document_ids=... to the whole model"
             )
         return None if tokens is None else tokens.saved(self.save)
 

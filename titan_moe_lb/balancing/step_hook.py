@@ -209,8 +209,8 @@ class StepHook:
             )
         if self._losses and self._global_rows is None:
             raise JobError(
-                "the aux losses are a mean over the rows of a step, and it has not said how many "
-                "it has: call begin_step(rows) before its first forward, or "
+                "the aux losses are a mean over the rows of a step, whose number was not announced: "
+                "call begin_step(rows) before its first forward, or "
                 "attach(..., rows_per_step=...)"
             )
         if not self._counts_rows:
@@ -224,9 +224,9 @@ class StepHook:
             self._check_step()
         if self._loop.track and record.forwards > self._loop.num_micro_batches:
             raise JobError(
-                f"forward {record.forwards} of one optimizer step, and its loop announced "
-                f"{self._loop.num_micro_batches}: a step that was skipped needs skip_step(), one "
-                "of many micro-batches attach(..., max_micro_batches=...)"
+                f"forward {record.forwards} of one optimizer step exceeds the announced "
+                f"{self._loop.num_micro_batches}: call skip_step() after a skipped step, or raise "
+                "attach(..., max_micro_batches=...)"
             )
 
     def forward_ends(self) -> None:
@@ -247,7 +247,7 @@ class StepHook:
         if whole and self._record.forwards > 1:
             raise JobError(
                 f"{whole[0].type_name} is a loss of a rank's whole batch and is no sum over "
-                "micro-batches: feed the rows of a step in one forward, or take another loss"
+                "micro-batches: feed the rows of a step in one forward, or choose another loss"
             )
         if self._record.rows > self._global_rows:
             raise JobError(

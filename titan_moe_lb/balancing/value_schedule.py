@@ -69,7 +69,7 @@ def check_changes(what: str, changes: Sequence[Change]) -> None:
     for unit in ("step", "tokens"):
         times = [getattr(change, unit) for change in changes]
         if any(time is None for time in times) and any(time is not None for time in times):
-            raise JobError(f"{what} changes: say when either in steps or in tokens, not in both")
+            raise JobError(f"{what} changes: use either step or tokens for all of them, not both")
         if None in times:
             continue
         for earlier, later in zip(times, times[1:], strict=False):

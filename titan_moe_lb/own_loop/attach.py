@@ -110,7 +110,7 @@ def _before_step_of(optimizer: Any) -> Any:
     register = getattr(first, _BEFORE_STEP, None)
     if register is None:
         raise JobError(
-            f"attach(optimizer) is a {type(optimizer).__name__}: give it a torch.optim.Optimizer "
+            f"attach(optimizer) is a {type(optimizer).__name__}: pass a torch.optim.Optimizer "
             "or a sequence of them, or none and call close_step() before each of their steps"
         )
     return register
@@ -127,7 +127,7 @@ def _check_model(parts: list[nn.Module], groups: RankGroups) -> None:
     for name, layer in unbalanced_layers_of(parts):
         raise JobError(
             f"the router of {layer_name(name)} is a {type(layer.router).__name__}, whose loads "
-            "nobody balances: build the model from the spec that titan_moe_lb.balanced(spec) returns"
+            "are not balanced: build the model from the spec that titan_moe_lb.balanced(spec) returns"
         )
     if not routers and groups.stages.size == 1:
         raise JobError(

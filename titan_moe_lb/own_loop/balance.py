@@ -64,7 +64,7 @@ class Balance:
         """
         if self._hook is None or not self._hook.tokens.counted:
             raise JobError(
-                "nothing on this rank changes after a number of tokens, so that nobody counts them"
+                "nothing on this rank changes after a number of tokens, so tokens are not counted"
             )
         self._hook.tokens.read()
         return self._hook.tokens.total
@@ -139,7 +139,7 @@ class Balance:
         closed, fewest, rows, fewest_rows, layer = most.tolist()
         if not closed:
             raise JobError(
-                "no optimizer step has ended yet: ask for metrics() after optimizer.step() (or "
+                "no optimizer step has ended yet: call metrics() after optimizer.step() (or "
                 "close_step(), without an optimizer)"
             )
         if closed != -fewest:

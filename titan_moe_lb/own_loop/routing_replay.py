@@ -232,7 +232,7 @@ class RoutingReplay:
             return args, kwargs
         if samples is None:
             raise JobError(
-                f"a forward under {self._mode}() says nothing of its samples: call "
+                f"a forward under {self._mode}() has no sample_ids: call "
                 "model(tokens, sample_ids=...)"
             )
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))

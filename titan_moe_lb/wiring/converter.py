@@ -80,8 +80,8 @@ class LoadBalanceConverter(ModelConfigConverter):
         layers = list(model_config.traverse(MoE.Config))
         if not layers:
             raise JobError(
-                f"{type(model_config).__qualname__} has no MoE layer, so it can take no "
-                "aux loss: leave out [model] aux_losses or choose a MoE flavor "
+                f"{type(model_config).__qualname__} has no MoE layer to balance: "
+                "leave out [model] aux_losses or choose a MoE flavor "
                 "(a Hugging Face model: titan_moe_lb.balanced_transformers)"
             )
         rule = self.config.expert_bias

@@ -50,7 +50,7 @@ class QuantileBias(ExpertBias):
             if self.num_bins < 2:
                 raise JobError(
                     f"expert_bias quantile has num_bins {self.num_bins}; it must be at least 2 "
-                    "(the Kimi K3 report takes 1000)"
+                    "(the Kimi K3 report uses 1000)"
                 )
             if not 0 <= self.ema < 1:
                 raise JobError(f"expert_bias quantile has ema {self.ema}; it must be in [0, 1)")

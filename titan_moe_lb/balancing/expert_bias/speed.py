@@ -28,7 +28,7 @@ class SpeedBias(ExpertBias):
             if not (math.isfinite(self.speed) and self.speed > 0):
                 raise JobError(
                     f"expert_bias speed is {self.speed}; it must be a finite number above 0 "
-                    '(to keep the bias as it is take type = "frozen", for none expert_bias = "none")'
+                    '(to keep the bias unchanged set type = "frozen"; for no bias, expert_bias = "none")'
                 )
             check_changes("expert_bias", self.changes)
 

@@ -59,7 +59,7 @@ class ForcedRouting(Component):
         super().__init__()
         if config.num_experts is None or config.top_k is None:
             raise JobError(
-                "forced routing follows how a job cuts its batch: it needs torchtitan's Trainer"
+                "forced routing needs torchtitan's Trainer, because it depends on how a job cuts its batch"
             )
         self.config = config
         self.num_experts = config.num_experts

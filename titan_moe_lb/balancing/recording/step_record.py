@@ -217,7 +217,7 @@ class StepRecord:
         """Raise ``JobError`` for a learning forward of a layer whose step no loop closes."""
         if self.of_copy:
             raise JobError(
-                f"layer {layer} is of a copy of a model that has a training loop, and nobody "
+                f"layer {layer} is of a copy of a model that has a training loop, and no loop "
                 "closes the steps of the copy: copy the model before attach(), and attach() each "
                 "that learns"
             )

@@ -56,8 +56,8 @@ def _with_mask(loader: type[Any]) -> type[Any]:
                     if "positions" not in inputs:
                         raise JobError(
                             'an aux loss has over = "document", and the batches of '
-                            f"{loader.__name__} have no positions, which tell where a document "
-                            'begins: set over = "row"'
+                            f"{loader.__name__} have no positions, from which the starts of "
+                            'documents are found: set over = "row"'
                         )
                     inputs[DOCUMENT_IDS] = document_numbers(inputs["positions"])
                 yield inputs, labels

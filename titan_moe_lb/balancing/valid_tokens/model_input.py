@@ -42,8 +42,8 @@ def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGro
         masked = learns and not (valid is None and documents is None)
         if masked and routers and not needed:
             raise JobError(
-                "the batch says which tokens are valid, and the loop has announced batches without "
-                "padding: attach(..., padded=True), or gives_valid_tokens = True in the class of "
+                "the batch has a token mask, but the loop announced batches without padding: set "
+                "attach(..., padded=True), or gives_valid_tokens = True in the class of "
                 "a job's data loader"
             )
         if needed:

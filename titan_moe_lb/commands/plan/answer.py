@@ -32,8 +32,8 @@ def verdict(plan: Plan) -> list[str]:
     found = plan.verdict
     if found.ep_degree is None or found.outcome is None:
         return [
-            f"Verdict: under {found.load} no degree fits in {plan.usable_bytes / GIB:.1f} GiB. More "
-            "ranks, checkpointing, or a smaller local batch"
+            f"Verdict: no expert-parallel degree fits in {plan.usable_bytes / GIB:.1f} GiB under "
+            f"{found.load}. Use more ranks, checkpointing or a smaller local batch"
         ]
     outcome = found.outcome
     lines = [

@@ -68,8 +68,8 @@ class Inputs:
             trace = read_trace(flags.from_run, micro_batches=not flags.serve)
         if flags.drop_share is not None and trace and not len(trace.micro_batch_counts_SME):
             raise JobError(
-                f"--drop-share: the trace in {flags.from_run} has no loads of single micro-batches, "
-                "which a capacity is for: take one that this version has written"
+                "--drop-share needs loads of single micro-batches, and the trace in "
+                f"{flags.from_run} has none: use a run recorded with this version"
             )
         return cls(
             flags=flags,
@@ -153,21 +153,18 @@ def _check(flags: PlanArguments) -> None:
     needs_run = {"redundant-experts": flags.redundant_experts, "drop-share": flags.drop_share}
     for name, given in needs_run.items():
         if given is not None and flags.from_run is None:
-            raise JobError(f"--{name} is answered from the load of a run: give --from-run as well")
+            raise JobError(f"--{name} needs the load of a run: add --from-run")
     if flags.serve:
         if flags.drop_share is not None:
             raise JobError("--drop-share is about the buffers of a training: leave out --serve")
         if flags.ranks is not None:
-            raise JobError("--ranks is of a training; a deployment has the devices of --ep")
+            raise JobError("--ranks applies to training; with --serve, --ep sets the devices")
         return
     for name, given in {"tokens": flags.tokens, "context": flags.context}.items():
         if given is not None:
-            raise JobError(f"--{name} is of a deployment: give --serve as well")
+            raise JobError(f"--{name} applies to deployments: add --serve")
     if flags.dispatcher == "low_latency":
-        raise JobError(
-            "--dispatcher low_latency is of kernels without a backward: give --serve as well, or "
-            "take deepep"
-        )
+        raise JobError("--dispatcher low_latency has no backward: add --serve, or use deepep")
 
 
 def _imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:

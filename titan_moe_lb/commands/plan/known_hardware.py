@@ -58,7 +58,7 @@ def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
     valid = ("name", "sources", "kind", *SPECS)
     for figure in table:
         if figure not in valid:
-            raise JobError(f"{place}: no figure {figure!r}; {nearest(figure, valid)}")
+            raise JobError(f"{place}: unknown key {figure!r}; {nearest(figure, valid)}")
     missing = [figure for figure in SPECS if figure not in table]
     if missing:
         raise JobError(f"{place}: {key!r} lacks {', '.join(missing)}")

@@ -82,7 +82,7 @@ def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> 
         balancing = gain("balance", outcome, best.balance)
     elif below_worst:
         row = max(below_worst, key=lambda row: row.imbalance_factor)
-        by = f"balance, where the imbalance would be {row.imbalance_factor:.2f},"
+        by = f"balance, at an imbalance of {row.imbalance_factor:.2f},"
         balancing = gain(by, row.outcome, best.balance)
     return Verdict(
         load=load,

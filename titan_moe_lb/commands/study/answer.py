@@ -125,7 +125,7 @@ def _failures(groups: Sequence[Group]) -> list[Table]:
         if result.measured is None
     ]
     columns = (Column(title="cell", is_name=True), Column(title="error"))
-    return [Table(title="Cells without a good end", columns=columns, groups=[rows])] if rows else []
+    return [Table(title="Failed or diverged cells", columns=columns, groups=[rows])] if rows else []
 
 
 def _what_was_run(study: Study) -> Table:

@@ -82,8 +82,9 @@ class CellFolder:
             mine_only = [str(word) for word in mine if word not in theirs]
             theirs_only = [str(word) for word in theirs if word not in mine]
             raise JobError(
-                f"{self.path} is of another study: it was run with {' '.join(theirs_only) or 'less'}"
-                f", this one has {' '.join(mine_only) or 'less'}; name another folder with --output"
+                f"{self.path} contains a cell of another study. Only there: "
+                f"{' '.join(theirs_only) or 'nothing'}. Only here: {' '.join(mine_only) or 'nothing'}; "
+                "choose another folder with --output"
             )
         return record
 

@@ -68,7 +68,7 @@ def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
         ),
         Chart(
             "Steps until balanced",
-            f"The first logged step after which MaxVio stays below {balanced_below:g}: mean over the "
+            f"First logged step from which on MaxVio stays below {balanced_below:g}: mean over the "
             "seeds, with the lowest and highest. No bar: never, in some seed.",
             [Panel(group.name, _bars(group, "steps_until_balanced", "step")) for group in groups],
         ),

@@ -16,7 +16,7 @@ def verdict(group: Group) -> str:
     """Compare the settings of one model, without settings that have a failed cell."""
     settings = [setting for setting in group.settings if setting.complete]
     if not settings:
-        return "No setting has come to a good end."
+        return "No setting succeeded."
     loss = group.loss
     seeds = min(len(setting.results) for setting in settings)
     best = min(settings, key=lambda setting: setting.spread(loss).mean)
@@ -27,14 +27,13 @@ def verdict(group: Group) -> str:
     ]
     if seeds < 2:
         sentences.append(
-            "One seed each: nothing here says how much of a difference is chance; add an axis "
-            'key = "debug.seed".'
+            'One seed each, so chance cannot be estimated: add an axis key = "debug.seed".'
         )
     else:
         level = _within(best, settings, loss)
         if level:
             sentences.append(
-                f"In the loss, {_listed(level)} cannot be told from it: the ranges of their "
+                f"In the loss, {_listed(level)} and it do not differ clearly: the ranges of their "
                 f"{seeds} seeds overlap."
             )
         else:
@@ -42,7 +41,7 @@ def verdict(group: Group) -> str:
         costs = [setting for setting in settings if setting not in (best, *level)]
         if even in costs:
             gap = even.spread(loss).mean - best.spread(loss).mean
-            sentences.append(f"The most even one pays {gap:.3g} in the loss for it.")
+            sentences.append(f"The most even setting has a loss higher by {gap:.3g}.")
     slowest = max(settings, key=lambda setting: setting.spread("step_slowdown").mean)
     if not math.isnan(slowest.spread("step_slowdown").mean):
         sentences.append(

@@ -226,8 +226,8 @@ def _blocks(part: nn.Module) -> dict[str, nn.Module]:
     for name, block in blocks.items():
         if not hasattr(block, "attention_norm"):
             raise JobError(
-                f"{name} is a {type(block).__name__} without an attention_norm: what such a block "
-                "keeps in memory is not known, and the job cannot be planned"
+                f"{name} is a {type(block).__name__} without an attention_norm: the memory of "
+                "such a block is unknown, so the job cannot be planned"
             )
     return blocks
 
@@ -241,7 +241,7 @@ def _checkpointing(config: Any) -> str:
     if isinstance(policy, SelectiveAC.Config):
         return "selective"
     raise JobError(
-        f"activation checkpointing {type(policy).__qualname__.removesuffix('.Config')} is the "
-        'compiler\'s decision, which cannot be planned: set [activation_checkpoint] type = "full", '
+        f"activation checkpointing {type(policy).__qualname__.removesuffix('.Config')} leaves "
+        'its choice to the compiler and cannot be planned: set [activation_checkpoint] type = "full", '
         '"selective" or "none"'
     )

@@ -35,8 +35,8 @@ def table(plan: Plan) -> Table | None:
             f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
             f"{run['expert_bias'] or 'off'}): steps {_span(run['first_steps'])} and "
             f"{_span(run['last_steps'])}. In single micro-batches its busiest rank had up to "
-            f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']}); at last "
-            f"its loads are about log-normal with sigma {run['sigma']:.2f}"
+            f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']}); in the "
+            f"last steps its loads are about log-normal with sigma {run['sigma']:.2f}"
         ],
         notes=[*map(_savings, plan.degrees)],
     )
@@ -49,7 +49,7 @@ def _savings(degree: DegreePlan) -> str:
         for one in (contiguous.first, contiguous.last, greedy.last)
     )
     return (
-        f"EP {degree.ep_degree}: a step took {first} at first and takes {last} at last; "
+        f"EP {degree.ep_degree}: the first steps took {first}, the last steps take {last}; "
         f"with experts placed greedily {moved}"
     )
 
