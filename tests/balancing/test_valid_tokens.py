@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ from torchtitan.config.override import derive
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from examples.chat_data import write_chats
+from examples.chat_data import loader_config, write_chats
 from tests.parity.gradients import LoaderWithMask
 from tests.support.chat_jobs import padding_of, train_chats
-from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 from titan_moe_lb.balancing.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 from titan_moe_lb.errors import JobError
@@ -51,6 +51,18 @@ def test_padding_of_chats_is_known_on_every_layout(ranks, chats, layout):
         assert step["moe/seq_load_balancing_loss"] > 0
     columns = {column.name: column for column in read_trace(f"{chats}/run").info.columns}
     assert columns["padding_share"].per == "step"
+
+
+def test_a_job_that_the_launcher_has_resolved_has_a_mask(chats):
+    """Its trainer has a copy of the config: ``build()`` makes one."""
+    job = job_config.load(["--config=deepseek_v3_tiny"], 1)
+    job.config.dataloader = loader_config(chats)
+    job.bind()
+    config = replace(job.config)
+    config.model_spec.model.update_from_config(config=config)
+    routers = [router for _fqn, router, *_ in config.traverse(LoadBalancedRouter.Config)]
+    assert routers and all(router.loop.padded for router in routers)
+    assert "padding_share" in {column.name for column in config.metrics.run_info.columns}
 
 
 class Rows(BaseDataLoader):

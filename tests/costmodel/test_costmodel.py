@@ -566,6 +566,15 @@ def test_a_figure_in_another_unit_is_refused_by_name(figure, value, tmp_path):
         hardware(str(path))
 
 
+@pytest.mark.parametrize("line", ['sources = "a data sheet"', 'kind = ["host"]'])
+def test_a_key_of_another_type_is_refused_by_name(line, tmp_path):
+    path = tmp_path / "mine.toml"
+    figures = known_hardware()["h100"]
+    path.write_text("\n".join([*(f"{name} = {figures[name]!r}" for name in SPECS), line]))
+    with pytest.raises(JobError, match=f"mine.toml: {line.split()[0]} is "):
+        hardware(str(path))
+
+
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "fast"])
 def test_figure_that_is_none(value):
     figures = {name: getattr(DEVICE, name) for name in SPECS}

@@ -10,13 +10,14 @@ import signal
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import TCPStore
 
 from tests.support.job_processes import TINY, end, fork, last_step, read_to, start, working_in
-from titan_moe_lb.run import rank_processes
+from titan_moe_lb.run import rank_processes, train
 from titan_moe_lb.run.console.signals import ended_by
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 
@@ -53,6 +54,19 @@ def test_a_signal_to_one_process_is_one_line(number, status, name, tmp_path):
     (events,) = tmp_path.glob("**/events.out.tfevents*")
     sink = EventAccumulator(str(events)).Reload()
     assert {event.step for event in sink.Scalars("loss_metrics/global_avg_loss")} >= {1, 2, 3}
+
+
+def test_a_sink_that_a_signal_has_closed_gets_no_further_step():
+    """The main thread trains on meanwhile: TensorBoard would begin a second file, W&B fail."""
+    events: list[str] = []
+    log, close = (lambda *_, name=name: events.append(name) for name in ("log", "close"))
+    processor = SimpleNamespace(logger=SimpleNamespace(log=log, close=close))
+    rank = object.__new__(train._Rank)
+    rank._trainer = SimpleNamespace(metrics_processor=processor)  # type: ignore[assignment]
+    rank._close_sinks()
+    processor.logger.log({}, 1)
+    processor.logger.close()
+    assert events == ["close"]
 
 
 def test_stop_of_two_processes_names_what_is_saved(tmp_path):

@@ -27,6 +27,10 @@ def _tiny() -> Trainer.Config:
     return config
 
 
+def without_a_model() -> Trainer.Config:
+    return Trainer.Config()
+
+
 def torchtitans_metrics() -> Trainer.Config:
     config = _tiny()
     config.model_spec = balanced(

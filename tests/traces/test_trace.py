@@ -412,12 +412,21 @@ def newer(path):
     TraceWriter(path, info).write(1, next(step_loads(info, 1)))
 
 
+def without_choices(path):
+    """A layer whose tokens choose no expert."""
+    info = run_info()
+    few = (0, *[info.top_k] * (len(info.layers) - 1))
+    info = dataclasses.replace(info, top_k_by_layer=few)
+    TraceWriter(path, info).write(1, next(step_loads(info, 1)))
+
+
 UNREADABLE = {
     "empty": lambda path: path.touch(),
     "text": lambda path: path.write_text("step,loss\n1,2\n" * 50),
     "zeros": lambda path: path.write_bytes(bytes(4096)),
     "foreign": foreign_stream,
     "newer": newer,
+    "no choices": without_choices,
     "missing": lambda path: None,
     "folder": lambda path: path.mkdir(),
 }

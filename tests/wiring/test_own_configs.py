@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.tools.logging import logger
 
 from tests.support.train_jobs import train_config
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.traces.trace import read_trace
 
@@ -50,6 +51,11 @@ def test_torchtitans_metrics_bring_the_load_of_the_experts(ranks, tmp_path, name
     ((logged, _end, _start),) = ranks.run(1, run, name, str(tmp_path), "--training.steps=2")
     assert [step["moe/seq_load_balancing_loss"] >= 1 for step in logged] == [True, True]
     assert read_trace(tmp_path).steps.tolist() == [1, 2]
+
+
+def test_a_config_without_a_model_is_refused():
+    with pytest.raises(JobError, match="own_configs.without_a_model .* model_spec"):
+        job_config.load([JOB[0], "--config=without_a_model"], 1)
 
 
 def test_a_key_of_the_model_leaves_the_others_as_the_config_function_has_them():

@@ -79,6 +79,11 @@ class Draft:
             raise JobError(
                 f"{registry.__name__}.{self.table.config} does not return a Trainer.Config"
             )
+        if config.model_spec is None:
+            raise JobError(
+                f"{registry.__name__}.{self.table.config} returns a Trainer.Config without a "
+                "model_spec: set it, as in titan_moe_lb.balanced(spec, aux_losses=[...])"
+            )
         tables = dict(self.tables)
         model = tables.pop("model", {})
         if model or self.command.model:

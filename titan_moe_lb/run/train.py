@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the slow imports
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
+from torchtitan.components.metrics import BaseLogger
 from torchtitan.config.override import derive
 from torchtitan.observability import structured_logger
 from torchtitan.trainer import Trainer
@@ -198,10 +199,12 @@ class _Rank:
     def _close_sinks(self) -> None:
         """Let TensorBoard and W&B write the last steps, which they buffer.
 
-        A daemon thread closes them, because a sink may wait for the network.
+        A daemon thread closes them, because a sink may wait for the network. The main thread still
+        trains: what it logs from here on would open them again, or fail.
         """
         if self._trainer is not None:
-            sinks = self._trainer.metrics_processor.logger
+            processor = self._trainer.metrics_processor
+            sinks, processor.logger = processor.logger, BaseLogger()
             closing = threading.Thread(target=sinks.close, daemon=True)
             closing.start()
             closing.join(_CLOSING_SECONDS)

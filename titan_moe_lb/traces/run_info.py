@@ -203,7 +203,11 @@ def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
             table[name] = tuple(table[name])
     for name in ("num_experts", "top_k"):
         of_layers = table.get(f"{name}_by_layer")
-        if of_layers and (len(of_layers) != len(table["layers"]) or max(of_layers) != table[name]):
+        if of_layers and (
+            len(of_layers) != len(table["layers"])
+            or min(of_layers) < 1
+            or max(of_layers) != table[name]
+        ):
             raise ValueError(f"{name}_by_layer is not of its layers")
     numbers = (table["num_experts"] - 1, *table["layers"])
     if len(numbers) == 1 or not all(0 <= number < 2**31 for number in numbers):

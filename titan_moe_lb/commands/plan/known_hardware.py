@@ -64,8 +64,13 @@ def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
         raise JobError(f"{place}: {key!r} lacks {', '.join(missing)}")
     values = {"name": key, **table}
     kind = values.pop("kind", "gpu")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise JobError(f"{place}: kind is {kind!r}; {nearest(str(kind), KINDS)}")
+    if not isinstance(values.get("sources", {}), dict):
+        raise JobError(
+            f"{place}: sources is {values['sources']!r}; it is a table, as in "
+            '{bf16_flops = "data sheet"}'
+        )
     device = KINDS[kind](**values)
     # The file of a host is measured in these units, and a host may be slower than any accelerator.
     for figure, (least, most, unit) in (USUAL if kind == "gpu" else {}).items():

@@ -77,7 +77,7 @@ def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
     ):
         return Cause(
             line=f"out of memory ({_short(error)}): reduce training.local_batch_size or "
-            "training.seq_len, more ranks, or activation checkpointing",
+            "training.seq_len, or use more ranks or activation checkpointing",
             status=1,
             has_traceback=True,
         )
