@@ -286,7 +286,7 @@ def test_a_table_is_one_file_and_one_line(ranks, device, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(ranks, arguments, message):
-    """Those that tests/job/test_front_door.py does not have."""
+    """Those that tests/refused does not have."""
     words = ["plan", "--ranks=4", "--hardware=h100", *arguments, "--", *TINY]
     status, out, err = ranks.run(1, planning.command, words)[0]
     assert (status, out) == (2, "")

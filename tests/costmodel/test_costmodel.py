@@ -522,7 +522,7 @@ def test_hardware_of_the_users_own(tmp_path):
     ],
 )
 def test_hardware_file_that_is_none(tmp_path, text, message):
-    """Beside those of tests/job/test_front_door.py."""
+    """Beside those of tests/refused."""
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(JobError) as error:
