@@ -60,14 +60,16 @@ class RouterRecord(nn.Module):
         return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
 
     def note(self, counts_SQE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
-        """Add one forward.
+        """Add one forward. Forwards after the M-th join the last: nobody counts those of a pipeline.
 
         Args:
             counts_SQE: tokens per source, sequence and expert, int64. Sources that no step end
                 needs are left out.
             expert_ids_BLK: selected experts.
         """
-        slot = self.micro_batch
+        slot, num_micro_batches = self.micro_batch, self.counts_MSE.shape[0]
+        if num_micro_batches > 1:
+            slot = slot.clamp(max=num_micro_batches - 1)
         counts_QSE = counts_SQE[: self.counts_MSE.shape[1]].transpose(0, 1)
         self.counts_MSE.index_add_(0, slot.expand(counts_QSE.shape[0]), counts_QSE)
         if self.expert_ids_MBLK is not None:
