@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config.override import derive
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from examples.chat_data import write_chats
+from examples.chat_data import loader_config, write_chats
 from tests.parity.gradients import LoaderWithMask
 from tests.support.chat_jobs import padding_of, train_chats
-from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 from titan_moe_lb.balancing.valid_tokens.model_input import DOCUMENT_IDS, VALID_TOKENS
 from titan_moe_lb.errors import JobError
@@ -51,6 +53,18 @@ def test_padding_of_chats_is_known_on_every_layout(ranks, chats, layout):
         assert step["moe/seq_load_balancing_loss"] > 0
     columns = {column.name: column for column in read_trace(f"{chats}/run").info.columns}
     assert columns["padding_share"].per == "step"
+
+
+def test_a_bound_job_follows_the_config_of_the_trainer():
+    """``run_train.sh`` binds its job, and ``Trainer.Config.build`` trains a copy of its config."""
+    job = job_config.load(["--module=deepseek_v3", "--config=deepseek_v3_tiny"])
+    job.config.dataloader = loader_config("chats")
+    job.config.metrics = MetricsProcessor.Config()
+    job.bind()
+    model = job.config.model_spec.model
+    model.update_from_config(config=dataclasses.replace(job.config))
+    loops = [router.loop for _fqn, router, *_ in model.traverse(LoadBalancedRouter.Config)]
+    assert loops and all(loop.padded and loop.track for loop in loops)
 
 
 class Rows(BaseDataLoader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -234,7 +234,8 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             hooks.of_trainer = True
             metrics_processor.adapt(config)
             loading.adapt(config)
-            job = hooks.job or _checked_job(config)
+            # Trainer.Config.build gives the trainer a copy, which is the config that is adapted.
+            job = replace(hooks.job, config=config) if hooks.job else _checked_job(config)
             config.dataloader = with_token_mask(
                 config.dataloader,
                 documents=any(
