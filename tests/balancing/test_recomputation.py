@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,13 @@ def test_backward_uses_the_experts_of_the_forward(how, disturbed):
     assert sum(chosen) == ROWS * LENGTH * TOP_K
     assert used == chosen
     assert recorded == chosen
+
+
+@pytest.mark.parametrize("how", [full, selective])
+def test_a_checkpointed_block_can_be_copied(how):
+    """As a reference model."""
+    copied = copy.deepcopy(how(Block(disturbed=False))).eval()
+    assert torch.isfinite(copied(torch.randn(ROWS, LENGTH, DIM)))
 
 
 def test_a_second_pass_of_backward_uses_them_too():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config.override import derive
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -57,11 +58,12 @@ def test_a_job_that_the_launcher_has_resolved_has_a_mask(chats):
     """Its trainer has a copy of the config: ``build()`` makes one."""
     job = job_config.load(["--config=deepseek_v3_tiny"], 1)
     job.config.dataloader = loader_config(chats)
+    job.config.metrics = MetricsProcessor.Config()
     job.bind()
     config = replace(job.config)
     config.model_spec.model.update_from_config(config=config)
     routers = [router for _fqn, router, *_ in config.traverse(LoadBalancedRouter.Config)]
-    assert routers and all(router.loop.padded for router in routers)
+    assert routers and all(router.loop.padded and router.loop.track for router in routers)
     assert "padding_share" in {column.name for column in config.metrics.run_info.columns}
 
 

@@ -19,8 +19,12 @@ from tests.support.own_loop_jobs import (
 )
 from titan_moe_lb.balancing.forced_routing import RoundRobin
 from titan_moe_lb.balancing.losses import BatchWiseAuxLoss, RouterZLoss
+from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
+from titan_moe_lb.balancing.router import routers_of
+from titan_moe_lb.balancing.step_hook import wire_parts
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.parallel.rank_groups import Axis, RankGroups
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,29 @@ def test_more_forwards_than_announced():
     step(model)
     with pytest.raises(JobError, match=r"forward 3 of one optimizer step.*max_micro_batches"):
         step(model)
+
+
+def test_more_forwards_of_a_pipeline_join_the_last():
+    model = MoELayers()
+    for router in routers_of([model]):
+        router.config.loop = TrainingLoop(num_micro_batches=2, varying=True)
+    hook = wire_parts([model], RankGroups(stages=Axis(rank=0, size=2)))
+    for _ in range(3):
+        step(model)
+    hook.close_step()
+    record = routers_of([model])[0].step_record
+    assert record.step_counts_NMSE[0, :, 0].sum(-1).tolist() == [2 * 8 * 2, 2 * 2 * 8 * 2]
+
+
+def test_rows_of_a_job_are_forgotten():
+    """A model whose config a job has bound to its own rows, in a loop that announces others."""
+    model = MoELayers([RouterZLoss.Config(weight=1.0)])
+    for router in routers_of([model]):
+        router.aux_losses["z_loss"].config.local_batch_size = 8
+    balance = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), rows_per_step=2)
+    step(model)
+    balance.close_step()
+    assert balance.metrics()["moe/z_loss"] > 0
 
 
 def test_a_loss_of_the_whole_batch_is_refused_in_parts():

@@ -86,6 +86,7 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
         device=local_shard(routers[0].gate.weight).device,
         finished_steps=loop.finished_steps,
         varying=loop.varying,
+        joins_last=loop.varying and groups.stages.size > 1,
         gradients=loop.gradients,
     )
     for index, router in enumerate(routers):

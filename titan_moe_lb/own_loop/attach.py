@@ -96,6 +96,8 @@ def attach(
     )
     for router in routers_of(parts):
         router.config.loop = loop
+        for loss in router.aux_losses.values():
+            loss.config.local_batch_size = None  # Of a job that the config was bound to.
     balance = Balance(parts, wire_parts(parts, groups), groups, finished_steps)
     for part in parts:
         data_parallel.ignore_buffers(part, _record_buffers(part))

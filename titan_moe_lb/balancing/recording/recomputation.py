@@ -42,14 +42,21 @@ def saved_decision(make: Callable[[], T]) -> T:
 
 
 @torch.library.custom_op("titan_moe_lb::save_decision", mutates_args=())
-def save_decision(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor by an operator that a checkpointing policy can save."""
+def _save_decision(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
 
 
-@save_decision.register_fake
+@_save_decision.register_fake
 def _(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor)
+
+
+def save_decision(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor by an operator that a checkpointing policy can save.
+
+    A router holds this function: ``copy.deepcopy`` of a model cannot copy the operator.
+    """
+    return _save_decision(tensor)
 
 
 def save_no_decision(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ class RouterRecord(nn.Module):
         weights_A: factor of the gradient of each loss, weight / G, float32.
         steps: finished steps, including those of the checkpoint, int64 ``(1,)``.
         one: 1, int64 ``()``, added to a count for each token.
+        last_slot: micro-batch that later forwards join; None where a step has at most M.
     """
 
     counts_MSE: torch.Tensor
@@ -43,8 +44,9 @@ class RouterRecord(nn.Module):
     steps: torch.Tensor
     one: torch.Tensor
 
-    def __init__(self, **rows: torch.Tensor | None) -> None:
+    def __init__(self, *, last_slot: int | None, **rows: torch.Tensor | None) -> None:
         super().__init__()
+        self.last_slot = last_slot
         for name, row in rows.items():
             self.register_buffer(name, row, persistent=False)
 
@@ -68,6 +70,8 @@ class RouterRecord(nn.Module):
             expert_ids_BLK: selected experts.
         """
         slot = self.micro_batch
+        if self.last_slot is not None:
+            slot = slot.clamp(max=self.last_slot)
         counts_QSE = counts_SQE[: self.counts_MSE.shape[1]].transpose(0, 1)
         self.counts_MSE.index_add_(0, slot.expand(counts_QSE.shape[0]), counts_QSE)
         if self.expert_ids_MBLK is not None:
@@ -143,6 +147,7 @@ class StepRecord:
         device: torch.device,
         finished_steps: int = 0,
         varying: bool = False,
+        joins_last: bool = False,
         gradients: bool = False,
     ) -> None:
         """Allocate the tables.
@@ -158,6 +163,8 @@ class StepRecord:
             device: device of the tables.
             finished_steps: optimizer steps of the checkpoint that the job resumes from.
             varying: True if steps differ in their number of micro-batches.
+            joins_last: True to add forwards after the M-th to the last micro-batch, where no host
+                counts them.
             gradients: True to measure the gradients of the model's loss and of the aux losses.
         """
 
@@ -170,6 +177,7 @@ class StepRecord:
         self.losses_NA = zeros(-(-num_losses // 4) * 4, dtype=torch.float32)[:, :num_losses]
         self.step_losses_NA = torch.zeros_like(self.losses_NA)
         self._micro_batches_N1 = zeros(2)[:, :1]
+        self._last_slot = num_micro_batches - 1 if joins_last and num_micro_batches > 1 else None
         counted = varying and num_micro_batches > 1
         self.step_micro_batches = torch.zeros_like(self._micro_batches_N1[0]) if counted else None
         self._steps = torch.full((1,), finished_steps, dtype=torch.int64, device=device)
@@ -203,6 +211,7 @@ class StepRecord:
         if self.histogram_NEH is not None and num_bins:
             histogram = histogram_of(self.histogram_NEH[index], num_experts, num_bins)
         return RouterRecord(
+            last_slot=self._last_slot,
             counts_MSE=self.counts_NMSE[index, ..., :num_experts],
             losses_A=self.losses_NA[index],
             micro_batch=self._micro_batches_N1[index],
