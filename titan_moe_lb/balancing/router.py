@@ -226,7 +226,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     def _check_loop(self) -> None:
         """Raise ``JobError`` without a training loop that closes the steps and knows their rows."""
         if self.step_record is not None:
-            self.step_record.check_forward(self.layer, has_losses=len(self.aux_losses) > 0)
+            self.step_record.check_forward(self.layer)
         elif self.needs_step_counts or len(self.aux_losses):
             raise JobError(
                 f"layer {self.layer} trains with an expert bias or an aux loss, and no loop "

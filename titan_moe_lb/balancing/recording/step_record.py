@@ -222,7 +222,7 @@ class StepRecord:
             expert_ids_MBLK=None if ids is None else ids[index, ..., :top_k],
         )
 
-    def check_forward(self, layer: int, *, has_losses: bool) -> None:
+    def check_forward(self, layer: int) -> None:
         """Raise ``JobError`` for a learning forward of a layer whose step no loop closes."""
         if self.of_copy:
             raise JobError(
@@ -230,11 +230,10 @@ class StepRecord:
                 "closes the steps of the copy: copy the model before attach(), and attach() each "
                 "that learns"
             )
-        if self.learns is False and has_losses and not is_recomputation():
+        if self.learns is False and not is_recomputation():
             raise JobError(
-                f"layer {layer} with an aux loss runs outside a forward of the model that "
-                "attach() was given, so that its rows are not counted: call that model, or attach() "
-                "the one that is called"
+                f"layer {layer} runs outside a forward of the model that attach() was given, so that "
+                "its micro-batches are not counted: call that model, or attach() the one that is called"
             )
 
     def finish_forward(self, routers: slice) -> None:
