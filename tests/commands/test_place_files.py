@@ -159,7 +159,7 @@ def test_numbers_of_layers_are_those_of_a_trace():
 
 NEW = "layers.1.moe"
 REFUSED = {
-    "router.lora_a.weight": (torch.zeros(E, 2), "nothing says whether it is by expert"),
+    "router.lora_a.weight": (torch.zeros(E, 2), "per expert"),
     "router.seen_E": (torch.zeros(3), "has shape (3,), and the gate of its layer has 8 experts"),
     "routed_experts.inner_experts.w9_EFD": (torch.zeros(4, 8), "has shape (4, 8), and the gate"),
     "router._extra_state": ("text", "is of an MoE layer, and is no tensor"),
@@ -177,10 +177,10 @@ def test_state_of_other_shapes_and_experts_elsewhere_are_refused(scene, tmp_path
     refused(saved(tmp_path / "0", **lost), scene, tmp_path, "of a parameter that is not there")
     state = f"optimizer.state.{NEW}.router.gate.weight.row_E"
     refused(
-        saved(tmp_path / "a", **{state: torch.zeros(E)}), scene, tmp_path, "nothing says how it"
+        saved(tmp_path / "a", **{state: torch.zeros(E)}), scene, tmp_path, "cannot be split"
     )
     elsewhere = {"layers.0.mlp_experts.up": torch.zeros(E, 2)}
-    refused(saved(tmp_path / "b", **elsewhere), scene, tmp_path, "in no MoE layer that is known")
+    refused(saved(tmp_path / "b", **elsewhere), scene, tmp_path, "in no known MoE layer")
     tensors = {"layers.1.moe.router.gate.weight": Stored((4, 2), "F32")}
     tensors |= {f"layers.1.moe.experts.{n}.up.weight": Stored((2, 2), "F32") for n in range(3)}
     with pytest.raises(JobError, match="is there for 3 experts, and the gate has 4"):
@@ -216,7 +216,7 @@ BAD_PLACEMENTS = {
         "groups": [4],
         "orders": {n: [0, 2, 1, 3, 4, 5, 6, 7] for n in (1, 2)},
     },
-    "is no placement: it has to hold": {"orders": [1, 2]},
+    "is no placement: it needs ep_degree": {"orders": [1, 2]},
     "keeps 3 groups, which do not divide 8 experts": {"groups": [2, 3]},
 }
 
@@ -241,7 +241,7 @@ def test_a_placement_that_does_not_fit(expected, scene, tmp_path):
         ({"from_run": "wide"}, "the placement has 16 experts in layer 1, and"),
         ({"from_run": "deep"}, "the placement is of MoE layers 1 to 3 (3), and"),
         ({"from_run": "old"}, "--groups 1 for none"),
-        ({"from_run": "forced"}, "were forced (hot_rank (rank 0))"),
+        ({"from_run": "forced"}, "was forced (hot_rank (rank 0))"),
         ({"from_run": "renumbered"}, "placed for EP 2 (abc), and those of"),
         ({"from_run": "nowhere"}, "there is no such folder"),
         ({"undo": True}, "--undo takes a placement back"),

@@ -117,7 +117,7 @@ def at_home(home, monkeypatch):
     for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launch, "_run_here", lambda *job, **more: None)
-    monkeypatch.setattr(launch.processes, "run", lambda *job: None)
+    monkeypatch.setattr(launch.rank_processes, "run", lambda *job: None)
     # Or one block would hold the folder of the next.
     monkeypatch.setattr(launch.run_folder, "claim", lambda folder, run: None)
     monkeypatch.setattr(plan_command, "run", read_plan)
