@@ -221,7 +221,7 @@ def test_table_and_page(ranks, device, tmp_path):
     assert "greedy" in out
     # Without exchange the step is shortest, though every degree is at 1.00 of its own balance.
     assert re.search(r"^Fastest of those that fit: EP 1 at imbalance 1.00 \([\d.]+ ms", out, re.M)
-    assert re.search(r"EP 2: a step took 1.00 x balance \([\d.]+ ms\) at first", out)
+    assert re.search(r"EP 2: the first steps took 1.00 x balance \([\d.]+ ms\)", out)
     text = page.read_text()
     assert text.count('<th scope="col">step s</th><th scope="col">step x</th>') == 2
     measured = text.partition("<h2>Measured load</h2>")[2]
