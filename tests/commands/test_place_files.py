@@ -176,9 +176,7 @@ def test_state_of_other_shapes_and_experts_elsewhere_are_refused(scene, tmp_path
     lost = {f"optimizer.state.{NEW}.router.gate.bias.exp_avg": torch.zeros(E)}
     refused(saved(tmp_path / "0", **lost), scene, tmp_path, "of a parameter that is not there")
     state = f"optimizer.state.{NEW}.router.gate.weight.row_E"
-    refused(
-        saved(tmp_path / "a", **{state: torch.zeros(E)}), scene, tmp_path, "cannot be split"
-    )
+    refused(saved(tmp_path / "a", **{state: torch.zeros(E)}), scene, tmp_path, "cannot be split")
     elsewhere = {"layers.0.mlp_experts.up": torch.zeros(E, 2)}
     refused(saved(tmp_path / "b", **elsewhere), scene, tmp_path, "in no known MoE layer")
     tensors = {"layers.1.moe.router.gate.weight": Stored((4, 2), "F32")}
