@@ -85,7 +85,7 @@ def ranks(request):
 
 @pytest.fixture
 def gpu_ranks(ranks):
-    """The same, for tests that need a GPU."""
+    """Processes of the session, for tests that need a GPU."""
     if ranks.gpus is None:
         pytest.skip("needs a GPU: ./run_tests.sh --device cuda")
     return ranks

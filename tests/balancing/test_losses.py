@@ -267,3 +267,11 @@ def test_groups_that_do_not_divide_the_experts_are_refused():
     loss = DeviceLevelLoss.Config(weight=0.1, num_device_groups=3)
     with pytest.raises(JobError, match="num_device_groups"):
         loss.bind(num_experts=EXPERTS, top_k=TOP_K)
+
+
+def test_an_evaluation_that_is_differentiated_is_not_measured():
+    measuring = router([LOSSES["sequence_wise"]], loop=TrainingLoop(gradients=True)).eval()
+    x, bias = inputs()
+    measuring(x, bias)[0].square().sum().backward()
+    measuring.step_record.finish_step(ROWS)
+    assert not measuring.step_record.step_gradient_squares_N2.any()

@@ -126,7 +126,7 @@ def test_backward_uses_the_experts_of_the_forward(how, disturbed):
 
 @pytest.mark.parametrize("how", [full, selective])
 def test_a_checkpointed_block_can_be_copied(how):
-    """As a reference model."""
+    """A reference model is a copy, as in preference optimisation."""
     copied = copy.deepcopy(how(Block(disturbed=False))).eval()
     assert torch.isfinite(copied(torch.randn(ROWS, LENGTH, DIM)))
 

@@ -469,7 +469,7 @@ def gate_is_cold(window):
 
 
 def test_a_check_is_one_file_and_one_entry(tmp_path, monkeypatch, capsys):
-    """What it explains is listed with it."""
+    """The entry also lists the findings that the check explains."""
     module: dict = {}
     (tmp_path / "gate.py").write_text(NEW_CHECK)
     exec((tmp_path / "gate.py").read_text(), module)

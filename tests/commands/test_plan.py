@@ -249,7 +249,7 @@ def table(plan):
 
 
 def test_a_table_is_one_file_and_one_line(ranks, device, tmp_path):
-    """The same data in the terminal, as JSON and on the page."""
+    """Terminal, JSON and page show the same data."""
     file, page = tmp_path / "tokens.py", tmp_path / "plan.html"
     file.write_text(TABLE)
     words = ["plan", "--hardware", device, "--ranks=2", "--ep=1,2", "-o", str(page)]
@@ -286,7 +286,7 @@ def test_a_table_is_one_file_and_one_line(ranks, device, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(ranks, arguments, message):
-    """Those that tests/refused does not have."""
+    """Wrong flags that tests/refused does not contain."""
     words = ["plan", "--ranks=4", "--hardware=h100", *arguments, "--", *TINY]
     status, out, err = ranks.run(1, planning.command, words)[0]
     assert (status, out) == (2, "")

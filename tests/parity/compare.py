@@ -49,7 +49,7 @@ class Comparison:
         return json.dumps(answer)
 
     def faults(self, tolerance: float = TOLERANCE) -> list[str]:
-        """What differs of gradient, counts, losses and bias.
+        """Differences of gradient, counts, losses and bias.
 
         Counts are whole numbers and equal, and so is a bias that is a function of them. The
         reference of a padded batch has no padding to count: valid counts are compared then. A

@@ -1,4 +1,4 @@
-"""Where a job computes, and ``--device cuda`` where no GPU is: the GPUs that each test needs."""
+"""Device of a job, and the GPUs that each test needs under ``--device cuda``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_case_is_told_how_many_gpus_it_needs():
     ("kind", "needed"), [("cuda", False), ("xpu", False), ("mps", True), (None, True)]
 )
 def test_an_apple_gpu_is_no_accelerator_to_torchtitan(monkeypatch, kind, needed):
-    """What torch reports there; there is no such machine to test on."""
+    """torch's report of such a machine is replaced: none is here to test on."""
     device = None if kind is None else torch.device(kind)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
     assert cpu.needed() == needed

@@ -103,7 +103,7 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def command_with_table(file: str, arguments: list[str]) -> tuple[int, str, str]:
-    """The same where the plan has one more table, that of a file."""
+    """Run :func:`command` with one more table, whose function a file defines."""
     before = tables.TABLES
     tables.TABLES = (*before, runpy.run_path(file)["table"])
     try:

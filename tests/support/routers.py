@@ -43,7 +43,7 @@ def router(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> LoadBalancedRouter:
-    """The same router with losses, wired to batches of ``ROWS`` rows."""
+    """A router with the weights of :func:`upstream_router` and with losses, wired to batches of ``ROWS`` rows."""
     config = derive(_config(score_func, **options), LoadBalancedRouter.Config)
     config.aux_losses, config.expert_bias = list(losses), expert_bias
     config.bind()

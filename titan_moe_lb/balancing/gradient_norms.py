@@ -35,8 +35,8 @@ class GradientNorms:
             squares_2: part of a float32 leaf, whose gradient accumulates the sums of the squared
                 gradients of the model's loss and of the aux losses.
         """
-        self._squares_2 = squares_2
-        self._attach, self._score = router.attach_losses, router.score
+        self._router, self._squares_2 = router, squares_2
+        self._attach, self._gather = router.attach_losses, router.gather
         router.attach_losses, router.gather = self.attach_losses, self.gather  # type: ignore[method-assign]
 
     def attach_losses(self, logits_BLE: torch.Tensor, tokens: BatchTokens | None) -> torch.Tensor:
@@ -53,10 +53,12 @@ class GradientNorms:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the scores on the path of the model's loss, and measure its gradient.
 
-        The losses of sums are attached on the path of the aux losses. Arguments and result are as
-        in ``LoadBalancedRouter.gather``.
+        The losses of sums are attached on the path of the aux losses. An evaluation is not measured.
+        Arguments and result are as in ``LoadBalancedRouter.gather``.
         """
-        main_BLE = self._score(_measured(logits_BLE, self._squares_2[0]))
+        if not self._router.training:
+            return self._gather(logits_BLE, scores_BLE, ids_BLK, coefficients_BE, *losses)
+        main_BLE = self._router.score(_measured(logits_BLE, self._squares_2[0]))
         chosen_BLK = local_shard(main_BLE).gather(-1, ids_BLK)
         with spmd.no_typecheck():
             chosen_BLK = _AttachApart.apply(

@@ -96,7 +96,7 @@ class LayerTime:
 
     @property
     def forward(self) -> Array:
-        """Whole forward pass."""
+        """Forward pass with the all-to-alls."""
         return self.compute + self.dispatch + self.combine
 
     @property
