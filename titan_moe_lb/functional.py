@@ -18,17 +18,7 @@ no tokens is 0.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
-
-SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "softmax": functools.partial(F.softmax, dim=-1),
-    "sigmoid": torch.sigmoid,
-}
-"""Score functions of logits ``(..., E)``, by the value of ``score_func``."""
 
 UNDERFLOW = 2.0**60
 """Factor that keeps products of the smallest scores with the weight of a loss above 0."""

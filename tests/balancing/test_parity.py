@@ -38,6 +38,12 @@ CASES = {
         "padded": True,
         "alone": ("", *LOSSES),
     },
+    "sqrtsoftplus": {
+        "model": Balance(tuple(LOSSES), "quantile_trend", True, "sqrtsoftplus").model(WEIGHT),
+        "with_main_loss": True,
+        "padded": True,
+        "alone": ("", *LOSSES),
+    },
     "proportional": {
         "model": Balance((), "proportional").model(),
         "with_main_loss": True,
@@ -109,6 +115,7 @@ LAYOUTS = {
         "ac=full",
         "ac=selective",
     ],
+    "sqrtsoftplus": ["pp=2,schedule=ZBVZeroBubble", "tp=2,ep=2", "cp=2", "ac=full"],
     "proportional": ["pp=2,schedule=ZBVZeroBubble"],
     "momentum": ["tp=2,ep=2"],
     "batch_wise": ["tp=2", "tp=2,ep=2", "cp=2", "cp=2,ep=2", "ac=full", "ac=selective"],
@@ -139,6 +146,7 @@ LAYOUTS = {
 COMPILED = {
     "whole": ["pp=2,schedule=ZBVZeroBubble,dp_shard=2,compile=true"],
     "padded": ["pp=2,schedule=ZBVZeroBubble,ac=full,compile=true,backend=aot_eager"],
+    "sqrtsoftplus": ["compile=true,backend=aot_eager"],
     "gradient norms": ["dp_shard=2,ep=2,ac=selective,compile=true,backend=aot_eager"],
     **dict.fromkeys(OTHER_MODELS, ["compile=true,backend=aot_eager"]),
 }

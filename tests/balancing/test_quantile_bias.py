@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.bias_steps import built, step_of
 from tests.support.telemetry_jobs import moe_layers
+from tests.support.textbook import SCORES
 from titan_moe_lb.balancing.expert_bias import BiasStep, QuantileBias, QuantileTrendBias
 from titan_moe_lb.balancing.expert_bias.required import required_bias
 from titan_moe_lb.balancing.step_hook import StepHook, wire
@@ -165,7 +166,8 @@ def test_ema_keeps_a_share_of_the_bias():
 
 
 @pytest.mark.parametrize(
-    ("score", "num_experts", "top_k"), [("sigmoid", 64, 4), ("softmax", 64, 4), ("softmax", 256, 8)]
+    ("score", "num_experts", "top_k"),
+    [("sigmoid", 64, 4), ("softmax", 64, 4), ("softmax", 256, 8), ("sqrtsoftplus", 64, 4)],
 )
 def test_balances_as_sorting_does(score, num_experts, top_k):
     """One distribution of tokens, ten steps: MaxVio within 0.03 of that with exact quantiles.
@@ -174,8 +176,10 @@ def test_balances_as_sorting_does(score, num_experts, top_k):
     num_tokens = 4096
     logits = torch.randn(num_tokens, num_experts, generator=generator)
     logits += torch.randn(num_experts, generator=generator)
-    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
-    rule = built(QuantileBias.Config(), num_experts, top_k)
+    if score == "sqrtsoftplus":
+        logits = 6 * logits + 10  # scores of 0 to 6
+    scores = SCORES[score](logits)
+    rule = built(QuantileBias.Config(), num_experts, top_k, score)
     violations = {}
     for how in ("histogram", "sorting"):
         bias = torch.zeros(num_experts)

@@ -79,7 +79,7 @@ def test_values_that_change_come_from_tables_and_flags(tmp_path):
 def test_a_foreign_model_keeps_its_own_bias(tmp_path):
     """torchtitan's coefficient is the speed of the sign rule."""
     arguments = job_file(tmp_path, SPARSE + "[training]\ndisable_cuda_graphs = true\n")
-    sign = SignBias.Config(speed=1e-3, num_experts=8, top_k=3)
+    sign = SignBias.Config(speed=1e-3, num_experts=8, top_k=3, score_func="softmax")
     for given, rule in (([], sign), (["--model.expert_bias=none"], None)):
         moe = last_moe([*arguments, "--model.aux_losses=[]", *given])
         assert moe.router.expert_bias == rule

@@ -35,7 +35,11 @@ class Arguments:
     """Weight of each loss; the z-loss has a hundredth of it."""
 
     bias: str = ""
-    """Rule of the expert bias: none, sign, proportional, momentum, quantile. Empty: the model's."""
+    """Rule of the expert bias: none, sign, proportional, momentum, quantile, quantile_trend.
+    Empty: the model's."""
+
+    score_func: str = ""
+    """softmax, sigmoid or sqrtsoftplus. Empty: that of the model."""
 
     padded: bool = False
     """40 % of the batch is padding. The reference is the batch without it."""
@@ -72,7 +76,9 @@ def main() -> None:
         layout = parse(arguments.layout)
     except (ValueError, KeyError) as error:
         sys.exit(f"tests.parity: error: {error}")
-    balance = Balance(tuple(arguments.loss.split(",")), arguments.bias, arguments.padded)
+    balance = Balance(
+        tuple(arguments.loss.split(",")), arguments.bias, arguments.padded, arguments.score_func
+    )
     model = balance.model(arguments.weight)
     try:
         config = make_config(layout, arguments.module, arguments.config, model)

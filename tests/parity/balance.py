@@ -23,6 +23,7 @@ RULES: dict[str, Any] = {
     "proportional": {"type": "proportional", "speed": 0.01},
     "momentum": {"type": "momentum"},
     "quantile": {"type": "quantile", "num_bins": NUM_BINS},
+    "quantile_trend": {"type": "quantile_trend", "num_bins": NUM_BINS},
 }
 
 
@@ -34,6 +35,8 @@ class Balance:
     bias: str = ""
     """A key of ``RULES``; empty: the rule of the model."""
     padded: bool = False
+    score_func: str = ""
+    """Score function; empty: that of the model."""
 
     def model(self, weight: float = WEIGHT) -> dict[str, Any]:
         """The table ``[model]`` of a job."""
@@ -43,9 +46,15 @@ class Balance:
             | LOSSES.get(kind, {})
             for kind in self.losses
         ]
-        return {"aux_losses": losses, **({"expert_bias": RULES[self.bias]} if self.bias else {})}
+        model: dict[str, Any] = {"aux_losses": losses}
+        if self.bias:
+            model["expert_bias"] = RULES[self.bias]
+        if self.score_func:
+            model["score_func"] = self.score_func
+        return model
 
     def flags(self) -> str:
         """Flags of ``python -m tests.parity``."""
         bias = f" --bias {self.bias}" if self.bias else ""
-        return f"--loss {','.join(self.losses)}{bias}{' --padded' * self.padded}"
+        scores = f" --score-func {self.score_func}" if self.score_func else ""
+        return f"--loss {','.join(self.losses)}{bias}{scores}{' --padded' * self.padded}"

@@ -38,12 +38,13 @@ class Outcome:
 
 
 def draw_balance(dice: random.Random) -> Balance:
-    """Draw some losses, a rule, and perhaps padding."""
+    """Draw some losses, a rule, perhaps padding, and the score function."""
     losses = tuple(kind for kind in LOSSES if dice.random() < 0.4)
     bias = dice.choice([rule for rule in RULES if losses or rule != "none"])
     # A bias made of the quantiles of a batch leaves tokens of the same batch on the fence; with
     # padding each pass has a batch of its own.
-    return Balance(losses, bias, padded=bias == "quantile" or dice.random() < 0.4)
+    padded = bias.startswith("quantile") or dice.random() < 0.4
+    return Balance(losses, bias, padded, dice.choice(["", "sqrtsoftplus"]))
 
 
 def draw_layout(dice: random.Random, most_ranks: int) -> Layout:

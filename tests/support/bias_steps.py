@@ -7,8 +7,13 @@ import torch
 from titan_moe_lb.balancing.expert_bias import BiasStep, ExpertBias
 
 
-def built(config: ExpertBias.Config, num_experts: int = 4, top_k: int = 2) -> ExpertBias:
-    config.bind(num_experts=num_experts, top_k=top_k)
+def built(
+    config: ExpertBias.Config,
+    num_experts: int = 4,
+    top_k: int = 2,
+    score_func: str = "sigmoid",
+) -> ExpertBias:
+    config.bind(num_experts=num_experts, top_k=top_k, score_func=score_func)
     return config.build()
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
+from tests.support.textbook import SCORES
 from tests.support.train_jobs import build
 from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.job import job_config
@@ -34,7 +35,7 @@ def gates(arguments: list[str]) -> list[tuple[torch.dtype, torch.dtype, float, t
     def look(router, args, output) -> None:
         x_BLD, weight_ED = local_shard(args[0]), local_shard(router.gate.weight)
         exact = F.linear(x_BLD.double(), weight_ED.double())
-        exact = exact.softmax(-1) if router.score_func == "softmax" else exact.sigmoid()
+        exact = SCORES[router.score_func](exact)
         scores = local_shard(output[2])
         seen[router] = (x_BLD.dtype, scores.dtype, (scores - exact).abs().max().item())
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torchtitan.config.override import derive
 from torchtitan.models.common.config_utils import make_router_config
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
+from tests.support.textbook import SCORES
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.losses import AuxLoss, SequenceWiseAuxLoss
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
@@ -29,9 +31,20 @@ DOCUMENTS = document_numbers(
 """Three documents in each row."""
 
 
+class OtherScores(TokenChoiceTopKRouter):
+    """torchtitan's router, with the textbook formula of a score function that it lacks."""
+
+    def forward(self, x_BLD, expert_bias_E=None):
+        name, self.score_func = self.score_func, "sigmoid"
+        with mock.patch.object(torch, "sigmoid", SCORES[name]):
+            result = super().forward(x_BLD, expert_bias_E)
+        self.score_func = name
+        return result
+
+
 def upstream_router(score_func: str = "sigmoid", **options: Any) -> TokenChoiceTopKRouter:
     """torchtitan's router of 8 experts on 32 features, top 2."""
-    return _initialised(_config(score_func, **options).build())
+    return _initialised(OtherScores(_config(score_func, **options)))
 
 
 def router(

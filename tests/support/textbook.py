@@ -13,7 +13,11 @@ import torch.nn.functional as F
 
 NUM_GROUPS, GROUPS_PER_TOKEN = 4, 2
 """Device groups of the losses ``device_level`` and ``communication``."""
-SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}
+SCORES = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),  # arXiv 2606.19348
+}
 
 
 def sequence_loss(

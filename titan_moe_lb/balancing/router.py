@@ -30,9 +30,10 @@ from titan_moe_lb.balancing.recording.replayed import RouterReplay
 from titan_moe_lb.balancing.recording.sequence_tables import CountSources, SequenceTables
 from titan_moe_lb.balancing.recording.step_record import RouterRecord, StepRecord
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
+from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.functional import SCORE_FUNCTIONS, gather_scores, inverse_sums
+from titan_moe_lb.functional import gather_scores, inverse_sums
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action
@@ -76,7 +77,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             for loss in self.aux_losses:
                 loss.bind(**sizes, local_batch_size=rows)
             if self.expert_bias is not None:
-                self.expert_bias.bind(**sizes)
+                self.expert_bias.bind(**sizes, score_func=self.score_func)
             if self.forced_routing is not None and job is not None:
                 if self.num_expert_groups is not None:
                     self.forced_routing.open_groups = self.num_limited_groups

@@ -7,8 +7,8 @@ from typing import Any
 
 from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.functional import SCORE_FUNCTIONS
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 

@@ -26,6 +26,7 @@ from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.balancing.score_functions import ScoreFunction
 from titan_moe_lb.balancing.step_hook import StepHook, wire_parts
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
 from titan_moe_lb.checkpoints import loading
@@ -67,6 +68,9 @@ class LoadBalanceConverter(ModelConfigConverter):
 
         forced_routing: ForcedRouting.Config | None = None
         """Strategy that chooses the experts in a benchmark; None for training."""
+
+        score_func: ScoreFunction | Literal["keep"] = "keep"
+        """Score function of every router; "keep" for the model's own."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -124,6 +128,8 @@ class LoadBalanceConverter(ModelConfigConverter):
             forced_routing=copy.deepcopy(self.config.forced_routing),
             layer=number,
         )
+        if self.config.score_func != "keep":
+            moe.router.score_func = self.config.score_func  # type: ignore[assignment]
         # The dispatcher has its own copy of top_k.
         moe.routed_experts.token_dispatcher.top_k = moe.router.top_k
         moe.router.bind()

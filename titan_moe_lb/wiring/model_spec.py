@@ -16,6 +16,7 @@ from titan_moe_lb.balancing.checkpointing import announcing_schedule, saving_dec
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.losses import AuxLoss
+from titan_moe_lb.balancing.score_functions import ScoreFunction
 from titan_moe_lb.wiring.converter import BuildHooks, LoadBalanceConverter
 
 
@@ -34,6 +35,7 @@ def balanced(
     aux_losses: list[AuxLoss.Config] | None = None,
     expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
     forced_routing: ForcedRouting.Config | None = None,
+    score_func: ScoreFunction | Literal["keep"] = "keep",
     converters: list[ModelConfigConverter.Config] | None = None,
 ) -> BalancedModelSpec:
     """Add the losses and the step hook of this package to a torchtitan model.
@@ -49,13 +51,17 @@ def balanced(
         expert_bias: rule that moves the bias of the choice; None for no bias, "keep" for the
             rule that the model has: torchtitan's is the sign rule.
         forced_routing: strategy that chooses the experts, in a benchmark.
+        score_func: function from logits to scores; "keep" for the model's own.
         converters: the user's own converters (quantization, LoRA), applied first.
 
     Raises:
         JobError: the model has no MoE layer, or a router that is not torchtitan's.
     """
     converter = LoadBalanceConverter.Config(
-        aux_losses=aux_losses or [], expert_bias=expert_bias, forced_routing=forced_routing
+        aux_losses=aux_losses or [],
+        expert_bias=expert_bias,
+        forced_routing=forced_routing,
+        score_func=score_func,
     )
     model = spec.model
     validate_converter_order(converters or [])
@@ -67,6 +73,7 @@ def balanced(
         "aux_losses": aux_losses,
         "expert_bias": expert_bias,
         "forced_routing": forced_routing,
+        "score_func": score_func,
     }
     if isinstance(spec, BalancedModelSpec):
         return BalancedModelSpec(**fields)

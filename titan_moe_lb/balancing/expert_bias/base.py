@@ -50,7 +50,9 @@ class ExpertBias(Component):
     kinds: ClassVar[dict[str, type[ExpertBias]]] = {}
     """Configurable rules, by ``type_name``."""
 
-    filled_by_job: ClassVar[frozenset[str]] = frozenset({"num_experts", "top_k", "starts_anew"})
+    filled_by_job: ClassVar[frozenset[str]] = frozenset(
+        {"num_experts", "top_k", "score_func", "starts_anew"}
+    )
     """Fields of the Config that :meth:`Config.bind` and the model's ``update_from_config`` fill."""
 
     moves: ClassVar[bool] = True
@@ -76,13 +78,16 @@ class ExpertBias(Component):
         top_k: int | None = None
         """K of the router. Filled by :meth:`bind`."""
 
+        score_func: str = "sigmoid"
+        """Score function of the router. Filled by :meth:`bind`."""
+
         starts_anew: bool = False
         """True if the checkpoint lacks the state of the rule, because another rule wrote it. Filled
         by ``update_from_config`` of the model."""
 
-        def bind(self, *, num_experts: int, top_k: int) -> None:
-            """Fill in the numbers of the router."""
-            self.num_experts, self.top_k = num_experts, top_k
+        def bind(self, *, num_experts: int, top_k: int, score_func: str = "sigmoid") -> None:
+            """Fill in the numbers and the score function of the router."""
+            self.num_experts, self.top_k, self.score_func = num_experts, top_k, score_func
             if self._owner.state_names:
                 self.replicate(self._owner.state_names)
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from titan_moe_lb.balancing.expert_bias.base import BiasStep, ExpertBias
+from titan_moe_lb.balancing.score_functions import LARGEST_SCORE
 from titan_moe_lb.errors import JobError
 
 
@@ -21,7 +22,8 @@ class QuantileBias(ExpertBias):
     (:func:`titan_moe_lb.balancing.expert_bias.required.required_bias`).
 
     The quantile is interpolated in a histogram of ``num_bins`` bins on
-    ``b_i +- (max b - min b + 2)``, a range that contains every r. The ranks sum their counts of
+    ``b_i +- (max b - min b + 1 + S)``, a range that contains every r if no score is above
+    ``S``: 1, or 32 for ``sqrtsoftplus``. The ranks sum their counts of
     tokens; quantiles are not averaged. The report's bins are uniform. Ours are uniform in
     ``asinh((r - b_i) / 1e-3)``: about 2e-5 wide near the bias, where the quantile is, and wider
     away from it. The bias is the middle of a bin, because every runner-up requires exactly the
@@ -63,7 +65,7 @@ class QuantileBias(ExpertBias):
     def observe(self, histogram_EH, required_BLE, bias_E, number) -> None:
         """Count the required biases of a forward in the bins of the histogram."""
         num_experts, num_bins = histogram_EH.shape
-        place_BLE = torch.asinh((required_BLE - bias_E) / _FINE) / _reach(bias_E)
+        place_BLE = torch.asinh((required_BLE - bias_E) / _FINE) / self._reach(bias_E)
         bins_BLE = place_BLE.mul_((num_bins - 1) / 2).add_(num_bins // 2 + 0.5)
         bins_BLE = bins_BLE.clamp_(0, num_bins - 1)
         # NaN scores count in the middle bin, which leaves the bias unchanged.
@@ -95,19 +97,19 @@ class QuantileBias(ExpertBias):
         within_NE1 = (target_NE1 - before_NE1) / in_bin_NE1.clamp(min=1)
         place_NE = (bin_NE1 + within_NE1).squeeze(-1) - (num_bins // 2 + 0.5)
         place_NE *= 2 / (num_bins - 1)
-        quantile_NE = step.bias_NE + torch.sinh(place_NE * _reach(step.bias_NE.double())) * _FINE
+        place_NE *= self._reach(step.bias_NE.double())
+        quantile_NE = step.bias_NE + torch.sinh(place_NE) * _FINE
         quantile_NE -= quantile_NE.mean(dim=-1, keepdim=True)
         return quantile_NE.float()
+
+    def _reach(self, bias: torch.Tensor) -> torch.Tensor:
+        """Compute asinh of the largest distance of a required bias from any bias, ``(..., 1)``.
+
+        The distance is in units of ``_FINE``.
+        """
+        low, high = bias.aminmax(dim=-1, keepdim=True)
+        return torch.asinh((high - low + 1 + LARGEST_SCORE[self.config.score_func]) / _FINE)
 
 
 _FINE = 1e-3
 """Distance from the bias at which the bins begin to widen."""
-
-
-def _reach(bias: torch.Tensor) -> torch.Tensor:
-    """Compute asinh of the largest distance of a required bias from any bias, ``(..., 1)``.
-
-    The distance is in units of ``_FINE``.
-    """
-    low, high = bias.aminmax(dim=-1, keepdim=True)
-    return torch.asinh((high - low + 2) / _FINE)

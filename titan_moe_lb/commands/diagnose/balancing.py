@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TypedDict
@@ -68,10 +69,12 @@ class Balancing:
 
     @property
     def typical_score_M(self) -> np.ndarray:
-        """Typical score of each layer: 1/E for softmax, else 1/2, also without ``score_func``."""
+        """Score of a logit of 0 in each layer; that of a sigmoid also without ``score_func``."""
         info = self.window.trace.info
-        softmax = info.score_func == "softmax"
-        return 1 / info.num_experts_M if softmax else np.full(len(info.layers), 0.5)
+        if info.score_func == "softmax":
+            return 1 / info.num_experts_M
+        score = math.sqrt(math.log(2)) if info.score_func == "sqrtsoftplus" else 0.5
+        return np.full(len(info.layers), score)
 
     def moved(self, bias_M: np.ndarray) -> np.ndarray:
         """Estimate the share of its balanced load by which a change of bias moves an expert.
