@@ -1,4 +1,5 @@
-"""Device of the tests: ``--device cpu`` (gloo on the host) or ``--device cuda`` (NCCL)."""
+"""Fixtures of the tests, and their device: ``--device cpu`` (gloo on the host) or ``cuda``
+(NCCL)."""
 
 from __future__ import annotations
 
@@ -36,14 +37,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List every skipped case with its reason; pytest itself folds those of one reason."""
+    """List every skipped case with its reason, because pytest folds cases with the same reason."""
     for report in terminalreporter.stats.get("skipped", ()):
         terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_process_group_outlives_its_module() -> Generator[None, None, None]:
-    """Destroy the group of a loop of one's own, by which later tests would count the ranks."""
+    """Destroy the process group of an own loop, because later tests would count its ranks."""
     yield
     if torch.distributed.is_initialized():
         from tests.support import gone_meshes
@@ -54,8 +55,10 @@ def no_process_group_outlives_its_module() -> Generator[None, None, None]:
 
 @pytest.fixture(autouse=True)
 def environment_ends_with_its_test() -> Generator[None, None, None]:
-    """Restore the environment: a job that was started in this process sets the variables of its
-    ranks and of its launcher, which later tests would obey."""
+    """Restore the environment.
+
+    A job in this process sets variables of its ranks and launcher, which later tests would use.
+    """
     before = dict(os.environ)
     yield
     if os.environ != before:
@@ -64,7 +67,7 @@ def environment_ends_with_its_test() -> Generator[None, None, None]:
 
 
 class Ranks(RankPool):
-    """A pool that skips the test that asks for more ranks than there are GPUs."""
+    """Pool that skips a test if it needs more ranks than there are GPUs."""
 
     def need(self, num_ranks: int) -> None:
         if self.gpus is not None and num_ranks > self.size:
@@ -75,7 +78,7 @@ class Ranks(RankPool):
 
 @pytest.fixture(scope="session")
 def ranks(request):
-    """The processes of the whole session; see :class:`RankPool`."""
+    """Processes of the whole session; see :class:`RankPool`."""
     pool = Ranks(HOST_RANKS)
     if request.config.getoption("--device") == "cuda":
         pool = Ranks(len(GPUS), GPUS)

@@ -1,6 +1,8 @@
-"""A long run of the tiny model with everything on: memory, files and the time of a step stay flat.
+"""Soak: a long run of the tiny model with everything on.
 
-python -m tests.soak [--steps 3000]
+Memory, files and the time of a step must stay flat.
+
+    python -m tests.soak [--steps 3000]
 """
 
 from __future__ import annotations
@@ -53,10 +55,10 @@ class Arguments:
 
 
 def held_memory(steps: int, folder: str) -> list[int]:
-    """Train; returns the bytes that this rank held after every 25th step.
+    """Train; return the bytes that this rank held after every 25th step.
 
-    What malloc keeps of freed memory is given back first: how much that is follows from the
-    order of what came and went, and takes thousands of steps to settle.
+    malloc first gives back freed memory. How much it keeps depends on the order of allocations, and
+    settles only after thousands of steps.
     """
     config = trainer_config(*JOB, f"--training.steps={steps}", f"--dump_folder={folder}")
     held: list[int] = []
@@ -77,8 +79,11 @@ def held_memory(steps: int, folder: str) -> list[int]:
 
 
 def slope(values: np.ndarray) -> tuple[float, float]:
-    """Per index: of the least-squares line through the medians of 20 equal parts, and its
-    standard error. Medians, since a save holds a copy for a moment."""
+    """Slope per index, and its standard error.
+
+    The line is the least-squares fit through the medians of 20 equal parts. Medians are robust
+    against a save, which holds a copy for a moment.
+    """
     parts = np.array_split(values, 20)
     x = np.cumsum([len(part) for part in parts]) - len(values) / 40
     (gradient, _level), covariance = np.polyfit(x, [np.median(part) for part in parts], 1, cov=True)
@@ -86,7 +91,7 @@ def slope(values: np.ndarray) -> tuple[float, float]:
 
 
 def figures(by_rank: list[list[int]], folder: Path) -> dict:
-    """What is asked of a soak, after the first fifth of it."""
+    """Results that a soak must meet, after its first fifth."""
     trace = read_trace(folder)
     steps = len(trace.steps)
     warm = steps // 5

@@ -39,7 +39,7 @@ def command(*arguments: str) -> None:
 
 
 def photograph(page: Path, name: str, height: int) -> None:
-    """In both themes, 1,200 pixels wide."""
+    """Photograph a page in both themes, 1,200 pixels wide."""
     for theme, scheme in (("dark", 0), ("light", 1)):
         subprocess.run(
             [

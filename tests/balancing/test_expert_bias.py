@@ -1,4 +1,4 @@
-"""Bias rules against values derived by hand, and their states under any counts."""
+"""Tests of the bias rules: values derived by hand, and finite states under any counts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ COUNTS = torch.tensor([[4, 10, 1, 1]])  # mean 4, sum 16
 
 
 def test_sign_by_hand():
-    """Signs 0, -1, +1, +1 of the deviation, their mean 0.25 taken off."""
+    """The signs of the deviations are 0, -1, +1, +1; the rule subtracts their mean, 0.25."""
     delta = built(SignBias.Config(speed=0.1)).delta(step_of(COUNTS))
     assert delta[0].tolist() == pytest.approx([-0.025, -0.125, 0.075, 0.075])
 
 
 def test_proportional_by_hand():
-    """1/4 less the shares 4/16, 10/16, 1/16, 1/16."""
+    """The bias of an expert moves by 1/4 minus its share: 4/16, 10/16, 1/16, 1/16."""
     delta = built(ProportionalBias.Config(speed=0.8)).delta(step_of(COUNTS))
     assert delta[0].tolist() == pytest.approx([0.0, -0.3, 0.15, 0.15])
 
 
 def test_momentum_by_hand():
-    """Violations 0, -1.5, 0.75, 0.75; the second step is half the first one and half its own."""
+    """The violations are 0, -1.5, 0.75, 0.75; the second step is half of the first and half of its
+    own."""
     rule = built(MomentumBias.Config(speed=0.1, scale=2.0, momentum=0.5))
     momentum = torch.zeros(1, 4)
     clamped = np.tanh(2 * np.array([0.0, -1.5, 0.75, 0.75])) * 0.1
@@ -87,7 +88,7 @@ STEPPING = (
 @given(data=st.data())
 @pytest.mark.parametrize("config", STEPPING, ids=lambda config: config._owner.__name__)
 def test_states_are_finite_under_any_counts(config, data):
-    """Steps of two layers; a layer that routes nothing in a step keeps its bias and state."""
+    """A layer that routes nothing in a step keeps its bias and state."""
     num_experts, top_k = 4, 2
     rule = built(config, num_experts, top_k)
     bias_NE = torch.zeros(2, num_experts)
@@ -115,7 +116,7 @@ def test_states_are_finite_under_any_counts(config, data):
 
 @given(st.lists(st.integers(0, 2**53), min_size=2, max_size=8))
 def test_sign_is_that_of_the_integers(counts):
-    """float32 would take 2**24 + 1 for 2**24. Python's integers are the reference."""
+    """float32 rounds 2**24 + 1 to 2**24; the reference uses Python integers."""
     rule = built(SignBias.Config(speed=1.0), len(counts), 1)
     delta = rule.move(step_of(torch.tensor([counts])))[0].double().numpy()
     missing = [sum(counts) - len(counts) * count for count in counts]

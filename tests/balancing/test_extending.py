@@ -1,4 +1,5 @@
-"""Every example of docs/howto/add_*.md runs as printed and does what its page claims."""
+"""Tests of the examples in docs/howto/add_*.md: each runs as printed and does what its page
+states."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ IMPORTANCE = {"aux_losses": [{"type": "my_importance", "weight": 0.1}]}
 
 
 class PoolWithExample:
-    """A pool of ranks that import an example before they run something."""
+    """Pool of ranks that import an example first."""
 
     def __init__(self, pool: RankPool, example: str) -> None:
         self._pool, self._example = pool, example
@@ -81,7 +82,7 @@ def importance(ranks):
     "layout", ["pp=2", "tp=2,ep=2", "cp=2,ac=selective", "compile=true,backend=aot_eager"]
 )
 def test_loss_is_the_same_under_every_layout(importance, layout):
-    """Its gradient is that of autograd in the forward, also where that is traced or repeated."""
+    """The gradient equals that of autograd, also in traced and repeated forwards."""
     (comparison,) = importance.compare(parse(layout))
     assert comparison.faults() == [], comparison
 
@@ -101,7 +102,7 @@ def test_loss_is_its_formula(score_func):
 
 
 def test_loss_without_a_formula_or_a_kind_is_refused():
-    """A loss that no router can apply would silently do nothing."""
+    """Without the refusal, a loss that no router can apply would silently do nothing."""
 
     class Empty(SumsLoss):
         @dataclass(kw_only=True, slots=True)
@@ -126,7 +127,8 @@ def test_loss_without_a_formula_or_a_kind_is_refused():
     ],
 )
 def test_inside_the_package_it_is_a_new_file_and_one_edit(tmp_path, example, folder, flag):
-    """The edit is the import that enters the class; outside it is the import of the module."""
+    """Inside the package, the edit is the import that registers the class; outside, importing the
+    module does."""
     for package in ("titan_moe_lb", "model_registry"):
         shutil.copytree(doc_examples.ROOT / package, tmp_path / package)
     methods = tmp_path / "titan_moe_lb" / "balancing" / folder
@@ -200,7 +202,7 @@ def test_bias_rule_without_a_formula_is_refused():
 
 
 def test_metric_is_measured_reduced_and_written(ranks, tmp_path):
-    """The share of the busiest of 2 EP ranks is half its overload factor."""
+    """With 2 EP ranks, the share of the busiest rank is half of the overload factor."""
     flags = [
         "--parallelism.data_parallel_shard_degree=2",
         "--parallelism.pipeline_parallel_degree=2",
@@ -223,7 +225,8 @@ def test_metric_is_measured_reduced_and_written(ranks, tmp_path):
 
 
 def test_strategy_has_the_load_that_it_promises(ranks, tmp_path):
-    """8 experts, the first 4 cold, then the last 4: with EP 2, one rank has all the load."""
+    """With 8 experts and EP 2, one rank has all the load: the first 4 experts are cold, then the
+    last 4."""
     flags = [
         "--parallelism.expert_parallel_degree=2",
         "--training.local_batch_size=4",
@@ -241,7 +244,8 @@ def test_strategy_has_the_load_that_it_promises(ranks, tmp_path):
 
 @pytest.mark.parametrize("table", ["num_cold = 7", "cold = 4"])
 def test_strategy_of_a_bad_job_is_refused(table):
-    """The key that is out of range, or the nearest to the one that does not exist."""
+    """The message names the key that is out of range, or the valid key nearest to an unknown
+    one."""
     flags = [f'--model.forced_routing={{type = "cold_experts", {table}}}']
     with doc_examples.imported("cold_experts"), pytest.raises(JobError, match="num_cold"):
         job_config.load([*TINY, *flags])
@@ -255,7 +259,7 @@ def test_strategy_is_in_the_help():
 
 
 def test_strategy_of_the_package_is_one_file_and_one_line():
-    """``rotating`` is mentioned in its own file and where the package lists its strategies."""
+    """Only its own file and the package's list of strategies mention ``rotating``."""
     package = Path(titan_moe_lb.__file__).parent
     mentions = {
         str(path.relative_to(package)): sum("otating" in line for line in path.open())

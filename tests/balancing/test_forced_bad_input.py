@@ -1,4 +1,4 @@
-"""Forced routing that a job cannot have is refused in one line that names the key."""
+"""Tests of refused forced routing: one line names the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each forced strategy promises, on the router's own tensors and on real EP ranks."""
+"""Tests of the forced strategies on one router and on EP ranks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_round_robin_deals_evenly(num_tokens, shape, first_token):
 @given(st.data())
 @settings(max_examples=200)
 def test_hot_share_is_exact(data):
-    """H choices of hot experts in all, evenly within the hot and within the cold ones."""
+    """Exactly H choices go to hot experts; hot and cold experts have even loads among
+    themselves."""
     num_hot, num_cold = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     top_k = data.draw(st.integers(1, num_hot + num_cold))
     num_ranks, per_rank = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 20))
@@ -131,7 +132,8 @@ STREAMS = {
 
 @pytest.mark.parametrize("streams", STREAMS)
 def test_streams_do_not_overlap(streams):
-    """No stretch of a stream is in another, and nothing repeats at one place of many streams."""
+    """No stretch of one stream occurs in another, and no value repeats at one position of many
+    streams."""
     size = 2**10
     whole_SN = np.stack(
         [
@@ -153,7 +155,7 @@ def test_streams_do_not_overlap(streams):
 
 @pytest.mark.parametrize("streams", STREAMS)
 def test_streams_do_not_correlate(streams):
-    """Correlations of n values scatter by n^-1/2 around 0."""
+    """Correlations of n values have a standard deviation of about n^-1/2 around 0."""
     size = 2**12
     values = [
         uniform(torch.tensor(seed), torch.tensor(number), (size,))
@@ -167,7 +169,7 @@ def test_streams_do_not_correlate(streams):
 
 
 def test_seeds_of_large_jobs_differ():
-    """40 jobs of 61 layers on 4,096 ranks; with 32 bits, ranks of some layers share theirs."""
+    """40 jobs of 61 layers on 4,096 ranks have distinct seeds; 32 bits would not suffice."""
     of_layer = torch.tensor([hash_seed(job, layer) for job in range(40) for layer in range(61)])
     # hash_seed(job, layer, place), for all places of a layer at once.
     seeds = _mix(of_layer[:, None] + torch.arange(1, 4097))
@@ -232,7 +234,7 @@ def test_hot_rank_keeps_an_odd_share_to_within_one_token(ranks, tmp_path):
 
 
 def positions(arguments):
-    """What torchtitan gives this rank of positions 0, 1, 2, ..., and what we think it does."""
+    """Positions 0, 1, 2, ... that torchtitan gives to this rank, and those that we expect."""
     config = job_config.load(arguments).config
     config.metrics.write_moe_trace = False
     trainer = config.build()
@@ -260,7 +262,7 @@ def test_the_tokens_of_a_rank_are_those_torchtitan_gives_it(ranks, balancer):
 
 
 def biases(arguments):
-    """By layer: the bias of three forwards. Runs on every rank."""
+    """Return the bias of three forwards, by layer. Runs on every rank."""
     config = job_config.load(arguments).config
     config.metrics.write_moe_trace = False
     trainer = config.build()
@@ -291,7 +293,7 @@ def test_bias_is_shared_by_all_ranks(ranks, resample):
 
 
 def test_biased_normal_prefers_the_biased_experts(ranks, tmp_path):
-    """Fixed bias: every step has the same ranking of the experts, as far as groups allow."""
+    """A fixed bias gives every step the same ranking of the experts, as far as groups allow."""
     forced = force('type = "biased_normal", std = 2.0, resample = "once_per_layer"')
     flags = ["--parallelism.expert_parallel_degree=2", "--training.local_batch_size=2"]
     trace, _ = run(ranks, 4, tmp_path, *forced, *flags)
@@ -339,7 +341,7 @@ REPLAYS = {
 
 @pytest.fixture(scope="module")
 def recorded(ranks, tmp_path_factory):
-    """A run on PP2 x EP2 that records its routing."""
+    """Run on PP2 x EP2 that records its routing."""
     folder = tmp_path_factory.mktemp("recorded")
     _ep, flags = LAYOUTS["1F1B"]
     record = ["--metrics.record_routing_steps", "1", "2", "--parallelism.expert_parallel_degree=2"]
@@ -365,7 +367,7 @@ def test_replay_is_exact_on_another_layout(ranks, tmp_path, recorded, layout):
 
 
 def opened(arguments):
-    """How often each file of a trace is opened from the flags to the trainer."""
+    """Count how often each trace file is opened, from the flags to the trainer."""
     times = collections.Counter()
     routing_trace._opened.cache_clear()  # what other tests have opened in this process
 
@@ -401,7 +403,7 @@ def pipelined(schedule: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def plain(ranks, tmp_path_factory):
-    """A step in which nothing is recomputed, by schedule."""
+    """Step without recomputation, by schedule."""
 
     @functools.cache
     def step(schedule):
@@ -415,8 +417,11 @@ def plain(ranks, tmp_path_factory):
     ("schedule", "checkpointing"), [("1F1B", "selective"), ("ZBVZeroBubble", "full")]
 )
 def test_recomputation_takes_the_same_decisions(ranks, tmp_path, plain, schedule, checkpointing):
-    """Other experts in a recomputed forward would change the gradient. test_recomputation.py
-    compiles forced routing, test_parity.py this schedule with full checkpointing."""
+    """A recomputed forward with other experts would change the gradient.
+
+    test_recomputation.py compiles forced routing. test_parity.py has this schedule with full
+    checkpointing.
+    """
     expected, expected_log = plain(schedule)
     recomputed = [*pipelined(schedule), f"activation-checkpoint:{checkpointing}"]
     trace, log = run(ranks, 2, tmp_path, *recomputed, steps=1)

@@ -1,4 +1,4 @@
-"""Workloads W0 to W7: the counts that each strategy promises, the same in every layout."""
+"""Tests of workloads W0 to W7: each strategy has the promised counts, the same in every layout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def divisors(number: int) -> list[int]:
 
 @pytest.mark.parametrize("num_experts", [1, 2, 6, 8, 12, 16])
 def test_round_robin_leaves_no_rank_idle(num_experts):
-    """Any number of tokens, beginning anywhere in the deal, for every K and EP degree."""
+    """For any number of tokens, any start, every K and every EP degree, each rank gets tokens."""
     rank_counts = itertools.product(range(1, num_experts + 1), divisors(num_experts))
     for top_k, ep in rank_counts:
         config = RoundRobin.Config(num_experts=num_experts, top_k=top_k, expert_parallel=ep)
@@ -60,7 +60,7 @@ def test_round_robin_leaves_no_rank_idle(num_experts):
 
 
 def test_one_token_a_rank():
-    """By hand: digits of 16 experts reversed are 0, 8, 4, 12, 2, ..., ranks 0, 4, 2, 6, 1, ..."""
+    """The reversed digits of 16 experts are 0, 8, 4, 12, 2, ..., on ranks 0, 4, 2, 6, 1, ..."""
     config = RoundRobin.Config(num_experts=16, top_k=2, expert_parallel=8)
     ids = config.build().deal(torch.arange(8), 8, torch.tensor(0))
     assert ids[:4].tolist() == [[0, 8], [4, 12], [2, 10], [6, 14]]
@@ -73,7 +73,7 @@ LIMITED = [(256, 8, 8, 4), (160, 6, 8, 3), (8, 2, 4, 2), (8, 2, 4, 1)]
 
 @pytest.mark.parametrize(("num_experts", "top_k", "groups", "open_groups"), LIMITED)
 def test_round_robin_under_a_group_limit(num_experts, top_k, groups, open_groups):
-    """One token from each EP rank reaches all of them, and none too many groups."""
+    """One token from each EP rank reaches all ranks, and not too many groups."""
     for ep in (1, 2, 4, 8):
         order = torch.tensor(even_order(num_experts, top_k, ep, open_groups))
         ids = order[round_robin_ids(torch.arange(num_experts), top_k, num_experts)]
@@ -99,7 +99,7 @@ CUTS = [(1, 1, 1), (1, 1, 8), (2, 1, 3), (4, 4, 5), (6, 2, 1), (8, 4, 5), (2, 2,
 
 
 def in_turn(total: int, experts: list[int]) -> Counter:
-    """By hand: what is dealt in turn, the first ones getting what does not divide."""
+    """Deal tokens in turn; the first experts get the remainder."""
     share, more = divmod(total, len(experts))
     return Counter({e: share + (i < more) for i, e in enumerate(experts)})
 
@@ -143,7 +143,7 @@ WORKLOADS = {
 
 
 def dispatches(config, cut, step) -> np.ndarray:
-    """Counts ``(dispatches of the step, E)`` that the ranks of a job produce."""
+    """Counts ``(dispatches of a step, E)`` of the ranks of a job."""
     num_ranks, ep, num_micro_batches = cut
     config.num_experts, config.top_k = EXPERTS, TOP_K
     config.num_micro_batches = num_micro_batches
@@ -181,7 +181,7 @@ def test_counts_of_a_step_are_the_same_in_every_cut(name):
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_operators_alone_make_a_step(name):
-    """As in a CUDA graph: those of forward 0, run again, deal as forward 11 does."""
+    """The operators of forward 0, run again as by a CUDA graph, deal as forward 11 does."""
     config, _ = WORKLOADS[name]
     config.num_experts, config.top_k, config.num_micro_batches = EXPERTS, TOP_K, 2
     strategy, scores = config.build(), torch.zeros(1, 19, EXPERTS)
@@ -200,7 +200,7 @@ def test_operators_alone_make_a_step(name):
 @given(st.data())
 @settings(max_examples=200)
 def test_ragged_exchanges_tokens_of_a_dispatch(data):
-    """Every row of the deal once: no count of an expert can differ from round robin's."""
+    """Every row of the deal occurs once, so the counts equal those of round robin."""
     num_experts = data.draw(st.integers(1, 24))
     top_k = data.draw(st.integers(1, num_experts))
     dispatched = data.draw(st.integers(1, 60))
@@ -218,7 +218,7 @@ def test_ragged_exchanges_tokens_of_a_dispatch(data):
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_ragged_sources_send_to_one_rank(num_ranks):
-    """The same workload seen on any EP degree: what is ragged goes half way round, or home."""
+    """The workload is the same at any EP degree: ragged tokens go half way round, or home."""
     tokens, num_experts, top_k = 256, 16, 2
     for fraction, distance in itertools.product((0.25, 0.75, 1.0), (0.0, 0.5)):
         config = Ragged.Config(
@@ -237,7 +237,8 @@ def test_ragged_sources_send_to_one_rank(num_ranks):
 
 
 def test_ragged_begins_anew_in_every_dispatch():
-    """28 tokens, top 1 of 6: four rounds, sorted from expert 3 on, and rows 24 to 27 as dealt."""
+    """28 tokens, top 1 of 6 experts: four rounds are sorted from expert 3 on; rows 24 to 27 stay as
+    dealt."""
     config = Ragged.Config(num_experts=6, top_k=1, fraction=1.0, num_micro_batches=2)
     ids = config.build().deal(torch.arange(56), 56, torch.tensor(0)).flatten().tolist()
     ring = [expert for expert in (3, 4, 5, 0, 1, 2) for _ in range(4)]
@@ -257,7 +258,7 @@ PP2_EP2 = [
 
 
 def test_rotating_on_pipeline_and_expert_parallel_ranks(ranks, tmp_path):
-    """3/4 of 2,048 choices to three experts, from step 4 on to the next three: 512 each."""
+    """3/4 of 2,048 choices go to three experts, and from step 4 on to the next three: 512 each."""
     forced = force('type = "rotating", num_hot = 3, fraction = 0.75, period = 1')
     trace, _ = run(ranks, 4, tmp_path, *forced, *PP2_EP2, steps=4)
     # 512 choices of 5 cold experts: 103, 103, 102, 102, 102.
@@ -267,7 +268,7 @@ def test_rotating_on_pipeline_and_expert_parallel_ranks(ranks, tmp_path):
 
 
 def test_burst_under_full_checkpointing(ranks, tmp_path):
-    """Steps 2 and 4, on experts 0 and 4: one on either rank, so that no rank is hot."""
+    """The bursts of steps 2 and 4 hit experts 0 and 4, one on each rank, so no rank is hot."""
     table = 'type = "burst", num_hot = 2, fraction = 0.75, placement = "spread", period = 2'
     trace, logged = run(
         ranks, 2, tmp_path, *force(table), *EP2, "activation-checkpoint:full", steps=4
@@ -290,7 +291,7 @@ DATA_PARALLEL = ["--training.local_batch_size=1", "--training.global_batch_size=
     ids=["one process", "dp2 accumulation 4", "pp2 ep2 zbv"],
 )
 def test_zero_load_is_the_same_in_every_layout(ranks, tmp_path, num_ranks, flags):
-    """2,048 choices of 3 experts; rank 0 of EP 2 has none of them. 683, 683 and 682."""
+    """Three experts get the 2,048 choices: 683, 683 and 682. Rank 0 of EP 2 has none of them."""
     forced = force('type = "zero_load", num_zero = 5')
     trace, logged = run(ranks, num_ranks, tmp_path, *forced, *flags, steps=1)
     assert (trace.counts_SME == [0, 0, 0, 0, 0, 683, 683, 682]).all()
@@ -299,7 +300,7 @@ def test_zero_load_is_the_same_in_every_layout(ranks, tmp_path, num_ranks, flags
 
 
 def test_ragged_on_expert_parallel_ranks(ranks, tmp_path):
-    """Half of a rank's 1,024 choices go to the other rank, the rest to both alike."""
+    """Half of a rank's 1,024 choices go to the other rank, the rest evenly to both."""
     forced = force('type = "ragged", fraction = 0.5')
     record = ["--metrics.record_routing_steps", "1"]
     trace, _ = run(ranks, 2, tmp_path, *forced, *EP2, *record, steps=1)
@@ -312,7 +313,7 @@ def test_ragged_on_expert_parallel_ranks(ranks, tmp_path):
 
 
 def test_a_resumed_job_goes_on_with_its_step(ranks, tmp_path):
-    """Steps 3 and 4 after a checkpoint of step 2: experts 4 and 5, then 6 and 7."""
+    """After a checkpoint of step 2, step 3 uses experts 4 and 5, and step 4 uses 6 and 7."""
     forced = force('type = "rotating", num_hot = 2, fraction = 1.0, period = 1')
     checkpoints = ["--checkpoint.enable", "--checkpoint.interval=2"]
     checkpoints += ["--checkpoint.no-last-save-model-only", "--training.seq_len=64"]

@@ -1,4 +1,4 @@
-"""The loss mathematics against autograd on the formulas written out, in float64."""
+"""Tests of the loss formulas in float64, against autograd on the formulas as written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RELATIVE = 1e-10
 
 @st.composite
 def routings(draw):
-    """Logits ``(B, L, E)`` float64, expert bias ``(E,)`` and K."""
+    """Generate logits ``(B, L, E)`` float64, an expert bias ``(E,)`` and K."""
     experts = draw(st.integers(2, 12))
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 9)), experts)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -124,7 +124,7 @@ def test_small_scores_have_the_value_and_gradient_of_float64(shift, formula):
 
 @pytest.mark.parametrize("exponent", [0, -40, -100, -126])
 def test_gradients_in_the_smallest_scores_are_those_of_float64(exponent):
-    """At -126 half of the scores are below the smallest normal float32."""
+    """At -126, half of the scores are below the smallest normal float32 number."""
     scores = torch.rand(2, 16, 8, generator=torch.Generator().manual_seed(0)) * 2.0**exponent
     ids = scores.topk(2).indices
     exact = scores.double().requires_grad_()
@@ -170,7 +170,7 @@ def test_no_tokens_contribute_zero(shape):
 
 
 def test_a_token_without_scores_leaves_the_others_alone():
-    """All of its scores are 0: its share of every expert is 0, and so is its gradient."""
+    """If all scores of a token are 0, its share of every expert is 0, and so is its gradient."""
     logits, ids = small_scores(0.0)
     logits[0, 3] = -200
     exact = logits.double().requires_grad_()

@@ -1,4 +1,4 @@
-"""``RefuseHostReads`` refuses every way that a number reaches the host, and nothing else."""
+"""Tests of ``RefuseHostReads``: it refuses every read of a number by the host, and nothing else."""
 
 from __future__ import annotations
 

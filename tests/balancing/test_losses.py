@@ -1,6 +1,7 @@
-"""The gradient of every loss in a router, against autograd on its formula (tests/support/textbook.py).
+"""Tests of the gradient of every loss in a router, against autograd on its formula.
 
-The reference is torchtitan's own router with the loss added to its output
+The formulas are in tests/support/textbook.py. The reference is torchtitan's own router with the
+loss added to its output.
 """
 
 from __future__ import annotations
@@ -67,11 +68,11 @@ LOSSES = {
 }
 OPTIONS = {"plain": {}, "groups": {**GROUPS, "route_norm": True, "route_scale": 2.5}}
 PREVIOUS_E = torch.arange(1, EXPERTS + 1)
-"""Tokens of each expert in the step before, of the global-batch loss."""
+"""Tokens of each expert in the previous step, for the global-batch loss."""
 
 
 def built(losses, score_func="sigmoid", *, valid=None, documents=None, **options):
-    """A router in float64, or in float32 where batches have a token mask."""
+    """Build a router in float64, or in float32 if batches have a token mask."""
     built = router(
         losses,
         score_func,
@@ -85,7 +86,7 @@ def built(losses, score_func="sigmoid", *, valid=None, documents=None, **options
 
 
 def reference(name, valid, logits, scores, ids):
-    """The raw value of a loss: the mean over the rows, of their valid tokens alone."""
+    """Raw value of a loss: mean over the rows, over their valid tokens only."""
     kind, _, of_scores = name.partition(" ")
     counted = scores.topk(TOP_K, dim=-1).indices if of_scores else ids
     tables = (logits, scores, counted)
@@ -101,7 +102,8 @@ def reference(name, valid, logits, scores, ids):
 
 
 def check(built, references, **options):
-    """Values, and gradients of ``output + sum of weight * loss`` in the input and the gate."""
+    """Compare values, and gradients of ``output + sum of weight * loss`` in the input and the
+    gate."""
     dtype = built.gate.weight.dtype
     bound = 1e-6 if dtype == torch.float64 else 1e-5  # weights and coefficients are float32
     if "global_batch" in built.aux_losses:
@@ -166,7 +168,7 @@ def test_documents_are_sequences_that_weigh_as_many_tokens_as_they_have(valid, s
 
 
 def test_a_row_without_a_valid_token_adds_nothing_to_the_others():
-    """The row counts among the rows of the mean, and has no loss."""
+    """The mean counts the row, whose loss is 0."""
     valid = PADDED.clone()
     valid[2] = False
     router = built([LOSSES["entropy"]], valid=valid)
@@ -198,7 +200,7 @@ def test_closed_form_is_the_gradient_of_the_value(name):
 
 
 def test_global_batch_has_no_gradient_in_the_first_step():
-    """Without counts of a step before, every f is 1 and the loss is sum_i P_i = 1."""
+    """Without counts of an earlier step, every f is 1 and the loss is sum_i P_i = 1."""
     router = built([GlobalBatchAuxLoss.Config(weight=1.0)], "softmax")
     x, bias = inputs(torch.float64)
     (0.0 * router(x, bias)[0].sum()).backward()
@@ -216,8 +218,10 @@ def test_previous_step_without_a_valid_token_keeps_its_load():
 @pytest.mark.parametrize("score_func", SCORES)
 @pytest.mark.parametrize("kinds", [["sequence_wise", "z_loss"], ["z_loss"], []], ids=str)
 def test_gradient_norms_are_those_of_the_output_and_of_the_losses(score_func, kinds):
-    """Squares of the gradients in the logits, over two forwards of one step. The gate learns what
-    it learns without the measurement."""
+    """The squared gradients in the logits sum over two forwards of one step.
+
+    The gate gets the same gradient without the measurement.
+    """
     losses = [LOSSES[kind] for kind in kinds]
     measuring = router(losses, score_func, loop=TrainingLoop(gradients=True))
     plain = router(losses, score_func)
@@ -257,7 +261,7 @@ def test_documents_beyond_the_last_that_is_told_apart_join_it():
 
 
 def test_padding_is_the_run_of_ignored_labels_at_the_end():
-    """Ignored labels of a prompt, in front or between, are no padding."""
+    """Ignored labels of a prompt, at the start or in between, are not padding."""
     labels = torch.tensor([[-1, -1, 3, 4, -1, 5, -1, -1], [1, 2, 3, 4, 5, 6, 7, 8]])
     found = before_padding(labels, -1)
     assert found.int().tolist() == [[1, 1, 1, 1, 1, 1, 0, 0], [1] * 8]

@@ -1,4 +1,4 @@
-"""More experts than a byte can number."""
+"""Tests with more experts than a byte can number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that differ: without a bias, with a speed, a top_k or a number of experts of their own."""
+"""Tests of layers that differ in bias, speed, top_k or number of experts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TOKENS = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(
     "speeds", [[None, 1e-2, 1e-3, 1e-3, 1e-3], [1e-3, None, 2e-3, None, 5e-3]], ids=str
 )
 def test_each_layer_keeps_its_own_speed_in_a_loop(speeds):
-    """Against the rule on what the routers have answered."""
+    """The reference is the rule, applied to the experts that the routers return."""
     spec = model_registry("debugmodel")
     for (_fqn, moe, *_), speed in zip(spec.model.traverse(MoE.Config), speeds, strict=True):
         moe.load_balance_coeff = speed
@@ -85,7 +85,7 @@ def test_each_layer_keeps_its_own_speed_in_a_loop(speeds):
 
 
 def mixed_layers(rule: str, copies: int = 1) -> list[MoE]:
-    """Layers with 8 and 16 experts, top 2, 1 and 4; some have neither bias nor rule."""
+    """Build layers with 8 and 16 experts and top 2, 1 and 4; some have no bias or no rule."""
     kinds = [
         {},
         {"num_experts": 16},
@@ -142,7 +142,7 @@ OTHER_LOSS = [SequenceWiseAuxLoss.Config(weight=5.0, num_experts=16, top_k=3)]
     ids=["other weight", "no loss", "no forced routing"],
 )
 def test_losses_and_forced_routing_are_those_of_every_layer(key, value):
-    """A step has one weight for a loss; layers with numbers of their own are still alike."""
+    """A step has one weight for a loss, also if layers have their own numbers."""
     spec = balanced(
         mixed_spec(),
         aux_losses=[SequenceWiseAuxLoss.Config(weight=1e-3)],
@@ -169,7 +169,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def run(request, ranks, tmp_path_factory):
-    """The folder of a run of a model whose layers differ, and the biases that it ends with."""
+    """Run a model whose layers differ; return its folder and its last biases."""
     num_ranks, layout = LAYOUTS[request.param]
     folder = tmp_path_factory.mktemp("mixed")
     settings = layout | {"metrics.record_routing_steps": [2]}
@@ -177,7 +177,7 @@ def run(request, ranks, tmp_path_factory):
 
 
 def merged(found: list[dict[int, list[float]]]) -> dict[int, list[float]]:
-    """The biases of all ranks, which agree."""
+    """Biases of all ranks, which must agree."""
     biases: dict[int, list[float]] = {}
     for rank in found:
         for number, bias_E in rank.items():
@@ -186,7 +186,7 @@ def merged(found: list[dict[int, list[float]]]) -> dict[int, list[float]]:
 
 
 def require_own_rules(trace: Trace, biases: dict[int, list[float]]) -> None:
-    """The biases are what torchtitan's rule makes of the trace at each layer's speed."""
+    """Check the biases against torchtitan's rule on the trace, at each layer's speed."""
     assert biases.keys() == {number for number, speed in SPEEDS.items() if speed is not None}
     for row, number in enumerate(trace.layers):
         range_S = trace.layer_columns["bias_range"][:, row]
@@ -218,8 +218,11 @@ def test_each_layer_keeps_its_own_under_the_trainer(run):
 
 
 def test_what_reads_a_run_counts_the_experts_that_are_there(run):
-    """The recorded routing is the trace's; the report, watch and diagnose name no expert that a
-    layer does not have; a plan from the run is refused."""
+    """The recorded routing agrees with the trace.
+
+    Report, watch and diagnose name no expert that a layer does not have. A plan from the run is
+    refused.
+    """
     folder, _biases = run
     trace, routing = read_trace(folder), RoutingTrace(folder)
     for row, number in enumerate(trace.layers):
@@ -250,7 +253,7 @@ def test_what_reads_a_run_counts_the_experts_that_are_there(run):
 
 
 def test_diagnose_and_place_count_the_experts_that_are_there():
-    """One of 8 experts of the smaller layer is dead, and no other."""
+    """Exactly one of the 8 experts of the smaller layer is dead."""
     counts_ME = np.full((2, 16), 400)
     counts_ME[0, 8:], counts_ME[0, 3] = ABSENT, 0
     info = run_info(layers=(1, 2), num_experts=16, num_experts_by_layer=(8, 16))
@@ -294,7 +297,7 @@ def test_a_resumed_run_goes_on_with_each_layers_own(ranks, tmp_path):
 
 
 def test_a_number_of_experts_that_the_routed_experts_do_not_have_is_refused():
-    """torchtitan would build it, and send tokens to experts that they have not chosen."""
+    """torchtitan would build such a model, and send tokens to experts that they did not choose."""
     spec = mixed_spec()
     spec.model.layers[2].moe.num_experts = 8
     with pytest.raises(JobError, match="layer 2 .*num_experts"):

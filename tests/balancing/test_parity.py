@@ -1,7 +1,7 @@
-"""The claim of this package, on real processes: neither the layout nor a compiler changes the gradient.
+"""Tests of parity on real processes: neither the layout nor a compiler changes the gradient.
 
-Each case is a model with its balancing; its reference is one process. Each layout of it is here for
-what the case has not had yet. Compiled layouts are a table of their own.
+Each case is a model with its balancing; its reference is one process. Each layout of a case adds
+something that the case has not had yet. Compiled layouts have a table of their own.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ COMPILED = {
 
 
 def cells(table: dict[str, list[str]]) -> pytest.MarkDecorator:
-    """Every layout of every case, with the fixture ``parity`` of the case."""
+    """List every layout of every case, with the case's ``parity`` fixture."""
     pairs = [
         pytest.param(case, layout, id=f"{case}-{layout}")
         for case, layouts in table.items()
@@ -187,14 +187,15 @@ def test_gradient_does_not_depend_on_the_layout(parity, layout):
 
 @cells(COMPILED)
 def test_gradient_does_not_depend_on_compilation(parity, layout):
-    """All losses in one pass: a compiled block is specialised to its weights."""
+    """All losses run in one pass, because a compiled block is specialized to its weights."""
     (comparison,) = parity.compare(parse(layout), alone=("",))
     check(comparison)
 
 
 @of_case("running")
 def test_running_counts_see_the_micro_batches_so_far(parity):
-    """They are an approximation under accumulation; the previous step's are not."""
+    """Running counts are an approximation under accumulation; those of the previous step are
+    exact."""
     (comparison,) = parity.compare(Layout(accumulate=2))
     assert comparison.max_relative_error > 100 * TOLERANCE
 
@@ -202,7 +203,7 @@ def test_running_counts_see_the_micro_batches_so_far(parity):
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 @of_case("running")
 def test_running_counts_are_not_taken_again_when_a_forward_repeats(parity, checkpointing):
-    """A repeated micro-batch would see the counts of those that came after it."""
+    """Otherwise a repeated micro-batch would see the counts of later micro-batches."""
     plain, repeated = (
         parity.gradients(Layout(accumulate=4, ac=ac))[""] for ac in ("none", checkpointing)
     )
@@ -211,7 +212,7 @@ def test_running_counts_are_not_taken_again_when_a_forward_repeats(parity, check
 
 @of_case("batch_wise")
 def test_batch_wise_depends_on_the_data_parallel_degree(parity):
-    """The harness can fail: this loss is not additive over ranks."""
+    """The comparison can fail: this loss is not additive over ranks."""
     (comparison,) = parity.compare(Layout(dp_shard=2))
     assert comparison.max_relative_error > 100 * TOLERANCE
 
@@ -249,14 +250,14 @@ def test_reference_is_autograd_on_the_textbook_loss(ranks, tmp_path):
 
 
 def test_torch_loses_the_gradient_for_which_a_rule_refuses_a_job(ranks):
-    """A torch that does not makes ``gradients_are_kept`` deletable."""
+    """If this fails, torch keeps the gradient: delete ``gradients_are_kept``."""
     of_two, of_one = (ranks.run(2, lost_gradient.gradient, rows)[0] for rows in (2, 1))
     assert of_two.unique().tolist() == [2.0]
     assert of_one.unique().tolist() == [1.0]
 
 
 def test_experts_of_unknown_rows_are_lowered_by_inductor():
-    """As those of an expert-parallel rank, whose kernels no layout here compiles."""
+    """Expert-parallel ranks have such experts; no layout here compiles their kernels."""
 
     def experts(x_RY, chosen_R, w_EXY):
         return all_experts(x_RY[chosen_R.nonzero()[:, 0]], w_EXY)
@@ -270,7 +271,8 @@ def test_experts_of_unknown_rows_are_lowered_by_inductor():
 
 
 def test_layouts_that_nobody_chose(ranks):
-    """A short form of ``python -m tests.parity --random 200``; this seed compiles none."""
+    """This is a short form of ``python -m tests.parity --random 200``; this seed compiles no
+    layout."""
     lines: list[str] = []
     outcome = random_layouts.run(ranks, 3, 32, say=lambda line, flush: lines.append(line))
     assert outcome.layouts == 3 and outcome.failures == [], "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Bias rules of quantiles against quantiles found by sorting, and against every bias tried out."""
+"""Tests of the quantile rules, against quantiles by sorting and against every possible bias."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 
 
 def required_of(scores_TE, bias_E, groups: int, limit: int, top_k: int) -> np.ndarray:
-    """The bias that each token requires of each expert, by the package ``(T, E)``."""
+    """Bias that each token requires of each expert, from the package ``(T, E)``."""
     limits = (groups, limit) if groups > 1 else (None, None)
     runner_up_T1 = np.sort(_limited(scores_TE + bias_E, groups, limit), axis=1)[:, [-top_k - 1]]
     tables = map(torch.from_numpy, (scores_TE, scores_TE + bias_E, runner_up_T1))
@@ -30,7 +30,7 @@ def required_of(scores_TE, bias_E, groups: int, limit: int, top_k: int) -> np.nd
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_quantile_against_sorting(data):
-    """The new bias is the K/E-quantile of what each token requires, to one bin width."""
+    """The new bias is the K/E quantile of the required biases, to within one bin."""
     groups = data.draw(st.sampled_from([1, 2, 4]), "groups")
     num_experts = groups * data.draw(st.integers(2, 6), "experts of a group")
     limit = data.draw(st.integers(1, groups), "groups of a token")
@@ -99,9 +99,11 @@ def bin_edges(bias: np.ndarray, expert: int, num_bins: int) -> np.ndarray:
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_required_bias_by_trying_every_bias(data):
-    """How far the bias of a selected expert can fall until others of the groups that the token
-    reaches take its place, or those of its whole group until another group does: the least of
-    both, by bisection. Of the others a token requires at least what they have."""
+    """The required bias of an expert equals the one found by bisection.
+
+    The bias of a selected expert may fall until another expert of the token's groups, or another
+    group, takes its place. An expert that is not selected requires at least its own bias.
+    """
     groups = data.draw(st.sampled_from([1, 2, 4]), "groups")
     size = data.draw(st.integers(2, 4), "experts of a group")
     limit = data.draw(st.integers(1, groups), "groups of a token")
@@ -135,7 +137,8 @@ def test_required_bias_by_trying_every_bias(data):
 
 
 def _bisected(holds: Callable[[float], bool]) -> float:
-    """The largest number from 0 on for which it holds, to 1e-9; infinite where it always does."""
+    """Find the largest number from 0 on for which a condition holds, to 1e-9; infinite if it always
+    holds."""
     low, high = 0.0, 10.0
     if holds(high):
         return np.inf
@@ -146,7 +149,7 @@ def _bisected(holds: Callable[[float], bool]) -> float:
 
 
 def _limited(choice: np.ndarray, groups: int, limit: int) -> np.ndarray:
-    """Group-limited routing: the groups with the largest sums of their two best experts stay."""
+    """Group-limited routing: keep the groups with the largest sums of their two best experts."""
     grouped = choice.reshape(len(choice), groups, -1)
     best_two = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
     out = np.argsort(-best_two, axis=1, kind="stable")[:, limit:]
@@ -170,8 +173,11 @@ def test_ema_keeps_a_share_of_the_bias():
     [("sigmoid", 64, 4), ("softmax", 64, 4), ("softmax", 256, 8), ("sqrtsoftplus", 64, 4)],
 )
 def test_balances_as_sorting_does(score, num_experts, top_k):
-    """One distribution of tokens, ten steps: MaxVio within 0.03 of that with exact quantiles.
-    Uniform bins leave 1.9 with the softmax over 256 experts."""
+    """After ten steps on one distribution of tokens, MaxVio is within 0.03 of that with exact
+    quantiles.
+
+    With a softmax over 256 experts, uniform bins leave a MaxVio of 1.9.
+    """
     generator = torch.Generator().manual_seed(0)
     num_tokens = 4096
     logits = torch.randn(num_tokens, num_experts, generator=generator)
@@ -203,7 +209,7 @@ def test_balances_as_sorting_does(score, num_experts, top_k):
 
 
 def limits_of(num_experts: int, *, every_top_k: bool) -> list[dict]:
-    """Every number of groups and of groups that a token reaches, with each K or the outermost."""
+    """Yield every number of groups and of reachable groups, with each K or the outermost ones."""
     kinds = []
     for groups in (1, 2, 4, 8):
         for limit in range(1, groups + 1) if num_experts // groups >= 2 else ():
@@ -220,7 +226,7 @@ def limits_of(num_experts: int, *, every_top_k: bool) -> list[dict]:
     ("rule", "num_experts"), [("quantile", 8), ("quantile_trend", 8), ("quantile", 16)]
 )
 def test_quantiles_balance_under_every_group_limit(rule, num_experts):
-    """Routers of every limit, on fixed tokens of which each expert likes others."""
+    """Routers of every limit balance fixed tokens that prefer different experts."""
     kinds = limits_of(num_experts, every_top_k=num_experts == 8)
     layers = moe_layers(list(range(len(kinds))), [], expert_bias=rule, kinds=kinds)
     hook = StepHook(layers, wire([layer.router for layer in layers], RankGroups()), RankGroups())
@@ -240,8 +246,11 @@ def test_quantiles_balance_under_every_group_limit(rule, num_experts):
 
 
 def test_trend_goes_on_where_the_quantiles_go():
-    """One expert's quantile is 0.1 higher in every step: after a while the bias of a step is
-    what that step asks for, where that of `quantile` is a step late."""
+    """If one expert's quantile rises by 0.1 in every step, the trend rule catches up after some
+    steps.
+
+    The bias of ``quantile`` stays one step late.
+    """
     late, ahead = (
         built(config, 2, 1)
         for config in (QuantileBias.Config(), QuantileTrendBias.Config(trend_ema=0.5))
@@ -261,7 +270,7 @@ def test_trend_goes_on_where_the_quantiles_go():
 
 
 def asking(bias: torch.Tensor, difference: float, num_bins: int = 1000) -> torch.Tensor:
-    """A histogram of ten tokens that all require ``difference`` more of expert 0 than of 1."""
+    """Histogram of ten tokens that all require ``difference`` more of expert 0 than of expert 1."""
     histogram = torch.zeros(1, 2, num_bins, dtype=torch.int64)
     for expert, required in ((0, difference / 2), (1, -difference / 2)):
         edges = bin_edges(bias[0].numpy(), expert, num_bins)
@@ -270,7 +279,7 @@ def asking(bias: torch.Tensor, difference: float, num_bins: int = 1000) -> torch
 
 
 def test_a_score_that_is_no_number_leaves_the_quantile_where_it_is():
-    """Every token has NaN: the quantile is in the middle bin, less than 1e-4 from the bias."""
+    """If every token has NaN, the quantile is in the middle bin, within 1e-4 of the bias."""
     rule = built(QuantileBias.Config(num_bins=1001), 2, 1)
     bias_E = torch.tensor([0.1, -0.1])
     histogram_EH = torch.zeros(2, 1001, dtype=torch.int32)

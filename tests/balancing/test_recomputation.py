@@ -1,4 +1,4 @@
-"""Recomputed forwards reuse the routing decisions of the first, whatever they would choose."""
+"""Tests of recomputation: a repeated forward reuses the routing decisions of the first one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter
 
 @torch.library.custom_op("titan_moe_lb_tests::disturb", mutates_args=())
 def disturb(logits: torch.Tensor) -> torch.Tensor:
-    """Other logits in every forward that the autograd engine repeats."""
+    """Change the logits in every forward that the autograd engine repeats."""
     again = torch._C._current_graph_task_id() != -1
     return logits.flip(-1) if again else logits.clone()
 
@@ -40,7 +40,7 @@ disturb.register_autograd(lambda ctx, grad: grad)
 
 
 class Gate(nn.Module):
-    """A gate that a repeated forward computes differently, or whose experts all tie."""
+    """Gate with different logits in a repeated forward, or with ties between all experts."""
 
     def __init__(self, linear: nn.Module, *, disturbed: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Gate(nn.Module):
 
 
 class Block(nn.Module):
-    """A router whose experts each have a number in the loss: its gradient counts the uses."""
+    """Router whose experts each have a number in the loss, so its gradient counts their uses."""
 
     def __init__(self, *, disturbed: bool) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def selective_compiled(block: nn.Module) -> nn.Module:
 
 
 def used_by_backward(how, *, disturbed: bool, twice: bool = False) -> tuple[list, list, list]:
-    """Tokens of each expert as the forward chose, as the backward used, as was recorded."""
+    """Tokens of each expert: chosen in the forward, used in the backward, and recorded."""
     torch.manual_seed(0)
     block = Block(disturbed=disturbed)
     x = torch.randn(ROWS, LENGTH, DIM)
@@ -126,19 +126,19 @@ def test_backward_uses_the_experts_of_the_forward(how, disturbed):
 
 @pytest.mark.parametrize("how", [full, selective])
 def test_a_checkpointed_block_can_be_copied(how):
-    """A reference model is a copy, as in preference optimisation."""
+    """Preference optimization, for example, copies the model as its reference."""
     copied = copy.deepcopy(how(Block(disturbed=False))).eval()
     assert torch.isfinite(copied(torch.randn(ROWS, LENGTH, DIM)))
 
 
 def test_a_second_pass_of_backward_uses_them_too():
-    """A zero-bubble schedule repeats the forward for the inputs and again for the weights."""
+    """A zero-bubble schedule repeats the forward for the inputs, and again for the weights."""
     chosen, used, recorded = used_by_backward(full, disturbed=True, twice=True)
     assert used == chosen and recorded == chosen
 
 
 def test_torchtitans_own_policy_uses_others():
-    """The test can fail: without saved decisions, others are used."""
+    """The test can fail: without saved decisions, the repeated forward uses other experts."""
     chosen, used, _recorded = used_by_backward(upstream, disturbed=True)
     assert used != chosen
 
@@ -154,8 +154,11 @@ RUNNING = GlobalBatchAuxLoss.Config(weight=0.5, counts="running", **BOUND)
     ids=["loss of scores", "forced routing", "running counts"],
 )
 def test_gradient_is_that_without_checkpointing(how, options):
-    """Forwards of two micro-batches, then their backwards: when the first is repeated, the
-    clock of the strategy and the counts of the loss have gone on."""
+    """Two forwards are followed by their backwards.
+
+    When the first forward repeats, the strategy's clock and the loss's counts have already
+    advanced.
+    """
     gradients = []
     for wrap in (no_checkpointing, how):
         torch._dynamo.reset()
@@ -175,6 +178,6 @@ def test_gradient_is_that_without_checkpointing(how, options):
 
 
 def test_types_of_torchtitan_are_those_that_are_replaced():
-    """A torchtitan with another hierarchy would silently leave them unreplaced."""
+    """With another class hierarchy in torchtitan, they would silently not be replaced."""
     assert issubclass(FullACSavingDecisions, FullAC)
     assert issubclass(SelectiveACSavingDecisions, SelectiveAC)

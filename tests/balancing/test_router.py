@@ -1,4 +1,4 @@
-"""The router and its record in one process, against torchtitan's own router."""
+"""Tests of the router and its record in one process, against torchtitan's own router."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_without_losses_every_bit_is_upstreams(score_func, options):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gate_in_half_precision_computes_in_float32(dtype, lora):
-    """Against the formula on float32 copies: logits, and gradients in the dtype of the weights."""
+    """Logits, and gradients in the dtype of the weights, equal the formula on float32 copies."""
     built = router(dtype=dtype)
     if lora:
         built.gate = lora_gate(built, dtype)
@@ -75,8 +75,10 @@ def test_a_gate_in_half_precision_computes_in_float32(dtype, lora):
 
 @contextlib.contextmanager
 def float32_autocast():
-    """A GPU's autocast to float32: torch's operators know it on the host too, and its Python
-    context manager refuses it there."""
+    """Autocast to float32 as on a GPU.
+
+    torch's operators support it on the host too, but its context manager refuses it there.
+    """
     torch.set_autocast_dtype("cpu", torch.float32)
     torch.set_autocast_enabled("cpu", True)
     try:
@@ -135,7 +137,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mixed_precision_leaves_scores_in_float32(ranks, layout):
-    """Activations in bfloat16, whose scores would be off by 2e-3 and tie."""
+    """Scores in the activations' bfloat16 would be off by 2e-3, and tie."""
     num_ranks, flags = LAYOUTS[layout]
     job = ["--config", "deepseek_v3_tiny", "--training.seq_len=128", *flags]
     for gates in ranks.run(num_ranks, gate_jobs.gates, job):
@@ -146,7 +148,7 @@ def test_mixed_precision_leaves_scores_in_float32(ranks, layout):
 
 
 def every_loss(padded: bool) -> list[AuxLoss.Config]:
-    """Sequences are documents where the batch has a mask."""
+    """Configure every loss; sequences are documents if the batch has a mask."""
     options = LOSSES | {"batch_wise": {"count_from": "scores"}}
     if padded:
         options["sequence_wise"] = {"over": "document", "max_documents": 3}
@@ -163,8 +165,10 @@ def every_loss(padded: bool) -> list[AuxLoss.Config]:
     ],
 )
 def test_compiled_without_graph_breaks(backend, dtype, lora, padded):
-    """All losses and a bias of quantiles. What is traced computes every bit of the eager router;
-    kernels round otherwise."""
+    """The router has all losses and a quantile bias.
+
+    The traced router equals the eager one bit for bit; compiled kernels round differently.
+    """
     results = []
     for compiled in (False, True):
         built = router(

@@ -1,4 +1,4 @@
-"""The mask from a data loader to the routers, and what does not fit together."""
+"""Tests of the token mask, from a data loader to the routers, and of refused combinations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chats(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ["pp=2,schedule=Interleaved1F1B,ac=full", "cp=2", "tp=2,ep=2"])
 def test_padding_of_chats_is_known_on_every_layout(ranks, chats, layout):
-    """Under torchtitan's SPMD type checker, which has to accept what masks and losses do."""
+    """torchtitan's SPMD type checker, which is on, accepts the masks and losses."""
     (expected,) = ranks.run(1, padding_of, chats)
     losses = f"--model.aux_losses=[{OF_DOCUMENTS}, {OTHERS}]"
     model = [QUANTILE, losses, "--debug.spmd_typechecking"]
@@ -55,7 +55,7 @@ def test_padding_of_chats_is_known_on_every_layout(ranks, chats, layout):
 
 
 def test_a_job_that_the_launcher_has_resolved_has_a_mask(chats):
-    """Its trainer has a copy of the config: ``build()`` makes one."""
+    """The trainer has a copy of the config, which ``build()`` makes."""
     job = job_config.load(["--config=deepseek_v3_tiny"], 1)
     job.config.dataloader = loader_config(chats)
     job.config.metrics = MetricsProcessor.Config()
@@ -68,7 +68,7 @@ def test_a_job_that_the_launcher_has_resolved_has_a_mask(chats):
 
 
 class Rows(BaseDataLoader):
-    """A loader without positions."""
+    """Loader without positions."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
@@ -94,7 +94,7 @@ def test_documents_need_positions():
 
 
 class NumberedRows(Rows):
-    """A loader that numbers the documents itself, and has no positions either."""
+    """Loader that numbers the documents itself, and has no positions either."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Rows.Config):
@@ -118,7 +118,7 @@ def test_a_loader_without_a_mask_is_unchanged():
 
 
 def trainer_of_masks(*flags: str) -> Trainer:
-    """A trainer whose harness feeds batches of 4 rows of 128 tokens with masks. One rank."""
+    """Build a trainer for batches of 4 rows of 128 tokens with masks. One rank."""
     arguments = ["--config=deepseek_v3_tiny", "--training.local_batch_size=4", *flags]
     config = job_config.load(arguments).config
     config.dataloader = derive(config.dataloader, LoaderWithMask.Config)
@@ -137,7 +137,7 @@ def batch(trainer: Trainer, **masks: torch.Tensor) -> tuple[dict[str, torch.Tens
 
 
 def answers_to_masks(masks: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
-    """The refusal of each wrong batch, by a model that was built for masks. One rank."""
+    """Return the refusal of each wrong batch by a model with masks. One rank."""
     trainer = trainer_of_masks(QUANTILE, f"--model.aux_losses=[{OF_DOCUMENTS}]")
     answers = {}
     for name, mask in masks.items():
@@ -176,7 +176,8 @@ REMEMBERED = ("expert_bias_E", "trend_E", "load_E")
 def a_step_without_a_valid_token() -> tuple[
     list[torch.Tensor], list[torch.Tensor], float, list[str]
 ]:
-    """State of rules and losses before and after it; its largest loss value; the log."""
+    """Return the state of rules and losses before and after the step, its largest loss value, and
+    the log."""
     trainer = trainer_of_masks(
         "--model.expert_bias={type='quantile_trend'}",
         "--model.aux_losses=[{type='global_batch', weight=0.01}]",

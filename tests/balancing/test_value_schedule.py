@@ -1,4 +1,4 @@
-"""Weights and speeds that change during training: when, on resume, and without another compilation."""
+"""Tests of weights and speeds that change during training: step, resume, no recompilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CP2 = ["--parallelism.context_parallel_degree=2", "--training.seq_len=256"]
 
 
 def z_loss(*changes: str) -> str:
-    """The flag of a z-loss of weight 0.5 and its changes."""
+    """Flag of a z-loss with weight 0.5 and changes."""
     return f'--model.aux_losses=[{{type="z_loss", weight=0.5, changes=[{", ".join(changes)}]}}]'
 
 
@@ -31,8 +31,10 @@ LOSSES = z_loss("{step = 3, value = 0.125}", "{step = 4, value = 0.0}")
 
 
 def test_value_at_by_hand():
-    """The change at step 3 acts in step 3; the one after 100 tokens in the first step that
-    begins with 100 seen."""
+    """The change at step 3 acts in step 3.
+
+    The change after 100 tokens acts in the first step that begins with 100 seen tokens.
+    """
     by_step = [Change(value=0.5, step=3), Change(value=0.0, step=5)]
     assert [value_at(1.0, by_step, step, 0) for step in range(1, 7)] == [1, 1, 0.5, 0.5, 0, 0]
     by_tokens = [Change(value=0.25, tokens=100)]
@@ -70,7 +72,8 @@ def test_message_names_the_key_of_the_job():
 def weights_and_compilations(
     arguments: list[str], first_step: int = 1
 ) -> tuple[list[float], list[int]]:
-    """By step: the weight that its backward used, and the graphs compiled so far."""
+    """Return the weight that the backward of each step used, and the number of compiled graphs so
+    far."""
     config = job_config.load(arguments).config
     config.metrics.write_moe_trace = False
     weights, compilations = [], []
@@ -100,7 +103,7 @@ def test_a_weight_changes_without_compiling_blocks_anew(ranks):
 
 
 def test_a_resumed_run_continues_the_schedule(ranks, tmp_path):
-    """It is the undisturbed run, bit for bit, across the change at step 3."""
+    """The resumed run equals the undisturbed one bit for bit, across the change at step 3."""
     flags = [*TINY, *SAVED, LOSSES, "--debug.seed=1", "--debug.deterministic"]
     flags += ["--checkpoint.interval=2", "--lr_scheduler.total_steps=4"]
     (whole,) = ranks.run(1, train, [*flags, "--training.steps=4", f"--dump_folder={tmp_path}/a"])
@@ -118,8 +121,11 @@ def test_a_resumed_run_continues_the_schedule(ranks, tmp_path):
     ("num_ranks", "tokens", "flags"), [(1, 1024, []), (2, 2048, []), (2, 4096, CP2)]
 )
 def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks, tokens, flags):
-    """4 steps of 2 rows on each data rank, then 8 rows. Step 5 begins with 8 rows seen, step 6
-    with 16, where the change is. torchtitan's checkpoint counts the tokens of one rank."""
+    """4 steps have 2 rows on each data rank, later steps 8.
+
+    Step 5 begins with 8 rows seen, and step 6 with 16, the position of the change. torchtitan's
+    checkpoint counts the tokens of one rank.
+    """
     flags = [*TINY, *SAVED, *flags, z_loss(f"{{tokens = {tokens}, value = 0.125}}")]
     flags += ["--checkpoint.interval=4", "--lr_scheduler.total_steps=7"]
     flags += [f"--dump_folder={tmp_path}"]
@@ -132,7 +138,7 @@ def test_another_batch_size_moves_no_change(ranks, tmp_path, num_ranks, tokens, 
 
 
 def test_tokens_of_other_ranks_are_refused(ranks, tmp_path):
-    """A rank counts its own tokens, and context parallelism splits them without other data."""
+    """A rank counts its own tokens; context parallelism splits tokens without other data."""
     flags = [*TINY, *SAVED, f"--dump_folder={tmp_path}", "--training.seq_len=256"]
     after_tokens = z_loss("{tokens = 1024, value = 0.125}")
     ranks.run(2, weights_and_compilations, [*flags, after_tokens, "--training.steps=1"])
@@ -147,14 +153,14 @@ def test_tokens_of_other_ranks_are_refused(ranks, tmp_path):
 
 
 def loop_with_a_change(optimizer=None, **options):
-    """A loop with a z-loss of weight 0.5, and of 0.125 after 40 tokens."""
+    """Loop with a z-loss of weight 0.5, and 0.125 after 40 tokens."""
     changes = [Change(tokens=40, value=0.125)]
     model = Layer(RouterZLoss.Config(weight=0.5, changes=changes))
     return model, attach(model, optimizer, **options)
 
 
 def weight_of_step(model, balance, rows=2):
-    """The weight that a step of micro-batches of two rows of 8 tokens had, as a mean over rows."""
+    """Weight of a step with micro-batches of two rows of 8 tokens, as a mean over rows."""
     for _ in range(rows // 2):
         model(torch.randn(2, 8, 64)).sum().backward()
     (weight,) = model.moe.router.record.weights_A.tolist()
@@ -163,7 +169,7 @@ def weight_of_step(model, balance, rows=2):
 
 
 def test_an_own_loop_counts_the_tokens_of_its_steps():
-    """16 and 32 tokens, a skipped step, and 48 of a checkpoint."""
+    """The steps have 16 and 32 tokens, one is skipped, and a checkpoint has 48."""
     model, balance = loop_with_a_change()
     weights = []
     for rows in (2, 4, 2):
@@ -188,7 +194,7 @@ def test_rows_of_every_step_are_announced_once():
 
 @pytest.mark.parametrize("change", [{"tokens": 32}, {"step": 3}], ids=str)
 def test_the_bias_rests_from_the_change_of_its_speed_to_0(change):
-    """DeepSeek-V3's second phase, in a loop of 16 tokens a step: no loss asks for its tokens."""
+    """This is DeepSeek-V3's second phase, in a loop of 16 tokens a step without a loss."""
     changes = [Change(value=0.0, **change)]
     model = Layer(expert_bias=SignBias.Config(speed=0.1, changes=changes))
     balance = attach(model)
@@ -202,8 +208,11 @@ def test_the_bias_rests_from_the_change_of_its_speed_to_0(change):
 
 
 def test_tokens_are_those_of_all_ranks(ranks):
-    """16 of one rank and 48 of the other are 64 a step: the change after 128 is in step 3, and a
-    bias that one rank alone had changed would differ."""
+    """16 tokens of one rank and 48 of the other are 64 a step, so the change after 128 acts in step
+    3.
+
+    If only one rank changed its bias, the biases would differ.
+    """
     (weights, bias), *others = ranks.run(2, steps_of_unequal_ranks)
     assert weights == [0.5, 0.5, 0.125, 0.125]
     assert others == [(weights, bias)]

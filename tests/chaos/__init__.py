@@ -1,1 +1,1 @@
-"""A job that is killed, stopped, starved and lied to, and has to come out as if it had not been."""
+"""Faults of a job: it is killed, stopped or damaged, and must end as if undisturbed."""

@@ -1,4 +1,5 @@
-"""Do N things to a job, each followed by a restart; status 1 if one was not survived."""
+"""Apply N faults to a job, each followed by a restart; exit with 1 if the job did not survive
+one."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from tests.chaos import run
 @dataclass
 class Arguments:
     faults: int = 100
-    """In all: each kind in turn."""
+    """Total number of faults; the kinds take turns."""
 
     seed: int = 0
 
     only: str = ""
-    """Words of the kinds to try; empty: all."""
+    """Words in the names of the kinds to try; empty: all."""
 
 
 def main() -> None:

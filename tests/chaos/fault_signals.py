@@ -1,4 +1,4 @@
-"""Config function of the job of the faults, and the moment in a rank at which a signal arrives."""
+"""Config function of the faulty job, and the moment at which a signal reaches a rank."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _VARIABLE = "TITAN_MOE_LB_FAULT"
 
 @dataclass(frozen=True)
 class FaultSignal:
-    """A signal that some ranks get at a moment of a step.
+    """Signal to some ranks at a moment of a step.
 
-    The moments: ``start``, while the job is built or loads; ``step``, most of which is
-    collectives; ``logged``, between the trace and the checkpoint of a step; ``save``, while a
-    checkpoint is written; ``saved``, after it was.
+    The moments are ``start`` (the job is built or loads), ``step`` (mostly collectives), ``logged``
+    (between the trace and the checkpoint of a step), ``save`` (a checkpoint is written), and
+    ``saved`` (after it was written).
     """
 
     signal: int
@@ -32,15 +32,15 @@ class FaultSignal:
     moment: str
     step: int
     delay: float = 0.0
-    """Seconds after the moment has begun."""
+    """Seconds after the start of the moment."""
 
     def environment(self) -> dict[str, str]:
-        """Variables of the job."""
+        """Environment variables of the job."""
         return {_VARIABLE: json.dumps(asdict(self))}
 
 
 def tiny() -> Trainer.Config:
-    """The tiny flavor; in a rank, the signal is prepared."""
+    """Configure the tiny flavor; in a rank, prepare the signal."""
     if "RANK" in os.environ and _VARIABLE in os.environ:
         _prepare(FaultSignal(**json.loads(os.environ.pop(_VARIABLE))))
     return deepseek_v3_tiny()
@@ -81,7 +81,7 @@ def _prepare(fault: FaultSignal) -> None:
 
 
 def _send(number: int) -> None:
-    """Signal this process. A process that is stopped goes on after a second."""
+    """Signal this process. A stopped process continues after a second."""
     if number == signal.SIGSTOP:
         subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), number)

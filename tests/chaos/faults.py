@@ -1,4 +1,4 @@
-"""Faults of a job, drawn at random, each with a restart of the same command."""
+"""Random faults of a job, each followed by a restart of the same command."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import FILE_NAME, read_trace
 
 SAVED = tuple(range(INTERVAL, STEPS, INTERVAL))
-"""Steps with a checkpoint after which there is more to train."""
+"""Steps with a checkpoint that are followed by further steps."""
 
 
 @dataclass
 class Report:
-    """What a fault did, and how the job came through it."""
+    """Report on a fault and on the restarts of the job."""
 
     what: str
     refused: str = ""
-    """The line that refused to go on without a decision, if there was one."""
+    """Line that refused to continue without a decision; empty if there was none."""
     lost: frozenset[int] = frozenset()
-    """Steps whose record in the trace the fault itself has destroyed."""
+    """Steps whose record in the trace the fault destroyed."""
 
 
 Fault = Callable[[random.Random, Path], Report]
@@ -41,7 +41,7 @@ class NotSurvived(AssertionError):
 
 
 def _restart(folder: Path, report: Report) -> Report:
-    """Start the same command again; where it is refused, do what its line says, once."""
+    """Start the same command again; if it is refused, follow its message, once."""
     end = start(folder)
     if not end.ok and (said := re.search(r"set checkpoint\.load_step = (\d+)", end.line)):
         report.refused = end.line
@@ -52,7 +52,7 @@ def _restart(folder: Path, report: Report) -> Report:
 
 
 def _signal(name: str, number: int, who: str, *moments: str) -> Fault:
-    """A signal to one rank or to all, at one of the moments."""
+    """Signal one rank or all ranks at a random moment."""
 
     def fault(dice: random.Random, folder: Path) -> Report:
         moment = dice.choice(moments)
@@ -77,7 +77,7 @@ def _signal(name: str, number: int, who: str, *moments: str) -> Fault:
 
 
 def _stop_at(dice: random.Random, folder: Path, *, least: int = 2 * INTERVAL) -> int:
-    """Kill the job in a step after two checkpoints at least; returns that step."""
+    """Kill the job in a step after at least two checkpoints; return that step."""
     step = dice.randrange(least + 1, STEPS + 1)
     end = start(folder, FaultSignal(signal.SIGKILL, tuple(range(RANKS)), "step", step))
     if end.ok:
@@ -91,7 +91,7 @@ def _newest(folder: Path) -> Path:
 
 
 def _at_checkpoint(name: str, damage: Callable[[random.Random, Path], str]) -> Fault:
-    """Damage to the newest checkpoint of a job that was killed."""
+    """Damage the newest checkpoint of a killed job."""
 
     def fault(dice: random.Random, folder: Path) -> Report:
         _stop_at(dice, folder)
@@ -128,8 +128,11 @@ def _remove(file: Path) -> str:
 
 
 def _at_trace(damage: Callable[[Path, random.Random], str]) -> Fault:
-    """Damage to the trace of a job that was killed. What was recorded before the checkpoint, and
-    destroyed, nobody can record again; all else is there once."""
+    """Damage the trace of a killed job.
+
+    Records before the checkpoint that are destroyed cannot be recorded again. All other steps are
+    present exactly once.
+    """
 
     def fault(dice: random.Random, folder: Path) -> Report:
         _stop_at(dice, folder)
@@ -146,7 +149,7 @@ def _at_trace(damage: Callable[[Path, random.Random], str]) -> Fault:
 
 
 def _full_disk(dice: random.Random, folder: Path) -> Report:
-    """The disk is full in the middle of a save; then there is room again."""
+    """Fill the disk in the middle of a save, then make room again."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(folder)], check=True)
     try:

@@ -1,4 +1,4 @@
-"""The job of the faults: started with a launcher, and compared with one left in peace."""
+"""Faulty job: start it with a launcher, and compare it with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ JOB = (
 )
 _SECONDS = 240
 _TIMED = ("tokens_per_second", "step_seconds")
-"""Columns of the trace that no two runs share."""
+"""Columns of the trace that differ between any two runs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class End:
 
 
 def start(folder: Path, fault: FaultSignal | None = None, *flags: str) -> End:
-    """Run the job to its end, by itself or by a fault."""
+    """Run the job until it ends or a fault ends it."""
     variables = fault.environment() if fault else {}
     job = fork(folder, *JOB, *flags, NGPU=str(RANKS), **variables)
     _out, err = job.communicate(_SECONDS)
@@ -59,10 +59,10 @@ def start(folder: Path, fault: FaultSignal | None = None, *flags: str) -> End:
 
 
 def differences(folder: Path, peaceful: Path, lost: frozenset[int] = frozenset()) -> list[str]:
-    """Names of what is not bit by bit as in the undisturbed run.
+    """List the files and numbers that differ from the undisturbed run in any bit.
 
     Args:
-        lost: steps whose record in the trace the fault itself has destroyed.
+        lost: steps whose record in the trace the fault destroyed.
     """
     found, expected = tensors(folder, STEPS), tensors(peaceful, STEPS)
     assert len(expected) > 100

@@ -1,4 +1,4 @@
-"""Faults in turn, each against the same job left in peace."""
+"""Apply faults in turn, and compare each run with the same undisturbed job."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Tally:
     survived: int = 0
     refused: int = 0
     line: str = ""
-    """The last one of refusal."""
+    """Last line of a refusal."""
 
 
 def peaceful_run(folder: Path) -> Path:
-    """The run that all others have to equal."""
+    """Run the job undisturbed, as the reference of all others."""
     end = start(folder / "peace")
     assert end.ok, end
     return folder / "peace"
 
 
 def run(folder: Path, number: int, seed: int, only: str = "", say=print) -> dict[str, Tally]:
-    """Try ``number`` faults; a line for each.
+    """Try ``number`` faults, and print a line for each.
 
     Args:
-        folder: an empty one.
-        only: words that the kinds have in their names.
+        folder: an empty folder.
+        only: words that the names of the kinds contain.
     """
     peace = peaceful_run(folder)
     kinds = [kind for kind in FAULTS if only in kind]
@@ -49,7 +49,7 @@ def run(folder: Path, number: int, seed: int, only: str = "", say=print) -> dict
 
 
 def try_one(kind: str, dice: random.Random, folder: Path, peace: Path, tally: Tally) -> str:
-    """One fault, in words."""
+    """Try one fault; return its report in words."""
     shutil.rmtree(folder, ignore_errors=True)
     tally.tried += 1
     try:

@@ -1,4 +1,4 @@
-"""A job that is killed goes on as if it had not been: a short form of ``python -m tests.chaos``."""
+"""Tests of faults: a short form of ``python -m tests.chaos``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_comparison_can_fail(peace, tmp_path):
 
 
 def test_a_killed_process_is_started_again_without_a_person(tmp_path):
-    """--max-restarts: the processes are those of a user, and so is the console."""
+    """With --max-restarts, processes and console are those of a user."""
     steps = 30
     flags = [
         "--module=deepseek_v3",

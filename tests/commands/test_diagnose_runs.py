@@ -1,4 +1,4 @@
-"""Faults planted in runs that really train, and runs that are well."""
+"""Tests of ``diagnose`` on real training runs, with planted faults and without."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ ROWS = {
 
 
 def run(arguments: list[str], *, zero_gates: bool) -> None:
-    """One rank of a job."""
+    """Train one rank of a job."""
 
     def prepare(trainer) -> None:
         if zero_gates:  # all scores are equal, and the same experts win every time
@@ -89,7 +89,7 @@ def run(arguments: list[str], *, zero_gates: bool) -> None:
 
 @pytest.fixture(scope="module")
 def trained(ranks, tmp_path_factory):
-    """The trace of a run by name; each is trained once."""
+    """Trace of a run by name; each run trains once."""
     traces: dict[str, Trace] = {}
 
     def of(name: str) -> Trace:
@@ -121,7 +121,7 @@ def test_the_cause_is_named_first_and_its_symptoms_are_not(trained, name):
 
 
 def test_the_trace_says_what_a_speed_is_judged_by(trained):
-    """Scores are those of the router; 24 steps of 1e-6 move two biases apart by at most 48e-6."""
+    """The scores are the router's; 24 steps of 1e-6 move two biases apart by at most 48e-6."""
     assert trained("momentum at 0.3").info.score_func == "sigmoid"
     trace = trained("sign at 1e-6")
     assert trace.info.score_func == "softmax"
@@ -132,7 +132,7 @@ def test_the_trace_says_what_a_speed_is_judged_by(trained):
 
 
 def test_the_remedy_is_of_what_the_job_has(trained):
-    """A weight where a loss balances, and nothing of a loss where there is a bias alone."""
+    """The remedy is a weight if a loss balances, and names no loss if only a bias does."""
     assert "# of global_load_balancing_loss" in only(trained("weak loss")).toml
     for name in ("momentum at 0.3", "sign at 1e-6", "ema of 0.99", "z-loss alone"):
         for finding in findings(trained(name)):

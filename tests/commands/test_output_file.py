@@ -1,4 +1,4 @@
-"""The file that a command writes: one of ours is replaced, and a write that fails changes nothing."""
+"""Tests of output files: our own file is replaced, and a failed write changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``titan-moe-lb place`` on trained checkpoints: the same function, the same training."""
+"""Tests of ``titan-moe-lb place`` on trained checkpoints: same function, same training."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ EP4 = layout(data_parallel_shard=4, expert_parallel=4)
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A run of two steps, the three that follow, and these again from the placed checkpoint."""
+    """Run of two steps, its next three steps, and these steps again from the placed checkpoint."""
 
     job: list[str]
     folder: Path
@@ -71,7 +71,7 @@ class Scene:
 
 
 def scene(ranks, folder: Path, job: list[str], layout: list[str], ep: int) -> Scene:
-    """The experts of the first rank begin hot, and are placed by the steps that follow."""
+    """Run whose first rank begins with hot experts, placed by the loads of the next steps."""
     run, placed = folder / "run", folder / "placed"
     flags = [*job, *TRAIN, *layout, "--training.steps=2", f"--dump_folder={run}"]
     ranks.run(ep, train_with_hot_experts, flags, 8 // ep, 0.1)
@@ -82,18 +82,18 @@ def scene(ranks, folder: Path, job: list[str], layout: list[str], ep: int) -> Sc
 
 @pytest.fixture(scope="module")
 def deepseek(ranks, tmp_path_factory) -> Scene:
-    """Two groups of experts to a rank, two losses, a rule that remembers a trend. EP2."""
+    """Run at EP2 with two expert groups on each rank, two losses, and a trend rule."""
     return scene(ranks, tmp_path_factory.mktemp("deepseek"), DEEPSEEK, EP2, 2)
 
 
 @pytest.fixture(scope="module")
 def qwen(ranks, tmp_path_factory) -> Scene:
-    """Without groups, EP4."""
+    """Run at EP4 without groups."""
     return scene(ranks, tmp_path_factory.mktemp("qwen"), QWEN, EP4, 4)
 
 
 def resumed(ranks, job: list[str], run: Path, layout: list[str]) -> tuple[list[dict], Trace]:
-    """Three steps more of a copy of a run, and their trace."""
+    """Continue a copy of a run for three steps; return their trace."""
     degrees = [int(flag.partition("=")[2]) for flag in layout if "expert" not in flag]
     folder = run.with_name(f"{run.name}-{'-'.join(flag[-20:] for flag in layout)}")
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.arrow"))
@@ -124,7 +124,7 @@ def test_training_goes_on_as_it_would_have_in_other_layouts(ranks, deepseek, lay
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen"])
 def test_a_hot_rank_is_as_loaded_as_was_planned(name, request):
-    """EP2 and EP4, and the same training."""
+    """EP2 and EP4 have the planned load and the same training."""
     found: Scene = request.getfixturevalue(name)
     file = found.folder / "placed" / FILE_NAME
     assert_same_training(found.before, found.after, file)
@@ -150,7 +150,7 @@ def test_a_hot_rank_is_as_loaded_as_was_planned(name, request):
 
 
 def stored(run: Path) -> dict[str, torch.Tensor | bytes]:
-    """Everything that a checkpoint stores, by an own reader: each chunk for itself."""
+    """Read everything that a checkpoint stores, each chunk by itself."""
     reader = FileSystemReader(run / "checkpoint" / "step-2")
     metadata = read_metadata(Path(reader.path))
     found = {}
@@ -205,7 +205,7 @@ def test_logits_of_every_model(ranks, module, tmp_path):
 
 @pytest.mark.parametrize("make", ["deepseek_v3", "qwen3", "gpt_oss_"])
 def test_hugging_face_checkpoints(make, tmp_path):
-    """Against transformers: the same logits, and with --undo the same files."""
+    """transformers computes the same logits; --undo writes the same files."""
     torch.manual_seed(0)
     model = getattr(hugging_face, make)().float().eval()
     with torch.no_grad():

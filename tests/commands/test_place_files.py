@@ -1,4 +1,4 @@
-"""``titan-moe-lb place`` on small files: the rules, whole groups, what is refused, what is left."""
+"""Tests of ``titan-moe-lb place`` on small files: names, groups, refusals, leftovers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ E = 8
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> Path:
-    """A run of two MoE layers with a checkpoint, and one without groups beside it."""
+    """Run of two MoE layers with a checkpoint, beside a run without groups."""
     folder = tmp_path_factory.mktemp("scene")
     groups = {"expert_groups": (), "num_layers": 2}
     write_run(folder / "run", run_info(**groups), 20)
@@ -50,7 +50,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def placed_by_hand(state: dict[str, torch.Tensor], orders: dict[int, list[int]]) -> dict:
-    """The reference: the names written out."""
+    """Reference placement, with names written out."""
     out = dict(state)
     for number, order in orders.items():
         layer = f"layers.{number}.moe"
@@ -128,8 +128,11 @@ def test_weights_alone_have_no_moments(scene, tmp_path):
     ("groups", "ep"), [((4,), 2), ((2,), 4), ((2, 4), 2), ((2, 8), 4), ((), 4), ((4,), 4)]
 )
 def test_groups_stay_together_and_no_order_is_better(groups, ep):
-    """Of all orders that keep the groups. With two units to a device, the largest with the
-    smallest is the best there is; with more, a greedy placement may be beaten."""
+    """The placement is compared with all orders that keep the groups.
+
+    With two units on a device, pairing the largest with the smallest is optimal. With more units, a
+    greedy placement may be beaten.
+    """
     orders = np.array(list(itertools.permutations(range(E))))
     for number in groups:
         members = orders.reshape(len(orders), number, -1) // (E // number)
@@ -189,7 +192,7 @@ def test_state_of_other_shapes_and_experts_elsewhere_are_refused(scene, tmp_path
 
 
 def refused(folder: Path, scene: Path, tmp_path: Path, *expected: str, **arguments) -> None:
-    """One line, and nothing is left."""
+    """Check that a command is refused in one line, and leaves nothing."""
     before = sorted(tmp_path.iterdir())
     arguments = {"ep": 2, "from_run": scene / "run", **arguments}
     with pytest.raises(JobError) as error:
@@ -291,7 +294,7 @@ def test_targets_that_cannot_be(scene, tmp_path):
 
 
 def test_a_disk_that_fills_half_way_leaves_nothing(scene, tmp_path):
-    """The system itself refuses to write: files may not grow beyond a size."""
+    """The system refuses to write, because files may not exceed a size."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     half = sum(file.stat().st_size for file in (scene / "run").rglob("*.distcp")) // 2
     try:
@@ -314,7 +317,7 @@ def test_what_reads_back_otherwise_is_not_kept(scene, tmp_path, monkeypatch):
 
 
 def test_quantized_experts_move_with_their_scales(scene, tmp_path):
-    """Names and types of DeepSeek-V3 in float8: whole tensors change places, across files."""
+    """The tensors have DeepSeek-V3's names and float8 types; whole tensors move across files."""
     folder = tmp_path / "hf"
     folder.mkdir()
     for number in (1, 2):

@@ -1,4 +1,4 @@
-"""``titan-moe-lb plan`` from recorded loads: verdict, placements, capacity; by hand."""
+"""Tests of ``titan-moe-lb plan`` from recorded loads: verdict, placements and capacity, by hand."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ JOB = ["--training.local_batch_size=4", "--training.steps=900"]
 
 
 def steps(*loads: np.ndarray) -> np.ndarray:
-    """One step for each load, the same in all of the three layers."""
+    """Write one step for each load, equal in all three layers."""
     return np.repeat(np.stack(loads)[:, None], 3, axis=1)
 
 
 @pytest.fixture
 def planned(ranks, tmp_path):
-    """Plans on 2 ranks from a run with given loads."""
+    """Plan on 2 ranks from a run with these loads."""
 
     def of_run(counts, micro_batches=None, *arguments: str) -> dict:
         write_run(tmp_path, counts, micro_batches)
@@ -42,7 +42,7 @@ def measured(planned: dict) -> dict[str, dict]:
 
 
 def test_a_run_of_another_name_and_the_same_shape_is_taken(ranks, planned, tmp_path):
-    """As of another framework, or of a model of one's own: the loads are the same."""
+    """A run of another framework or of an own model has the same loads."""
     mine = planned(steps(EVEN, HOT_01))
     write_run(tmp_path / "other", steps(EVEN, HOT_01), model="mine", flavor="big")
     arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
@@ -51,7 +51,7 @@ def test_a_run_of_another_name_and_the_same_shape_is_taken(ranks, planned, tmp_p
 
 
 def test_verdict_by_hand(planned):
-    """Balance until half of the run, then two hot experts on one device."""
+    """The first half of the run is balanced; then two hot experts share a device."""
     found = planned(steps(*[EVEN] * 10, *[HOT_01] * 10))
     degree, verdict = found["degrees"][0], found["verdict"]
     last, balance = measured(found)["contiguous"]["last"], degree["balance"]
@@ -71,7 +71,7 @@ def test_verdict_by_hand(planned):
 
 
 def test_micro_batches_count_one_by_one(planned):
-    """Two opposite loads in turn are balance together, and cost what each costs alone."""
+    """Two alternating opposite loads are balanced together, but each costs what it costs alone."""
     mirrored = HOT_01[::-1]
     in_turn = planned(steps(*[EVEN] * 20), steps(*[HOT_01, mirrored] * 10))
     alone = planned(steps(*[EVEN] * 20), steps(*[HOT_01] * 20))
@@ -96,7 +96,7 @@ def test_a_layer_is_as_slow_as_its_own_load(planned):
 
 
 def test_a_placement_gets_stale(planned):
-    """Hot are experts 0 and 1 first, then 0 and the one that greedy has put beside it."""
+    """First experts 0 and 1 are hot, then expert 0 and the one that greedy put beside it."""
     found = planned(steps(*[HOT_01] * 10, *[HOT_0_AND_4] * 10))
     contiguous, greedy = measured(found)["contiguous"], measured(found)["greedy"]
     assert contiguous["first"]["step_slowdown"] > 1.1
@@ -129,7 +129,7 @@ def test_copies_of_one_hot_expert(planned):
 
 
 def test_capacity_of_a_run(planned):
-    """Ten micro-batches in the second half: nine even ones, and one with 12 of 16 parts on a rank."""
+    """The second half has nine even micro-batches, and one with 12 of 16 parts on a rank."""
     loads = steps(*[EVEN] * 19, HOT_01)
     found = planned(steps(*[EVEN] * 20), loads, "--drop-share=0.02")
     never, some = found["degrees"][0]["capacity"]

@@ -1,4 +1,4 @@
-"""The report's own script in a real browser: what it shows is what the trace holds."""
+"""Tests of the report's script in a real browser: it shows the data of the trace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ await until(() => document.getElementById("step").textContent);
 
 
 def loads(folder) -> np.ndarray:
-    """Relative to the balanced load ``(S, M, E)``, from the trace alone."""
+    """Loads relative to balance ``(S, M, E)``, from the trace alone."""
     counts_SME = read_trace(folder).counts_SME
     return counts_SME / counts_SME.mean(axis=2, keepdims=True)
 
@@ -106,7 +106,7 @@ def test_slider_buttons_and_a_click(tmp_path):
 
 
 def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
-    """One logs each step, the other every third."""
+    """One run logs each step, the other every third."""
     first = write_run(tmp_path / "a", run_info(), 10)
     second = write_run(tmp_path / "b", run_info(), 4, seed=3, every=3)
     cli.main(["report", str(first), "--compare", str(second)])
@@ -123,7 +123,7 @@ def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
 
 @pytest.mark.parametrize("kind, form", [("drifting", 1), ("independent", 0)])
 def test_every_step_of_loads_that_drift_and_that_do_not(kind, form, tmp_path):
-    """The two forms in which a page embeds them: differences from step to step, and plain."""
+    """A page embeds loads in two forms: as differences from step to step, and as they are."""
     folder = write_run(tmp_path, run_info(8, 64, global_batch_size=64), 40)
     if kind == "independent":
         random = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def test_every_step_of_loads_that_drift_and_that_do_not(kind, form, tmp_path):
 
 
 def hex_of(color: str) -> str:
-    """``rgb(1, 2, 3)``, as a browser says it."""
+    """Convert a browser's ``rgb(1, 2, 3)`` to a hexadecimal colour."""
     return "#" + bytes(map(int, re.findall(r"\d+", color)[:3])).hex()
 
 

@@ -1,4 +1,4 @@
-"""Studies: what is run and what is not run again, and the numbers that come of it."""
+"""Tests of studies: cells that run, cells that do not run again, and the numbers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ values = [1, 2]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Cells are processes of tests.support.study_cells, whose flags no job has."""
+    """Run cells as processes of tests.support.study_cells, whose flags no job has."""
 
     def of_cell(folder: CellFolder) -> list[str]:
         flags = [*folder.cell.flags, f"--dump_folder={folder.path}"]
@@ -60,7 +60,7 @@ def write(folder: Path, text: str, name: str = "study") -> Path:
 
 
 def starts(output: Path) -> list[str]:
-    """Names of the cells that were started, in order."""
+    """Names of the started cells, in order."""
     return (output / "cells" / "starts").read_text().split()
 
 
@@ -147,7 +147,7 @@ command.run_study(Path(sys.argv[1]), output=Path(sys.argv[2]))
 
 
 def test_a_study_that_was_killed_goes_on_where_it_was(tmp_path, quick):
-    """SIGKILL in the middle of the second cell: what has ended is kept, its orphan is stopped."""
+    """After SIGKILL in the second cell, ended cells are kept and its orphan is stopped."""
     slow = AXES.replace("[0, 0.01]", "[2.5]")
     path, output, undisturbed = write(tmp_path, slow), tmp_path / "out", tmp_path / "undisturbed"
     arguments = [sys.executable, "-c", KILLED, str(path), str(output)]
@@ -197,7 +197,7 @@ def _command_line(pid: str) -> bytes:
 
 
 def test_a_cell_of_another_user_is_one_line(tmp_path, monkeypatch):
-    """Root may end any process, so that the refusal of the system is made here."""
+    """Root may end any process, so the test makes the system's refusal itself."""
 
     def refuse(process):
         raise psutil.AccessDenied(process.pid)
@@ -272,7 +272,7 @@ def test_a_file_that_is_no_study_is_refused_in_a_line(tmp_path, text):
 
 
 def test_the_folder_of_a_cell_is_its_own(tmp_path):
-    """Names of the values that a path would read as other folders. Found by the fuzzing."""
+    """Values that a path would read as other folders, found by fuzzing."""
     names = ["..", ".", "../..", "/", ".hidden", "a/../.."]
     cells = [Cell(labels={"m": name}, seed=None, flags=[], ranks=1) for name in names]
     for cell in cells:
@@ -331,7 +331,7 @@ from titan_moe_lb import cli
 
 
 def test_a_full_disk_is_one_line(tmp_path, quick):
-    """No file can be longer than 6,000 bytes: the records of cells can be written, the page cannot."""
+    """No file may exceed 6,000 bytes: records of cells can be written, the page cannot."""
     path, output = write(tmp_path, AXES), tmp_path / "out"
     arguments = [sys.executable, "-c", f"{FULL}{KILLED}", str(path), str(output)]
     study = subprocess.run(arguments, capture_output=True, text=True)
@@ -372,8 +372,10 @@ def test_until_balanced_by_hand(tmp_path):
 
 
 def test_domains_by_hand(tmp_path):
-    """Two layers of four experts: in the first both domains use the same two experts, in the
-    second each has two of its own; so the distance is 0 and 1, and 2 experts are effective."""
+    """Both domains use the same two experts in the first layer, and two of their own in the second.
+
+    So the distances are 0 and 1, and 2 experts are effective.
+    """
     info = run_info(num_layers=2, num_experts=4)
     writer = DomainTraceWriter(tmp_path, info)
     a, b = [[5, 5, 0, 0], [5, 5, 0, 0]], [[5, 5, 0, 0], [0, 0, 5, 5]]
@@ -397,7 +399,7 @@ def test_domains_by_hand(tmp_path):
 
 
 def group_of(**settings: list[tuple[float, float]]) -> results.Group:
-    """Settings of (validation loss, MaxVio) by seed."""
+    """Make settings from (validation loss, MaxVio) by seed."""
 
     def result(name: str, seed: int, loss: float, violation: float) -> results.Result:
         cell = Cell(labels={"method": name}, seed=seed, flags=[], ranks=1)
@@ -436,7 +438,8 @@ def group_of(**settings: list[tuple[float, float]]) -> results.Group:
 
 
 def test_front_and_paragraph_by_hand():
-    """b is best in the loss and d most even; c is beaten by b in both; a's seeds reach into b's."""
+    """Setting b has the lowest loss and d the most even load; b beats c in both; the seeds of a
+    overlap with b."""
     group = group_of(
         a=[(5.0, 0.4), (5.2, 0.4)],
         b=[(5.0, 0.5), (5.1, 0.5)],
@@ -454,7 +457,7 @@ def test_front_and_paragraph_by_hand():
 
 
 def test_perfect_balance_is_drawn():
-    """A logarithmic axis has no place for it."""
+    """A logarithmic axis cannot show it."""
     for violation, scale in ((0.1, "log"), (0.0, None)):
         group = group_of(a=[(5.0, violation)], b=[(5.1, 2.0)])
         figure = charts([group], 0.5)[0].panels[0].figure
@@ -477,7 +480,7 @@ def test_table_in_words():
 
 
 def test_the_tables_of_the_docs_are_of_its_file():
-    """Every row of docs/evidence/study.md, from the mean and the range of each number in its JSON."""
+    """Every row of docs/evidence/study.md equals the means and ranges in its JSON."""
     docs = Path(__file__).parents[2] / "docs" / "evidence"
     rows = re.findall(
         r"^\| ([a-z][^|]+) \|(.+)\|$", (docs / "study.md").read_text().split("## Limits")[0], re.M
@@ -542,7 +545,7 @@ def test_a_prediction_that_cannot_be_made_is_found_before_anything_starts(
 
 @pytest.mark.slow
 def test_real_cells(tmp_path, capsys):
-    """Two jobs of two steps on held-out domains, and the step time of a planned job."""
+    """Two jobs of two steps have held-out domains and a step time of a planned job."""
     text = """
     [study]
     job = ["--config=deepseek_v3_tiny", "--training.steps=2", "--training.seq_len=64",

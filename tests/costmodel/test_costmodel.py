@@ -1,4 +1,5 @@
-"""The cost model's formulas against exact rationals, properties, and torchtitan's own modules."""
+"""Tests of the cost model's formulas, against exact rationals, properties and torchtitan's
+modules."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ unhurried = settings(deadline=None)
 
 @st.composite
 def routings(draw):
-    """Experts, top_k, hot experts, EP degree, imbalance as an exact share of the range."""
+    """Generate experts, top_k, hot experts, EP degree, and the imbalance as an exact share of its
+    range."""
     experts = draw(st.integers(1, 300))
     k = draw(st.integers(1, min(experts, 16)))
     hot = draw(st.integers(1, k))
@@ -69,7 +71,8 @@ def routings(draw):
 
 
 def exact(experts: int, k: int, hot: int, degree: int, factor: Fraction):
-    """Hot and other load, and the busiest device's, in units of the mean load of an expert."""
+    """Exact load of a hot expert, of another expert and of the busiest device, over the mean of an
+    expert."""
     others = experts - hot
     rest = (experts - hot * factor) / others if others else factor
     on_device = max(1, -(-experts // degree))
@@ -149,7 +152,8 @@ def test_skew_does_not_fall_as_imbalance_or_hot_experts_rise(routing, share):
 
 
 def test_skew_examples():
-    """By hand: 256 experts, top 8, EP 8: 32 experts on a device, 1 hot with T, 255 with 7T/255."""
+    """256 experts, top 8, EP 8: a device has 32 experts; 1 hot expert has T tokens, the other 255
+    have 7T/255."""
     assert receiver_skew(num_experts=256, top_k=8, ep_degree=8) == pytest.approx(
         (1 + 31 * 7 / 255) / (8 / 8)
     )
@@ -176,12 +180,12 @@ def test_more_devices_than_experts_still_work():
     ids=["dense", "fewer tokens than experts"],
 )
 def test_gemms_of_the_busiest_device(tokens, expected):
-    """256 experts, top 8, one hot, no EP. One token activates 8 experts, not 256."""
+    """256 experts, top 8, one of them hot, no EP: one token activates 8 experts, not 256."""
     assert expert_load(num_experts=256, top_k=8, num_tokens=tokens).gemms() == expected
 
 
 def test_whole_loads_are_not_rounded_up():
-    """3 x 64 x 8 / 256 is 6, whatever floating point makes of it."""
+    """3 x 64 x 8 / 256 is 6, despite floating-point rounding."""
     for factor in np.linspace(1, 32, 32):
         load = expert_load(num_experts=256, top_k=8, num_tokens=64, imbalance_factor=factor)
         assert load.gemms()[1] == round(factor * 2)
@@ -213,7 +217,7 @@ def test_arguments_outside_their_range(arguments, message):
 
 
 def test_a_sweep_equals_single_calls():
-    """Arrays broadcast, and each point is what the call with numbers says."""
+    """Arrays broadcast, and each point equals a call with numbers."""
     random = np.random.default_rng(0)
     degree = 2 ** random.integers(0, 8, 2000)
     hot = random.integers(1, 9, 2000)
@@ -244,7 +248,7 @@ def test_all_to_all_is_bandwidth_or_latency():
 
 
 def test_all_to_all_over_nodes_waits_for_the_slower_links():
-    """8 ranks in domains of 4: 3 of 7 peers are near at 1 GB/s, 4 are far at 0.1 GB/s."""
+    """8 ranks in domains of 4: 3 of 7 peers are near, at 1 GB/s, and 4 are far, at 0.1 GB/s."""
     assert DEVICE.all_to_all_time(num_bytes=7e6, ep_degree=8) == pytest.approx(4e6 / 1e8)
     assert DEVICE.all_to_all_time(num_bytes=7e6, ep_degree=4) == pytest.approx(7e-3)
     latency = DEVICE.all_to_all_time(num_bytes=1, ep_degree=8)
@@ -254,7 +258,7 @@ def test_all_to_all_over_nodes_waits_for_the_slower_links():
 @pytest.mark.parametrize(("experts", "top_k"), [(16, 2), (64, 6), (32, 4), (64, 8)])
 @pytest.mark.parametrize("neighbouring", [False, True])
 def test_deepep_sends_a_token_to_every_place_once(experts, top_k, neighbouring):
-    """8 ranks in domains of 4, beside tokens that are dealt out or drawn one by one."""
+    """8 ranks in domains of 4 are compared with tokens that are dealt or drawn one by one."""
     tokens = 4096 * 3
     if neighbouring:
         chosen = np.arange(tokens * top_k).reshape(tokens, top_k) % experts
@@ -284,7 +288,7 @@ def test_deepep_sends_a_token_to_every_place_once(experts, top_k, neighbouring):
 
 
 def test_moved_values_of_dispatchers_and_biases():
-    """64 tokens to 2 experts each, D 64 and F 32, without imbalance."""
+    """64 tokens go to 2 experts each, with D 64 and F 32, without imbalance."""
     plain = {"num_experts": 16, "top_k": 2, "dim": 64, "hidden_dim": 32}
     of_received, of_received_deepep = 4 * 64 + 3 * 32, 5 * 64 + 3 * 32
     for layer, dispatcher, degree, values in (
@@ -354,7 +358,7 @@ def test_greedy_placement_separates_the_hot_experts():
 
 
 def test_experts_keep_what_the_formula_says():
-    """Tensors that torchtitan's grouped experts save for the backward, by autograd's account."""
+    """The reference is autograd's record of the tensors that torchtitan's grouped experts save."""
     rows, dim, hidden = 256, 64, 48
     experts = _grouped_experts(dim, hidden, num_experts=4)
     x_RD = torch.randn(rows, dim, dtype=torch.bfloat16, requires_grad=True)
@@ -366,7 +370,8 @@ def test_experts_keep_what_the_formula_says():
 
 @pytest.mark.parametrize(("dim", "hidden"), [(128, 256), (256, 64)])
 def test_backward_of_experts_needs_what_the_formula_says(dim, hidden):
-    """The peak of live storages while torchtitan's grouped experts run, operation by operation."""
+    """The reference is the peak of live storages while torchtitan's grouped experts run each
+    operation."""
     rows = 16384
     experts = _grouped_experts(dim, hidden, num_experts=1)
     with LiveBytes([]) as account:
@@ -389,7 +394,7 @@ def _grouped_experts(dim: int, hidden: int, num_experts: int) -> GroupedExperts:
 
 
 def test_combine_keeps_what_the_formula_says():
-    """The routed results in float32, by autograd's account of torchtitan's local dispatcher."""
+    """The routed results are in float32, by autograd's record of torchtitan's local dispatcher."""
     tokens, k, dim = 64, 2, 32
     dispatcher = LocalTokenDispatcher.Config(num_experts=4, top_k=k).build()
     ids = torch.arange(tokens * k).reshape(tokens, k) % 4
@@ -407,8 +412,11 @@ def test_combine_keeps_what_the_formula_says():
 
 
 def test_combine_of_deepep_keeps_what_the_formula_says():
-    """The results in BF16 where they were computed, by autograd's account of what torchtitan does
-    before its kernel (distributed/deepep/deepep.py, which cannot be imported without DeepEP)."""
+    """The results are in BF16 on the rank that computed them.
+
+    The reference is autograd's record of torchtitan's operations before its kernel
+    (distributed/deepep/deepep.py, which cannot be imported without DeepEP).
+    """
     tokens, rows, dim = 48, 96, 32
     of_token = torch.arange(rows) % tokens
     results = torch.randn(rows, dim, dtype=torch.bfloat16, requires_grad=True)
@@ -425,7 +433,7 @@ def test_combine_of_deepep_keeps_what_the_formula_says():
 
 
 def _saved_bytes(run: Callable[[], object], shape: tuple[int, ...] | None = None) -> int:
-    """Bytes of the floating-point tensors that autograd keeps, of that shape or of any."""
+    """Bytes of the floating-point tensors that autograd keeps, of one shape or of any."""
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -439,7 +447,7 @@ def _saved_bytes(run: Callable[[], object], shape: tuple[int, ...] | None = None
 
 
 def test_exchanges_bring_what_the_formula_says():
-    """100 tokens a rank of 4 to 4 of 16 experts, 400 there and 400 back, D 8 in BF16."""
+    """Each of 4 ranks sends 100 tokens to 4 of 16 experts: 400 there and 400 back, D 8 in BF16."""
     layer = MoELayer(num_experts=16, top_k=4, dim=8, hidden_dim=1)
     for dispatcher, degree, rows in (
         ("standard", 4, 400 + 400),
@@ -456,7 +464,7 @@ def test_exchanges_bring_what_the_formula_says():
 
 
 def test_deepep_sends_no_token_twice_to_the_busiest_rank():
-    """100 tokens a rank of 8 on one node, all to one of them: it gets those of the other 7."""
+    """Each of 8 ranks on a node sends 100 tokens to one rank, which gets those of the other 7."""
     ranks = 8
     found = exchange_time(
         "deepep",
@@ -474,7 +482,7 @@ def test_deepep_sends_no_token_twice_to_the_busiest_rank():
 
 
 def test_pipeline_of_four_ranks():
-    """1F1B of 4 stages and 8 micro-batches: (8 + 3) x (F + B) without any imbalance."""
+    """1F1B with 4 stages and 8 micro-batches takes (8 + 3) x (F + B) without imbalance."""
     schedule = one_forward_one_backward(4, 8)
     assert makespan(schedule, [1.0] * 4, [2.0] * 4) == pytest.approx((8 + 3) * 3.0)
     # The third stage never waits once it has begun: two forwards come before its work and
@@ -484,7 +492,7 @@ def test_pipeline_of_four_ranks():
 
 
 def test_split_backward_fills_the_bubble():
-    """Two stages: the weights' part of a backward can wait, that of its inputs cannot."""
+    """With two stages, the backward of the weights can wait; that of the inputs cannot."""
     schedule = {
         0: [(0, "F", 0), (0, "F", 1), (0, "I", 0), (0, "I", 1), (0, "W", 0), (0, "W", 1)],
         1: [(1, "F", 0), (1, "I", 0), (1, "F", 1), (1, "I", 1), (1, "W", 0), (1, "W", 1)],
@@ -522,7 +530,7 @@ def test_hardware_of_the_users_own(tmp_path):
     ],
 )
 def test_hardware_file_that_is_none(tmp_path, text, message):
-    """Beside those of tests/refused."""
+    """These files are not in tests/refused."""
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(JobError) as error:
@@ -531,7 +539,8 @@ def test_hardware_file_that_is_none(tmp_path, text, message):
 
 
 def test_this_host_is_a_device(tmp_path):
-    """Measured and read back; slower than any accelerator, it is not taken for one."""
+    """The measured file is read back; the host is slower than any accelerator, and is not taken for
+    one."""
     path = tmp_path / "host.toml"
     path.write_text(as_toml(measure_host(size=64)))
     host = hardware(str(path))
@@ -583,7 +592,7 @@ def test_figure_that_is_none(value):
 
 
 def test_no_torch_to_compute():
-    """Planning with numbers needs numpy alone."""
+    """The formulas need only numpy."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Planned memory beside torch's own account of a real second step on gloo."""
+"""Tests of planned memory, against torch's own count in a real second step on gloo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_planned_memory_is_that_of_torch(ranks, case):
-    """Within 15 % on the first rank of every pipeline position."""
+    """The planned peak is within 15 % on the first rank of every pipeline position."""
     layout, config, seq_len, batch = CASES[case]
     num_ranks, flags = LAYOUTS[layout]
     ranks.need(num_ranks)

@@ -1,4 +1,5 @@
-"""The plan beside runs that nobody here made. The figures are their authors': docs/evidence/published_runs.md."""
+"""Tests of the plan against published runs. Their numbers are in
+docs/evidence/published_runs.md."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from benchmarks.published.slowdowns import MODELS
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_slowdown_at_a_measured_imbalance(model):
-    """Without balancing, and under each of four balancers: within a fifth. Without balancing
-    also what it adds to a step, within a half."""
+    """The predicted slowdown is within a fifth, without balancing and under each of four balancers.
+
+    Without balancing, the time that imbalance adds to a step is within a half.
+    """
     predicted, measured = model.predicted(), model.measured()
     assert predicted == pytest.approx(measured, rel=0.2)
     assert predicted[0] - 1 == pytest.approx(measured[0] - 1, rel=0.5)
@@ -21,7 +24,7 @@ def test_slowdown_at_a_measured_imbalance(model):
     "peak", [peak for peak in PEAKS if not peak.unknown], ids=lambda peak: peak.name
 )
 def test_peak_of_a_gpu(peak):
-    """Without checkpointing and under the selective policy, with EP and without."""
+    """The jobs have no checkpointing or the selective policy, with EP and without."""
     planned = peak.planned_gib()
     if peak.above:
         assert planned > peak.gib

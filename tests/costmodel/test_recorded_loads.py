@@ -1,4 +1,4 @@
-"""From recorded or assumed loads to what a job needs: capacity, micro-batches, log-normal."""
+"""Tests of recorded and assumed loads: capacity, micro-batches, log-normal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_
     st.sampled_from([0.0, 0.01, 0.1, 0.5]),
 )
 def test_capacity_drops_what_it_may_and_no_smaller_one_does(rows, share):
-    """Dropping is counted here, token by token, from the loads alone."""
+    """The test counts dropped tokens one by one, from the loads alone."""
     received_MR = np.array([[*row, 51 * 4 - sum(row)] for row in rows])
 
     def dropped(factor: float) -> float:
@@ -45,7 +45,7 @@ def test_capacity_of_layers_and_of_nothing():
 
 
 def test_the_same_room_as_a_share_of_the_worst_case():
-    """torchtitan sizes HybridEP's buffer by tokens x EP x min(local experts, top_k) x its factor."""
+    """torchtitan's HybridEP buffer has tokens x EP x min(local experts, top_k) x its factor."""
     tokens, top_k = 1000, 8
     for experts, ep in ((256, 8), (64, 32)):
         share = non_blocking_capacity_factor(1.25, num_experts=experts, top_k=top_k, ep_degree=ep)
@@ -54,7 +54,7 @@ def test_the_same_room_as_a_share_of_the_worst_case():
 
 
 def recorded(num_steps: int, num_micro_batches: int) -> RecordedLoads:
-    """A micro-batch of 40 routed tokens of 400; expert 0 gets the number of its step."""
+    """Record micro-batches of 40 of 400 routed tokens; expert 0 gets the number of its step."""
     step_S = np.arange(num_steps)
     counts = np.stack([step_S, 400 - step_S], axis=-1)[:, None]
     single = np.stack([step_S, 40 - step_S], axis=-1)[:, None][num_steps - num_micro_batches :]
@@ -103,13 +103,13 @@ def test_log_normal_loads_are_possible_ones(sigma):
 
 
 def test_sigma_of_loads_that_are_known():
-    """Two experts with 1.5 and 0.5 of the mean: a variance of 1/4, so sigma^2 = ln 1.25."""
+    """Two experts with 1.5 and 0.5 times the mean have a variance of 1/4, so sigma^2 = ln 1.25."""
     assert fitted_sigma(np.array([[30, 10], [10, 30]])) == pytest.approx(np.log(1.25) ** 0.5)
 
 
 @pytest.mark.parametrize(("factor", "degree"), [(1.0, 8), (1.3, 16), (2.0, 32), (4.0, 64)])
 def test_an_overload_factor_is_that_of_its_log_normal_loads(factor, degree):
-    """Beside loads drawn here: the busiest rank of each over the mean of the ranks."""
+    """The reference draws loads, and takes the busiest rank of each over the mean of the ranks."""
     layer = MoELayer(num_experts=128, top_k=8, dim=1, hidden_dim=1)
     spread = Overload(factor, degree).spread([layer] * 40)
     normal = np.random.default_rng(1).standard_normal((4000, degree, 128 // degree))

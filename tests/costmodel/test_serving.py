@@ -1,4 +1,5 @@
-"""``titan-moe-lb plan --serve``: by hand, by drawing experts, and beside what others published."""
+"""Tests of ``titan-moe-lb plan --serve``: by hand, by drawing experts, and against published
+numbers."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def balanced() -> ServedLoad:
 
 
 def test_a_step_by_hand():
-    """3 tokens on each of 2 devices, which hold 2 of 4 experts each: 6 tokens, one expert each."""
+    """Each of 2 devices has 3 tokens and 2 of 4 experts: 6 tokens, one expert each."""
     degree, row = served(FAST, balanced(), 3)
     active = 1 - (3 / 4) ** 6
     rows = 6 / 4 / active
@@ -142,7 +143,7 @@ def test_an_expert_that_every_token_chooses_is_active():
 
 
 def test_one_token_has_no_skew_at_balance():
-    """However few tokens: the device with most of them has the mean."""
+    """With any number of tokens, the busiest device has the mean."""
     one = MoELayer(num_experts=64, top_k=2, dim=8, hidden_dim=8)
     placement = RankRole(tokens_per_rank=1, ep_degree=16)
     time, _active = served_layer_time(one, placement, UNIT, np.full((16, 4), 2 / 64))
@@ -152,7 +153,8 @@ def test_one_token_has_no_skew_at_balance():
 
 
 def test_of_many_tokens_it_is_the_layer_of_a_training():
-    """Where every expert has work, with loads that are uneven."""
+    """If every expert has tokens, a serving layer equals a training layer, also under uneven
+    loads."""
     tokens_dn = np.array([[50, 30, 10, 6], [1000, 200, 100, 652]]) * 8.0
     placement = RankRole(tokens_per_rank=int(tokens_dn.sum()) // 2 // 2, ep_degree=2)
     layer = MoELayer(num_experts=8, top_k=2, dim=64, hidden_dim=32, shared_hidden_dim=32)
@@ -162,7 +164,8 @@ def test_of_many_tokens_it_is_the_layer_of_a_training():
 
 
 def test_copies_of_a_hot_expert_share_its_tokens():
-    """All tokens want expert 0 of 4: one device of two has them all, or two copies of three."""
+    """All tokens choose expert 0 of 4: one device of two gets all of them, or two copies on three
+    devices do."""
     hot = {"description": "one hot expert", "counts_NME": np.array([[[6.0, 0, 0, 0]]])}
     _degree, alone = served(UNIT, ServedLoad(name="contiguous", **hot), 3)
     _degree, copied = served(
@@ -201,7 +204,8 @@ def test_rows_where_arithmetic_takes_over():
     ("ep_degree", "microseconds"), [(16, 195), (32, 273), (64, 314), (128, 369), (256, 360)]
 )
 def test_combine_beside_the_published_latencies_of_deepep(ep_degree, microseconds):
-    """DeepEP's docs/legacy.md: 128 tokens of 7,168 in BF16, top 8, on H800 with InfiniBand."""
+    """DeepEP's docs/legacy.md reports 128 tokens of 7,168 in BF16, top 8, on H800 with
+    InfiniBand."""
     device = hardware("h800").derated(compute_efficiency=0.5, network_efficiency=0.8)
     seconds = exchange_time(
         "low_latency",
@@ -244,7 +248,7 @@ def test_caches_and_weights_of_published_models(ranks, model, cache_bytes, param
 
 
 def test_windows_bound_the_cache(ranks):
-    """GPT-OSS: every other one of 24 layers sees 128 tokens; 8 heads of 64."""
+    """In GPT-OSS, every other one of 24 layers sees 128 tokens; it has 8 heads of 64."""
     (sizes,) = ranks.run(1, planning.served_sizes, "gpt_oss_20b", 1024)
     assert sizes[0] * 1024 == 2 * 2 * 8 * 64 * 12 * (1024 + 128)
 
@@ -258,7 +262,7 @@ def test_further_predicted_tokens_are_not_served(ranks):
 
 
 def test_answers_of_the_command(ranks, tmp_path):
-    """A run whose two hot experts are neighbours; the tiny model has 8 experts, top 2."""
+    """The run has two hot neighbouring experts; the tiny model has 8 experts, top 2."""
     write_run(tmp_path, np.tile(np.array([5, 5, 1, 1, 1, 1, 1, 1]) * 64, (4, 3, 1)))
     arguments = [
         "plan",

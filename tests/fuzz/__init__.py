@@ -1,1 +1,1 @@
-"""Hostile input: random damage to every file that a user may hand over."""
+"""Hostile input: random damage to every file that a user may pass."""

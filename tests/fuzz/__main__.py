@@ -1,4 +1,4 @@
-"""Damage every kind of file N times in all; ends with status 1 at the first traceback."""
+"""Damage files of every kind, N times in all; exit with 1 at the first traceback."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.fuzz.run import fuzz
 from tests.fuzz.targets import TARGETS
 
 ROOM = 6 * 2**30
-"""Bytes of addresses beyond those of the imports: a case that wants more ends in MemoryError."""
+"""Address space beyond that of the imports, in bytes; a case that needs more gets a MemoryError."""
 
 
 @dataclass
 class Arguments:
     cases: int = 1000
-    """In all, shared out to the targets."""
+    """Number of cases, divided among the targets."""
 
     seed: int = 0
 
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A target; give it once for each. Default: all of them."""
+    """Target to run; repeat the flag for more. Default: all."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What is done to a sound file: bytes that are cut, flipped, moved, and values that nobody wrote."""
+"""Damage to a sound file: cut, flipped or moved bytes, and invalid values."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4),
     max_leaves=6,
 )
-"""Of JSON and TOML."""
+"""Values that JSON and TOML can express."""
 MOMENTS = st.sampled_from([datetime.date(2026, 1, 2), datetime.time(3, 4), datetime.datetime.max])
-"""Of TOML alone."""
+"""Values that only TOML can express."""
 
 
 def _like(value: Any) -> st.SearchStrategy:
-    """Other values of the same type, which get further before they are noticed."""
+    """Other values of the same type, which are noticed later."""
     if isinstance(value, str):
         return _texts
     if isinstance(value, bool) or value is None:
@@ -59,7 +59,8 @@ def _like(value: Any) -> st.SearchStrategy:
 
 @st.composite
 def trees(draw: st.DrawFn, sound: dict[str, Any], values: st.SearchStrategy = VALUES) -> dict:
-    """A table with up to three of its values, at any depth, changed, renamed, removed or added."""
+    """Generate a table with up to three values, at any depth, changed, renamed, removed or
+    added."""
     tree = copy.deepcopy(sound)
     for _ in range(draw(st.integers(1, 3))):
         node: Any = tree
@@ -89,7 +90,7 @@ def trees(draw: st.DrawFn, sound: dict[str, Any], values: st.SearchStrategy = VA
 
 @st.composite
 def damaged(draw: st.DrawFn, sound: bytes) -> bytes:
-    """The bytes of a sound file after one to four accidents, most of them near its beginning."""
+    """Generate the bytes of a sound file with one to four damages, most of them near its start."""
     content = bytearray(sound)
     place = st.integers(0, max(len(sound) - 1, 0)) | st.integers(0, min(len(sound), 2000))
     for _ in range(draw(st.integers(1, 4))):

@@ -1,6 +1,6 @@
-"""Notices what reading a file must not do, by Python's own audit events.
+"""Guard against forbidden actions while a file is read, by Python's audit events.
 
-Sources: https://docs.python.org/3/library/audit_events.html
+Source: https://docs.python.org/3/library/audit_events.html
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHANGES = {
     **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"), 0),
     **dict.fromkeys(("os.rename", "os.symlink", "os.link"), 1),
 }
-"""Which argument of an event is the path that is changed."""
+"""Index of the changed path among the arguments of an event."""
 _NEVER = (
     *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"),
     *("socket.connect", "socket.bind", "socket.getaddrinfo"),
@@ -31,9 +31,10 @@ class Hang(BaseException):
 
 
 class Guard:
-    """``with Guard().watch(folder): ...`` raises ``AssertionError`` at the end for what was done.
+    """Context manager that raises ``AssertionError`` at its end for each forbidden action.
 
-    One for a process: an audit hook cannot be taken away.
+    Use ``with Guard().watch(folder): ...``. A process needs one guard, because an audit hook cannot
+    be removed.
     """
 
     def __init__(self) -> None:
@@ -44,11 +45,12 @@ class Guard:
 
     @contextlib.contextmanager
     def watch(self, folder: Path, *, seconds: float, may_unpickle: bool) -> Iterator[None]:
-        """
+        """Watch the process.
+
         Args:
-            folder: where files may be written.
-            seconds: after which ``Hang`` is raised, in the main thread.
-            may_unpickle: the case is a checkpoint, whose metadata is a pickle.
+            folder: folder in which files may be written.
+            seconds: time after which ``Hang`` is raised, in the main thread.
+            may_unpickle: True for a checkpoint, whose metadata is a pickle.
         """
         before = sys.dont_write_bytecode, signal.signal(signal.SIGALRM, _too_long)
         sys.dont_write_bytecode = True

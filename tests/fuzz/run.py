@@ -1,4 +1,4 @@
-"""Hand many damaged files to what reads them."""
+"""Pass many damaged files to their readers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tests.fuzz.targets import TARGETS, empty
 from titan_moe_lb.errors import JobError
 
 SECONDS = 30.0
-"""For one case: no more than a hang, also on a busy machine."""
+"""Time limit of a case, in seconds, long enough for a busy machine."""
 _guard = Guard()
 
 
 @dataclass
 class Outcome:
-    """Of all cases of one target."""
+    """Outcomes of all cases of one target."""
 
     target: str
     cases: int = 0
     refused: int = 0
     slowest_seconds: float = 0.0
     lines: Counter[str] = field(default_factory=Counter)
-    """The beginnings of the lines of refusal, to see that the damage is of many kinds."""
+    """First words of the refusals, which show that the damage is of many kinds."""
 
     def __str__(self) -> str:
         return (

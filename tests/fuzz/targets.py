@@ -1,4 +1,4 @@
-"""The files that are damaged, and what reads them. A new kind of input is one more target."""
+"""Targets: files to damage, and their readers. A new kind of input is one more target."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ from titan_moe_lb.traces.trace import FILE_NAME
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of file."""
+    """Kind of file."""
 
     cases: Callable[[], st.SearchStrategy[Any]]
     read: Callable[[Any, Path], None]
-    """Writes a case into an empty folder and reads it. Raises ``JobError`` at most."""
+    """Write a case into an empty folder and read it; it raises at most ``JobError``."""
     is_pickle: bool = False
 
 
@@ -137,7 +137,7 @@ STUDIES = (
     },
 )
 MOST_CELLS = 3
-"""Of a study, that are checked as jobs."""
+"""Number of cells of a study that are checked as jobs."""
 
 
 def _read_study(content: bytes, folder: Path) -> None:
@@ -160,7 +160,7 @@ def _read_study(content: bytes, folder: Path) -> None:
 class TraceCase:
     content: bytes
     page: bool
-    """Make the whole report too, which takes a second."""
+    """Also make the whole report, which takes a second."""
 
 
 def _sound(write: Callable[[Path], Any], name: str) -> bytes:
@@ -172,7 +172,7 @@ def _sound(write: Callable[[Path], Any], name: str) -> bytes:
 def _described(
     sound: bytes, table: dict[str, Any], renamed: Mapping[str, str] = MappingProxyType({})
 ) -> bytes:
-    """The batches of a sound file behind another description of the run, without checksums."""
+    """Batches of a sound file after another description of the run, without checksums."""
     reader = pa.ipc.open_stream(sound)
     fields = [field.with_name(renamed.get(field.name, field.name)) for field in reader.schema]
     schema = pa.schema(fields, metadata={b"titan_moe_lb": json.dumps(table).encode()})
@@ -184,10 +184,10 @@ def _described(
 
 
 def hostile_run(sound: bytes, words: list[str]) -> bytes:
-    """A trace that is sound in every byte, of a run with names that are not.
+    """Write a sound trace of a run with hostile names.
 
     Args:
-        words: a few texts, which stand in every name and description.
+        words: a few texts, which become every name and description.
     """
     table = _table_of(sound)
     renamed = {}
@@ -266,7 +266,7 @@ CHECKPOINT_JOB = ("--config=deepseek_v3_tiny", "--checkpoint.enable", "--trainin
 
 @functools.cache
 def _checkpoint() -> tuple[TemporaryDirectory, Job]:
-    """A folder with the sound checkpoint of a step, and the job that it is of."""
+    """Folder with a sound checkpoint of a step, and its job."""
     job = job_config.load(list(CHECKPOINT_JOB), 1)
     folder = TemporaryDirectory(prefix="titan_moe_lb-fuzz-")
     state = {
@@ -312,7 +312,7 @@ TARGETS = {
 
 
 def empty(folder: Path) -> None:
-    """Leave nothing of the case before."""
+    """Remove the files of the previous case."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

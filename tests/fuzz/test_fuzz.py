@@ -1,4 +1,5 @@
-"""Hostile files and names: a short form of ``python -m tests.fuzz``, and that it can fail."""
+"""Tests of hostile files and names: a short form of ``python -m tests.fuzz``, and proof that it can
+fail."""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ def test_a_traceback_and_a_hang_are_failures(monkeypatch):
 
 @pytest.mark.parametrize("field", ["global_batch_size", "seq_len"])
 def test_a_routing_trace_that_claims_more_tokens_than_memory_is_one_line(field, tmp_path):
-    """Found by the fuzzing."""
+    """Case found by fuzzing."""
     sizes = {"global_batch_size": 10**6, "seq_len": 10**6, field: 10**9}
     info = run_info(2, 8, world_size=10**9, **sizes)
     writer = RoutingTraceWriter(tmp_path, info, rank=0)
@@ -90,7 +91,7 @@ def test_a_routing_trace_that_claims_more_tokens_than_memory_is_one_line(field, 
 
 
 def test_hostile_names_are_inert_on_a_page(tmp_path):
-    """Of the folder, the model, the rule, the metrics: what is shown is text."""
+    """Names of folder, model, rule and metrics appear as plain text."""
     folder = tmp_path / "<img src=x onerror=hostile()>"
     folder.mkdir()
     file = write_run(folder, run_info(2, 8), 12) / FILE_NAME

@@ -1,4 +1,4 @@
-"""Every job file that fits this machine, trained as its TOML asks, on its model's tiny flavor."""
+"""Tests of the job files: each that fits this machine trains, with its model's tiny flavor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOSS, NORM = "loss_metrics/global_avg_loss", "grad_norm"
 MAX_RANKS = 4
 STEPS = 3
 FAST = "--optimizer.param_groups.0.optimizer_kwargs.lr=3e-3"
-"""So that three steps are enough to learn something."""
+"""Learning rate that changes the weights within three steps."""
 
 
 def job_files() -> list[Path]:
-    """By model, because the processes of a model are compared with one process."""
+    """List the job files by model, because each model has one reference process."""
     return [
         path
         for path in sorted(CONFIGS.glob("*/*.toml"))
@@ -32,7 +32,7 @@ def job_files() -> list[Path]:
 
 
 def tiny(job: dict) -> list[str]:
-    """The tiny flavor of the job's model with the job's losses, which are part of a checkpoint."""
+    """Configure the tiny flavor of the job's model with its losses, which a checkpoint contains."""
     module = job["job"]["module"]
     model = [
         f"--model.{key}={toml_tables.inline(value)}" for key, value in job.get("model", {}).items()
@@ -49,13 +49,14 @@ def tiny(job: dict) -> list[str]:
 
 
 def graphs(job: dict) -> list[str]:
-    """Compiled blocks as traced. test_parity.py runs their kernels."""
+    """Compile blocks without kernels; test_parity.py runs the kernels."""
     return ["--compile.backend=aot_eager"] if job.get("compile", {}).get("enable") else []
 
 
 @pytest.fixture(scope="module")
 def data_parallel(ranks, tmp_path_factory):
-    """Seed checkpoint folder, and what FSDP alone logs from it on the same text, by degree."""
+    """Folder of the seed checkpoint, and the log of FSDP alone from it on the same text, by
+    degree."""
     seeds, known = {}, {}
 
     def run(arguments: list[str], degree: int, batch: int):
@@ -119,7 +120,7 @@ def num_moe_layers(module: str) -> int:
 
 
 def degrees_of(job: dict) -> dict[str, int]:
-    """Of the TOML, by the names of a trace's run info."""
+    """Degrees in the TOML, by their names in a trace's run info."""
     keys = {
         "pp": "pipeline_parallel",
         "dp_replicate": "data_parallel_replicate",
@@ -133,12 +134,12 @@ def degrees_of(job: dict) -> dict[str, int]:
 
 
 def local_batch(job: dict) -> int:
-    """Of the TOML, or of the debug and tiny flavors."""
+    """Local batch size in the TOML, or of the debug and tiny flavors."""
     return job.get("training", {}).get("local_batch_size", 8)
 
 
 def check_layout(info: RunInfo, job: dict) -> None:
-    """The run was cut as the TOML says."""
+    """Check that the layout of the run is that of the TOML."""
     degrees = degrees_of(job)
     assert {name: getattr(info, name) for name in degrees} == degrees
     assert info.world_size == job["job"]["ranks"]

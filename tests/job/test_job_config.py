@@ -1,4 +1,4 @@
-"""Job files and command lines, and the job that they resolve to."""
+"""Tests of job files and command lines, and of the jobs that they resolve to."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def last_moe(arguments: list[str], world_size: int = 1) -> MoE.Config:
 
 
 def resolved_and_printed(arguments: list[str], world_size: int = 1) -> tuple[Any, str]:
-    """Config of a job, and the TOML that ``--print-config`` prints."""
+    """Resolve a job; return its config, and the TOML that ``--print-config`` prints."""
     draft = job_config.draft(arguments)
     config = draft.resolve(world_size).config
     return config, job_config.render(draft.table, config)
@@ -87,7 +87,7 @@ def test_a_foreign_model_keeps_its_own_bias(tmp_path):
 
 
 def test_a_module_of_ones_own_takes_the_keys_of_the_registry():
-    """Its config function starts from a job of the registry: what [model] names is replaced."""
+    """Its config function starts from a registry job; keys of [model] replace its values."""
     own = ["--module=tests.support.failing_jobs", "--config=tiny"]
     registry = ["--module=deepseek_v3", "--config=deepseek_v3_tiny"]
     bias = ["--model.expert_bias", '{type = "sign", speed = 0.1}']
@@ -123,12 +123,12 @@ def test_printed_config_resolves_to_the_same_job(path, tmp_path):
 
 
 def _values(config: Any) -> str:
-    """Every value of the config; initializers are functions, whose addresses differ."""
+    """Every value of a config except initializers, which are functions with changing addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(config.to_dict()))
 
 
 def test_line_for_batch_wise_under_pipeline_parallelism_is_accepted(tmp_path):
-    """The message names a line; the line works."""
+    """The line that the message proposes works."""
     batch_wise = '{type = "batch_wise", weight = 0.02, count_from = "scores"}'
     losses = f'aux_losses = [{batch_wise}, {{type = "z_loss", weight = 1e-4}}]'
     with pytest.raises(JobError) as error:

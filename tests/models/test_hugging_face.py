@@ -1,4 +1,4 @@
-"""Against transformers: the same logits from the same checkpoint, and the same bits back."""
+"""Tests against transformers: same logits from the same checkpoint, and the same bits back."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_logits_and_checkpoint_of_transformers(ranks, tmp_path, module, make):
 
 
 def test_torchtitans_own_gpt_oss_adapter_loses_the_experts():
-    """Why the package has an adapter of its own. Remove it when this fails."""
+    """This is the reason for our own adapter. If it fails, remove the adapter."""
     spec = torchtitan_gpt_oss.model_registry("debugmodel")
     with torch.device("meta"):
         state = spec.model.build().state_dict()

@@ -1,4 +1,4 @@
-"""One number for one MoE layer, in telemetry as in the plan."""
+"""Tests of layer numbers: telemetry and plan agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from titan_moe_lb.wiring.model_spec import balanced
 
 
 def job(dense: list[str]):
-    """The tiny DeepSeek-V3 (4 layers, the first dense) with 2 MTP layers, some made dense."""
+    """Build the tiny DeepSeek-V3 (4 layers, the first dense) with 2 MTP layers, some of them
+    dense."""
     config = deepseek_v3_tiny()
     model = tiny("flex", "standard", num_mtp_layers=2)
     for name in dense:
@@ -40,7 +41,7 @@ def test_telemetry_and_plan_agree(ranks, dense, numbers):
 
 
 def both(dense: list[str]) -> tuple[list[int], list[int], list[int]]:
-    """As the trace has them; as the plan has them; those of the plan's only stage."""
+    """Return the layer numbers of the trace, of the plan, and of the plan's only stage."""
     traced = list(describe_run(Job.of(job(dense), 1)).layers)
     planned = read_job(Job.of(job(dense), 1))
     return traced, list(planned.moe_layers), list(planned.stages[0].moe_layers)

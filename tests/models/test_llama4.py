@@ -1,4 +1,4 @@
-"""Llama 4 against Hugging Face's own: logits, checkpoints, expert input, packing."""
+"""Tests of Llama 4 against Hugging Face: logits, checkpoints, expert input, packing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ VARIANTS = {
 
 
 def hugging_face(architecture: Architecture) -> Llama4ForCausalLM:
-    """The same architecture there, with random weights that make every part matter."""
+    """Build Hugging Face's model of the same architecture, with random weights that use every
+    part."""
     rope: dict = {"rope_type": "default", "rope_theta": architecture.rope_theta}
     if architecture.rope_scaling_factor is not None:
         rope |= {
@@ -82,7 +83,7 @@ def hugging_face(architecture: Architecture) -> Llama4ForCausalLM:
 
 
 def ours(architecture: Architecture) -> Llama4Model:
-    """With dense attention, as on the host, and experts in float32."""
+    """Build our model with dense attention, as on the host, and experts in float32."""
     config = architecture.config(attn_backend="flex", moe_comm_backend="standard")
     overrides = [
         "tests.parity.float32_experts.float32_experts",
@@ -124,7 +125,7 @@ def test_logits_are_those_of_hugging_face(variant):
 
 
 def test_every_part_shows_in_the_logits():
-    """None of the comparisons above could pass with a part left out."""
+    """No comparison above could pass if a part were missing."""
     model, _theirs = loaded(TINY)
     tokens, positions = tokens_and_positions()
     reference = logits(model, tokens, positions)
@@ -141,7 +142,8 @@ def test_every_part_shows_in_the_logits():
 
 
 def test_what_a_document_is_packed_with_does_not_change_it():
-    """Chunks, RoPE and temperature count from its start; 150 is not a multiple of a chunk."""
+    """Chunks, RoPE and temperature count from the document's start; 150 is not a multiple of a
+    chunk."""
     model, _theirs = loaded(TINY)
     tokens, positions = tokens_and_positions(batch=1)
     first = 150
@@ -156,7 +158,7 @@ def test_what_a_document_is_packed_with_does_not_change_it():
 @pytest.mark.parametrize("prefix", ["", "language_model."])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_checkpoint_goes_out_and_back_bit_for_bit(variant, prefix, tmp_path):
-    """With the names of the text model alone, or of the published checkpoints."""
+    """The checkpoint has the names of the text model alone, or of the published checkpoints."""
     theirs = {prefix + name: w for name, w in hugging_face(VARIANTS[variant]).state_dict().items()}
     vision = {"vision_model.class_embedding": torch.zeros(3)} if prefix else {}
     index = {"weight_map": dict.fromkeys([*theirs, *vision], FILE)}
@@ -182,7 +184,8 @@ def test_checkpoint_goes_out_and_back_bit_for_bit(variant, prefix, tmp_path):
     ids=["fsdp4_ep2", "fsdp2_tp2", "fsdp2_pp2"],
 )
 def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, monkeypatch, layout, prefix):
-    """Sharded over experts twice, over their hidden dimension, or over stages: the same bits."""
+    """Experts are sharded twice over experts, over their hidden dimension, or over stages: the bits
+    agree."""
     theirs = {prefix + name: w for name, w in hugging_face(TINY).state_dict().items()}
     folder, out = tmp_path / "hugging_face", tmp_path / "out"
     shutil.copytree(TOKENIZER_PATH, folder)
@@ -209,7 +212,7 @@ def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("expert_shard", [0, 1])
 def test_experts_sharded_along_their_hidden_dimension(ranks, expert_shard):
-    """As FSDP shards them when there are more ranks than experts, with EP and with TP."""
+    """FSDP shards them so if there are more ranks than experts, with EP and with TP."""
     assert all(ranks.run(4, hidden_dimension_survives, expert_shard))
 
 
@@ -239,7 +242,7 @@ def hidden_dimension_survives(expert_shard: int) -> bool:
 
 
 def test_experts_weight_their_input():
-    """Against one expert after the other, in float64; s E(x) would be far off."""
+    """The reference computes one expert after another in float64; s E(x) would be far off."""
     architecture = dataclasses.replace(TINY, dim=32)
     moe = ours(architecture).layers["0"].moe
     for parameter in moe.parameters():
@@ -274,7 +277,8 @@ def test_experts_weight_their_input():
 @pytest.mark.parametrize("backend", ["flex", "varlen"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_masks_of_packed_documents(backend, batch):
-    """Against the rule itself: earlier tokens of the same document and, if chunked, chunk."""
+    """The reference is the rule: earlier tokens of the same document and, if chunked, of the
+    chunk."""
     architecture = dataclasses.replace(TINY, n_layers=1)
     model = architecture.config(attn_backend="flex", moe_comm_backend="standard").build()
     model.config.layers[0].attention.inner_attention = get_attention_config(backend)

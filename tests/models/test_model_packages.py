@@ -1,4 +1,4 @@
-"""Every model package of the registry: its defaults, what tells of them, its flavors."""
+"""Tests of the model packages in the registry: defaults, their descriptions, flavors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_moe_layer_has_the_defaults_of_the_flavor(model, flavor):
 
 @pytest.mark.parametrize("flavor", ["16B", "236B"])
 def test_what_a_job_says_beats_the_default_of_the_flavor(flavor):
-    """One key of [model] leaves the flavor's default of the other, and None is a value."""
+    """A key of [model] keeps the flavor's default of the other key; None is a value."""
     start = ["--module", "deepseek_v3", "--config", f"deepseek_v3_{flavor.lower()}"]
     bias = job_config.load([*start, "--model.expert_bias", '{type = "sign"}'], 8).config.model_spec
     assert bias.arguments["expert_bias"] == SignBias.Config()

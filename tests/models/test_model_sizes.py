@@ -1,4 +1,4 @@
-"""The number of parameters of every flavor that has a name in the literature."""
+"""Tests of the parameter counts of every published flavor."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ assert REAL_SIZES, f"no job files in {CONFIGS}"
 
 
 def number_of_parameters(job_file: Path, num_ranks: int = 1) -> int:
-    """Of the whole model of a job, built without memory."""
+    """Count the parameters of a job's whole model, built without memory."""
     model = job_config.load(["--job-config", str(job_file)], num_ranks).meta_model
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -96,7 +96,7 @@ def test_number_of_parameters(module, flavor, tmp_path):
 
 @pytest.mark.parametrize("path", REAL_SIZES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_one_rank_of_a_real_size_builds(ranks, path):
-    """Its share: rank 0 of a pipeline has other layers than the rest."""
+    """Only rank 0 is built; in a pipeline it has other layers than the rest."""
     job = tomli.loads(path.read_text())
     num_ranks = job["job"]["ranks"]
     (parameters,) = ranks.run(1, build_one_rank, str(path), num_ranks)

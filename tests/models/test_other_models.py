@@ -1,4 +1,4 @@
-"""Models of torchtitan that have no package here: one line balances them."""
+"""Tests of torchtitan's models without a package here: one line balances them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ MULTI_TOKEN_PREDICTION = {"num_mtp_layers": 2}
     ids=["DeepSeek-V3 with MTP", "Kimi K2.7"],
 )
 def test_one_line_balances_every_layer_and_trains(ranks, module, flavor, arguments):
-    """Each layer's numbers, MTP layers' too, against what torchtitan's own model chose."""
+    """The numbers of each layer, MTP layers included, equal the choices of torchtitan's own
+    model."""
     layers = list(upstream_spec(module, flavor, **arguments).model.traverse(MoE.Config))
     # So small a weight leaves the second step what it is in torchtitan.
     loss = GlobalBatchAuxLoss.Config(weight=1e-9)
@@ -75,7 +76,7 @@ def by_layer(metrics: dict[str, float], name: str) -> list[float]:
 
 
 def test_a_hook_of_the_users_own_is_chained(ranks):
-    """And the bias moves by the one rule alone: from -speed to +speed, whatever its mean."""
+    """The bias moves by our rule alone: from -speed to +speed, whatever its mean."""
     ((calls, spread),) = ranks.run(1, train_with_own_hook)
     assert calls == [(1, 1)]
     assert spread == pytest.approx(2 * 0.5)
@@ -110,7 +111,7 @@ def test_unknown_score_function_is_one_line():
 
 
 def test_qwen3_5():
-    """Its linear attention needs the package fla, and a GPU; its MoE layers run anywhere."""
+    """Its linear attention needs the package fla and a GPU; its MoE layers run anywhere."""
     weight = 0.5
     losses = [SequenceWiseAuxLoss.Config(weight=weight)]
     spec = balanced(upstream_spec("qwen3_5", "debugmodel_moe"), aux_losses=losses)
@@ -145,7 +146,7 @@ def test_qwen3_5():
 
 @pytest.mark.parametrize(("module", "package"), [("qwen3_5", "fla"), ("kimi_k2_7", "torchvision")])
 def test_missing_package_is_one_line(monkeypatch, module, package):
-    """Their config functions read images; Qwen3.5 has kernels of another package."""
+    """Their config functions read images; Qwen3.5 needs kernels of another package."""
     for name in list(sys.modules):
         if name.startswith((f"torchtitan.models.{module}", "torchtitan.hf_datasets.multimodal")):
             monkeypatch.delitem(sys.modules, name)

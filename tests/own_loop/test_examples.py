@@ -1,4 +1,4 @@
-"""Each example trains, on one process and on two; all ranks tell the same."""
+"""Tests of the examples: each trains on one process and on two, and all ranks agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ LOOPS = ("plain_loop", "fine_tuning", "dpo", "grpo")
 
 
 def run_example(name: str, steps: int) -> tuple[list[dict[str, float]], int]:
-    """Its history, and the choices that the last step counted in a layer. Every rank."""
+    """Run an example; return its history, and the counted choices of the last step in a layer.
+    Every rank."""
     example = importlib.import_module(f"examples.{name}")
     balances = []
     attach = example.attach
@@ -46,8 +47,10 @@ def test_two_ranks_tell_the_same(ranks, name):
 
 
 def test_reference_and_rollout_forwards_are_not_counted(ranks):
-    """2 experts a token: of DPO's 6 rows of 64 tokens, and of GRPO's 32 rows, cut by length, in one
-    epoch."""
+    """Each token has 2 experts.
+
+    DPO has 6 rows of 64 tokens. GRPO has 32 rows, cut by length, in one epoch.
+    """
     ((_history, of_dpo),) = ranks.run(1, run_example, "dpo", 1)
     assert of_dpo == 6 * 64 * 2
     ((_history, of_grpo),) = ranks.run(1, run_example, "grpo", 1)

@@ -1,4 +1,5 @@
-"""The table of docs/reference/own_loop.md: every row is a case here, and every case a row there."""
+"""Tests of the table in docs/reference/own_loop.md: each row is a case here, and each case a
+row."""
 
 from __future__ import annotations
 
@@ -32,8 +33,10 @@ from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.own_loop.build import build_model
 
 CASES: dict[str, Callable] = {}
-"""By the first column of the page. A case of a refused row raises the ``JobError``; one of a right
-row compares."""
+"""Cases by the first column of the page.
+
+The case of a refused row raises ``JobError``; the case of a correct row compares.
+"""
 
 
 def case(row: str) -> Callable:
@@ -162,7 +165,7 @@ def _():
 
 
 def after(change: Callable[[MoELayers], object]) -> None:
-    """The model changes after a step; the next two are right."""
+    """Change the model after a step, and check the next two."""
     loop = Loop()
     loop.step(0)
     loop.assert_right()
@@ -232,7 +235,7 @@ def _():
 
 @case("a copy of the model made after `attach()`, as a reference")
 def _(ranks):
-    """A copy shares the process groups, which cannot be copied."""
+    """Check a copy, which shares the process groups, because they cannot be copied."""
     after(lambda model: copy.deepcopy(model).eval()(torch.randn(2, 8, 64)))
     assert ranks.run(2, loop_rank_jobs.copy_after_attach) == [True, True]
 
@@ -250,7 +253,7 @@ def _():
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["one micro-batch", "two"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks_count_once_and_teach_as_without(reentrant, seeds):
-    """Also where both forwards run before the first backward."""
+    """The case includes two forwards before the first backward."""
     found = []
     for checkpointed in (False, True):
         loop = Loop(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)]))
@@ -405,7 +408,7 @@ def raise_the_one_error(by_rank: list[str | None]) -> None:
 
 
 def breaking(loop: Loop) -> torch.Tensor:
-    """Put NaN in the gate of layer 2; returns what it was."""
+    """Set the gate of layer 2 to NaN; return its earlier value."""
     weight = loop.model.layers["2"].router.gate.weight
     whole = weight.detach().clone()
     with torch.no_grad():
@@ -460,7 +463,7 @@ def _(ranks):
 
 @pytest.mark.parametrize("wrong", [{"rows_per_step": 0}, {"optimizer": []}])
 def test_a_refused_attach_leaves_no_trace(wrong):
-    """The next attach() of the same model is right."""
+    """The next attach() of the same model is correct."""
     model = MoELayers(rule=SIGN)
     with pytest.raises(JobError):
         attach(model, **wrong)

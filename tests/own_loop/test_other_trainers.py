@@ -1,4 +1,5 @@
-"""Trainers of torchtitan's experiments: counts, aux gradient and bias against its own model there."""
+"""Tests of the trainers in torchtitan's experiments: counts, aux gradient and bias, against its own
+model."""
 
 from __future__ import annotations
 
@@ -37,8 +38,11 @@ CASES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def processes_of_their_own(ranks):
-    """graph_trainer makes torch's BlockMask a pytree when it is imported, and context parallelism
-    then takes it apart."""
+    """Run these tests in their own processes.
+
+    graph_trainer's import makes torch's BlockMask a pytree, which context parallelism then takes
+    apart.
+    """
     yield
     ranks.start_anew()
 
@@ -51,7 +55,7 @@ def test_trainer_balances(ranks, case):
 
 
 def check(own: list[Seen], found: list[Seen]) -> None:
-    """The routers of torchtitan's own model in the same trainer say what is to be counted."""
+    """Check against the routers of torchtitan's own model in the same trainer."""
     assert len(own[0].counts) == STEPS and own[0].counts[0] != own[0].counts[1]
     for seen in found:
         assert seen.counts == own[0].counts
@@ -101,6 +105,7 @@ def test_dense_hugging_face_model_is_refused():
 
 
 def test_forge_asks_for_a_loss_that_no_spec_has(ranks):
-    """Nobody's model runs there as it is; when this fails, docs/evidence/other_trainers.md has to say so."""
+    """No model runs there without a change. If this fails, update
+    docs/evidence/other_trainers.md."""
     (said,) = ranks.run(1, forge_engine_as_it_is)
     assert said == "'ModelSpec' object has no attribute 'loss'"

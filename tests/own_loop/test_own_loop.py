@@ -1,4 +1,4 @@
-"""Balance in a training loop that is not torchtitan's: steps cut unevenly, skipped, and refused."""
+"""Tests of balance in own training loops: uneven, skipped and refused steps."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_micro_batches_of_unequal_length_are_the_one_batch(ranks, whole, cut):
-    """Of four rows, each with its own number of tokens; a skipped step before, and forwards that
-    teach nothing between."""
+    """Four rows have their own numbers of tokens.
+
+    A skipped step precedes, and forwards without training lie between.
+    """
     by_rank, parallelism, options = CUTS[cut]
     for found in ranks.run(len(by_rank), unequal_micro_batches, by_rank, parallelism, **options):
         assert found["counts"] == whole["counts"]
@@ -61,7 +63,7 @@ def test_micro_batches_of_unequal_length_are_the_one_batch(ranks, whole, cut):
 
 @pytest.mark.parametrize("padded", [False, True], ids=["text", "padded chats"])
 def test_counts_are_those_of_the_trainer(ranks, tmp_path, padded):
-    """Bit for bit, over steps in which the bias moves."""
+    """The counts are equal bit for bit, over steps in which the bias moves."""
     flags = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--debug.seed=0"]
     write_chats(tmp_path)
     chats = str(tmp_path) if padded else None
@@ -91,7 +93,8 @@ def loop(**options):
 
 
 def test_every_step_counts_its_own():
-    """The average over however many micro-batches ran; a new name for every layer if asked."""
+    """The metrics average over the micro-batches that ran; with per-layer metrics, every layer has
+    a name."""
     model, optimizer, balance = loop()
     for forwards in (1, 3):
         balance.begin_step(2 * forwards)
@@ -145,7 +148,7 @@ def test_more_forwards_of_a_pipeline_join_the_last():
 
 
 def test_rows_of_a_job_are_forgotten():
-    """A model whose config a job has bound to its own rows, in a loop that announces others."""
+    """The config is bound to the rows of a job, and the loop announces other rows."""
     model = MoELayers([RouterZLoss.Config(weight=1.0)])
     for router in routers_of([model]):
         router.aux_losses["z_loss"].config.local_batch_size = 8
@@ -178,7 +181,8 @@ def test_a_scaled_loss_scales_the_balance():
 
 
 def test_a_batch_that_a_job_has_not_announced_is_refused(ranks):
-    """Twice the sequences would double the loss without a word; also in a pipeline."""
+    """Without the refusal, twice the sequences would silently double the loss, also in a
+    pipeline."""
     for num_ranks, flags in ((1, []), (2, ["--parallelism.pipeline_parallel_degree=2"])):
         with pytest.raises(RuntimeError, match="micro-batches of . sequences and get 6"):
             ranks.run(num_ranks, train_on_rows_of_another_number, flags)

@@ -1,4 +1,5 @@
-"""Every token of a rollout gets its experts again in training, however both are packed."""
+"""Tests of routing replay: each token gets its rollout's experts in training, however both are
+packed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from titan_moe_lb.own_loop.routing_replay import RoutingReplay
 
 ROLLOUT = [[10], [11, 12], [13, 14], [15, 16]]
 TRAINING = [[16], [14, 13], [12, 15], [11]]
-"""Shuffled, packed otherwise, and one sample left out."""
+"""Packing that is shuffled, different, and without one sample."""
 FLAGS = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--debug.seed=0"]
 FLAGS += ["--training.seq_len=64", "--optimizer.param_groups.0.optimizer_kwargs.lr=0.0"]
 LAYOUTS = {
@@ -64,8 +65,11 @@ def test_every_token_gets_the_experts_of_the_rollout(ranks, layout):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_newest_recording_is_on_every_rank(ranks, num_ranks):
-    """Wherever it was made, however many recordings a rank has made before, and put together
-    where every rank has recorded a part of a sample."""
+    """Every rank has the newest recording, wherever it was made.
+
+    Ranks may have made any number of earlier recordings. A recording of which every rank has a part
+    is assembled.
+    """
     found = ranks.run(num_ranks, samples_that_change_ranks)
     for iteration in range(3):
         chosen = {}
@@ -84,8 +88,10 @@ def replaying(**options):
 
 
 def test_steps_off_policy_are_counted_over_tokens():
-    """Two samples of 3 and 5 tokens, recorded before the first step and after the second: in the
-    fourth, 3 steps and 1 step ago."""
+    """Two samples of 3 and 5 tokens are recorded before the first step and after the second.
+
+    In the fourth step they are 3 steps and 1 step old.
+    """
     model, optimizer, replay = replaying()
     first, second = torch.tensor([[1] * 3 + [-1] * 5]), torch.tensor([[2] * 5 + [-1] * 3])
     x = torch.randn(1, 8, 64)
@@ -138,14 +144,14 @@ def test_positions_are_counted_where_nobody_gives_them():
 
 
 def selected(model):
-    """A list to which every forward appends its experts, ``(B, L, K)``."""
+    """List to which every forward appends its experts, ``(B, L, K)``."""
     ids = []
     model.moe.router.register_forward_hook(lambda *call: ids.append(call[-1][1]))
     return ids
 
 
 def test_a_sample_recorded_anew_is_that_alone():
-    """Of 8 tokens first and of 5 then, three optimizer steps later."""
+    """The sample has 8 tokens first, and 5 tokens three optimizer steps later."""
     model, optimizer, replay = replaying()
     ids = selected(model)
     for length in (8, 5):
@@ -165,7 +171,7 @@ def test_a_sample_recorded_anew_is_that_alone():
 
 
 def test_the_parts_of_a_recording_are_put_together():
-    """The first half of one sample beside another one, its second half before it."""
+    """The first half of a sample is recorded beside another sample, its second half before it."""
     model, _optimizer, replay = replaying()
     ids = selected(model)
     rows = torch.tensor([[4, 4, 5, 5]]), torch.tensor([[0, 1, 0, 1]])
@@ -226,7 +232,7 @@ def test_integers_of_any_kind_can_be_added(kind):
 
 
 def test_a_row_of_minus_one_chooses_itself():
-    """As for an engine that returns the experts of all tokens but the last: one of four."""
+    """An engine may return the experts of all tokens but the last; here, of one token in four."""
     model, optimizer, replay = replaying()
     ids, x = selected(model), torch.randn(1, 4, 64)
     samples = torch.full((1, 4), 8)
@@ -276,8 +282,11 @@ def test_samples_that_cannot_be(arguments, named):
 
 
 def test_the_replayed_experts_move_the_bias():
-    """All of 8 tokens at experts 0 and 1: the mean is 2, so that the signs are -1, -1 and six
-    times 1, and their mean 0.5. Quantile goes by the scores of the training forward instead."""
+    """All 8 tokens go to experts 0 and 1, so the mean is 2, and the signs are -1, -1 and six times
+    1, with mean 0.5.
+
+    The quantile rule uses the scores of the training forward instead.
+    """
     x = torch.randn(1, 8, 64)
     model, optimizer, replay = replaying(expert_bias=SignBias.Config(speed=0.01))
     replay.add(8, model.moe.router.layer, [[0, 1]] * 8)
@@ -303,12 +312,13 @@ def first(number):
 
 
 def experts_of(*positions):
-    """Of two layers and one choice: the position, and 10 more in the second layer."""
+    """Experts of two layers with one choice: the position, and 10 more in the second layer."""
     return np.array([[[p] for p in positions], [[10 + p] for p in positions]])
 
 
 def test_layers_are_added_one_after_another():
-    """An old recording of 3 tokens, then one of 2: layer by layer, or one layer twice at once."""
+    """A recording of 3 tokens is followed by one of 2: layer by layer, or one layer twice at
+    once."""
     every = np.zeros((1, 2), dtype=np.int64), np.arange(2)[None]
     for order in ([(0, 3), (1, 3), (0, 2), (1, 2)], [(0, 3), (0, 2), (1, 3), (1, 2)]):
         memory = RoutingMemory(num_layers=2, top_k=1)
@@ -335,7 +345,7 @@ def test_a_later_step_and_then_more_recordings_win_on_every_rank(newer):
 
 
 def test_parts_of_several_ranks_are_put_together_and_older_ones_left_out():
-    """Positions 0 and 2 of one rank, 1 and 3 of another; a third has an older recording."""
+    """One rank has positions 0 and 2, another 1 and 3; a third has an older recording."""
     memories = [RoutingMemory(num_layers=2, top_k=1) for _ in range(3)]
     for memory, recording, positions in zip(
         memories, [first(1), first(1), first(0)], [(0, 2), (1, 3), (0, 1, 2, 3, 4)], strict=True

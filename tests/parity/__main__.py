@@ -25,8 +25,9 @@ from titan_moe_lb.rules import validate
 @dataclass
 class Arguments:
     layout: str = ""
-    """Keys: pp, schedule, dp_shard, dp_replicate, tp, cp, ep, microbatch, accumulate, ac
-    (none, full, selective), compile, backend (of compile), spmd_backend, sequence_parallel, length (tokens of a sequence)."""
+    """Keys: pp, schedule, dp_shard, dp_replicate, tp, cp, ep, microbatch, accumulate, ac (none,
+    full, selective), compile, backend (of compile), spmd_backend, sequence_parallel, length
+    (tokens of a sequence)."""
 
     loss: str = "sequence_wise"
     """Type of the aux loss; several with commas."""

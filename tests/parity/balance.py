@@ -1,4 +1,4 @@
-"""The balancing of a comparison: losses, the rule of the bias, and the padding."""
+"""Balancing of a comparison: losses, bias rule and padding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Balance:
-    """The balancing of one model."""
+    """Balancing of one model."""
 
     losses: tuple[str, ...] = ("sequence_wise",)
     bias: str = ""
@@ -39,7 +39,7 @@ class Balance:
     """Score function; empty: that of the model."""
 
     def model(self, weight: float = WEIGHT) -> dict[str, Any]:
-        """The table ``[model]`` of a job."""
+        """Make the ``[model]`` table of a job."""
         losses = [
             # A hundredth of it has a gradient of about the size of the others.
             {"type": kind, "weight": weight / 100 if kind == "z_loss" else weight}

@@ -24,12 +24,12 @@ from tests.support.rank_pool import RankPool
 Gradients = dict[str, torch.Tensor]
 TOLERANCE = 1e-5
 DIFFERENCES = {"entropy_loss", "importance_loss", "my_importance_loss"}
-"""Losses near 0 as differences of numbers of size 1, which round to 1e-7."""
+"""Losses near 0 that are differences of numbers of size 1, and so round to 1e-7."""
 
 
 @dataclass
 class Comparison:
-    """The gradients and the log of a layout beside those of the reference."""
+    """Gradients and log of a layout, with those of the reference."""
 
     layout: Layout
     loss: str
@@ -41,7 +41,7 @@ class Comparison:
     padded: bool = False
 
     def line(self) -> str:
-        """One line of JSON, without the tables that are compared bit by bit."""
+        """Format one line of JSON, without the tables that are compared bit by bit."""
         answer = dataclasses.asdict(self)
         del answer["expected"], answer["padded"]
         for table in ("bias", "valid_counts", "histograms"):
@@ -49,12 +49,12 @@ class Comparison:
         return json.dumps(answer)
 
     def faults(self, tolerance: float = TOLERANCE) -> list[str]:
-        """Differences of gradient, counts, losses and bias.
+        """List the differences of gradient, counts, losses and bias.
 
-        Counts are whole numbers and equal, and so is a bias that is a function of them. The
-        reference of a padded batch has no padding to count: valid counts are compared then. A
-        score may round across the edge of a bin: 1/1000 of a histogram may be in a neighbour bin,
-        and a bias made of quantiles is equal to 1/1000 of a uniform bin.
+        Counts are equal whole numbers, and so is a bias that is a function of them. The reference
+        of a padded batch has no padding, so valid counts are compared. A score may round across the
+        edge of a bin: 1/1000 of a histogram may be in a neighbouring bin, and a quantile bias may
+        differ by 1/1000 of a uniform bin.
         """
         recorded, expected = self.recorded, self.expected
         found = []
@@ -103,9 +103,9 @@ class Parity:
     config: str = "deepseek_v3_tiny"
     with_main_loss: bool = False
     alone: tuple[str, ...] = ("",)
-    """Losses to compare one at a time; the empty string: all together."""
+    """Losses to compare one at a time; the empty string stands for all together."""
     padded: bool = False
-    """The batch has padding. The reference is the same batch without it, row by row."""
+    """True if the batch has padding. The reference is the batch without it, row by row."""
     router_gradients: bool = False
     """Measure the gradients of either loss in the logits, and compare them too."""
 
@@ -123,7 +123,7 @@ class Parity:
         return os.path.join(self._folder.name, "seed")
 
     def reference(self, layout: Layout) -> dict[str, tuple[Gradients, Recorded]]:
-        """Gradients and log of the single process on the layout's batch, by loss."""
+        """Compute gradients and log of the single process on the layout's batch, by loss."""
         length = layout.sequence_length
         if length not in self._references:
             if self.padded:
@@ -134,7 +134,7 @@ class Parity:
         return self._references[length]
 
     def compare(self, layout: Layout, alone: tuple[str, ...] | None = None) -> list[Comparison]:
-        """One comparison for each entry of ``alone``; by default that of the reference."""
+        """Compare once for each entry of ``alone``; by default, as the reference."""
         self.pool.need(layout.num_ranks)
         reference = self.reference(layout)
         gradients = self.gradients(layout, alone, "masked" if self.padded else "none")
@@ -203,7 +203,7 @@ def relative_error(
 
 
 def _merge(folder: str, loss: str, num_ranks: int) -> Gradients:
-    """The stages of all ranks."""
+    """Merge the stages of all ranks."""
     gradients: Gradients = {}
     for rank in range(num_ranks):
         gradients.update(torch.load(os.path.join(folder, f"{loss}-rank{rank}.pt")))

@@ -1,7 +1,7 @@
-"""Experts in float32: torchtitan casts the grouped GEMM to bfloat16, which would hide 1e-5.
+"""Experts in float32, because torchtitan's grouped GEMM in bfloat16 would hide 1e-5.
 
-Every expert sees every row, and each row keeps its own expert's answer. With the tiny models'
-few experts that is several times faster than gathering the weights of each row.
+Every expert computes every row, and each row keeps its own expert's result. For the few experts of
+the tiny models, this is several times faster than gathering weights for each row.
 """
 
 from __future__ import annotations
@@ -67,9 +67,11 @@ def _expert_of_each_row(x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tenso
 
 
 def all_experts(x_RY: torch.Tensor, w_EXY: torch.Tensor) -> torch.Tensor:
-    """``(R, E, X)``, by one plain product: an einsum is a batched one, and inductor (torch 2.14,
-    ``kernel/bmm.py``) asks on the host whether it has a single row, which EP's ranks know only
-    when they run."""
+    """Compute all experts ``(R, E, X)`` by one plain product.
+
+    An einsum would be a batched product, for which inductor (torch 2.14, ``kernel/bmm.py``) asks on
+    the host whether it has a single row. EP ranks know this only when they run.
+    """
     return (x_RY @ w_EXY.flatten(0, 1).T).unflatten(1, w_EXY.shape[:2])
 
 

@@ -1,4 +1,4 @@
-"""The gradient of one fixed global batch, computed under a layout. Runs on every rank."""
+"""Gradient of one fixed global batch under a layout. Runs on every rank."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ from titan_moe_lb.upstream import cpu, zero_bubble
 
 GLOBAL_BATCH_SIZE = 8
 ROW_SIXTEENTHS = (16, 13, 6, 2, 11, 8, 15, 6)
-"""Sixteenths of each row before its padding, which is 40 % of all tokens. torchtitan's chunked
-loss needs multiples of 8 tokens."""
+"""Sixteenths of each row before its padding, which is 40 % of all tokens.
+
+torchtitan's chunked loss needs multiples of 8 tokens.
+"""
 # A gate of ordinary size leaves many tokens with two experts almost tied, and the
 # rounding of a layout would decide between them.
 GATE_SCALE = 40.0
 
 
 def make_config(layout: Layout, module: str, config: str, model: dict[str, Any]) -> Trainer.Config:
-    """A registry config in float32, for the fixed batch as the layout cuts it."""
+    """Make a registry config in float32 for the fixed batch under the layout."""
     flags = [f"--model.{key}={toml_tables.inline(value)}" for key, value in model.items()]
     draft = job_config.draft(["--module", module, "--config", config, *flags])
     trainer_config = draft.build()
@@ -55,7 +57,7 @@ def make_config(layout: Layout, module: str, config: str, model: dict[str, Any])
 
 
 def save_seed(folder: str, module: str, config: str, model: dict[str, Any]) -> None:
-    """Write the initial weights that every layout starts from. One rank."""
+    """Write the initial weights of every layout. One rank."""
     trainer_config = _cut_config(folder, Layout(), module, config, model)
     trainer_config.checkpoint.create_seed_checkpoint = True
     trainer = _build(trainer_config)
@@ -81,13 +83,13 @@ def layout_gradients(
     padding: Padding = "none",
     router_gradients: bool = False,
 ) -> list[Recorded]:
-    """Save this rank's parameter gradients to ``out_folder`` and return what was logged.
+    """Save this rank's parameter gradients to ``out_folder``, and return the log.
 
     Args:
         padding: treatment of the padding of the batch.
-        alone: for each of these types of loss, one pass in which it alone has its weight;
-            the empty string stands for all losses together.
-        router_gradients: measure those of either loss in the logits, and log them.
+        alone: losses by type, each with one pass in which it alone has its weight; the empty string
+            stands for all losses together.
+        router_gradients: measure the gradients of either loss in the logits, and log them.
     """
 
     def adapt(trainer_config: Trainer.Config) -> None:
@@ -156,8 +158,10 @@ def layout_gradients(
 
 
 Padding = Literal["none", "masked", "cut"]
-"""No padding in the batch; a token mask for the padding; or every row cut to its own length, which
-needs a layout of one row a micro-batch."""
+"""Treatment of padding: none in the batch, a token mask, or rows cut to their own length.
+
+Cut rows need a layout with one row in a micro-batch.
+"""
 
 
 class LoaderWithMask(HuggingFaceTextDataLoader):
@@ -172,17 +176,17 @@ class LoaderWithMask(HuggingFaceTextDataLoader):
 
 @dataclass
 class Recorded:
-    """The numbers of one pass that a trace would hold."""
+    """Numbers of one pass, as in a trace."""
 
     losses: dict[str, list[float]]
     counts: list[list[int]]
     layers: tuple[int, ...]
     bias: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
-    """Biases after the pass, by number of the layer; on a rank, of its layers."""
+    """Biases after the pass, by layer number; on a rank, those of its layers."""
     valid_counts: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
-    """Valid tokens of each expert, which all rules and losses count."""
+    """Valid tokens of each expert, the input of all rules and losses."""
     histograms: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
-    """Histograms of the pass, where the bias rule has any."""
+    """Histograms of the pass, if the bias rule has them."""
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,7 +203,7 @@ def build_from_seed(
     model: dict[str, Any],
     adapt: Callable[[Trainer.Config], None] = lambda config: None,
 ) -> Trainer:
-    """A trainer under a layout that holds the weights of :func:`save_seed`."""
+    """Build a trainer under a layout with the weights of :func:`save_seed`."""
     trainer_config = _cut_config(out_folder, layout, module, config, model)
     adapt(trainer_config)
     skip_initialisation(trainer_config)
@@ -211,7 +215,7 @@ def build_from_seed(
 
 
 def gather_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Whole gradients of this rank's pipeline stages, by parameter name."""
+    """Gather the whole gradients of this rank's pipeline stages, by parameter name."""
     return {
         canonical(name): whole(parameter.grad)
         for part in trainer.model_parts
@@ -228,7 +232,7 @@ def run_batch(
     with_main_loss: bool,
     padding: Padding = "none",
 ) -> None:
-    """Forward and backward of this rank's part of a global batch, as ``train_step`` does."""
+    """Run forward and backward of this rank's part of a global batch, as ``train_step`` does."""
     tokens, labels, positions = (part.to(trainer.device) for part in batch)
     row_lengths = [part * layout.sequence_length // 16 for part in ROW_SIXTEENTHS]
     lengths = torch.tensor(row_lengths, device=trainer.device).unsqueeze(1)
@@ -267,12 +271,12 @@ def run_batch(
 
 
 def canonical(name: str) -> str:
-    """Parameter name without the wrappers of checkpointing and compilation."""
+    """Remove the wrappers of checkpointing and compilation from a parameter name."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def global_batch(length: int, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels and positions ``(8, length)``."""
+    """Make tokens, labels and positions ``(8, length)``."""
     generator = torch.Generator().manual_seed(seed)
     shape = (GLOBAL_BATCH_SIZE, length)
     # Few distinct tokens, unevenly: loads differ between sequences and experts.
@@ -288,7 +292,7 @@ def global_batch(length: int, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor
 def _cut_config(
     folder: str, layout: Layout, module: str, config: str, model: dict[str, Any]
 ) -> Trainer.Config:
-    """The fixed batch cut by a layout, with checkpoints and logs in ``folder``."""
+    """Configure the fixed batch under a layout, with checkpoints and logs in ``folder``."""
     trainer_config = make_config(layout, module, config, model)
     trainer_config.dump_folder = folder
     trainer_config.checkpoint.enable = True

@@ -1,4 +1,4 @@
-"""A parallel layout in words: ``pp=2,schedule=1F1B,dp_shard=2,microbatch=1,ac=full``."""
+"""Parallel layout as text: ``pp=2,schedule=1F1B,dp_shard=2,microbatch=1,ac=full``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECKPOINTING = {"none": None, "full": FullAC.Config, "selective": SelectiveAC.C
 
 @dataclass(frozen=True)
 class Layout:
-    """How one global batch is cut and computed. Degrees of 1 are off."""
+    """Layout of one global batch; degrees of 1 are off."""
 
     pp: int = 1
     schedule: str = "1F1B"
@@ -35,7 +35,7 @@ class Layout:
     """Tokens of a sequence; 0: a block of attention for each rank of context parallelism."""
 
     def __str__(self) -> str:
-        """As :func:`parse` reads it: what differs from one process."""
+        """Format the differences from one process, as :func:`parse` reads them."""
         words = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -1,4 +1,5 @@
-"""The lost gradient for which :mod:`titan_moe_lb.rules.spmd_backend` refuses a job, in torch alone."""
+"""Lost gradient in torch alone, the reason why :mod:`titan_moe_lb.rules.spmd_backend` refuses a
+job."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch.distributed.tensor.experimental import local_map
 
 
 def gradient(rows: int) -> torch.Tensor:
-    """Gradient of ``x + f(x)`` in x ``(rows, 4, 3)``; f computes x on local tensors. On two ranks."""
+    """Compute the gradient of ``x + f(x)`` in x ``(rows, 4, 3)``; f computes x on local tensors.
+    Two ranks."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     half = local_map(

@@ -20,7 +20,7 @@ from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules import validate
 
 LAYOUTS_OF_A_BALANCE = 10
-"""A new one needs a new reference."""
+"""Layouts with the same balance, because a new balance needs a new reference."""
 DEGREES = ("pp", "dp_shard", "dp_replicate", "tp", "cp")
 MODULE, CONFIG = "deepseek_v3", "deepseek_v3_tiny"
 
@@ -31,7 +31,7 @@ class Outcome:
 
     layouts: int = 0
     refused: int = 0
-    """Draws that a rule of ours or torch refuses before the first pass."""
+    """Draws that our rules or torch refuse before the first pass."""
     worst: float = 0.0
     worst_command: str = ""
     failures: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ def draw_layout(dice: random.Random, most_ranks: int) -> Layout:
 
 
 def is_valid(layout: Layout, balance: Balance) -> bool:
-    """Whether our rules and torchtitan's accept the layout."""
+    """Return True if our rules and torchtitan accept the layout."""
     rows, rest = divmod(GLOBAL_BATCH_SIZE, layout.dp * layout.accumulate)
     if rest or (layout.pp > 1 and rows % layout.microbatch):
         return False
@@ -90,7 +90,7 @@ def is_valid(layout: Layout, balance: Balance) -> bool:
 def draws(
     dice: random.Random, most_ranks: int, outcome: Outcome
 ) -> Iterator[tuple[Balance, Layout]]:
-    """Valid draws, without end; no layout twice with one balance."""
+    """Draw valid layouts without end; no layout occurs twice with one balance."""
     while True:
         balance, seen = draw_balance(dice), set()
         while len(seen) < LAYOUTS_OF_A_BALANCE:

@@ -1,7 +1,7 @@
-"""The gradient of ``main + weight * textbook loss`` by plain autograd on torchtitan's own router.
+"""Gradient of ``main + weight * textbook loss`` by plain autograd on torchtitan's own router.
 
-Nothing of this package is on the path of these gradients: the routers are
-torchtitan's, the losses are the formulas of the papers on what the routers return.
+Nothing of this package is on the path of these gradients. The routers are torchtitan's, and the
+losses are the papers' formulas on the routers' results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def textbook_gradients(
     model: dict[str, Any],
     weight: float,
 ) -> dict[str, str]:
-    """Save one gradient file for each loss; returns their paths. One rank."""
+    """Save one gradient file for each loss; return their paths. One rank."""
     trainer = build_from_seed(
         seed_folder, out_folder, Layout(), module, config, model, _with_upstream_routers
     )
@@ -66,7 +66,7 @@ def _with_upstream_routers(config: Trainer.Config) -> None:
 
 
 def _forward(trainer: Trainer, routers: list) -> tuple[torch.Tensor, list[tuple]]:
-    """Main loss of the fixed batch, and (logits, scores, ids) of each router."""
+    """Compute the main loss of the fixed batch, and (logits, scores, ids) of each router."""
     logits, outputs = [], []
     hooks = [r.gate.register_forward_hook(lambda _m, _i, out: logits.append(out)) for r in routers]
     hooks += [r.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for r in routers]

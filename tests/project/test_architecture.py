@@ -1,4 +1,4 @@
-"""The layers of pyproject.toml hold: nothing imports from a layer above it, nor in a circle."""
+"""Tests of the import layers in pyproject.toml: no import goes up, and none is circular."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_imports_follow_the_contract_in_pyproject():
 
 
 def files() -> dict[str, str]:
-    """Text of every file of the package and the registry, by path."""
+    """Read every file of the package and the registry, by path."""
     return {
         str(path.relative_to(ROOT)): path.read_text()
         for folder in ("titan_moe_lb", "model_registry")
@@ -48,7 +48,7 @@ def test_private_names_of_torch_and_torchtitan_are_in_upstream_alone():
 
 
 def test_few_files_import_torchtitan():
-    """Each is one to change for a newer torchtitan."""
+    """A newer torchtitan may need a change in each of these files."""
     found = [
         n for n, text in files().items() if re.search(r"(?m)^\s*(from|import) torchtitan", text)
     ]

@@ -1,4 +1,5 @@
-"""Making ``.venv``, with a stand-in for pip: the real installation takes minutes."""
+"""Tests of making ``.venv``, with a substitute for pip, because the real installation takes
+minutes."""
 
 from __future__ import annotations
 

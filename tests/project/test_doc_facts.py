@@ -1,4 +1,4 @@
-"""Numbers and names in the documentation, read from the code."""
+"""Tests of numbers and names in the documentation, against the code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ START = '[job]\nmodule = "deepseek_v3"\nflavor = "tiny"\n'
 
 
 def rows(page: str, heading: str) -> dict[str, list[str]]:
-    """The first table below a heading: the first cell of each row to the others."""
+    """Read the first table below a heading: first cell of each row to the others."""
     table = re.search(r"(?:^\|.*\n)+", page.split(f"{heading}\n", 1)[1], re.MULTILINE)
     assert table is not None, heading
     lines = re.findall(r"^\| (.*) \|$", table[0], re.MULTILINE)[1:]
@@ -186,7 +186,7 @@ def test_checks_of_diagnose():
 
 @pytest.mark.parametrize("command", ["plan", "place", "watch", "report", "diagnose", "study"])
 def test_flags(command):
-    """Against ``--help``; the section of a command has its flags, and no others."""
+    """The section of a command lists exactly the flags of its ``--help``."""
     page = (REFERENCE / "commands.md").read_text()
     shown = subprocess.run(
         [sys.executable, "-m", "titan_moe_lb.cli", command, "--help"],
@@ -253,7 +253,7 @@ def alive() -> int:
 
 
 def test_memory_of_a_histogram():
-    """Storages that the step end of one layer leaves: 8 experts of 1,000 bins."""
+    """The step end of one layer leaves storages of 8 experts with 1,000 bins."""
     layers = moe_layers([0], [], expert_bias="quantile")
     before = alive()
     hook = hook_after_a_backward(layers)
@@ -269,7 +269,8 @@ def test_memory_of_a_histogram():
 
 
 def test_map_of_the_house():
-    """Rows of CONTRIBUTING.md and layers of import-linter: the same folders, from the ground up."""
+    """The rows of CONTRIBUTING.md and the layers of import-linter name the same folders, from the
+    ground up."""
     layers = tomli.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (contract,) = (one for one in layers["contracts"] if one.get("exhaustive"))
     floors = [re.split(r" [:|] ", layer) for layer in reversed(contract["layers"])]

@@ -1,6 +1,6 @@
-"""Form of the documentation: navigation, links, anchors, images, lengths.
+"""Tests of the form of the documentation: navigation, links, anchors, images, lengths.
 
-``mkdocs build --strict`` refuses most of this too; mkdocs itself is in the extra ``docs``.
+``mkdocs build --strict`` refuses most of this too, but mkdocs is in the extra ``docs``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def anchors(text: str) -> set[str]:
 
 
 def faults(path: Path, text: str) -> list[str]:
-    """Everything that is wrong with the form of a page."""
+    """List the faults in the form of a page."""
     found = []
     if len(text.splitlines()) > MOST_LINES.get(path.name, 250):
         found.append("too long")
@@ -102,7 +102,7 @@ def test_every_picture_is_shown():
 
 
 def test_api_page():
-    """It documents names that exist; a Python block of some page uses every public name."""
+    """The page documents existing names; a Python block of some page uses every public name."""
     page = (ROOT / "docs/reference/api.md").read_text()
     documented = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
     assert documented and all(pkgutil.resolve_name(name) for name in documented)

@@ -1,4 +1,5 @@
-"""Run every code block of README.md, CONTRIBUTING.md and docs/, up to the start where that is slow.
+"""Tests of every code block of README.md, CONTRIBUTING.md and docs/, up to the start if that is
+slow.
 
 A job is resolved and checked in a user's folder, and not started. A plan is read, and its jobs are
 not built. A block without a rule fails.
@@ -76,7 +77,7 @@ RUNS = ("outputs", "outputs_b", "RUN_DIR", "runs/with", "runs/without")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A clone with the files and runs that the pages name."""
+    """Clone with the files and runs that the pages name."""
     folder = tmp_path_factory.mktemp("home")
     for name in ("configs", "titan_moe_lb", "tests", "benchmarks", "docs"):
         (folder / name).symlink_to(ROOT / name)
@@ -96,7 +97,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def record_routing(run: Path) -> None:
-    """One step of the job of README.md: eight sequences of 256 tokens."""
+    """Record one step of the job of README.md: eight sequences of 256 tokens."""
     info = run_info(5, 8, 3, world_size=1)
     writer = RoutingTraceWriter(run, info, rank=0)
     shape = (info.global_batch_size, info.seq_len, info.top_k)
@@ -111,7 +112,7 @@ def record_routing(run: Path) -> None:
 
 @pytest.fixture
 def at_home(home, monkeypatch):
-    """In that folder, with every example imported, and nothing started."""
+    """Run in that folder, with every example imported, and start nothing."""
     monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(home)
     for name in JOB_VARIABLES:
@@ -173,7 +174,7 @@ def run_parity(arguments: list[str], _monkeypatch) -> None:
 
 
 def run_with(arguments_of: type) -> Callable[[list[str], pytest.MonkeyPatch], None]:
-    """Long programs of ours: their flags alone."""
+    """Check only the flags of a long program of ours."""
 
     def run(arguments: list[str], _monkeypatch) -> None:
         tyro.cli(arguments_of, args=arguments)
@@ -182,7 +183,7 @@ def run_with(arguments_of: type) -> Callable[[list[str], pytest.MonkeyPatch], No
 
 
 def run_torchrun(arguments: list[str], _monkeypatch) -> None:
-    """torchtitan's own start: the config function that it names."""
+    """Check the config function that torchtitan's own start names."""
     start = arguments.index("-m")
     assert arguments[start + 1] == "torchtitan.train"
     config, _rest = ConfigManager()._load_config(arguments[start + 2 :])
@@ -216,7 +217,7 @@ def run_mkdocs(arguments: list[str], _monkeypatch) -> None:
 
 
 def run_tool(arguments: list[str], _monkeypatch) -> None:
-    """ruff, mypy and lint-imports read the whole house; the other tests and CI start them."""
+    """Accept ruff, mypy and lint-imports, which other tests and CI start."""
     assert set(arguments) <= {"check", "format", "."}
 
 
@@ -240,7 +241,7 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
 
 
 def run_command(line: str, monkeypatch) -> None:
-    """One command line, as a shell would read it."""
+    """Run one command line, parsed as by a shell."""
     words = shlex.split(line, comments=True)
     while words and re.match(r"[A-Z_]+=", words[0]):
         monkeypatch.setenv(*words.pop(0).split("=", 1))
@@ -262,7 +263,7 @@ def run_command(line: str, monkeypatch) -> None:
 
 
 def commands(text: str) -> list[str]:
-    """Lines that end in a backslash go on in the next."""
+    """Join lines that end in a backslash with the next."""
     joined = text.replace("\\\n", " ").splitlines()
     return [line for line in joined if line.strip() and not line.lstrip().startswith("#")]
 
@@ -273,7 +274,7 @@ def run_bash(block: Block, monkeypatch, _capsys) -> None:
 
 
 def run_console(block: Block, monkeypatch, capsys) -> None:
-    """Its commands; and where a command is answered with an error, that very line."""
+    """Run the commands of a block, and compare an error with the printed line."""
     lines = commands(block.text)
     assert lines[0].startswith(PROMPT), "it begins with a command: $ ..."
     for line, answer in zip(lines, [*lines[1:], ""], strict=True):
@@ -289,7 +290,7 @@ def run_console(block: Block, monkeypatch, capsys) -> None:
 
 
 def run_toml(block: Block, monkeypatch, _capsys) -> None:
-    """A job, or a part of one for a small model; or a device."""
+    """Load a job, a part of a job for a small model, or a device."""
     path = Path("of_a_page.toml")
     if {"study", "axis", "plan"} & tomli.loads(block.text).keys():
         run_study_toml(block, path)
@@ -306,7 +307,7 @@ def run_toml(block: Block, monkeypatch, _capsys) -> None:
 
 
 def run_study_toml(block: Block, path: Path) -> None:
-    """A study, or a part of one."""
+    """Load a study, or a part of one."""
     text, tables = block.text, tomli.loads(block.text)
     if "axis" not in tables:
         text += '[[axis]]\nkey = "debug.seed"\nvalues = [1]\n'
@@ -323,7 +324,7 @@ def nothing() -> contextlib.nullcontext:
 
 
 def run_python(block: Block, _monkeypatch, _capsys) -> None:
-    """Among the names that the page has introduced. An example has been imported already."""
+    """Run a block with the names that its page introduced; examples are imported already."""
     if block.example:
         assert block.example in doc_examples.names()
         return
@@ -350,7 +351,7 @@ def run_python(block: Block, _monkeypatch, _capsys) -> None:
 
 
 def read_text(block: Block, _monkeypatch, _capsys) -> None:
-    """A formula or an output: nothing that could be typed."""
+    """Check that a formula or an output contains no command."""
     for line in block.text.splitlines():
         first = line.removeprefix(PROMPT).removeprefix(".venv/bin/").partition(" ")[0]
         assert not line.startswith(PROMPT) and first not in PROGRAMS, line

@@ -1,4 +1,4 @@
-"""What can be known of a GPU without one: nothing waits for it, nothing is sized by it."""
+"""Tests of GPU readiness without a GPU: nothing waits for the device or takes a size from it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def forward_and_backward(layers: list) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_whole_step_never_waits_for_the_device(rule):
-    """Forward, backward, losses, record and the end of the step."""
+    """The step has forward, backward, losses, record and step end."""
     layers, hook = built(rule)
     with RefuseHostReads():
         forward_and_backward(layers)
@@ -67,8 +67,7 @@ def test_a_whole_step_never_waits_for_the_device(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_whole_step_knows_its_sizes_without_its_numbers(rule):
-    """Fake tensors have shapes alone: a number that is asked for, and a size that depends on
-    one, raise."""
+    """Fake tensors have only shapes: reading a number, or a size that depends on one, raises."""
     layers, hook = built(rule)
     with FakeTensorMode(allow_non_fake_inputs=True):
         forward_and_backward(layers)

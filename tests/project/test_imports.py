@@ -1,4 +1,5 @@
-"""Importing a public name, building a spec and reading a job leave the process as it was."""
+"""Tests of imports: importing a name, building a spec or reading a job leaves the process
+unchanged."""
 
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ for name in sorted(before.keys() | after.keys()):
 
 
 def test_model_is_built_and_trained_in_a_process_that_is_not_prepared():
-    """And no variable of a launcher is left, which children would inherit."""
+    """No launcher variable is left, which child processes would inherit."""
     assert run(BUILT)[-1] == ""
 
 
@@ -114,7 +115,7 @@ def test_job_is_built_and_trained_in_a_process_that_is_not_prepared(tmp_path):
 
 
 def test_refused_command_says_one_line():
-    """And nothing of torch's own follows when the interpreter ends."""
+    """torch prints nothing after it when the interpreter ends."""
     command = [sys.executable, "-m", "titan_moe_lb.cli", "train", "--model.expert_bias=nope"]
     ended = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
@@ -122,7 +123,7 @@ def test_refused_command_says_one_line():
 
 
 def test_public_face_is_imported_when_it_is_used():
-    """Help has to be instant."""
+    """Help must be instant."""
     program = (
         "import sys, titan_moe_lb; assert not {'torch', 'torchtitan'} & set(sys.modules); "
         "assert all(getattr(titan_moe_lb, name) for name in dir(titan_moe_lb)); "

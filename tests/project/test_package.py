@@ -1,4 +1,4 @@
-"""The wheel in an empty environment, outside the repository; and what ``doctor`` finds."""
+"""Tests of the wheel in an empty environment outside the repository, and of ``doctor``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> Path:
-    """``bin`` of an environment with our wheel, and the torch of the one that runs this.
+    """``bin`` of an environment with our wheel and the torch of this process.
 
-    Its packages come by a .pth file, which does not read theirs: the finder of an editable
-    installation stays out.
+    A .pth file adds the packages of this environment, without its own .pth files, so that the
+    finder of an editable installation stays out.
     """
     folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
@@ -111,7 +111,7 @@ def test_shell_completion_knows_the_commands(run):
 
 
 def test_doctor_says_what_is_missing_and_the_remedy(tmp_path, monkeypatch):
-    """A distribution that was installed, and of what it needs."""
+    """The distribution or a requirement of it is missing or damaged."""
     info = tmp_path / "half-1.0.dist-info"
     info.mkdir()
     needs = ["no-such-thing>=3", "rich>=999", "tyro>=0.9", "torch>=99; extra == 'more'"]
@@ -142,7 +142,7 @@ def test_doctor_ends_with_status_1_where_something_is_missing(monkeypatch, capsy
 
 
 def test_threads_wait_without_spinning_unless_the_user_says():
-    """Chosen before torch is loaded, which reads it once: the command line has not loaded it."""
+    """The setting is chosen before torch is loaded, which reads it once."""
     program = (
         "import os, sys; from titan_moe_lb import cli, host_threads; assert 'torch' not in sys.modules;"
         "host_threads.wait_without_spinning(); print(os.environ['OMP_WAIT_POLICY'])"
@@ -156,7 +156,7 @@ def test_threads_wait_without_spinning_unless_the_user_says():
 
 
 def test_every_public_name_is_what_its_stub_names():
-    """``__init__.pyi`` lists the names by module; ``import *`` and an editor see the same."""
+    """``__init__.pyi`` lists the names by module, and ``import *`` gives the same names."""
     tree = ast.parse(Path(titan_moe_lb.__file__).with_suffix(".pyi").read_text())
     for node in tree.body:
         assert isinstance(node, ast.ImportFrom)

@@ -1,4 +1,4 @@
-"""Contrast of what a page shows, in both themes, by the formula of WCAG 2.2."""
+"""Tests of the contrast of pages in both themes, by the formula of WCAG 2.2."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PAIRS = [
 
 
 def luminance(color: str) -> float:
-    """Relative luminance: sRGB made linear, weighted by how bright the eye sees each channel."""
+    """Relative luminance of linear sRGB, weighted by the eye's sensitivity to each channel."""
     linear = []
     for channel in bytes.fromhex(color.removeprefix("#")):
         share = channel / 255

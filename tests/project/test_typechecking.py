@@ -1,4 +1,4 @@
-"""torchtitan's SPMD type checker accepts the router with every loss on."""
+"""Tests of torchtitan's SPMD type checker: it accepts the router with every loss on."""
 
 from __future__ import annotations
 

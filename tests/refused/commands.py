@@ -1,4 +1,4 @@
-"""Refused commands: the command line as typed, and the input, flag or name that is named."""
+"""Refused commands: a command line, and the input, flag or name in its message."""
 
 from __future__ import annotations
 
@@ -111,4 +111,4 @@ BY_TYRO = {
     "place saved -o new --ep two": "--ep",
     "place saved -o new --undo=yes": "yes",
 }
-"""In a box, with the part that is wrong."""
+"""Lines that tyro refuses with a box, and the wrong part in it."""

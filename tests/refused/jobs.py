@@ -1,4 +1,4 @@
-"""Refused jobs: the command line as typed, or the text of a job file, and the key that is named.
+"""Refused jobs: a command line or the text of a job file, and the key in its message.
 
 See ``scene.py`` for the words in capitals and for the files.
 """
@@ -194,7 +194,7 @@ FILES = {
     _STAGES + "[['tok_embeddings', 'layers.2', 'layers.3'], "
     "['layers.0', 'layers.1', 'norm', 'lm_head']]": "'layers.2'",
 }  # fmt: skip
-"""Without a [job] of its own, the text follows the [job] of a tiny model."""
+"""Texts of job files; one without its own [job] follows the [job] of a tiny model."""
 BY_TYRO = {
     "train TINY --training.stpes 3": "--training.stpes",
     "train TINY -s 3": "-s",
@@ -214,4 +214,4 @@ BY_TYRO = {
     "train TINY --model 3": "--model",
     "train TINY activation-checkpoint:full --activation-checkpoint.preserv_rng_state": "preserv",
 }
-"""In a box, with the part that is wrong."""
+"""Lines that tyro refuses with a box, and the wrong part in it."""

@@ -1,4 +1,4 @@
-"""The folder of a user in which refused commands are typed, and the words of these commands."""
+"""Folder of a user for refused commands, and the words of these commands."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ WORDS = {
     "LAYERS": "--parallelism.pipeline_parallel_layers_per_stage",
     "SPMD": "--parallelism.spmd_backend",
 }
-"""Besides: HERE, the folder of the scene, and HELD, a port that is not free."""
+"""Further words: HERE is the folder of the scene, and HELD a port in use."""
 TINY_JOB = '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n'
 
 
 def build(folder: Path) -> Path:
-    """Runs, jobs, checkpoints, and files that are none of ours."""
+    """Write runs, jobs, checkpoints, and foreign files."""
     for name, info in {
         "run": run_info(),
         "twin": run_info(),
@@ -81,7 +81,7 @@ def build(folder: Path) -> Path:
 
 
 def state(folder: Path) -> dict[str, tuple]:
-    """Every file and what would change if it were written."""
+    """Describe every file by properties that a write would change."""
     found = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
@@ -91,7 +91,7 @@ def state(folder: Path) -> dict[str, tuple]:
 
 
 def type_in(line: str, monkeypatch) -> None:
-    """Run what a user typed: variables, command, arguments."""
+    """Run a user's line: variables, command, arguments."""
     for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     line = line.replace("HERE", os.getcwd()).replace("HELD", str(_HELD.getsockname()[1]))

@@ -1,4 +1,4 @@
-"""Every refused input ends with status 2 and names its key; nothing is started or written."""
+"""Tests of refused input: status 2, the key in the message, nothing started or written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def no_start(*_arguments, **_more) -> None:
 
 @pytest.fixture
 def refused(folder, monkeypatch, capsys):
-    """Type in a line that is refused; returns standard error."""
+    """Run a line that is refused; return standard error."""
 
     def refused(line: str) -> str:
         monkeypatch.chdir(folder)

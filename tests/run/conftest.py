@@ -1,4 +1,4 @@
-"""Checkpoints from which the tests of this folder go on."""
+"""Checkpoints that the tests of this folder continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.resumed_jobs import SIGN, bias_job
 
 @pytest.fixture(scope="session")
 def learned(ranks, tmp_path_factory):
-    """Folder of a run of two steps with the sign rule, and the biases that it learned."""
+    """Folder of a run of two steps with the sign rule, and its learned biases."""
     folder = tmp_path_factory.mktemp("learned")
     found = ranks.run(2, biases_of_a_run, [*bias_job(folder, SIGN), "--training.steps=2"])[0]
     assert found["loaded"].abs().max() == 0 and found["trained"].abs().max() >= 0.01
@@ -22,12 +22,12 @@ def learned(ranks, tmp_path_factory):
 
 @pytest.fixture
 def run(learned, tmp_path) -> Path:
-    """A copy of that run, to go on in."""
+    """Copy of that run, to continue."""
     return Path(shutil.copytree(learned[0], tmp_path / "run"))
 
 
 @pytest.fixture
 def two_steps(run) -> Path:
-    """Such a copy with two steps, the second as whole as the first."""
+    """Copy with two steps, of which the second is complete."""
     shutil.copytree(run / "checkpoint/step-2", run / "checkpoint/step-4")
     return run

@@ -1,4 +1,4 @@
-"""The cause that a failed run names, and the lines that pass from the log to the console."""
+"""Tests of the cause that a failed run names, and of the log lines on its console."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ if kind == "abort": os.abort()
 if kind == "silent": os._exit(7)
 signal.pause()
 """
-"""A rank without torch, which is cheap. It writes what a rank of a job writes."""
+"""Program of a rank without torch, which is cheap; it writes a rank's output."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints that are cut, flipped, missing or of another model: the remedy in one line."""
+"""Tests of damaged, missing and foreign checkpoints: one line names the remedy."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def cut(file: Path) -> None:
 
 
 def lengths_lost(file: Path) -> None:
-    """Found by the fuzzing."""
+    """Case found by fuzzing."""
     metadata = read_metadata(file.parent)
     del next(iter(metadata.storage_data.values())).__dict__["length"]
     file.write_bytes(pickle.dumps(metadata))
 
 
 def chunks_lost(change: Callable[[list], list]) -> Callable[[Path], None]:
-    """Metadata that does not describe the whole of a weight."""
+    """Remove chunks of a weight from the metadata."""
 
     def damage(file: Path) -> None:
         metadata = read_metadata(file.parent)
@@ -77,14 +77,14 @@ def test_a_damaged_checkpoint_names_the_last_good_one(two_steps, kind):
 
 
 def test_cut_metadata_names_the_last_good_step_to_a_rule_that_remembers(two_steps):
-    """Found by the faults: such a rule reads it before the files are checked."""
+    """Case found by faults: such a rule reads the metadata before the files are checked."""
     cut(two_steps / "checkpoint/step-4/.metadata")
     with pytest.raises(JobError, match=LOAD_STEP_2):
         resolved(two_steps, '{type = "momentum"}')
 
 
 def test_a_step_without_metadata_is_left_out(learned, two_steps, tmp_path):
-    """It was killed during its save: torchtitan goes on from the step before."""
+    """The step was killed during its save; torchtitan continues from the earlier step."""
     run, metadata = two_steps, two_steps / "checkpoint/step-4/.metadata"
     metadata.unlink()
     files_of(run, SIGN)
@@ -116,7 +116,7 @@ def flip(file: Path, place: int) -> None:
 
 
 def test_a_flipped_bit_of_a_weight_is_refused_by_who_loads_it(ranks, two_steps):
-    """torch.load does not look at the checksums that torch.save has written."""
+    """torch.load does not check the checksums that torch.save wrote."""
     file = two_steps / "checkpoint/step-4/__1_0.distcp"
     weights = read_metadata(two_steps / "checkpoint/step-4")
     stored = next(
@@ -166,7 +166,7 @@ def test_remote_checkpoints_are_not_looked_into(tmp_path):
 
 
 def test_hugging_face_weights_of_a_finished_run_are_no_checkpoint(two_steps):
-    """torchtitan takes them for the latest step and ends in a traceback."""
+    """torchtitan takes them for the latest step, and fails with a traceback."""
     (two_steps / "checkpoint/step-6").mkdir()
     (two_steps / "checkpoint/step-6/model.safetensors.index.json").write_text("{}")
     message = refusal(two_steps, SIGN)

@@ -1,4 +1,4 @@
-"""Device of a job, and the GPUs that each test needs under ``--device cuda``."""
+"""Tests of the device of a job, and of the GPUs that a test needs under ``--device cuda``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_case_is_told_how_many_gpus_it_needs():
     ("kind", "needed"), [("cuda", False), ("xpu", False), ("mps", True), (None, True)]
 )
 def test_an_apple_gpu_is_no_accelerator_to_torchtitan(monkeypatch, kind, needed):
-    """torch's report of such a machine is replaced: none is here to test on."""
+    """The test replaces torch's report of such a machine, because none is available."""
     device = None if kind is None else torch.device(kind)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
     assert cpu.needed() == needed

@@ -1,4 +1,4 @@
-"""Data that end on one rank before they do on another: all ranks stop with the first."""
+"""Tests of data that end on one rank first: all ranks stop with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = [text[:size] for text, size in zip(documents()[:8], [2000] * 4 + [700] *
 
 
 def rows(texts: list[str]) -> int:
-    """Of a rank that has these texts, counted by hand."""
+    """Number of rows of a rank with these texts, counted by hand."""
     tokenizer = HuggingFaceTokenizer(tokenizer_path=TOKENIZER_PATH)
     tokens = [tokenizer.encode(text, add_bos=True, add_eos=True) for text in texts]
     return sum(len(one) - 1 for one in tokens) // LENGTH
@@ -79,7 +79,7 @@ def test_finite_training_data_end_with_the_shortest_rank(ranks):
 
 
 def test_a_pipeline_leaves_out_a_batch_that_is_not_full(ranks):
-    """Seven rows are a step of two micro-batches of two, and three rows that are not read."""
+    """Seven rows make a step of two micro-batches of two rows; three rows are not read."""
     texts = [TEXTS[4][:600], *TEXTS[5:7]]
     assert rows(texts) == 7
     job = [*JOB, "--training.steps=1", "--training.local_batch_size=4"]

@@ -1,4 +1,4 @@
-"""The weights that a job begins with, read from a checkpoint of its first step at learning rate 0.
+"""Tests of initial weights, read from a checkpoint of the first step at learning rate 0.
 
 The reference is one process, which draws every weight once.
 """
@@ -70,7 +70,7 @@ def test_built_model_begins_with_the_weights_of_one_process(ranks, degrees):
 
 
 def test_ranks_of_a_model_built_without_a_seed_agree(ranks):
-    """Each begins with a generator of its own, and goes on with it."""
+    """Each rank begins with its own generator, and continues with it."""
     (one, other), *others = ranks.run(2, built, [None, None], {"tensor_parallel_degree": 2})
     for found in others:
         assert_same(found[0], one)
@@ -80,7 +80,7 @@ def test_ranks_of_a_model_built_without_a_seed_agree(ranks):
 
 
 def built(seeds: list[int | None], degrees: dict[str, int]) -> list[dict[str, torch.Tensor]]:
-    """The weights of models that are built one after the other. Every rank."""
+    """Build models one after another; return their weights. Every rank."""
     torch.manual_seed(100 + int(os.environ["RANK"]))
     models = []
     dims = None
@@ -107,7 +107,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def first_step(folder: str, flags: list[str]) -> None:
-    """One step at learning rate 0, saved. Every rank."""
+    """Train one step at learning rate 0, and save it. Every rank."""
     job = job_config.load(
         [
             "--module=qwen3",

@@ -1,5 +1,7 @@
-"""A run that loses its launcher or its terminal: no rank outlives it, and its folder is taken as
-long as one lives. Real processes."""
+"""Tests of runs that lose their launcher or terminal, in real processes.
+
+No rank outlives the run, and its folder is taken as long as a rank lives.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from tests.support.job_processes import (
 
 LONG = [*TINY, "--training.steps=100000"]
 _SECONDS = 10
-"""In which a process has to be gone. Workers of a data loader look for their rank every 5 s."""
+"""Seconds in which a process must end. Workers of a data loader check their rank every 5 s."""
 
 
 def tree(process_id: int) -> list[psutil.Process]:
@@ -46,14 +48,14 @@ def nobody_is_left(tmp_path):
 
 
 def train_in(folder: Path) -> tuple[int, str]:
-    """Status and standard error of a second run there, of one step."""
+    """Train one step in the same folder; return status and standard error."""
     process = fork(folder, *TINY, "--training.steps=1")
     _out, err = process.communicate(timeout=120)
     return process.returncode, err
 
 
 def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path):
-    """Nor a worker of its data loader. The folder is free then."""
+    """No worker of its data loader outlives it either, and the folder is then free."""
     process = fork(tmp_path, *LONG, "--dataloader.num_workers=1", NGPU="2")
     read_to(process, "step:  2")
     others = tree(process.pid)
@@ -74,7 +76,7 @@ def test_no_rank_outlives_a_launcher_that_was_killed_while_the_ranks_import(tmp_
 
 
 def test_no_rank_outlives_an_agent_of_torchrun(tmp_path):
-    """The folder is taken as long as the rank lives, which is all that holds it here."""
+    """Only the rank holds the folder, as long as it lives."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     process = run([*torchrun, "-m", "titan_moe_lb.run.train", *LONG, f"--dump_folder={tmp_path}"])
     read_to(process, "step:  1")
@@ -124,7 +126,7 @@ def test_a_terminal_that_is_closed_leaves_the_line_in_the_log(tmp_path):
 
 
 def test_nohup_lets_a_run_go_on(tmp_path):
-    """The ranks are started as a user's."""
+    """The ranks start as a user's do."""
     flags = [*TINY, "--training.steps=6"]
     process = fork(tmp_path, *flags, NGPU="2", warm_ranks=0, nohup=True)
     read_to(process, "step:  2")

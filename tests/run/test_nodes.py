@@ -1,4 +1,4 @@
-"""More than one node: two network namespaces, a node that is lost, and SLURM's variables."""
+"""Tests of several nodes: two network namespaces, a lost node, and SLURM's variables."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ SLURM_SCRIPT = Path(__file__).parents[2] / "scripts/slurm.sh"
 
 
 def test_two_machines_train_and_one_is_lost(tmp_path):
-    """Its launcher is killed, which is all that is left to do: its rank ends with it. It keeps
-    the store of the run, and the other node shows the steps."""
+    """Killing its launcher is all that is left to do: its rank ends with it.
+
+    That node has the store of the run, and the other node shows the steps.
+    """
     flags = [*TINY, "--training.steps=100000", "--parallelism.pipeline_parallel_degree=2"]
     with two_machines() as machines:
         endpoint = f"{machines[0].address}:29500"
@@ -59,7 +61,7 @@ def fast(monkeypatch):
 
 @contextlib.contextmanager
 def three_nodes():
-    """Launchers without processes, with what each has lost so far."""
+    """Launchers without processes, with the losses of each so far."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     losses: dict[int, list[bool]] = {0: [], 1: [], 2: []}
     with contextlib.ExitStack() as stack:
@@ -115,7 +117,8 @@ def test_gloo_takes_the_network_of_the_endpoint(monkeypatch):
 
 
 def slurm(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The script as sbatch runs it, with stand-ins for scontrol and srun: two nodes in turn."""
+    """Run the script as sbatch does, with substitutes for scontrol and srun, for two nodes in
+    turn."""
     programs = folder / "programs"
     programs.mkdir()
     scontrol = '[ "$*" = "show hostnames n[07-08]" ] && printf "n07\\nn08\\n"'

@@ -1,4 +1,5 @@
-"""A start resolves its job, looks for its checkpoint and builds its meta model once a process."""
+"""Tests of a start: each process resolves its job, finds its checkpoint and builds its meta model
+once."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ RESOLVED = {"validation": 1, "look for the checkpoint": 1}
 
 
 def calls_of_each_process(folder: Path, *flags: str, **variables: str) -> list[dict[str, int]]:
-    """Counts by name, the launcher first."""
+    """Count the calls by name, for the launcher first."""
     file = folder / "counts"
     job = ["--module=tests.support.counted_jobs", "--config=tiny", "--checkpoint.enable", *flags]
     process = fork(folder, *job, **variables, **{counted_jobs.FILE: str(file)})
@@ -27,7 +28,7 @@ def calls_of_each_process(folder: Path, *flags: str, **variables: str) -> list[d
 
 
 def test_one_process_resolves_its_job_once(tmp_path):
-    """Fresh, then from the checkpoint of the first."""
+    """The first run is fresh, the second starts from its checkpoint."""
     flags = ["--checkpoint.no-last_save_model_only", "--checkpoint.interval=1"]
     for steps in (1, 2):
         (alone,) = calls_of_each_process(tmp_path, *flags, f"--training.steps={steps}")

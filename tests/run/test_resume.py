@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: the same numbers, the same bias, or a refusal."""
+"""Tests of resumed runs: the same numbers and bias, or a refusal."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_frozen_keeps_the_bits_of_a_learned_bias(ranks, learned, run, tmp_path):
 
 
 def test_a_rule_that_remembers_takes_over_from_one_that_does_not(ranks, learned, run):
-    """Two steps of momentum after two of the sign rule, and two more from its own checkpoint."""
+    """Two steps of momentum follow two of the sign rule, and two more follow from its own
+    checkpoint."""
     momentum = bias_job(run, '{type = "momentum"}')
     first = ranks.run(2, biases_of_a_run, momentum)[0]
     assert torch.equal(first["loaded"], learned[1])
@@ -95,7 +96,7 @@ def test_reset_of_weights_from_another_run_is_taken_once(ranks, learned, tmp_pat
 
 
 def test_checkpoint_without_the_loss_is_refused_in_one_line(learned, tmp_path):
-    """torchtitan's loader would end in a traceback about a missing key."""
+    """torchtitan's loader would fail with a traceback about a missing key."""
     losses = ["--model.aux_losses", JOB[3]]
     initial = f"--checkpoint.initial_load_path={learned[0]}/checkpoint/step-2"
     for folder, flags in ((learned[0], []), (tmp_path, [initial])):
@@ -135,7 +136,7 @@ BEGIN_AGAIN = ["--checkpoint.exclude_from_loading", "dataloader"]
     ids=str,
 )
 def test_another_number_of_data_ranks_is_refused_before_the_start(learned, processes, degrees):
-    """``learned`` was saved by two."""
+    """Two ranks saved ``learned``."""
     folder, flags, nowhere = learned[0], layout(**degrees), Path("/nowhere")
     assert "exclude_from_loading" in refusal(folder, SIGN, *flags, ranks=processes)
     files_of(folder, SIGN, *flags, *BEGIN_AGAIN, ranks=processes)

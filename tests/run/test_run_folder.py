@@ -1,4 +1,4 @@
-"""The folder of a run is taken as long as the run is at work."""
+"""Tests of the run folder: it is taken as long as the run is at work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_moe_lb.terminal import run_folder
 
 @pytest.mark.parametrize(("first", "second"), [("a", "b"), ("2 nodes at x", "2 nodes at y")])
 def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(first, second, tmp_path):
-    """The lock is that of an open file: a second opening is like a second process."""
+    """The lock belongs to an open file, so a second opening acts like a second process."""
     folder = str(tmp_path / "out")
     run_folder.claim(folder, first)
     run_folder.claim(folder, first)  # another node of it

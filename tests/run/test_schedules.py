@@ -1,4 +1,5 @@
-"""Pipeline schedules as read against what torch's own pipelines run, and what they hold."""
+"""Tests of pipeline schedules: our actions, against those that torch's pipelines run, and their
+memory."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def test_the_actions_are_those_that_run(ranks, name, tmp_path):
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_job_is_refused_where_torch_would_refuse_it(ranks, name, num_ranks):
-    """By its number of micro-batches."""
+    """The number of micro-batches decides."""
     flags = [
         f"--parallelism.pipeline_parallel_degree={num_ranks}",
         f"--parallelism.pipeline_parallel_schedule={name}",
@@ -83,7 +84,7 @@ def test_what_a_backward_leaves_stays_until_the_end():
 
 
 def test_each_micro_batch_has_its_own_tokens():
-    """Ragged micro-batches, one entry of the arrays for each accumulation step."""
+    """Micro-batches are ragged; the arrays have one entry for each accumulation step."""
     tokens = {
         (0, 0): np.array([1, 7]), (0, 1): np.array([4, 2]), (0, 2): np.array([9, 1])
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The soak's own arithmetic; the run itself is a command."""
+"""Tests of the soak's arithmetic; the run itself is a command."""
 
 from __future__ import annotations
 

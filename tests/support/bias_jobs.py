@@ -1,4 +1,4 @@
-"""Train with an expert bias and bring it back. Every rank."""
+"""Training with an expert bias, which is returned. Every rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from titan_moe_lb.job import job_config
 
 
 def biases_of_a_run(arguments: list[str]) -> dict[str, torch.Tensor]:
-    """The biases of this rank's layers after loading and after training, each ``(N, E)``.
+    """Train; return the biases of this rank's layers, each ``(N, E)``.
 
     Returns:
-        ``loaded``: as the first step finds them; ``trained``: as the last step leaves them.
+        ``loaded``: before the first step; ``trained``: after the last step.
     """
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
     trainer = build(config)

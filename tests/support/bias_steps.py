@@ -1,4 +1,4 @@
-"""A bias rule and one finished step for it."""
+"""Bias rule and one finished step for it."""
 
 from __future__ import annotations
 

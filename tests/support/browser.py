@@ -1,4 +1,4 @@
-"""Open a page in a real browser, act on it, and read what it shows."""
+"""Real browser that opens a page, runs a script on it, and returns the result."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ document.body.append(result);
 
 
 def act(page: Path, script: str, dark: bool = False) -> Any:
-    """What ``script`` returns, as JSON: the body of an async function, run on the loaded page.
+    """Run ``script``, the body of an async function, on the loaded page; return its result as JSON.
 
-    With ``dark`` the reader prefers a dark theme. The script may wait with ``await until(() => condition)``. An error on the page fails the test.
+    With ``dark``, the reader prefers a dark theme. The script may wait with ``await until(() =>
+    condition)``. An error on the page fails the test.
     """
     browser = next(filter(None, map(shutil.which, PROGRAMS["chromium"])), None)
     if browser is None:

@@ -1,4 +1,4 @@
-"""Train on chat data with padding, through torchtitan's own loader. Every rank."""
+"""Training on chat data with padding, through torchtitan's own loader. Every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS, LENGTH, STEPS = 4, 256, 3
 
 
 def train_chats(folder: str, layout: str, model: list[str]) -> list[dict[str, float]]:
-    """What was logged in three steps."""
+    """Train three steps; return the log."""
     arguments = ["--config=deepseek_v3_tiny", *model, "--debug.no-enable-structured-logging"]
     config: Trainer.Config = job_config.draft(arguments).build()
     config.dataloader = loader_config(folder)
@@ -28,8 +28,10 @@ def train_chats(folder: str, layout: str, model: list[str]) -> list[dict[str, fl
 
 
 def padding_of(folder: str) -> list[tuple[int, int]]:
-    """(padding, tokens) of each step of one process: a row's last document, where it is nothing
-    but ends of text."""
+    """Return (padding, tokens) of each step of one process.
+
+    Padding is the last document of a row if it consists of ends of text.
+    """
     tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=f"{folder}/tokenizer")
     loader = loader_config(folder).build(
         dp_world_size=1, dp_rank=0, tokenizer=tokenizer, seq_len=LENGTH, local_batch_size=ROWS

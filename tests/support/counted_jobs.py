@@ -1,4 +1,4 @@
-"""A config function whose import makes a process note what a start should do once."""
+"""Config function whose import makes a process record calls that a start should make once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model_registry.deepseek_v3.config_registry import deepseek_v3_tiny
 from titan_moe_lb import resolved_job, rules
 
 FILE = "TITAN_MOE_LB_COUNTS"
-"""Variable with the file: a line for each call, with the process and the name."""
+"""Variable with the path of the record: one line for each call, with process and name."""
 
 
 def _noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:

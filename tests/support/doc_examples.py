@@ -1,4 +1,4 @@
-"""Every code block of README.md, CONTRIBUTING.md and docs/, and the examples among them as modules.
+"""Code blocks of README.md, CONTRIBUTING.md and docs/, and their examples as modules.
 
 An example is a fenced python block whose first line is ``# example: NAME``.
 """
@@ -28,7 +28,7 @@ KINDS = (AuxLoss.kinds, ExpertBias.kinds, ForcedRouting.kinds, Metric.kinds)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page, the line where it begins, its language and its text."""
+    """Fenced block: its page, first line, language and text."""
 
     page: str
     line: int

@@ -1,4 +1,4 @@
-"""A tiny job that meets with what FAILURE names when its second step is logged."""
+"""Tiny job that fails as FAILURE names when its second step is logged."""
 
 from __future__ import annotations
 

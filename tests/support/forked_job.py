@@ -1,6 +1,6 @@
-"""A job like that of ``./run_train.sh``, forked from a process that has done the imports.
+"""Job like that of ``./run_train.sh``, forked from a process that has done the imports.
 
-For tests of what follows them: a start of its own costs a process four CPU seconds.
+It serves tests of later behaviour, because an own start costs a process four CPU seconds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tests.support.rank_pool import forkserver, sleep_unless_the_trainer_asks
 
 
 class ForkedJob:
-    """The part of ``subprocess.Popen`` that the tests use.
+    """Part of ``subprocess.Popen`` that the tests use.
 
     Args:
         arguments: command line of ``train``.
         env: the whole environment.
-        warm_ranks: the number of ranks to fork as well. The launcher starts others as a user's.
-        network: namespace of the network in which the job runs.
-        terminal: controlling terminal of the job, in place of the pipes.
+        warm_ranks: number of ranks to fork as well; the launcher starts others as a user's.
+        network: network namespace of the job.
+        terminal: controlling terminal of the job, instead of pipes.
         nohup: ignore SIGHUP from the start.
     """
 
@@ -66,7 +66,7 @@ class ForkedJob:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """The rest of both streams, after the end. What takes longer than ``timeout`` is killed."""
+        """Wait for the end and return the rest of both streams; kill the job after ``timeout``."""
         limit = threading.Timer(timeout, self._process.kill)
         limit.start()
         with self.stdout, self.stderr:
@@ -111,7 +111,7 @@ def _train(
 
 
 class _WarmRank(subprocess.Popen):
-    """A rank as torch's agent starts it, in a child that was forked before the agent has threads."""
+    """Rank as torch's agent starts it, in a child that was forked before the agent has threads."""
 
     spares: list[tuple[int, Connection]]
 
@@ -126,7 +126,7 @@ class _WarmRank(subprocess.Popen):
 
 
 def _spare() -> tuple[int, Connection]:
-    """Process id of a child, and where it waits for its arguments and environment."""
+    """Fork a child; return its process id, and the socket at which it waits for arguments."""
     ours, theirs = multiprocessing.Pipe()
     if process_id := os.fork():
         theirs.close()

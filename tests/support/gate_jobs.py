@@ -1,4 +1,4 @@
-"""Gates with adapters, and what the gates of a job compute in mixed precision."""
+"""Gates with adapters, and the results of a job's gates in mixed precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_moe_lb.parallel.local_shard import local_shard
 
 
 def lora_gate(built: TokenChoiceTopKRouter, dtype: torch.dtype) -> torch.nn.Module:
-    """The gate of a router with adapters, as torchtitan's LoRA makes it."""
+    """Make the gate of a router with adapters, as torchtitan's LoRA does."""
     config = LoRAConverter.Config(rank=4, alpha=8.0).build()._make_lora_config(built.config.gate)
     gate = config.build()
     for seed, weight in enumerate(gate.parameters()):
@@ -24,8 +24,12 @@ def lora_gate(built: TokenChoiceTopKRouter, dtype: torch.dtype) -> torch.nn.Modu
 
 
 def gates(arguments: list[str]) -> list[tuple[torch.dtype, torch.dtype, float, torch.dtype, bool]]:
-    """In one step, of each router of this rank: the dtypes of its input and scores, the largest
-    error of the scores beside float64, the dtype of the gate's gradient, whether it is not 0."""
+    """Train one step; describe each router of this rank.
+
+    Returns:
+        The dtypes of its input and scores, the largest error of the scores against float64, the
+        dtype of the gate's gradient, and whether that is not 0.
+    """
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
     config.training.steps = 1
     config.metrics.write_moe_trace = False

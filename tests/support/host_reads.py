@@ -1,8 +1,8 @@
-"""Refuse calls that would make the host wait for the device, without a device.
+"""Refusal of calls that would make the host wait for the device, without a device.
 
-A tensor of the host never waits, so a wait is recognized by its call: the methods of
-``torch.Tensor`` that return numbers, and the operators whose result or shape the host reads.
-Custom operators are looked into, which a dispatch mode does not do by itself.
+A host tensor never waits, so a wait is recognized by its call: methods of ``torch.Tensor`` that
+return numbers, and operators whose result or shape the host reads. The check also looks into custom
+operators, which a dispatch mode does not do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HOST = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class RefuseHostReads(TorchDispatchMode):
-    """``with RefuseHostReads():`` raises ``AssertionError`` at the first wait."""
+    """Context manager that raises ``AssertionError`` at the first wait."""
 
     def __enter__(self) -> RefuseHostReads:
         self._patches = ExitStack()
@@ -66,7 +66,7 @@ class RefuseHostReads(TorchDispatchMode):
 
 
 def _sized_by_a_tensor(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the shape of the result is a number in a tensor."""
+    """Return True if the shape of the result is a number in a tensor."""
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         return any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
@@ -87,7 +87,8 @@ _original_to = torch.Tensor.to
 
 
 def _to_a_device(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """``tensor.to(other.device)`` may stay on a device; ``tensor.to("cpu")`` never does."""
+    """Return True unless the target is the host: ``tensor.to(other.device)`` may stay on a
+    device."""
     if any(
         isinstance(value, str) and value.startswith("cpu") for value in (*args, *kwargs.values())
     ):

@@ -1,4 +1,4 @@
-"""A job that starts from a Hugging Face folder: what it computes, holds and writes back."""
+"""Job that starts from a Hugging Face folder: its logits, weights and export."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ def logits_and_export(
 
     Args:
         arguments: command line of the job.
-        folder: with a ``model.safetensors`` and a ``config.json``.
-        out_folder: where the job writes.
+        folder: folder with a ``model.safetensors`` and a ``config.json``.
+        out_folder: folder in which the job writes.
         tokens: ``(B, L)``.
 
     Returns:
-        Logits ``(B, L, V)`` in training and in eval mode, and the folder of the written
-        weights.
+        Logits ``(B, L, V)`` in training and in eval mode, and the folder of the written weights.
     """
     job = job_config.load(
         [

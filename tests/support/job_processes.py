@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, what they print and who of them is still there."""
+"""Jobs in their own processes, their output, and their remaining processes."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def fork(
     nohup: bool = False,
     **variables: str,
 ) -> ForkedJob:
-    """Start a job where the test is not about the start; see :class:`ForkedJob`.
+    """Start a job by forking, for tests that are not about the start; see :class:`ForkedJob`.
 
     Args:
-        warm_ranks: default: all that the launcher starts once.
+        warm_ranks: number of ranks to fork; default: all that the launcher starts once.
     """
     return ForkedJob(
         [*flags, f"--dump_folder={folder}"],
@@ -67,13 +67,13 @@ def fork(
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's variables without those of a job, and these."""
+    """Environment of this process without the variables of a job, plus these."""
     clean = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     return {**clean, "OMP_NUM_THREADS": "1", **variables}
 
 
 def read_to(job: Job, text: str) -> list[str]:
-    """The lines up to the first one with the text in it."""
+    """Read the lines up to the first one that contains the text."""
     lines = []
     for line in job.stdout:
         lines.append(line)
@@ -83,14 +83,14 @@ def read_to(job: Job, text: str) -> list[str]:
 
 
 def end(job: Job, folder: Path) -> tuple[int, list[str], str]:
-    """Status, lines of standard output, standard error; no process of the job is left."""
+    """Wait for the end; return status, standard output and standard error; no process is left."""
     out, err = job.communicate(timeout=120)
     assert working_in(folder) == []
     return job.returncode, out.splitlines(), err
 
 
 def working_in(path: Path) -> list[psutil.Process]:
-    """Processes that have this file or a file of this folder open."""
+    """List the processes that have this file, or a file of this folder, open."""
     found = []
     for one in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -100,7 +100,7 @@ def working_in(path: Path) -> list[psutil.Process]:
 
 
 def until(holds: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for what no process reports."""
+    """Wait for a condition that no process reports."""
     due = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < due
@@ -108,5 +108,5 @@ def until(holds: Callable[[], object], seconds: float = 60) -> None:
 
 
 def last_step(line: str) -> int:
-    """The step up to which the trace is saved, from the last line of a run."""
+    """Read the last saved step of the trace from the last line of a run."""
     return int(line.partition("trace up to step ")[2].split()[0])

@@ -1,4 +1,4 @@
-"""The MoE layers of the tiny DeepSeek-V3 as a model, what they choose, and the sign rule by hand."""
+"""MoE layers of the tiny DeepSeek-V3 as a model, their choices, and the sign rule by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def spec_of(
     rule: ExpertBias.Config | None,
     change: Callable[[LoadBalancedRouter.Config], None],
 ) -> Any:
-    """Args: change: of the config of each router."""
+    """Build the spec.
+
+    Args:
+        change: change of the config of each router.
+    """
     spec = model_registry("tiny", aux_losses=losses, expert_bias=rule)
     for _fqn, router, *_ in spec.model.traverse(LoadBalancedRouter.Config):
         change(router)
@@ -34,7 +38,7 @@ def spec_of(
 
 
 class MoELayers(nn.Module):
-    """Its input stands for tokens. Each layer notes what it chooses.
+    """Model of MoE layers that records its choices; its input stands for tokens.
 
     Attributes:
         chosen, scores: experts of every token and all their scores, by layer, of each forward.
@@ -81,7 +85,7 @@ class MoELayers(nn.Module):
 
 
 class Loop:
-    """A model, its optimizer and its balance; follows the sign rule by hand."""
+    """Model with optimizer and balance; it follows the sign rule by hand."""
 
     def __init__(self, model: MoELayers | None = None, **arguments: Any) -> None:
         self.model = model or MoELayers()
@@ -96,7 +100,7 @@ class Loop:
         self.model(x_BLD.requires_grad_()).float().square().mean().backward()
 
     def step(self, seed: int = 0) -> None:
-        """A step of one micro-batch, which moves the bias by hand too."""
+        """Train a step of one micro-batch, and move the bias by hand too."""
         for chosen in self.model.chosen.values():
             chosen.clear()
         self.forward_and_backward(seed)
@@ -107,7 +111,7 @@ class Loop:
         self.optimizer.step()
 
     def assert_right(self) -> None:
-        """The biases are those by hand, in float32, and the counts those of the last step."""
+        """Check the biases against those by hand, in float32, and the counts of the last step."""
         for name, bias_E in self.model.biases.items():
             assert self.model.layers[name].expert_bias_E.dtype == torch.float32
             np.testing.assert_allclose(bias_E, self.by_hand[name], rtol=0, atol=1e-6)
@@ -120,7 +124,7 @@ class Loop:
 
 
 def error_of(do: Callable[[], Any]) -> str | None:
-    """The message of the ``JobError`` that ``do`` raises; None where it raises none."""
+    """Return the message of the ``JobError`` that ``do`` raises; None without one."""
     try:
         do()
     except JobError as error:

@@ -1,4 +1,4 @@
-"""Loops whose ranks do not do the same, run on the ranks of a pool."""
+"""Loops whose ranks behave differently, on the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _rank() -> int:
 
 
 def forward_on_rank_0_alone() -> dict[str, Any]:
-    """A step with a forward on rank 0, then one without any."""
+    """Run a step with a forward on rank 0 only, then one without any."""
     rank, loop = _rank(), Loop()
     if rank == 0:
         loop.forward_and_backward()
@@ -46,7 +46,7 @@ def step_on_rank_0_alone() -> str | None:
 
 
 def copy_after_attach() -> bool:
-    """The copy chooses as the model does. Its loss counts over the ranks."""
+    """Check a copy: it chooses as the model does, and its loss counts over the ranks."""
     _rank()
     loop = Loop(MoELayers([GlobalBatchAuxLoss.Config(weight=1.0, counts="running")]))
     x_BLD = torch.randn(2, 8, 64)
@@ -55,7 +55,7 @@ def copy_after_attach() -> bool:
 
 
 def attach_to_a_stage(loss: type[AuxLoss]) -> str | None:
-    """A stage of a pipeline of 2, and a forward before its step is announced."""
+    """Attach to a stage of a pipeline of 2, and run a forward before its step is announced."""
     _rank()
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, world_size=2)
     model = MoELayers([loss.Config(weight=1.0)])
@@ -77,7 +77,7 @@ def announce_other_rows() -> str | None:
 
 
 def distributed_data_parallel_after_attach() -> dict[str, Any]:
-    """Two micro-batches on each rank, each of other tokens."""
+    """Run two micro-batches on each rank, each with other tokens."""
     rank = _rank()
     loss = SequenceWiseAuxLoss.Config(weight=1.0)
     loop = Loop(MoELayers([loss]), gradients="mean")
@@ -105,7 +105,7 @@ def distributed_data_parallel_after_attach() -> dict[str, Any]:
 
 
 def _of_row(ids_LK: np.ndarray, scores_LE: np.ndarray) -> float:
-    """sum_i f_i P_i, DeepSeek-V3's Eqs. 17 to 20."""
+    """Compute sum_i f_i P_i, DeepSeek-V3's Eqs. 17 to 20."""
     (length, top_k), num_experts = ids_LK.shape, scores_LE.shape[1]
     f_E = np.bincount(ids_LK.ravel(), minlength=num_experts) * num_experts / (top_k * length)
     P_E = (scores_LE / scores_LE.sum(axis=1, keepdims=True)).mean(axis=0)

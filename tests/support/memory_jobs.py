@@ -1,4 +1,4 @@
-"""What a rank of a real run holds at its peak, by torch's own account, and what is planned."""
+"""Peak memory of a rank: measured by torch's own count in a real run, and planned."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ LAYOUTS = {
     ),
     "ZBV, EP 2": (4, [PP, f"{SCHEDULE}ZBVZeroBubble", f"{EP}2", NO_AC]),
 }
-"""Ranks, and the flags of a job."""
+"""Number of ranks, and the flags of a job."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that live storages had after any operator, those of given tensors included.
+    """Largest number of bytes in live storages after any operator, given tensors included.
 
-    Memory that is allocated below torch's dispatcher, as gloo's own buffers, is not seen.
+    Memory that is allocated below torch's dispatcher, such as gloo's own buffers, is not counted.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
         self._note(tensors)
 
     def _note(self, values: Any) -> bool:
-        """Whether there are new ones."""
+        """Record new storages; return True if there are any."""
         new = False
         for value in tree_leaves(values):
             if not isinstance(value, torch.Tensor) or value.device.type == "meta":
@@ -83,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measured_bytes(arguments: list[str]) -> int:
-    """Of this rank in its second optimizer step, when the optimizer's state is there."""
+    """Measure this rank in its second optimizer step, when the optimizer's state exists."""
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
     config.training.steps = 2
     config.metrics.log_freq = 1000
@@ -107,7 +107,7 @@ def measured_bytes(arguments: list[str]) -> int:
 
 
 def planned_bytes(arguments: list[str], world_size: int) -> dict[int, float]:
-    """At balance, of the first rank of each pipeline position, with the host as the device."""
+    """Plan the first rank of each pipeline position at balance, with the host as the device."""
     with silent_build():
         resolved = job_config.load(arguments, world_size)
         zero_bubble.adapt(resolved.config)

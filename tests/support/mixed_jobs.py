@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 whose MoE layers differ, and its training."""
+"""DeepSeek-V3 whose MoE layers differ, and its training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOP_K = {1: 3, 2: 3, 3: 1, 4: 3, 5: 3}
 
 
 def mixed_spec() -> ModelSpec:
-    """torchtitan's debug model; layers without a bias, with a speed, a number of experts and a
-    top_k of their own."""
+    """Build torchtitan's debug model; layers have their own bias, speed, number of experts and
+    top_k."""
     spec = model_registry("debugmodel")
     for number, layer in enumerate(spec.model.layers):
         if layer.moe is not None:
@@ -40,14 +40,14 @@ def set_num_experts(moe: MoE.Config, number: int) -> None:
 
 
 def train_mixed(folder: str, settings: dict[str, Any], **arguments: Any) -> dict[int, list[float]]:
-    """Four steps of a job with a trace in ``folder``. Every rank.
+    """Train four steps of a job with a trace in ``folder``. Every rank.
 
     Args:
-        settings: of the ``Trainer.Config``, by dotted name.
-        arguments: of ``balanced``.
+        settings: settings of the ``Trainer.Config``, by dotted name.
+        arguments: arguments of ``balanced``.
 
     Returns:
-        The biases of this rank's layers after the last step, by number of the layer.
+        The biases of this rank's layers after the last step, by layer number.
     """
     spec = balanced(mixed_spec(), **arguments)
     config = recipes.debug(spec, recipes.language_model_loss(spec), local_batch_size=4)

@@ -1,4 +1,4 @@
-"""Two machines in one: network namespaces that only a cable of two ends joins."""
+"""Two machines in one: network namespaces that are joined only by a virtual cable."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 
 @dataclass(frozen=True)
 class Machine:
-    """A namespace."""
+    """Network namespace that acts as a machine."""
 
     name: str
     address: str
 
     def pull_the_plug(self) -> None:
-        """Every process is gone at once, and nobody is told."""
+        """Kill every process at once, without notice to anyone."""
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -40,7 +40,7 @@ class Machine:
 
 @contextlib.contextmanager
 def two_machines() -> Iterator[tuple[Machine, Machine]]:
-    """A pair that see each other and nothing else; skips the test where it cannot be made."""
+    """Make a pair of machines that reach only each other; skip the test if that is impossible."""
     why = "needs two network namespaces: root on Linux with `ip` (apt-get install iproute2)"
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip(why)

@@ -1,4 +1,4 @@
-"""Train on text what no job file can ask for: models without a package here, many experts."""
+"""Training of models that no job file can configure: no package here, or many experts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from titan_moe_lb.wiring.model_spec import balanced
 
 
 def upstream_spec(module: str, flavor: str, **arguments) -> ModelSpec:
-    """A ``ModelSpec`` of torchtitan's own."""
+    """Make torchtitan's own ``ModelSpec``."""
     return importlib.import_module(f"torchtitan.models.{module}").model_registry(
         flavor, **arguments
     )
 
 
 def train_with_own_hook() -> tuple[list[tuple[int, int]], float]:
-    """One step of a model whose spec has a ``post_optimizer_build_fn`` of the user's own.
+    """Train one step of a model whose spec has a user's own ``post_optimizer_build_fn``.
 
     Returns:
-        For each call of the hook how many optimizers and model parts it was given; and the
-        largest difference between two experts' biases.
+        For each call of the hook, the number of optimizers and model parts; and the largest
+        difference between two experts' biases.
     """
     calls: list[tuple[int, int]] = []
     spec = upstream_spec("deepseek_v3", "debugmodel")
@@ -54,7 +54,7 @@ def train_with_own_hook() -> tuple[list[tuple[int, int]], float]:
 
 
 def train_balanced(module: str, flavor: str, arguments: dict, loss: AuxLoss.Config) -> list[dict]:
-    """What two steps log, each layer's own numbers too. One rank."""
+    """Train two steps; return the log, with each layer's own numbers. One rank."""
     spec = balanced(upstream_spec(module, flavor, **arguments), aux_losses=[loss])
     config = _two_steps(spec, arguments)
     config.metrics.moe_per_layer_logging = True
@@ -64,11 +64,11 @@ def train_balanced(module: str, flavor: str, arguments: dict, loss: AuxLoss.Conf
 def train_upstream(
     module: str, flavor: str, arguments: dict
 ) -> tuple[list[dict], list[list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """The same two steps of torchtitan's own model, which nothing here has touched. One rank.
+    """Train two steps of torchtitan's own model, unchanged. One rank.
 
     Returns:
-        What was logged, and of each step each router's scores ``(B, L, E)`` and chosen
-        experts ``(B, L, K)``.
+        The log; and for each step each router's scores ``(B, L, E)`` and chosen experts ``(B, L,
+        K)``.
     """
     chosen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
@@ -111,7 +111,8 @@ def _two_steps(spec: ModelSpec, arguments: dict) -> Trainer.Config:
 
 
 def train_with_experts(num_experts: int, arguments: list[str]) -> list[dict[str, float]]:
-    """As :func:`tests.support.train_jobs.train`; the tiny DeepSeek-V3 with more experts than its 8."""
+    """Train the tiny DeepSeek-V3 with more than its 8 experts; see
+    :func:`tests.support.train_jobs.train`."""
     build = deepseek_v3.upstream.build_mla_moe_layers
 
     def layers(**settings: Any) -> list:

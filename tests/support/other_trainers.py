@@ -1,7 +1,7 @@
-"""The trainers of ``torchtitan.experiments``, run on the ranks of a pool.
+"""Trainers of ``torchtitan.experiments``, on the ranks of a pool.
 
-Each runs twice, at learning rate 0: torchtitan's own model, whose routers are watched, and the
-balanced one.
+Each runs twice at learning rate 0: torchtitan's own model, whose routers are watched, and the
+balanced model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ LONGEST = 1e9  # of the gradients: none is clipped
 
 @dataclass
 class Seen:
-    """Of every step, on one rank."""
+    """Recorded numbers of every step, on one rank."""
 
     counts: list[list[list[int]]] = field(default_factory=list)
     """Tokens of each expert of each MoE layer, over all ranks."""
@@ -66,21 +66,21 @@ class Seen:
     biases: list[list[list[float]]] = field(default_factory=list)
 
     gate_gradients: list[torch.Tensor] = field(default_factory=list)
-    """Of the last MoE layer, which no aux loss but its own reaches."""
+    """Gate gradient of the last MoE layer, which gets no aux loss but its own."""
 
     textbook_gradients: list[torch.Tensor] = field(default_factory=list)
-    """What the aux loss should add to it; of torchtitan's model."""
+    """Expected contribution of the aux loss to it, from torchtitan's model."""
 
 
 def spec(ours: bool) -> ModelSpec:
-    """The tiny DeepSeek-V3, torchtitan's own or balanced."""
+    """Build the tiny DeepSeek-V3, torchtitan's own or balanced."""
     upstream = deepseek_v3.model_registry("debugmodel")
     upstream.model = tiny("flex", "standard")
     return balanced(upstream, aux_losses=LOSSES) if ours else upstream
 
 
 def on_host(model_spec: ModelSpec) -> ModelSpec:
-    """What these trainers do not do for a job themselves."""
+    """Prepare the host as a job needs it, which these trainers do not do."""
     if cpu.needed():
         cpu.adapt_spec(model_spec)
         apply_overrides(OverrideConfig(imports=[cpu.DENSE_ATTENTION]), model_spec.model)
@@ -88,7 +88,7 @@ def on_host(model_spec: ModelSpec) -> ModelSpec:
 
 
 def watch(parts: list[nn.Module], optimizers: Any, dims: ParallelDims) -> Seen:
-    """Note what each step does to the model. Before its first forward."""
+    """Record each step of the model; call it before the first forward."""
     seen = Seen()
     layers = [module for part in parts for module in part.modules() if isinstance(module, MoE)]
     ours = moe_layers_of(parts) == layers
@@ -140,7 +140,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def policy_trainer(ours: bool, parallelism: ParallelismConfig) -> Seen:
-    """torchtitan's reinforcement-learning trainer, through its endpoints."""
+    """Run torchtitan's reinforcement-learning trainer through its endpoints."""
     trainer_class, micro_batch_class = _without_actors()
     model_spec = spec(ours)
     training = TrainingConfig(
@@ -187,8 +187,11 @@ def _tokens(step: int, number: int, rank: int) -> torch.Tensor:
 
 
 def _without_actors() -> tuple[Any, Any]:
-    """The trainer's class and that of its micro-batches, with minimal modules in place of the
-    actor framework, of torchstore and of the package's own face, which imports vLLM."""
+    """Import the classes of the trainer and its micro-batches.
+
+    Minimal modules replace the actor framework, torchstore, and the package's own ``__init__``,
+    which imports vLLM.
+    """
 
     def endpoint(function: Any) -> Any:
         return function
@@ -227,11 +230,11 @@ def _fields_of(config: Any) -> dict[str, Any]:
 
 
 def graph_trainer(ours: bool, mode: str | None = None, passes: bool = False) -> Seen:
-    """The graph trainer's DeepSeek-V3. One rank.
+    """Run the graph trainer's DeepSeek-V3. One rank.
 
     Args:
-        mode: of its compilation; None: eager.
-        passes: its graph passes as well, among them the one that recomputes activations.
+        mode: mode of its compilation; None: eager.
+        passes: True to run its graph passes too, one of which recomputes activations.
     """
     configs = importlib.import_module("torchtitan.experiments.graph_trainer.configs")
     package = importlib.import_module("torchtitan.experiments.graph_trainer.deepseek_v3")
@@ -251,7 +254,7 @@ def graph_trainer(ours: bool, mode: str | None = None, passes: bool = False) -> 
 
 
 def fault_tolerant_trainer(ours: bool) -> Seen:
-    """The trainer of ``experiments/torchft``, without its replicas. One rank."""
+    """Run the trainer of ``experiments/torchft`` without its replicas. One rank."""
     folder = "torchtitan.experiments.torchft"
     trainer_class = importlib.import_module(f"{folder}.trainer").FaultTolerantTrainer
     checkpoint = importlib.import_module(f"{folder}.checkpoint").TorchFTCheckpointManager.Config()
@@ -264,10 +267,10 @@ def fault_tolerant_trainer(ours: bool) -> Seen:
 
 
 def transformers_trainer(ours: bool, folder: str) -> Seen:
-    """A Hugging Face model with torchtitan's MoE layers. One rank.
+    """Run a Hugging Face model with torchtitan's MoE layers. One rank.
 
     Args:
-        folder: of the model's ``config.json``.
+        folder: folder of the model's ``config.json``.
     """
     package = "torchtitan.experiments.transformers_modeling_backend"
     backend = importlib.import_module(package)
@@ -310,7 +313,7 @@ def _initialize_and_move_bias(optimizers: Any, parts: list[nn.Module], dims: Par
 
 
 def _dense_attention(module, query, key, value, attention_mask, *, scaling, **_):
-    """FlexAttention has no backward on the host."""
+    """Use dense attention, because FlexAttention has no backward on the host."""
     (mask,) = attention_mask.mask_mod.args
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
@@ -324,7 +327,7 @@ def _train(config: Trainer.Config) -> Seen:
 
 
 def forge_engine(ours: bool) -> Seen:
-    """A loop around ``experiments/forge``'s engine. One rank."""
+    """Run a loop around the engine of ``experiments/forge``. One rank."""
     engine_class = importlib.import_module("torchtitan.experiments.forge.engine").ForgeEngine
     model_spec = on_host(spec(ours))
     # The engine asks its spec for a loss, which ModelSpec has not in torchtitan 0.3.0.
@@ -346,7 +349,7 @@ def forge_engine(ours: bool) -> Seen:
 
 
 def forge_engine_as_it_is() -> str:
-    """What the engine says of torchtitan's own spec."""
+    """Return the engine's error for torchtitan's own spec."""
     engine_class = importlib.import_module("torchtitan.experiments.forge.engine").ForgeEngine
     try:
         engine_class(_job(on_host(spec(ours=False))))

@@ -1,4 +1,4 @@
-"""Config functions as a user writes them: torchtitan's configs around a balanced spec."""
+"""Config functions of a user: torchtitan's configs around a balanced spec."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def metrics_of_ones_own() -> Trainer.Config:
 
 
 def adapters_before() -> Trainer.Config:
-    """Adapters, then balance."""
+    """Add adapters, then balance."""
     config = _tiny()
     config.model_spec = balanced(
         config.model_spec,
@@ -57,7 +57,7 @@ def adapters_before() -> Trainer.Config:
 
 
 def adapters_after() -> Trainer.Config:
-    """Balance, then adapters."""
+    """Balance, then add adapters."""
     config = torchtitans_metrics()
     spec = config.model_spec
     model = ADAPTERS.build().convert(spec.model)
@@ -66,7 +66,8 @@ def adapters_after() -> Trainer.Config:
 
 
 def adapters_late() -> Trainer.Config:
-    """No parameter at or before the first router learns; its shared experts are the first that do."""
+    """Add adapters so that no parameter at or before the first router learns; its shared experts
+    come first."""
     config = torchtitans_metrics()
     late = dataclasses.replace(ADAPTERS, target_modules=["w2"])
     plain = config.model_spec.model.layers[0].feed_forward.w2

@@ -1,4 +1,4 @@
-"""Training loops of one's own, run on the ranks of a pool."""
+"""Own training loops on the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ SEQ_LEN = 64
 FLOAT32 = "tests.parity.float32_experts.float32_experts"
 LOSSES = (SequenceWiseAuxLoss, GlobalBatchAuxLoss, ImportanceLoss, EntropyLoss, RouterZLoss)
 LENGTHS = (64, 64, 40, 24)
-"""Tokens of the rows of one global batch."""
+"""Numbers of tokens of the rows of one global batch."""
 
 
 class Layer(nn.Module):
-    """One MoE layer as a model; its input stands for tokens."""
+    """Model of one MoE layer; its input stands for tokens."""
 
     def __init__(self, loss: AuxLoss.Config | None = None, **options: Any) -> None:
         super().__init__()
@@ -70,7 +70,8 @@ def rows() -> list[torch.Tensor]:
 
 
 def built(parallelism: ParallelismConfig | None = None) -> BuiltModel:
-    """The tiny DeepSeek-V3 with losses of every kind; the same weights in every layout."""
+    """Build the tiny DeepSeek-V3 with losses of every kind, and the same weights in every
+    layout."""
     built = build_model(
         _spec(),
         training=TrainingConfig(seq_len=SEQ_LEN, mixed_precision_param="float32"),
@@ -83,7 +84,7 @@ def built(parallelism: ParallelismConfig | None = None) -> BuiltModel:
 
 
 def plain_model() -> nn.Module:
-    """The same without anything of torchtitan's parallelism."""
+    """Build the same model without torchtitan's parallelism."""
     spec = _spec()
     spec.model.update_from_config(config=SimpleNamespace(parallelism=ParallelismConfig()))
     host = [cpu.DENSE_ATTENTION] if cpu.needed() else []
@@ -110,7 +111,7 @@ def forward(
 
 
 def _report(model: nn.Module, balance: Balance, gradients: dict[str, Any]) -> dict[str, Any]:
-    """Gradients of the routers' losses alone, valid tokens of each expert, and metrics."""
+    """Report gradients of the routers' losses alone, valid tokens of each expert, and metrics."""
     router = routers_of([model])[0]
     sums = router.step_record.reduce([])
     return {
@@ -132,7 +133,7 @@ def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def padded_batch() -> dict[str, Any]:
-    """One forward of all rows, filled up to one length. One rank."""
+    """Run one forward of all rows, padded to one length. One rank."""
     model, dims, context = built()
     balance = attach(model, None, dims, rows_per_step=len(LENGTHS), padded=True)
     tokens = torch.zeros(len(LENGTHS), SEQ_LEN, dtype=torch.int64)
@@ -148,11 +149,11 @@ def padded_batch() -> dict[str, Any]:
 def unequal_micro_batches(
     cut: Sequence[Sequence[Sequence[int]]], parallelism: ParallelismConfig, ddp: bool = False
 ) -> dict[str, Any]:
-    """The same rows in micro-batches of their own lengths.
+    """Run these rows in micro-batches of their own lengths.
 
     Args:
-        cut: by rank, by micro-batch: numbers of the rows, of one length.
-        ddp: torch's DistributedDataParallel, which takes the mean of the gradients.
+        cut: row numbers by rank and micro-batch; rows of a micro-batch have one length.
+        ddp: use torch's DistributedDataParallel, which averages the gradients.
     """
     model: nn.Module
     dims, context = None, nullcontext
@@ -194,7 +195,8 @@ def unequal_micro_batches(
 def as_the_trainer(
     arguments: list[str], steps: int, chats: str | None = None
 ) -> tuple[list[Any], list[Any]]:
-    """Counts and metrics of torchtitan's trainer and of a loop, on the same batches and weights.
+    """Return counts and metrics of torchtitan's trainer and of a loop, on the same batches and
+    weights.
 
     Args:
         chats: folder of a chat data set, whose rows are padded.
@@ -230,7 +232,7 @@ def as_the_trainer(
 
 
 def train_on_rows_of_another_number(arguments: list[str]) -> None:
-    """Six rows in each forward of the trainer, whatever the job says."""
+    """Train with six rows in each forward, whatever the job announces."""
     flags = ["--module=deepseek_v3", "--config=deepseek_v3_tiny", "--training.local_batch_size=2"]
     config = trainer_config(*flags, *arguments)
     config.metrics.write_moe_trace = False
@@ -242,10 +244,10 @@ def train_on_rows_of_another_number(arguments: list[str]) -> None:
 
 
 def steps_of_unequal_ranks() -> tuple[list[float], list[float]]:
-    """Four steps, in each of which rank 0 has two rows of 8 tokens and rank 1 six.
+    """Train four steps; rank 0 has two rows of 8 tokens, rank 1 six.
 
     Returns:
-        The weight of the z-loss in each step, 0.5 and after 128 tokens 0.125; the bias.
+        The weight of the z-loss in each step (0.5, and 0.125 after 128 tokens), and the bias.
     """
     dist.init_process_group()
     change = Change(tokens=128, value=0.125)

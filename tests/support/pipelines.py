@@ -1,4 +1,4 @@
-"""A toy pipeline of two ranks that records the order of its actions."""
+"""Toy pipeline of two ranks that records the order of its actions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANKS, MICRO_BATCHES = 2, 6
 
 
 class _RecordingStage(PipelineStage):
-    """A stage that records its actions."""
+    """Stage that records its actions."""
 
     ran: list[Action]
 
@@ -44,7 +44,7 @@ class _RecordingStage(PipelineStage):
 def stages_of_rank(
     rank: int, num_ranks: int, name: str, schedule_class: type
 ) -> tuple[list[int], int]:
-    """Stages of this rank, and the number of all stages."""
+    """Return the stages of this rank, and the number of all stages."""
     if issubclass(schedule_class, PipelineScheduleSingle):
         return [rank], num_ranks
     v_shaped = name in ("ZBVZeroBubble", "DualPipeV")
@@ -52,7 +52,8 @@ def stages_of_rank(
 
 
 def accepted(name: str, num_ranks: int, most: int) -> list[int]:
-    """Numbers of micro-batches up to ``most`` of which torch makes a schedule for as many ranks."""
+    """List the numbers of micro-batches, up to ``most``, for which torch makes a schedule of so
+    many ranks."""
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     schedule_class = get_schedule_class(name)
     mine, num_stages = stages_of_rank(0, num_ranks, name, schedule_class)
@@ -68,7 +69,8 @@ def accepted(name: str, num_ranks: int, most: int) -> list[int]:
 
 
 def read_and_run(name: str, csv_rows: list[list[str]] | None, folder: str) -> tuple[Schedule, list]:
-    """The actions of a schedule by :func:`actions_of`, and those that this rank ran."""
+    """Return the actions of a schedule by :func:`actions_of`, and the actions that this rank
+    ran."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     schedule_class = _PipelineScheduleRuntime if csv_rows else get_schedule_class(name)

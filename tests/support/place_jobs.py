@@ -1,4 +1,4 @@
-"""What the tests of ``titan-moe-lb place`` run on the ranks of a pool."""
+"""Jobs of the tests of ``titan-moe-lb place``, on the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ FLOAT32 = [
     "--override.imports",
     "tests.parity.float32_experts.float32_experts",
 ]
-"""Else the order in which a token's experts are added shows in bfloat16."""
+"""Flags for float32, because in bfloat16 the order of adding a token's experts would show."""
 
 
 def train_with_hot_experts(arguments: list[str], num_hot: int, by: float) -> None:
-    """Train a job whose first experts of every layer begin with a higher bias. Gates begin wide,
-    so that rounding, which is another where experts are added in another order, decides nothing."""
+    """Train a job whose first experts of every layer begin with a higher bias.
+
+    Gates begin wide, so that rounding, which depends on the order of adding experts, decides
+    nothing.
+    """
     job = job_config.load(["--debug.no-enable-structured-logging", *arguments])
 
     def heat(trainer) -> None:
@@ -39,10 +42,10 @@ def train_with_hot_experts(arguments: list[str], num_hot: int, by: float) -> Non
 
 
 def logits_around_a_placement(arguments: list[str], folder: str) -> list[torch.Tensor]:
-    """Train one step, save, place at random, and load what was placed. One rank.
+    """Train one step, save, place at random, and load the placed checkpoint. One rank.
 
     Returns:
-        Logits of the model as trained, as placed, and with the placed gates alone.
+        Logits of the trained model, of the placed one, and with only the gates placed.
     """
     run, placed = f"{folder}/run", f"{folder}/placed"
     flags = ["--checkpoint.enable", "--checkpoint.interval=1", "--training.steps=1"]
@@ -93,7 +96,7 @@ def _in_groups(order: list[int], groups: int) -> list[int]:
 
 
 def save_in_a_grid(folder: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a checkpoint whose tensors of two axes or more are cut along two. Four ranks."""
+    """Write a checkpoint whose tensors with two or more axes are cut along two. Four ranks."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2))
     state = {
@@ -104,7 +107,7 @@ def save_in_a_grid(folder: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def layer_state(number: int, num_experts: int = 8) -> dict[str, torch.Tensor]:
-    """A small MoE layer with the names of torchtitan, and its optimizer state."""
+    """Small MoE layer with torchtitan's names, and its optimizer state."""
     layer = f"layers.{number}.moe"
     random = torch.Generator().manual_seed(number)
 
@@ -128,7 +131,8 @@ def layer_state(number: int, num_experts: int = 8) -> dict[str, torch.Tensor]:
 
 
 def saved(folder: Path, **changes) -> Path:
-    """A checkpoint of two such layers; with other entries, or None for without one."""
+    """Write a checkpoint of two such layers, with other entries, or without an entry that is
+    None."""
     state = layer_state(1) | layer_state(2)
     state |= {"train_state.step": 7, "optimizer.param_groups.layers.1.moe.router.gate.weight.lr": 1}
     for name, value in changes.items():

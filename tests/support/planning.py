@@ -1,4 +1,4 @@
-"""What the tests of ``titan-moe-lb plan`` run on the ranks of a pool."""
+"""Jobs of the tests of ``titan-moe-lb plan``, on the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def device_file(folder: Path) -> str:
 
 
 def plan(ranks, arguments: list[str], job: list[str]) -> dict:
-    """What a rank of the pool plans for the tiny model."""
+    """Plan the tiny model on a rank of the pool."""
     status, out, err = ranks.run(1, command, ["plan", "--json", *arguments, "--", *TINY, *job])[0]
     assert status == 0, err
     return json.loads(out)
@@ -56,7 +56,7 @@ def plan(ranks, arguments: list[str], job: list[str]) -> dict:
 def write_run(
     folder: Path, counts_SME: np.ndarray, micro_batches_SME: np.ndarray | None = None, **changes
 ) -> None:
-    """A trace of the tiny model with these loads."""
+    """Write a trace of the tiny model with these loads."""
     facts = {
         "model": "deepseek_v3",
         "flavor": "tiny",
@@ -90,7 +90,7 @@ def write_run(
 
 
 def command(arguments: list[str]) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of the program."""
+    """Run the program; return exit status, standard output and standard error."""
     os.environ.pop("NGPU", None)
     out, err = io.StringIO(), io.StringIO()
     status = 0
@@ -103,7 +103,7 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def command_with_table(file: str, arguments: list[str]) -> tuple[int, str, str]:
-    """Run :func:`command` with one more table, whose function a file defines."""
+    """Run :func:`command` with one more table, whose function is in a file."""
     before = tables.TABLES
     tables.TABLES = (*before, runpy.run_path(file)["table"])
     try:
@@ -113,7 +113,7 @@ def command_with_table(file: str, arguments: list[str]) -> tuple[int, str, str]:
 
 
 def built_state(arguments: list[str]) -> dict[str, Any]:
-    """What this rank of a real process group holds of a job, after one optimizer step."""
+    """Train one optimizer step; return the state of a job on this rank of a real process group."""
     import torch
 
     from tests.support.train_jobs import skip_initialisation
@@ -152,7 +152,7 @@ def built_state(arguments: list[str]) -> dict[str, Any]:
 
 
 def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
-    """Of a job's own pipeline schedule when every forward takes 1 and every backward 2."""
+    """Compute the makespan of a job's pipeline schedule if a forward takes 1 and a backward 2."""
     from titan_moe_lb.costmodel.jobs.read_job import read_job
     from titan_moe_lb.costmodel.times.makespan import makespan
 
@@ -162,7 +162,7 @@ def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
 
 
 def block_without_norm() -> str:
-    """What is said of a part of a model whose second block is of an unknown kind."""
+    """Return the error for a model part whose second block is of an unknown kind."""
     from torch import nn
 
     from titan_moe_lb.costmodel.jobs.read_job import _blocks
@@ -182,7 +182,7 @@ def block_without_norm() -> str:
 def served_sizes(
     config: str, context: int = 1, flags: list[str] | None = None
 ) -> tuple[float, float]:
-    """Bytes of a model's caches of one token, and of its weights, as they are served."""
+    """Return the bytes of a served model's caches for one token, and of its weights."""
     from titan_moe_lb.costmodel.jobs.read_served import read_served
 
     module = next(name for name in ("deepseek_v3", "qwen3", "gpt_oss") if config.startswith(name))

@@ -1,8 +1,8 @@
-"""Processes that stay up and run one function after another as the ranks of a job.
+"""Processes that run one function after another as the ranks of a job.
 
-Importing torch and torchtitan takes longer than most checks. So the processes are started once, on
-the host by forking one that has imported both. Each call has a fresh process group of as many ranks
-as it needs: gloo on the host, or NCCL with one GPU a rank.
+Importing torch and torchtitan takes longer than most checks, so the processes start once. On the
+host, they are forked from a process that has imported both. Each call has a new process group with
+the ranks that it needs: gloo on the host, or NCCL with one GPU a rank.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def forkserver() -> Any:
 
 
 class RankPool:
-    """``pool.run(n, function, ...)`` runs ``function(...)`` on n ranks.
+    """Pool of ranks: ``pool.run(n, function, ...)`` runs ``function(...)`` on n ranks.
 
     Args:
-        size: the most ranks of one call.
-        gpus: one id for each rank; ``None`` computes on the host.
+        size: largest number of ranks of a call.
+        gpus: one id for each rank; None: compute on the host.
     """
 
     def __init__(self, size: int, gpus: list[str] | None = None) -> None:
@@ -49,18 +49,19 @@ class RankPool:
         self._stop()
 
     def start_anew(self) -> None:
-        """Replace the processes before the next call, after one that has changed them for good."""
+        """Replace the processes before the next call, after a call that changed them
+        permanently."""
         self._stop()
 
     def need(self, num_ranks: int) -> None:
-        """Fail if a call of as many ranks would; for before other work is done."""
+        """Fail if a call with so many ranks would fail; use it before other work."""
         assert num_ranks <= self.size, f"{num_ranks} ranks of {self.size}"
 
     def run(self, num_ranks: int, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call ``function`` on every rank; returns the results by rank.
+        """Call ``function`` on every rank; return the results by rank.
 
         Raises:
-            RuntimeError: a rank failed, with its traceback.
+            RuntimeError: a rank failed; the message has its traceback.
         """
         self.need(num_ranks)
         if not self._workers:
@@ -165,6 +166,6 @@ _sleep = time.sleep
 
 
 def sleep_unless_the_trainer_asks(seconds: float) -> None:
-    """Skip the two seconds for which torchtitan's rank 0 waits for the others at the end of a job."""
+    """Skip the two seconds for which torchtitan's rank 0 waits at the end of a job."""
     if sys._getframe(1).f_globals["__name__"] != "torchtitan.trainer":
         _sleep(seconds)

@@ -1,4 +1,4 @@
-"""A rollout that is recorded and trained on, packed otherwise, on the ranks of a pool."""
+"""Rollout that is recorded and trained on with another packing, on the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Choices = dict[tuple[int, int, int], tuple[int, ...]]
 
 
 def batch(packing: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, samples and positions in the sample of whole rows; what is left is of no sample."""
+    """Tokens, samples and positions of whole rows; the remainder belongs to no sample."""
     tokens = torch.zeros(len(packing), LENGTH, dtype=torch.int64)
     samples, positions = torch.full_like(tokens, -1), torch.zeros_like(tokens)
     for row, packed in enumerate(packing):
@@ -43,11 +43,11 @@ def batch(packing: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def rollout_and_training(
     arguments: list[str], rollout: list[list[int]], training: list[list[int]]
 ) -> dict[str, Any]:
-    """Score one packing, turn every gate round, train on another packing.
+    """Score one packing, negate every gate, and train on another packing.
 
     Returns:
-        What the routers of this rank have answered: ``rollout``, ``own`` (training without replay),
-        ``replayed``; the metrics and the bytes remembered.
+        The experts that this rank's routers return: ``rollout``, ``own`` (training without replay),
+        ``replayed``; the metrics; and the bytes in memory.
     """
     config = trainer_config(*arguments)
     config.metrics.write_moe_trace = False
@@ -119,15 +119,15 @@ def rollout_and_training(
 
 
 def samples_that_change_ranks() -> dict[str, Any]:
-    """Three iterations on ranks that each hold the whole model, with other text in each.
+    """Run three iterations on ranks that each have the whole model, with other text in each.
 
-    In an iteration, rank r records sample r + iteration (modulo the ranks) whole, in as many
-    recordings as its number, and its part of sample 9, of which every rank has a part. An
-    optimizer step follows.
+    In an iteration, rank r records the whole sample r + iteration (modulo the ranks), in as many
+    recordings as its number, and its part of sample 9, of which every rank has a part. An optimizer
+    step follows.
 
     Returns:
-        By iteration, after the exchange: the experts that this rank has chosen and those that it
-        knows, by sample and position; steps off policy of all samples.
+        By iteration, after the exchange: the experts that this rank chose and those that it knows,
+        by sample and position; and the steps off policy of all samples.
     """
     dist.init_process_group()
     rank, ranks = dist.get_rank(), dist.get_world_size()

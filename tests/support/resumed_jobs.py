@@ -1,4 +1,4 @@
-"""Jobs of two ranks that save and go on, and the checks of their launcher."""
+"""Jobs of two ranks that save and resume, and the checks of their launcher."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bias_job(folder: Path, rule: str) -> list[str]:
 
 
 def resolved(folder: Path, rule: str, *flags: str, ranks: int = 2) -> Job:
-    """Resolve the job as the launcher of so many ranks does."""
+    """Resolve the job as the launcher does for so many ranks."""
     return job_config.load([*bias_job(folder, rule), "--training.steps=9", *flags], ranks)
 
 

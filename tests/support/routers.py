@@ -1,4 +1,4 @@
-"""A router alone in its process, and torchtitan's own with the same weights."""
+"""Router alone in its process, and torchtitan's own with the same weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def router(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> LoadBalancedRouter:
-    """A router with the weights of :func:`upstream_router` and with losses, wired to batches of ``ROWS`` rows."""
+    """Router with the weights of :func:`upstream_router` and with losses, wired to batches of
+    ``ROWS`` rows."""
     config = derive(_config(score_func, **options), LoadBalancedRouter.Config)
     config.aux_losses, config.expert_bias = list(losses), expert_bias
     config.bind()
@@ -83,7 +84,7 @@ def with_mask(
 
 
 def values(built: LoadBalancedRouter) -> list[float]:
-    """The raw value of each loss in one forward: a mean over the rows."""
+    """Raw value of each loss in one forward: a mean over the rows."""
     return (built.record.losses_A / ROWS).tolist()
 
 
@@ -92,7 +93,7 @@ def sequence_wise(count_from: str = "selected", weight: float = 0.5) -> Sequence
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ``(ROWS, LENGTH, DIM)`` and a bias of the choice ``(EXPERTS,)``."""
+    """Make an input ``(ROWS, LENGTH, DIM)`` and an expert bias ``(EXPERTS,)``."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(ROWS, LENGTH, DIM, generator=generator).to(dtype).requires_grad_()
     return x, 0.2 * torch.randn(EXPERTS, generator=generator).to(dtype)

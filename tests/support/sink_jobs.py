@@ -1,4 +1,4 @@
-"""Train with torchtitan's own sinks in place and note what goes to them, in order."""
+"""Training with torchtitan's own sinks, which records their calls in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_moe_lb.job import job_config
 
 
 def train_into_sinks(arguments: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(step, metrics) of every call of this rank's sink, validation's too."""
+    """Train; return (step, metrics) of every call of this rank's sink, validation included."""
     os.environ["WANDB_MODE"] = "offline"
     config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
     trainer = build(config)

@@ -1,4 +1,4 @@
-"""A cell of a study that takes a moment: writes the trace of a run, and imports no torch.
+"""Cell of a study that takes a moment: it writes the trace of a run, and imports no torch.
 
 python -m tests.support.study_cells [--seconds S] [--fail] [--nan] FLAGS --dump_folder=FOLDER
 """
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write(folder: Path, seed: int, nan: bool = False, skew: float = 1.0) -> None:
-    """The files of a run."""
+    """Write the files of a run."""
     info = run_info(expert_bias=None)
     trace, domains = TraceWriter(folder, info), DomainTraceWriter(folder, info)
     for step, load in enumerate(step_loads(info, STEPS, seed, skew), start=1):

@@ -1,4 +1,4 @@
-"""Traces that look like training: Dirichlet loads that drift, sampled, with slow balancing."""
+"""Synthetic traces: Dirichlet loads that drift, sampled, with slow balancing."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def run_info(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **change
 def step_loads(
     info: RunInfo, num_steps: int, seed: int = 0, skew: float = 1.0
 ) -> Iterator[StepLoad]:
-    """Loads of ``num_steps`` steps: uneven at first, then half as uneven, with noise.
+    """Make the loads of ``num_steps`` steps: uneven at first, then half as uneven, with noise.
 
     Args:
         info: shapes and the number of routed tokens.
-        num_steps: of the run.
-        seed: of everything.
-        skew: how uneven the start is; 0 is as even as chance is.
+        num_steps: number of steps of the run.
+        seed: seed of all random numbers.
+        skew: unevenness of the start; 0 leaves only sampling noise.
     """
     random = np.random.default_rng(seed)
     num_layers, num_experts = len(info.layers), info.num_experts
@@ -118,7 +118,7 @@ def write_run(
 
 
 def rewritten(folder: Path, counts_SME: np.ndarray) -> Path:
-    """The run in ``folder`` with other counts."""
+    """Rewrite the run in ``folder`` with other counts."""
     trace = read_trace(folder)
     writer = TraceWriter(folder / "other", trace.info)
     for index, counts_ME in enumerate(counts_SME):

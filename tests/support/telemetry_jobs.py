@@ -1,4 +1,4 @@
-"""What the telemetry tests run on the ranks of a pool."""
+"""Jobs of the telemetry tests, on the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.reduction import reduce_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Of this process: ranks alone may have a GPU."""
+"""Device of this process; only ranks may have a GPU."""
 
 
 def observed_peaks(arguments: list[str]) -> dict[str, float]:
-    """One step; this rank's peak of kept tokens as its pipeline stages really run.
+    """Train one step; return this rank's peak of kept tokens as its pipeline stages really run.
 
-    The independent side of the cumulative overload: when torch calls the forward, the whole
-    backward or the weight pass of a stage, and sums over the EP group made here.
+    This is the independent reference of the cumulative overload. It uses the times at which torch
+    calls forward, backward or weight pass of a stage, and its own sums over the EP group.
     """
     config = job_config.load(arguments).config
     config.training.steps = 1
@@ -81,7 +81,8 @@ def _stages(schedule) -> list:
 
 
 def _watch(stage, order: list[tuple[str, int, int]]) -> None:
-    """Note when a stage begins to keep a micro-batch ("keep") and when it lets it go ("free")."""
+    """Record when a stage begins to keep a micro-batch ("keep") and when it releases it
+    ("free")."""
     forward, backward, weight = (
         stage.forward_one_chunk,
         stage.backward_one_chunk,
@@ -120,7 +121,7 @@ def _peak(order: list[tuple[str, int, int]], tokens: dict) -> float:
 def small_router(
     layer: int = 0, num_micro_batches: int = 1, track: bool = True, **options
 ) -> LoadBalancedRouter:
-    """A wired router of 8 experts on 16 features with a loss, alone in its process."""
+    """Wired router of 8 experts on 16 features with a loss, alone in its process."""
     config = make_router_config(
         dim=16, num_experts=8, gate_param_init={}, top_k=2, score_func="softmax"
     )
@@ -143,7 +144,7 @@ def batch(seed: int) -> torch.Tensor:
 
 
 def selected(router: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
-    """Counts of each batch from the router's answer, not from its record."""
+    """Counts of each batch from the router's result, not from its record."""
     with torch.no_grad():
         ids = [router.eval()(x)[1] for x in inputs]
     router.train()
@@ -151,8 +152,10 @@ def selected(router: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
 
 
 def counts_of_a_replayed_graph() -> tuple[np.ndarray, np.ndarray]:
-    """Counts of three micro-batches by the replays of a CUDA graph, and by the router's answers.
-    One rank with a GPU."""
+    """Counts of three micro-batches: from replays of a CUDA graph, and from the router's results.
+
+    One rank with a GPU.
+    """
     with torch.device("cuda"):
         router = small_router(num_micro_batches=3)
     inputs = [batch(seed).detach().cuda() for seed in range(4)]
@@ -186,12 +189,13 @@ def moe_layers(
     padded: bool = False,
     kinds: list[dict[str, Any]] | None = None,
 ) -> list[MoE]:
-    """MoE layers of the tiny DeepSeek-V3 with their default balancing, 8 experts, top 2,
-    bound to one micro-batch of 2 sequences on each rank; not wired.
+    """Build MoE layers of the tiny DeepSeek-V3 with their default balancing, 8 experts, top 2.
+
+    They are bound to one micro-batch of 2 sequences on each rank, and not wired.
 
     Args:
-        kinds: ``num_experts``, ``top_k`` and ``groups`` (how many there are, and how many a token
-            reaches) of layers that differ, and ``bias`` False for one that has none; the layers
+        kinds: ``num_experts``, ``top_k``, ``groups`` (number of groups, and groups that a token
+            reaches) of layers that differ, and ``bias`` False for a layer without one; the layers
             take them in turn.
     """
     layers = []
@@ -221,7 +225,7 @@ def moe_layers(
 
 
 def forward_and_backward(layers: list[MoE]) -> None:
-    """Through the routers alone."""
+    """Run forward and backward of the routers alone."""
     for layer in layers:
         seed = dist.get_rank() if dist.is_initialized() else 0
         generator = torch.Generator().manual_seed(seed)
@@ -265,7 +269,7 @@ def collectives_of_a_logged_step(layers_by_stage: list[list[int]], ep: int) -> d
 
 
 class DeviceOperators(TorchDispatchMode):
-    """Counts operators that a device would run: what is no view and no question of dtype."""
+    """Counter of operators that a device would run: neither views nor queries of a dtype."""
 
     def __init__(self) -> None:
         super().__init__()

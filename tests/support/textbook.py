@@ -1,4 +1,4 @@
-"""Losses and bias rules as their papers write them: plain torch and numpy, nothing of the package.
+"""Losses and bias rules as in their papers, in plain torch and numpy, without the package.
 
 Shape suffixes: T = tokens of a sequence, E = experts, K = top_k, S = steps.
 """
@@ -27,12 +27,12 @@ def sequence_loss(
     ids_TK: torch.Tensor,
     counts_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss of one sequence, by autograd on its formula.
+    """Compute the loss of one sequence from its formula, for autograd.
 
     Args:
-        logits_TE: of the z-loss.
+        logits_TE: logits, for the z-loss.
         ids_TK: experts that count for f.
-        counts_E: tokens of each expert elsewhere, in place of ``ids_TK``.
+        counts_E: tokens of each expert elsewhere, instead of ``ids_TK``.
     """
     num_tokens, num_experts = scores_TE.shape
     P_E = (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).mean(dim=0)
@@ -62,7 +62,8 @@ def mean_loss(
     ids: torch.Tensor,
     counts_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The mean of :func:`sequence_loss` over the rows of ``(B, T, E)`` and ``(B, T, K)``."""
+    """Compute the mean of :func:`sequence_loss` over the rows of ``(B, T, E)`` and ``(B, T,
+    K)``."""
     rows = range(len(scores))
     losses = [
         sequence_loss(kind, None if logits is None else logits[b], scores[b], ids[b], counts_E)
@@ -72,11 +73,12 @@ def mean_loss(
 
 
 def sequence_counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Tokens of each sequence that selected each expert ``(B, E)``."""
+    """Count the tokens of each sequence that selected each expert ``(B, E)``."""
     return F.one_hot(ids, num_experts).sum(dim=(1, 2)).float()
 
 
 def sign_rule(counts_SE: np.ndarray, speed: float) -> np.ndarray:
-    """``b_i += u (sign(mean n - n_i) - mean of the signs)`` over S steps, as torchtitan does it."""
+    """Apply ``b_i += u (sign(mean n - n_i) - mean of the signs)`` over S steps, as torchtitan
+    does."""
     signs_SE = np.sign(counts_SE.mean(axis=1, keepdims=True) - counts_SE)
     return speed * (signs_SE - signs_SE.mean(axis=1, keepdims=True)).sum(axis=0)

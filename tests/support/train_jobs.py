@@ -1,4 +1,4 @@
-"""Train a job file on the ranks of a pool and bring back what was logged."""
+"""Training of a job file on the ranks of a pool, with its log."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from titan_moe_lb.upstream import cpu, zero_bubble
 def train(
     arguments: list[str], *, seed_folder: str | None = None, first_step: int = 1
 ) -> list[dict[str, float]]:
-    """Resolve a job as the entry point does and train it; one dict for each logged step.
+    """Resolve a job as the entry point does and train it; return one dict for each logged step.
 
     Args:
         arguments: command line of the job.
-        seed_folder: start from the seed checkpoint in this folder.
-        first_step: step at which the job is expected to start or resume.
+        seed_folder: folder of the seed checkpoint to start from.
+        first_step: step at which the job should start or resume.
     """
     if seed_folder is not None:
         arguments = [
@@ -44,8 +44,10 @@ def train(
 
 
 def skip_initialisation(config: Trainer.Config) -> None:
-    """Leave parameters as they are: for a job that has them from a seed, or needs their sizes
-    alone. DTensors are slow at it."""
+    """Skip initialization, for a job that loads its parameters or needs only their sizes.
+
+    DTensors are slow at it.
+    """
     assert config.model_spec is not None
     for _fqn, module, _parent, _name in config.model_spec.traverse(Module.Config, recurse=True):
         if module.param_init is not None:
@@ -58,11 +60,11 @@ def train_config(
     first_step: int = 1,
     prepare: Callable[[Trainer], None] = lambda trainer: None,
 ) -> list[dict[str, float]]:
-    """Train a resolved config; returns as :func:`train`.
+    """Train a resolved config; return the same as :func:`train`.
 
     Args:
         first_step: as in :func:`train`.
-        prepare: called with the trainer before its first step.
+        prepare: function that is called with the trainer before its first step.
     """
     trainer = build(config)
     prepare(trainer)
@@ -82,10 +84,10 @@ def build(config: Trainer.Config) -> Trainer:
 
 
 def train_to_the_end(arguments: list[str], texts: list[str]) -> list[dict[str, float]]:
-    """Train as a rank of a run does; returns as :func:`train`.
+    """Train as a rank of a run does; return the same as :func:`train`.
 
     Args:
-        texts: of the dataset "uneven": the first half is that of rank 0 of two.
+        texts: texts of the dataset "uneven"; rank 0 of two has the first half.
     """
     register("uneven", lambda: texts)
     trainer = trainer_config("--debug.no-enable-structured-logging", *arguments).build()
@@ -97,7 +99,7 @@ def train_to_the_end(arguments: list[str], texts: list[str]) -> list[dict[str, f
 
 
 def next_inputs(arguments: list[str]) -> torch.Tensor:
-    """The first row that a job takes, from where its checkpoint is in the data."""
+    """Return the first row of a job, at the position of its checkpoint in the data."""
     trainer = trainer_config("--debug.no-enable-structured-logging", *arguments).build()
     trainer.checkpointer.load(step=-1)
     found = next(iter(trainer.dataloader))[0]["input"][0]
@@ -106,7 +108,7 @@ def next_inputs(arguments: list[str]) -> torch.Tensor:
 
 
 def load_checked(arguments: list[str]) -> int:
-    """Load the checkpoint of a job, with the checks that a run makes; returns its step."""
+    """Load the checkpoint of a job with the checks of a run; return its step."""
     config = trainer_config("--debug.no-enable-structured-logging", *arguments)
     trainer = config.build()
     trainer.checkpointer.load(step=config.checkpoint.load_step)
@@ -116,7 +118,7 @@ def load_checked(arguments: list[str]) -> int:
 
 
 def build_one_rank(path: str, num_ranks: int) -> int:
-    """Build rank 0 of a job without the others; returns its parameters. One rank."""
+    """Build rank 0 of a job without the others; return its parameters. One rank."""
     job = job_config.load(["--job-config", path, "--comm.mode=fake_backend"], num_ranks)
     job.bind()
     single_process.announce(world_size=num_ranks)
@@ -136,7 +138,7 @@ def save_seed(arguments: list[str], folder: str) -> None:
 
 
 class _Capture:
-    """A metrics sink; see ``torchtitan.components.metrics.BaseLogger``."""
+    """Metrics sink; see ``torchtitan.components.metrics.BaseLogger``."""
 
     def __init__(self, logged: list[dict[str, float]], first_step: int) -> None:
         self._logged = logged

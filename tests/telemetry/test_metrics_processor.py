@@ -1,4 +1,4 @@
-"""What torchtitan's MetricsProcessor and the trace hold of the same steps, in real jobs."""
+"""Tests of torchtitan's MetricsProcessor and the trace: the same steps in real jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from titan_moe_lb.upstream import cpu
 
 TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.local_batch_size=4"]
 TOKENS = 4 * 128
-"""Of one data-parallel rank in one step."""
+"""Tokens of one data-parallel rank in one step."""
 
 
 def train_and_log(arguments: list[str], described: bool = True) -> dict[int, dict[str, Any]]:
@@ -37,7 +37,10 @@ def train_and_log(arguments: list[str], described: bool = True) -> dict[int, dic
 
 @pytest.fixture(scope="module")
 def paced(ranks, tmp_path_factory):
-    """PP2: the loss is known on rank 1. Logged every 3 steps; routing recorded in between."""
+    """Run on PP2, where rank 1 knows the loss.
+
+    It logs every 3 steps, and records routing in between.
+    """
     folder = tmp_path_factory.mktemp("paced")
     flags = [
         *TINY,

@@ -1,4 +1,5 @@
-"""A new metric is one file: from its declaration to the sinks, the trace and the report."""
+"""Tests of a new metric: one file declares it, and it reaches the sinks, the trace and the
+report."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class HottestCount(Metric):
 
 @pytest.fixture
 def new_metric(tmp_path, monkeypatch):
-    """The file, imported as ``telemetry/metrics/__init__.py`` imports those of the package."""
+    """Write the file, and import it as ``telemetry/metrics/__init__.py`` imports those of the
+    package."""
     monkeypatch.setattr(Metric, "kinds", dict(Metric.kinds))
     file = tmp_path / "hottest_count.py"
     file.write_text(FILE)

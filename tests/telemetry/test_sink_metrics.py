@@ -1,4 +1,4 @@
-"""What the sinks get of a step, by hand; and how many names that is."""
+"""Tests of the metrics that sinks get from a step: values by hand, and the number of names."""
 
 from __future__ import annotations
 

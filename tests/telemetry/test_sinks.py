@@ -1,4 +1,4 @@
-"""What reaches TensorBoard, W&B and the trace, and what a validation loop leaves of it."""
+"""Tests of TensorBoard, W&B and the trace: the logged numbers, and those of a validation loop."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def wandb(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def records(log: bytes) -> Iterator[bytes]:
-    """Of an offline run: seven bytes, then LevelDB's log format in blocks of 32 KiB."""
+    """Read the records of an offline run: seven bytes, then LevelDB's log format in blocks of 32
+    KiB."""
     block, header, last_pieces = 32768, struct.Struct("<IHB"), (1, 4)
     position, record = 7, b""
     while position + header.size <= len(log):
@@ -70,7 +71,8 @@ def records(log: bytes) -> Iterator[bytes]:
 
 
 def test_sinks_get_every_key_of_each_logged_step(ranks, tmp_path):
-    """With ``log_freq`` 2 and each layer's own; expected from the trace's counts by numpy."""
+    """The run has ``log_freq`` 2 and per-layer metrics; numpy computes the expected values from the
+    trace."""
     flags = [*TINY, *EP2, *BATCH, "--training.local_batch_size=4", "--training.steps=5"]
     flags += ["--metrics.enable_tensorboard", "--metrics.enable_wandb"]
     flags += ["--metrics.log_freq=2", "--metrics.moe_per_layer_logging"]

@@ -1,4 +1,4 @@
-"""The record and the reduction: once each, in order, without waiting, on every layout."""
+"""Tests of record and reduction: each step once, in order, without waiting, on every layout."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ TINY = ["--module", "deepseek_v3", "--config", "deepseek_v3_tiny", "--training.l
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 @pytest.mark.parametrize("checkpointing", ["None", "full"])
 def test_cumulative_overload_is_that_of_the_running_stages(ranks, schedule, checkpointing):
-    """Against the calls of torch's stages, with a load that differs in every micro-batch."""
+    """The reference is the calls of torch's stages, with a load that differs in every
+    micro-batch."""
     flags = [
         *TINY,
         "--parallelism.pipeline_parallel_degree=2",
@@ -124,8 +125,11 @@ def test_operators_of_a_step_end_do_not_grow_with_the_layers(num_layers, losses)
     ],
 )
 def test_operators_of_a_bias_rule(rule, at_step_end, in_router):
-    """Without a loss. What the quantile needs in the router is its histogram and, here, what
-    the group limit asks of an expert."""
+    """The router has no loss.
+
+    In the router, the quantile rule needs its histogram and, here, the required bias under the
+    group limit.
+    """
     for num_layers in (1, 4):
         layers = moe_layers(list(range(num_layers)), [], expert_bias=rule)
         hook = StepHook(
@@ -140,7 +144,7 @@ def test_operators_of_a_bias_rule(rule, at_step_end, in_router):
 
 
 def operators_of_a_router(router: torch.nn.Module, x_BLD: torch.Tensor) -> int:
-    """Forward and backward, added to gradients that are there already."""
+    """Count the operators of forward and backward, which add to existing gradients."""
     bias_E = torch.zeros(8)
 
     def forward() -> torch.Tensor:
@@ -155,7 +159,7 @@ def operators_of_a_router(router: torch.nn.Module, x_BLD: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_operators_of_a_router(num_micro_batches):
-    """Group-limited sigmoid router with normed scores, as DeepSeek-V3's."""
+    """The router is DeepSeek-V3's: group-limited, with normalized sigmoid scores."""
     bare, default, three = (
         moe_layers([0], losses)[0].router for losses in ([], None, list(THREE_LOSSES))
     )
@@ -198,7 +202,7 @@ def test_no_host_synchronisation(strategy):
 
 
 def forward_of_a_part(router: torch.nn.Module, forward: Callable, x_BLD: torch.Tensor):
-    """A forward of the router as the only one of its model part."""
+    """Run a forward of the router as the only one of its model part."""
     output = forward(x_BLD)[0].sum()
     router.step_record.finish_forward(slice(None))
     return output
@@ -227,7 +231,7 @@ def test_every_micro_batch_is_recorded_in_its_place(how):
 
 
 def test_a_replayed_step_records_without_its_python():
-    """What a CUDA graph does: the operators of a captured step run again, on other data."""
+    """A CUDA graph runs the operators of a captured step again, on other data."""
     router = small_router(num_micro_batches=3)
     inputs = [batch(seed) for seed in range(4)]
     expected = selected(router, *inputs)
@@ -262,8 +266,10 @@ def test_overload_factors():
 
 
 def test_peak_tokens_by_hand():
-    """One stage of two layers that get 1 and 10 tokens of the first micro-batch, 100 and 1000
-    of the second."""
+    """The stage has two layers.
+
+    They get 1 and 10 tokens in the first micro-batch, and 100 and 1000 in the second.
+    """
     tokens = np.array([[1, 100], [10, 1000]])
     (one_stage,) = one_forward_one_backward(1, 2).values()  # F0 B0 F1 B1
     assert overload.peak_tokens(one_stage, [0, 0], tokens) == 1100

@@ -1,4 +1,4 @@
-"""How uneven counts are, against exact rationals and closed forms."""
+"""Tests of the balance statistics, against exact rationals and closed forms."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_worst_case_is_the_documented_one(num_experts, top_k):
 
 @given(COUNTS, st.integers(1, 5))
 def test_experts_that_a_layer_lacks_are_not_counted(counts, more):
-    """Beside a layer with more experts it is what it is alone."""
+    """Beside a layer with more experts, its statistics are the same as alone."""
     alone = np.array([counts])
     both = np.array([counts + [7] * more, [5] * (len(counts) + more)])
     marked = balance_statistics.mark_absent(both, np.array([len(counts), len(counts) + more]))

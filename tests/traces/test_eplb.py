@@ -1,4 +1,4 @@
-"""Copies of hot experts: DeepSeek's EPLB by its published example, and what must always hold."""
+"""Tests of copies of hot experts: DeepSeek's EPLB by its published example, and invariants."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_without_copies_it_is_the_greedy_placement(load_E, devices):
 
 
 def test_copies_help_where_moving_cannot():
-    """One expert has half of the load: no placement gives its device less, a copy does."""
+    """One expert has half of the load: only a copy can lower the load of its device."""
     load_E = np.array([70, 10, 10, 10, 10, 10, 10, 10])
 
     def fullest(placed: np.ndarray) -> float:

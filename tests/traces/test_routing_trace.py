@@ -1,4 +1,4 @@
-"""The routing trace: one global batch comes back whatever layout wrote it, or is refused."""
+"""Tests of the routing trace: any layout's trace gives back the global batch, or is refused."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def info_of(world_size, num_experts=8):
 
 
 def routed(step, layer, num_experts=8):
-    """The truth: expert ids of the global batch."""
+    """Make the expert ids of the global batch, as the reference."""
     random = np.random.default_rng([step, layer])
     return random.integers(0, num_experts, (SEQUENCES, LENGTH, TOP_K))
 
 
 def head_and_tail(rank, degree):
-    """Positions of a context-parallel rank: a slice from the front and its mirror image."""
+    """Positions of a context-parallel rank: a slice from the start and its mirror image."""
     size = LENGTH // (2 * degree)
     return [(rank * size, size), ((2 * degree - 1 - rank) * size, size)]
 
@@ -38,7 +38,7 @@ def one_process():
 
 
 def data_parallel_with_accumulation():
-    """Two ranks, two passes of two sequences each, cut into micro-batches of one."""
+    """Write two ranks with two passes of two sequences each, in micro-batches of one."""
     return [
         (rank, accumulation * 4 + rank * 2 + micro_batch, 1, [(0, LENGTH)])
         for rank in range(2)

@@ -1,4 +1,4 @@
-"""The trace file: what is written comes back, and nothing that happens to a file is a traceback."""
+"""Tests of the trace file: it reads back, and no damage causes a traceback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NUMBERS = st.floats(allow_infinity=False)
 
 @st.composite
 def runs(draw):
-    """A run with columns of any name, some of them in no load."""
+    """Generate runs with columns of any name, of which some are in no load."""
     num_layers, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     names = st.text(min_size=1, max_size=8).filter(lambda n: n not in ("step", "layer", "counts"))
     columns = tuple(
@@ -146,7 +146,7 @@ def test_cut_at_every_byte_gives_whole_steps_or_one_line(tmp_path):
 
 
 def file_of(folder, info, num_steps):
-    """A trace, its bytes, and where each step ends; the first entry is the end of the schema."""
+    """Write a trace; return it, its bytes, and the end of the schema and of each step."""
     writer, file, ends = TraceWriter(folder, info), folder / FILE_NAME, []
     for step, load in enumerate(step_loads(info, num_steps), start=1):
         writer.write(step, load)
@@ -174,7 +174,8 @@ DAMAGE = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(damage=DAMAGE)
 def test_every_undamaged_step_is_read(sound, damage, tmp_path_factory):
-    """Zeros (None) or other bytes in a few places; a step is there unless a byte of it differs."""
+    """A few places have zeros (None) or other bytes; a step is read unless one of its bytes
+    differs."""
     trace, content, ends = sound
     damaged = bytearray(content)
     for place, length, new in damage:
@@ -216,7 +217,7 @@ def test_damaged_beginning_is_one_line_or_none(sound, where, tmp_path_factory):
 
 
 def without_checksums(file, change=lambda table: None):
-    """The trace as a writer without checksums would leave it, its description changed."""
+    """Rewrite the trace as a writer without checksums would, with another description."""
     reader = pa.ipc.open_stream(file.read_bytes())
     description = json.loads(reader.schema.metadata[b"titan_moe_lb"])
     change(description)
@@ -226,7 +227,7 @@ def without_checksums(file, change=lambda table: None):
 
 
 def rewrite(file, batches):
-    """As pyarrow does it, which ends a stream with a marker."""
+    """Rewrite the trace with pyarrow, which ends a stream with a marker."""
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_stream(file, batches[0].schema, options=options) as writer:
         for batch in batches:
@@ -256,7 +257,7 @@ def as_format_1(table):
 
 
 def test_trace_of_format_1_is_read(tmp_path):
-    """Its columns as they were: four columns and the losses, none of them declared."""
+    """Format 1 has four columns and the losses, none of them declared."""
     file = write_run(tmp_path, run_info(), 3) / FILE_NAME
     new = read_trace(file)
     batches, _metadata = without_checksums(file, as_format_1)
@@ -360,7 +361,8 @@ def test_description_that_is_none_is_one_line(name, tmp_path):
 
 
 def test_counts_of_micro_batches_are_there_where_asked_for(tmp_path):
-    """Of the steps that have recorded one; a step that has them of some layers is damaged."""
+    """Counts exist for the steps that recorded one; a step with counts of only some layers is
+    damaged."""
     info = run_info(2, 4)
     writer, single = TraceWriter(tmp_path, info), np.arange(8).reshape(2, 4)
     for step, load in enumerate(step_loads(info, 3), start=1):
@@ -413,7 +415,7 @@ def newer(path):
 
 
 def without_choices(path):
-    """A layer whose tokens choose no expert."""
+    """Make a layer whose tokens choose no expert."""
     info = run_info()
     few = (0, *[info.top_k] * (len(info.layers) - 1))
     info = dataclasses.replace(info, top_k_by_layer=few)

@@ -1,4 +1,4 @@
-"""Config functions of a user: telemetry, adapters and checkpoints."""
+"""Tests of a user's config functions: telemetry, adapters and checkpoints."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_config_without_a_model_is_refused():
 
 
 def test_a_key_of_the_model_leaves_the_others_as_the_config_function_has_them():
-    """Also in the TOML that --print-config shows."""
+    """The TOML of --print-config shows it too."""
     flags = [*JOB, "--config=torchtitans_metrics"]
     rule = '--model.expert_bias={type = "sign", speed = 0.01}'
     draft = job_config.draft([*flags, rule, "--metrics.moe_extreme_experts=2"])
@@ -83,7 +83,10 @@ def test_a_key_of_the_model_leaves_the_others_as_the_config_function_has_them():
     ],
 )
 def test_console_of_a_run(tmp_path, start, name):
-    """8 rows a step: 4 on a rank, twice. Metrics of one's own log no loads, and one line names them."""
+    """A step has 8 rows: two passes of 4 on a rank.
+
+    Own metrics log no loads, and one line names them.
+    """
     flags = [*JOB, f"--config={name}", "--training.global_batch_size=8", "--training.steps=2"]
     command, rank = ["-m", "titan_moe_lb.cli", "train"], {}
     if start == "torchtitan's trainer":
@@ -130,7 +133,7 @@ trainer.close()
 
 @pytest.mark.parametrize("name", ["adapters_before", "adapters_after"])
 def test_adapters_learn_alone_and_the_bias_moves(ranks, tmp_path, name):
-    """On two ranks; the checkpoint goes on where it ended."""
+    """The job runs on two ranks; its checkpoint continues it."""
     flags = ["--parallelism.data_parallel_shard_degree=2", "--checkpoint.enable"]
     flags += ["--checkpoint.no-last-save-model-only"]
     folder = str(tmp_path)
@@ -144,7 +147,7 @@ def test_adapters_learn_alone_and_the_bias_moves(ranks, tmp_path, name):
 
 
 def changed(name: str, folder: str, *flags: str, first_step: int = 1) -> tuple:
-    """Log of a run, range of each layer's bias, and by parameter whether it changed."""
+    """Log of a run, range of each layer's bias, and whether each parameter changed."""
     logged, end, start = run(name, folder, *flags, first_step=first_step)
     biases = {n: (b.max() - b.min()).item() for n, b in end.items() if n.endswith("expert_bias_E")}
     moved = {n: not torch.equal(_local(end[n]), _local(value)) for n, value in start.items()}
