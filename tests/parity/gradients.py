@@ -119,14 +119,20 @@ def layout_gradients(
     weights_A = layers[0].router.record.weights_A if layers else torch.zeros(0)
     whole_A = weights_A.clone()
     recorded = []
+    groups = RankGroups.of(trainer.parallel_dims)
     for number, kind in enumerate(alone, start=1):
         chosen = torch.tensor([kind in ("", name) for name in names], dtype=torch.float32)
         weights_A.copy_(whole_A * chosen.to(whole_A.device))
         run(number)
         gradients = gather_gradients(trainer)
         torch.save(gradients, os.path.join(out_folder, f"{kind}-rank{os.environ['RANK']}.pt"))
+        histogram_NEH = layers[0].router.step_record.histogram_NEH if layers else None
+        if histogram_NEH is not None:  # of this rank, and only until the step ends
+            histogram_NEH = histogram_NEH.long()
+            for group in groups.tokens:
+                dist.all_reduce(histogram_NEH, group=group)
         step()
-        load = reduce_step(layers, RankGroups.of(trainer.parallel_dims))
+        load = reduce_step(layers, groups)
         metrics = [loss.metric_name for loss in AuxLoss.kinds.values()]
         metrics += ["main_gradient_squared", "aux_gradient_squared"]
         losses_M = {
@@ -147,7 +153,6 @@ def layout_gradients(
                 layer.router.layer: whole(counts_E)
                 for layer, counts_E in zip(layers, sums.counts_NSE[:, valid], strict=True)
             }
-        histogram_NEH = None if sums is None else sums.histogram_NEH
         if histogram_NEH is not None:
             recorded[-1].histograms = {
                 layer.router.layer: whole(histogram_EH)

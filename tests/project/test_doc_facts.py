@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import inspect
 import re
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from tests.support.doc_examples import ROOT
 from tests.support.telemetry_jobs import DeviceOperators, forward_and_backward, moe_layers
 from tests.telemetry.test_telemetry import THREE_LOSSES, operators_of_a_router
 from titan_moe_lb import toml_tables
-from titan_moe_lb.balancing.expert_bias import ExpertBias, QuantileBias
+from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.step_hook import StepHook, wire
@@ -242,27 +240,6 @@ def test_operators():
     for name, *told in told_of_rules:
         layers = moe_layers([0], [], expert_bias=name)
         assert [step_end(layers), in_router(layers)] == [int(number) for number in told], name
-
-
-def alive() -> int:
-    """Bytes of all storages of tensors."""
-    gc.collect()
-    tensors = (one for one in gc.get_objects() if type(one) is torch.Tensor)
-    storages = [one.untyped_storage() for one in tensors]
-    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
-
-
-def test_memory_of_a_histogram():
-    """The step end of one layer leaves storages of 8 experts with 1,000 bins."""
-    layers = moe_layers([0], [], expert_bias="quantile")
-    before = alive()
-    hook = hook_after_a_backward(layers)
-    hook.close_step()
-    held = alive() - before
-    per_bin = held / (8 * 1000)
-    assert per_bin == pytest.approx(20, abs=1)
-    for text in (RULES, inspect.getsource(QuantileBias)):
-        assert "20 E num_bins bytes" in " ".join(text.split())
 
 
 # ---- The map of the house

@@ -40,6 +40,9 @@ FLAGS = {
     "train TINY --training.local_batch_size 0": "training.local_batch_size",
     "train TINY --training.local_batch_size 1000000000": "training.local_batch_size",
     "train TINY --training.global_batch_size 12": "global_batch_size",
+    "train TINY BATCH=10000000 --training.seq_len 256 --model.expert_bias quantile": (
+        "training.global_batch_size 10000000"
+    ),
     "train TINY --training.seq_len 100000": "sequence length 100000",
     "train --module qwen3 --training.seq_len 8192": "sequence length 8192",
     "train TINY --training.gc_freq -1": "training.gc_freq",

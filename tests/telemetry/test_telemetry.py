@@ -120,8 +120,8 @@ def test_operators_of_a_step_end_do_not_grow_with_the_layers(num_layers, losses)
         ("sign", 21, 33),
         ("proportional", 18, 33),
         ("momentum", 28, 33),
-        ("quantile", 48, 61),
-        ("quantile_trend", 58, 61),
+        ("quantile", 46, 61),
+        ("quantile_trend", 56, 61),
     ],
 )
 def test_operators_of_a_bias_rule(rule, at_step_end, in_router):

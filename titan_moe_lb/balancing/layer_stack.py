@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from titan_moe_lb.balancing.expert_bias import BiasStep
-from titan_moe_lb.balancing.recording.step_record import StepRecord, StepSums, histogram_of
+from titan_moe_lb.balancing.recording.step_record import StepRecord, histogram_of
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
 
@@ -45,7 +45,6 @@ class LayerStack:
         rule = self._first.expert_bias
         if rule is None or not rule.moves:
             return
-        assert self._record.sums is not None
         rule.set_progress(step, tokens)
         biases = [local_shard(layer.expert_bias_E) for layer in self._layers]
         state = {
@@ -54,8 +53,8 @@ class LayerStack:
         }
         step_of_rule = BiasStep(
             bias_NE=torch.stack(biases),
-            counts_NE=self._counts(self._record.sums, self._first.sources.valid),
-            histogram_NEH=self._histogram(self._record.sums),
+            counts_NE=self._counts(self._first.sources.valid),
+            histogram_NEH=self._histogram(),
             state={name: torch.stack(rows) for name, rows in state.items()},
         )
         delta_NE = rule.move(step_of_rule)
@@ -71,8 +70,7 @@ class LayerStack:
         for name, loss in losses.items():
             counts_NE = None
             if loss.needs_step_counts:
-                assert self._record.sums is not None
-                counts_NE = self._counts(self._record.sums, loss.source)
+                counts_NE = self._counts(loss.source)
             loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
 
     def forget_losses(self) -> None:
@@ -81,14 +79,15 @@ class LayerStack:
             if not loss.needs_step_counts:
                 loss.finish_step([router.aux_losses[name] for router in self._routers], None)
 
-    def _counts(self, sums: StepSums, source: int) -> torch.Tensor:
-        return sums.counts_NSE[self._rows, source, : self._first.num_experts]
+    def _counts(self, source: int) -> torch.Tensor:
+        assert self._record.sums is not None
+        return self._record.sums.counts_NSE[self._rows, source, : self._first.num_experts]
 
-    def _histogram(self, sums: StepSums) -> torch.Tensor | None:
+    def _histogram(self) -> torch.Tensor | None:
         num_experts, num_bins = self._first.num_experts, self._first.num_bins
-        if sums.histogram_NEH is None or not num_bins:
+        if self._record.histogram_NEH is None or not num_bins:
             return None
-        return histogram_of(sums.histogram_NEH[self._rows], num_experts, num_bins)
+        return histogram_of(self._record.histogram_NEH[self._rows], num_experts, num_bins)
 
 
 def stacks_of(layers: list[Any], record: StepRecord) -> list[LayerStack]:

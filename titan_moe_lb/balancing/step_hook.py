@@ -16,7 +16,7 @@ from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.part_hooks import PartHooks
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.balancing.recording.seen_tokens import SeenTokens
-from titan_moe_lb.balancing.recording.step_record import StepRecord
+from titan_moe_lb.balancing.recording.step_record import MOST_OBSERVATIONS, StepRecord
 from titan_moe_lb.balancing.router import (
     LoadBalancedRouter,
     moe_layers_of,
@@ -200,6 +200,7 @@ class StepHook:
             return
         self._begin_step_if_alike()
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        self._check_observations(local_shard(given).shape[:2].numel())
         rows = local_shard(given).shape[0]
         if self._micro_batch_size not in (None, rows):
             raise JobError(
@@ -228,6 +229,17 @@ class StepHook:
                 f"forward {record.forwards} of one optimizer step exceeds the announced "
                 f"{self._loop.num_micro_batches}: call skip_step() after a skipped step, or raise "
                 "attach(..., max_micro_batches=...)"
+            )
+
+    def _check_observations(self, tokens: int) -> None:
+        """Add a forward's tokens to the running step, and check that a histogram can hold them."""
+        self._record.tokens += tokens
+        most = MOST_OBSERVATIONS // self._groups.loss.size
+        if self._record.histogram_NEH is not None and self._record.tokens > most:
+            raise JobError(
+                f"an expert_bias with a histogram counts at most {MOST_OBSERVATIONS:,} tokens a "
+                f"step, {most:,} on each rank, and this step has {self._record.tokens:,} on a rank: "
+                'feed fewer rows a step, or choose another rule, such as "sign"'
             )
 
     def forward_ends(self) -> None:
@@ -267,10 +279,11 @@ class StepHook:
             self._record.finish_step(self._global_rows or 1)
             if any(router.needs_step_counts for router in self._routers) or self.tokens.counted:
                 self._record.reduce(self._groups.tokens)
-                self._record.forget_histogram()
+                self._record.reduce_histogram(self._groups.tokens)
             for stack in self._stacks:
                 stack.move_bias(self.finished_steps + 1, self.tokens.total)
                 stack.finish_losses()
+            self._record.forget_histogram()
             self._forget_torchtitans_counts()
             self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
         self.finished_steps += 1

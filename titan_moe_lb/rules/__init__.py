@@ -20,6 +20,7 @@ RULES: tuple[Callable[[Job], None], ...] = (
     *spmd_backend.RULES,
     *model.RULES,
     *routers.RULES,
+    routers.histograms_hold_a_step,
     *losses.RULES,
     *benchmark.RULES,
 )

@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 from titan_moe_lb.balancing.component import Component
+from titan_moe_lb.balancing.expert_bias import QuantileBias
+from titan_moe_lb.balancing.recording.step_record import MOST_OBSERVATIONS
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
 from titan_moe_lb.errors import JobError, nearest
@@ -116,6 +118,18 @@ def routers_are_right(job: Job) -> None:
     for where, router in routers:
         check_router(where, router)
     check_alike(routers)
+
+
+def histograms_hold_a_step(job: Job) -> None:
+    """Refuse a global batch with more tokens than a bias rule with a histogram can count."""
+    tokens = job.cut.global_batch_size * job.cut.seq_len
+    for _fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config):
+        if isinstance(router.expert_bias, QuantileBias.Config) and tokens > MOST_OBSERVATIONS:
+            raise JobError(
+                f"training.global_batch_size {job.cut.global_batch_size} has {tokens:,} tokens a "
+                f"step, and the histogram of [model] expert_bias counts at most "
+                f'{MOST_OBSERVATIONS:,}: lower it, or choose another rule, such as "sign"'
+            )
 
 
 RULES = (routers_are_right,)

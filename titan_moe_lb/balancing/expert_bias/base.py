@@ -26,7 +26,7 @@ class BiasStep:
     """Tokens that selected each expert, int64."""
 
     histogram_NEH: torch.Tensor | None = None
-    """Sums of :meth:`ExpertBias.observe`, int64; None without bins."""
+    """Sums of :meth:`ExpertBias.observe`, int32; None without bins. It is reset after the update."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     """State by the names of ``state_names``, float32 ``(N, E)``; the rule changes it in place."""

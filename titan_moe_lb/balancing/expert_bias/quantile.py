@@ -43,7 +43,7 @@ class QuantileBias(ExpertBias):
         """Settings of the quantile rule."""
 
         num_bins: int = 1000
-        """Bins of each expert's histogram. Memory: 20 E num_bins bytes a layer."""
+        """Bins of each expert's histogram. Memory: 4 E num_bins bytes a layer."""
 
         ema: float = 0.0
         """Weight of the old bias in the new one, in [0, 1); the quantile has the rest."""
@@ -85,13 +85,11 @@ class QuantileBias(ExpertBias):
         assert step.histogram_NEH is not None
         assert self.config.top_k is not None
         num_experts, num_bins = step.histogram_NEH.shape[1:]
-        below_NEH = step.histogram_NEH.cumsum(dim=-1)
-        total_NE1 = below_NEH[..., -1:]
+        below_NEH = step.histogram_NEH.cumsum(dim=-1, dtype=torch.int32)
         # float64: float32 would round numbers of tokens beyond 2**24.
-        target_NE1 = total_NE1.double() * (self.config.top_k / num_experts)
+        target_NE1 = below_NEH[..., -1:].double() * (self.config.top_k / num_experts)
         # The first bin at whose end the target is reached.
-        bin_NE1 = (below_NEH < target_NE1).sum(dim=-1, keepdim=True)
-        bin_NE1 = bin_NE1.clamp_(max=num_bins - 1)
+        bin_NE1 = torch.searchsorted(below_NEH, target_NE1.ceil().int())
         in_bin_NE1 = step.histogram_NEH.gather(-1, bin_NE1)
         before_NE1 = below_NEH.gather(-1, bin_NE1) - in_bin_NE1
         within_NE1 = (target_NE1 - before_NE1) / in_bin_NE1.clamp(min=1)

@@ -19,6 +19,9 @@ from torch import nn
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.errors import JobError
 
+MOST_OBSERVATIONS = torch.iinfo(torch.int32).max
+"""Largest number of tokens in a step of a bias rule with a histogram, over all ranks: 2**31 - 1."""
+
 
 class RouterRecord(nn.Module):
     """Rows of one router in a :class:`StepRecord`.
@@ -98,8 +101,6 @@ class StepSums:
     """Tokens per expert, int64."""
     losses_NA: torch.Tensor
     """Raw values of the losses, float64."""
-    histogram_NEH: torch.Tensor | None
-    """Observations of the bias rule, int64."""
 
 
 class StepRecord:
@@ -115,6 +116,7 @@ class StepRecord:
             (:class:`titan_moe_lb.balancing.recording.sequence_tables.CountSources`).
         losses_NA: raw values of the losses, float32, summed over the rows of this rank.
         histogram_NEH: observations of the bias rule in the running step, int32; None without bins.
+            At most :data:`MOST_OBSERVATIONS` tokens a step.
         expert_ids_NMBLK: experts of each token of the running step, uint8 up to 256 experts,
             else int32; None unless ``token_shape``.
         step_counts_NMSE, step_losses_NA: the same of the last finished step, the losses divided
@@ -123,8 +125,8 @@ class StepRecord:
             step has the same number, or M is 1.
         sums: sums of the last finished step over all ranks, after :meth:`reduce`.
         weights_A: see :class:`RouterRecord`.
-        rows, forwards: rows and forwards of the running step on this rank, which the host counts
-            when a forward begins.
+        rows, forwards, tokens: rows, forwards and tokens of the running step on this rank, which
+            the host counts when a forward begins.
         learns: True while the model is in a forward that learns; None if unknown.
         of_copy: True if the record belongs to a copy of a model, whose steps no loop closes.
         gradient_squares_N2: leaf for :mod:`titan_moe_lb.balancing.gradient_norms`, float32; None
@@ -183,7 +185,7 @@ class StepRecord:
         self._steps = torch.full((1,), finished_steps, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
-        self.rows = self.forwards = 0
+        self.rows = self.forwards = self.tokens = 0
         self.learns: bool | None = None
         self.of_copy = False
         self.sums: StepSums | None = None
@@ -273,10 +275,19 @@ class StepRecord:
         torch._foreach_zero_([self.counts_NMSE, self.losses_NA, self._micro_batches_N1])
         if self.gradient_squares_N2 is not None:
             self._running_squares_N2.zero_()
-        self.rows = self.forwards = 0
+        self.rows = self.forwards = self.tokens = 0
+
+    def reduce_histogram(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Sum the histogram of the finished step over the ranks, in place. Collective.
+
+        A step ends with this sum, the update of the biases, and :meth:`forget_histogram`.
+        """
+        if self.histogram_NEH is not None:
+            for group in groups:
+                dist.all_reduce(self.histogram_NEH, group=group)
 
     def forget_histogram(self) -> None:
-        """Reset the histogram, once the finished step has been summed."""
+        """Reset the histogram, once the biases have been updated."""
         if self.histogram_NEH is not None:
             self.histogram_NEH.zero_()
 
@@ -287,23 +298,15 @@ class StepRecord:
             groups: process groups, one for each mesh axis whose ranks route different tokens.
         """
         if self.sums is None:
-            parts = [self.step_counts_NMSE.sum(dim=1), self.step_losses_NA]
-            if self.histogram_NEH is not None:
-                parts.append(self.histogram_NEH)
+            parts = self.step_counts_NMSE.sum(dim=1), self.step_losses_NA
             # float64 is exact for counts up to 2**53, and the losses share the collective.
             fused = torch.cat([part.flatten().double() for part in parts])
             for group in groups:
                 dist.all_reduce(fused, group=group)
-            counts, losses, *histogram = (
-                whole.view(part.shape)
-                for whole, part in zip(
-                    fused.split([part.numel() for part in parts]), parts, strict=True
-                )
-            )
+            counts, losses = fused.split([part.numel() for part in parts])
             self.sums = StepSums(
-                counts_NSE=counts.long(),
-                losses_NA=losses,
-                histogram_NEH=histogram[0].long() if histogram else None,
+                counts_NSE=counts.view(parts[0].shape).long(),
+                losses_NA=losses.view(parts[1].shape),
             )
         return self.sums
 
