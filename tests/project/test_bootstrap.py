@@ -1,4 +1,4 @@
-"""Tests of making ``.venv``, with a substitute for pip, because the real installation takes
+"""Tests of making ``.venv``, with substitutes for pip and venv, because the real installation takes
 minutes."""
 
 from __future__ import annotations
@@ -7,15 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.job_processes import until
+
 ROOT = Path(__file__).parents[2]
 
-# Records what it is asked to install and takes as long as the test says. As pip does, it takes a
-# folder, or a folder with extras in brackets, which are not empty.
+# Records what it is asked to install and works as long as there is a file "wait". As pip does, it
+# takes a folder, or a folder with extras in brackets, which are not empty.
 PIP = """
 import re, sys, time, pathlib
 if not pathlib.Path(re.sub(r"\\[[^\\]]+\\]$", "", sys.argv[-1])).is_dir():
@@ -25,10 +26,19 @@ with open(root / "pip.log", "a") as log:
     log.write(" ".join(sys.argv[1:]) + chr(10))
 print("installing", *sys.argv[-2:])
 print((root / "error").read_text())
-time.sleep(float((root / "seconds").read_text()))
+while (root / "wait").exists():
+    time.sleep(0.02)
 sys.exit(int((root / "status").read_text()))
 """
 
+
+# The standard library's, without the seconds that it takes to unpack the real pip.
+VENV = """
+import sys
+sys.path.remove({folder!r})
+import venv
+venv.main(["--without-pip", *sys.argv[1:]])
+"""
 
 APT_GET = """#!/bin/sh
 echo "$@" >> {root}/apt-get.log
@@ -40,14 +50,14 @@ exit $(cat {root}/status)
 def checkout(tmp_path, monkeypatch):
     shutil.copy(ROOT / "bootstrap.py", tmp_path)
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    (tmp_path / "seconds").write_text("0")
     (tmp_path / "error").write_text("")
     (tmp_path / "status").write_text("0")
     fake = tmp_path / "fake" / "pip"
     fake.mkdir(parents=True)
     (fake / "__main__.py").write_text(PIP.format(root=str(tmp_path)))
     (fake / "__init__.py").touch()
-    # PYTHONPATH comes before site-packages, so that "python -m pip" finds the stand-in.
+    (fake.parent / "venv.py").write_text(VENV.format(folder=str(fake.parent)))
+    # PYTHONPATH comes before the standard library and site-packages: "python -m" finds the stand-ins.
     monkeypatch.setenv("PYTHONPATH", str(fake.parent))
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -144,13 +154,13 @@ def test_a_program_that_cannot_be_installed_is_one_line(checkout):
 
 
 def test_second_run_waits_for_the_first(checkout):
-    (checkout / "seconds").write_text("4")
+    (checkout / "wait").touch()
     first = start(checkout)
-    deadline = time.monotonic() + 30
-    while not installs(checkout) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: installs(checkout))
     second = start(checkout)
-    second.communicate(timeout=60)
-    assert second.returncode == 0
-    assert first.wait(timeout=60) == 0
+    assert "setting up" in second.stderr.readline()  # and next it asks for the lock
+    (checkout / "wait").unlink()
+    for process in (first, second):
+        process.communicate(timeout=60)
+        assert process.returncode == 0
     assert installs(checkout) == ["."], "the second run installs nothing"
