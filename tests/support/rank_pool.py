@@ -127,7 +127,6 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     time.sleep = sleep_unless_the_trainer_asks
     # A trainer switches automatic collection off and leaves cycles that hold its whole model. The
     # objects of the imports stay, and need not be traversed each time.
@@ -137,6 +136,7 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
             rank, num_ranks, port, (module, name), args, kwargs = connection.recv()
         except EOFError:
             return
+        logging.disable(logging.WARNING)
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),

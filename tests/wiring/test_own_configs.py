@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import contextlib
+import io
+import logging
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import DTensor
-from torchtitan.tools.logging import logger
+from torchtitan.tools.logging import init_logger, logger
 
-from tests.support.train_jobs import train_config
+from tests.support import job_processes, own_configs
+from tests.support.train_jobs import build, train_config
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.traces.trace import read_trace
@@ -82,26 +83,19 @@ def test_a_key_of_the_model_leaves_the_others_as_the_config_function_has_them():
         ("torchtitan's trainer", "metrics_of_ones_own"),
     ],
 )
-def test_console_of_a_run(tmp_path, start, name):
+def test_console_of_a_run(ranks, tmp_path, start, name):
     """A step has 8 rows: two passes of 4 on a rank.
 
     Own metrics log no loads, and one line names them.
     """
-    flags = [*JOB, f"--config={name}", "--training.global_batch_size=8", "--training.steps=2"]
-    command, rank = ["-m", "titan_moe_lb.cli", "train"], {}
     if start == "torchtitan's trainer":
-        command = ["-c", TORCHTITANS]
-        rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        rank |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, *command, *flags, "--metrics.log_freq=1", f"--dump_folder={tmp_path}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | rank,
-    )
-    shown = run.stdout + run.stderr
-    assert run.returncode == 0, shown
+        (shown,) = ranks.run(1, printed_by_torchtitans_trainer, name, str(tmp_path))
+    else:
+        flags = [*JOB, f"--config={name}", "--training.global_batch_size=8", "--training.steps=2"]
+        job = job_processes.fork(tmp_path, *flags, "--metrics.log_freq=1")
+        status, out, err = job_processes.end(job, tmp_path)
+        assert status == 0, err
+        shown = "\n".join([*out, err])
     loads = [line for line in shown.splitlines() if "moe: " in line]
     named = [line for line in shown.splitlines() if "OwnMetrics" in line]
     own = name == "metrics_of_ones_own"
@@ -109,26 +103,20 @@ def test_console_of_a_run(tmp_path, start, name):
     assert (tmp_path / "moe_load.arrow").exists() == (not own)
 
 
-TORCHTITANS = """
-import sys
-from titan_moe_lb.upstream import cpu
-cpu.prepare()
-from torchtitan.trainer import Trainer
-import tests.support.own_configs
-from torchtitan.config import ConfigManager
-values = dict(a.removeprefix("--").partition("=")[::2] for a in sys.argv[1:])
-config = getattr(tests.support.own_configs, values["config"])()
-config.training.local_batch_size, config.training.seq_len = 4, 128
-config.training.global_batch_size, config.training.steps = 8, 2
-config.metrics.log_freq, config.dump_folder = 1, values["dump_folder"]
-config.debug.enable_structured_logging = False
-from torchtitan.tools.logging import init_logger
-init_logger()
-cpu.adapt(config)
-trainer = config.build()
-trainer.train()
-trainer.close()
-"""
+def printed_by_torchtitans_trainer(name: str, folder: str) -> str:
+    """Two steps of a config function, without the launcher. One rank."""
+    config = getattr(own_configs, name)()
+    config.training.local_batch_size, config.training.seq_len = 4, 128
+    config.training.global_batch_size, config.training.steps = 8, 2
+    config.metrics.log_freq, config.dump_folder = 1, folder
+    config.debug.enable_structured_logging = False
+    logging.disable(logging.NOTSET)  # which the pool has disabled
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        init_logger()
+        trainer = build(config)
+        trainer.train()
+        trainer.close()
+    return shown.getvalue()
 
 
 @pytest.mark.parametrize("name", ["adapters_before", "adapters_after"])
