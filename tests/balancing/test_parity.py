@@ -144,7 +144,7 @@ LAYOUTS = {
 # test_router.py compiles every loss, batch_wise and LoRA too, with inductor; test_recomputation.py
 # forced routing and running counts; test_extending.py autograd in a formula of one's own.
 COMPILED = {
-    "whole": ["pp=2,schedule=ZBVZeroBubble,dp_shard=2,compile=true"],
+    "whole": ["pp=2,schedule=ZBVZeroBubble,compile=true"],
     "padded": ["pp=2,schedule=ZBVZeroBubble,ac=full,compile=true,backend=aot_eager"],
     "sqrtsoftplus": ["compile=true,backend=aot_eager"],
     "gradient norms": ["dp_shard=2,ep=2,ac=selective,compile=true,backend=aot_eager"],
