@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from tests.support.train_jobs import train, train_config
 from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.losses import RouterZLoss
 from titan_moe_lb.balancing.router import routers_of
-from titan_moe_lb.balancing.value_schedule import Change, value_at
+from titan_moe_lb.balancing.value_schedule import Change, check_changes, value_at
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.own_loop.attach import attach
@@ -28,6 +29,7 @@ def z_loss(*changes: str) -> str:
 
 
 LOSSES = z_loss("{step = 3, value = 0.125}", "{step = 4, value = 0.0}")
+RAMP = z_loss('{step = 1, until = 3, value = 0.25, shape = "linear"}', "{step = 4, value = 0.0}")
 
 
 def test_value_at_by_hand():
@@ -42,9 +44,36 @@ def test_value_at_by_hand():
     assert value_at(1.0, [], 10**9, 10**18) == 1.0
 
 
+@pytest.mark.parametrize("unit", ["step", "tokens"])
+def test_gradual_changes_by_hand(unit):
+    """From 1 to 0.2 between 10 and 20, and along a cosine to 0.6 between 30 and 50."""
+    changes = [
+        Change(value=0.2, shape="linear", until=20, **{unit: 10}),
+        Change(value=0.6, shape="cosine", until=50, **{unit: 30}),
+    ]
+    check_changes("aux loss", changes)
+    times = np.array([1, 9, 10, 11, 15, 19, 20, 25, 30, 31, 35, 40, 45, 49, 50, 51, 10**6])
+    along_cosine = 0.4 - 0.2 * np.cos(np.pi * np.interp(times, [30, 50], [0, 1]))
+    expected = np.where(times < 30, np.interp(times, [10, 20], [1, 0.2]), along_cosine)
+    found = [
+        value_at(1.0, changes, time if unit == "step" else 9, time if unit == "tokens" else 9)
+        for time in times.tolist()
+    ]
+    assert found == pytest.approx(expected.tolist(), abs=1e-15)
+    assert [found[0], found[6], found[14]] == [1.0, 0.2, 0.6]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        [{"value": 0.0, "step": 5, "shape": "linear"}],
+        [{"value": 0.0, "step": 5, "until": 9}],
+        [{"value": 0.0, "step": 5, "until": 9, "shape": "square"}],
+        [{"value": 0.0, "step": 5, "until": 5, "shape": "linear"}],
+        [{"value": 0.0, "step": 5, "until": 4, "shape": "cosine"}],
+        [{"value": 0.0, "tokens": 8e9, "until": 7e9, "shape": "cosine"}],
+        [{"value": 0.0, "tokens": 8e9, "until": float("inf"), "shape": "linear"}],
+        [{"value": 0.0, "step": 5, "until": 9, "shape": "linear"}, {"value": 1.0, "step": 8}],
         [{"value": 0.0, "step": 5}, {"value": 1.0, "step": 5}],
         [{"value": 0.0, "tokens": 9e9}, {"value": 1.0, "tokens": 8e9}],
         [{"value": 0.0}],
@@ -95,10 +124,16 @@ def weights_and_compilations(
     return weights, compilations
 
 
-def test_a_weight_changes_without_compiling_blocks_anew(ranks):
-    flags = ["--training.steps=4", "--compile.enable", "--compile.backend=aot_eager", LOSSES]
+@pytest.mark.parametrize(
+    ("losses", "expected"), [(LOSSES, [0.5, 0.5, 0.125, 0.0]), (RAMP, [0.5, 0.375, 0.25, 0.0])]
+)
+def test_a_weight_changes_without_compiling_blocks_anew(ranks, losses, expected):
+    flags = ["--training.steps=4", "--compile.enable", "--compile.backend=aot_eager", losses]
+    flags += [
+        '--model.expert_bias={type="sign", changes=[{step=2, until=4, value=0, shape="cosine"}]}'
+    ]
     ((weights, compilations),) = ranks.run(1, weights_and_compilations, [*TINY, *flags])
-    assert weights == [0.5, 0.5, 0.125, 0.0]
+    assert weights == expected
     assert compilations[0] > 0 and len(set(compilations)) == 1
 
 
@@ -192,10 +227,35 @@ def test_rows_of_every_step_are_announced_once():
     assert [weight_of_step(model, balance) for _ in range(4)] == [0.5] * 3 + [0.125]
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"step": 1, "until": 4, "shape": "linear"}, [0.3, 0.2, 0.1, 0.0]),
+        ({"tokens": 16, "until": 48, "shape": "cosine"}, [0.3, 0.3, 0.15, 0.0]),
+    ],
+    ids=str,
+)
+def test_a_speed_falls_gradually(change, expected):
+    """The speed of a step is the length of its update along the signs, in steps of 16 tokens."""
+    model = Layer(expert_bias=SignBias.Config(speed=0.3, changes=[Change(value=0.0, **change)]))
+    balance = attach(model)
+    speeds = []
+    for _ in expected:
+        model(torch.randn(2, 8, 64)).sum().backward()
+        before = model.moe.expert_bias_E.clone()
+        counts_E = model.moe.router.record.counts_MSE[:, 0].sum(0)
+        balance.close_step()
+        signs = torch.sign(counts_E.double().mean() - counts_E)
+        moved = model.moe.expert_bias_E - before
+        direction = (signs - signs.mean()).float()
+        speeds.append(float(moved @ direction / (direction @ direction)))
+    assert speeds == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("change", [{"tokens": 32}, {"step": 3}], ids=str)
 def test_the_bias_rests_from_the_change_of_its_speed_to_0(change):
     """This is DeepSeek-V3's second phase, in a loop of 16 tokens a step without a loss."""
-    changes = [Change(value=0.0, **change)]
+    changes = [Change(value=0, **change)]
     model = Layer(expert_bias=SignBias.Config(speed=0.1, changes=changes))
     balance = attach(model)
     biases = []

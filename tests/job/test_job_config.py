@@ -65,8 +65,9 @@ def test_model_table_and_flags_reach_the_routers(tmp_path):
 def test_values_that_change_come_from_tables_and_flags(tmp_path):
     text = JOB + '[model.expert_bias]\ntype = "sign"\nspeed = 0.01\n'
     text += "[[model.expert_bias.changes]]\ntokens = 14.3e12\nvalue = 0.0\n"
+    text += 'until = 14.5e12\nshape = "cosine"\n'
     arguments = job_file(tmp_path, text)
-    changes = [Change(tokens=14.3e12, value=0.0)]
+    changes = [Change(tokens=14.3e12, value=0.0, until=14.5e12, shape="cosine")]
     rule = SignBias.Config(speed=0.01, changes=changes, num_experts=8, top_k=2)
     assert last_moe(arguments).router.expert_bias == rule
     flag = '{type = "sign", changes = [{step = 3, value = 1e-2}, {step = 5, value = 0.0}]}'

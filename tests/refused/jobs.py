@@ -182,6 +182,12 @@ FILES = {
     "[model]\nexpert_bias = 'frozen'\nload_balance_coeff = 1e-3": "load_balance_coeff",
     "[model]\nexpert_bias = {type = 'sign', changes = [{step = 20, value = 0.0}, "
     "{step = 10, value = 1e-3}]}": "expert_bias changes",
+    "[model]\nexpert_bias = {type = 'sign', changes = [{step = 20, until = 10, shape = 'linear', "
+    "value = 0.0}]}": "expert_bias changes",
+    "[model]\nexpert_bias = {type = 'sign', changes = [{step = 20, until = 30, shape = 'line', "
+    "value = 0.0}]}": "shape",
+    "[model]\naux_losses = {type = 'z_loss', weight = 0.1, changes = [{step = 20, until = 30, "
+    "shape = 'linear', value = 0.0}, {step = 25, value = 1.0}]}": "aux loss changes",
     "[model]\nexpert_bias = {type = 'sign', changes = [{steps = 20, value = 0.0}]}": "'step'",
     "[model]\nexpert_bias = {type = 'sign', changes = [{step = 20}]}": "'value'",
     "[model]\nexpert_bias = {type = 'sign', changes = [20]}": "changes[0]",

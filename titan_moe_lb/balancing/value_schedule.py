@@ -5,22 +5,57 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from titan_moe_lb.errors import JobError
 
 
 @dataclass(kw_only=True, slots=True)
 class Change:
-    """Change of a value at a step or after a number of tokens."""
+    """Change of a value at a step or after a number of tokens, at once or gradually."""
 
     value: float
-    """The value from then on; 0 switches it off."""
+    """The value from then on, or from ``until`` on; 0 switches it off."""
 
     step: int | None = None
     """The first optimizer step with this value; or ``tokens``."""
 
     tokens: float | None = None
     """The tokens of training after which the next step has this value, as in 14.3e12."""
+
+    shape: Literal["jump", "linear", "cosine"] = "jump"
+    """Path to the value: at once; along a line; or along half a period of a cosine."""
+
+    until: float | None = None
+    """End of a line or cosine, in the unit of its beginning, where the old value still holds."""
+
+    @property
+    def begin(self) -> float:
+        """Step or tokens at which the change begins."""
+        begin = self.step if self.tokens is None else self.tokens
+        assert begin is not None
+        return begin
+
+    @property
+    def end(self) -> float:
+        """Step or tokens at which the value is reached."""
+        return self.begin if self.until is None else self.until
+
+    def apply(self, value: float, now: float) -> float:
+        """Return the value at ``now``.
+
+        Args:
+            value: value before the change.
+            now: step, or tokens before it, as the change counts.
+        """
+        if now < self.begin:
+            return value
+        if now >= self.end:
+            return self.value
+        part = (now - self.begin) / (self.end - self.begin)
+        if self.shape == "cosine":
+            part = (1 - math.cos(math.pi * part)) / 2
+        return value + part * (self.value - value)
 
 
 def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) -> float:
@@ -34,11 +69,8 @@ def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) ->
     """
     value = start
     for change in changes:
-        if change.step is not None and step >= change.step:
-            value = change.value
-        if change.tokens is not None and tokens >= change.tokens:
-            value = change.value
-    return value
+        value = change.apply(value, tokens if change.step is None else step)
+    return float(value)  # TOML's 0 is an integer, with which a rule would compute in integers
 
 
 def changes_after_tokens(router) -> bool:
@@ -56,8 +88,9 @@ def check_changes(what: str, changes: Sequence[Change]) -> None:
     """Check that changes are valid and in order.
 
     Raises:
-        JobError: a change has no time or two, or its value is negative or not finite. The times
-            are not ascending, begin before training, or mix steps and tokens.
+        JobError: a change has no time or two, a shape without an end or an end before its
+            beginning, or a value that is negative or not finite. Changes overlap, are not in order,
+            begin before training, or mix steps and tokens.
     """
     for change in changes:
         if (change.step is None) == (change.tokens is None):
@@ -66,17 +99,32 @@ def check_changes(what: str, changes: Sequence[Change]) -> None:
             raise JobError(
                 f"{what} changes: value {change.value} must be a finite number of at least 0"
             )
+        if change.shape not in (("jump",) if change.until is None else ("linear", "cosine")):
+            raise JobError(
+                f'{what} changes: shape "{change.shape}" and until {change.until} do not fit: '
+                'set both shape = "linear" or "cosine" and until, or neither'
+            )
+        if change.until is not None and not change.begin < change.until < math.inf:
+            raise JobError(
+                f"{what} changes: until {change.until:g} does not come after the beginning of the "
+                f"change, {change.begin:g}"
+            )
     for unit in ("step", "tokens"):
         times = [getattr(change, unit) for change in changes]
         if any(time is None for time in times) and any(time is not None for time in times):
             raise JobError(f"{what} changes: use either step or tokens for all of them, not both")
         if None in times:
             continue
-        for earlier, later in zip(times, times[1:], strict=False):
-            if later <= earlier:
+        for earlier, later in zip(changes, changes[1:], strict=False):
+            if later.begin <= earlier.begin:
                 raise JobError(
-                    f"{what} changes: {unit} {later:g} does not come after {earlier:g}; "
-                    "put the changes in order"
+                    f"{what} changes: {unit} {later.begin:g} does not come after {earlier.begin:g};"
+                    " put the changes in order"
+                )
+            if later.begin < earlier.end:
+                raise JobError(
+                    f"{what} changes: {unit} {later.begin:g} comes before the end of the change "
+                    f"before it, until {earlier.end:g}: begin it there or later"
                 )
         if times and times[0] < 1:
             raise JobError(f"{what} changes: {unit} {times[0]:g} is before training begins")
