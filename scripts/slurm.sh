@@ -14,7 +14,8 @@ if [ ! -x run_train.sh ]; then
 fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NNODES=$SLURM_JOB_NUM_NODES
-# Of two jobs on the same nodes each has a port of its own.
+# Of two jobs on the same nodes each has a port and an id of its own.
 export RDZV_ENDPOINT=${RDZV_ENDPOINT:-$first:$((29500 + SLURM_JOB_ID % 1000))}
+export RDZV_ID=${RDZV_ID:-$SLURM_JOB_ID}
 # shellcheck disable=SC2016  # SLURM_NODEID is known on each node alone
 exec srun bash -c 'NODE_RANK=$SLURM_NODEID exec ./run_train.sh "$@"' run_train.sh "$@"

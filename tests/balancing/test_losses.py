@@ -6,6 +6,9 @@ loss added to its output.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -271,6 +274,19 @@ def test_groups_that_do_not_divide_the_experts_are_refused():
     loss = DeviceLevelLoss.Config(weight=0.1, num_device_groups=3)
     with pytest.raises(JobError, match="num_device_groups"):
         loss.bind(num_experts=EXPERTS, top_k=TOP_K)
+
+
+@dataclass(kw_only=True, slots=True)
+class OwnBind(RouterZLoss.Config):
+    def bind(self, *, num_experts: int, top_k: int) -> None:
+        RouterZLoss.Config.bind(self, num_experts=num_experts, top_k=top_k)
+
+
+def test_a_loss_with_its_own_bind_gets_the_rows_of_a_job():
+    config = router([OwnBind(weight=0.1)]).config
+    training = SimpleNamespace(local_batch_size=3)
+    config.bind(SimpleNamespace(config=SimpleNamespace(training=training)))
+    assert config.aux_losses[0].local_batch_size == 3
 
 
 def test_an_evaluation_that_is_differentiated_is_not_measured():

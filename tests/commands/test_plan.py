@@ -8,12 +8,15 @@ import math
 import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.support import planning
 from tests.support.planning import DEVICE, TINY, device_file, plan, write_run
+from titan_moe_lb.commands.plan import arguments
+from titan_moe_lb.parallel import single_process
 
 LAYOUTS = {
     "ep4": ["--parallelism.expert_parallel_degree=4"],
@@ -297,3 +300,9 @@ def test_mistakes_are_one_line(ranks, arguments, message):
 def test_multi_token_prediction_has_an_moe_layer_of_its_own(ranks, device):
     planned = plan(ranks, ["--hardware", device], ["--model.num_mtp_layers=1"])
     assert planned["job"]["moe_layers"] == [1, 2, 3, 4]
+
+
+def test_a_trainer_that_was_built_in_this_process_sets_no_ranks(monkeypatch):
+    monkeypatch.delenv("NGPU", raising=False)
+    single_process.announce()
+    assert arguments.ranks(SimpleNamespace(ranks=None), of_job=8) == 8

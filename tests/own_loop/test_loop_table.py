@@ -247,6 +247,29 @@ def _():
     train(copied)
 
 
+@case("a copy that gets a token mask between forward and backward of its model")
+def _():
+    """Reentrant blocks read the mask again in the backward."""
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[:, 5:] = False
+    x = torch.randn(2, 8, 64)
+    found = []
+    for copied in (False, True):
+        loop = Loop(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)]), padded=True)
+        loop.model.run = lambda layer, x: checkpoint(layer, x, use_reentrant=True)
+        loop.balance.begin_step(2)
+        loss = loop.model(x.clone().requires_grad_(), valid_tokens=mask).square().mean()
+        if copied:
+            with torch.no_grad():
+                copy.deepcopy(loop.model)(x, valid_tokens=torch.ones_like(mask))
+        loss.backward()
+        loop.optimizer.step()
+        gates = [layer.router.gate.weight.grad for layer in loop.model.layers.values()]
+        found.append((loop.balance.load().counts_ME, *gates))
+    for without, beside in zip(*found, strict=True):
+        np.testing.assert_array_equal(without, beside)
+
+
 # Checkpointing of one's own
 
 

@@ -8,16 +8,24 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import TCPStore
 
-from tests.support.job_processes import TINY, end, fork, last_step, read_to, start, working_in
-from titan_moe_lb.run import rank_processes, train
+from tests.support.job_processes import (
+    TINY,
+    end,
+    fork,
+    last_step,
+    read_to,
+    run,
+    start,
+    working_in,
+)
+from titan_moe_lb.run import rank_processes
 from titan_moe_lb.run.console.signals import ended_by
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 
@@ -44,29 +52,13 @@ def test_first_command_fits_one_screen_without_colour_and_the_rest_is_in_the_log
     ids=["ctrl-c", "hangup"],
 )
 def test_a_signal_to_one_process_is_one_line(number, status, name, tmp_path):
-    process = fork(tmp_path, *LONG, "--metrics.enable_tensorboard")
+    process = fork(tmp_path, *LONG)
     read_to(process, "step:  3")
     process.send_signal(number)
     found, _out, err = end(process, tmp_path)
     assert found == status and err.count("\n") == 1, err
     assert name in err and "no checkpoint" in err and last_step(err) >= 3
     assert str(tmp_path / "moe_load.arrow") in err
-    (events,) = tmp_path.glob("**/events.out.tfevents*")
-    sink = EventAccumulator(str(events)).Reload()
-    assert {event.step for event in sink.Scalars("loss_metrics/global_avg_loss")} >= {1, 2, 3}
-
-
-def test_a_sink_that_a_signal_has_closed_gets_no_further_step():
-    """The main thread trains on meanwhile: TensorBoard would begin a second file, W&B fail."""
-    events: list[str] = []
-    log, close = (lambda *_, name=name: events.append(name) for name in ("log", "close"))
-    processor = SimpleNamespace(logger=SimpleNamespace(log=log, close=close))
-    rank = object.__new__(train._Rank)
-    rank._trainer = SimpleNamespace(metrics_processor=processor)  # type: ignore[assignment]
-    rank._close_sinks()
-    processor.logger.log({}, 1)
-    processor.logger.close()
-    assert events == ["close"]
 
 
 def test_stop_of_two_processes_names_what_is_saved(tmp_path):
@@ -171,6 +163,29 @@ def test_a_signal_is_handled_while_the_main_thread_is_busy():
         os.kill(os.getpid(), signal.SIGTERM)
         assert done.wait(5)
     assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before
+
+
+NEVER_ENDS = """
+import threading
+from titan_moe_lb.run.console.signals import ended_by
+with ended_by(lambda number: print(number.name, flush=True) or threading.Event().wait()):
+    print("ready", flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_a_second_signal_kills_what_the_first_does_not_end():
+    """One that follows at once is the same: a scheduler signals a launcher and its ranks."""
+    process = run([sys.executable, "-c", NEVER_ENDS])
+    read_to(process, "ready")
+    process.send_signal(signal.SIGTERM)
+    read_to(process, "SIGTERM")
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == -signal.SIGTERM
+    process.communicate()
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

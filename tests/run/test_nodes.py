@@ -38,6 +38,7 @@ def test_two_machines_train_and_one_is_lost(tmp_path):
                 NODE_RANK=str(node),
                 NGPU="1",
                 RDZV_ENDPOINT=endpoint,
+                RDZV_ID="of both folders",
             )
             for node, machine in enumerate(machines)
         )
@@ -59,6 +60,17 @@ def fast(monkeypatch):
         monkeypatch.setattr(peers, name, seconds)
 
 
+def process(node: int, store: TCPStore) -> dict[str, str]:
+    """Variables of the first process of a node."""
+    return {
+        "GROUP_RANK": str(node),
+        "GROUP_WORLD_SIZE": "3",
+        "RANK": str(2 * node),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+    }
+
+
 @contextlib.contextmanager
 def three_nodes():
     """Launchers without processes, with the losses of each so far."""
@@ -68,15 +80,7 @@ def three_nodes():
         nodes = []
         for node, lost in losses.items():
             nodes.append(stack.enter_context(Peers(lambda lost=lost: lost.append(True))))
-            nodes[-1].meet(
-                {
-                    "GROUP_RANK": str(node),
-                    "GROUP_WORLD_SIZE": "3",
-                    "RANK": str(2 * node),
-                    "MASTER_ADDR": "localhost",
-                    "MASTER_PORT": str(store.port),
-                }
-            )
+            assert nodes[-1].meet(process(node, store), f"launcher {node}") == "launcher 0"
         until(lambda: all(node._exchanged for node in nodes))
         yield nodes, losses
 

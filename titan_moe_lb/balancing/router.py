@@ -75,7 +75,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
             rows = None if job is None else job.config.training.local_batch_size
             for loss in self.aux_losses:
-                loss.bind(**sizes, local_batch_size=rows)
+                loss.bind(**sizes)
+                loss.local_batch_size = rows
             if self.expert_bias is not None:
                 self.expert_bias.bind(**sizes, score_func=self.score_func)
             if self.forced_routing is not None and job is not None:

@@ -118,16 +118,16 @@ class Draft:
         return job
 
 
-def draft(arguments: list[str]) -> Draft:
+def draft(arguments: list[str] | CommandLine) -> Draft:
     """Read the command line and the job file.
 
     Args:
-        arguments: the command line of the job.
+        arguments: the command line of the job, or what was parsed of it.
 
     Raises:
         JobError: the first mistake in the flags or in [job].
     """
-    command = parse_command_line(arguments)
+    command = arguments if isinstance(arguments, CommandLine) else parse_command_line(arguments)
     source = command.job_config or "command line"
     tables = {}
     if command.job_config:

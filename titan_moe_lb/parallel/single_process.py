@@ -21,18 +21,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def announce(*, rank: int = 0, world_size: int = 1) -> None:
+def announce(*, rank: int = 0, world_size: int | None = None) -> None:
     """Set the variables of a process without a launcher.
 
     Args:
         rank: rank of the process.
-        world_size: processes of the job; in a dry run the others do not exist.
+        world_size: processes of a dry run, in which the others do not exist; None: 1, which trains.
     """
     os.environ.update(_variables(rank, world_size))
 
 
 @contextmanager
-def announced(*, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+def announced(*, rank: int = 0, world_size: int | None = None) -> Iterator[None]:
     """Set the variables like :func:`announce`, and restore them at the end."""
     variables = _variables(rank, world_size)
     before = {name: os.environ.get(name) for name in variables}
@@ -47,13 +47,14 @@ def announced(*, rank: int = 0, world_size: int = 1) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _variables(rank: int, world_size: int) -> dict[str, str]:
+def _variables(rank: int, world_size: int | None) -> dict[str, str]:
+    # torchtitan reads the size of a fake process group from NGPU, and plan the ranks of a job.
+    fake = {} if world_size is None else {"NGPU": str(world_size)}
     return {
+        **fake,
         "RANK": str(rank),
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-        # torchtitan reads the size of a fake process group from here.
-        "NGPU": str(world_size),
+        "WORLD_SIZE": str(world_size or 1),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "0",  # any that is free
     }

@@ -285,13 +285,16 @@ def checkpoint_counts_tokens_of_as_many_ranks(job: Job) -> None:
         return
     stored = start.metadata.state_dict_metadata.get(TOKEN_RANKS)
     before, now = _data_ranks_of(start), job.layout.data_ranks
-    if isinstance(stored, TensorStorageMetadata):  # else it is torchtitan's own checkpoint
+    degrees = "data_parallel_replicate_degree x data_parallel_shard_degree"
+    if isinstance(stored, TensorStorageMetadata):  # an older checkpoint does not name the CP degree
         (before,), now = stored.size, now * job.layout.cp
+        degrees += " x context_parallel_degree"
     if before not in (0, now):
         raise JobError(
-            f"{start.path} counts the tokens of {before} data-parallel x context-parallel rank(s), "
-            f"each its own, and this job has {now}, so that {{tokens = ...}} has no meaning: give "
-            "the changes of losses and expert bias in steps"
+            f"changes of aux_losses or expert_bias after tokens: {start.path} has the tokens that one "
+            f"of {before} rank(s) has seen (parallelism.{degrees}), and this job has {now} such "
+            f"rank(s), so that their sum is not known: go on with {before}, or give the changes in "
+            "steps, as in {step = 1000, value = 0.0}"
         )
 
 

@@ -94,11 +94,21 @@ def choose_network() -> None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def run_name(nodes: int) -> str:
-    """Return a name that all nodes of a run share, and that no concurrent run has."""
-    if nodes > 1:
-        return f"NNODES={nodes} RDZV_ENDPOINT={os.environ['RDZV_ENDPOINT']}"
+def run_name() -> str:
+    """Return a name that no other run has."""
     return f"process {os.getpid()} of {socket.gethostname()}, {uuid.uuid4()}"
+
+
+def meeting_id(folder: str) -> str:
+    """Return the id by which the nodes of a run find each other: of RDZV_ID, else of its folder.
+
+    The nodes agree on it before they can talk. Two runs at one RDZV_ENDPOINT do not meet.
+
+    Args:
+        folder: the job's ``dump_folder``.
+    """
+    agreed = os.environ.get("RDZV_ID") or os.path.abspath(folder)
+    return uuid.uuid5(uuid.NAMESPACE_OID, agreed).hex
 
 
 def hand_on_run(run: str) -> None:

@@ -6,7 +6,7 @@ Environment variables, the first five as in torchtitan's own script:
     MODULE, CONFIG: defaults of ``--module`` and ``--config``.
     LOG_RANK: ranks to show; default: the rank that knows the loss.
     COMM_MODE: dry run in one process.
-    NNODES, NODE_RANK, RDZV_ENDPOINT, RDZV_TIMEOUT (seconds): several nodes.
+    NNODES, NODE_RANK, RDZV_ENDPOINT, RDZV_ID, RDZV_TIMEOUT (seconds): several nodes.
 """
 
 from __future__ import annotations
@@ -35,28 +35,32 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
     try:
-        if own_flags.parse_command_line(arguments).list_models:
+        flags = own_flags.parse_command_line(arguments)
+        if flags.list_models:
             catalog.show()
             return
         environment.check_mode()
         # Drop torchtitan's warnings about a config: it repeats them when it builds the model.
         logging.root.addHandler(logging.NullHandler())
-        draft = job_config.draft(arguments)
-        if {"-h", "--help"} & set(draft.command.rest):
+        draft = job_config.draft(flags)
+        if {"-h", "--help"} & set(flags.rest):
             model_help.show(draft.table.module)
         nodes = environment.positive("NNODES", 1)
         environment.check_nodes(nodes)
-        run = environment.run_name(nodes)
+        run = environment.run_name()
         _check_restarts(draft.table, nodes)
         here = _processes_on_this_node(draft.table, nodes)
         environment.check_shown_ranks(here * nodes)
         job = draft.resolve(here * nodes)
-        if not draft.command.print_config and job.config.comm.mode == "default":
+        if not flags.print_config and job.config.comm.mode == "default":
             validate_files(job)
-            run_folder.claim(job.config.dump_folder, run)
+            if nodes == 1:
+                run_folder.claim(job.config.dump_folder, run)
+            else:  # claimed once the nodes have met
+                run_folder.check_free(job.config.dump_folder)
     except JobError as error:
         train.exit_with(error)
-    if draft.command.print_config:
+    if flags.print_config:
         print(job_config.render(draft.table, job.config), end="")
     elif (
         job.config.comm.mode in ("fake_backend", "local_tensor")
@@ -65,8 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         _run_here(job)
     else:
-        environment.hand_on_run(run)
-        rank_processes.run(job, arguments, here, nodes, draft.table.max_restarts)
+        rank_processes.run(job, arguments, run, here, nodes, draft.table.max_restarts)
 
 
 def _with_environment(arguments: list[str]) -> list[str]:
@@ -119,7 +122,8 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
 
 def _run_here(job: Job) -> None:
     """Run the job in this process: a single rank and a dry run need no launcher."""
-    single_process.announce(world_size=job.layout.world_size)
+    is_dry_run = job.config.comm.mode != "default"
+    single_process.announce(world_size=job.layout.world_size if is_dry_run else None)
     train.run(job, alone=True)
 
 

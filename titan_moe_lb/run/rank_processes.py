@@ -29,22 +29,23 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.files import validate_files
-from titan_moe_lb.run import environment
+from titan_moe_lb.run import environment, train
 from titan_moe_lb.run.console import cause, rank_log, saved, summary
 from titan_moe_lb.run.console.peers import Peers
 from titan_moe_lb.run.console.signals import ENDING, ended_by, heeded
-from titan_moe_lb.run.train import stopped
+from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 
-_RUN_ID = "titan_moe_lb"
 
-
-def run(job: Job, arguments: list[str], here: int, nodes: int, max_restarts: int = 0) -> None:
+def run(
+    job: Job, arguments: list[str], name: str, here: int, nodes: int, max_restarts: int = 0
+) -> None:
     """Train in the processes of this node.
 
     Args:
         job: the resolved job.
         arguments: the command line of the job.
+        name: name of the run, which no other launcher has; on one node it has claimed the folder.
         here: number of processes to start on this node.
         nodes: number of nodes of the job.
         max_restarts: how often to restart all processes from the last checkpoint, after one
@@ -62,7 +63,7 @@ def run(job: Job, arguments: list[str], here: int, nodes: int, max_restarts: int
     where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
     print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
     handlers = {number: signal.getsignal(number) for number in ENDING}
-    attempt = _Attempt(job, arguments, here, nodes, begun, console)
+    attempt = _Attempt(job, arguments, name, here, nodes, begun, console)
     for restart in range(1, max_restarts + 1):
         if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
             return
@@ -82,6 +83,7 @@ class _Attempt:
 
     job: Job
     arguments: list[str]
+    name: str
     here: int
     nodes: int
     begun: float
@@ -113,8 +115,11 @@ class _Attempt:
             def met(processes: list[dict[str, str]]) -> None:
                 meeting.close()
                 if nodes == 1:
+                    environment.hand_on_run(self.name)
                     return
-                peers.meet(processes[0])
+                name = peers.meet(processes[0], self.name)
+                run_folder.claim(config.dump_folder, name)
+                environment.hand_on_run(name)
                 ranks = [int(one["RANK"]) for one in processes]
                 if not set(shown) & set(ranks):
                     print(
@@ -128,10 +133,10 @@ class _Attempt:
                     min_nodes=nodes,
                     max_nodes=nodes,
                     nproc_per_node=self.here,
-                    run_id=_RUN_ID,
+                    run_id=environment.meeting_id(config.dump_folder),
                     role="rank",
                     max_restarts=0,
-                    shutdown_timeout=5,
+                    shutdown_timeout=train.CLOSING_SECONDS + 3,
                     signals_to_handle=",".join(one.name for one in (*heeded(), signal.SIGQUIT)),
                     logs_specs=_Logs(errors, met),
                     **_rendezvous(nodes),
@@ -156,7 +161,7 @@ class _Attempt:
                 _ignore_signals()
                 number = signal.Signals(error.sigval)
                 if peers.loss is None:
-                    line = stopped(number, saved.in_words(config, self.begun))
+                    line = train.stopped(number, saved.in_words(config, self.begun))
                     status = 128 + number
                     told = cause.Cause(
                         line=f"stopped by {number.name}", status=1, has_traceback=False
@@ -170,13 +175,13 @@ class _Attempt:
                 line = f"error: {meeting.failed()}"
                 status = 1
             except KeyboardInterrupt:  # after the rendezvous, before torch sets its handlers
-                line = stopped(signal.SIGINT, saved.in_words(config, self.begun))
+                line = train.stopped(signal.SIGINT, saved.in_words(config, self.begun))
                 status = 128 + signal.SIGINT
             except Exception as error:
                 traceback.print_exc()
-                found = cause.of_error(error, self.job, at_start=True)
-                line = f"error: {found.sentence('nothing', logs / 'launcher.log')}"
-                status = found.status
+                told = cause.of_error(error, self.job, at_start=True)
+                line = f"error: {told.sentence('nothing', logs / 'launcher.log')}"
+                status = told.status
             rank_log.report(line, self.console)
             if told is not None:
                 peers.tell(told)
@@ -259,10 +264,13 @@ class _Meeting:
             return f"cannot connect ({error.strerror or error}): start that node"
         if not _is_store(host, port):
             return "another program listens there: free the port, or set another"
-        return f"some of the {self._nodes} nodes (NNODES) have not started"
+        return (
+            f"some of the {self._nodes} nodes (NNODES) have not started, or have another dump_folder: "
+            "set the same RDZV_ID on all nodes then"
+        )
 
     def _stop(self, number: signal.Signals) -> NoReturn:
-        self._say(stopped(number, "nothing, no process was started"))
+        self._say(train.stopped(number, "nothing, no process was started"))
         os._exit(128 + number)
 
     def _say(self, line: str) -> None:

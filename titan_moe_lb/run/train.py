@@ -25,7 +25,6 @@ if __name__ == "__main__":  # before the slow imports
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
-from torchtitan.components.metrics import BaseLogger
 from torchtitan.config.override import derive
 from torchtitan.observability import structured_logger
 from torchtitan.trainer import Trainer
@@ -36,12 +35,12 @@ from titan_moe_lb.parallel import single_process
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.run import dry_run, environment
 from titan_moe_lb.run.console import cause, rank_log, saved, summary
-from titan_moe_lb.run.console.signals import ended_by
+from titan_moe_lb.run.console.signals import die_of, ended_by
 from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.terminal.heartbeat import Heartbeat
 from titan_moe_lb.upstream import cpu, finite_data, zero_bubble
 
-_CLOSING_SECONDS = 5.0
+CLOSING_SECONDS = 5
 """Longest wait for TensorBoard and W&B once a signal has ended a run."""
 
 
@@ -103,7 +102,7 @@ def run(job: Job, *, alone: bool = False) -> None:
     Args:
         job: the job; it is adapted to this machine, in place.
         alone: there is no launcher. This process has already claimed the run's folder, and
-            reports signals itself.
+            reports signals on the console.
     """
     config = job.config
     cpu.prepare()
@@ -131,13 +130,13 @@ class _Rank:
         self._log = rank_log.folder_of(job.config.dump_folder) / f"rank{self._rank}.log"
         self._errors = rank_log.divert_errors(self._log)
         self._trainer: Trainer | None = None
+        self._is_stopped = threading.Event()
 
     def train(self) -> None:
         shown = summary.ranks_shown(self._job)
         is_shown = self._rank in shown
         with contextlib.ExitStack() as stack:
-            if self._alone:
-                stack.enter_context(ended_by(self._stop))
+            stack.enter_context(ended_by(self._stop))
             waits = Heartbeat(_say, self._first_step_takes)
             rank_log.begin(
                 shown=is_shown,
@@ -187,27 +186,31 @@ class _Rank:
         found = cause.of_error(error, self._job, at_start=at_start)
         with contextlib.suppress(OSError):  # the disk of the log may be full
             traceback.print_exception(error)
+        if self._is_stopped.is_set():  # the ranks that have stopped already are missed here
+            threading.Event().wait()
         if not cause.tell_launcher(found):
             self._last_word(f"error: {found.sentence(self._saved(), self._log)}")
         _leave(found.status)
 
     def _stop(self, number: signal.Signals) -> NoReturn:
+        self._is_stopped.set()
         self._close_sinks()
-        self._last_word(stopped(number, self._saved()))
-        _leave(128 + number)
+        if self._alone:
+            self._last_word(stopped(number, self._saved()))
+            _leave(128 + number)
+        die_of(number)
 
     def _close_sinks(self) -> None:
         """Let TensorBoard and W&B write the last steps, which they buffer.
 
-        A daemon thread closes them, because a sink may wait for the network. The main thread still
-        trains: what it logs from here on would open them again, or fail.
+        A daemon thread closes them, because a sink may wait for the network.
         """
         if self._trainer is not None:
             processor = self._trainer.metrics_processor
-            sinks, processor.logger = processor.logger, BaseLogger()
-            closing = threading.Thread(target=sinks.close, daemon=True)
+            stop = getattr(processor, "stop", processor.close)  # torchtitan's own has none
+            closing = threading.Thread(target=stop, daemon=True)
             closing.start()
-            closing.join(_CLOSING_SECONDS)
+            closing.join(CLOSING_SECONDS)
 
     def _saved(self) -> str:
         return saved.in_words(self._config, self._begun)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
@@ -78,6 +79,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
             pp_schedule=pp_schedule,
             **kwargs,
         )
+        self._writing = threading.RLock()
         self._groups = RankGroups.of(parallel_dims)
         self._trace: TraceWriter | None = None
         self._domains: DomainTraceWriter | None = None
@@ -110,7 +112,8 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         """
         assert self.model_parts is not None
         if self._routing is not None and step in self.config.record_routing_steps:
-            self._record_routing(step, routers_of(self.model_parts))
+            with self._writing:
+                self._record_routing(step, routers_of(self.model_parts))
         if not super().should_log(step):
             return
         metrics: dict[str, float] = {}
@@ -127,34 +130,45 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
                 logger.warning(
                     f"step {step} had no valid token: aux losses and expert bias stay as they were"
                 )
+        with self._writing:
             if self._trace is not None:
                 learning = self._learning(float(global_avg_loss), float(grad_norm))
                 load = replace(load, step_columns=load.step_columns | learning)
                 self._trace.write(step, load)
-        super().log(
-            step,
-            global_avg_loss,
-            global_max_loss,
-            grad_norm,
-            extra_metrics={**(extra_metrics or {}), **metrics},
-        )
-        if metrics:
-            losses = [column.name for column in columns if column.is_aux_loss]
-            logger.info(console_line(step, metrics, losses, self.color))
+            super().log(
+                step,
+                global_avg_loss,
+                global_max_loss,
+                grad_norm,
+                extra_metrics={**(extra_metrics or {}), **metrics},
+            )
+            if metrics:
+                losses = [column.name for column in columns if column.is_aux_loss]
+                logger.info(console_line(step, metrics, losses, self.color))
 
     def log_domains(self, loads: dict[str, DomainLoad], step: int) -> None:
         """Log a validation on several domains, and record it in ``domains.arrow``."""
-        if self._domains is not None:
-            self._domains.write(step, loads)
         mean = sum(load.loss for load in loads.values()) / len(loads)
-        self.log_validation(loss=mean, step=step, extra_metrics=domain_metrics(loads))
+        with self._writing:
+            if self._domains is not None:
+                self._domains.write(step, loads)
+            self.log_validation(loss=mean, step=step, extra_metrics=domain_metrics(loads))
+
+    def stop(self) -> None:
+        """Close from another thread than the one that logs, for good.
+
+        What that thread is writing is finished. It waits when it logs the next step.
+        """
+        self._writing.acquire()
+        self.close()
 
     def close(self) -> None:
         """Close the traces as well."""
-        for writer in (self._trace, self._domains, self._routing):
-            if writer is not None:
-                writer.close()
-        super().close()
+        with self._writing:
+            for writer in (self._trace, self._domains, self._routing):
+                if writer is not None:
+                    writer.close()
+            super().close()
 
     def _learning(self, loss: float, grad_norm: float) -> dict[str, float]:
         """Compute the columns of :data:`LEARNING`, on the rank that has the loss.

@@ -3,8 +3,8 @@
 1. **TOML.** ``[[model.aux_losses]] type = "sequence_wise", weight = 1e-4`` becomes a
    ``SequenceWiseAuxLoss.Config``. :meth:`Component.__init_subclass__` has added the class to
    ``kinds`` by its ``type_name``, so a user's own loss needs no registration.
-2. **Config.** :meth:`AuxLoss.Config.bind` fills in E and K of the router and ``local_batch_size``
-   of the job, before the model is built. Each router builds its own loss.
+2. **Config.** ``LoadBalancedRouter.Config.bind`` fills in E and K of the router and
+   ``local_batch_size`` of the job, before the model is built. Each router builds its own loss.
 3. **Divisor.** torchtitan 0.3.0 sums gradients over data-parallel ranks, accumulation steps and
    pipeline micro-batches, and does not divide them. A mean over the G rows of a global batch is
    therefore the sum over the rows of each micro-batch divided by G, however the batch is cut:
@@ -96,7 +96,7 @@ class AuxLoss(Component):
 
         local_batch_size: int | None = None
         """Rows of a data-parallel rank in an accumulation step, which normalize the loss. Filled by
-        :meth:`bind`; None in a training loop that announces its rows."""
+        the router's ``bind``; None in a training loop that announces its rows."""
 
         @property
         def documents(self) -> int | None:
@@ -116,12 +116,9 @@ class AuxLoss(Component):
                 )
             check_changes("aux loss", self.changes)
 
-        def bind(
-            self, *, num_experts: int, top_k: int, local_batch_size: int | None = None
-        ) -> None:
-            """Fill in the numbers of the router and of the job."""
+        def bind(self, *, num_experts: int, top_k: int) -> None:
+            """Fill in the numbers of the router."""
             self.num_experts, self.top_k = num_experts, top_k
-            self.local_batch_size = local_batch_size
 
     def __init__(self, config: Config) -> None:
         super().__init__()

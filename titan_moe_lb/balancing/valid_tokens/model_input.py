@@ -26,7 +26,8 @@ def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGro
 
     torchtitan passes what a data loader adds to ``input`` to every pipeline stage, as arguments of
     the model, with whole rows on every rank. The hook removes our arguments. In a user's loop, call
-    ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid.
+    ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid. In a copy of the part,
+    which has the same hook, it sets nothing.
 
     Args:
         part: model part.
@@ -36,8 +37,10 @@ def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGro
     """
     needed = any(router.needs_tokens for router in routers)
 
-    def hook(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def hook(called: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         valid, documents = kwargs.pop(VALID_TOKENS, None), kwargs.pop(DOCUMENT_IDS, None)
+        if called is not part:
+            return args, kwargs
         learns = part.training and torch.is_grad_enabled()
         masked = learns and not (valid is None and documents is None)
         if masked and routers and not needed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.run.console.cause import Cause
 
 _BEAT = 1.0
@@ -28,6 +30,11 @@ _SUSPICION = 10.0
 _GRACE = 6.0
 """Seconds for this node to end by itself, after a failed collective or a signal to all nodes."""
 _FAILED = "failed"
+
+
+def _store(process: dict[str, str]) -> Store:
+    host, port = process["MASTER_ADDR"], int(process["MASTER_PORT"])
+    return PrefixStore("peers", TCPStore(host, port, wait_for_workers=False))
 
 
 class Peers:
@@ -57,15 +64,30 @@ class Peers:
     def __exit__(self, *exception: object) -> None:
         self._over.set()
 
-    def meet(self, process: dict[str, str]) -> None:
-        """Start to watch the other nodes.
+    def meet(self, process: dict[str, str], run: str) -> str:
+        """Agree on the name of the run, and start to watch the other nodes.
 
         Args:
             process: the environment of the first process of this node, as torchrun sets it.
+            run: name that no other launcher has.
+
+        Returns:
+            The name of the launcher that came first.
+
+        Raises:
+            JobError: a launcher with the number of this node came before.
         """
+        node, store = process["GROUP_RANK"], _store(process)
+        if store.compare_set(f"launcher {node}", "", run) != run.encode():
+            raise JobError(
+                f"NODE_RANK={node} is taken at RDZV_ENDPOINT={os.environ.get('RDZV_ENDPOINT')}: give each "
+                "node its own NODE_RANK, and each run its own RDZV_ENDPOINT or RDZV_ID"
+            )
+        name = store.compare_set("run", "", run).decode()
         # Two threads: on a dead link, an operation of the store never returns.
         threading.Thread(target=self._exchange, args=(process,), daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
+        return name
 
     def tell(self, cause: Cause) -> None:
         """Report to the other nodes why this one ends, and wait until they can have read it."""
@@ -94,8 +116,7 @@ class Peers:
         node, nodes = int(process["GROUP_RANK"]), int(process["GROUP_WORLD_SIZE"])
         watched = range(1, nodes) if node == 0 else range(1)
         with contextlib.suppress(DistError):
-            host, port = process["MASTER_ADDR"], int(process["MASTER_PORT"])
-            store = PrefixStore("peers", TCPStore(host, port, wait_for_workers=False))
+            store = _store(process)
             self._names[node] = f"node {node} (from rank {process['RANK']}, {socket.gethostname()})"
             store.set(f"name {node}", self._names[node])
             for other in watched:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import select
+import ctypes
+import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SAME = 1.0
+"""Seconds in which signals count as one: a scheduler signals the launcher and its ranks."""
 
 
 def heeded() -> list[signal.Signals]:
@@ -20,7 +25,7 @@ def heeded() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def ended_by(end: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call ``end`` in a separate thread when one of :func:`heeded` arrives.
+    """Call ``end`` in a separate thread when one of :func:`heeded` arrives; a second one kills.
 
     Python runs its handlers in the main thread, and only after that returns from C++. It may
     be compiling, or waiting in a collective or for another node.
@@ -47,10 +52,24 @@ def _heard(number: int, frame: FrameType | None) -> None:
 
 
 def _listen(reader: socket.socket, end: Callable[[signal.Signals], None]) -> None:
-    while True:
-        select.select([reader], [], [])
-        told = reader.recv(1)
-        if not told:
-            return
-        if told[0] in ENDING:
-            end(signal.Signals(told[0]))
+    ending: threading.Thread | None = None
+    begun = 0.0
+    while told := reader.recv(1):
+        if told[0] not in ENDING:
+            continue
+        number = signal.Signals(told[0])
+        if ending is None:
+            begun = time.monotonic()
+            ending = threading.Thread(target=end, args=(number,), daemon=True)
+            ending.start()
+        elif time.monotonic() - begun > _SAME:
+            die_of(number)
+    if ending is not None:  # the main thread came to its own end meanwhile
+        ending.join()
+
+
+def die_of(number: signal.Signals) -> NoReturn:
+    """End this process by a signal, which its launcher then sees, from any thread."""
+    ctypes.CDLL(None).signal(number, None)  # Python sets handlers in the main thread alone
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # where the signal is blocked
