@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed import _functional_collectives
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as _wrapper
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
 
 all_reduce = _functional_collectives.all_reduce
@@ -44,6 +43,7 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def forget_meshes() -> None:
     """Drop what spmd_types and DTensor have cached about a destroyed process group."""
     import spmd_types._mesh_axis
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # slow: torch's profilers
 
     spmd_types._mesh_axis._reset()
     _clear_sharding_prop_cache()
