@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 
-from torchtitan.distributed import pipeline_parallel
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
 from titan_moe_lb.resolved_job import Job
+from titan_moe_lb.upstream.pipeline_stages import all_modules, modules_of_stages
 
 _A_STAGE_A_RANK = ("1F1B", "GPipe")
 _TWO_STAGES_A_RANK = ("ZBVZeroBubble", "DualPipeV")
@@ -128,24 +128,15 @@ def _stages(job: Job) -> list[list[str]]:
     if parallelism.module_fqns_per_model_part is not None:
         return _by_hand(parallelism.module_fqns_per_model_part, len(spec.model.layers))
     try:
-        stages, layers, *weights = pipeline_parallel._get_pipeline_metadata(
-            job.layout, parallelism, spec.model
-        )
-        if stages <= layers + sum(weights):
-            return pipeline_parallel._generate_llm_fqn_per_model_part(stages, layers, *weights)
+        return modules_of_stages(job.layout, parallelism, spec.model)
     except ValueError as error:
         raise JobError(f"parallelism: {' '.join(str(error).split())}") from None
-    raise JobError(
-        f"parallelism.pipeline_parallel_degree {ranks} with the "
-        f"{parallelism.pipeline_parallel_schedule} schedule makes {stages} stages of a model of "
-        f"{layers} layers: use a smaller degree or a deeper model"
-    )
 
 
 def _by_hand(stages: list[list[str]], num_layers: int) -> list[list[str]]:
     """Check the user's own stages; torchtitan drops modules that no stage names."""
     key = "parallelism.module_fqns_per_model_part"
-    (modules,) = pipeline_parallel._generate_llm_fqn_per_model_part(1, num_layers)
+    modules = all_modules(num_layers)
     places: dict[str, int] = {}
     for number, names in enumerate(stages, start=1):
         for name in names:

@@ -51,7 +51,7 @@ def make_plan(flags: PlanArguments) -> Plan:
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
 
     inputs = Inputs.of(flags, IMBALANCES)
-    with silent_build(), heartbeat("building one rank of each pipeline position"):
+    with silent_build(), heartbeat("building one rank of each kind of pipeline position"):
         by_degree = _jobs(inputs)
         moe_layers = moe_layers_of(next(iter(by_degree.values())).config.model_spec)
         # Check everything before the ranks are built, which takes minutes for a large model.
@@ -115,7 +115,7 @@ def _jobs(inputs: Inputs) -> dict[int, Job]:
 def _read_jobs(inputs: Inputs, jobs: list[Job]) -> list[JobModel]:
     """Read the job at every degree.
 
-    All pipeline ranks are built at the first degree, and only the heaviest ones at the others.
+    All pipeline ranks are read at the first degree, and only the heaviest ones at the others.
     """
     from titan_moe_lb.costmodel.jobs.read_job import read_job
 

@@ -1,13 +1,15 @@
 """Sizes of a job, read from torchtitan's own model and pipeline.
 
-torchtitan's pipelining and parallelizing functions build one rank of each pipeline position,
-on the meta device inside a fake process group. No size is written twice, and no memory is
-allocated.
+torchtitan's pipelining and parallelizing functions build one rank of each kind of pipeline
+position, on the meta device inside a fake process group. No size is written twice, and no memory
+is allocated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+from torchtitan.protocols.module import Module
 from torchtitan.tools.utils import set_default_dtype
 
 from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
 from titan_moe_lb.costmodel.jobs.fake_rank import build_parts, fake_rank, rank_state
+from titan_moe_lb.costmodel.jobs.pipeline_positions import positions_of
 from titan_moe_lb.costmodel.jobs.read_block import BlockReader
 from titan_moe_lb.costmodel.times.job import Head, JobModel, RankState, Stage
 from titan_moe_lb.costmodel.times.layer import MoELayer
@@ -43,7 +47,7 @@ def read_job(
 
     Args:
         job: the resolved job. Its config is modified, so it cannot be used again.
-        pipeline_ranks: pipeline ranks to build; default: all of them.
+        pipeline_ranks: pipeline ranks to read; default: all of them.
         stages: stages of the same job at another expert-parallel degree, which does not change
             them. Required if ``pipeline_ranks`` leaves some out.
         on_host: plan for a host as the device.
@@ -56,22 +60,30 @@ def read_job(
     if cpu.needed():
         cpu.adapt(config)
     config.compile.enable = False
-    spec = config.model_spec
-    numbers = layer_numbers(spec.model)
-    moe_layers, model = meta_model(job, TORCH_DTYPE_MAP[config.training.dtype])
-    attention_flops = _attention_flops(config, model)
+    spec, dtype = config.model_spec, TORCH_DTYPE_MAP[config.training.dtype]
+    moe_layers = bind(job)
+    numbers, loss_bytes = layer_numbers(spec.model), _loss_bytes(config, layout.tp)
     reader = BlockReader(tp_degree=layout.tp, seq_len=cut.seq_len, on_host=on_host)
-    loss_bytes = _loss_bytes(config, layout.tp)
+    positions = positions_of(job)
     found: dict[int, Stage] = {}
     states: dict[int, RankState] = {}
     schedule: Schedule = {}
-    for position in range(layout.pp) if pipeline_ranks is None else pipeline_ranks:
-        rank = position * (layout.world_size // layout.pp)
+    for number in range(layout.pp) if pipeline_ranks is None else pipeline_ranks:
+        rank, position = number * (layout.world_size // layout.pp), positions[number]
+        twin = next((other for other in states if positions[other].kind == position.kind), None)
+        if twin is not None:
+            states[number] = dataclasses.replace(states[twin], rank=rank)
+            if not stages:
+                found |= position.stages_like(positions[twin], found)
+            continue
+        model = meta_model(spec.model, dtype, position.layers)
+        attention_flops = _attention_flops(config, model)
         with fake_rank(rank, layout.world_size):
-            schedule, parts = build_parts(config, model, position)
-            states[position] = rank_state(rank, job, list(parts.values()))
-            for index, part in parts.items():
-                found[index] = _stage(part, numbers, attention_flops, reader, loss_bytes)
+            schedule, parts = build_parts(config, model, number)
+            states[number] = rank_state(rank, job, list(parts.values()))
+            if not stages:
+                for index, part in parts.items():
+                    found[index] = _stage(part, numbers, attention_flops, reader, loss_bytes)
     return JobModel(
         model_name=spec.name,
         flavor=spec.flavor,
@@ -95,15 +107,14 @@ def read_job(
     )
 
 
-def meta_model(job: Job, dtype: torch.dtype) -> tuple[dict[int, MoELayer], Any]:
-    """Build the job's model on the meta device and read its MoE layers.
+def bind(job: Job) -> dict[int, MoELayer]:
+    """Fill in the job's model, as torchtitan does before it builds it, and read its MoE layers.
 
     Args:
         job: the resolved job. Its config is modified.
-        dtype: dtype of the parameters.
 
     Returns:
-        MoE layers by number in the whole model, and the whole model.
+        MoE layers by number in the whole model.
 
     Raises:
         JobError: the model has no MoE layers.
@@ -111,9 +122,39 @@ def meta_model(job: Job, dtype: torch.dtype) -> tuple[dict[int, MoELayer], Any]:
     spec = job.config.model_spec
     job.bind()
     spec.model.update_from_config(config=job.config)
-    moe_layers = moe_layers_of(spec)
-    with torch.device("meta"), set_default_dtype(dtype):
-        return moe_layers, spec.model.build()
+    return moe_layers_of(spec)
+
+
+def meta_model(model: Any, dtype: torch.dtype, layers: set[int] | None = None) -> Any:
+    """Build a model on the meta device.
+
+    Args:
+        model: the model config.
+        dtype: dtype of the parameters.
+        layers: numbers of the decoder layers to build; None: all. The others are empty modules.
+    """
+    whole = model.layers
+    # The built model refers to this list: pipelining copies it with every stage.
+    model.layers = [
+        layer if layers is None or number in layers else _Empty.Config()
+        for number, layer in enumerate(whole)
+    ]
+    try:
+        with torch.device("meta"), set_default_dtype(dtype):
+            return model.build()
+    finally:
+        model.layers = whole
+
+
+class _Empty(Module):
+    """Decoder layer of another pipeline rank."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """No settings."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
 
 
 def moe_layers_of(spec: Any) -> dict[int, MoELayer]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
-from titan_moe_lb.costmodel.jobs.read_job import meta_model
+from titan_moe_lb.costmodel.jobs.read_job import bind, meta_model
 from titan_moe_lb.costmodel.times.kv_cache import KVCache
 from titan_moe_lb.costmodel.times.served_model import ServedLayer, ServedModel
 from titan_moe_lb.errors import JobError
@@ -27,7 +27,8 @@ def read_served(job: Job) -> ServedModel:
     """
     spec = job.config.model_spec
     numbers = layer_numbers(spec.model)
-    moe_layers, model = meta_model(job, torch.bfloat16)
+    moe_layers = bind(job)
+    model = meta_model(spec.model, torch.bfloat16)
     blocks = {f"layers.{name}": block for name, block in model.layers.named_children()}
     layers = [
         ServedLayer(
