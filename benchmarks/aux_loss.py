@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import tyro
 
+from benchmarks.device_time import copy_bandwidth, device_name, interleaved
 from titan_moe_lb.upstream import cpu
 
 if cpu.needed():
@@ -87,19 +87,14 @@ def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> 
     dim = arguments.dim
     x = torch.randn(SEQUENCES, tokens // SEQUENCES, dim, device=device, requires_grad=True)
     variants = _variants(num_experts, top_k, dim, device)
-    for run in variants.values():  # warm up
-        _step(run, x)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(arguments.repeats):
-        for name, run in variants.items():
-            _synchronize(device)
-            started = time.perf_counter()
-            _step(run, x)
-            _synchronize(device)
-            seconds[name].append(time.perf_counter() - started)
+    seconds = interleaved(
+        {name: lambda run=run: _step(run, x) for name, run in variants.items()},
+        arguments.repeats,
+        device,
+    )
     bare = seconds["bare"]
     row = {
-        "device": _device_name(device),
+        "device": device_name(device),
         "shape": {"tokens": tokens, "experts": num_experts, "top_k": top_k, "dim": dim},
         "bare_ms": statistics.median(bare) * 1e3,
         "bare_spread_percent": _spread(bare),
@@ -110,7 +105,7 @@ def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> 
     }
     saved = {name: _saved_bytes(run, x) for name, run in variants.items()}
     if device.type == "cuda":
-        bound = _least_bytes(tokens, num_experts, top_k, dim) / _copy_bandwidth(device)
+        bound = _least_bytes(tokens, num_experts, top_k, dim) / copy_bandwidth(device)
         peaks = {name: _peak_bytes(run, x) for name, run in variants.items()}
         row["bandwidth_bound_percent"] = {
             name: bound / statistics.median(samples) * 100 for name, samples in seconds.items()
@@ -244,34 +239,9 @@ def _least_bytes(tokens: int, num_experts: int, top_k: int, dim: int) -> int:
     return 4 * (inputs + weight + scores + selected) + 8 * ids
 
 
-def _copy_bandwidth(device: torch.device) -> float:
-    """Bandwidth of a large copy in bytes/s, reads and writes together."""
-    source = torch.empty(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(11):
-        _synchronize(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        _synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * source.numel() / statistics.median(seconds[1:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _spread(samples: list[float]) -> float:
     low, _, high = statistics.quantiles(samples, n=4)
     return (high - low) / statistics.median(samples) * 100
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
 
 
 def _markdown(row: dict) -> str:

@@ -2,13 +2,15 @@
 
     python -m benchmarks.gpu [--quick] [--output gpu]
 
-Writes ``gpu.json`` and ``gpu.html``. Without a GPU, some parts run on the host and the others are
-reported as skipped. If a part fails, the others still run, and the exit status is 1.
+Writes ``gpu.json`` and ``gpu.html``, within eight minutes. Without a GPU, some parts run on the host and
+the others are reported as skipped. The first part needs torch alone; without torchtitan the others are
+skipped, too. If a part fails, the others still run, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -33,6 +35,8 @@ LAYOUTS = (
     "dp_shard=8,ep=8",
 )
 """Layouts of the parity tests over NCCL. A layout with more ranks than GPUs is skipped."""
+LIMIT_SECONDS = 460.0
+"""Time of all parts together, which leaves some of the eight minutes to start and to write."""
 _SHOWN = 4000
 """Most characters of a part's output that the page shows."""
 
@@ -54,23 +58,43 @@ class Part:
     name: str
     command: list[str]
     needs_gpus: int = 0
+    needs_torchtitan: bool = True
     outcome: str = ""
-    """"passed", "failed", or the reason why it was skipped."""
+    """"passed", "failed", "stopped", or the reason why it was skipped."""
     seconds: float = 0.0
     results: list[Any] = field(default_factory=list)
     """Parsed lines of JSON from its output."""
     said: str = ""
     """End of its other output."""
 
-    def run(self, gpus: int) -> None:
-        """Run the part and store its results; skip it if there are too few GPUs."""
+    def run(self, gpus: int, seconds_left: float) -> None:
+        """Run the part and store its results; skip it if something that it needs is missing.
+
+        Args:
+            gpus: GPUs of this machine.
+            seconds_left: time after which the part is stopped.
+        """
         if gpus < self.needs_gpus:
             self.outcome = f"skipped: needs {self.needs_gpus} GPU(s), {gpus} are here"
             return
+        if self.needs_torchtitan and importlib.util.find_spec("torchtitan") is None:
+            self.outcome = "skipped: torchtitan is not installed"
+            return
+        if seconds_left <= 0:
+            self.outcome = "skipped: no time is left"
+            return
         begun = time.monotonic()
-        ended = subprocess.run(
-            [sys.executable, "-m", *self.command], capture_output=True, text=True
-        )
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-m", *self.command],
+                capture_output=True,
+                text=True,
+                timeout=seconds_left,
+            )
+        except subprocess.TimeoutExpired:
+            self.seconds = time.monotonic() - begun
+            self.outcome = f"stopped after {self.seconds:.0f} s"
+            return
         self.seconds = time.monotonic() - begun
         self.outcome = "failed" if ended.returncode else "passed"
         rest = []
@@ -89,7 +113,14 @@ def parts(quick: bool, gpus: int) -> list[Part]:
     few = quick or not gpus
     graph = "tests/telemetry/test_telemetry.py::test_a_cuda_graph_records_in_every_replay"
     repeats, steps = ("2", "2") if few else ("50", "30")
+    tiny = ["--tokens", "256", "--experts", "16", "--top-k", "2", "--layers", "4"]
     return [
+        Part(
+            "loss, record, step end and graph replay, torch alone",
+            ["benchmarks.torch_alone", "--device", device, "--repeats", repeats]
+            + (tiny if few else []),
+            needs_torchtitan=False,
+        ),
         Part("a CUDA graph records in every replay", ["pytest", "--device=cuda", graph], 1),
         Part(
             "cost of a loss, and its share of the bandwidth bound",
@@ -167,8 +198,9 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     here = machine()
     tried = parts(arguments.quick, len(here["gpus"]))
+    end = time.monotonic() + LIMIT_SECONDS
     for part in tried:
-        part.run(len(here["gpus"]))
+        part.run(len(here["gpus"]), end - time.monotonic())
         print(f"{part.outcome:44} {part.name}", flush=True)
     tables = [dataclasses.asdict(part) for part in tried]
     json_file, page = (arguments.output.with_suffix(end) for end in (".json", ".html"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +125,41 @@ def test_the_formulas_pass_their_tests_under_torch_alone():
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert " passed" in ended.stdout and "failed" not in ended.stdout
+
+
+def without_torchtitan(folder: Path) -> dict[str, str]:
+    """Environment of processes, and of their own ones, that find no torchtitan and no spmd_types."""
+    refused = 'sys.modules["torchtitan"] = sys.modules["spmd_types"] = None'
+    (folder / "sitecustomize.py").write_text(f"import sys\n{refused}\n")
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_one_command_gives_first_figures_under_torch_alone(tmp_path):
+    """The whole command ends on a host without torchtitan, and what needs it is skipped."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--output", str(tmp_path / "gpu")]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=without_torchtitan(tmp_path), capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    first, *others = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert first["outcome"] == "passed", first
+    assert all(part["outcome"].startswith("skipped") for part in others), others
+    assert "torchtitan is not installed" in {part["outcome"].partition(": ")[2] for part in others}
+    figures = {row["part"]: row for row in first["results"]}
+    assert list(figures) == ["device", "loss", "record", "step_end", "graph_replay"]
+    assert figures["loss"]["gradient_error"] < 1e-6
+    assert "CUDA" in figures["graph_replay"]["skipped"]
+    for part in ("loss", "record", "step_end"):
+        assert all(ms > 0 for ms in figures[part]["ms"].values())
+
+
+def test_a_part_ends_when_the_time_is_over():
+    part = gpu.Part("waits", ["timeit", "-n1", "-r1", "import time; time.sleep(60)"])
+    part.run(0, 1.0)
+    assert part.outcome.startswith("stopped") and part.seconds < 30
+    late = gpu.Part("late", ["platform"])
+    late.run(0, 0.0)
+    assert late.outcome.startswith("skipped") and not late.seconds
 
 
 def test_what_a_host_skips_is_said_and_the_rest_is_written(tmp_path, monkeypatch, capsys):

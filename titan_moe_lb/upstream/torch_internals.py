@@ -1,4 +1,4 @@
-"""Public names for private ones of torch 2.14 and spmd_types, which newer versions may move."""
+"""Public names for private ones of torch 2.14, which newer versions may move. Torch alone."""
 
 from __future__ import annotations
 
@@ -38,12 +38,3 @@ def compiler_backends() -> list[str]:
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     """Return the dict in which the module keeps its buffers."""
     return module._buffers
-
-
-def forget_meshes() -> None:
-    """Drop what spmd_types and DTensor have cached about a destroyed process group."""
-    import spmd_types._mesh_axis
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # slow: torch's profilers
-
-    spmd_types._mesh_axis._reset()
-    _clear_sharding_prop_cache()

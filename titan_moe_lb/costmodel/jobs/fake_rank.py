@@ -19,7 +19,7 @@ from titan_moe_lb.parallel import single_process
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.parallel.schedules import Schedule, actions_of, stages_of
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.upstream.torch_internals import forget_meshes
+from titan_moe_lb.upstream.mesh_caches import forget_meshes
 
 
 @contextmanager
