@@ -139,6 +139,16 @@ def test_capacity_of_a_run(planned):
     assert (some["drop_share"], some["capacity_factor"]) == (0.02, pytest.approx(1.1))
     balance = found["degrees"][0]["balance"]
     assert balance["memory_bytes"] < some["memory_bytes"] < never["memory_bytes"]
+    # In DistMoE's words: one micro-batch of ten overruns every factor below 1.5.
+    loads = steps(*[EVEN] * 19, HOT_01)
+    for share, factor in ((0.05, 1.5), (0.1, 1.0)):
+        found = planned(steps(*[EVEN] * 20), loads, f"--drop-share={share}")
+        none, row = found["degrees"][0]["overruns"]
+        assert none["scratch_capacity_factor"] == pytest.approx(1.5)
+        assert (row["overrun_share"], row["micro_batches"]) == (share, 10)
+        assert row["scratch_capacity_factor"] == pytest.approx(factor)
+        assert row["activation_slot_capacity_factor"] == pytest.approx(factor)
+        assert row["worst_capacity_factor"] == pytest.approx(2 * 2 / 2)
 
 
 def test_log_normal_loads(ranks, tmp_path):

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from titan_moe_lb.costmodel.loads.lognormal import Overload, fitted_sigma, lognormal_loads
 from titan_moe_lb.costmodel.loads.recorded import MOST_LOADS, RecordedLoads
 from titan_moe_lb.costmodel.times.layer import MoELayer
-from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
+from titan_moe_lb.traces.capacity import (
+    capacity_factor,
+    non_blocking_capacity_factor,
+    overrun_factor,
+    worst_capacity_factor,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,6 +36,38 @@ def test_capacity_drops_what_it_may_and_no_smaller_one_does(rows, share):
     assert factor == 0 or dropped(factor * (1 - 1e-6)) > share - 1e-9
     if share == 0:
         assert factor == (received_MR / received_MR.mean(axis=1, keepdims=True)).max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=16, max_size=16), min_size=1, max_size=30),
+    st.sampled_from([0.0, 0.1, 0.34, 0.5]),
+    st.sampled_from([None, (0, 0), (0, 1)]),
+)
+def test_overruns_are_counted_one_by_one(rows, share, stages):
+    """Two layers and 8 ranks; a micro-batch overruns where a rank's buffer is too small."""
+    received_NMR = np.array(rows).reshape(-1, 2, 8).transpose(1, 0, 2)
+    received_NMR[..., 0] += 1
+
+    def overruns(factor: float) -> float:
+        found = 0
+        for m in range(received_NMR.shape[1]):
+            layers = [received_NMR[0, m], received_NMR[1, m]]
+            buffers = [layers[0] + layers[1]] if stages == (0, 0) else layers
+            found += any(one.max() > factor * (one.sum() / 8) * (1 + 1e-12) for one in buffers)
+        return found / received_NMR.shape[1]
+
+    factor = overrun_factor(received_NMR, share, stages)
+    assert overruns(factor) <= share + 1e-12
+    assert factor == 1 or overruns(factor * (1 - 1e-9)) > share - 1e-12
+    if share == 0:
+        assert overruns(factor) == 0
+
+
+def test_overruns_of_nothing_and_the_worst_case():
+    assert overrun_factor(np.zeros((2, 3, 4), dtype=np.int64)) == 1.0
+    assert worst_capacity_factor(num_experts=256, top_k=8, ep_degree=8) == 8
+    assert worst_capacity_factor(num_experts=256, top_k=8, ep_degree=64) == 64 * 4 / 8
 
 
 def test_capacity_of_layers_and_of_nothing():

@@ -1,10 +1,14 @@
 """Capacity factor of an expert-parallel rank: the buffer size that a load needs.
 
 The factor is the capacity of a rank over the tokens that it receives at balance, as in
-Megatron's ``moe_expert_rank_capacity_factor``.
+Megatron's ``moe_expert_rank_capacity_factor``. Megatron drops the tokens above it. An overrun of
+DistMoE's ``scratch_capacity_factor``, or of its ``vmm_capacity_factor`` where that is set, ends the
+job.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,4 +43,40 @@ def non_blocking_capacity_factor(
     HybridEP measures capacity as a share of the worst case. There, every token of the group
     chooses as many experts of one rank as possible.
     """
-    return factor * top_k / (ep_degree * min(num_experts // ep_degree, top_k))
+    return factor / worst_capacity_factor(num_experts=num_experts, top_k=top_k, ep_degree=ep_degree)
+
+
+def overrun_factor(
+    received: np.ndarray, share: float = 0.0, stages: Sequence[int] | None = None
+) -> float:
+    """Compute the smallest capacity factor that at most a share of the micro-batches overrun.
+
+    A micro-batch overruns if any rank does, in any layer: DistMoE's ``scratch_capacity_factor`` or
+    ``vmm_capacity_factor``. With ``stages``, the layers of a stage share the capacity: its
+    ``activation_slot_capacity_factor``.
+
+    Args:
+        received: tokens of each rank in each layer and micro-batch ``(N, M, R)``.
+        share: share of the micro-batches that may overrun, in [0, 1); 0 for a factor that none did.
+        stages: pipeline stage of each layer; None for a capacity of each layer alone.
+
+    Returns:
+        Factor in [1, R]; 1 if nothing was routed.
+    """
+    if stages is not None:
+        received = np.stack(
+            [received[np.equal(stages, stage)].sum(axis=0) for stage in sorted(set(stages))]
+        )
+    balanced = received.mean(axis=-1, keepdims=True, dtype=np.float64)
+    factors = np.where(balanced > 0, received / np.where(balanced > 0, balanced, 1.0), 1.0)
+    return exceeded_by(factors.max(axis=(0, -1)), share)
+
+
+def exceeded_by(values: np.ndarray, share: float) -> float:
+    """Return the smallest of the values that at most a share of them exceed."""
+    return float(np.quantile(values, 1 - share, method="inverted_cdf"))
+
+
+def worst_capacity_factor(*, num_experts: int, top_k: int, ep_degree: int) -> float:
+    """Compute the factor that no load overruns: each token sends all that it can to one rank."""
+    return ep_degree * min(num_experts // ep_degree, top_k) / top_k

@@ -38,7 +38,8 @@ class PlanArguments:
     """Slots for copies of hot experts, as in 16,32, to predict the savings of EPLB. Needs
     --from-run."""
     drop_share: float | None = None
-    """Share of the tokens that a capacity factor may drop; default 0.01. Needs --from-run."""
+    """Share of tokens that a capacity may drop, and of micro-batches that may overrun one; default
+    0.01. Needs --from-run."""
     dispatcher: Dispatcher = "standard"
     """standard sends every copy of a token. deepep sends one copy to each node and rank.
     low_latency is standard with all messages started at once, for --serve only."""

@@ -14,6 +14,7 @@ from titan_moe_lb.traces.balance_statistics import (
     num_dead_experts,
     relative_load,
 )
+from titan_moe_lb.traces.capacity import exceeded_by
 from titan_moe_lb.traces.trace import Trace
 
 NUM_LISTED = 8
@@ -45,13 +46,10 @@ def facts(trace: Trace) -> dict[str, str]:
     """Describe layout, steps, batch and balancing of the run, by name."""
     info, steps = trace.info, trace.steps
     resumed = f", resumed at {', '.join(map(str, info.resumed_at))}" if info.resumed_at else ""
-    logged = f"{len(steps)} logged"
-    if trace.is_sample:
-        logged = f"{len(steps)} evenly spread ones of those logged"
     losses = ", ".join(f"{name} × {weight}" for name, weight in info.losses.items())
     return {
         "Layout": info.layout,
-        "Steps": f"{steps[0]} to {steps[-1]}, {logged}{resumed}",
+        "Steps": f"{steps[0]} to {steps[-1]}, {len(steps)} logged{resumed}",
         "Batch": f"{info.global_batch_size} sequences of {info.seq_len} tokens",
         "Aux losses": losses or "none",
         "Expert bias": info.expert_bias or "off",
@@ -74,6 +72,7 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
     average_S = trace.over_steps("avg_overload_factor")
     peak_S = trace.over_steps("max_overload_factor")
     cumulative_S = trace.over_steps("max_cum_overload_factor")
+    slot_S = trace.over_steps("activation_slot_factor")
     loss_S = trace.over_steps("loss")
     return [
         Card(
@@ -98,6 +97,12 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
             "Overload, cumulative",
             number(cumulative_S[-1]),
             f"last step; {_peak(cumulative_S, steps)}",
+        ),
+        Card(
+            "DistMoE scratch / slot",
+            f"{number(peak_S.max())} / {number(slot_S.max())}",
+            "factors that no logged step overran; 1 % of them overran "
+            f"{number(exceeded_by(peak_S, 0.01))} / {number(exceeded_by(slot_S, 0.01))}",
         ),
         Card(
             "Dead experts",

@@ -45,7 +45,9 @@ class RecordedLoads:
         """Sum tokens per expert over steps, ``(M, E)``: the load that experts are placed for."""
         return self.counts_SME[steps].sum(axis=0)
 
-    def micro_batches(self, steps: slice, tokens: float) -> np.ndarray:
+    def micro_batches(
+        self, steps: slice, tokens: float, most: int | None = MOST_LOADS
+    ) -> np.ndarray:
         """Select loads of micro-batches with about this many routed tokens, ``(N, M, E)``.
 
         If the planned micro-batches are larger than the recorded ones, neighbouring ones are
@@ -55,6 +57,7 @@ class RecordedLoads:
         Args:
             steps: steps of the run whose micro-batches are read.
             tokens: tokens x top_k that a layer of the planned job dispatches together.
+            most: number of loads to sample evenly from more; None for all.
         """
         counts = self.micro_batch_counts_SME if self.has_micro_batches else self.counts_SME
         # A resumed run may have micro-batches of its later steps alone.
@@ -64,6 +67,6 @@ class RecordedLoads:
         each = counts[:, 0].sum(axis=-1).mean()
         together = int(np.clip(round(tokens / max(each, 1.0)), 1, len(counts)))
         groups = len(counts) // together
-        chosen = np.unique(np.linspace(0, groups - 1, min(groups, MOST_LOADS)).astype(int))
+        chosen = np.unique(np.linspace(0, groups - 1, min(groups, most or groups)).astype(int))
         grouped = counts[: groups * together].reshape(groups, together, *counts.shape[1:])
         return grouped[chosen].sum(axis=1)

@@ -15,7 +15,12 @@ from titan_moe_lb.costmodel.times.activation import largest_that_fits
 from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.outcome import Outcome, View
 from titan_moe_lb.costmodel.times.placed_experts import label, placed_experts, placements
-from titan_moe_lb.traces.capacity import capacity_factor, non_blocking_capacity_factor
+from titan_moe_lb.traces.capacity import (
+    capacity_factor,
+    non_blocking_capacity_factor,
+    overrun_factor,
+    worst_capacity_factor,
+)
 from titan_moe_lb.traces.expert_order import contiguous
 
 CURVE_POINTS = 17
@@ -75,6 +80,22 @@ class CapacityRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OverrunRow:
+    """DistMoE's capacities that a share of the micro-batches of a run's second half overrun."""
+
+    overrun_share: float
+    """Largest share of the micro-batches that overrun; 0 if none does."""
+    micro_batches: int
+    """Number of recorded micro-batches that were compared."""
+    scratch_capacity_factor: float
+    """Receive buffer of a rank, over its tokens at balance; ``vmm_capacity_factor`` likewise."""
+    activation_slot_capacity_factor: float
+    """Kept tokens of all layers of a stage, over those at balance."""
+    worst_capacity_factor: float
+    """The factor that no load can overrun."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DegreePlan:
     """Plan of a job at one expert-parallel degree."""
 
@@ -91,6 +112,7 @@ class DegreePlan:
     """Imbalances from balance to the worst case, evenly spaced on a logarithmic scale."""
     measured: tuple[MeasuredRow, ...] = ()
     capacity: tuple[CapacityRow, ...] = ()
+    overruns: tuple[OverrunRow, ...] = ()
 
 
 def plan_degree(
@@ -116,7 +138,8 @@ def plan_degree(
         spreads: log-normal loads.
         recorded: loads of a run of the same model.
         redundant_experts: numbers of slots for copies to place the recorded loads with.
-        drop_share: share of the tokens that the second capacity may drop.
+        drop_share: share of the tokens that the second capacity may drop, and of the micro-batches
+            that may overrun it.
 
     Raises:
         JobError: an imbalance or W is outside its range, or the devices do not divide the slots.
@@ -137,12 +160,14 @@ def plan_degree(
 
     measured: list[MeasuredRow] = []
     capacity: list[CapacityRow] = []
+    overruns: list[OverrunRow] = []
     if recorded:
         measured = [
             _measured(view, balance, recorded, *one) for one in placements(redundant_experts)
         ]
     if recorded and recorded.has_micro_batches:
         capacity = [_capacity(view, recorded, share) for share in (0.0, drop_share)]
+        overruns = [_overruns(view, recorded, share) for share in (0.0, drop_share)]
     return DegreePlan(
         ep_degree=job.ep_degree,
         tokens_per_rank=job.tokens_per_rank,
@@ -156,6 +181,7 @@ def plan_degree(
         curve=tuple(row(float(x)) for x in np.geomspace(1.0, view.worst, CURVE_POINTS)),
         measured=tuple(measured),
         capacity=tuple(capacity),
+        overruns=tuple(overruns),
     )
 
 
@@ -231,4 +257,33 @@ def _capacity(view: View, recorded: RecordedLoads, drop_share: float) -> Capacit
         ),
         memory_bytes=memory,
         fits=memory <= view.usable_bytes,
+    )
+
+
+def _overruns(view: View, recorded: RecordedLoads, share: float) -> OverrunRow:
+    layers, degree = view.job.moe_layers, view.job.ep_degree
+    counts_NME = recorded.micro_batches(slice(recorded.half, None), _routed(view), most=None)
+    received_MNR = np.stack(
+        [
+            counts_NME[:, row, : layer.num_experts].reshape(len(counts_NME), degree, -1).sum(-1)
+            for row, layer in enumerate(layers.values())
+        ]
+    )
+    stage_of = {number: i for i, one in enumerate(view.job.stages) for number in one.moe_layers}
+    scratch = overrun_factor(received_MNR, share)
+    if share == 0 and degree == recorded.ep_degree:
+        scratch = max(scratch, recorded.max_overload_factor)
+    return OverrunRow(
+        overrun_share=share,
+        micro_batches=len(counts_NME),
+        scratch_capacity_factor=scratch,
+        activation_slot_capacity_factor=overrun_factor(
+            received_MNR, share, [stage_of[number] for number in layers]
+        ),
+        worst_capacity_factor=max(
+            worst_capacity_factor(
+                num_experts=layer.num_experts, top_k=layer.top_k, ep_degree=degree
+            )
+            for layer in layers.values()
+        ),
     )

@@ -1,7 +1,7 @@
 """Metrics of a logged step. To add one to the package, add a module and import it here."""
 
 from titan_moe_lb.telemetry.metrics.base import Metric, Reduction
-from titan_moe_lb.telemetry.metrics.capacity import CapacityFactor
+from titan_moe_lb.telemetry.metrics.capacity import ActivationSlotFactor, CapacityFactor
 from titan_moe_lb.telemetry.metrics.expert_bias import BiasLargestStep, BiasNorm, BiasRange
 from titan_moe_lb.telemetry.metrics.gradients import AuxGradient, MainGradient
 from titan_moe_lb.telemetry.metrics.micro_batch import MicroBatchMaxViolation
@@ -14,6 +14,7 @@ from titan_moe_lb.telemetry.metrics.padding import PaddingShare
 
 __all__ = [
     "AuxGradient",
+    "ActivationSlotFactor",
     "AverageOverload",
     "BiasLargestStep",
     "BiasNorm",

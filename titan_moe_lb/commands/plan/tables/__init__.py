@@ -10,6 +10,7 @@ from titan_moe_lb.commands.plan.tables import (
     capacity,
     every_degree,
     measured_load,
+    overruns,
     placement_age,
 )
 
@@ -18,5 +19,6 @@ TABLES: tuple[Callable[[Plan], Table | None], ...] = (
     measured_load.table,
     placement_age.table,
     capacity.table,
+    overruns.table,
 )
 """Functions that build one table each, or return None if the plan has no data for it."""

@@ -1,0 +1,43 @@
+"""DistMoE's capacities for the loads of a run."""
+
+from __future__ import annotations
+
+from titan_moe_lb.commands.answer.answer import Column, Table
+from titan_moe_lb.commands.answer.words import decimals
+from titan_moe_lb.commands.plan.result import Plan
+
+
+def table(plan: Plan) -> Table | None:
+    """Build the table; None without recorded micro-batches."""
+    if not plan.degrees[0].overruns:
+        return None
+    compared = plan.degrees[0].overruns[0].micro_batches
+    return Table(
+        title="Overruns",
+        columns=(
+            Column(title="EP"),
+            Column(title="overruns", show=lambda share: f"{share:.3g}" if share else "none"),
+            Column(title="scratch or vmm", show=decimals(3)),
+            Column(title="activation slot", show=decimals(3)),
+            Column(title="worst case", show=decimals(3)),
+        ),
+        groups=[
+            [
+                (
+                    degree.ep_degree,
+                    row.overrun_share,
+                    row.scratch_capacity_factor,
+                    row.activation_slot_capacity_factor,
+                    row.worst_capacity_factor,
+                )
+                for row in degree.overruns
+            ]
+            for degree in plan.degrees
+        ],
+        text=[
+            f"DistMoE's factors that none, or this share, of the {compared} recorded micro-batches of "
+            "the run's second half overruns: scratch_capacity_factor, where an overrun is an error "
+            "(with vmm_capacity_factor it goes to host memory, and that factor is the limit), and "
+            "activation_slot_capacity_factor, where an overrun is recomputed"
+        ],
+    )
