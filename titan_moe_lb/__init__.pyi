@@ -62,6 +62,9 @@ from .balancing.forced_routing import (
 from .balancing.forced_routing import (
     ZeroLoad as ZeroLoad,
 )
+from .balancing.freezing import (
+    Freeze as Freeze,
+)
 from .balancing.losses import (
     AuxLoss as AuxLoss,
 )

@@ -132,6 +132,9 @@ def construct(hint: Any, value: Any, where: str, current: Any = None) -> Any:
             (element,) = typing.get_args(member)
             if dataclasses.is_dataclass(element):
                 return _list_of_configs(current or [], element, value, where)
+    for member in members:
+        if dataclasses.is_dataclass(member) and isinstance(value, dict):
+            return build(typing.cast(type, member), value, where)
     if isinstance(current, dict) and isinstance(value, dict):
         # TOML has no tuples; AdamW's betas are one.
         tuples = {key for key, item in current.items() if isinstance(item, tuple)}
@@ -248,6 +251,8 @@ def _describe_member(member: Any) -> str:
         return ("one of " if len(choices) > 1 else "") + ", ".join(choices)
     if _choices([member]):
         return "a table with a type"
+    if dataclasses.is_dataclass(member):
+        return "a table"
     return _NAMES.get(typing.get_origin(member) or member, str(member))
 
 

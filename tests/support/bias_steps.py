@@ -13,7 +13,8 @@ def built(
     top_k: int = 2,
     score_func: str = "sigmoid",
 ) -> ExpertBias:
-    config.bind(num_experts=num_experts, top_k=top_k, score_func=score_func)
+    config.bind(num_experts=num_experts, top_k=top_k)
+    config.score_func = score_func
     return config.build()
 
 

@@ -85,7 +85,11 @@ def built(parallelism: ParallelismConfig | None = None) -> BuiltModel:
 
 def plain_model() -> nn.Module:
     """Build the same model without torchtitan's parallelism."""
-    spec = _spec()
+    return initialised(_spec())
+
+
+def initialised(spec: ModelSpec) -> nn.Module:
+    """Build the model of a spec in float32 from one seed, without torchtitan's parallelism."""
     spec.model.update_from_config(config=SimpleNamespace(parallelism=ParallelismConfig()))
     host = [cpu.DENSE_ATTENTION] if cpu.needed() else []
     apply_overrides(OverrideConfig(imports=[FLOAT32, *host]), spec.model)

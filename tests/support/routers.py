@@ -54,12 +54,14 @@ def router(
     expert_bias: ExpertBias.Config | None = None,
     loop: TrainingLoop | None = None,
     dtype: torch.dtype = torch.float32,
+    frozen: frozenset[str] = frozenset(),
     **options: Any,
 ) -> LoadBalancedRouter:
     """Router with the weights of :func:`upstream_router` and with losses, wired to batches of
     ``ROWS`` rows."""
     config = derive(_config(score_func, **options), LoadBalancedRouter.Config)
     config.aux_losses, config.expert_bias = list(losses), expert_bias
+    config.frozen = frozen
     config.bind()
     if loop is not None:
         config.loop = loop

@@ -25,7 +25,7 @@ from titan_moe_lb.balancing.recording.recomputation import Decisions, save_decis
 from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.parallel.schedules import actions_of, stages_of
 from titan_moe_lb.upstream.stage_ends import make_contiguous
-from titan_moe_lb.upstream.torch_internals import checkpoint_wrapper
+from titan_moe_lb.upstream.torch_internals import CHECKPOINT_PREFIX, checkpoint_wrapper
 
 SAVE = torch.ops.titan_moe_lb.save_decision.default
 
@@ -110,7 +110,7 @@ def saving_decisions(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.
         model = parallelize(model, compile_config=compile_config, ac_config=ac_config, **others)
         # torchtitan 0.3.0 makes new parameters under spmd_types, and all of them learn.
         for name, parameter in model.named_parameters():
-            if name in frozen:
+            if name.replace(CHECKPOINT_PREFIX, "") in frozen:
                 parameter.requires_grad_(False)
         return model
 

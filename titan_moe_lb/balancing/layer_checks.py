@@ -84,7 +84,11 @@ def warn_without_effect(model_parts: list[nn.Module]) -> None:
         trained: list[nn.Parameter] = []
         for module in part.modules():
             trained += [p for p in module.parameters(recurse=False) if p.requires_grad]
-            if isinstance(module, LoadBalancedRouter) and len(module.aux_losses):
+            if (
+                isinstance(module, LoadBalancedRouter)
+                and len(module.aux_losses)
+                and "losses" not in module.config.frozen
+            ):
                 trained += [p for p in module.parameters() if p.requires_grad]
                 if not trained:
                     frozen.append(str(module.layer))

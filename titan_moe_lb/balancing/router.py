@@ -1,8 +1,7 @@
 """Router with losses and a record: a subclass of torchtitan's top-k router.
 
-Shape suffixes as in torchtitan's ``models/common/moe.py``: B = batch, L = local
-tokens of a sequence, D = model dimension, E = experts, K = top_k; S = count sources,
-Q = sequences, which are rows or their documents.
+Shape suffixes as in torchtitan's ``models/common/moe.py``; L = local tokens of a sequence,
+S = count sources, Q = sequences, which are rows or their documents.
 """
 
 from __future__ import annotations
@@ -60,6 +59,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         forced_routing: ForcedRouting.Config | None = None
         """Strategy that replaces the choice by scores, in a benchmark."""
 
+        frozen: frozenset[str] = frozenset()
+        """Parts that do not learn: ``"gate"``, ``"losses"`` (``balancing/freezing.py``)."""
+
         layer: int = 0
         """Number of the router's layer in the whole model."""
 
@@ -78,7 +80,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 loss.bind(**sizes)
                 loss.local_batch_size = rows
             if self.expert_bias is not None:
-                self.expert_bias.bind(**sizes, score_func=self.score_func)
+                self.expert_bias.bind(**sizes)
+                self.expert_bias.score_func = self.score_func
             if self.forced_routing is not None and job is not None:
                 if self.num_expert_groups is not None:
                     self.forced_routing.open_groups = self.num_limited_groups
@@ -93,8 +96,11 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         for index, built in enumerate(losses):
             built.index = index
         self.aux_losses = ModuleDict({loss.type_name: loss for loss in losses})
-        self._of_sums = [loss for loss in losses if isinstance(loss, SumsLoss)]
-        self._of_logits = [loss for loss in losses if isinstance(loss, LogitsLoss)]
+        sums = [loss for loss in losses if isinstance(loss, SumsLoss)]
+        off = "losses" in config.frozen
+        self._counted = [loss for loss in sums if loss.needs_step_counts]
+        self._of_sums = [] if off else sums
+        self._of_logits = [one for one in losses if isinstance(one, LogitsLoss) and not off]
         self.num_documents = max([loss.config.documents or 1 for loss in self._of_sums], default=1)
         """Documents of a row that a loss distinguishes; 1 if every row is one sequence."""
         self.expert_bias = config.expert_bias and config.expert_bias.build()
@@ -115,8 +121,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Buffer for the tokens per expert of forwards that do not learn, int64 ``(E,)``."""
         self.record: RouterRecord | None = None
         self.step_record: StepRecord | None = None
-        self.stage = 0
-        """Pipeline stage of the layer."""
+        self.stage = 0  # pipeline stage of the layer
         self.actions: Sequence[Action] | None = None
         """Actions of its pipeline rank in one pass; None without pipeline parallelism."""
 
@@ -125,16 +130,12 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self._groups = groups
         padded = self.config.loop.padded
         self.needs_tokens = padded or self.num_documents > 1
-        at_step_end = [loss for loss in self._of_sums if loss.needs_step_counts]
         at_once = [loss for loss in self._of_sums if loss.needs_counts]
-        self.sources = CountSources(
-            [loss.count_source for loss in at_step_end],
-            [loss.count_source for loss in at_once],
-            padded=padded,
-        )
+        sources = [[loss.count_source for loss in some] for some in (self._counted, at_once)]
+        self.sources = CountSources(*sources, padded=padded)
         for loss in self.aux_losses.values():
             loss.groups = groups
-        for loss in (*at_step_end, *at_once):
+        for loss in (*self._counted, *at_once):
             loss.source = self.sources.index(loss.count_source)
         if self.forced_routing is not None:
             self.forced_routing.wire(groups, self.layer)
@@ -238,10 +239,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
     @property
     def _model_learns(self) -> bool:
-        """True if the running forward of the whole model learns.
-
-        Reentrant checkpointing runs a block without gradients first, and with them in the backward.
-        """
+        """True in a forward of the model that learns, even if a checkpoint disables gradients."""
         return self.step_record is not None and self.step_record.learns is True
 
     def _saved_tokens(self) -> BatchTokens | None:

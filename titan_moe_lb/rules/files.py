@@ -27,6 +27,7 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.parallel.layer_numbers import moe_layers
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.compiler import compiler_is_here
+from titan_moe_lb.rules.frozen_gates import checkpoint_has_state_of_gates
 from titan_moe_lb.rules.hugging_face import check_initial_weights
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
@@ -52,6 +53,7 @@ def validate_files(job: Job) -> None:
     checkpoint_is_of_as_many_data_ranks(job)
     checkpoint_counts_tokens_of_as_many_ranks(job)
     checkpoint_has_router_state(job)
+    checkpoint_has_state_of_gates(job)
     check_initial_weights(job)
 
 

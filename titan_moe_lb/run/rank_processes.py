@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def run(
     Raises:
         SystemExit: the job failed; with its status.
     """
-    trace_before = saved.trace_status(job.config)
+    begun = time.time()
     logs = rank_log.folder_of(job.config.dump_folder)
     console = rank_log.divert_errors(logs / "launcher.log")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -62,7 +63,7 @@ def run(
     where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
     print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
     handlers = {number: signal.getsignal(number) for number in ENDING}
-    attempt = _Attempt(job, arguments, name, here, nodes, trace_before, console)
+    attempt = _Attempt(job, arguments, name, here, nodes, begun, console)
     for restart in range(1, max_restarts + 1):
         if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
             return
@@ -85,8 +86,8 @@ class _Attempt:
     name: str
     here: int
     nodes: int
-    trace_before: os.stat_result | None
-    """Status of the trace before the first start of the job."""
+    begun: float
+    """Time of the first start of the job, in seconds since the epoch."""
     console: TextIO
 
     def succeeds(self, again: str = "") -> bool:
@@ -151,7 +152,7 @@ class _Attempt:
                     _ignore_signals()
                 found, log = cause.of_processes(error, logs)
                 told = (peers.blame() if found.is_echo else None) or found
-                line = f"error: {told.sentence(saved.in_words(config, self.trace_before), log)}"
+                line = f"error: {told.sentence(saved.in_words(config, self.begun), log)}"
                 status = told.status
                 if again and status == 1:
                     rank_log.report(f"{line}{again}", self.console)
@@ -160,23 +161,21 @@ class _Attempt:
                 _ignore_signals()
                 number = signal.Signals(error.sigval)
                 if peers.loss is None:
-                    line = train.stopped(number, saved.in_words(config, self.trace_before))
+                    line = train.stopped(number, saved.in_words(config, self.begun))
                     status = 128 + number
                     told = cause.Cause(
                         line=f"stopped by {number.name}", status=1, has_traceback=False
                     )
                 else:
                     told = peers.loss
-                    line = (
-                        f"error: {told.sentence(saved.in_words(config, self.trace_before), logs)}"
-                    )
+                    line = f"error: {told.sentence(saved.in_words(config, self.begun), logs)}"
                     status = told.status
             except (RendezvousError, DistError):
                 traceback.print_exc()
                 line = f"error: {meeting.failed()}"
                 status = 1
             except KeyboardInterrupt:  # after the rendezvous, before torch sets its handlers
-                line = train.stopped(signal.SIGINT, saved.in_words(config, self.trace_before))
+                line = train.stopped(signal.SIGINT, saved.in_words(config, self.begun))
                 status = 128 + signal.SIGINT
             except Exception as error:
                 traceback.print_exc()

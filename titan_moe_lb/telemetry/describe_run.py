@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from titan_moe_lb.balancing.freezing import applied_losses
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.resolved_job import Job
@@ -23,7 +24,7 @@ def describe_run(job: Job) -> RunInfo:
     router = routers[0]
     forced = router.forced_routing
     rules = dict.fromkeys(one.expert_bias.describe() for one in routers if one.expert_bias)
-    losses = {loss._owner.metric_name: loss for loss in router.aux_losses}
+    losses = {loss._owner.metric_name: loss for loss in applied_losses(routers)}
     groups = {loss.expert_groups for loss in router.aux_losses}
     groups |= {one.num_expert_groups or 1 for one in routers}
     experts, top_k = ([getattr(one, name) for one in routers] for name in ("num_experts", "top_k"))

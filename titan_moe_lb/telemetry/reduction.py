@@ -84,8 +84,9 @@ def _of_stage(layers: Sequence[Any], groups: RankGroups) -> _Stage:
         groups,
     )
     losses_NA = sums.losses_NA.cpu().numpy()
+    off_N = ["losses" in router.config.frozen for router in routers]
     for index, loss in enumerate(routers[0].aux_losses.values()):
-        values[loss.metric_name] = losses_NA[:, index]
+        values[loss.metric_name] = np.ma.array(losses_NA[:, index], mask=off_N)
     return _Stage(
         [router.layer for router in routers], step.global_counts_NE, micro_batch_NE, values
     )
@@ -137,8 +138,8 @@ def _over_stages(stage: _Stage | None, groups: RankGroups) -> StepLoad:
         rows[stage.layers, 1:first] = np.hstack(counts)
         for name, values_N in stage.values.items():
             column = first + 2 * names.index(name)
-            rows[stage.layers, column] = 1.0
-            rows[stage.layers, column + 1] = values_N
+            rows[stage.layers, column] = ~np.ma.getmaskarray(values_N)
+            rows[stage.layers, column + 1] = np.ma.filled(values_N, 0.0)
     rows = _all_reduce(rows, dist.ReduceOp.SUM, pipeline)
     present = np.flatnonzero(rows[:, 0])
     rows = rows[present]

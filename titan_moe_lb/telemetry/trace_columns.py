@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from titan_moe_lb.balancing.freezing import applied_losses
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.metrics import Metric
@@ -22,7 +23,7 @@ LEARNING = (
 def columns_of(routers: Sequence[LoadBalancedRouter.Config]) -> tuple[Column, ...]:
     """Return the columns of the losses and metrics that the routers of a model have."""
     return (
-        *(_of_loss(loss._owner) for loss in routers[0].aux_losses),
+        *(_of_loss(loss._owner) for loss in applied_losses(routers)),
         *(kind.column() for kind in Metric.kinds.values() if any(map(kind.applies_to, routers))),
     )
 

@@ -16,6 +16,9 @@ all_reduce = _functional_collectives.all_reduce
 checkpoint_wrapper = _wrapper.checkpoint_wrapper
 """Activation checkpointing around a module."""
 
+CHECKPOINT_PREFIX = _wrapper._CHECKPOINT_PREFIX
+"""Prefix that :data:`checkpoint_wrapper` adds to the names of a module's parameters."""
+
 file_view = _create_file_view
 """Open a part of a file of a distributed checkpoint as a file."""
 

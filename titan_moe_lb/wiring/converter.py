@@ -19,9 +19,10 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import rules
-from titan_moe_lb.balancing.expert_bias import ExpertBias, SignBias
+from titan_moe_lb.balancing.expert_bias import ExpertBias, FrozenBias, SignBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.forced_routing.base import announce
+from titan_moe_lb.balancing.freezing import Freeze, freeze_gates
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
@@ -72,6 +73,9 @@ class LoadBalanceConverter(ModelConfigConverter):
         score_func: ScoreFunction | Literal["keep"] = "keep"
         """Score function of every router; "keep" for the model's own."""
 
+        freeze: Freeze | None = None
+        """Parts that do not learn, by layer; None for none."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -92,9 +96,14 @@ class LoadBalanceConverter(ModelConfigConverter):
         if rule not in (None, "keep") and not isinstance(rule, ExpertBias.Config):
             raise JobError(f"expert_bias is {rule!r}; a model has one rule, None or 'keep'")
         numbers = layer_numbers(model_config)
+        freeze = self.config.freeze or Freeze()
+        frozen = freeze.resolve(numbers)
+        if freeze.losses != [] and not self.config.aux_losses:
+            raise JobError("freeze.losses names layers of a model without aux_losses: leave it out")
         for fqn, moe, _parent, _attribute in layers:
             assert isinstance(moe, MoE.Config)
             self.convert_layer(fqn, moe, numbers[fqn])
+            self._freeze(moe.router, frozen)
         layers_count_their_experts_alike(model_config)
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
@@ -133,6 +142,18 @@ class LoadBalanceConverter(ModelConfigConverter):
         # The dispatcher has its own copy of top_k.
         moe.routed_experts.token_dispatcher.top_k = moe.router.top_k
         moe.router.bind()
+
+    def _freeze(self, router: LoadBalancedRouter.Config, frozen: dict[str, set[int]]) -> None:
+        """Freeze the parts of a converted layer."""
+        router.frozen = frozenset(part for part in frozen if router.layer in frozen[part])
+        if "bias" not in router.frozen:
+            return
+        if router.expert_bias is None:
+            raise JobError(
+                f"freeze.bias names layer {router.layer}, which has no expert bias: leave it out"
+            )
+        router.expert_bias = FrozenBias.Config(reset=router.expert_bias.reset)
+        router.bind()
 
     def _expert_bias(self, moe: MoE.Config) -> ExpertBias.Config | None:
         if self.config.expert_bias == "keep":
@@ -225,6 +246,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             model = model_config_cls.build(self, **kwargs)
             for layer in moe_layers_of([model]):
                 keep_dtypes(layer)
+            freeze_gates(model)
             return model
 
         def update_from_config(self, *, config, **kwargs) -> None:

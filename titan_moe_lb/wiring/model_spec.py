@@ -15,6 +15,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from titan_moe_lb.balancing.checkpointing import announcing_schedule, saving_decisions
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
+from titan_moe_lb.balancing.freezing import Freeze
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.score_functions import ScoreFunction
 from titan_moe_lb.wiring.converter import BuildHooks, LoadBalanceConverter
@@ -36,6 +37,7 @@ def balanced(
     expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
     forced_routing: ForcedRouting.Config | None = None,
     score_func: ScoreFunction | Literal["keep"] = "keep",
+    freeze: Freeze | None = None,
     converters: list[ModelConfigConverter.Config] | None = None,
 ) -> BalancedModelSpec:
     """Add the losses and the step hook of this package to a torchtitan model.
@@ -52,16 +54,19 @@ def balanced(
             rule that the model has: torchtitan's is the sign rule.
         forced_routing: strategy that chooses the experts, in a benchmark.
         score_func: function from logits to scores; "keep" for the model's own.
+        freeze: gates, biases and losses that do not learn, by layer; None for none.
         converters: the user's own converters (quantization, LoRA), applied first.
 
     Raises:
-        JobError: the model has no MoE layer, or a router that is not torchtitan's.
+        JobError: the model has no MoE layer, or a router that is not torchtitan's; a layer to
+            freeze does not exist.
     """
     converter = LoadBalanceConverter.Config(
         aux_losses=aux_losses or [],
         expert_bias=expert_bias,
         forced_routing=forced_routing,
         score_func=score_func,
+        freeze=freeze,
     )
     model = spec.model
     validate_converter_order(converters or [])
@@ -74,6 +79,7 @@ def balanced(
         "expert_bias": expert_bias,
         "forced_routing": forced_routing,
         "score_func": score_func,
+        "freeze": freeze,
     }
     if isinstance(spec, BalancedModelSpec):
         return BalancedModelSpec(**fields)

@@ -79,15 +79,15 @@ class ExpertBias(Component):
         """K of the router. Filled by :meth:`bind`."""
 
         score_func: str = "sigmoid"
-        """Score function of the router. Filled by :meth:`bind`."""
+        """Score function of the router. Filled by the router's Config."""
 
         starts_anew: bool = False
         """True if the checkpoint lacks the state of the rule, because another rule wrote it. Filled
         by ``update_from_config`` of the model."""
 
-        def bind(self, *, num_experts: int, top_k: int, score_func: str = "sigmoid") -> None:
-            """Fill in the numbers and the score function of the router."""
-            self.num_experts, self.top_k, self.score_func = num_experts, top_k, score_func
+        def bind(self, *, num_experts: int, top_k: int) -> None:
+            """Fill in the numbers of the router."""
+            self.num_experts, self.top_k = num_experts, top_k
             if self._owner.state_names:
                 self.replicate(self._owner.state_names)
 

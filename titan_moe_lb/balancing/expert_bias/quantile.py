@@ -106,7 +106,7 @@ class QuantileBias(ExpertBias):
         The distance is in units of ``_FINE``.
         """
         low, high = bias.aminmax(dim=-1, keepdim=True)
-        return torch.asinh((high - low + 1 + LARGEST_SCORE[self.config.score_func]) / _FINE)
+        return torch.asinh((high - low + (1 + LARGEST_SCORE[self.config.score_func])) / _FINE)
 
 
 _FINE = 1e-3
