@@ -123,8 +123,9 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
     import torch.compiler.config
     import torch.distributed as dist
 
-    from tests.support import gone_meshes
+    from tests.support import gone_meshes, sharding_memory
 
+    sharding_memory.begin()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     time.sleep = sleep_unless_the_trainer_asks
@@ -154,6 +155,7 @@ def _serve(connection: Connection, visible_gpus: str) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             gone_meshes.forget()
+            sharding_memory.let_go_of_groups()
             torch._dynamo.reset()
             # Set by zero_bubble.adapt for the whole process.
             torch._functorch.config.donated_buffer = True
