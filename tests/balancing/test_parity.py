@@ -130,10 +130,8 @@ LAYOUTS = {
     **dict.fromkeys(
         OTHER_MODELS,
         [
-            "dp_shard=2",
             "dp_shard=2,ep=2",
             "tp=2,ep=2",
-            "pp=2,schedule=1F1B",
             "pp=2,schedule=Interleaved1F1B",
             "pp=2,schedule=ZBVZeroBubble",
         ],

@@ -41,9 +41,8 @@ values = [1, 2]
 """
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Run cells as processes of tests.support.study_cells, whose flags no job has."""
+def use_quick_cells(monkeypatch) -> None:
+    """Run processes of tests.support.study_cells as cells, with flags that no job has."""
 
     def of_cell(folder: CellFolder) -> list[str]:
         flags = [*folder.cell.flags, f"--dump_folder={folder.path}"]
@@ -51,6 +50,21 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(run, "command", of_cell)
     monkeypatch.setattr(command, "check_jobs", lambda cells: None)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    use_quick_cells(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory) -> Path:
+    """Output of a study of two settings and two seeds."""
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_quick_cells(monkeypatch)
+        command.run_study(write(folder, AXES), output=folder / "out")
+    return folder / "out"
 
 
 def write(folder: Path, text: str, name: str = "study") -> Path:
@@ -82,13 +96,11 @@ def test_runs_every_combination_once(tmp_path, quick, capsys):
     assert all(one["cells"] == 2 for one in settings)
 
 
-def test_the_numbers_are_those_of_the_runs(tmp_path, quick):
-    path, output = write(tmp_path, AXES), tmp_path / "out"
-    command.run_study(path, output=output)
-    content = json.loads((output / "study.json").read_text())
+def test_the_numbers_are_those_of_the_runs(studied):
+    content = json.loads((studied / "study.json").read_text())
     for cell in content["cells"]:
         name = "_".join(cell["labels"].values())
-        trace = read_trace(output / "cells" / name)
+        trace = read_trace(studied / "cells" / name)
         counts = trace.counts_SME[-10:].astype(float)
         expected = (counts.max(-1) / counts.mean(-1) - 1).mean()
         assert cell["numbers"]["max_violation"] == pytest.approx(expected, rel=1e-12)
@@ -500,11 +512,9 @@ def test_the_tables_of_the_docs_are_of_its_file():
                 assert cell.strip() == expected
 
 
-def test_the_page_draws_in_a_browser(tmp_path, quick):
-    path, output = write(tmp_path, AXES), tmp_path / "out"
-    command.run_study(path, output=output)
+def test_the_page_draws_in_a_browser(studied):
     seen = browser.act(
-        output / "study.html",
+        studied / "study.html",
         """
         await until(() => document.querySelectorAll(".plot .main-svg").length > 10);
         return {

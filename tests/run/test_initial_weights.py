@@ -21,7 +21,6 @@ from titan_moe_lb.own_loop.build import build_model
 
 LAYOUTS = {
     "ep=2": (2, ["--parallelism.expert_parallel_degree=2"]),
-    "fsdp=2": (2, ["--parallelism.data_parallel_shard_degree=2"]),
     "tp=2": (2, ["--parallelism.tensor_parallel_degree=2"]),
     "ddp=2": (2, ["--parallelism.data_parallel_replicate_degree=2"]),
     "fsdp=4,ep=2": (4, ["--parallelism.expert_parallel_degree=2"]),
