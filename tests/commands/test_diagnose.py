@@ -82,7 +82,9 @@ def info_of(model: str, **changes) -> RunInfo:
     return dataclasses.replace(info, columns=(*losses, *COLUMNS, of_bias, padding))
 
 
-def write(folder: Path, info: RunInfo, share_SME, seed: int = 0, **columns) -> Path:
+def write(
+    folder: Path, info: RunInfo, share_SME, seed: int = 0, first_step: int = 1, **columns
+) -> Path:
     """The trace of a run whose experts get such shares, with the noise of chance.
 
     Args:
@@ -103,7 +105,7 @@ def write(folder: Path, info: RunInfo, share_SME, seed: int = 0, **columns) -> P
             layer_columns={name: np.full(len(info.layers), v) for name, v in of_layers.items()},
             step_columns={name: float(value_S[step]) for name, value_S in of_step.items()},
         )
-        writer.write(step + 1, load)
+        writer.write(first_step + step, load)
     writer.close()
     return folder
 
@@ -604,6 +606,40 @@ def test_what_a_person_and_a_script_get(tmp_path, capsys):
     for what in finding["explains"].values():
         assert what[:40] in text
     cli.main(["diagnose", str(tmp_path), "--fail-on", "fault"])
+
+
+@pytest.mark.parametrize(
+    ("resumed", "found"),
+    [
+        (bias("sign (speed 0.001)"), ("too_weak", "hot_expert")),  # as before the resume
+        (bias("quantile (ema 0.5)"), ()),
+    ],
+    ids=["the same rule", "another rule"],
+)
+def test_only_steps_of_the_present_balancing_count(tmp_path, resumed, found):
+    before = info_of("llama4", **bias("sign (speed 0.001)"))
+    write(tmp_path, before, shares((LATE, 5, 3, 20.0))(before))
+    after = info_of("llama4", **resumed)
+    write(tmp_path, after, even(after)[:8], first_step=STEPS + 1)
+    kinds = {finding.kind for finding in checks.findings(read_trace(tmp_path))}
+    assert bool(kinds & {*found}) == bool(found), kinds
+
+
+def test_too_few_steps_of_the_present_balancing(tmp_path, capsys):
+    before, after = info_of("llama4"), info_of("llama4", **bias("quantile (ema 0.5)"))
+    write(tmp_path, before, even(before))
+    write(tmp_path, after, even(after)[:4], first_step=STEPS + 1)
+    assert diagnose(tmp_path, fail_on="warning") == 1
+    assert f"step {STEPS + 1}" in capsys.readouterr().out
+
+
+def test_an_excess_begins_under_the_present_balancing(tmp_path):
+    before, after = info_of("llama4"), info_of("llama4", **bias("quantile (ema 0.5)"))
+    hot = shares((ALL, 5, 3, 5.0))
+    write(tmp_path, before, hot(before))
+    write(tmp_path, after, hot(after), first_step=STEPS + 1)
+    (finding,) = checks.findings(read_trace(tmp_path))
+    assert (finding.kind, finding.since) == ("hot_expert", STEPS + 1)
 
 
 def test_a_run_that_is_too_short_says_so(tmp_path, capsys):

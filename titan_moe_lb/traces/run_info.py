@@ -90,6 +90,9 @@ class RunInfo:
     """Version of titan_moe_lb."""
     resumed_at: tuple[int, ...] = ()
     """First step of each resumed run that continued this trace; the writer fills it in."""
+    balanced_since: int | None = None
+    """First step with these losses, bias rules, scores and forced routing, where a resumed run
+    changed them; None: the first of the trace. The writer fills it in."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -142,6 +145,11 @@ class RunInfo:
                 f"{here} is of {self.model_name}, {there} is of {other.model_name}: "
                 "take two runs of one model"
             )
+
+    def balances_like(self, other: RunInfo) -> bool:
+        """Return True if both runs have the same losses, bias rules, scores and forced routing."""
+        names = ("losses", "expert_bias", "score_func", "forced_routing")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def metadata(self) -> dict[bytes, bytes]:
         """Return the metadata for the schema of a trace file."""

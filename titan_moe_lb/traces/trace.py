@@ -66,6 +66,9 @@ class TraceWriter:
             columns=tuple(columns.values()),
             placement=self._info.placement or earlier.placement,
             resumed_at=(*earlier.resumed_at, first_step),
+            balanced_since=earlier.balanced_since
+            if self._info.balances_like(earlier)
+            else first_step,
         )
         try:
             return pa.unify_schemas([_schema(info), schema])
@@ -98,6 +101,11 @@ class Trace:
     def layers(self) -> tuple[int, ...]:
         """Numbers of the MoE layers in the whole model, ascending."""
         return self.info.layers
+
+    @property
+    def balanced_since(self) -> int:
+        """Index of the first of ``steps`` with the run's present balancing."""
+        return int(np.searchsorted(self.steps, self.info.balanced_since or 0))
 
     def over_steps(self, name: str) -> np.ndarray:
         """Summarise a column to one number per step, as its declaration says.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from titan_moe_lb.commands.diagnose.checks import Diagnosis, diagnosis
 from titan_moe_lb.commands.diagnose.finding import Severity
-from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS
+from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
 from titan_moe_lb.traces.trace import Trace, read_trace
 
 
@@ -29,7 +29,7 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") ->
         JobError: the trace cannot be read.
     """
     trace = read_trace(run_dir)
-    enough, found = len(trace.steps) >= FEWEST_STEPS, diagnosis(trace)
+    enough, found = Window(trace).is_long_enough, diagnosis(trace)
     print(_json(trace, found) if as_json else _sentences(trace, found, enough))
     if fail_on == "never":
         return 0
@@ -48,8 +48,11 @@ def _json(trace: Trace, found: Diagnosis) -> str:
 
 def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
     if not enough:
+        changed = trace.info.balanced_since
+        since = f" since the balancing changed at step {changed}" if changed else ""
+        steps = len(trace.steps) - trace.balanced_since
         return (
-            f"{trace.path}: {len(trace.steps)} logged steps are too few for a diagnosis: at least "
+            f"{trace.path}: {steps} logged steps{since} are too few for a diagnosis: at least "
             f"{FEWEST_STEPS} are needed"
         )
     steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"

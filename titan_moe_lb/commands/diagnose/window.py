@@ -29,15 +29,23 @@ SURE = 1000
 
 @dataclass(frozen=True)
 class Window:
-    """Last quarter of the logged steps of a trace, at least :data:`FEWEST_STEPS`."""
+    """Last quarter of the logged steps of a trace, at least :data:`FEWEST_STEPS`.
+
+    Steps before a resumed run that changed the balancing are left out.
+    """
 
     trace: Trace
+
+    @property
+    def is_long_enough(self) -> bool:
+        """True if there are enough steps for a diagnosis."""
+        return len(self.trace.steps) - self.trace.balanced_since >= FEWEST_STEPS
 
     @cached_property
     def first(self) -> int:
         """Index of the first step of the window among the logged steps."""
         steps = len(self.trace.steps)
-        return steps - max(FEWEST_STEPS, steps // 4)
+        return steps - max(FEWEST_STEPS, (steps - self.trace.balanced_since) // 4)
 
     @cached_property
     def counts_SME(self) -> np.ndarray:
@@ -135,7 +143,8 @@ class Window:
         Args:
             excess_S: excess in every logged step of the run, not only of the window.
         """
-        start = np.argmin(np.concatenate([[0.0], np.cumsum(excess_S[:-1])]))
+        begin = self.trace.balanced_since
+        start = begin + np.argmin(np.concatenate([[0.0], np.cumsum(excess_S[begin:-1])]))
         return int(self.trace.steps[start])
 
     def column(self, name: str) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from titan_moe_lb.commands.diagnose.checks import bias, loads, losses, ranks, run
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
-from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
+from titan_moe_lb.commands.diagnose.window import Window
 from titan_moe_lb.traces.trace import Trace
 
 
@@ -65,13 +65,13 @@ class Diagnosis:
 
 
 def diagnosis(trace: Trace) -> Diagnosis:
-    """Run all checks on the end of a run; none if it has fewer than ``FEWEST_STEPS`` logged steps.
+    """Run all checks on the end of a run; none if it is not :attr:`Window.is_long_enough`.
 
     A finding that another one explains is a symptom: it is listed in ``explains`` of its cause. A
     cause gets the highest severity of its symptoms, unless it is a note.
     """
     window, well = Window(trace), dict[str, str]()
-    if len(trace.steps) < FEWEST_STEPS:
+    if not window.is_long_enough:
         return Diagnosis([], well)
     causes: list[tuple[Check, Finding, list[Finding]]] = []
     for check in CHECKS:
