@@ -177,12 +177,26 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["train"]:  # its flags are those of the job, which tyro does not know
         train(tuple(arguments[1:]))
         return
+    _refuse_empty(arguments)
     tyro.extras.subcommand_cli_from_dict(
         SUBCOMMANDS,
         prog="titan-moe-lb",
         description="Train with balanced experts, plan a job, look at a run.",
         args=arguments,
     )
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse empty words, as of a shell variable that is not set, before the flags of a job."""
+    before = ""
+    for word in arguments:
+        if word == "--":
+            return
+        flag, is_set, value = word.partition("=")
+        if not word or flag.startswith("--") and is_set and not value:
+            name = flag or (before if before.startswith("-") else f"an argument of {arguments[0]}")
+            raise JobError(f"{name} is empty: give it a value, or leave it out")
+        before = word
 
 
 def main(arguments: list[str] | None = None) -> None:

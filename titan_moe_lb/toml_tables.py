@@ -253,7 +253,9 @@ def _describe_member(member: Any) -> str:
         return "a table with a type"
     if dataclasses.is_dataclass(member):
         return "a table"
-    return _NAMES.get(typing.get_origin(member) or member, str(member))
+    name = _NAMES.get(typing.get_origin(member) or member, str(member))
+    items = typing.get_args(member) if typing.get_origin(member) is list else ()
+    return f"{name}, each item {describe(items[0])}" if items else name
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from model_registry.deepseek_v3 import model_registry
 from tests.support import loop_rank_jobs
-from tests.support.loop_model import SIGN, Loop, MoELayers, error_of
+from tests.support.loop_model import SIGN, SPEED, Loop, MoELayers, error_of
 from titan_moe_lb.balancing.expert_bias import (
     MomentumBias,
     ProportionalBias,
@@ -103,7 +103,7 @@ def _():
 
 @case("an unknown `score_func`")
 def _():
-    attach(MoELayers(change=lambda router: setattr(router, "score_func", "sqrtsoftplus")))
+    attach(MoELayers(change=lambda router: setattr(router, "score_func", "relu")))
 
 
 @case("two losses of one kind")
@@ -153,6 +153,100 @@ def _():
         training=TrainingConfig(seq_len=64),
         activation_checkpoint=MemoryBudgetAC.Config(),
     )
+
+
+@case("a router that two layers share")
+def _():
+    twice = Loop(MoELayers())
+    twice.model.run = lambda layer, x: layer(layer(x))
+    twice.forward_and_backward()
+    twice.optimizer.step()
+    counted = [
+        sum(np.bincount(one.ravel(), minlength=8) for one in chosen).tolist()
+        for chosen in twice.model.chosen.values()
+    ]
+    assert twice.balance.load().counts_ME.tolist() == counted
+
+    model = MoELayers()
+    model.layers["1"].router = model.layers["2"].router
+    attach(model)
+
+
+@case("two models, each with its `attach()`, in turn in one process")
+def _():
+    loops = [Loop(), Loop()]
+    for seed in range(3):
+        for number, loop in enumerate(loops):
+            loop.step(seed + 5 * number)
+        for loop in loops:
+            loop.assert_right()
+
+
+@case(
+    "an evaluation, or a generation under `torch.no_grad()` in `train()` mode, between the micro-batches of a step"
+)
+def _():
+    found = []
+    for between in (False, True):
+        loop = Loop(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)]), rows_per_step=4)
+        loop.forward_and_backward(0)
+        if between:
+            loop.model.eval()(torch.randn(4, 8, 64))
+            loop.model.train()
+            with torch.no_grad():
+                for length in range(1, 4):
+                    loop.model(torch.randn(1, length, 64))
+        loop.forward_and_backward(1)
+        found.append(learned(loop))
+    assert_equal(*found)
+
+
+@case("`load_state_dict()` after `attach()`, also between forward and step")
+def _():
+    saved, loop = Loop(), Loop()
+    saved.step()
+    loop.step(7)
+    loop.model.load_state_dict(saved.model.state_dict())
+    loop.by_hand = {name: bias.copy() for name, bias in saved.model.biases.items()}
+    loop.step(1)
+    loop.assert_right()
+
+    loop.forward_and_backward(2)
+    loop.model.load_state_dict(saved.model.state_dict())
+    loop.optimizer.step()
+    for name, bias_E in loop.model.biases.items():
+        counts_E = np.bincount(loop.model.chosen[name][-1].ravel(), minlength=8)
+        signs_E = np.sign(counts_E.mean() - counts_E)
+        expected_E = saved.model.biases[name] + SPEED * (signs_E - signs_E.mean())
+        np.testing.assert_allclose(bias_E, expected_E, rtol=0, atol=1e-6)
+
+
+@case("`torch.compile(model)` after `attach()`")
+def _():
+    found = []
+    for compiled in (False, True):
+        loop = Loop(MoELayers([SequenceWiseAuxLoss.Config(weight=1.0)]), rows_per_step=4)
+        for layer in loop.model.layers.values():  # which note with numpy what is chosen
+            layer.router._forward_hooks.clear()
+        model = torch.compile(loop.model, backend="aot_eager") if compiled else loop.model
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(2, 8, 64, generator=generator).requires_grad_()
+            model(x).square().mean().backward()
+        found.append(learned(loop))
+    assert_equal(*found, rtol=1e-4)
+
+
+def learned(loop: Loop) -> list[np.ndarray]:
+    """Step the optimizer; return the counts of the step, the biases and the gradients."""
+    loop.optimizer.step()
+    gradients = [p.grad.numpy() for p in loop.model.parameters() if p.grad is not None]
+    return [loop.balance.load().counts_ME, *loop.model.biases.values(), *gradients]
+
+
+def assert_equal(one: list[np.ndarray], other: list[np.ndarray], rtol: float = 0.0) -> None:
+    for first, second in zip(one, other, strict=True):
+        np.testing.assert_allclose(first, second, rtol=rtol, atol=1e-6 if rtol else 0)
 
 
 @case("layers that are called past the model that `attach()` got")

@@ -68,6 +68,8 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
                 if not remaining:
                     raise JobError(f"{name} needs a value")
                 value = remaining.pop(0)
+            if not value:  # of a shell variable that is not set
+                raise JobError(f"{name} is empty: give it a value, or leave it out")
             if key.startswith("model."):
                 command.model[key.removeprefix("model.")] = _toml_value(name, value)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 from titan_moe_lb.balancing.layer_checks import unbalanced_layers_of
 from titan_moe_lb.balancing.recording.step_record import RouterRecord
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
-from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
+from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
 from titan_moe_lb.balancing.step_hook import wire_parts
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.balance import Balance, require_at_least
@@ -131,6 +132,13 @@ def _check_model(parts: list[nn.Module], groups: RankGroups) -> None:
             f"the router of {layer_name(name)} is a {type(layer.router).__name__}, whose loads "
             "are not balanced: build the model from the spec that titan_moe_lb.balanced(spec) returns"
         )
+    layers = Counter(layer.router for layer in moe_layers_of(parts))
+    for router, sharing in layers.items():
+        if sharing > 1:
+            raise JobError(
+                f"{sharing} MoE layers share the router of layer {router.layer}, which counts for one: "
+                "give each layer a router of its own, or call one layer several times"
+            )
     if not routers and groups.stages.size == 1:
         raise JobError(
             f"{type(parts[0]).__name__} has no MoE layer of torchtitan: a layer is balanced where "

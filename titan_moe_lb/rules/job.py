@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import torch
 from torchtitan.components.checkpointer.base import (
@@ -21,6 +22,7 @@ from titan_moe_lb.upstream.torch_internals import FLEX_BLOCK_SIZE, compiler_back
 _AT_LEAST_ZERO = (
     "lr_scheduler.warmup_steps",
     "dataloader.num_workers",
+    "profiler.profiler_warmup",
 )
 _AT_LEAST_ONE = (
     "training.local_batch_size",
@@ -32,6 +34,8 @@ _AT_LEAST_ONE = (
     "comm.train_timeout_seconds",
     "validator.freq",
     "profiler.profile_freq",
+    "profiler.profiler_active",
+    "lr_scheduler.total_steps",
 )
 
 
@@ -41,7 +45,7 @@ def sizes_are_positive(job: Job) -> None:
         for path in paths:
             section, name = path.split(".")
             value = getattr(getattr(job.config, section), name, least)
-            if value < least:
+            if value is not None and value < least:
                 raise JobError(f"{path} is {value}; it must be at least {least}")
     total = job.config.training.global_batch_size
     if total != -1 and total < 1:
@@ -54,6 +58,17 @@ def sizes_are_positive(job: Job) -> None:
         raise JobError(f"metrics.moe_extreme_experts is {extreme}; it must be at least 0")
     if not job.config.training.max_norm > 0:
         raise JobError(f"training.max_norm is {job.config.training.max_norm}; it must be above 0")
+
+
+def profile_fits_between_two(job: Job) -> None:
+    """Check that warmup and active steps of a profile end before the next one."""
+    profiler = job.config.profiler
+    steps = profiler.profiler_warmup + profiler.profiler_active
+    if profiler.enable_profiling and profiler.profile_freq < steps:
+        raise JobError(
+            f"profiler.profile_freq is {profiler.profile_freq}; it must be at least profiler_warmup + "
+            f"profiler_active = {steps}"
+        )
 
 
 def learning_rate_shrinks(job: Job) -> None:
@@ -112,8 +127,15 @@ def optimizers_can_be_built(job: Job) -> None:
 
 
 def optimizer_arguments_fit(job: Job) -> None:
-    """Check the names of optimizer arguments, and the learning rates."""
+    """Check the patterns of parameters, the names of optimizer arguments, and the learning rates."""
     for index, group in enumerate(job.config.optimizer.param_groups):
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            raise JobError(
+                f"optimizer.param_groups[{index}].pattern is {group.pattern!r}, which is no regular "
+                f"expression: {error}"
+            ) from None
         optimizer = getattr(torch.optim, group.optimizer_name, None)
         if optimizer is not None:  # torchtitan also has optimizers that torch lacks
             valid = inspect.signature(optimizer).parameters
@@ -214,6 +236,7 @@ _LEFT_OUT_OF_LOADING = (DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE)
 
 RULES = (
     sizes_are_positive,
+    profile_fits_between_two,
     learning_rate_shrinks,
     seed_checkpoint_is_of_one_process,
     seed_is_one,
