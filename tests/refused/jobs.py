@@ -67,7 +67,7 @@ FLAGS = {
     "train TINY --training.max_norm nan": "training.max_norm",
     "train TINY --lr_scheduler.total_steps 0": "lr_scheduler.total_steps",
     "train TINY --model.expert_bias ''": "--model.expert_bias",
-    "train TINY --model.score_func relu": "'score_func'",
+    "train TINY --model.score_func relu": "score_func",
     "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps",
     "train TINY --lr_scheduler.decay_ratio 3": "lr_scheduler.decay_ratio",
     "train TINY --lr_scheduler.min_lr_factor -1": "lr_scheduler.min_lr_factor",
