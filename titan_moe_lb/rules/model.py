@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
+from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC, SelectiveAC
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.layer_numbers import moe_layers
+from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name
 
@@ -90,9 +91,25 @@ def checkpointing_keeps_decisions(job: Job) -> None:
         )
 
 
+def zero_bubble_needs_whole_recompute(job: Job) -> None:
+    """Refuse selective activation checkpointing under a zero-bubble schedule."""
+    schedule = job.config.parallelism.pipeline_parallel_schedule
+    if (
+        job.config.parallelism.pipeline_parallel_degree > 1
+        and schedule in ZERO_BUBBLE_SCHEDULES
+        and isinstance(job.config.activation_checkpoint, SelectiveAC.Config)
+    ):
+        raise JobError(
+            f"the {schedule} schedule runs each backward in two passes, which selective "
+            'activation checkpointing does not support: set [activation_checkpoint] type = "full" '
+            'or type = "none"'
+        )
+
+
 RULES = (
     expert_biases_are_added_once,
     experts_are_counted_alike,
     experts_divide_over_ranks,
     checkpointing_keeps_decisions,
+    zero_bubble_needs_whole_recompute,
 )

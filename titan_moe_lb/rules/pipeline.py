@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import itertools
 
-from torchtitan.distributed.activation_checkpoint import SelectiveAC
-
 from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.parallel.schedules import SCHEDULES, ZERO_BUBBLE_SCHEDULES
+from titan_moe_lb.parallel.schedules import SCHEDULES
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.upstream.pipeline_stages import all_modules, modules_of_stages
 
@@ -96,21 +94,6 @@ def stages_have_attention(job: Job) -> None:
         )
 
 
-def zero_bubble_needs_whole_recompute(job: Job) -> None:
-    """Refuse selective activation checkpointing under a zero-bubble schedule."""
-    schedule = job.config.parallelism.pipeline_parallel_schedule
-    if (
-        job.config.parallelism.pipeline_parallel_degree > 1
-        and schedule in ZERO_BUBBLE_SCHEDULES
-        and isinstance(job.config.activation_checkpoint, SelectiveAC.Config)
-    ):
-        raise JobError(
-            f"the {schedule} schedule runs each backward in two passes, which selective "
-            'activation checkpointing does not support: set [activation_checkpoint] type = "full" '
-            'or type = "none"'
-        )
-
-
 def _stages(job: Job) -> list[list[str]]:
     """Return the names of the modules of each stage; empty without a pipeline.
 
@@ -162,5 +145,4 @@ RULES = (
     stages_fit_ranks,
     micro_batches_fit_schedule,
     stages_have_attention,
-    zero_bubble_needs_whole_recompute,
 )
