@@ -4,6 +4,7 @@ Importing torch and torchtitan takes seconds, reading the first job half of one.
 runs here yet, and no device is in use.
 """
 
+import gc
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -22,3 +23,6 @@ torch.set_num_threads(1)
 # the threads of autograd, end the process with "Invalid thread pool!".
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 job_config.load(["--config=deepseek_v3_tiny"], 1)
+gc.collect()
+# Not to be traversed by a forked process, which would copy their pages.
+gc.freeze()
