@@ -1,6 +1,6 @@
 """Cost of a router loss: forward and backward of one router, with and without the loss.
 
-    python -m benchmarks.aux_loss [--repeats 20] [--device cpu|cuda] [--markdown]
+    python -m benchmarks.aux_loss [--repeats 20] [--device cpu|cuda] [--compile] [--markdown]
 
 The columns are torchtitan's bare router, and ours with each loss. Further columns compute the
 sequence-wise loss and the z-loss by textbook autograd. One computes the sequence-wise loss by
@@ -69,6 +69,8 @@ class Arguments:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dim: int = 2048
     """Model width, the input size of the gate. A small one raises the share of a loss."""
+    compile: bool = False
+    """Compile every variant."""
     markdown: bool = False
     """Print a table instead of JSON lines."""
 
@@ -87,6 +89,8 @@ def measure(tokens: int, num_experts: int, top_k: int, arguments: Arguments) -> 
     dim = arguments.dim
     x = torch.randn(SEQUENCES, tokens // SEQUENCES, dim, device=device, requires_grad=True)
     variants = _variants(num_experts, top_k, dim, device)
+    if arguments.compile:
+        variants = {name: torch.compile(run) for name, run in variants.items()}
     seconds = interleaved(
         {name: lambda run=run: _step(run, x) for name, run in variants.items()},
         arguments.repeats,

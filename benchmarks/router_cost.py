@@ -57,8 +57,8 @@ def main() -> None:
     """Measure all routers, and print the table."""
     arguments = tyro.cli(Arguments)
     torch.set_num_threads(1)
-    routers = _routers()
-    steps = {name: _step(router) for name, router in routers.items()}
+    compared = routers()
+    steps = {name: _step(router) for name, router in compared.items()}
     for step in [*steps.values()] * 100:  # warm up
         step()
     operators = {}
@@ -84,7 +84,8 @@ def main() -> None:
         )
 
 
-def _routers() -> dict[str, TokenChoiceTopKRouter]:
+def routers() -> dict[str, TokenChoiceTopKRouter]:
+    """Build the four routers, by their names in the table."""
     bound = {"num_experts": EXPERTS, "top_k": TOP_K}
     sequence_wise = SequenceWiseAuxLoss.Config(weight=1e-4, count_from="scores", **bound)
     three = [

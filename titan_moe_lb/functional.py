@@ -113,7 +113,7 @@ def probability_sums(
     # over the scores, without a second tensor of their size.
     if inverse_sums_BL is None:
         inverse_sums_BL = inverse_sums(scores_BLE)
-    return (inverse_sums_BL.unsqueeze(1) @ scores_BLE).squeeze(1)
+    return torch.bmm(inverse_sums_BL.unsqueeze(1), scores_BLE).squeeze(1)
 
 
 def sequence_wise_load_balance(
@@ -237,15 +237,17 @@ def load_balance_score_grad(
         inverse_BL1 = inverse_BL.unsqueeze(-1)
         mean_BL1 = (wide_BLE * inverse_BL1 * coefficients_BLE).sum(dim=-1, keepdim=True)
         return ((coefficients_BLE - mean_BL1) * inverse_BL1).to(scores_BLE.dtype)
-    coefficients_B1E = coefficients_BE.to(wide_BLE.dtype).unsqueeze(1)
+    coefficients_BE = coefficients_BE.to(wide_BLE.dtype)
     if sums_to_one:
-        return coefficients_B1E.to(scores_BLE.dtype).expand_as(scores_BLE)
+        return coefficients_BE.unsqueeze(1).to(scores_BLE.dtype).expand_as(scores_BLE)
     if inverse_sums_BL is None:
         inverse_sums_BL = inverse_sums(scores_BLE)
     inverse_BL1 = inverse_sums_BL.unsqueeze(-1)
-    coefficients_BE1 = coefficients_B1E.transpose(1, 2).expand(scores_BLE.shape[0], -1, -1)
-    dot_BL1 = wide_BLE @ (coefficients_BE1 * UNDERFLOW)
-    grad_BLE = torch.addcmul(coefficients_B1E, dot_BL1, inverse_BL1, value=-1 / UNDERFLOW)
+    scaled_BE1 = (coefficients_BE * UNDERFLOW).unsqueeze(-1).expand(len(scores_BLE), -1, -1)
+    dot_BL1 = torch.bmm(wide_BLE, scaled_BE1)
+    grad_BLE = torch.addcmul(
+        coefficients_BE.unsqueeze(1), dot_BL1, inverse_BL1, value=-1 / UNDERFLOW
+    )
     return grad_BLE.mul_(inverse_BL1).to(scores_BLE.dtype)
 
 
@@ -286,6 +288,12 @@ class _GatherScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BLK: torch.Tensor):
         scores_BLE, ids_BLK, *losses = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            # A compiler fuses these comparisons with their neighbors; a scatter needs two passes more.
+            experts_E = torch.arange(scores_BLE.shape[-1], device=scores_BLE.device)
+            chosen_BLKE = ids_BLK.unsqueeze(-1) == experts_E
+            gathered_BLE = torch.where(chosen_BLKE, grad_BLK.unsqueeze(-1), 0).sum(dim=-2)
+            return gathered_BLE + attached_gradient(scores_BLE, *losses), *[None] * 4
         grad_BLE = attached_gradient(scores_BLE, *losses)
         return grad_BLE.scatter_add_(-1, ids_BLK, grad_BLK), *[None] * 4
 

@@ -279,17 +279,17 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         ids_BLK = self.save(choice.choose(self, scores_BLE, expert_bias_E, tokens, learns))
         coefficients_BE = None
         if learns and self.record is not None:
-            counts_SQE, counts_by_source = self.sources.count(
+            counts_by_source = self.sources.count(
                 ids_BLK,
                 lambda: choice.unbiased(self, scores_BLE, expert_bias_E, ids_BLK),
                 tokens,
                 num_experts=self.num_experts,
                 num_documents=self.num_documents,
-                one=self.record.one,
+                record=self.record,
             )
             coefficients_BE = self._coefficients(scores_BLE, counts_by_source, inverse_BL, tokens)
             if not is_recomputation():
-                self.record.note(counts_SQE, ids_BLK)
+                self.record.note_ids(ids_BLK)
         elif not learns and self.held_out_counts_E is not None:
             ids = ids_BLK.flatten()
             self.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
@@ -298,7 +298,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     def _coefficients(
         self,
         scores_BLE: torch.Tensor,
-        counts_by_source: list[torch.Tensor],
+        counts_by_source: list[torch.Tensor | None],
         inverse_BL: torch.Tensor | None,
         tokens: BatchTokens | None,
     ) -> torch.Tensor | None:
@@ -326,7 +326,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             if documents:  # (B, D, E), or broadcasting to it
                 shape = (-1, 1) if loss.config.documents is None else (len(scores_BLE), -1)
                 coefficients_BE = coefficients_BE.unflatten(0, shape)
-            weight = self.record.weights_A[loss.index]
+            weight = self.record.weights_A.select(0, loss.index)
             if total is None:
                 total = coefficients_BE * weight
             else:

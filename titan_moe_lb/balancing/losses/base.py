@@ -266,15 +266,17 @@ class LogitsLoss(AuxLoss):
     def per_token_and_saved(
         self, logits_BLE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute :meth:`per_token`, and a small tensor that :meth:`logits_gradient` reuses."""
+        """Compute :meth:`per_token`, and a small tensor that :meth:`add_gradient` reuses."""
         return self.per_token(logits_BLE), None
 
-    def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
-        """Compute the gradient of ``per_token(logits).sum()``, ``(B, L, E)``.
+    def add_gradient(self, grad_BLE, logits_BLE, saved, weight, scale) -> torch.Tensor:
+        """Add ``scale * weight`` times the gradient of ``per_token(logits).sum()`` to another one.
 
-        A loss with a cheaper closed form overrides it.
+        ``saved`` is the second result of :meth:`per_token_and_saved`; ``weight`` is ``()``, or
+        ``(B, L, 1)``. A loss with a cheaper closed form overrides it, and does not change ``grad_BLE``.
         """
-        return _gradient(lambda logits: self.per_token(logits).sum(), logits_BLE)
+        own_BLE = _gradient(lambda logits: self.per_token(logits).sum(), logits_BLE)
+        return torch.addcmul(grad_BLE, own_BLE, weight, value=scale)
 
     def attach(
         self, logits_BLE: torch.Tensor, tokens: BatchTokens | None, record: RouterRecord
@@ -288,7 +290,7 @@ class LogitsLoss(AuxLoss):
         """
         with torch.no_grad():
             per_token_BL, saved = self.per_token_and_saved(at_least_float32(logits_BLE))
-            weight, share = record.weights_A[self.index], 1.0
+            weight, share = record.weights_A.select(0, self.index), 1.0
             if tokens is None:
                 share = 1 / (logits_BLE.shape[1] * self.groups.sequence_shards)
             else:
@@ -309,9 +311,10 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BLE: torch.Tensor):
         logits_BLE, saved, weight = ctx.saved_tensors
-        gradient_BLE = ctx.loss.logits_gradient(at_least_float32(logits_BLE), saved)
-        gradient_BLE, weight = gradient_BLE.to(grad_BLE.dtype), weight.to(grad_BLE.dtype)
-        return torch.addcmul(grad_BLE, gradient_BLE, weight, value=ctx.scale), *[None] * 4
+        wide_BLE = at_least_float32(logits_BLE)
+        wide_grad_BLE = grad_BLE.to(wide_BLE.dtype)
+        sum_BLE = ctx.loss.add_gradient(wide_grad_BLE, wide_BLE, saved, weight, ctx.scale)
+        return sum_BLE.to(grad_BLE.dtype), *[None] * 4
 
 
 def _gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,9 @@ class RouterZLoss(LogitsLoss):
         logsumexp_BL = torch.logsumexp(logits_BLE, dim=-1)
         return logsumexp_BL.square(), logsumexp_BL
 
-    def logits_gradient(self, logits_BLE: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
-        """Return 2 logsumexp(logits) softmax(logits)."""
-        return torch.softmax(logits_BLE, dim=-1).mul_((saved * 2).unsqueeze(-1))
+    def add_gradient(self, grad_BLE, logits_BLE, saved, weight, scale) -> torch.Tensor:
+        """Add 2 logsumexp(logits) softmax(logits)."""
+        logsumexp_BL1 = saved.unsqueeze(-1)
+        softmax_BLE = (logits_BLE - logsumexp_BL1).exp_()
+        factor_BL1 = logsumexp_BL1 * weight
+        return torch.addcmul(grad_BLE, softmax_BLE, factor_BL1, value=2 * scale)

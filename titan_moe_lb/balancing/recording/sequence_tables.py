@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.balancing.recording.step_record import RouterRecord
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, Sequences
 from titan_moe_lb.functional import add_tokens_, probability_sums
 from titan_moe_lb.parallel.rank_groups import RankGroups
@@ -55,7 +57,8 @@ class CountSources:
         """
         self._padded = padded
         step = dict.fromkeys([DISPATCHED, *map(self._known, (SELECTED, *at_step_end))])
-        self._sources = list(dict.fromkeys([*step, *map(self._known, at_once)]))
+        self._at_once = dict.fromkeys(map(self._known, at_once))
+        self._sources = list({**step, **self._at_once})
         self.num_at_step_end = len(step)
         self.valid = self.index(SELECTED)
 
@@ -74,9 +77,12 @@ class CountSources:
         *,
         num_experts: int,
         num_documents: int,
-        one: torch.Tensor,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Count the local tokens of each source, sequence and expert.
+        record: RouterRecord,
+    ) -> list[torch.Tensor | None]:
+        """Count the local tokens of each source and expert.
+
+        What a step end needs is added to the record, once; a recomputed forward adds nothing. What a
+        loss needs at once is counted for each sequence.
 
         Args:
             ids_BLK: selected experts, int64.
@@ -84,31 +90,34 @@ class CountSources:
             tokens: valid tokens; None if all are valid.
             num_experts: E.
             num_documents: D; 1 if a row is one sequence.
-            one: 1, int64 ``()``.
+            record: record of the router.
 
         Returns:
-            int64 ``(S, Q, E)``, and its S rows. A backward needs the rows, which are the results of
-            the additions. A graph that recomputes a tensor for its backward repeats the operators
-            that produce it, but not in-place changes of a tensor that contains it.
+            int64 ``(Q, E)`` for each source; None for one that no loss needs at once.
         """
         num_rows = ids_BLK.shape[0]
-        counts_SQE = ids_BLK.new_zeros(len(self._sources), num_rows * num_documents, num_experts)
-        by_source: list[torch.Tensor] = []
-        for source, counts_QE in zip(self._sources, counts_SQE.unbind(), strict=True):
+        by_source: list[torch.Tensor | None] = []
+        for index, source in enumerate(self._sources):
             counted_BLK = unbiased_ids_BLK() if source.choice == "scores" else ids_BLK
-            valid_BL1 = one
+            valid_BL1 = record.one
             if tokens is not None and source.choice != "dispatched":
                 valid_BL1 = tokens.valid_BL.unsqueeze(-1)
             if source.groups > 1:
                 size = num_experts // source.groups
                 counted_BLK, reached = _experts_of_reached_groups(counted_BLK, source.groups, size)
                 valid_BL1 = valid_BL1 * reached
+            if index < self.num_at_step_end and not is_recomputation():
+                record.add_counts(index, counted_BLK, valid_BL1)
+            if source not in self._at_once:
+                by_source.append(None)
+                continue
             if num_documents > 1:
                 assert tokens is not None and tokens.document_BL is not None
                 counted_BLK = counted_BLK + tokens.document_BL.unsqueeze(-1) * num_experts
-            rows_BE = counts_QE.view(num_rows, num_documents * num_experts)
-            by_source.append(add_tokens_(rows_BE, counted_BLK, valid_BL1).view_as(counts_QE))
-        return counts_SQE, by_source
+            rows_BE = ids_BLK.new_zeros(num_rows, num_documents * num_experts)
+            add_tokens_(rows_BE, counted_BLK, valid_BL1)
+            by_source.append(rows_BE.view(-1, num_experts))
+        return by_source
 
 
 def _experts_of_reached_groups(
@@ -128,7 +137,7 @@ class SequenceTables:
         self,
         scores_BLE: torch.Tensor,
         inverse_sums_BL: torch.Tensor | None,
-        counts_by_source: list[torch.Tensor],
+        counts_by_source: list[torch.Tensor | None],
         tokens: BatchTokens | None,
         *,
         num_documents: int,
@@ -141,7 +150,8 @@ class SequenceTables:
         Args:
             scores_BLE: local scores.
             inverse_sums_BL: see :func:`titan_moe_lb.functional.gather_scores`.
-            counts_by_source: local tokens of each expert, int64 ``(Q, E)`` each.
+            counts_by_source: local tokens of each expert, int64 ``(Q, E)`` each; None for a
+                source that no loss of this forward needs.
             tokens: valid tokens and their sequences; None for whole rows.
             num_documents: D; 1 if every row is one sequence.
             groups: process groups of the rank.
@@ -161,7 +171,9 @@ class SequenceTables:
         if whole_sums:
             self._whole_QE = self._over_ranks(self._local_QE)
         if whole_counts and groups.sequence:
-            self._counts = list(self._over_ranks(torch.stack(counts_by_source)).unbind())
+            known = [table for table in counts_by_source if table is not None]
+            whole = iter(self._over_ranks(torch.stack(known)).unbind())
+            self._counts = [None if table is None else next(whole) for table in counts_by_source]
 
     def _over_ranks(self, table: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold parts of the same sequences."""
@@ -183,7 +195,9 @@ class SequenceTables:
 
     def counts(self, source: int, *, documents: bool) -> torch.Tensor:
         """Return the tokens of each expert in whole sequences ``(B, E)``."""
-        return self._rows(self._counts[source], documents)
+        table = self._counts[source]
+        assert table is not None
+        return self._rows(table, documents)
 
     def _rows(self, table_QE: torch.Tensor, documents: bool) -> torch.Tensor:
         if documents or self._num_documents == 1:

@@ -31,6 +31,7 @@ class RouterRecord(nn.Module):
 
     Attributes:
         counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
+        counts: row of ``counts_MSE`` without its shape, as long as that of the largest router.
         micro_batch: forwards of the running step so far, int64 ``(1,)``; 0 if M is 1.
         weights_A: factor of the gradient of each loss, weight / G, float32.
         steps: finished steps, including those of the checkpoint, int64 ``(1,)``.
@@ -39,6 +40,7 @@ class RouterRecord(nn.Module):
     """
 
     counts_MSE: torch.Tensor
+    counts: torch.Tensor
     losses_A: torch.Tensor
     histogram_EH: torch.Tensor | None
     expert_ids_MBLK: torch.Tensor | None
@@ -64,33 +66,46 @@ class RouterRecord(nn.Module):
         """
         return (self.steps * self.counts_MSE.shape[0] + self.micro_batch).squeeze(0)
 
-    def note(self, counts_SQE: torch.Tensor, expert_ids_BLK: torch.Tensor) -> None:
-        """Add one forward.
+    @property
+    def _slot(self) -> torch.Tensor:
+        """Micro-batch of the running forward in the record, int64 ``(1,)``."""
+        if self.last_slot is None:
+            return self.micro_batch
+        return self.micro_batch.clamp(max=self.last_slot)
+
+    def add_counts(self, source: int, ids_BLK: torch.Tensor, number: torch.Tensor) -> None:
+        """Add the tokens of one forward, without a table of their own.
 
         Args:
-            counts_SQE: tokens per source, sequence and expert, int64. Sources that no step end
-                needs are left out.
-            expert_ids_BLK: selected experts.
+            source: index of the count source.
+            ids_BLK: counted experts, int64.
+            number: tokens to add for each, int64, expandable to the ids.
         """
-        slot = self.micro_batch
-        if self.last_slot is not None:
-            slot = slot.clamp(max=self.last_slot)
-        counts_QSE = counts_SQE[: self.counts_MSE.shape[1]].transpose(0, 1)
-        self.counts_MSE.index_add_(0, slot.expand(counts_QSE.shape[0]), counts_QSE)
+        per_slot = len(self.counts) // len(self.counts_MSE)
+        first = source * (per_slot // self.counts_MSE.shape[1])
+        places = torch.add(ids_BLK, self._slot, alpha=per_slot).view(-1)
+        tokens = number.expand_as(ids_BLK).reshape(-1)
+        self.counts.narrow(0, first, len(self.counts) - first).index_add_(0, places, tokens)
+
+    def note_ids(self, expert_ids_BLK: torch.Tensor) -> None:
+        """Record the selected experts of one forward, in a job that records them."""
         if self.expert_ids_MBLK is not None:
             ids_1BLK = expert_ids_BLK.to(self.expert_ids_MBLK.dtype).unsqueeze(0)
-            self.expert_ids_MBLK.index_copy_(0, slot, ids_1BLK)
+            self.expert_ids_MBLK.index_copy_(0, self._slot, ids_1BLK)
 
-    def add_dot(self, loss: int, coefficients_BE: torch.Tensor, sums_BE: torch.Tensor) -> None:
+    def add_dot(
+        self, loss: int, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0
+    ) -> None:
         """Add the sum of the products of two tables to the value of a loss, in one operator.
 
         Args:
             loss: index of the loss.
-            coefficients_BE: ``(B, E)`` or ``(1, E)``, float32.
-            sums_BE: ``(B, E)``, float32.
+            left: float32, expandable to ``right``.
+            right: float32.
+            scale: factor of the sum.
         """
-        row_1N = coefficients_BE.expand_as(sums_BE).reshape(1, -1)
-        self.losses_A.narrow(0, loss, 1).addmv_(row_1N, sums_BE.reshape(-1))
+        row_1N = left.expand_as(right).reshape(1, -1)
+        self.losses_A.narrow(0, loss, 1).addmv_(row_1N, right.reshape(-1), alpha=scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +230,7 @@ class StepRecord:
         return RouterRecord(
             last_slot=self._last_slot,
             counts_MSE=self.counts_NMSE[index, ..., :num_experts],
+            counts=self.counts_NMSE[index].view(-1),
             losses_A=self.losses_NA[index],
             micro_batch=self._micro_batches_N1[index],
             weights_A=self.weights_A,
