@@ -24,7 +24,7 @@
    sums in the sums is one coefficient for each sequence and expert, shared by all its tokens.
    :func:`titan_moe_lb.functional.gather_scores` gathers the scores of the chosen experts. Its
    backward fills a tensor of the size of the scores anyway, and starts from these coefficients
-   instead of zeros. Losses of sums thus need no extra pass. :meth:`LogitsLoss.attach` adds its
+   instead of zeros. Losses of sums thus write no other tensor of this size. :meth:`LogitsLoss.attach` adds its
    gradient to the gradient of the logits.
 6. **Optimizer.** The gate learns from the sum of both gradients. Then
    :meth:`StepHook.close_step` divides the recorded values by G and closes the step.
