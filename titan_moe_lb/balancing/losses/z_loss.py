@@ -37,4 +37,5 @@ class RouterZLoss(LogitsLoss):
         logsumexp_BL1 = saved.unsqueeze(-1)
         softmax_BLE = (logits_BLE - logsumexp_BL1).exp_()
         factor_BL1 = logsumexp_BL1 * weight
-        return torch.addcmul(grad_BLE, softmax_BLE, factor_BL1, value=2 * scale)
+        out = softmax_BLE  # its memory, which nothing needs any more
+        return torch.addcmul(grad_BLE, softmax_BLE, factor_BL1, value=2 * scale, out=out)
