@@ -123,7 +123,7 @@ def rows(
     loss_bytes = 6 * 4 * logits.numel() + (3 * 8 + 4 * 4) * ids.numel()
     yield row("loss", runs, loss_bytes, gradient_error=error)
     counted = {
-        "record": lambda: _note(router, ids, experts),
+        "record": lambda: _note(router, ids),
         "bincount": lambda: [sequence.flatten().bincount(minlength=experts) for sequence in ids],
     }
     yield row("record", counted, 8 * ids.numel())
@@ -178,8 +178,9 @@ def _textbook(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return scores.gather(-1, ids).sum() + WEIGHT * (load * probability).sum(dim=-1).mean()
 
 
-def _note(router: RouterRecord, ids: torch.Tensor, experts: int) -> None:
-    router.note(count_tokens_per_expert(ids, experts).unsqueeze(0), ids)
+def _note(router: RouterRecord, ids: torch.Tensor) -> None:
+    router.add_counts(0, ids, router.one)
+    router.note_ids(ids)
 
 
 def _close_in_a_loop(record: StepRecord) -> list[torch.Tensor]:
@@ -201,7 +202,7 @@ def _graph_replay(
 ) -> dict[str, Any]:
     def eager() -> torch.Tensor:
         gradient = _gradient(logits, lambda at: _attached(at, ids.shape[-1]))
-        _note(router, ids, logits.shape[-1])
+        _note(router, ids)
         return gradient
 
     expected = eager()
