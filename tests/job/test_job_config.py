@@ -13,7 +13,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.models.common.moe import MoE
 
 from model_registry.deepseek_v3.config_registry import deepseek_v3_tiny
-from titan_moe_lb.balancing.expert_bias import SignBias
+from titan_moe_lb.balancing.expert_bias import FrozenBias, SignBias
 from titan_moe_lb.balancing.value_schedule import Change
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config, renamed_keys
@@ -75,6 +75,19 @@ def test_values_that_change_come_from_tables_and_flags(tmp_path):
     assert [(change.step, change.value) for change in rule.changes] == [(3, 1e-2), (5, 0.0)]
     _config, printed = resolved_and_printed(arguments)
     assert last_moe(job_file(tmp_path, printed)).router.expert_bias.changes == changes
+
+
+def test_frozen_layers_come_from_tables_and_are_printed(tmp_path):
+    text = JOB + '[model.freeze]\ngate = ["1", 3]\nlosses = "2-3"\n'
+    arguments = job_file(tmp_path, text)
+    _config, printed = resolved_and_printed(arguments)
+    for one in (arguments, job_file(tmp_path, printed)):
+        assert last_moe(one).router.frozen == {"gate", "losses"}
+        everything = last_moe([*one, '--model.freeze={bias = "all"}']).router
+        assert everything.frozen == {"bias"} and everything.expert_bias == FrozenBias.Config(
+            num_experts=8, top_k=2
+        )
+        assert last_moe([*one, "--model.freeze=none"]).router.frozen == frozenset()
 
 
 def test_a_foreign_model_keeps_its_own_bias(tmp_path):
