@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from titan_moe_lb.balancing.hash_router import is_hash_router
 from titan_moe_lb.balancing.recording.step_record import StepRecord
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
@@ -45,8 +46,8 @@ class RankStep:
     gradient_squares_N2: np.ndarray | None
     """Squared norms of the gradients of the model's loss and of the aux losses, float32.
 
-    The gradients are with respect to the logits of this rank's tokens. None unless the job measures
-    router gradients."""
+    The gradients are with respect to the logits of this rank's tokens; NaN in a hash layer. None
+    unless the job measures router gradients."""
     stages: tuple[int, ...]
     """Pipeline stage of each router."""
     actions: Sequence[Action]
@@ -97,14 +98,17 @@ def read(
     def existing(table: torch.Tensor) -> np.ndarray:
         return mark_absent(table.cpu().numpy(), num_experts_N)
 
-    squares = record.step_gradient_squares_N2
+    squares_N2 = None
+    if record.step_gradient_squares_N2 is not None:
+        squares_N2 = record.step_gradient_squares_N2.detach().cpu().numpy().copy()
+        squares_N2[[is_hash_router(router.config) for router in routers]] = np.nan
     return RankStep(
         counts_NME=existing(counts),
         global_counts_NE=existing(sums_NSE[:, 0]),
         valid_counts_NE=existing(sums_NSE[:, routers[0].sources.valid]) if padded else None,
         bias_NE=_rows([None if bias is None else local_shard(bias) for bias in biases]),
         bias_delta_NE=_rows(record.bias_delta_N),
-        gradient_squares_N2=None if squares is None else squares.detach().cpu().numpy(),
+        gradient_squares_N2=squares_N2,
         stages=tuple(router.stage for router in routers),
         actions=routers[0].actions or actions_of(None)[0],
         ep_degree=groups.experts.size,

@@ -23,6 +23,7 @@ from titan_moe_lb.balancing.expert_bias import ExpertBias, FrozenBias, SignBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.forced_routing.base import announce
 from titan_moe_lb.balancing.freezing import Freeze, freeze_gates
+from titan_moe_lb.balancing.hash_router import counted, is_hash_router
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
@@ -120,24 +121,32 @@ class LoadBalanceConverter(ModelConfigConverter):
             JobError: the router is not torchtitan's.
         """
         # A converter such as LoRA's makes subclasses of configs that build the same classes.
-        if moe.router._owner not in (TokenChoiceTopKRouter, LoadBalancedRouter):
+        by_token_id = is_hash_router(moe.router)
+        known = (TokenChoiceTopKRouter, LoadBalancedRouter)
+        if moe.router._owner not in known and not hasattr(moe.router, "n_hash_layers"):
             raise JobError(
                 f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
                 "TokenChoiceTopKRouter can be replaced"
             )
-        bias = self._expert_bias(moe)
+        target = LoadBalancedRouter.Config
+        if by_token_id and isinstance(moe.router, LoadBalancedRouter.Config):
+            target = type(moe.router)
+        elif by_token_id:
+            target = counted(moe.router._owner).Config
+        bias = None if by_token_id else self._expert_bias(moe)
         # torchtitan's layer has the buffer of the bias if this is a number. The number is the
         # speed of torchtitan's own update, which does not run.
         moe.load_balance_coeff = None if bias is None else (moe.load_balance_coeff or 1.0)
         moe.router = derive(
             moe.router,
-            LoadBalancedRouter.Config,
+            target,
             aux_losses=copy.deepcopy(self.config.aux_losses),
             expert_bias=bias,
             forced_routing=copy.deepcopy(self.config.forced_routing),
             layer=number,
+            frozen=frozenset({"losses"} if by_token_id else ()),
         )
-        if self.config.score_func != "keep":
+        if self.config.score_func != "keep" and not by_token_id:
             moe.router.score_func = self.config.score_func  # type: ignore[assignment]
         # The dispatcher has its own copy of top_k.
         moe.routed_experts.token_dispatcher.top_k = moe.router.top_k
@@ -145,7 +154,7 @@ class LoadBalanceConverter(ModelConfigConverter):
 
     def _freeze(self, router: LoadBalancedRouter.Config, frozen: dict[str, set[int]]) -> None:
         """Freeze the parts of a converted layer."""
-        router.frozen = frozenset(part for part in frozen if router.layer in frozen[part])
+        router.frozen |= {part for part in frozen if router.layer in frozen[part]}
         if "bias" not in router.frozen:
             return
         if router.expert_bias is None:

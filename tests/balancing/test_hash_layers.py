@@ -1,0 +1,97 @@
+"""Layers that route by token id are counted, and nothing balances them."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.hash_layers import HashRouter, spec_with_hash_layer
+from tests.support.own_loop_jobs import forward, initialised
+from titan_moe_lb.balancing.expert_bias import QuantileBias
+from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss, RouterZLoss
+from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
+from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
+from titan_moe_lb.own_loop import attach as attaching
+from titan_moe_lb.own_loop.attach import attach
+from titan_moe_lb.wiring.model_spec import balanced
+
+LOSSES = [GlobalBatchAuxLoss.Config(weight=0.1), RouterZLoss.Config(weight=0.01)]
+
+
+def built(again: bool = False):
+    arguments = {"aux_losses": LOSSES, "expert_bias": QuantileBias.Config(num_bins=20)}
+    spec = spec_with_hash_layer(**arguments)
+    return initialised(balanced(spec, **arguments) if again else spec)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_hash_layers_are_counted_and_not_balanced(again, monkeypatch):
+    model = built(again)
+    hashed, *others = routers_of([model])
+    assert isinstance(hashed, HashRouter) and "layers.1.moe.router.tid2eid" in model.state_dict()
+    assert [type(one) for one in others] == [LoadBalancedRouter] * 2
+    assert model.layers["1"].moe.expert_bias_E is None
+    monkeypatch.setattr(attaching, "TrainingLoop", functools.partial(TrainingLoop, gradients=True))
+    balance = attach(model, rows_per_step=4)
+    batches = torch.randint(0, 2048, (2, 2, 32), generator=torch.Generator().manual_seed(0))
+    for tokens in batches:
+        hashed.input_ids = tokens
+        forward(model, tokens).float().square().mean().backward()
+    with torch.no_grad():  # not counted
+        forward(model, tokens)
+    balance.close_step()
+    load = balance.load()
+    expected = torch.bincount(hashed.tid2eid[batches].flatten(), minlength=8)
+    assert load.layers == (1, 2, 3) and load.counts_ME[0].tolist() == expected.tolist()
+    assert load.counts_ME.sum(1).tolist() == [2 * 128] * 3
+    of_losses = [loss._owner.metric_name for loss in LOSSES]
+    for name in (*of_losses, "main_gradient_squared", "aux_gradient_squared", "bias_largest_step"):
+        values = load.layer_columns[name]
+        assert [math.isnan(value) for value in values] == [True, False, False]
+    assert math.isfinite(balance.metrics()["moe/z_loss"])
+    assert not torch.equal(model.layers["2"].moe.expert_bias_E, torch.zeros(8))
+
+
+def test_a_hash_layer_is_the_users_own():
+    """Results and gradients are those of the user's class, bit for bit."""
+    model = built()
+    hashed = routers_of([model])[0]
+    attach(model, rows_per_step=2)
+    plain = HashRouter(hashed.config)
+    plain.load_state_dict({name: t for name, t in hashed.state_dict().items() if "aux" not in name})
+    x = torch.randn(2, 8, 64)
+    results = []
+    for router in (hashed, plain):
+        router.input_ids = torch.arange(16).view(2, 8)
+        y = x.clone().requires_grad_()
+        hashed.step_record.learns = True
+        scores, ids, full = router(y)
+        (scores.square().sum() + full.sum()).backward()
+        results.append((scores, ids, full, y.grad, router.gate.weight.grad))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_recomputed_forward_is_counted_once():
+    hashed = routers_of([model := built()])[0]
+    attach(model, rows_per_step=2)
+    hashed.step_record.learns = True
+    hashed.input_ids = torch.arange(16).view(2, 8)
+    y = torch.randn(2, 8, 64, requires_grad=True)
+    checkpoint(hashed, y, use_reentrant=False)[0].sum().backward()
+    assert hashed.record.counts_MSE.sum() == 32
+
+
+def test_counting_compiles_without_graph_breaks():
+    hashed = routers_of([model := built()])[0]
+    attach(model, rows_per_step=2)
+    hashed.step_record.learns = True
+    hashed.input_ids = torch.arange(16).view(2, 8)
+    compiled = torch.compile(hashed, backend="aot_eager", fullgraph=True)
+    compiled(torch.randn(2, 8, 64, requires_grad=True))[0].sum().backward()
+    expected = torch.bincount(hashed.tid2eid[:16].flatten(), minlength=8)
+    assert hashed.record.counts_MSE.sum(dim=(0, 1)).tolist() == expected.tolist()
