@@ -99,12 +99,6 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
             f"last step; {_peak(cumulative_S, steps)}",
         ),
         Card(
-            "DistMoE scratch / slot",
-            f"{number(peak_S.max())} / {number(slot_S.max())}",
-            "factors that no logged step overran; 1 % of them overran "
-            f"{number(exceeded_by(peak_S, 0.01))} / {number(exceeded_by(slot_S, 0.01))}",
-        ),
-        Card(
             "Dead experts",
             f"{dead_S[-1]} of {trace.info.num_experts_M.sum()}",
             f"last step; most: {dead_S.max()} at step {steps[dead_S.argmax()]}"
@@ -116,6 +110,12 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
             f"layer {now.layer}, expert {now.expert}",
             f"{now.last} × the balanced load, last step; mean of the run: layer {hottest.layer}, "
             f"expert {hottest.expert} with {hottest.mean} ×",
+        ),
+        Card(
+            "DistMoE scratch / slot",
+            f"{number(peak_S.max())} / {number(slot_S.max())}",
+            "factors that no logged step overran; at most 1 % of them overran "
+            f"{number(exceeded_by(peak_S, 0.01))} / {number(exceeded_by(slot_S, 0.01))}",
         ),
     ]
 
