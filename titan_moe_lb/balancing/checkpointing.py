@@ -74,11 +74,6 @@ class SelectiveACSavingDecisions(SelectiveAC):
         return super()._wrap_block(module, base_fqn=base_fqn)
 
 
-def is_selective(ac_config: ActivationCheckpointing.Config | None) -> bool:
-    """Return True if a checkpointing config saves the results of some operators."""
-    return isinstance(ac_config, SelectiveAC.Config)
-
-
 def _save_by_operator(block: nn.Module) -> None:
     for router in routers_of([block]):
         router.save = save_decision
