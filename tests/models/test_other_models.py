@@ -102,11 +102,9 @@ def test_balanced_takes_one_bias_rule(rule):
 def test_unknown_score_function_is_one_line():
     spec = balanced(upstream_spec("deepseek_v3", "debugmodel"))
     for _fqn, router, *_ in spec.model.traverse(LoadBalancedRouter.Config):
-        router.score_func = "sqrtsoftplus"
+        router.score_func = "tanh"
     config = recipes.debug(spec, recipes.language_model_loss(spec))
-    with pytest.raises(
-        JobError, match="score_func of layer .* is 'sqrtsoftplus'; the router knows"
-    ):
+    with pytest.raises(JobError, match="score_func of layer .* is 'tanh'; the router knows"):
         spec.model.update_from_config(config=config)
 
 
