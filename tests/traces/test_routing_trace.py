@@ -154,8 +154,8 @@ def test_damage_in_the_middle_leaves_the_other_steps(tmp_path):
     file = tmp_path / "routing" / "rank_00001.arrow"
     content = bytearray(file.read_bytes())
     starts = [at for at in range(0, len(content), 8) if content[at : at + 4] == b"\xff" * 4]
-    # The schema, then four messages a step: two layers, two forwards each.
-    assert len(starts) == 1 + 3 * 4
+    # The schema, four messages a step (two layers, two forwards each), and the end mark.
+    assert len(starts) == 1 + 3 * 4 + 1
     content[starts[5] : starts[5] + 64] = bytes(64)
     file.write_bytes(content)
     for step in (3, 9):

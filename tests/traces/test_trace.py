@@ -21,6 +21,7 @@ from tests.support.synthetic_trace import COLUMNS, LOSS, run_info, step_loads, w
 from titan_moe_lb import cli
 from titan_moe_lb.commands.diagnose.checks import findings
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.batch_reader import END
 from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.run_info import FORMAT_VERSION
 from titan_moe_lb.traces.step_load import StepLoad
@@ -245,7 +246,7 @@ def test_a_stream_that_pyarrow_closed_is_whole(tmp_path, caplog):
     writer.write(4, next(step_loads(run_info(), 1)))
     writer.close()
     assert read_trace(file).steps.tolist() == [1, 2, 3, 4] and not caplog.messages
-    file.write_bytes(file.read_bytes() + b"\xff\xff\xff\xff\x00\x00\x00")
+    file.write_bytes(file.read_bytes()[:-1])
     assert "last 7 bytes" in read_trace(file).damage[0]
 
 
@@ -526,7 +527,7 @@ def test_a_folder_whose_name_the_locale_lacks(tmp_path):
 def test_resume_after_a_crash_drops_the_torn_step(tmp_path):
     info = run_info()
     file = write_run(tmp_path, info, 5) / FILE_NAME
-    file.write_bytes(file.read_bytes()[:-7])
+    file.write_bytes(file.read_bytes()[: -7 - len(END)])
     (tmp_path / f"{FILE_NAME}.new").write_bytes(b"left by a killed resume")
     TraceWriter(tmp_path, info).write(8, next(step_loads(info, 1)))
     trace = read_trace(tmp_path)
@@ -636,7 +637,8 @@ def test_full_disk_while_resuming_leaves_the_earlier_steps(tmp_path):
     warning, _end = train_on_full_disk(tmp_path, len(before) // 2, first_step=11)
     assert " 11 " in warning
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
-    assert (tmp_path / FILE_NAME).read_bytes() == before
+    assert read_trace(tmp_path).steps.tolist() == list(range(1, 11))
+    assert before.startswith((tmp_path / FILE_NAME).read_bytes())
 
 
 def test_folder_that_cannot_be_made_is_one_warning(tmp_path, caplog):
@@ -663,8 +665,7 @@ def test_training_survives_any_damage_to_the_trace_it_continues(tmp_path):
         writer = TraceWriter(tmp_path, info)
         writer.write(4, load)
         writer.close()
-        with pa.OSFile(str(file)) as stream:
-            assert pa.ipc.open_stream(stream).read_all()["step"].to_pylist()[-2:] == [4, 4]
+        assert read_trace(file).steps[-1] == 4
 
 
 def test_reading_and_reporting_need_no_torch(tmp_path):

@@ -9,7 +9,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ def run(
     Raises:
         SystemExit: the job failed; with its status.
     """
-    begun = time.time()
+    trace_before = saved.trace_status(job.config)
     logs = rank_log.folder_of(job.config.dump_folder)
     console = rank_log.divert_errors(logs / "launcher.log")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,7 +62,7 @@ def run(
     where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
     print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
     handlers = {number: signal.getsignal(number) for number in ENDING}
-    attempt = _Attempt(job, arguments, name, here, nodes, begun, console)
+    attempt = _Attempt(job, arguments, name, here, nodes, trace_before, console)
     for restart in range(1, max_restarts + 1):
         if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
             return
@@ -86,8 +85,8 @@ class _Attempt:
     name: str
     here: int
     nodes: int
-    begun: float
-    """Time of the first start of the job, in seconds since the epoch."""
+    trace_before: os.stat_result | None
+    """Status of the trace before the first start of the job."""
     console: TextIO
 
     def succeeds(self, again: str = "") -> bool:
@@ -152,7 +151,7 @@ class _Attempt:
                     _ignore_signals()
                 found, log = cause.of_processes(error, logs)
                 told = (peers.blame() if found.is_echo else None) or found
-                line = f"error: {told.sentence(saved.in_words(config, self.begun), log)}"
+                line = f"error: {told.sentence(saved.in_words(config, self.trace_before), log)}"
                 status = told.status
                 if again and status == 1:
                     rank_log.report(f"{line}{again}", self.console)
@@ -161,21 +160,23 @@ class _Attempt:
                 _ignore_signals()
                 number = signal.Signals(error.sigval)
                 if peers.loss is None:
-                    line = train.stopped(number, saved.in_words(config, self.begun))
+                    line = train.stopped(number, saved.in_words(config, self.trace_before))
                     status = 128 + number
                     told = cause.Cause(
                         line=f"stopped by {number.name}", status=1, has_traceback=False
                     )
                 else:
                     told = peers.loss
-                    line = f"error: {told.sentence(saved.in_words(config, self.begun), logs)}"
+                    line = (
+                        f"error: {told.sentence(saved.in_words(config, self.trace_before), logs)}"
+                    )
                     status = told.status
             except (RendezvousError, DistError):
                 traceback.print_exc()
                 line = f"error: {meeting.failed()}"
                 status = 1
             except KeyboardInterrupt:  # after the rendezvous, before torch sets its handlers
-                line = train.stopped(signal.SIGINT, saved.in_words(config, self.begun))
+                line = train.stopped(signal.SIGINT, saved.in_words(config, self.trace_before))
                 status = 128 + signal.SIGINT
             except Exception as error:
                 traceback.print_exc()

@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,7 @@ class _Rank:
         self._job, self._config = job, job.config
         self._alone = alone
         self._rank = int(os.environ["RANK"])
-        self._begun = time.time()
+        self._trace_before = saved.trace_status(job.config)
         self._log = rank_log.folder_of(job.config.dump_folder) / f"rank{self._rank}.log"
         self._errors = rank_log.divert_errors(self._log)
         self._trainer: Trainer | None = None
@@ -155,7 +154,7 @@ class _Rank:
             except (Exception, CheckpointException) as error:  # the latter is no Exception
                 self._fail(error)
         if is_shown:
-            _say(summary.after(self._config, self._begun))
+            _say(summary.after(self._config, self._trace_before))
 
     def _train(self) -> None:
         """Train as torchtitan's ``main`` does, without reading the job a second time."""
@@ -213,7 +212,7 @@ class _Rank:
             closing.join(CLOSING_SECONDS)
 
     def _saved(self) -> str:
-        return saved.in_words(self._config, self._begun)
+        return saved.in_words(self._config, self._trace_before)
 
     def _last_word(self, line: str) -> None:
         rank_log.report(line, self._errors)

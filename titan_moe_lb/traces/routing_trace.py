@@ -130,7 +130,8 @@ class RoutingTrace:
     def _read(self, file: Path) -> RunInfo:
         reader = BatchReader(file)
         info = _info_of(reader.schema, file)
-        for row in reader.read(lambda row: _fits(row, info)):
+        reader.fits = lambda row: _fits(row, info)
+        for row in reader.read():
             self._parts[row["step"][0].as_py(), row["layer"][0].as_py()].append(row)
         if reader.gaps:
             self._damaged.append(f"{file.name} is damaged")

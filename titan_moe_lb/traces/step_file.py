@@ -1,24 +1,26 @@
 """File of record batches, by step, that survives crashes, full disks and resumed runs.
 
-The file is an Arrow IPC stream without the end marker, which is optional in the format. It
-contains a schema and then whole batches. Each batch is one write, so a killed process loses at
-most the batch that it was writing, and a resumed run can append.
+The file is an Arrow IPC stream: a schema, whole batches, and the format's own mark at the end of a
+run. Each batch is one write, so a killed process loses at most the batch that it was writing. A
+resumed run appends: it changes nothing before its first step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import io
-import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.batch_reader import BatchReader
+from titan_moe_lb.traces.batch_reader import END, RUN, BatchReader, step_of
 from titan_moe_lb.traces.checksum import METADATA, stamp
 
 logger = logging.getLogger(__name__)
@@ -28,11 +30,12 @@ class StepFile:
     """Writer of batches with a column ``step``, which never decreases.
 
     An existing file stays as it is until the first write, of step S. If ``resume`` accepts the
-    file, its batches before step S are kept. Later ones are dropped, because the resumed run
-    repeats them. A file that cannot be continued is renamed.
+    file, it is cut off at step S, because the resumed run repeats the steps from there, and is
+    appended to. A file that lacks a column or checksums is copied, step by step, to one that has
+    them. A file that cannot be continued is renamed.
 
-    After an ``OSError`` (a full disk, a lost mount) the writer logs one warning and ignores further
-    writes, so that training continues.
+    After an ``OSError`` (a full disk, a lost mount, a file that another process writes) the writer
+    logs one warning and ignores further writes, so that training continues.
     """
 
     def __init__(
@@ -57,11 +60,9 @@ class StepFile:
         self._schema = schema
         self._resume = resume
         self._options = pa.ipc.IpcWriteOptions(compression=compression)
-        self._has_checksums = compression is not None
-        self._sink = io.BytesIO()
-        self._head_size = 0
-        self._file: io.FileIO | None = None
-        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._checksum = METADATA if compression is not None else {}
+        self._metadata = self._checksum
+        self._file: BinaryIO | None = None
         self._failed = False
 
     def write(self, step: int, batch: pa.RecordBatch) -> None:
@@ -73,82 +74,134 @@ class StepFile:
                 self._open(step, batch)
             else:
                 self._append(batch)
-        except OSError as error:
+        except (OSError, JobError) as error:
             self._failed = True
+            reason = getattr(error, "strerror", None) or error
             logger.warning(
-                f"{self.path} cannot be written ({error.strerror or error}): training goes on, "
-                f"its steps from {step} on are not recorded"
+                f"{self.path} cannot be written ({reason}): training goes on, its steps from "
+                f"{step} on are not recorded"
             )
-            with contextlib.suppress(OSError):
-                self.close()
-                self._new.unlink()
+            self.close()
 
     def close(self) -> None:
-        """Close the file, which already contains every batch."""
+        """Mark the end of the file, which already contains every batch, and close it."""
         file, self._file = self._file, None
         if file is not None:
-            file.close()
+            with contextlib.suppress(OSError), file:
+                if not self._failed:
+                    file.write(END)
 
     def _open(self, first_step: int, batch: pa.RecordBatch) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = self._earlier(first_step) if self.path.exists() else ()
+        source = None
+        if self.path.exists():
+            try:
+                source = BatchReader(self.path)
+                if self._continues(source, first_step):
+                    self._append(batch)
+                    return
+            except JobError as error:
+                with _locked(self.path):
+                    aside = _free_name(self.path)
+                    os.replace(self.path, aside)
+                logger.warning(f"{self.path} is not continued ({error}): kept as {aside.name}")
+                source = None
         # The old file is replaced only when the new one contains all earlier steps and one more.
-        self._file = open(self._new, "wb", buffering=0)  # noqa: SIM115
-        if self._has_checksums:
-            self._schema = self._schema.with_metadata({**self._schema.metadata, **METADATA})
-        self._head_size = self._schema.serialize().size
-        self._writer = pa.ipc.new_stream(self._sink, self._schema, options=self._options)
-        for one in earlier:
-            self._append(one)
-        self._append(batch)
-        os.replace(self._new, self.path)
-
-    def _earlier(self, first_step: int) -> Iterable[pa.RecordBatch]:
-        """Read the batches before ``first_step`` from the existing file, and set the new schema.
-
-        Rename the existing file and return no batches if it cannot be continued.
-        """
+        self._file = _locked(self._new)
         try:
-            source = BatchReader(self.path)
-            schema = self._resume(source.schema, first_step)
-            batches = (batch for batch in source.read() if _step(batch) < first_step)
-            first = next(batches, None)
-            if first is None:
-                raise JobError(f"it holds nothing before step {first_step}")
+            self._file.truncate()
+            self._schema = self._schema.with_metadata({**self._schema.metadata, **self._checksum})
+            self._put(self._schema.serialize().to_pybytes())
+            if source is not None:
+                self._copy(source, first_step)
+            self._append(batch)
+            os.replace(self._new, self.path)
+        except OSError:
+            self._new.unlink(missing_ok=True)
+            raise
+
+    def _continues(self, source: BatchReader, first_step: int) -> bool:
+        """Cut the existing file off before a step, to append to it.
+
+        Returns:
+            False if it has to be copied, because it lacks a column or checksums.
+
+        Raises:
+            JobError: it cannot be continued.
+        """
+        schema = self._resume(source.described(), first_step)
+        end = source.end_before(first_step)
+        if end is None:
+            raise JobError(f"it holds nothing before step {first_step}")
+        self._warn_of(source.rest)
+        as_before = schema == source.schema and source.has_checksums == bool(self._checksum)
+        if as_before:
+            source.close()  # before the lock, which this would release
+        file = _locked(self.path)
+        if not as_before:
+            file.close()
             self._schema = schema
-            if broken := sum(size for _before, size in source.gaps) + source.rest:
-                logger.warning(
-                    f"{self.path} is continued without {broken} of its bytes, which are damaged or "
-                    "no whole step: what they recorded is here if it is trained again"
-                )
-        except JobError as error:
-            aside = _free_name(self.path)
-            os.replace(self.path, aside)
-            logger.warning(f"{self.path} is not continued ({error}): kept as {aside.name}")
-            return ()
-        return itertools.chain([first], batches)
+            return False
+        self._file = file
+        self._new.unlink(missing_ok=True)  # of a copy that was killed
+        file.truncate(end)
+        file.seek(end)
+        self._schema = source.schema
+        self._metadata = {**schema.metadata, **self._checksum}
+        return True
+
+    def _copy(self, source: BatchReader, first_step: int) -> None:
+        """Copy the batches before a step to the new file."""
+        batches = source.read()
+        self._warn_of(sum(size for _before, size in source.gaps))
+        for batch in batches:
+            if step_of(batch) >= first_step:
+                break
+            self._append(batch)
+
+    def _warn_of(self, broken: int) -> None:
+        if broken:
+            logger.warning(
+                f"{self.path} is continued without {broken} of its bytes, which are damaged or no "
+                "whole step: what they recorded is here if it is trained again"
+            )
 
     def _append(self, batch: pa.RecordBatch) -> None:
-        assert self._writer is not None and self._file is not None
-        metadata = METADATA if self._has_checksums else None
-        self._writer.write_batch(_fit(batch, self._schema), custom_metadata=metadata)
-        written = bytearray(self._sink.getvalue())
-        self._sink.seek(0)
-        self._sink.truncate()
-        # The writer puts the schema before its first batch.
-        parts = written[: self._head_size], written[self._head_size :]
-        self._head_size = 0
-        if self._has_checksums:
-            for part in filter(None, parts):
-                stamp(part)
-        content = memoryview(b"".join(parts))
-        while content:  # a full disk may accept a part before it fails
-            content = content[self._file.write(content) :]
+        assert self._file is not None
+        start, sink = self._file.tell(), io.BytesIO()
+        writer = pa.ipc.new_stream(sink, self._schema, options=self._options)
+        writer.write_batch(_fit(batch, self._schema), custom_metadata=self._metadata or None)
+        # The writer puts the schema before the batch.
+        self._put(sink.getvalue()[self._schema.serialize().size :])
+        if self._metadata.keys() - self._checksum.keys() - {RUN}:  # it has described a resumed run
+            self._metadata = {RUN: b"%d" % start, **self._checksum}
+
+    def _put(self, message: bytes) -> None:
+        assert self._file is not None
+        content = bytearray(message)
+        if self._checksum:
+            stamp(content)
+        rest = memoryview(content)
+        while rest:  # a full disk may accept a part before it fails
+            rest = rest[self._file.write(rest) :]
 
 
-def _step(batch: pa.RecordBatch) -> int:
-    step = batch.column("step")[0].as_py() if batch.num_rows else None
-    return -1 if step is None else step
+def _locked(path: Path) -> BinaryIO:
+    """Open a file to write it, which one process may do at a time.
+
+    Raises:
+        OSError: another process writes it, or it cannot be opened.
+    """
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            message = "another run writes it: give each its own dump_folder"
+            raise OSError(error.errno, message) from None
+        # A file system without locks.
+    return file
 
 
 def _fit(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

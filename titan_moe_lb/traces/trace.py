@@ -9,8 +9,6 @@ Shape suffixes: S = logged steps, M = MoE layers, E = experts.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +16,24 @@ import numpy as np
 import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.batch_reader import BatchReader
-from titan_moe_lb.traces.column_format import MICRO_BATCH, Column, all_columns, always, batch_of
+from titan_moe_lb.traces.batch_reader import BatchReader, step_of
+from titan_moe_lb.traces.column_format import (
+    MICRO_BATCH,
+    Column,
+    all_columns,
+    always,
+    batch_of,
+    values_of,
+)
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad
 
 FILE_NAME = "moe_load.arrow"
+MOST_BYTES = 1 << 27
+"""Memory for the counts of a trace in a command: of a longer one it reads evenly spread steps."""
+_FEWEST = 400
+"""Steps of a trace that are read however large they are."""
 
 
 class TraceWriter:
@@ -71,7 +80,8 @@ class TraceWriter:
             else first_step,
         )
         try:
-            return pa.unify_schemas([_schema(info), schema])
+            # The columns of the file first: a file that has them all is appended to.
+            return pa.unify_schemas([schema, _schema(info)]).with_metadata(info.metadata())
         except pa.ArrowException as error:
             raise JobError(f"its columns are of other types: {error}") from None
 
@@ -95,7 +105,11 @@ class Trace:
     step_columns: dict[str, np.ndarray]
     """Name to float64 ``(S,)``, NaN where the number is missing."""
     damage: tuple[str, ...]
-    """A sentence about each damaged stretch of the file."""
+    """A sentence about each damaged stretch of the file that was read."""
+    is_sample: bool = False
+    """True if these are evenly spread steps of a longer trace."""
+    ended: bool = False
+    """True if the file has the mark of its end."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -148,18 +162,24 @@ class Trace:
         )
 
 
-def read_trace(path: Path | str, *, micro_batches: bool = False) -> Trace:
-    """Read every whole step of a run's trace.
+def read_trace(
+    path: Path | str, *, micro_batches: bool = False, most_bytes: int | None = None
+) -> Trace:
+    """Read the whole steps of a run's trace.
 
     Args:
         path: the run's folder, or the file itself.
         micro_batches: read the counts of micro-batches too, which need at most half the memory
             of those of the steps.
+        most_bytes: about the most memory for the counts of the steps. Of a longer trace, read
+            evenly spread steps and the last one. Default: read all.
 
     Raises:
         JobError: there is no trace, the file is no trace, or it contains no step.
     """
-    trace = TraceReader(path, micro_batches=micro_batches).read()
+    reader = TraceReader(path, micro_batches=micro_batches)
+    most = None if most_bytes is None else max(_FEWEST, most_bytes // reader.bytes_per_step)
+    trace = reader.read(most)
     if not len(trace.steps):
         raise JobError(
             f"{trace.path} holds no whole step: the run ended before its first logged step"
@@ -167,11 +187,20 @@ def read_trace(path: Path | str, *, micro_batches: bool = False) -> Trace:
     return trace
 
 
+def last_step(path: Path | str) -> int | None:
+    """Return the last whole step of a run's trace, read from its end; None if there is none.
+
+    Raises:
+        JobError: there is no trace, or the file is no trace.
+    """
+    return BatchReader(_existing_trace(path)).last_step()
+
+
 class TraceReader:
     """Reader of a trace that may still grow.
 
     Attributes:
-        info: description of the run.
+        info: description of the run; of a resumed one, as it was resumed.
     """
 
     def __init__(self, path: Path | str, *, micro_batches: bool = False) -> None:
@@ -182,65 +211,71 @@ class TraceReader:
         """
         self._path = _existing_trace(path)
         self._batches = BatchReader(self._path)
-        self.info = _info_of(self._batches.schema, self._path)
-        self._layers = pa.array(self.info.layers, pa.int32())
+        self.info = _info_of(self._batches.described(), self._path)
+        self._layers = np.array(self.info.layers, np.int32)
+        self._batches.fits = self._is_step
         names = self._batches.schema.names
         declared = {column.name for column in self.info.columns}
-        self._numbers = ["step", *(name for name in names if name in declared)]
+        self._numbers = [name for name in names if name in declared]
         self._micro_batch = [MICRO_BATCH] if micro_batches and MICRO_BATCH in names else []
 
-    def read(self) -> Trace:
-        """Read the steps since the last read, possibly none."""
-        shape_ME = (len(self._layers), self.info.num_experts)
-        columns = [*self._numbers, "layer", "counts", *self._micro_batch]
-        batches = self._whole(self._batches.read(self._is_step, columns))
-        first = next(batches, None)
-        num_steps = 0 if first is None else self._batches.count
-        counts_SME = np.empty((num_steps, *shape_ME), np.int64)
-        micro_batch_counts_SME = np.empty((num_steps * len(self._micro_batch), *shape_ME), np.int32)
-        numbers, num_micro_batches = [], 0
+    @property
+    def bytes_per_step(self) -> int:
+        """Memory for the counts of a step, in bytes."""
+        return 8 * len(self._layers) * self.info.num_experts
+
+    def is_shortened(self) -> bool:
+        """Return True if the last step that was read is no longer there: a run was resumed."""
+        return self._batches.is_shortened()
+
+    def skip_to_last(self, steps: int) -> None:
+        """Let the next read begin with the last ``steps`` steps."""
+        self._batches.skip_to_last(steps)
+
+    def read(self, most: int | None = None) -> Trace:
+        """Read the steps since the last read, possibly none.
+
+        Args:
+            most: of about this many steps or more, read evenly spread ones and the last one;
+                default: all.
+        """
+        layers, info = len(self._layers), self.info
+        columns = ["step", "layer", "counts", *self._numbers, *self._micro_batch]
+        batches = self._batches.read(columns, most)
+        num_steps = self._batches.count
+        shape_SME = (num_steps, layers, info.num_experts)
+        steps, counts_SME = np.empty(num_steps, np.int64), np.empty(shape_SME, np.int64)
+        singles_SME = np.empty((num_steps * len(self._micro_batch), *shape_SME[1:]), np.int32)
+        values = {column.name: np.full((num_steps, layers), np.nan) for column in info.columns}
+        num_singles = 0
         # Batches are copied one by one, so that memory holds the counts once.
-        for index, batch in enumerate(() if first is None else itertools.chain([first], batches)):
-            numbers.append(batch.select(self._numbers))
-            counts_SME[index] = _counts(batch["counts"], shape_ME)
-            for name in self._micro_batch:
-                if not batch[name].null_count:
-                    micro_batch_counts_SME[num_micro_batches] = _counts(batch[name], shape_ME)
-                    num_micro_batches += 1
-        table = pa.Table.from_batches(
-            numbers, pa.schema(map(self._batches.schema.field, self._numbers))
-        )
-        shape_SM = (num_steps, len(self._layers))
-        steps = table["step"].to_numpy().reshape(shape_SM)[:, 0]
-
-        def recorded(per: str) -> dict[str, np.ndarray]:
-            return {
-                column.name: table[column.name].to_numpy().reshape(shape_SM)
-                if column.name in self._numbers
-                else np.full(shape_SM, np.nan)
-                for column in self.info.columns
-                if column.per == per
-            }
-
-        return Trace(
-            path=self._path,
-            info=self.info,
-            steps=steps,
-            counts_SME=counts_SME,
-            micro_batch_counts_SME=micro_batch_counts_SME[:num_micro_batches],
-            layer_columns=recorded("layer"),
-            step_columns={name: values_SM[:, 0] for name, values_SM in recorded("step").items()},
-            damage=tuple(self._damage(steps)),
-        )
-
-    def _whole(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
+        for index, batch in enumerate(batches):
             if not self._is_step(batch):
                 raise JobError(
                     f"{self._path} holds a batch that is not one step of its layers: it is "
                     "damaged, use another run"
                 )
-            yield batch
+            steps[index] = step_of(batch)
+            counts_SME[index] = _counts(batch["counts"], shape_SME[1:])
+            for name in self._numbers:
+                values[name][index] = values_of(batch[name])
+            for name in self._micro_batch:
+                if not batch[name].null_count:
+                    singles_SME[num_singles] = _counts(batch[name], shape_SME[1:])
+                    num_singles += 1
+        per = {column.name: column.per for column in info.columns}
+        return Trace(
+            path=self._path,
+            info=info,
+            steps=steps,
+            counts_SME=counts_SME,
+            micro_batch_counts_SME=singles_SME[:num_singles],
+            layer_columns={name: v for name, v in values.items() if per[name] == "layer"},
+            step_columns={name: v[:, 0] for name, v in values.items() if per[name] == "step"},
+            damage=tuple(self._damage(steps)),
+            is_sample=self._batches.is_sample,
+            ended=self._batches.ended,
+        )
 
     def _is_step(self, batch: pa.RecordBatch) -> bool:
         """Return True if a batch is one whole step.
@@ -248,11 +283,12 @@ class TraceReader:
         It has every layer of the run and all counts, and the micro-batch counts of all layers or
         of none.
         """
-        step, counts = batch["step"], batch["counts"]
+        step, layer, counts = batch["step"], batch["layer"], batch["counts"]
         return (
-            batch["layer"].equals(self._layers)
-            and not (step.null_count or counts.null_count or counts.flatten().null_count)
-            and len(step.unique()) == 1
+            not (step.null_count or layer.null_count or counts.null_count)
+            and not counts.flatten().null_count
+            and np.array_equal(values_of(layer), self._layers)
+            and (values_of(step) == step_of(batch)).all()
             and all(
                 batch[name].null_count in (0, len(batch)) and not batch[name].flatten().null_count
                 for name in self._micro_batch
@@ -318,4 +354,4 @@ def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
 
 def _counts(lists: pa.Array, shape_ME: tuple[int, int]) -> np.ndarray:
     """Invert :func:`count_lists`."""
-    return lists.flatten().to_numpy().reshape(shape_ME)
+    return values_of(lists.flatten()).reshape(shape_ME)

@@ -10,7 +10,7 @@ from pathlib import Path
 from titan_moe_lb.commands.diagnose.checks import Diagnosis, diagnosis
 from titan_moe_lb.commands.diagnose.finding import Severity
 from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
-from titan_moe_lb.traces.trace import Trace, read_trace
+from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace
 
 
 def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") -> int:
@@ -28,7 +28,7 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") ->
     Raises:
         JobError: the trace cannot be read.
     """
-    trace = read_trace(run_dir)
+    trace = read_trace(run_dir, most_bytes=MOST_BYTES)
     enough, found = Window(trace).is_long_enough, diagnosis(trace)
     print(_json(trace, found) if as_json else _sentences(trace, found, enough))
     if fail_on == "never":
@@ -56,6 +56,8 @@ def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
             f"{FEWEST_STEPS} are needed"
         )
     steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"
+    if trace.is_sample:
+        steps += f", {len(trace.steps)} of them, evenly spread"
     if not found.findings:
         head = f"{steps}: nothing is wrong with the balance. Looked at, in the last quarter:"
         return "\n".join([head, *(f"  {kind:<24} {seen}" for kind, seen in found.well.items())])

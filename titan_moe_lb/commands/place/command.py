@@ -29,7 +29,7 @@ from titan_moe_lb.commands.place.safetensors_files import SafetensorsFiles
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.expert_order import contiguous, overload
 from titan_moe_lb.traces.step_windows import tenth
-from titan_moe_lb.traces.trace import Trace, read_trace, trace_file
+from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace, trace_file
 
 
 def place(
@@ -166,7 +166,7 @@ def _loads(path: Path, folder: Path, from_run: Path | None, done: ExpertOrder | 
     own = next((home for home in homes if trace_file(home).is_file()), None)
     if from_run is None and own is None:
         raise JobError(f"--from-run is missing: no run wrote a trace beside {folder}")
-    trace = read_trace(from_run or own)  # type: ignore[arg-type]
+    trace = read_trace(from_run or own, most_bytes=MOST_BYTES)  # type: ignore[arg-type]
     info, run = trace.info, trace.path.parent
     if info.forced_routing is not None:
         raise JobError(

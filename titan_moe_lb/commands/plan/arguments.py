@@ -17,7 +17,7 @@ from titan_moe_lb.costmodel.loads.lognormal import MOST_SIGMA, Overload, Spread
 from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
 from titan_moe_lb.costmodel.times.layer import MoELayer
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.trace import Trace, read_trace
+from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Inputs:
         device = hardware(flags.hardware)
         trace = None
         if flags.from_run:
-            trace = read_trace(flags.from_run, micro_batches=not flags.serve)
+            trace = read_trace(flags.from_run, micro_batches=not flags.serve, most_bytes=MOST_BYTES)
         if flags.drop_share is not None and trace and not len(trace.micro_batch_counts_SME):
             raise JobError(
                 "--drop-share needs loads of single micro-batches, and the trace in "

@@ -9,7 +9,7 @@ from titan_moe_lb.commands.report.page import render
 from titan_moe_lb.commands.report.run_names import MARKS
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
-from titan_moe_lb.traces.trace import read_trace, trace_file
+from titan_moe_lb.traces.trace import MOST_BYTES, read_trace, trace_file
 
 
 def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | None = None) -> str:
@@ -36,7 +36,7 @@ def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | Non
         output = files[0].with_name("compare.html" if compare else "report.html")
     if files[0].exists():  # otherwise read_trace reports that the run is missing
         output_file.check(output, inputs=files)
-    traces = [read_trace(folder) for folder in folders]
+    traces = [read_trace(folder, most_bytes=MOST_BYTES) for folder in folders]
     for other in traces[1:]:
         traces[0].info.require_same_model(other.info, str(traces[0].path), str(other.path))
     output_file.write(render(traces), output)

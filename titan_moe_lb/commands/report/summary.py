@@ -46,10 +46,13 @@ def facts(trace: Trace) -> dict[str, str]:
     """Describe layout, steps, batch and balancing of the run, by name."""
     info, steps = trace.info, trace.steps
     resumed = f", resumed at {', '.join(map(str, info.resumed_at))}" if info.resumed_at else ""
+    logged = f"{len(steps)} logged"
+    if trace.is_sample:
+        logged = f"{len(steps)} evenly spread ones of those logged"
     losses = ", ".join(f"{name} × {weight}" for name, weight in info.losses.items())
     return {
         "Layout": info.layout,
-        "Steps": f"{steps[0]} to {steps[-1]}, {len(steps)} logged{resumed}",
+        "Steps": f"{steps[0]} to {steps[-1]}, {logged}{resumed}",
         "Batch": f"{info.global_batch_size} sequences of {info.seq_len} tokens",
         "Aux losses": losses or "none",
         "Expert bias": info.expert_bias or "off",

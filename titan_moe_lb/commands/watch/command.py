@@ -44,7 +44,10 @@ def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> 
         while True:
             started |= follower.look()
             # Draw again for a new step, another size of the terminal, or another age of the step.
-            now = (console.size, started and (follower.written, pulse.age(follower)))
+            now = (
+                console.size,
+                started and (follower.written, follower.ended, pulse.age(follower)),
+            )
             if now != shown:
                 shown = now
                 rows = max(1, console.height - _ROWS_BESIDE_LAYERS)

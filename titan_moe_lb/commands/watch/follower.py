@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from titan_moe_lb.traces.trace import Trace, TraceReader, trace_file
 
 MOST_RECENT = 200
 """Logged steps in memory, enough to diagnose the end of a run."""
+SPREAD = 80
+"""Steps before them that the first look reads, evenly spread over the run."""
 
 
 class Follower:
@@ -28,15 +30,17 @@ class Follower:
         info: description of the run.
         step: number of the last whole step.
         load: load of the last whole step.
-        written: time when the trace last grew, in seconds since the epoch.
+        written: time when the trace last grew, in seconds of ``time.monotonic``.
+        ended: True if the run has marked its end.
         findings: diagnosis of the recent steps; empty if they are too few.
-        max_violations: MaxVio of every step read, mean over the layers.
+        max_violations: each step that was read, and its MaxVio, mean over the layers.
     """
 
     info: RunInfo
     step: int
     load: StepLoad
     written: float
+    ended: bool
     findings: list[Finding]
 
     def __init__(self, run_dir: Path) -> None:
@@ -44,17 +48,20 @@ class Follower:
         self._reader: TraceReader | None = None
         self._file: tuple[int, int] | None = None
         self._recent: Trace | None = None
-        self.max_violations: list[float] = []
-        self._intervals: list[float] = []
-        self._previous = np.nan
+        self.max_violations: dict[int, float] = {}
 
     @property
     def seconds_between_steps(self) -> float | None:
-        """Median seconds between two logged steps; None if the trace has no times."""
-        return median(self._intervals) if self._intervals else None
+        """Median seconds between two recent logged steps; None if the trace has no times."""
+        if self._recent is None:
+            return None
+        steps, seconds_S = self._recent.steps, self._recent.over_steps("step_seconds")
+        intervals = np.diff(steps) * seconds_S[1:]
+        known = intervals[np.isfinite(intervals)]
+        return float(np.median(known)) if len(known) else None
 
     def look(self, must_exist: bool = False) -> bool:
-        """Read the steps since the last call.
+        """Read the steps since the last call; the first time, those that the view needs.
 
         Args:
             must_exist: raise if there is no trace or no whole step yet.
@@ -68,31 +75,31 @@ class Follower:
         file = trace_file(self._run_dir)
         if not must_exist and not file.exists():
             return False
-        if self._reader is None or self._file != _identity(file):
-            # First call, or a resumed run has replaced the file.
-            self._reader = TraceReader(self._run_dir)
-            self._file = _identity(file)
-            self.max_violations.clear()
-            self._intervals.clear()
-            self._previous = np.nan
+        if self._reader is None or self._file != _identity(file) or self._reader.is_shortened():
+            # First call, or a resumed run has shortened or replaced the file.
             self._recent = None
+            self.max_violations = _max_violations(TraceReader(self._run_dir).read(SPREAD))
+            self._reader, self._file = TraceReader(self._run_dir), _identity(file)
+            self._reader.skip_to_last(MOST_RECENT)
         news = self._reader.read()
+        self.ended = news.ended
         if len(news.steps):
-            self.written = file.stat().st_mtime
-            seconds_S = np.diff(news.steps, prepend=self._previous) * news.over_steps(
-                "step_seconds"
-            )
-            self._intervals += seconds_S[np.isfinite(seconds_S)].tolist()
-            self._previous = float(news.steps[-1])
+            # The clock may be set while the run is watched.
+            self.written = time.monotonic() - max(0.0, time.time() - file.stat().st_mtime)
             self._recent = (
                 news if self._recent is None else self._recent.followed_by(news, MOST_RECENT)
             )
             self.findings = findings(self._recent)
             self.info, self.step, self.load = news.info, int(news.steps[-1]), news.load(-1)
-            self.max_violations += max_violation(news.counts_SME).mean(axis=1).tolist()
+            self.max_violations |= _max_violations(news)
         elif must_exist:
             raise JobError(f"{file} holds no whole step yet: look again later")
         return bool(len(news.steps))
+
+
+def _max_violations(trace: Trace) -> dict[int, float]:
+    violation_S = max_violation(trace.counts_SME).mean(axis=1)
+    return dict(zip(trace.steps.tolist(), violation_S.tolist(), strict=True))
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -187,11 +187,13 @@ def _scale(num_shown: int, follower: Follower, width: int, glyphs: Glyphs) -> Te
     return line
 
 
-def _history(values: list[float], room: int, glyphs: Glyphs) -> str:
-    """Draw the values since the first step as bars, from zero to their maximum."""
+def _history(values: dict[int, float], room: int, glyphs: Glyphs) -> str:
+    """Draw values by step since the first step as bars, from zero to their maximum."""
     if len(values) < 2 or room < 1:
         return ""
-    columns = np.array_split(np.asarray(values), min(room, 40, len(values)))
-    means = np.array([column.mean() for column in columns])
+    steps, numbers = np.array(sorted(values)), np.array([values[step] for step in sorted(values)])
+    edges = np.linspace(steps[0], steps[-1] + 1, min(room, 40, len(steps)) + 1)
+    columns = np.split(numbers, np.searchsorted(steps, edges[1:-1]))
+    means = np.array([column.mean() for column in columns if len(column)])
     bars = np.rint(means / max(means.max(), 1e-9) * (len(glyphs.bars) - 1)).astype(int)
     return "".join(glyphs.bars[bar] for bar in bars)

@@ -17,7 +17,9 @@ def age(follower: Follower, now: float | None = None) -> str:
 
 
 def verdict(follower: Follower, now: float | None = None) -> str | None:
-    """Return a warning if the next step is late, since a trace does not record the end of a run."""
+    """Return a sentence about the end of the run: marked, or guessed from a step that is late."""
+    if follower.ended:
+        return "the run has ended"
     usual, seconds = follower.seconds_between_steps, _seconds(follower, now)
     if usual is None or seconds <= max(TIMES_LATE * usual, SECONDS_LATE):
         return None
@@ -28,7 +30,7 @@ def verdict(follower: Follower, now: float | None = None) -> str | None:
 
 
 def _seconds(follower: Follower, now: float | None) -> float:
-    return max(0.0, (time.time() if now is None else now) - follower.written)
+    return max(0.0, (time.monotonic() if now is None else now) - follower.written)
 
 
 def _duration(seconds: float) -> str:

@@ -7,17 +7,17 @@ from typing import Any
 
 from titan_moe_lb.checkpoints.start import is_finished, is_remote, own_folder, steps_in
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.trace import read_trace, trace_file
+from titan_moe_lb.traces.trace import last_step, trace_file
 
 
-def in_words(config: Any, begun: float) -> str:
+def in_words(config: Any, earlier: os.stat_result | None) -> str:
     """Describe the latest checkpoint and the last step of the trace.
 
     Args:
         config: a ``Trainer.Config``.
-        begun: start of the run, in seconds since the epoch; an older trace is another run's.
+        earlier: :func:`trace_status` at the start of the run.
     """
-    return f"{_checkpoint(config)}, {_trace(config, begun)}"
+    return f"{_checkpoint(config)}, {_trace(config, earlier)}"
 
 
 def latest_checkpoint(config: Any) -> int | None:
@@ -33,12 +33,18 @@ def latest_checkpoint(config: Any) -> int | None:
     return max(finished, default=None)
 
 
-def trace_is_written(config: Any, begun: float) -> bool:
-    """Return True if the trace was written since ``begun``, in seconds since the epoch."""
+def trace_status(config: Any) -> os.stat_result | None:
+    """Return the status of the trace's file; None if there is none."""
     try:
-        return os.stat(trace_file(config.dump_folder)).st_mtime >= begun
+        return os.stat(trace_file(config.dump_folder))
     except OSError:
-        return False
+        return None
+
+
+def trace_is_written(config: Any, earlier: os.stat_result | None) -> bool:
+    """Return True if the trace has another status than earlier, whatever the clock says."""
+    now = trace_status(config)
+    return now is not None and (earlier is None or _identity(now) != _identity(earlier))
 
 
 def _checkpoint(config: Any) -> str:
@@ -52,11 +58,14 @@ def _checkpoint(config: Any) -> str:
     return f"checkpoint of step {step} ({own_folder(config) / f'step-{step}'})"
 
 
-def _trace(config: Any, begun: float) -> str:
-    if not trace_is_written(config, begun):
-        return "no trace"
+def _trace(config: Any, earlier: os.stat_result | None) -> str:
     file = trace_file(config.dump_folder)
     try:
-        return f"trace up to step {int(read_trace(file).steps[-1])} ({file})"
-    except (JobError, IndexError):
-        return "no trace"
+        step = last_step(file) if trace_is_written(config, earlier) else None
+    except JobError:
+        step = None
+    return "no trace" if step is None else f"trace up to step {step} ({file})"
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -34,17 +34,17 @@ def before(job: Job, rank: int) -> str:
     return "\n".join(f"{name:9}  {line}" for name, line in lines.items())
 
 
-def after(config: Any, begun: float) -> str:
+def after(config: Any, earlier: os.stat_result | None) -> str:
     """Name the results and the command that shows them, in one line.
 
     Args:
         config: a ``Trainer.Config``.
-        begun: start of the run, in seconds since the epoch.
+        earlier: :func:`saved.trace_status` at the start of the run.
     """
     step = saved.latest_checkpoint(config)
     folder = own_folder(config)
     parts = [f"checkpoint {folder / f'step-{step}'}"] if step is not None else []
-    if saved.trace_is_written(config, begun):
+    if saved.trace_is_written(config, earlier):
         parts.append(
             f"trace {trace_file(config.dump_folder)}: titan-moe-lb report {config.dump_folder}"
         )
