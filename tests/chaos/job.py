@@ -72,7 +72,7 @@ def differences(folder: Path, peaceful: Path, lost: frozenset[int] = frozenset()
     kept = [index for index, step in enumerate(whole.steps) if int(step) not in lost]
     if trace.steps.tolist() != whole.steps[kept].tolist():
         return [*wrong, f"steps of the trace: {trace.steps.tolist()}"]
-    if trace.damage:
+    if trace.damage and not lost:
         wrong.append(trace.damage[0])
     if not np.array_equal(trace.counts_SME, whole.counts_SME[kept]):
         wrong.append("counts of the trace")

@@ -279,3 +279,38 @@ def test_rest_of_the_package_agrees_on_the_last_step(tmp_path):
     np.testing.assert_array_equal(follower.load.counts_ME, trace.counts_SME[-1])
     violation_SM = trace.counts_SME.max(axis=2) / trace.counts_SME.mean(axis=2) - 1
     np.testing.assert_allclose(list(follower.max_violations.values()), violation_SM.mean(axis=1))
+
+
+def test_end_of_a_run_is_said_and_a_long_run_has_its_whole_course(tmp_path):
+    """Steps that were never in memory are in the course: spread over the run, the last ones dense."""
+    info = run_info()
+    writer, loads = TraceWriter(tmp_path, info), dict(enumerate(step_loads(info, 1000), start=1))
+    for step, load in loads.items():
+        writer.write(step, load)
+    follower = Follower(tmp_path)
+    follower.look()
+    assert not follower.ended and "ended" not in drawn(follower, 80)
+    steps = sorted(follower.max_violations)
+    assert steps[0] == 1 and steps[-200:] == list(range(801, 1001)) and len(steps) < 300
+    assert max(np.diff(steps)) < 60
+    for step, violation in follower.max_violations.items():
+        counts_ME = loads[step].counts_ME
+        expected = (counts_ME.max(axis=1) / counts_ME.mean(axis=1) - 1).mean()
+        assert violation == pytest.approx(expected)
+    writer.close()
+    assert not follower.look() and follower.ended
+    assert "the run has ended" in drawn(follower, 80)
+    TraceWriter(tmp_path, info).write(901, loads[1])
+    assert follower.look() and follower.step == 901 and not follower.ended
+    assert max(follower.max_violations) == 901
+
+
+def test_a_clock_that_is_set_makes_no_run_late(tmp_path, monkeypatch):
+    info = run_info()
+    TraceWriter(tmp_path, info).write(1, next(step_loads(info, 1)))
+    follower = Follower(tmp_path)
+    follower.look()
+    now = time.time()
+    for jump in (-7200, 7200):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        assert pulse.age(follower).endswith(" s ago") and pulse.verdict(follower) is None

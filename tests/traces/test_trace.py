@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -25,7 +26,14 @@ from titan_moe_lb.traces.batch_reader import END
 from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.run_info import FORMAT_VERSION
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace import FILE_NAME, MICRO_BATCH, TraceReader, TraceWriter, read_trace
+from titan_moe_lb.traces.trace import (
+    FILE_NAME,
+    MICRO_BATCH,
+    TraceReader,
+    TraceWriter,
+    last_step,
+    read_trace,
+)
 
 SUMMARIES, BOOLEAN = ["mean", "max", "sum"], st.booleans()
 NUMBERS = st.floats(allow_infinity=False)
@@ -678,3 +686,118 @@ def test_reading_and_reporting_need_no_torch(tmp_path):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+
+
+def test_resume_goes_on_in_the_file_whatever_it_cuts_off(tmp_path):
+    """For each first step: the bytes before it stay, and what follows is as an unbroken run's."""
+    info = run_info(2, 4)
+    earlier, steps = loads_by_step(info, 6), loads_by_step(info, 8)
+    _file, content, ends = file_of(tmp_path / "whole", info, 6)
+    for cut, first in itertools.product((0, 5, len(content) - ends[5]), range(2, 8)):
+        folder = tmp_path / f"{cut}-{first}"
+        file = folder / FILE_NAME
+        folder.mkdir()
+        file.write_bytes(content[: len(content) - cut])
+        inode = file.stat().st_ino
+        writer = TraceWriter(folder, dataclasses.replace(info, pp=1, world_size=2))
+        for step in range(first, 9):
+            writer.write(step, steps[step])
+        kept = min(first - 1, 5 if cut else 6)
+        assert (
+            file.stat().st_ino == inode and file.read_bytes()[: ends[kept]] == content[: ends[kept]]
+        )
+        assert not read_trace(file).ended
+        writer.close()
+        trace = read_trace(file)
+        expected = [*range(1, kept + 1), *range(first, 9)]
+        assert trace.steps.tolist() == expected and trace.ended and trace.damage == ()
+        assert trace.info.resumed_at == (first,) and trace.info.pp == 1
+        parts = [earlier] * kept + [steps] * (9 - first)
+        counts_SME = np.stack([part[n].counts_ME for part, n in zip(parts, expected, strict=True)])
+        np.testing.assert_array_equal(trace.counts_SME, counts_SME)
+        with pa.OSFile(str(file)) as stream:
+            table = pa.ipc.open_stream(stream).read_all()
+        assert table["step"].to_pylist()[::2] == expected
+        assert last_step(file) == 8
+
+
+def test_a_run_resumed_twice_is_described_by_its_last_part(tmp_path):
+    info, steps = run_info(2, 4), loads_by_step(run_info(2, 4), 9)
+    for first, ranks in ((1, 4), (4, 8), (6, 16)):
+        writer = TraceWriter(tmp_path, dataclasses.replace(info, world_size=ranks))
+        for step in range(first, first + 4):
+            writer.write(step, steps[step])
+        writer.close()
+    found = TraceReader(tmp_path).info
+    assert found.world_size == 16 and found.resumed_at == (4, 6)
+    assert read_trace(tmp_path).steps.tolist() == list(range(1, 10))
+
+
+def test_kill_at_every_byte_of_the_end_loses_no_step(tmp_path):
+    file = write_run(tmp_path, run_info(2, 4), 3) / FILE_NAME
+    content = file.read_bytes()
+    assert content.endswith(END) and read_trace(file).ended
+    for cut in range(1, len(END) + 1):
+        file.write_bytes(content[:-cut])
+        trace = read_trace(file)
+        assert trace.steps.tolist() == [1, 2, 3] and not trace.ended
+        assert last_step(file) == 3
+
+
+def test_long_trace_is_read_at_evenly_spread_steps(tmp_path):
+    """An independent choice of the steps cannot be byte-exact: half a distance of tolerance."""
+    info = run_info(2, 4)
+    write_run(tmp_path, info, 2000)
+    whole = read_trace(tmp_path)
+    sample = read_trace(tmp_path, most_bytes=500 * 2 * 4 * 8)
+    assert not whole.is_sample and sample.is_sample and 450 <= len(sample.steps) <= 500
+    assert sample.steps[0] == 1 and sample.steps[-1] == 2000
+    assert np.abs(np.diff(sample.steps) - 4).max() <= 2
+    rows = sample.steps - 1
+    np.testing.assert_array_equal(sample.counts_SME, whole.counts_SME[rows])
+    for name, values_SM in sample.layer_columns.items():
+        np.testing.assert_array_equal(values_SM, whole.layer_columns[name][rows])
+    assert not read_trace(tmp_path, most_bytes=1 << 20).is_sample
+    reader = TraceReader(tmp_path)
+    reader.skip_to_last(7)
+    assert reader.read().steps.tolist() == list(range(1994, 2001))
+
+
+ANOTHER = """
+import logging, sys
+from tests.support.synthetic_trace import run_info, step_loads
+from titan_moe_lb.traces.trace import TraceWriter
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+writer = TraceWriter(sys.argv[1], run_info())
+for step in (3, 4):
+    writer.write(step, next(step_loads(run_info(), 1)))
+writer.close()
+"""
+
+
+def test_second_run_that_writes_one_trace_is_one_warning(tmp_path):
+    info = run_info()
+    writer, steps = TraceWriter(tmp_path, info), loads_by_step(info, 5)
+    for step in (1, 2, 3):
+        writer.write(step, steps[step])
+    size = (tmp_path / FILE_NAME).stat().st_size
+    command = [sys.executable, "-c", ANOTHER, tmp_path]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.count("\n") == 1 and "dump_folder" in said and str(tmp_path / FILE_NAME) in said
+    assert (tmp_path / FILE_NAME).stat().st_size == size
+    writer.write(4, steps[4])
+    writer.close()
+    assert read_trace(tmp_path).steps.tolist() == [1, 2, 3, 4]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert not said and read_trace(tmp_path).info.resumed_at == (3,)
+
+
+def test_column_that_the_file_lacks_is_added_in_a_copy(tmp_path):
+    write_run(tmp_path, run_info(8, 64, losses={}), 12)
+    before = (tmp_path / FILE_NAME).read_bytes()
+    warning, _end = train_on_full_disk(tmp_path, len(before) // 2, first_step=11)
+    assert " 11 " in warning and (tmp_path / FILE_NAME).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    train_on_full_disk(tmp_path, 1 << 30, first_step=11)
+    loss_S = read_trace(tmp_path).over_steps(LOSS)
+    assert np.isnan(loss_S).tolist() == [True] * 10 + [False] * 20

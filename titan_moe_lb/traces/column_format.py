@@ -64,8 +64,8 @@ def batch_of(step: int, load: StepLoad, columns: Iterable[Column]) -> pa.RecordB
     """
     num_layers, num_experts = load.counts_ME.shape
     arrays = {
-        "step": pa.array(np.full(num_layers, step, dtype=np.int64)),
-        "layer": pa.array(np.array(load.layers, dtype=np.int32)),
+        "step": array_of(np.full(num_layers, step, dtype=np.int64)),
+        "layer": array_of(np.array(load.layers, dtype=np.int32)),
         "counts": count_lists(load.counts_ME, pa.int64()),
         MICRO_BATCH: pa.nulls(num_layers, pa.list_(pa.int32(), num_experts))
         if load.micro_batch_counts_ME is None
@@ -74,7 +74,7 @@ def batch_of(step: int, load: StepLoad, columns: Iterable[Column]) -> pa.RecordB
     recorded = load.layer_columns | load.step_columns
     for column in columns:
         values = np.full(num_layers, recorded.pop(column.name, np.nan), dtype=np.float64)
-        arrays[column.name] = pa.array(values, from_pandas=True)  # NaN becomes null
+        arrays[column.name] = array_of(values)
     if recorded:
         raise ValueError(f"columns {sorted(recorded)} are not declared")
     return pa.record_batch(arrays)
@@ -83,14 +83,23 @@ def batch_of(step: int, load: StepLoad, columns: Iterable[Column]) -> pa.RecordB
 def count_lists(counts: np.ndarray, kind: pa.DataType) -> pa.Array:
     """Convert counts ``(rows, E)`` to Arrow lists of fixed length, one for each row."""
     values = np.ascontiguousarray(counts, dtype=kind.to_pandas_dtype()).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values, kind), counts.shape[1])
+    return pa.FixedSizeListArray.from_arrays(array_of(values), counts.shape[1])
+
+
+def array_of(values: np.ndarray) -> pa.Array:
+    """Convert numbers ``(N,)`` to an Arrow array without a copy; a NaN becomes null.
+
+    pyarrow's own conversions import pandas where it is installed, for half a second.
+    """
+    known = None
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        known = pa.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [known, pa.py_buffer(values)])
 
 
 def values_of(array: pa.Array) -> np.ndarray:
-    """Convert an Arrow array of numbers without a copy; with one if a null becomes NaN.
-
-    pyarrow's own conversion imports pandas where it is installed, for half a second.
-    """
+    """Invert :func:`array_of`, without a copy unless a null becomes NaN."""
     valid, content = array.buffers()
     values = np.frombuffer(content, array.type.to_pandas_dtype())
     values = values[array.offset : array.offset + len(array)]

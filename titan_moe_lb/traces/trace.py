@@ -32,8 +32,8 @@ from titan_moe_lb.traces.step_load import StepLoad
 FILE_NAME = "moe_load.arrow"
 MOST_BYTES = 1 << 27
 """Memory for the counts of a trace in a command: of a longer one it reads evenly spread steps."""
-_FEWEST = 400
-"""Steps of a trace that are read however large they are."""
+_SAMPLE = (400, 10_000)
+"""Fewest and most evenly spread steps, however large they are."""
 
 
 class TraceWriter:
@@ -171,15 +171,15 @@ def read_trace(
         path: the run's folder, or the file itself.
         micro_batches: read the counts of micro-batches too, which need at most half the memory
             of those of the steps.
-        most_bytes: about the most memory for the counts of the steps. Of a longer trace, read
-            evenly spread steps and the last one. Default: read all.
+        most_bytes: about the most memory for the counts of the steps. Of a longer trace, or of
+            more than 10,000 steps, read evenly spread steps and the last one. Default: read all.
 
     Raises:
         JobError: there is no trace, the file is no trace, or it contains no step.
     """
     reader = TraceReader(path, micro_batches=micro_batches)
-    most = None if most_bytes is None else max(_FEWEST, most_bytes // reader.bytes_per_step)
-    trace = reader.read(most)
+    steps = None if most_bytes is None else most_bytes // reader.bytes_per_step
+    trace = reader.read(None if steps is None else int(np.clip(steps, *_SAMPLE)))
     if not len(trace.steps):
         raise JobError(
             f"{trace.path} holds no whole step: the run ended before its first logged step"
@@ -239,7 +239,7 @@ class TraceReader:
             most: of about this many steps or more, read evenly spread ones and the last one;
                 default: all.
         """
-        layers, info = len(self._layers), self.info
+        info, layers = self.info, len(self._layers)
         columns = ["step", "layer", "counts", *self._numbers, *self._micro_batch]
         batches = self._batches.read(columns, most)
         num_steps = self._batches.count

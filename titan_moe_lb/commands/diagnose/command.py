@@ -18,7 +18,7 @@ def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") ->
 
     Args:
         run_dir: folder of the run, or its trace.
-        as_json: print an object with ``steps``, ``findings`` and ``well`` instead of sentences.
+        as_json: print an object with ``steps``, ``is_sample``, ``findings`` and ``well`` instead of sentences.
         fail_on: lowest severity that returns 1, or "never".
 
     Returns:
@@ -42,7 +42,12 @@ def _json(trace: Trace, found: Diagnosis) -> str:
         {**dataclasses.asdict(finding), "severity": finding.severity.name.lower()}
         for finding in found.findings
     ]
-    answer = {"steps": len(trace.steps), "findings": rows, "well": found.well}
+    answer = {
+        "steps": len(trace.steps),
+        "is_sample": trace.is_sample,
+        "findings": rows,
+        "well": found.well,
+    }
     return json.dumps(answer, indent=2)
 
 

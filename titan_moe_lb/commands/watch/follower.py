@@ -17,7 +17,7 @@ from titan_moe_lb.traces.trace import Trace, TraceReader, trace_file
 
 MOST_RECENT = 200
 """Logged steps in memory, enough to diagnose the end of a run."""
-SPREAD = 80
+SPREAD = 40
 """Steps before them that the first look reads, evenly spread over the run."""
 
 
