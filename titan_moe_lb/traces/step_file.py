@@ -157,7 +157,8 @@ class StepFile:
         for batch in batches:
             if step_of(batch) >= first_step:
                 break
-            self._append(batch)
+            if batch.num_rows:
+                self._append(batch)
 
     def _warn_of(self, broken: int) -> None:
         if broken:

@@ -263,15 +263,14 @@ class TraceReader:
                 if not batch[name].null_count:
                     singles_SME[num_singles] = _counts(batch[name], shape_SME[1:])
                     num_singles += 1
-        per = {column.name: column.per for column in info.columns}
         return Trace(
             path=self._path,
             info=info,
             steps=steps,
             counts_SME=counts_SME,
             micro_batch_counts_SME=singles_SME[:num_singles],
-            layer_columns={name: v for name, v in values.items() if per[name] == "layer"},
-            step_columns={name: v[:, 0] for name, v in values.items() if per[name] == "step"},
+            layer_columns={c.name: values[c.name] for c in info.columns if c.per == "layer"},
+            step_columns={c.name: values[c.name][:, 0] for c in info.columns if c.per == "step"},
             damage=tuple(self._damage(steps)),
             is_sample=self._batches.is_sample,
             ended=self._batches.ended,
@@ -285,7 +284,8 @@ class TraceReader:
         """
         step, layer, counts = batch["step"], batch["layer"], batch["counts"]
         return (
-            not (step.null_count or layer.null_count or counts.null_count)
+            len(step) == len(self._layers)
+            and not (step.null_count or layer.null_count or counts.null_count)
             and not counts.flatten().null_count
             and np.array_equal(values_of(layer), self._layers)
             and (values_of(step) == step_of(batch)).all()
