@@ -17,17 +17,11 @@ import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader, step_of
-from titan_moe_lb.traces.column_format import (
-    MICRO_BATCH,
-    Column,
-    all_columns,
-    always,
-    batch_of,
-    values_of,
-)
+from titan_moe_lb.traces.column_format import MICRO_BATCH, batch_of, values_of
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad
+from titan_moe_lb.traces.trace_schema import info_of, schema_of
 
 FILE_NAME = "moe_load.arrow"
 MOST_BYTES = 1 << 27
@@ -50,7 +44,9 @@ class TraceWriter:
             JobError: two columns have the same name.
         """
         self._info = info
-        self._file = StepFile(trace_file(path), _schema(info), self._continued, compression="zstd")
+        self._file = StepFile(
+            trace_file(path), schema_of(info), self._continued, compression="zstd"
+        )
 
     def write(self, step: int, load: StepLoad) -> None:
         """Append one step; write nothing for a model without MoE layers.
@@ -66,7 +62,7 @@ class TraceWriter:
         self._file.close()
 
     def _continued(self, schema: pa.Schema, first_step: int) -> pa.Schema:
-        earlier = _info_of(schema, self._file.path)
+        earlier = info_of(schema, self._file.path)
         self._info.require_same_model(earlier, "this run", self._file.path.name)
         # A column of only one part of the run is null in the other part.
         columns = {column.name: column for column in (*earlier.columns, *self._info.columns)}
@@ -81,7 +77,7 @@ class TraceWriter:
         )
         try:
             # The columns of the file first: a file that has them all is appended to.
-            return pa.unify_schemas([schema, _schema(info)]).with_metadata(info.metadata())
+            return pa.unify_schemas([schema, schema_of(info)]).with_metadata(info.metadata())
         except pa.ArrowException as error:
             raise JobError(f"its columns are of other types: {error}") from None
 
@@ -211,7 +207,7 @@ class TraceReader:
         """
         self._path = _existing_trace(path)
         self._batches = BatchReader(self._path)
-        self.info = _info_of(self._batches.described(), self._path)
+        self.info = info_of(self._batches.described(), self._path)
         self._layers = np.array(self.info.layers, np.int32)
         self._batches.fits = self._is_step
         names = self._batches.schema.names
@@ -323,33 +319,6 @@ def _existing_trace(path: Path | str) -> Path:
     if Path(path).is_dir():
         raise JobError(f"{path} has no {FILE_NAME}: name the folder of a run that wrote one")
     raise JobError(f"{path}: there is no such folder or file: name the folder of a run")
-
-
-def _schema(info: RunInfo) -> pa.Schema:
-    types = all_columns(info.num_experts, info.columns)
-    return pa.schema(list(types.items()), metadata=info.metadata())
-
-
-def _info_of(schema: pa.Schema, path: Path) -> RunInfo:
-    """Read the description of a trace's run, and add float columns that it does not declare.
-
-    Raises:
-        JobError: the schema is no schema of a trace.
-    """
-    info = RunInfo.of_schema(schema, path)
-    found = dict(zip(schema.names, schema.types, strict=True))
-    floats = {name for name, kind in found.items() if kind == pa.float64()}
-    declared = {column.name for column in info.columns}
-    types = all_columns(info.num_experts, ())
-    if (
-        len(found) != len(schema)
-        or always(info.num_experts).items() - found.items()
-        or found.get(MICRO_BATCH, types[MICRO_BATCH]) != types[MICRO_BATCH]
-        or declared & found.keys() - floats
-    ):
-        raise JobError(f"{path} has other columns than a trace: it is damaged, use another run")
-    others = [Column(name) for name in found if name in floats - declared]
-    return dataclasses.replace(info, columns=(*info.columns, *others))
 
 
 def _counts(lists: pa.Array, shape_ME: tuple[int, int]) -> np.ndarray:
