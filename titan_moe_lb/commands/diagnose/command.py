@@ -55,9 +55,9 @@ def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
     if not enough:
         changed = trace.info.balanced_since
         since = f" since the balancing changed at step {changed}" if changed else ""
-        steps = len(trace.steps) - trace.balanced_since
+        number = len(trace.steps) - trace.balanced_since
         return (
-            f"{trace.path}: {steps} logged steps{since} are too few for a diagnosis: at least "
+            f"{trace.path}: {number} logged steps{since} are too few for a diagnosis: at least "
             f"{FEWEST_STEPS} are needed"
         )
     steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"
