@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Generator
@@ -46,6 +47,7 @@ def pytest_collection() -> Generator[None, object, object]:
     gc.enable()
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton reports its frozen objects as leaks
     return collected
 
 

@@ -4,6 +4,7 @@ Importing torch and torchtitan takes seconds, reading the first job half of one.
 runs here yet, and no device is in use.
 """
 
+import atexit
 import gc
 import os
 
@@ -26,3 +27,4 @@ job_config.load(["--config=deepseek_v3_tiny"], 1)
 gc.collect()
 # Not to be traversed by a forked process, which would copy their pages.
 gc.freeze()
+atexit.register(gc.unfreeze)  # or Triton reports its frozen objects as leaks
