@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -19,25 +19,36 @@ from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.run import parent_process
+from titan_moe_lb.terminal.optional_flag import Switch, optional_flag
 
+DESCRIPTION = """\
+Balance the experts of MoE models in torchtitan, and see what imbalance costs.
+  titan-moe-lb train --module deepseek_v3      train a small model on this machine
+  titan-moe-lb report outputs                  write an HTML page about that run
+  titan-moe-lb diagnose outputs                find what to change
+  titan-moe-lb plan --hardware h100            predict what imbalance costs
 
-def _optional(metavar: str, *aliases: str) -> Any:
-    """Describe an optional flag, without its default of None in the help."""
-    return tyro.conf.arg(metavar=metavar, aliases=aliases, help_behavior_hint="")
+Help of a command: titan-moe-lb COMMAND --help
+"""
+TRAIN_EXAMPLES = """\
+Train a job on the GPUs of this machine, or on its CPU if it has none.
 
-
+  titan-moe-lb train --module qwen3
+  titan-moe-lb train --job-config deepseek_v3/fsdp2_ep2 --training.steps 20
+  titan-moe-lb train --job-config my_job.toml --print-config
+"""
 RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
 
 
 def train(flags: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
-    """Train a job, as run_train.sh does.
+    """Train a job on GPUs or on a CPU.
 
     Args:
         flags: Flags of the job; train --help shows them.
     """
     if flags in (("--help",), ("-h",)):
-        print(f"usage: titan-moe-lb train [FLAGS]\n\n{OWN_FLAGS}")
-        print("Every flag, those of torchtitan too: titan-moe-lb train --module NAME --help")
+        print(f"usage: titan-moe-lb train [FLAGS]\n\n{TRAIN_EXAMPLES}\n{OWN_FLAGS}")
+        print("All flags, with those of torchtitan: titan-moe-lb train --module NAME --help")
         return
     parent_process.end_with_launcher()  # if a study has started this process
     # The imports take seconds: Ctrl-C ends them without a traceback.
@@ -54,27 +65,27 @@ def train(flags: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
 
 def report(
     run_dir: RunDir,
-    compare: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], _optional("RUN_DIR")] = (),
-    output: Annotated[Path | None, _optional("FILE", "-o")] = None,
+    compare: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], optional_flag("RUN_DIR")] = (),
+    output: Annotated[Path | None, optional_flag("FILE", "-o")] = None,
 ) -> None:
-    """Write one HTML page about a run: load of every expert, overload, losses.
+    """Write an HTML page about a run: load of every expert, overload, losses.
 
     Args:
         run_dir: Folder of the run, or its moe_load.arrow.
-        compare: Another run of the same model to show beside the first; repeat it for each run.
-        output: File to write; default: report.html, or compare.html, in the folder of the run.
+        compare: Another run of the same model, beside the first; repeat the flag for more runs.
+        output: Page to write; default: report.html, or compare.html, in the folder of the run.
     """
     from titan_moe_lb.commands.report.command import write_report
 
     print(write_report(run_dir, compare=compare, output=output))
 
 
-def watch(run_dir: RunDir, once: bool = False) -> None:
-    """Follow a live run in the terminal.
+def watch(run_dir: RunDir, once: Switch = False) -> None:
+    """Follow a run live in the terminal.
 
     Args:
         run_dir: Folder of the run, or its moe_load.arrow; it may not exist yet.
-        once: Print one frame and exit, as always if the output is not a terminal.
+        once: Print one frame and exit; the default if the output is not a terminal.
     """
     from titan_moe_lb.commands.watch import command
 
@@ -83,15 +94,15 @@ def watch(run_dir: RunDir, once: bool = False) -> None:
 
 def diagnose(
     run_dir: RunDir,
-    json: bool = False,
+    json: Switch = False,
     fail_on: Literal["never", "note", "warning", "fault"] = "never",
 ) -> None:
-    """Diagnose the balance of a run, and name the line of the job to change.
+    """Find what is wrong with the balance of a run, and the line of the job to change.
 
     Args:
         run_dir: Folder of the run, or its moe_load.arrow.
         json: Print a JSON object instead of sentences.
-        fail_on: Exit with status 1 for a finding at least this severe, or for a run that is too short.
+        fail_on: Exit with status 1 if a finding is at least this severe, or the run is too short.
     """
     from titan_moe_lb.commands.diagnose import command
 
@@ -100,8 +111,10 @@ def diagnose(
         raise SystemExit(status)
 
 
-def plan(arguments: tyro.conf.OmitArgPrefixes[PlanArguments]) -> None:
-    """Plan a job before it runs: what imbalance costs in time and memory, by EP degree."""
+def plan(
+    arguments: Annotated[tyro.conf.OmitArgPrefixes[PlanArguments], tyro.conf.arg(name="")],
+) -> None:
+    """Predict step time and memory of a job under imbalance, by EP degree."""
     from titan_moe_lb.commands.plan import command
 
     command.run(arguments)
@@ -110,21 +123,21 @@ def plan(arguments: tyro.conf.OmitArgPrefixes[PlanArguments]) -> None:
 def place(
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")],
     output: Annotated[Path, tyro.conf.arg(metavar="NEW", aliases=["-o"])],
-    ep: Annotated[int | None, _optional("INT")] = None,
-    from_run: Annotated[Path | None, _optional("RUN_DIR")] = None,
-    groups: Annotated[str | None, _optional("INT[,INT]")] = None,
-    placement: Annotated[Path | None, _optional("FILE")] = None,
-    undo: bool = False,
+    ep: Annotated[int | None, optional_flag("INT")] = None,
+    from_run: Annotated[Path | None, optional_flag("RUN_DIR")] = None,
+    groups: Annotated[str | None, optional_flag("INT[,INT]")] = None,
+    placement: Annotated[Path | None, optional_flag("FILE")] = None,
+    undo: Switch = False,
 ) -> None:
-    """Write a checkpoint with its experts in the order that balances the ranks.
+    """Reorder the experts of a checkpoint, so that EP ranks have even loads.
 
     Args:
-        checkpoint: A distributed or Hugging Face checkpoint, or a run, to use its newest step.
-        output: Folder to write, of the same kind; or a .json file, to write only the placement.
+        checkpoint: A distributed or Hugging Face checkpoint, or a run, for its newest step.
+        output: New folder, of the same kind; or a .json file, to write only the placement.
         ep: Expert-parallel degree to balance for.
         from_run: Run with the loads to balance; default: the run of the checkpoint.
         groups: Numbers of expert groups that stay together, 1 for none; default: from the run.
-        placement: A placement.json to apply, instead of a placement from the loads of a run.
+        placement: A placement.json to apply, instead of one from the loads of a run.
         undo: Restore the order before the last placement.
     """
     from titan_moe_lb.commands.place import command
@@ -143,17 +156,17 @@ def place(
 
 def study(
     study: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY.toml")],
-    output: Annotated[Path | None, _optional("FOLDER", "-o")] = None,
-    processes: Annotated[int | None, _optional("NUMBER")] = None,
-    retry_failed: bool = False,
+    output: Annotated[Path | None, optional_flag("FOLDER", "-o")] = None,
+    processes: Annotated[int | None, optional_flag("NUMBER")] = None,
+    retry_failed: Switch = False,
 ) -> None:
-    """Run a job under many settings, and compare their cost and balance.
+    """Run a job under many settings, and compare their loss and balance.
 
     Args:
-        study: The job and its axes; docs/howto/compare_settings.md describes the file.
+        study: File with the job and its axes (docs/howto/compare_settings.md).
         output: Folder of the runs and the page; default: outputs/ and the name of the file.
         processes: Number of runs at once; default: from the file.
-        retry_failed: Repeat runs that failed or diverged.
+        retry_failed: Repeat the runs that failed or diverged.
     """
     from titan_moe_lb.commands.study import command
 
@@ -161,7 +174,7 @@ def study(
 
 
 def doctor() -> None:
-    """Check this machine: what is installed, how a job would run, what is missing."""
+    """Check this machine: packages, devices, and what a job would lack."""
     from titan_moe_lb.commands import doctor
 
     doctor.main()
@@ -169,7 +182,7 @@ def doctor() -> None:
 
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (train, plan, place, watch, report, diagnose, study, doctor)
+    for function in (train, report, watch, diagnose, plan, place, study, doctor)
 }
 
 
@@ -181,8 +194,9 @@ def _run(arguments: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(
         SUBCOMMANDS,
         prog="titan-moe-lb",
-        description="Train with balanced experts, plan a job, look at a run.",
+        description=DESCRIPTION,
         args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
 
 

@@ -14,6 +14,7 @@ from titan_moe_lb.pages import palette
 
 HERE = Path(__file__).parent
 STUDY = HERE.parent / "evidence" / "study.json"
+COURSES = HERE.parent / "evidence" / "study_courses.json"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
@@ -22,7 +23,7 @@ def theme(colors: dict[str, str]) -> str:
 
 
 class Picture:
-    """An SVG under construction, in pixels from the upper left corner."""
+    """SVG picture under construction, in pixels from the upper left corner."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width, self.height = width, height
@@ -59,7 +60,7 @@ class Picture:
         )
 
     def node(self, x, y, width, lines, fill="surface", edge="edge") -> None:
-        """A box of two lines: a name, and what it is."""
+        """Draw a box of two lines: a name and a description."""
         self.box(x, y, width, 50, fill, edge)
         self.text(x + width / 2, y + 21, lines[0], 14, anchor="middle", bold=True)
         self.text(x + width / 2, y + 39, lines[1], 12, "soft", "middle")
@@ -87,7 +88,7 @@ class Picture:
 def router_to_report() -> None:
     p = Picture(900, 330, "From the router to the report")
     p.text(20, 28, "forward, every micro-batch", 12, "soft")
-    p.node(20, 40, 150, ("router scores", "softmax or sigmoid"))
+    p.node(20, 40, 150, ("router scores", "one for each expert"))
     p.node(230, 40, 150, ("score + bias", "for the choice alone"))
     p.node(440, 40, 150, ("top-K experts", "tokens dispatched"))
     p.node(700, 40, 180, ("counts", "buffers on the device"), edge="blue")
@@ -255,16 +256,16 @@ def diagnosis() -> None:
     p = Picture(900, 250, "The parts of a finding")
     lines = (
         (
-            "warning: expert 60 of layer 14 gets 2.60 times its share since step 1",
-            "severity, place, since when",
+            "warning (hot expert): expert 60 of layer 14 gets 2.60 times its share",
+            "severity, check, place",
         ),
         (
-            "seen    hottest rank of the layer: 1.21 times its share, 1.15 without the excess",
+            "seen   the hottest rank gets 1.21 times its share, 1.15 without the excess",
             "numbers of this run",
         ),
-        ("bound   above 2 times, and beyond chance", "when it is a finding"),
-        ("do      ten times the speed of the bias, or a rule without one", "what helps"),
-        ('try     expert_bias = {type = "quantile"}', "line of the job file"),
+        ("why    above 2 times, and beyond chance", "bound that they cross"),
+        ("do     ten times the speed of the bias, or a rule without one", "what helps"),
+        ('try    expert_bias = {type = "quantile"}', "line of the job file"),
     )
     p.box(16, 16, 660, 216)
     for index, (text, label) in enumerate(lines):
@@ -327,6 +328,43 @@ def study() -> None:
     p.save("study.svg")
 
 
+PENS = {"none": ("red", ""), "quantile": ("blue", "5 4"), "momentum 5e-3": ("green", "")}
+PENS["proportional 0.1"] = ("orange", "")
+
+
+def study_courses() -> None:
+    courses = json.loads(COURSES.read_text())
+    p = Picture(900, 330, "MaxVio over the steps of the study")
+    width, height, base = 330, 210, 270
+    for left, model in ((60, "deepseek_v3_sigmoid"), (490, "qwen3_softmax")):
+        p.text(left, 28, NAMES[model], 15, bold=True)
+        p.text(left, 48, "MaxVio, mean over layers and three seeds", 12, "soft")
+        for level in (0, 1, 2, 3):
+            y = base - level * height / 3
+            p.line([(left, y), (left + width, y)], "grid", width=1)
+            p.text(left - 8, y + 4, str(level), 12, "soft", "end")
+        balanced = base - 0.5 * height / 3
+        p.line([(left, balanced), (left + width, balanced)], "edge", dash="2 4", width=1)
+        for step in (0, 100, 200, 300):
+            p.text(left + step / 300 * width, base + 18, str(step), 12, "soft", "middle")
+        p.text(left + width / 2, base + 38, "step", 12, "soft", "middle")
+        for row, (name, values) in enumerate(courses[model].items()):
+            color, dash = PENS[name]
+            points = [
+                (left + step / 300 * width, base - value * height / 3)
+                for step, value in zip(courses["steps"], values, strict=True)
+            ]
+            p.line(points, color, dash=dash, width=2.2)
+            y = 74 + row * 18
+            p.line([(left + 190, y - 4), (left + 214, y - 4)], color, dash=dash, width=2.2)
+            p.text(left + 222, y, name, 12)
+    p.text(
+        20, 322, "Dotted line: 0.5, below which the study counts a step as balanced.", 12, "soft"
+    )
+    p.save("study_courses.svg")
+
+
 if __name__ == "__main__":
-    for draw in (router_to_report, batch_cut, ep_skew, pipeline_tokens, diagnosis, study):
+    drawings = (router_to_report, batch_cut, ep_skew, pipeline_tokens, diagnosis, study)
+    for draw in (*drawings, study_courses):
         draw()

@@ -1,4 +1,4 @@
-"""A fault that was planted is the one that is named first, and what follows from it is not."""
+"""Tests of ``diagnose``: a planted fault is named first, without its consequences."""
 
 from __future__ import annotations
 
@@ -85,10 +85,11 @@ def info_of(model: str, **changes) -> RunInfo:
 def write(
     folder: Path, info: RunInfo, share_SME, seed: int = 0, first_step: int = 1, **columns
 ) -> Path:
-    """The trace of a run whose experts get such shares, with the noise of chance.
+    """Write the trace of a run with these shares and sampling noise.
 
     Args:
-        columns: names to values that replace the healthy ones, of a step where there are as many.
+        columns: names to values that replace the healthy ones; one value a step makes a column of
+            steps.
     """
     choices = info.global_batch_size * info.seq_len * info.top_k
     shares = share_SME / share_SME.sum(axis=-1, keepdims=True)
@@ -115,7 +116,7 @@ def even(info: RunInfo) -> np.ndarray:
 
 
 def shares(*changes):
-    """Even but for some: ``(steps, rows of layers, experts, share)`` each."""
+    """Make even shares, except for some: ``(steps, rows of layers, experts, share)`` each."""
 
     def made(info: RunInfo) -> np.ndarray:
         share_SME = even(info)
@@ -127,21 +128,23 @@ def shares(*changes):
 
 
 def swinging(info: RunInfo) -> np.ndarray:
-    """One half of the experts gets nearly all of a step, the other half that of the next."""
+    """One half of the experts gets nearly all tokens of a step, the other half those of the next
+    step."""
     share_SME, half = even(info), info.num_experts // 2
     share_SME[::2, :, :half] = share_SME[1::2, :, half:] = 0.02
     return share_SME
 
 
 def in_turn(info: RunInfo) -> np.ndarray:
-    """A sixteenth of the experts gets all of a step, the next sixteenth that of the next."""
+    """A sixteenth of the experts gets all tokens of a step, the next sixteenth those of the next
+    step."""
     sixteenth = np.arange(info.num_experts) * 16 // info.num_experts
     turn_S11 = np.arange(STEPS)[:, None, None] % 16
     return np.where(turn_S11 == sixteenth, 1.0, 1e-3) * even(info)
 
 
 def drawn_by_data(info: RunInfo) -> np.ndarray:
-    """Every other step is of other text, which uses half of the experts twice as much."""
+    """Every other step has other text, which uses half of the experts twice as much."""
     share_SME, half = even(info), info.num_experts // 2
     share_SME[::2, :, :half] = share_SME[1::2, :, half:] = 2.0
     return share_SME
@@ -151,9 +154,10 @@ ALL = slice(None)
 LATE = slice(20, None)
 LOST = np.where(np.arange(STEPS) < 30, 4.5, np.nan)
 UNEVEN = shares((ALL, ALL, slice(0, 4), 6.0))
-"""Four experts of every layer get six times the others' share, from the first step on."""
+"""Loads in which four experts of every layer get six times the others' share from the first step
+on."""
 FEW = shares((ALL, 11, slice(2, 5), 1000.0))
-"""Three experts of the twelfth layer get nearly everything."""
+"""Loads in which three experts of the twelfth layer get nearly everything."""
 NO_METHOD = {"losses": {}, "expert_bias": None}
 
 
@@ -379,7 +383,7 @@ def test_the_cause_is_named_first_and_its_symptoms_are_not(tmp_path, name):
 
 
 def assert_about_what_the_job_has(finding: Finding, info: RunInfo) -> None:
-    """Weights are of losses of the job, and a speed or an average is changed where there is one."""
+    """Check that a remedy names a loss of the job, and a speed or an average that its rule has."""
     assert set(re.findall(r"# of (\w+)", finding.toml)) <= set(info.losses)
     if "its speed" in finding.remedy:
         assert "speed" in (info.expert_bias or "")
@@ -388,8 +392,11 @@ def assert_about_what_the_job_has(finding: Finding, info: RunInfo) -> None:
 
 
 def test_a_hot_expert_by_name(tmp_path):
-    """Six shares of 127 + 6, from step 21 on: 6 x 128 / 133 = 5.774 times its own. Of eight ranks
-    the third has 15 + 6 shares of 133 / 8 each, 1.263 times its share; all like the others: 1."""
+    """From step 21 on, the expert gets 6 of 133 shares: 6 x 128 / 133 = 5.774 times its own.
+
+    The third of eight ranks has 15 + 6 shares, 1.263 times 133 / 8. If the expert were like the
+    others, it would have 1.
+    """
     trace = read_trace(planted(tmp_path, "one expert of 48 layers"))
     finding = checks.findings(trace)[0]
     assert finding.layers == (17,) and finding.experts == ((17, 42),)
@@ -410,7 +417,7 @@ def test_the_hotter_of_two_experts_stands_first(tmp_path):
 
 
 def test_what_began_earlier_is_no_symptom(tmp_path):
-    """Routing collapses in step 16, and the loss is lost in step 31."""
+    """Routing collapses in step 16; the loss is not finite from step 31 on."""
     info = info_of("llama4")
     share_SME = shares((slice(15, None), ALL, slice(0, 3), 1000.0))(info)
     found = checks.findings(read_trace(write(tmp_path, info, share_SME, loss=LOST)))
@@ -420,7 +427,7 @@ def test_what_began_earlier_is_no_symptom(tmp_path):
 
 
 def test_a_cause_is_as_bad_as_what_follows_from_it(tmp_path):
-    """A layer of three experts in use is a fault, and so is what nobody has balanced."""
+    """A layer with three used experts is a fault, so the missing balancing is one too."""
     finding = checks.findings(read_trace(planted(tmp_path, "losses of probabilities alone")))[0]
     assert finding.severity is Severity.FAULT and "collapse" in finding.explains
     forced = checks.findings(read_trace(planted(tmp_path / "b", "a benchmark")))[0]
@@ -428,7 +435,7 @@ def test_a_cause_is_as_bad_as_what_follows_from_it(tmp_path):
 
 
 def test_a_symptom_in_other_layers_is_listed(tmp_path):
-    """A bias of one layer is larger than the scores; another layer has a hot expert."""
+    """The bias of one layer is larger than the scores; another layer has a hot expert."""
     info = info_of("llama4")
     write(
         tmp_path, info, shares((ALL, 0, 5, 4.0))(info), bias_range=np.where(np.arange(48), 0.2, 2)
@@ -446,7 +453,8 @@ def test_a_symptom_in_other_layers_is_listed(tmp_path):
 
 
 def test_what_explains_what_is_a_strict_order():
-    """What a cause explains stands behind it, and explains nothing that it does not."""
+    """A check comes before the checks that it explains, and none of them explains another one that
+    it does not."""
     explained = {
         one.kind: {
             other.kind for other in checks.CHECKS if {other.kind, other.topic} & {*one.explains}
@@ -471,7 +479,7 @@ def gate_is_cold(window):
 
 
 def test_a_check_is_one_file_and_one_entry(tmp_path, monkeypatch, capsys):
-    """The entry also lists the findings that the check explains."""
+    """The entry lists the findings that the check explains."""
     module: dict = {}
     (tmp_path / "gate.py").write_text(NEW_CHECK)
     exec((tmp_path / "gate.py").read_text(), module)
@@ -501,7 +509,7 @@ def test_losses_that_do_not_balance_are_those_without_counts_of_experts():
 
 @pytest.mark.parametrize("seq_len", [1, 8, 64, 1024])
 def test_chance_alone_is_never_wrong(tmp_path, seq_len):
-    """Balanced routing of few tokens: empty experts, MaxVio above 100, and no finding."""
+    """Balanced routing of few tokens has empty experts and a MaxVio above 100, but no finding."""
     info = info_of("qwen3", global_batch_size=1, seq_len=seq_len)
     info = dataclasses.replace(info, layers=info.layers[:6])
     for seed in range(10):
@@ -510,8 +518,11 @@ def test_chance_alone_is_never_wrong(tmp_path, seq_len):
 
 
 def test_the_bound_of_chance_by_hand(tmp_path):
-    """An expert without any of 18 balanced tokens: e**-18 x 128 experts x 48 layers x 1,000 is
-    0.09, below 1; of 15: 1.9, above it. Twice its 50 tokens: e**(50 (2 ln 2 - 1)) x ... = 0.026."""
+    """The bound for an expert without tokens is e**-n x 128 experts x 48 layers x 1,000.
+
+    At n = 18 balanced tokens it is 0.09, below 1; at 15 it is 1.9. For twice 50 tokens it is
+    e**(-50 (2 ln 2 - 1)) x ... = 0.026.
+    """
     window = Window(read_trace(planted(tmp_path, "a healthy qwen3")))
     for balanced, load, beyond in ((18, 0, True), (15, 0, False), (50, 2, True), (38, 2, False)):
         window.__dict__["balanced_M"] = np.array([balanced])
@@ -519,7 +530,7 @@ def test_the_bound_of_chance_by_hand(tmp_path):
 
 
 def test_counts_that_chance_makes_are_balanced(tmp_path):
-    """1e6 tokens of 128 experts, top 8: a standard deviation of 250 in 62,500 each."""
+    """1e6 tokens, top 8 of 128 experts: the standard deviation is 250 of 62,500 tokens each."""
     window = Window(read_trace(planted(tmp_path, "a healthy qwen3")))
     assert (window.by_chance(lambda counts: counts.sum(axis=-1), 1e6) == 8e6).all()
     assert window.by_chance(np.std, 1e6) == pytest.approx(250, rel=0.05)
@@ -528,7 +539,7 @@ def test_counts_that_chance_makes_are_balanced(tmp_path):
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
 def test_bounds_of_a_layer_among_others_are_those_of_the_layer_alone(score_func):
-    """Layers of 8 experts, top 1, and of 128, top 8, at balance."""
+    """The balanced layers have 8 experts with top 1, and 128 with top 8."""
     kinds = [(8, 1), (128, 8)]
 
     def window(*kinds: tuple[int, int]) -> Window:
@@ -584,7 +595,7 @@ def test_a_healthy_run_says_what_was_looked_at(tmp_path, capsys):
     silent = {"forced_routing", "aux_loss_dominates"}  # nothing of it is in this run
     assert set(well) == {one.kind for one in checks.CHECKS} - silent
     for kind, seen in well.items():
-        assert kind in text and re.search(r"\d", seen)
+        assert kind.replace("_", " ") in text and re.search(r"\d", seen)
 
 
 def test_what_a_person_and_a_script_get(tmp_path, capsys):
@@ -650,7 +661,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path, capsys):
 
 
 def test_overload_of_the_best_order_by_hand():
-    """4, 3, 2, 1 on two ranks of two: 4 + 1 and 3 + 2."""
+    """Loads 4, 3, 2, 1 on two ranks of two experts: the best order is 4 + 1 and 3 + 2."""
     for load_E, expected in (([4.0, 3.0, 2.0, 1.0], 1), ([9.0, 1.0, 1.0, 1.0], 10 / 6)):
         best = expert_order.greedy(np.array(load_E), 2)
         assert expert_order.overload(np.array(load_E), best) == expected

@@ -1,4 +1,4 @@
-"""``titan-moe-lb plan`` on small jobs: against real builds of their ranks, and by hand."""
+"""Tests of ``titan-moe-lb plan`` on small jobs, against real builds and values by hand."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def device(tmp_path) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_state_of_a_rank_is_that_of_a_real_build(ranks, device, layout):
-    """Parameters and optimizer state of the first rank of every pipeline position, on gloo."""
+    """The sizes equal the parameters and optimizer state of the first rank of every pipeline
+    position, on gloo."""
     ranks.need(4)
     flags = LAYOUTS[layout]
     ep = next((flag.split("=")[1] for flag in flags if "expert_parallel" in flag), "1")
@@ -96,7 +97,7 @@ def mlp(rows: float, dim: int, hidden: int) -> float:
 
 
 def test_answers_by_hand(ranks, device):
-    """The tiny model on 2 ranks, EP 2: 8 experts of 64 x 32, top 2, a shared one of 64 x 32."""
+    """The tiny model at EP 2 has 8 experts of 64 x 32, top 2, and a shared expert of 64 x 32."""
     planned = plan(
         ranks,
         [
@@ -150,7 +151,7 @@ def test_answers_by_hand(ranks, device):
 
 
 def test_memory_decides_what_fits(ranks, tmp_path, device):
-    """The largest imbalance that fits is where the memory at that imbalance is what is usable."""
+    """At the largest imbalance that fits, the memory equals the usable memory."""
     job = ["--training.local_batch_size=64"]
     arguments = ["--ranks=2", "--ep=2"]
     roomy = plan(ranks, [*arguments, "--hardware", device, "--imbalance=1.0,2.5,worst"], job)
@@ -168,7 +169,8 @@ def test_memory_decides_what_fits(ranks, tmp_path, device):
 
 
 def test_run_with_two_levels_costs_what_the_formula_says(ranks, device, tmp_path):
-    """First step balanced, last step one hot expert of 2.75 times the mean, in 20 steps."""
+    """In 20 steps, the first is balanced, and the last has a hot expert with 2.75 times the
+    mean."""
     hot = np.array([2.75 * 7] + [8 - 2.75] * 7) * 64
     counts = np.repeat(np.stack([np.full(8, 448.0), hot])[:, None], 3, axis=1).round().astype(int)
     # Twenty steps, so that a tenth of them at each end are averaged: two.
@@ -194,7 +196,7 @@ def test_run_with_two_levels_costs_what_the_formula_says(ranks, device, tmp_path
 
 
 def test_better_placement_of_a_run(ranks, device, tmp_path):
-    """Two hot experts on one device; a greedy placement gives each device one of them."""
+    """Two hot experts share a device; a greedy placement separates them."""
     counts = np.array([5, 5, 1, 1, 1, 1, 1, 1]) * 64
     write_run(tmp_path, np.broadcast_to(counts, (1, 3, 8)))
     planned = plan(
@@ -223,10 +225,10 @@ def test_table_and_page(ranks, device, tmp_path):
     assert "EP 1: fits up to imbalance 4.00" in out and "EP 2: fits up to imbalance" in out
     assert "greedy" in out
     # Without exchange the step is shortest, though every degree is at 1.00 of its own balance.
-    assert re.search(r"^Fastest of those that fit: EP 1 at imbalance 1.00 \([\d.]+ ms", out, re.M)
-    assert re.search(r"EP 2: the first steps took 1.00 x balance \([\d.]+ ms\)", out)
+    assert re.search(r"^Fastest that fits: EP 1 at imbalance 1.00 \([\d.]+ ms", out, re.M)
+    assert re.search(r"EP 2: first steps 1.00 x balance \([\d.]+ ms\)", out)
     text = page.read_text()
-    assert text.count('<th scope="col">step s</th><th scope="col">step x</th>') == 2
+    assert text.count('<th scope="col">step s</th><th scope="col">step x balance</th>') == 2
     measured = text.partition("<h2>Measured load</h2>")[2]
     rows = re.findall(r"<tr.*?><td>(\d)</td><td>(\w+)</td><td>(\w+)</td>", measured)
     placed = [(how, when) for how in ("contiguous", "greedy") for when in ("first", "last")]
@@ -252,7 +254,7 @@ def table(plan):
 
 
 def test_a_table_is_one_file_and_one_line(ranks, device, tmp_path):
-    """Terminal, JSON and page show the same data."""
+    """Terminal, JSON and page show the same table."""
     file, page = tmp_path / "tokens.py", tmp_path / "plan.html"
     file.write_text(TABLE)
     words = ["plan", "--hardware", device, "--ranks=2", "--ep=1,2", "-o", str(page)]
@@ -289,7 +291,7 @@ def test_a_table_is_one_file_and_one_line(ranks, device, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(ranks, arguments, message):
-    """Wrong flags that tests/refused does not contain."""
+    """These wrong flags are not in tests/refused."""
     words = ["plan", "--ranks=4", "--hardware=h100", *arguments, "--", *TINY]
     status, out, err = ranks.run(1, planning.command, words)[0]
     assert (status, out) == (2, "")

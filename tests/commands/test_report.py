@@ -1,4 +1,7 @@
-"""The page without its script: curves, numbers and files. ``test_report_in_browser`` runs the script."""
+"""Tests of the report page without its script: curves, numbers and files.
+
+``test_report_in_browser`` runs the script.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
 
 class Page(HTMLParser):
-    """Text of every element by id, all attributes, and the visible text."""
+    """Parsed page: text of every element by id, all attributes, and the visible text."""
 
     def __init__(self, html):
         super().__init__()
@@ -123,7 +126,7 @@ def test_numbers_and_tables_are_the_trace(small):
     coldest = np.unravel_index(load_ME.argmin(), load_ME.shape)
     rows = re.findall(r"Coldest experts layer expert[a-z ]+(\d+) (\d+)", spaced(page))
     assert rows == [(str(trace.layers[coldest[0]]), str(coldest[1]))]
-    assert f"{LOSS} × 0.0001" in page.visible
+    assert f"{LOSS.replace('_', ' ')} × 0.0001" in page.visible
     assert "4 ranks, pp 2, dp_shard 2, ep 2, Interleaved1F1B" in page.visible
     first, last = (
         (counts.max(axis=1) / counts.mean(axis=1) - 1).mean()
@@ -205,7 +208,8 @@ def test_two_runs_side_by_side(tmp_path):
 
 
 def test_the_head_names_the_expert_that_is_hottest_now(tmp_path):
-    """Of 12 steps expert 3 of layer 2 has twice its share in 10, and 6 of layer 4 in the last 2."""
+    """Expert 3 of layer 2 has twice its share in the first 10 of 12 steps, expert 6 of layer 4 in
+    the last 2."""
     counts_SME = np.full((12, 4, 8), 100)
     counts_SME[:10, 1, 3] += 100
     counts_SME[10:, 3, 6] += 60

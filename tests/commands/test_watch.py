@@ -1,4 +1,4 @@
-"""The live view: what it shows of a growing trace."""
+"""Tests of the live view of a growing trace."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_bars_and_numbers_are_those_of_the_step(tmp_path):
     strip = "".join(8 * bar for bar in "·▂▄▆█▂··")
     assert re.search(rf"^   1  {strip} +3\.00$", text, re.MULTILINE)
     assert "step 17" in text and "dead experts 3" in text
-    assert "seq_load_balancing_loss 1.2500" in text
+    assert "seq load balancing loss 1.2500" in text
     assert "mean 1.500  max 2.500  cumulative 1.750" in text
     assert (
         "learning  loss 3.5000  grad norm 0.75  tps 12,346  0.5 s/step  bias range 0.0625" in text
@@ -144,7 +144,7 @@ def test_once_prints_one_frame(tmp_path, capsys):
 
 
 class Terminal:
-    """The program in a terminal of its own, of 80 columns and 24 lines."""
+    """Program in its own terminal of 80 columns and 24 lines."""
 
     def __init__(self, folder, **environment):
         self.controller, self.terminal = pty.openpty()
@@ -175,7 +175,7 @@ class Terminal:
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
 
     def read_until(self, text, seconds=20):
-        """What was drawn since the last call until ``text``, and ``text``."""
+        """Read the output since the last call, up to and including ``text``."""
         deadline = time.monotonic() + seconds
         while text not in self.seen[self.read :] and time.monotonic() < deadline:
             if select.select([self.controller], [], [], 0.5)[0]:
@@ -185,7 +185,8 @@ class Terminal:
         return self.seen[start : self.read]
 
     def end(self):
-        """The status, once the terminal is as it was: own screen left, cursor and settings back."""
+        """Return the status, and check that screen, cursor and settings of the terminal are
+        restored."""
         status = self.process.wait(timeout=20)
         while select.select([self.controller], [], [], 0)[0]:
             self.seen += os.read(self.controller, 65536)
@@ -197,7 +198,7 @@ class Terminal:
 
 
 def test_waits_then_follows_a_resized_terminal_until_q(tmp_path):
-    """The run appears after the program."""
+    """The run starts after the program."""
     with Terminal(tmp_path / "run") as terminal:
         terminal.read_until(b"waiting for")
         terminal.read_until(b"q quits")
@@ -241,7 +242,8 @@ def test_encoding_that_knows_no_bars():
 
 
 def test_run_whose_next_step_is_far_too_late_looks_dead(tmp_path):
-    """Logged every 5 steps of about 0.5 s: dead after a minute; a run of 10 s a step later."""
+    """A run that logs every 5 steps of about 0.5 s is dead after a minute; a run of 10 s a step
+    later."""
     info, folder = run_info(), tmp_path
     running = TraceWriter(folder, info)
     for index, load in enumerate(step_loads(info, 9)):

@@ -298,7 +298,7 @@ def test_answers_of_the_command(ranks, tmp_path):
     assert text.count("<tr") == 1 + len(by_load) and "Plan of a deployment" in text
     status, out, err = ranks.run(1, planning.command, [*arguments, "--", *TINY])[0]
     assert status == 0, err
-    assert out.startswith("Verdict: under the load of the run's last steps EP ")
+    assert out.startswith("Verdict: under the load of the run's last steps, EP ")
     assert "EP 2: weights of " in out and "eplb +2" in out
 
 

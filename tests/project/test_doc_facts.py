@@ -11,6 +11,7 @@ import pytest
 import tomli
 import torch
 
+from tests.balancing.test_parity import COMPILED, LAYOUTS
 from tests.support.doc_examples import ROOT
 from tests.support.telemetry_jobs import DeviceOperators, forward_and_backward, moe_layers
 from tests.telemetry.test_telemetry import THREE_LOSSES, operators_of_a_router
@@ -177,6 +178,24 @@ def test_checks_of_diagnose():
     page = (REFERENCE / "diagnose_checks.md").read_text()
     kinds = [name.partition("`")[0] for name in rows(page, "# Checks of `diagnose`")]
     assert list(dict.fromkeys(kinds)) == [check.kind for check in CHECKS]
+
+
+# ---- Evidence
+
+
+def test_layouts_of_parity():
+    """The page counts the layouts of every case of test_parity.py."""
+    page = (ROOT / "docs" / "evidence" / "parity.md").read_text()
+    told = {
+        case: [int(number) for number in re.findall(r"(\d+) (?:eager|compiled)", cells[-1])]
+        for cases, cells in rows(page, "over torchtitan's own router.\n").items()
+        for case in re.findall(r"[\w ]+\w", cases)
+    }
+    true = {
+        case: [len(table[case]) for table in (LAYOUTS, COMPILED) if case in table]
+        for case in LAYOUTS
+    }
+    assert told == true
 
 
 # ---- Flags

@@ -1,6 +1,6 @@
-"""The console of a run that goes well, fails or is stopped: real processes.
+"""Tests of the console of runs that succeed, fail or are stopped, in real processes.
 
-A run of one process is started as a user does; the others are forked.
+A run of one process starts as a user starts it; the others are forked.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(failure, tmp_path
 
 
 def meeting_port() -> int:
-    """One that the system gives to nobody who asks for any that is free (32768 and above)."""
+    """Choose a port below the range from which the system gives free ports (32768 and above)."""
     return 20000 + os.getpid() % 10000
 
 
 def test_two_nodes_meet_and_only_the_one_that_knows_the_loss_shows_it(tmp_path):
-    """One goes by an IPv6 address, so both do."""
+    """One node uses an IPv6 address, so both do."""
     flags = ["--training.steps=2", "--parallelism.pipeline_parallel_degree=2"]
     model = {"MODULE": "deepseek_v3", "CONFIG": "deepseek_v3_tiny"}
     nodes = {"NNODES": "2", "NGPU": "1", "RDZV_ENDPOINT": f"[::1]:{meeting_port()}"}
@@ -110,7 +110,7 @@ def test_two_nodes_meet_and_only_the_one_that_knows_the_loss_shows_it(tmp_path):
     first, second = (process.communicate(timeout=240) for process in both)
     assert [process.returncode for process in both] == [0, 0], (first, second)
     assert "loss" not in first[0] and "rank 1" in first[0]
-    assert second[0].count("step:  2  loss:  ") == 1 and "seq_load_balancing_loss: 1." in second[0]
+    assert second[0].count("step:  2  loss:  ") == 1 and "seq load balancing loss: 1." in second[0]
     assert first[1] == second[1] == ""
     log = (tmp_path / "logs/rank0.log").read_text()
     assert "step:  2  grad_norm" in log and "loss: -" not in log

@@ -65,4 +65,4 @@ def test_a_metric_is_one_file_and_one_import(new_metric, tmp_path):
     assert read_trace(tmp_path).over_steps("hottest_count") == [expected_M.sum()]
     cli.main(["report", str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
-    assert "hottest_count" in page and "Tokens of the fullest expert in the step." in page
+    assert "Hottest count" in page and "Tokens of the fullest expert in the step." in page

@@ -27,6 +27,12 @@ class Column:
     is_aux_loss: bool = False
     description: str = ""
     """One line of text for the chart in the report."""
+    title: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Title for people; by default the name with spaces."""
+        return self.title or self.name.replace("_", " ")
 
     def over_layers(self, values: np.ndarray) -> np.ndarray:
         """Reduce float64 ``(..., M)`` to ``(...)`` and skip NaNs; NaN if all are NaN."""

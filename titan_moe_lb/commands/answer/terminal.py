@@ -23,6 +23,7 @@ def print_answer(answer: Answer, console: Console | None = None) -> None:
         console = Console(width=PIPE_WIDTH, file=console.file)
     _print_lines(console, [*answer.verdict, *answer.headline])
     for table in answer.tables:
+        console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)
         _print_lines(console, table.text)
         console.print(_drawn(table))
         _print_lines(console, table.notes)

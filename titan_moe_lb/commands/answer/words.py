@@ -20,9 +20,9 @@ def duration(seconds: float) -> str:
 
 
 def memory(num_bytes: float, fits: bool) -> Cell:
-    """Format bytes in GiB, marked as bad if they do not fit."""
+    """Format bytes in GiB, marked with ``!`` if they do not fit."""
     gib = num_bytes / GIB
-    return Cell(value=gib, text=number(gib) + ("" if fits else " no"), is_bad=not fits)
+    return Cell(value=gib, text=number(gib) + ("" if fits else " !"), is_bad=not fits)
 
 
 def decimals(places: int) -> Any:

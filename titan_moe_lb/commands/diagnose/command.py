@@ -58,25 +58,26 @@ def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
         number = len(trace.steps) - trace.balanced_since
         return (
             f"{trace.path}: {number} logged steps{since} are too few for a diagnosis: at least "
-            f"{FEWEST_STEPS} are needed"
+            f"{FEWEST_STEPS} are needed."
         )
     steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"
     if trace.is_sample:
         steps += f", {len(trace.steps)} of them, evenly spread"
     if not found.findings:
-        head = f"{steps}: nothing is wrong with the balance. Looked at, in the last quarter:"
-        return "\n".join([head, *(f"  {kind:<24} {seen}" for kind, seen in found.well.items())])
+        head = f"{steps}: nothing is wrong with the balance. Checked in the last quarter:"
+        well = [f"  {kind.replace('_', ' '):<24} {seen}" for kind, seen in found.well.items()]
+        return "\n".join([head, *well])
     blocks = [f"{steps}:"]
     for finding in found.findings:
         lines = [
-            f"{finding.severity.name.lower()}: {finding.what}",
-            f"  seen    {finding.evidence}",
-            f"  bound   {finding.reason}",
-            *(f"  causes  {what}" for what in finding.explains.values()),
-            f"  do      {finding.remedy}",
-            *([f"  try     {finding.toml}"] if finding.toml else []),
+            f"{finding.severity.name.lower()} ({finding.kind.replace('_', ' ')}): {finding.what}",
+            f"  seen      {finding.evidence}",
+            f"  why       {finding.reason}",
+            *(f"  leads to  {what}" for what in finding.explains.values()),
+            f"  do        {finding.remedy}",
+            *([f"  try       {finding.toml}"] if finding.toml else []),
         ]
         blocks.append(
-            "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 10) for line in lines)
+            "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
         )
     return "\n\n".join(blocks)

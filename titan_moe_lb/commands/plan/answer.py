@@ -33,23 +33,23 @@ def verdict(plan: Plan) -> list[str]:
     if found.ep_degree is None or found.outcome is None:
         return [
             f"Verdict: no expert-parallel degree fits in {plan.usable_bytes / GIB:.1f} GiB under "
-            f"{found.load}. Use more ranks, checkpointing or a smaller local batch"
+            f"{found.load}. Use more ranks, checkpointing or a smaller local batch."
         ]
     outcome = found.outcome
     lines = [
         f"Verdict: EP {found.ep_degree} is the fastest that fits under {found.load}: "
         f"{duration(outcome.step_seconds)} a step, {number(found.gpu_hours)} GPU-hours for "
-        f"{plan.job.steps:,} steps; {number(outcome.memory_bytes / GIB)} GiB, "
-        f"{number(found.head_room_bytes / GIB)} to spare, which lasts up to an imbalance of "
-        f"{found.largest_imbalance_that_fits or 1.0:.2f}"
+        f"{plan.job.steps:,} steps. It needs {number(outcome.memory_bytes / GIB)} GiB, leaves "
+        f"{number(found.head_room_bytes / GIB)} GiB free, and fits up to an imbalance of "
+        f"{found.largest_imbalance_that_fits or 1.0:.2f}."
     ]
     if found.balancing:
-        lines.append(f"Balancing: {_saving(found.balancing)}")
+        lines.append(f"Balancing: {_saving(found.balancing)}.")
     if found.placements:
         copies = " (copies are a what-if: torchtitan's dispatchers have none)"
         what_if = copies if plan.flags.redundant_experts else ""
-        lines.append(f"Placing: {'; '.join(map(_saving, found.placements))}{what_if}")
-    lines.append(f"How sure: {_certainty(plan)}")
+        lines.append(f"Placing: {'; '.join(map(_saving, found.placements))}{what_if}.")
+    lines.append(f"How sure: {_certainty(plan)}.")
     return lines
 
 
@@ -65,20 +65,20 @@ def _saving(gain: Gain) -> str:
 def _certainty(plan: Plan) -> str:
     found, run = plan.verdict, plan.run
     if run is None:
-        reasons = ["the load is assumed, not measured (--from-run takes a run's)"]
+        reasons = ["the load is assumed, not measured (--from-run RUN_DIR uses that of a run)"]
     elif run["micro_batches"]:
         number_of_loads = min(run["micro_batches"], len(run["last_steps"]))
         reasons = [f"the load is that of {number_of_loads:,} recorded micro-batches"]
     else:
         reasons = [
-            "the run has recorded whole global batches alone, and single micro-batches are less even"
+            "the run recorded whole global batches only, and single micro-batches are less even"
         ]
     if found.next_degree is not None:
         close = ", too close to call" if found.is_close else ""
         slower = number(100 * found.next_slower)
         reasons.append(f"EP {found.next_degree} is {slower} % slower{close}")
     reasons.append(
-        "absolute times rest on the assumed efficiencies, ratios less so (docs/explain/cost_model.md)"
+        "absolute times depend on the assumed efficiencies, ratios depend less (docs/explain/cost_model.md)"
     )
     return "; ".join(reasons)
 
@@ -90,11 +90,11 @@ def _headline(plan: Plan) -> list[str]:
     return [
         f"{job.model_name} {job.flavor} on {job.num_ranks} x {device.name}: "
         f"{len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}, "
-        f"{job.tokens_per_microbatch} tokens a micro-batch, checkpointing {job.checkpointing}",
-        f"largest rank at EP {job.ep_degree}: rank {state.rank}, {state.num_parameters:,} "
+        f"{job.tokens_per_microbatch} tokens a micro-batch, checkpointing {job.checkpointing}.",
+        f"Largest rank at EP {job.ep_degree}: rank {state.rank}, {state.num_parameters:,} "
         f"parameters, {state.parameter_bytes / GIB:.2f} GiB; "
         f"{usable_memory(plan.usable_bytes, device)}; {plan.flags.hot_experts} hot "
-        f"expert(s); {efficiencies(plan.flags)}",
+        f"expert(s); {efficiencies(plan.flags)}.",
     ]
 
 
@@ -102,7 +102,7 @@ def usable_memory(usable_bytes: float, device: Hardware) -> str:
     """Describe the usable memory of a device."""
     return (
         f"usable memory {usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of "
-        f"{device.memory_bytes / GIB:.1f} kept free)"
+        f"{device.memory_bytes / GIB:.1f} kept free; ! marks what does not fit)"
     )
 
 
@@ -117,4 +117,4 @@ def efficiencies(flags: PlanArguments) -> str:
 def device_sources(device: Hardware) -> str:
     """List the sources of the device's numbers."""
     sources = "; ".join(f"{name}: {source}" for name, source in device.sources.items())
-    return f"Figures of the device: {sources}"
+    return f"Sources of the device's numbers: {sources}."

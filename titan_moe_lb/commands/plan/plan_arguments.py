@@ -9,56 +9,55 @@ from typing import Annotated, Any
 import tyro
 
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher
+from titan_moe_lb.terminal.optional_flag import Switch, optional_flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
     """The job to plan, its hardware and its loads."""
 
-    hardware: str
-    """Device: h100, h800, h200, b200, gb200_nvl72, mi300x, tpu_v5p, or a TOML file."""
-    job_config: str | None = None
-    """The job's TOML file or its name, as for train; without it, the default debug job."""
-    job_flags: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Other flags of the job, after --, as in: -- --training.local_batch_size 4"""
-    ranks: int | None = None
-    """Ranks of the job; default: NGPU, else the [job] ranks of its file, else 1."""
-    imbalance: str | None = None
-    """Loads, separated by commas. A number in [1, E/K] is the load of the most loaded expert over
-    the mean; worst is E/K. lognormal:SIGMA draws loads whose logarithms have standard deviation
-    SIGMA. overload:FACTOR@EP draws log-normal loads that have this overload factor at this EP
-    degree. Default 1.0,1.5,2.0,worst; with --serve 1.0."""
-    hot_experts: int = 1
-    """Number of experts with that load, at most top_k; the others share the rest evenly."""
-    ep: str | None = None
-    """Expert-parallel degrees, as in 8,16,32; default: the job's own and those near it."""
-    from_run: Path | None = None
-    """Folder of a run of the same model; its measured load is planned with, too."""
-    redundant_experts: str | None = None
-    """Slots for copies of hot experts, as in 16,32, to predict the savings of EPLB. Needs
-    --from-run."""
-    drop_share: float | None = None
-    """Share of tokens that a capacity may drop, and of micro-batches that may overrun one; default
-    0.01. Needs --from-run."""
+    hardware: Annotated[str, tyro.conf.arg(metavar="DEVICE")]
+    """h100, h800, h200, b200, gb200_nvl72, mi300x, tpu_v5p, or a TOML file."""
+    job_config: Annotated[str | None, optional_flag("JOB")] = None
+    """Job file or its name, as for train; default: the debug job of deepseek_v3."""
+    job_flags: Annotated[tyro.conf.Positional[tuple[str, ...]], optional_flag("[-- FLAG ...]")] = ()
+    """Flags of the job, after --, as for train: -- --training.local_batch_size 4"""
+    ranks: Annotated[int | None, optional_flag("N")] = None
+    """Ranks of the job; default: NGPU, else ranks in the job file, else 1."""
+    ep: Annotated[str | None, optional_flag("N[,N]")] = None
+    """Expert-parallel degrees to compare; default: that of the job and the nearest others."""
+    imbalance: Annotated[str | None, optional_flag("LOAD[,LOAD]")] = None
+    """Assumed loads, each a number, worst, lognormal:SIGMA, or overload:FACTOR@EP.
+    A number is the load of the most loaded expert over the mean; worst is its largest value.
+    lognormal draws loads with that standard deviation of their logarithm.
+    overload draws log-normal loads with that overload factor at that EP degree.
+    Default: 1.0,1.5,2.0,worst; with --serve 1.0."""
+    hot_experts: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Number of experts with that load, at most top_k; the others share the rest."""
+    from_run: Annotated[Path | None, optional_flag("RUN_DIR")] = None
+    """Run of the same model; plan with its measured loads too."""
+    redundant_experts: Annotated[str | None, optional_flag("N[,N]")] = None
+    """Slots for copies of hot experts, to predict the saving of EPLB. Needs --from-run."""
+    drop_share: Annotated[float | None, optional_flag("SHARE")] = None
+    """Share of the tokens that a capacity factor may drop, and of the micro-batches that may
+    overrun one; default: 0.01. Needs --from-run."""
     dispatcher: Dispatcher = "standard"
-    """standard sends every copy of a token. deepep sends one copy to each node and rank.
+    """standard sends every copy of a token; deepep sends one copy to each node and rank.
     low_latency is standard with all messages started at once, for --serve only."""
-    compute_efficiency: float = 0.5
+    compute_efficiency: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.5
     """Share of the peak FLOP/s that matrix products reach."""
-    network_efficiency: float = 0.8
+    network_efficiency: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.8
     """Share of the link bandwidth that an all-to-all reaches."""
-    serve: bool = False
-    """Plan a deployment of the job's model instead: decode and prefill steps of one
-    expert-parallel group."""
-    tokens: str | None = None
-    """Tokens of a rank in a step, one for each sequence in decode; default 1,8,64,512,4096. Needs
-    --serve."""
-    context: int | None = None
-    """Tokens of a sequence, prompt included; default 4096. Needs --serve."""
-    json: bool = False
-    """Print JSON instead of a table."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Write an HTML page with charts to this file, too."""
+    serve: Switch = False
+    """Plan a deployment of the model instead: decode and prefill steps of one EP group."""
+    tokens: Annotated[str | None, optional_flag("N[,N]")] = None
+    """Tokens of a device in a step; default: 1,8,64,512,4096. Needs --serve."""
+    context: Annotated[int | None, optional_flag("N")] = None
+    """Tokens of a sequence, prompt included; default: 4096. Needs --serve."""
+    json: Switch = False
+    """Print JSON instead of sentences and tables."""
+    output: Annotated[Path | None, optional_flag("FILE", "-o")] = None
+    """Write an HTML page with charts, too."""
 
     @property
     def assumptions(self) -> dict[str, Any]:

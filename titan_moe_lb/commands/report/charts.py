@@ -142,9 +142,10 @@ def charts(traces: list[Trace]) -> list[Chart]:
     for column in sorted(declared.values(), key=lambda column: not column.is_aux_loss):
         if column.name in _SHOWN_ABOVE:
             continue
-        title, text = column.name, column.description
+        text = column.description.rstrip(".") + "." if column.description else ""
+        title = column.heading[:1].upper() + column.heading[1:]
         if column.is_aux_loss:
-            title, text = f"Aux loss per layer: {title}", f"{text} Raw and unweighted."
+            title, text = f"Aux loss per layer: {column.heading}", f"{text} Raw and unweighted."
         label = _SUMMARIES[column.summary] if column.per == "layer" else "value"
         if column.per == "step" or len(traces) > 1:
             y_title = f"{label} over the layers" if column.per == "layer" else label

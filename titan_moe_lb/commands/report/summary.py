@@ -49,7 +49,9 @@ def facts(trace: Trace) -> dict[str, str]:
     logged = f"{len(steps)} logged"
     if trace.is_sample:
         logged = f"{len(steps)} evenly spread ones of those logged"
-    losses = ", ".join(f"{name} × {weight}" for name, weight in info.losses.items())
+    losses = ", ".join(
+        f"{name.replace('_', ' ')} × {weight}" for name, weight in info.losses.items()
+    )
     return {
         "Layout": info.layout,
         "Steps": f"{steps[0]} to {steps[-1]}, {logged}{resumed}",

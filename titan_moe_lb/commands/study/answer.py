@@ -21,7 +21,7 @@ TITLES = {
     "micro_batch_max_violation": "MaxVio of a micro-batch",
     "steps_until_balanced": "steps until balanced",
     "specialisation": "specialisation",
-    "step_slowdown": "step x",
+    "step_slowdown": "step x balance",
     "step_seconds": "step s",
 }
 """Titles of a setting's numbers."""
@@ -31,7 +31,6 @@ _ON_TERMINAL = {
     "training_loss": "training loss",
     "max_violation": "MaxVio",
     "steps_until_balanced": "balanced at",
-    "step_slowdown": "step x",
 }
 """Shorter titles, which leave room for the names of the settings."""
 
@@ -76,7 +75,7 @@ def _settings(group: Group) -> Table:
         title=group.name or "Settings",
         columns=(
             Column(title="#"),
-            Column(title="setting", on_terminal=group.name, is_name=True),
+            Column(title="setting", is_name=True),
             *(
                 Column(
                     title=TITLES[name],

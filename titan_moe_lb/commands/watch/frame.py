@@ -89,7 +89,7 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
     for column in info.columns:
         if column.is_aux_loss and column.name in numbers:
             step.append(
-                f"  {glyphs.inert(column.name)} {numbers[column.name]:.4f}", style="not bold"
+                f"  {glyphs.inert(column.heading)} {numbers[column.name]:.4f}", style="not bold"
             )
     lines = [title, step]
     if late := pulse.verdict(follower):

@@ -64,7 +64,7 @@ def _layout(job: Job, info: RunInfo | None) -> str:
 
 
 def _balancing(info: RunInfo) -> str:
-    losses = [f"{name} x {weight:g}" for name, weight in info.losses.items()]
+    losses = [f"{name.replace('_', ' ')} x {weight:g}" for name, weight in info.losses.items()]
     bias = f"expert bias {info.expert_bias}" if info.expert_bias else "no expert bias"
     forced = [f"FORCED ROUTING {info.forced_routing}"] if info.forced_routing else []
     return "; ".join([", ".join(losses) or "no aux loss", bias, *forced])

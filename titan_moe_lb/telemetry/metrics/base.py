@@ -34,6 +34,9 @@ class Metric:
     name: ClassVar[str]
     """Name of the column in the trace; the sinks' key is ``moe/`` and the name."""
 
+    title: ClassVar[str] = ""
+    """Heading of the chart in the report; by default the name with spaces."""
+
     description: ClassVar[str]
     """One sentence for the chart in the report."""
 
@@ -62,6 +65,7 @@ class Metric:
             per="step" if cls.of_step else "layer",
             summary=cls.over_layers.value,
             description=cls.description,
+            title=cls.title,
         )
 
     @classmethod

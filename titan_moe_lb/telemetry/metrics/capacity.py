@@ -13,6 +13,7 @@ class CapacityFactor(Metric):
     """Capacity factor that drops at most 1 % of the tokens of a step."""
 
     name = "capacity_factor_1pct"
+    title = "capacity factor, 1 % dropped"
     description = (
         "Room of an expert-parallel rank, over the balanced tokens, with which no "
         "expert-parallel group would drop more than 1 % of the tokens of the step"

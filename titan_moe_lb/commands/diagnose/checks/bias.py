@@ -34,13 +34,15 @@ def bias_too_slow(window: Window) -> Finding | str | None:
             f"; the bias spans {range_M[worst]:.2g} at most up to step {steps[-1]}, against scores "
             f"of {balancing.typical_score_M[worst]:.2g}, which moves {moved_M[worst]:.2g} of a load"
         )
-        reason = f"below {SHORT} of what is too much, it needs a hundred times the steps so far"
+        reason = (
+            f"a bias that has moved less than {SHORT} of the excess needs a hundred times the steps"
+        )
         remedy, toml = "at least a hundred times its speed, or a rule without one", QUANTILE
     elif ema is not None and ema < 1:
         lag, looked_at = ema / (1 - ema), int(steps[-1] - steps[window.first]) + 1
         slow_M = uneven_M & (lag > looked_at)
-        seen += f" in the last {looked_at} steps; the bias is {lag:.3g} steps late"
-        reason = "a bias that is later than all the steps that were uneven cannot have met them"
+        seen += f" in the last {looked_at} steps; the bias lags {lag:.3g} steps"
+        reason = "a bias that lags more steps than were uneven cannot have acted on them"
         remedy = "let the bias follow every step"
         toml = f'expert_bias = {{type = "{balancing.rule}", ema = 0.0}}'
     else:
@@ -86,8 +88,8 @@ def bias_oscillates(window: Window) -> Finding | str | None:
     return Finding(
         what=f"{balancing.description} is too fast: loads swing in {window.layers(swings_M)}",
         evidence=seen,
-        reason="steps twice as uneven as their sum and three times as uneven as chance, by a bias "
-        f"that moves more than {LARGE} of a load at once: it overshoots",
+        reason="steps are twice as uneven as their sum and three times as uneven as chance, and a "
+        f"step of the bias moves more than {LARGE} of a load: it overshoots",
         remedy=remedy,
         toml=toml,
         layers=window.numbers(swings_M),

@@ -29,7 +29,7 @@ def collapse(window: Window) -> Finding | str | None:
         severity=Severity.FAULT,
         what=f"routing collapses in {window.layers(collapsed_M)}",
         evidence=seen,
-        reason="below half of it, the other experts hardly learn, and fall further behind",
+        reason="below half of that, other experts hardly learn and fall further behind",
         **Balancing(window).harder("go on from a checkpoint before the collapse: "),
         layers=window.numbers(collapsed_M),
         since=window.since((chance_M[worst] + effective_M[worst]) / 2 - course_S),
@@ -76,7 +76,7 @@ def hot_expert(window: Window) -> Finding | str | None:
     return Finding(
         what=f"{name} since step {since}{others if hot_ME.sum() > 1 else ''}",
         evidence=_cost(window, int(row), int(expert)),
-        reason=f"above {most:.2g} times, and beyond chance, it decides the time of those that wait",
+        reason=f"above {most:.2g} times, and beyond chance, other ranks wait for it",
         **Balancing(window).harder(),
         layers=window.numbers(hot_ME.any(axis=1)),
         experts=window.experts(hot_ME),
@@ -111,8 +111,8 @@ def first_layers(window: Window) -> Finding | str | None:
         severity=Severity.NOTE,
         what=f"the first MoE layer ({window.trace.layers[0]}) is far less balanced than the others",
         evidence=seen,
-        reason="the first layer sees little but the token itself, and frequent tokens are few; "
-        "twice the others is where it decides the step's time",
+        reason="the first layer sees little but the token itself, and few tokens are frequent; "
+        "above twice the others it decides the time of a step",
         **Balancing(window).harder("leave first layers dense, as DeepSeek-V3 does with three; or "),
         layers=(window.trace.layers[0],),
     )

@@ -24,7 +24,7 @@ def nothing_balances(window: Window) -> Finding | str | None:
     return Finding(
         what="neither an aux loss nor a moving expert bias balances the experts of this run",
         evidence="; ".join([f"MaxVio {window.violation_M.mean():.2f}, mean over layers", *there]),
-        reason="left alone, routers prefer the experts that are ahead",
+        reason="without balancing, routers prefer the experts that are ahead",
         remedy="add the sign bias of DeepSeek-V3, or the quantile bias",
         toml=QUANTILE,
     )
@@ -45,7 +45,7 @@ def too_weak(window: Window) -> Finding | str | None:
     return Finding(
         what=f"the balance is bad and no longer gets better in {window.layers(weak_M)}",
         evidence=course,
-        reason=f"above {bad:.2g} the fullest expert decides the time of those that wait",
+        reason=f"above {bad:.2g} other ranks wait for the most loaded expert",
         **balancing.harder(),
         layers=window.numbers(weak_M),
     )

@@ -36,10 +36,10 @@ def hot_rank(window: Window) -> Finding | str | None:
     if not hot_M.any():
         return seen
     return Finding(
-        what=f"one expert-parallel rank is hot because of what is placed on it, in "
+        what=f"an expert-parallel rank is hot because of the experts that share it, in "
         f"{window.layers(hot_M)}",
         evidence=f"{seen}; the same experts in another order would give {best_M[worst]:.2f}",
-        reason=f"above {LATE} every rank waits a fifth of the time of its experts",
+        reason=f"above {LATE} the other ranks wait a fifth of the time of their experts",
         remedy="titan-moe-lb plan --from-run predicts what moving experts saves, titan-moe-lb place "
         "moves them; with a stronger balance neither is needed",
         layers=window.numbers(hot_M),
@@ -68,8 +68,8 @@ def hidden_in_micro_batches(window: Window) -> Finding | str | None:
         what=f"single micro-batches are far less balanced than whole steps in "
         f"{window.layers(hidden_M)}",
         evidence=seen,
-        reason="ranks wait for each micro-batch, and memory peaks in one, however even the sum is",
-        remedy="a loss over each sequence spreads what a micro-batch holds"
+        reason="ranks wait in every micro-batch, and memory peaks in one, even if the sum is even",
+        remedy="a loss over each sequence evens out single micro-batches"
         + (", at ten times its weight" if weight else ""),
         toml=f"weight = {10 * weight:g}   # of {SEQUENCE_WISE}"
         if weight

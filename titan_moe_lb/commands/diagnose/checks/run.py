@@ -25,7 +25,7 @@ def diverged(window: Window) -> Finding | str | None:
         severity=Severity.FAULT,
         what=f"the language-model loss is not a number from step {first} on",
         evidence=f"the last finite loss is {last}",
-        reason="nothing that is learned after it counts",
+        reason="the steps after it teach nothing",
         remedy="go on from a checkpoint before it with a lower learning rate",
         since=first,
     )
@@ -41,7 +41,7 @@ def forced_routing(window: Window) -> Finding | None:
         what=f"{forced} decided where tokens went",
         evidence="forced_routing in the metadata of the trace",
         reason="a benchmark shows what an imbalance costs, not how a router behaves",
-        remedy="take forced_routing out of the job to train",
+        remedy="remove forced_routing from the job to train",
     )
 
 

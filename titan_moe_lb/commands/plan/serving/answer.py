@@ -35,19 +35,20 @@ def _verdict(serving: Serving) -> list[str]:
     if not (most and least and ahead):
         return [
             f"Verdict: under {load} nothing fits in {serving.usable_bytes / GIB:.1f} GiB. More "
-            "devices in the expert-parallel group, a shorter --context, or fewer --tokens"
+            "devices in the expert-parallel group, a shorter --context, or fewer --tokens."
         ]
     return [
-        f"Verdict: under {load} EP {most.ep_degree} decodes most: {_speed(most)} with "
-        f"{most.row.tokens:,} sequences of {serving.context:,} tokens on each, "
-        f"{duration(most.row.decode.step_seconds)} a token; "
-        f"{number(most.row.decode.memory_bytes / GIB)} GiB",
+        f"Verdict: under {load}, EP {most.ep_degree} decodes most: {_speed(most)}, with "
+        f"{most.row.tokens:,} sequences of {serving.context:,} tokens on each device, "
+        f"{duration(most.row.decode.step_seconds)} a token, and "
+        f"{number(most.row.decode.memory_bytes / GIB)} GiB.",
         f"Shortest step: {duration(least.row.decode.step_seconds)} a token, EP {least.ep_degree} "
-        f"with {least.row.tokens:,} on each device ({_speed(least)})",
+        f"with {least.row.tokens:,} on each device ({_speed(least)}).",
         f"Prefill: EP {ahead.ep_degree} with {ahead.row.tokens:,} tokens on each device, "
-        f"{number(ahead.row.prefill.tokens_per_second)} tokens/s a device",
-        "How sure: a lower bound of the time, without the start of kernels, sampling and scheduling; "
-        "weights and caches in BF16; absolute times rest on the assumed efficiencies (docs/explain/cost_model.md)",
+        f"{number(ahead.row.prefill.tokens_per_second)} tokens/s a device.",
+        "How sure: times are lower bounds, without kernel launches, sampling and scheduling; "
+        "weights and caches are in BF16; absolute times depend on the assumed efficiencies "
+        "(docs/explain/cost_model.md).",
     ]
 
 
@@ -63,13 +64,13 @@ def _headline(serving: Serving) -> list[str]:
         f"{model.model_name} {model.flavor} on {device.name}: {len(model.expert_bytes)} MoE layers of "
         f"{len(model.layers)}, {layer.num_experts} experts, top {layer.top_k}; caches of "
         f"{per_token / 1024:.1f} KiB a token, {number(serving.context * per_token / GIB)} GiB a "
-        f"sequence of {serving.context:,}",
-        f"{usable_memory(serving.usable_bytes, device)}; {efficiencies(serving.flags)}; tokens are "
-        "those of one device in a step",
+        f"sequence of {serving.context:,}.",
+        f"Tokens are those of one device in a step; {usable_memory(serving.usable_bytes, device)}; "
+        f"{efficiencies(serving.flags)}.",
     ]
     if serving.run:
         lines.append(
-            f"placements are for the loads of {serving.run['path']}, its last steps, and judged by them"
+            f"Placements are computed for the loads of the last steps of {serving.run['path']}, and used for them."
         )
     return lines
 
@@ -82,18 +83,18 @@ def _table(serving: Serving) -> Table:
             Column(title="EP"),
             Column(title="load"),
             Column(title="tokens", show="{:,}".format),
-            Column(title="active", show=number),
+            Column(title="active experts", show=number),
             *(Column(title=title, unit="ms", show=number) for title in milliseconds),
-            Column(title="decode/s", show=number),
-            Column(title="GiB", show=number),
+            Column(title="decode tokens/s", show=number),
+            Column(title="memory", unit="GiB", show=number),
             Column(title="prefill", unit="ms", show=number),
-            Column(title="prefill/s", show=number),
+            Column(title="prefill tokens/s", show=number),
         ),
         groups=[[_row(degree.ep_degree, row) for row in degree.rows] for degree in serving.degrees],
         legend=[
             "Times of a whole step on the busiest device: experts and exchange of all MoE layers, "
-            "cache of all layers in decoding. Tokens decoded and prefilled in a second are those of one "
-            "device; memory is that of decoding."
+            "cache of all layers in decoding. Tokens per second are those of one device; memory is "
+            "that of decoding."
         ],
         notes=[_limits(serving, degree) for degree in serving.degrees],
     )
@@ -130,7 +131,7 @@ def _limits(serving: Serving, degree: ServedDegree) -> str:
         if degree.weight_bytes <= serving.usable_bytes
         else f"weights of {number(degree.weight_bytes / GIB)} GiB do not fit"
     )
-    return f"EP {degree.ep_degree}: {room}; {turn}"
+    return f"EP {degree.ep_degree}: {room}; {turn}."
 
 
 def _charts(serving: Serving) -> list[Chart]:
@@ -167,7 +168,7 @@ def _charts(serving: Serving) -> list[Chart]:
         ),
         Chart(
             "Prefill",
-            "So many tokens of prompts of that length in one step.",
+            "One step with so many tokens of prompts of that length.",
             step(lambda row: row.prefill),
         ),
         Chart(

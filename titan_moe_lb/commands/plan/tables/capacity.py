@@ -15,9 +15,9 @@ def table(plan: Plan) -> Table | None:
         title="Capacity",
         columns=(
             Column(title="EP"),
-            Column(title="drops", show=lambda share: f"{share:.3g}" if share else "none"),
+            Column(title="dropped", show=lambda share: f"{100 * share:.3g} %" if share else "none"),
             Column(title="capacity factor", show=decimals(3)),
-            Column(title="HybridEP's", show=decimals(4)),
+            Column(title="share of the worst case", show=decimals(4)),
             Column(title="memory", unit="GiB", show=number),
         ),
         groups=[
@@ -34,9 +34,9 @@ def table(plan: Plan) -> Table | None:
             for degree in plan.degrees
         ],
         text=[
-            "Capacity of a rank's buffers, for the loads of the run's second half: the factor over "
-            "its balanced tokens (Megatron's moe_expert_rank_capacity_factor), the same as a share of "
-            "the worst case (non_blocking_capacity_factor of torchtitan's HybridEP), and the memory "
-            "with such buffers in every MoE layer"
+            "Buffers of a rank for the loads of the run's second half. The capacity factor is relative "
+            "to its balanced tokens (Megatron's moe_expert_rank_capacity_factor). The share of the worst "
+            "case is torchtitan's non_blocking_capacity_factor of HybridEP. The memory has such buffers "
+            "in every MoE layer."
         ],
     )

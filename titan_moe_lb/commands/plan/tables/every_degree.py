@@ -28,9 +28,9 @@ def table(plan: Plan) -> Table:
             for degree in plan.degrees
         ],
         legend=[
-            "Times of one micro-batch's forward in one MoE layer (ms), of a whole step (step s), and "
-            "against balance at the same degree (layer x, step x). Tokens and memory are those of the "
-            "busiest rank."
+            "Times in ms are those of one micro-batch's forward in one MoE layer; the step is a whole "
+            "one. Both are also given relative to balance at the same degree (x balance). Tokens and "
+            "memory are those of the busiest rank."
         ],
         notes=[_fastest(plan), *map(_fits_up_to, plan.degrees)],
     )
@@ -55,11 +55,11 @@ def _fastest(plan: Plan) -> str:
             found.append(f"EP {ep_degree} at {imbalance} ({duration(seconds)} a step)")
         else:
             found.append(f"none fits at {imbalance}")
-    return f"Fastest of those that fit: {', '.join(found)}. Each x is against balance at its own EP"
+    return f"Fastest that fits: {', '.join(found)}. Each x is relative to balance at its own EP."
 
 
 def _fits_up_to(degree: DegreePlan) -> str:
     largest = degree.largest_imbalance_that_fits
     if largest is None:
-        return f"EP {degree.ep_degree}: does not fit even at balance"
-    return f"EP {degree.ep_degree}: fits up to imbalance {largest:.2f}"
+        return f"EP {degree.ep_degree}: does not fit even at balance."
+    return f"EP {degree.ep_degree}: fits up to imbalance {largest:.2f}."

@@ -14,7 +14,10 @@ def table(plan: Plan) -> Table | None:
     if plan.run is None:
         return None
     run = plan.run
-    losses = ", ".join(f"{name} {weight:g}" for name, weight in run["losses"].items()) or "none"
+    losses = (
+        ", ".join(f"{name.replace('_', ' ')} {weight:g}" for name, weight in run["losses"].items())
+        or "none"
+    )
     return Table(
         title="Measured load",
         columns=(
@@ -32,11 +35,11 @@ def table(plan: Plan) -> Table | None:
             for degree in plan.degrees
         ],
         text=[
-            f"Measured in {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
-            f"{run['expert_bias'] or 'off'}): steps {_span(run['first_steps'])} and "
-            f"{_span(run['last_steps'])}. In single micro-batches its busiest rank had up to "
-            f"{run['max_overload_factor']:.2f} x the balanced tokens (EP {run['ep_degree']}); in the "
-            f"last steps its loads are about log-normal with sigma {run['sigma']:.2f}"
+            f"Run: {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
+            f"{run['expert_bias'] or 'off'}). First steps: {_span(run['first_steps'])}; last steps: "
+            f"{_span(run['last_steps'])}. In single micro-batches, its busiest rank at EP "
+            f"{run['ep_degree']} got up to {run['max_overload_factor']:.2f} x the balanced tokens. The "
+            f"loads of the last steps are about log-normal with sigma {run['sigma']:.2f}."
         ],
         notes=[*map(_savings, plan.degrees)],
     )
@@ -49,8 +52,8 @@ def _savings(degree: DegreePlan) -> str:
         for one in (contiguous.first, contiguous.last, greedy.last)
     )
     return (
-        f"EP {degree.ep_degree}: the first steps took {first}, the last steps take {last}; "
-        f"with experts placed greedily {moved}"
+        f"EP {degree.ep_degree}: first steps {first}, last steps {last}, "
+        f"last steps with experts placed greedily {moved}."
     )
 
 

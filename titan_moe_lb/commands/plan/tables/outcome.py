@@ -10,11 +10,11 @@ COLUMNS = (
     Column(title="compute", unit="ms", show=number),
     Column(title="dispatch", unit="ms", show=number),
     Column(title="combine", unit="ms", show=number),
-    Column(title="layer x", show=decimals(2)),
+    Column(title="layer x balance", show=decimals(2)),
     Column(title="step", unit="s", show=number),
-    Column(title="step x", show=decimals(2)),
-    Column(title="hot expert", show=decimals(0)),
-    Column(title="busiest rank", show=decimals(0)),
+    Column(title="step x balance", show=decimals(2)),
+    Column(title="hot expert", unit="tokens", show=decimals(0)),
+    Column(title="busiest rank", unit="tokens", show=decimals(0)),
     Column(title="memory", unit="GiB", show=number),
 )
 

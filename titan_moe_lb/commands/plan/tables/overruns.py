@@ -16,7 +16,9 @@ def table(plan: Plan) -> Table | None:
         title="Overruns",
         columns=(
             Column(title="EP"),
-            Column(title="overruns", show=lambda share: f"{share:.3g}" if share else "none"),
+            Column(
+                title="overruns", show=lambda share: f"{100 * share:.3g} %" if share else "none"
+            ),
             Column(title="scratch or vmm", show=decimals(3)),
             Column(title="activation slot", show=decimals(3)),
             Column(title="worst case", show=decimals(3)),
@@ -35,9 +37,10 @@ def table(plan: Plan) -> Table | None:
             for degree in plan.degrees
         ],
         text=[
-            f"DistMoE's factors that none, or this share, of the {compared} recorded micro-batches of "
-            "the run's second half overruns: scratch_capacity_factor, where an overrun is an error "
-            "(with vmm_capacity_factor it goes to host memory, and that factor is the limit), and "
-            "activation_slot_capacity_factor, where an overrun is recomputed"
+            "DistMoE's capacity factors that none, or this share, of the "
+            f"{compared} recorded micro-batches of the run's second half overruns. An overrun of "
+            "scratch_capacity_factor is an error; with vmm_capacity_factor it goes to host memory, "
+            "and an overrun of that factor is the error. An overrun of "
+            "activation_slot_capacity_factor is recomputed."
         ],
     )

@@ -34,7 +34,7 @@ def table(plan: Plan) -> Table | None:
             for degree in plan.degrees
         ],
         text=[
-            "Steps against balance, with experts placed for a load that is known and judged on a "
-            "later one"
+            "Step time x balance, with experts placed for one load and used for the same or a later "
+            "one."
         ],
     )
