@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tomli
 from rich.console import Console
 from torchtitan.models.common.moe import MoE
 
@@ -144,6 +145,12 @@ def test_list_flag_stops_after_the_list(capsys):
     assert "--module deepseek_v3" in capsys.readouterr().out
 
 
+def test_a_job_of_a_cluster_is_printed_where_it_cannot_start(capsys, monkeypatch):
+    monkeypatch.delenv("NGPU", raising=False)
+    launch.main(["--job-config", "configs/deepseek_v3/671b.toml", "--print-config"])
+    assert tomli.loads(capsys.readouterr().out)["job"]["ranks"] == 2048
+
+
 def test_help_shows_keys_losses_and_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         launch.main(["--module", "qwen3", "--help"])
@@ -168,6 +175,8 @@ def test_help_shows_keys_losses_and_flags(capsys):
         "aux_losses",
         "expert_bias",
         "forced_routing",
+        "score_func",
+        "freeze",
     ]
 
 

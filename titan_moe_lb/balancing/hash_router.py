@@ -12,24 +12,23 @@ from typing import Any
 
 import spmd_types as spmd
 import torch
-from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation, saved_decision
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
 
 
-def is_hash_router(router: TokenChoiceTopKRouter.Config) -> bool:
-    """Return True if routers of this config choose experts by token id."""
+def is_hash_router(router: Any) -> bool:
+    """Return True if routers of this ``TokenChoiceTopKRouter.Config`` choose experts by token id."""
     return getattr(router, "layer_id", 0) < getattr(router, "n_hash_layers", 0)
 
 
 @functools.cache
-def counted(own: type[TokenChoiceTopKRouter]) -> type[LoadBalancedRouter]:
+def counted(own: type) -> type[LoadBalancedRouter]:
     """Derive a class that routes as a user's hash router does, and counts the tokens.
 
     Args:
-        own: the user's class, whose state and forward it keeps.
+        own: the user's subclass of ``TokenChoiceTopKRouter``, whose state and forward it keeps.
     """
     base = LoadBalancedRouter.Config
     known = {field.name for field in dataclasses.fields(base)}
@@ -64,12 +63,12 @@ def _count(router: LoadBalancedRouter, ids_BLK: torch.Tensor) -> None:
     tokens = saved_decision(router._saved_tokens) if router.needs_tokens else None
     if router.record is None or is_recomputation():
         return
-    counts_SQE, _by_source = router.sources.count(
+    router.sources.count(
         ids_BLK,
         lambda: ids_BLK,
         tokens,
         num_experts=router.num_experts,
         num_documents=router.num_documents,
-        one=router.record.one,
+        record=router.record,
     )
-    router.record.note(counts_SQE, ids_BLK)
+    router.record.note_ids(ids_BLK)

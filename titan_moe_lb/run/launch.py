@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         environment.check_nodes(nodes)
         run = environment.run_name()
         _check_restarts(draft.table, nodes)
-        here = _processes_on_this_node(draft.table, nodes)
+        starts = not (flags.print_config or os.environ.get("COMM_MODE"))
+        here = _processes_on_this_node(draft.table, nodes, starts=starts)
         environment.check_shown_ranks(here * nodes)
         job = draft.resolve(here * nodes)
         if not flags.print_config and job.config.comm.mode == "default":
@@ -97,13 +98,18 @@ def _check_restarts(table: job_config.JobTable, nodes: int) -> None:
         )
 
 
-def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
-    """Return NGPU; else the job's ``ranks`` per node; else the number of GPUs; else 1."""
+def _processes_on_this_node(table: job_config.JobTable, nodes: int, *, starts: bool) -> int:
+    """Return NGPU; else the job's ``ranks`` per node; else the number of GPUs; else 1.
+
+    Args:
+        table: table [job].
+        nodes: number of nodes.
+        starts: True if the processes start; then this machine must be able to hold them.
+    """
     devices = 0 if cpu.needed() else torch.accelerator.device_count()
-    dry_run = bool(os.environ.get("COMM_MODE"))
     if os.environ.get("NGPU"):
         here = environment.positive("NGPU", 1)
-        if devices and here > devices and not dry_run:
+        if starts and devices and here > devices:
             raise JobError(f"NGPU={here} but this node has {devices} GPU(s): set NGPU={devices}")
         return here
     if table.ranks is None:
@@ -111,7 +117,7 @@ def _processes_on_this_node(table: job_config.JobTable, nodes: int) -> int:
     if table.ranks % nodes:
         raise JobError(f"[job] ranks {table.ranks} do not divide over NNODES={nodes}")
     here = table.ranks // nodes
-    if here > (devices or max(os.cpu_count() or 1, 8)) and not dry_run:
+    if starts and here > (devices or max(os.cpu_count() or 1, 8)):
         raise JobError(
             f"[job] ranks is {table.ranks}, which starts {here} processes on this node: set NNODES and "
             f"NGPU for the cluster, or COMM_MODE=fake_backend NGPU={table.ranks} to build one "
