@@ -99,9 +99,9 @@ class Part:
         self.outcome = "failed" if ended.returncode else "passed"
         rest = []
         for line in ended.stdout.splitlines():
-            if line.startswith("{"):
-                self.results.append(json.loads(line))
-            else:
+            try:
+                self.results.append(json.loads(line if line.startswith("{") else ""))
+            except json.JSONDecodeError:
                 rest.append(line)
         errors = ended.stderr.splitlines() if ended.returncode else []
         self.said = "\n".join([*rest, *errors])[-_SHOWN:]

@@ -208,7 +208,11 @@ def _refuse_empty(arguments: list[str]) -> None:
             return
         flag, is_set, value = word.partition("=")
         if not word or flag.startswith("--") and is_set and not value:
-            name = flag or (before if before.startswith("-") else f"an argument of {arguments[0]}")
+            name = flag or (
+                before
+                if before.startswith("-")
+                else f"an argument of {arguments[0] or 'titan-moe-lb'}"
+            )
             raise JobError(f"{name} is empty: give it a value, or leave it out")
         before = word
 

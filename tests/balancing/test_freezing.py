@@ -137,6 +137,16 @@ def test_frozen_losses_keep_counting():
     assert built.needs_step_counts and built.record.counts_MSE.sum() > 0
 
 
+def test_documents_of_losses_that_are_all_off_are_expected():
+    loss = SequenceWiseAuxLoss.Config(weight=0.1, over="document")
+    model = initialised(model_registry("tiny", aux_losses=[loss], freeze=Freeze(losses="all")))
+    attach(model, rows_per_step=2)
+    tokens, documents = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 32, dtype=torch.int64)
+    forward(model, tokens, document_ids=documents).float().square().mean().backward()
+    with pytest.raises(JobError, match="padded"):
+        forward(model, tokens, valid_tokens=documents.bool())
+
+
 def test_resume_with_other_frozen_parts(ranks, tmp_path):
     """Freezing goes on from any checkpoint; a gate that was frozen has no state to learn from."""
     saved = ["--checkpoint.enable", "--checkpoint.no-last-save-model-only"]

@@ -11,10 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.support.hash_layers import HashRouter, spec_with_hash_layer
 from tests.support.own_loop_jobs import forward, initialised
-from titan_moe_lb.balancing.expert_bias import QuantileBias
+from titan_moe_lb.balancing.expert_bias import FrozenBias, QuantileBias
+from titan_moe_lb.balancing.forced_routing import RoundRobin
+from titan_moe_lb.balancing.freezing import Freeze
 from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss, RouterZLoss
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop import attach as attaching
 from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.wiring.model_spec import balanced
@@ -95,3 +98,17 @@ def test_counting_compiles_without_graph_breaks():
     compiled(torch.randn(2, 8, 64, requires_grad=True))[0].sum().backward()
     expected = torch.bincount(hashed.tid2eid[:16].flatten(), minlength=8)
     assert hashed.record.counts_MSE.sum(dim=(0, 1)).tolist() == expected.tolist()
+
+
+def test_a_frozen_bias_leaves_hash_layers_alone():
+    model = initialised(
+        spec_with_hash_layer(expert_bias=QuantileBias.Config(), freeze=Freeze(bias="all"))
+    )
+    hashed, *others = [layer.moe for layer in model.layers.values() if hasattr(layer, "moe")]
+    assert hashed.expert_bias_E is None
+    assert {type(moe.router.expert_bias) for moe in others} == {FrozenBias}
+
+
+def test_forced_routing_of_a_hash_layer_is_refused():
+    with pytest.raises(JobError, match="forced_routing"):
+        spec_with_hash_layer(forced_routing=RoundRobin.Config())

@@ -73,3 +73,25 @@ def test_a_scheduler_signals_every_process_of_run_train(tmp_path):
     status, rest, err = end(process, run)
     assert status == 143 and err.count("\n") == 1, err
     assert_every_sink_has([*lines, *rest], err, run)
+
+
+WITH_WORKERS = """
+import multiprocessing, time
+from titan_moe_lb.run.console.signals import ended_by
+
+def end(number):
+    print("ended by", number.name, flush=True)
+
+with ended_by(end):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(sum(pool.map(abs, range(-3, 1))), flush=True)
+    time.sleep(0.5)
+"""
+
+
+def test_workers_that_a_rank_forks_and_ends_do_not_end_it():
+    """The pool of a data set ends its workers by SIGTERM, which is theirs alone."""
+    ended = subprocess.run(
+        [sys.executable, "-c", WITH_WORKERS], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.stdout, ended.returncode) == ("6\n", 0), ended.stderr

@@ -532,6 +532,43 @@ def test_a_folder_whose_name_the_locale_lacks(tmp_path):
     ]
 
 
+def test_a_resume_forgets_the_runs_that_it_cuts_off(tmp_path):
+    """Rule A at steps 1 to 4, B at 5 and 6, then B again from step 3 on."""
+    bias = dict.fromkeys((1, 2, 3, 4), "sign") | dict.fromkeys((5, 6), "quantile")
+    for first, last in ((1, 4), (5, 6)):
+        info = run_info(expert_bias=bias[first])
+        writer = TraceWriter(tmp_path, info)
+        for step in range(first, last + 1):
+            writer.write(step, loads_by_step(info, 9)[step])
+        writer.close()
+    assert read_trace(tmp_path).info.balanced_since == 5
+    info = run_info(expert_bias="quantile")
+    writer = TraceWriter(tmp_path, info)
+    for step in (3, 4):
+        writer.write(step, loads_by_step(info, 9)[step])
+    writer.close()
+    found = read_trace(tmp_path).info
+    assert (found.resumed_at, found.balanced_since) == ((3,), 3)
+
+
+def test_a_live_reader_describes_the_run_that_goes_on(tmp_path):
+    before, after = run_info(expert_bias="sign"), run_info(expert_bias="quantile")
+    writer = TraceWriter(tmp_path, before)
+    writer.write(1, loads_by_step(before, 9)[1])
+    writer.close()
+    reader = TraceReader(tmp_path)
+    assert reader.read().info.expert_bias == "sign"
+    writer = TraceWriter(tmp_path, after)
+    writer.write(2, loads_by_step(after, 9)[2])
+    writer.close()
+    news = reader.read()
+    assert (news.steps.tolist(), news.info.expert_bias, news.info.resumed_at) == (
+        [2],
+        "quantile",
+        (2,),
+    )
+
+
 def test_resume_after_a_crash_drops_the_torn_step(tmp_path):
     info = run_info()
     file = write_run(tmp_path, info, 5) / FILE_NAME

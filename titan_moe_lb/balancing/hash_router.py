@@ -57,9 +57,10 @@ def _count(router: LoadBalancedRouter, ids_BLK: torch.Tensor) -> None:
     """Count the tokens of a forward, once."""
     if not (router.training and (torch.is_grad_enabled() or router._model_learns)):
         if router.held_out_counts_E is not None:
-            ids = ids_BLK.flatten()
+            ids = ids_BLK.flatten().long()
             router.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
         return
+    router._check_loop()
     tokens = saved_decision(router._saved_tokens) if router.needs_tokens else None
     if router.record is None or is_recomputation():
         return

@@ -60,7 +60,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Strategy that replaces the choice by scores, in a benchmark."""
 
         frozen: frozenset[str] = frozenset()
-        """Parts that do not learn: ``"gate"``, ``"losses"`` (``balancing/freezing.py``)."""
+        """Parts that do not learn: ``"gate"``, ``"bias"``, ``"losses"`` (``balancing/freezing.py``)."""
 
         layer: int = 0
         """Number of the router's layer in the whole model."""

@@ -18,16 +18,16 @@ class Change:
     """The value from then on, or from ``until`` on; 0 switches it off."""
 
     step: int | None = None
-    """The first optimizer step with this value; or ``tokens``."""
+    """First optimizer step with this value, or last one with the old value before ``until``."""
 
     tokens: float | None = None
-    """The tokens of training after which the next step has this value, as in 14.3e12."""
+    """Tokens of training, as in 14.3e12, instead of ``step``."""
 
     shape: Literal["jump", "linear", "cosine"] = "jump"
     """Path to the value: at once; along a line; or along half a period of a cosine."""
 
     until: float | None = None
-    """End of a line or cosine, in the unit of its beginning, where the old value still holds."""
+    """First step, or tokens, with the new value at the end of a line or cosine."""
 
     @property
     def begin(self) -> float:

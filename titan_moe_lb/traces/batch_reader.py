@@ -140,19 +140,22 @@ class BatchReader:
                 high = middle
         return None if low == self._first else low
 
-    def described(self) -> pa.Schema:
+    def described(self, end: int | None = None) -> pa.Schema:
         """Return the schema with the description of the run that wrote the last whole batch.
 
         The schema of the file describes the first run. A resumed run describes itself in the
         metadata of its first batch, and names the position of that batch in its later ones.
+
+        Args:
+            end: end of the batches to look at; default: that of the file.
         """
-        last = next(self._from_end(), None)
+        last = next((place for place in self._from_end() if end is None or place[1] <= end), None)
         try:
             found = {} if last is None else self._metadata(*last)
             if RUN in found:
                 start = int(found[RUN])
-                end = self._end_of(start)
-                found = {} if end is None else self._metadata(start, end)
+                stop = self._end_of(start)
+                found = {} if stop is None else self._metadata(start, stop)
         except _BROKEN:  # without checksums
             return self.schema
         found.pop(KEY, None)

@@ -73,8 +73,9 @@ def overrun_factor(
 
 
 def exceeded_by(values: np.ndarray, share: float) -> float:
-    """Return the smallest of the values that at most a share of them exceed."""
-    return float(np.quantile(values, 1 - share, method="inverted_cdf"))
+    """Return the smallest of the values that at most a share of them exceed; ignore NaN."""
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, 1 - share, method="inverted_cdf")) if known.size else np.nan
 
 
 def worst_capacity_factor(*, num_experts: int, top_k: int, ep_degree: int) -> float:

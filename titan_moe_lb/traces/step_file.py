@@ -124,17 +124,18 @@ class StepFile:
         """Cut the existing file off before a step, to append to it.
 
         Returns:
-            False if it has to be copied, because it lacks a column or checksums.
+            False if it has to be copied, because it lacks a column, or has no checksums.
 
         Raises:
             JobError: it cannot be continued.
         """
-        schema = self._resume(source.described(), first_step)
         end = source.end_before(first_step)
+        schema = self._resume(source.described(end), first_step)
         if end is None:
             raise JobError(f"it holds nothing before step {first_step}")
         self._warn_of(source.rest)
-        as_before = schema == source.schema and source.has_checksums == bool(self._checksum)
+        # Readers map a file without checksums into memory, which must not become shorter then.
+        as_before = schema == source.schema and source.has_checksums and bool(self._checksum)
         if as_before:
             source.close()  # before the lock, which this would release
         file = _locked(self.path)

@@ -239,6 +239,8 @@ class TraceReader:
         columns = ["step", "layer", "counts", *self._numbers, *self._micro_batch]
         batches = self._batches.read(columns, most)
         num_steps = self._batches.count
+        if num_steps:  # a resumed run may have written them
+            self.info = info = info_of(self._batches.described(), self._path)
         shape_SME = (num_steps, layers, info.num_experts)
         steps, counts_SME = np.empty(num_steps, np.int64), np.empty(shape_SME, np.int64)
         singles_SME = np.empty((num_steps * len(self._micro_batch), *shape_SME[1:]), np.int32)

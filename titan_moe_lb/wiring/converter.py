@@ -118,7 +118,7 @@ class LoadBalanceConverter(ModelConfigConverter):
             number: number of the layer in the whole model.
 
         Raises:
-            JobError: the router is not torchtitan's.
+            JobError: the router is not torchtitan's, or forced routing cannot replace it.
         """
         # A converter such as LoRA's makes subclasses of configs that build the same classes.
         by_token_id = is_hash_router(moe.router)
@@ -128,6 +128,8 @@ class LoadBalanceConverter(ModelConfigConverter):
                 f"{fqn}.router is a {type(moe.router).__qualname__}; only torchtitan's "
                 "TokenChoiceTopKRouter can be replaced"
             )
+        if by_token_id and self.config.forced_routing is not None:
+            raise JobError(f"{fqn} routes by token id: leave forced_routing out")
         target = LoadBalancedRouter.Config
         if by_token_id and isinstance(moe.router, LoadBalancedRouter.Config):
             target = type(moe.router)
@@ -155,7 +157,7 @@ class LoadBalanceConverter(ModelConfigConverter):
     def _freeze(self, router: LoadBalancedRouter.Config, frozen: dict[str, set[int]]) -> None:
         """Freeze the parts of a converted layer."""
         router.frozen |= {part for part in frozen if router.layer in frozen[part]}
-        if "bias" not in router.frozen:
+        if "bias" not in router.frozen or is_hash_router(router):
             return
         if router.expert_bias is None:
             raise JobError(

@@ -37,5 +37,7 @@ class RouterZLoss(LogitsLoss):
         logsumexp_BL1 = saved.unsqueeze(-1)
         softmax_BLE = (logits_BLE - logsumexp_BL1).exp_()
         factor_BL1 = logsumexp_BL1 * weight
-        out = softmax_BLE  # its memory, which nothing needs any more
+        # Nothing else needs the memory of the softmax. A compiler plans it itself.
+        is_plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        out = softmax_BLE if is_plain else None
         return torch.addcmul(grad_BLE, softmax_BLE, factor_BL1, value=2 * scale, out=out)

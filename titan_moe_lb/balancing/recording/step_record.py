@@ -83,7 +83,7 @@ class RouterRecord(nn.Module):
         """
         per_slot = len(self.counts) // len(self.counts_MSE)
         first = source * (per_slot // self.counts_MSE.shape[1])
-        places = torch.add(ids_BLK, self._slot, alpha=per_slot).view(-1)
+        places = torch.add(ids_BLK, self._slot, alpha=per_slot).reshape(-1)
         tokens = number.expand_as(ids_BLK).reshape(-1)
         self.counts.narrow(0, first, len(self.counts) - first).index_add_(0, places, tokens)
 

@@ -36,6 +36,10 @@ def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGro
         groups: process groups of the rank.
     """
     needed = any(router.needs_tokens for router in routers)
+    # A loss that is off, as in a frozen layer, still makes the loader number the documents.
+    numbered = any(
+        loss.config.documents for router in routers for loss in router.aux_losses.values()
+    )
 
     def hook(called: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         valid, documents = kwargs.pop(VALID_TOKENS, None), kwargs.pop(DOCUMENT_IDS, None)
@@ -43,7 +47,8 @@ def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGro
             return args, kwargs
         learns = part.training and torch.is_grad_enabled()
         masked = learns and not (valid is None and documents is None)
-        if masked and routers and not needed:
+        expected = needed or (valid is None and numbered)
+        if masked and routers and not expected:
             raise JobError(
                 "the batch has a token mask, but the loop announced batches without padding: set "
                 "attach(..., padded=True), or gives_valid_tokens = True in the class of "

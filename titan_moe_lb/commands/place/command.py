@@ -210,7 +210,8 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Exper
     window = tenth(len(trace.steps))
     steps = trace.steps[-window:]
     counts_ME = trace.counts_SME[-window:].sum(axis=0)
-    loads = f"steps {steps[0]} to {steps[-1]} of {run}"
+    spread = ", evenly spread ones" if trace.is_sample else ""
+    loads = f"steps {steps[0]} to {steps[-1]} of {run}{spread}"
     return placement_file.from_loads(counts_ME, trace.layers, ep, together, loads), counts_ME
 
 

@@ -63,6 +63,7 @@ def loads_of_run(
         # From single micro-batches; the counts are of whole global batches.
         "max_overload_factor": float(np.nanmax(overload_S)),
         "micro_batches": len(recorded.micro_batch_counts_SME),
+        "is_sample": trace.is_sample,
         # From whole global batches: in small micro-batches, sampling noise would add to sigma.
         "sigma": fitted_sigma(recorded.known(slice(-window, None))),
     }

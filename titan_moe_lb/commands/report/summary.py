@@ -68,7 +68,7 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
         trace: trace of the run.
         hottest: expert with the highest mean load over the run.
     """
-    steps = trace.steps
+    steps, step = trace.steps, "step that was read" if trace.is_sample else "logged step"
     now = hottest_now(trace)
     violation_SM = max_violation(trace.counts_SME)
     violation_S = violation_SM.mean(axis=1)
@@ -108,7 +108,7 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
             f"{dead_S[-1]} of {trace.info.num_experts_M.sum()}",
             f"last step; most: {dead_S.max()} at step {steps[dead_S.argmax()]}"
             if dead_S.any()
-            else "none in the whole run",
+            else f"none in any {step}",
         ),
         Card(
             "Hottest expert",
@@ -118,8 +118,8 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
         ),
         Card(
             "DistMoE scratch / slot",
-            f"{number(peak_S.max())} / {number(slot_S.max())}",
-            "factors that no logged step overran; at most 1 % of them overran "
+            f"{number(exceeded_by(peak_S, 0))} / {number(exceeded_by(slot_S, 0))}",
+            f"factors that no {step} overran; at most 1 % of them overran "
             f"{number(exceeded_by(peak_S, 0.01))} / {number(exceeded_by(slot_S, 0.01))}",
         ),
     ]

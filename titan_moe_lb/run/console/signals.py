@@ -16,6 +16,8 @@ from typing import NoReturn
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME = 1.0
 """Seconds in which signals count as one: a scheduler signals the launcher and its ranks."""
+_handled: set[signal.Signals] = set()
+"""Signals that :func:`ended_by` handles in this process."""
 
 
 def heeded() -> list[signal.Signals]:
@@ -33,18 +35,32 @@ def ended_by(end: Callable[[signal.Signals], None]) -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = {one: signal.signal(one, _heard) for one in heeded()}
+    _handled.update(before)
     earlier = signal.set_wakeup_fd(writer.fileno())
     thread = threading.Thread(target=_listen, args=(reader, end), daemon=True)
     thread.start()
     try:
         yield
     finally:
+        _handled.clear()
         signal.set_wakeup_fd(earlier)
         for one, handler in before.items():
             signal.signal(one, handler)
         writer.close()
         thread.join()
         reader.close()
+
+
+def _leave_to_parent() -> None:
+    """Let signals kill a forked child, for example a worker of a data set; they end no run."""
+    if _handled:
+        with contextlib.suppress(ValueError):  # forked by another thread than the main one
+            signal.set_wakeup_fd(-1)
+            for one in _handled:
+                signal.signal(one, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _heard(number: int, frame: FrameType | None) -> None:

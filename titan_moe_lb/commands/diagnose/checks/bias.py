@@ -27,7 +27,7 @@ def bias_too_slow(window: Window) -> Finding | str | None:
     if not balancing.bias_moves:
         return None
     if balancing.setting("speed") and range_SM is not None:
-        range_M = np.nan_to_num(range_SM).max(axis=0)
+        range_M = np.nan_to_num(range_SM[window.trace.balanced_since :]).max(axis=0)
         moved_M = balancing.moved(range_M)
         slow_M = uneven_M & (moved_M < SHORT * window.lasting_M)
         seen += (

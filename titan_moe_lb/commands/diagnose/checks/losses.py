@@ -33,9 +33,10 @@ def nothing_balances(window: Window) -> Finding | str | None:
 def too_weak(window: Window) -> Finding | str | None:
     """Check if the load of most layers is bad, and no better than in the middle of the run."""
     trace, balancing = window.trace, Balancing(window)
-    if not (balancing.losses or balancing.bias_moves) or len(trace.steps) < 4 * FEWEST_STEPS:
+    begin, end = trace.balanced_since, len(trace.steps)
+    if not (balancing.losses or balancing.bias_moves) or end - begin < 4 * FEWEST_STEPS:
         return None
-    before_M = max_violation(trace.counts_SME[len(trace.steps) // 2 : window.first]).mean(axis=0)
+    before_M = max_violation(trace.counts_SME[(begin + end) // 2 : window.first]).mean(axis=0)
     now_M = window.violation_M
     weak_M, bad = window.lasts(window.uneven_M), window.uneven_M.max()
     weak_M &= now_M >= 0.9 * before_M

@@ -37,7 +37,7 @@ def table(plan: Plan) -> Table | None:
         text=[
             f"Run: {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
             f"{run['expert_bias'] or 'off'}). First steps: {_span(run['first_steps'])}; last steps: "
-            f"{_span(run['last_steps'])}. In single micro-batches, its busiest rank at EP "
+            f"{_span(run['last_steps'])}{', evenly spread ones' * run['is_sample']}. In single micro-batches, its busiest rank at EP "
             f"{run['ep_degree']} got up to {run['max_overload_factor']:.2f} x the balanced tokens. The "
             f"loads of the last steps are about log-normal with sigma {run['sigma']:.2f}."
         ],

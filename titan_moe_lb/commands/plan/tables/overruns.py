@@ -38,7 +38,7 @@ def table(plan: Plan) -> Table | None:
         ],
         text=[
             "DistMoE's capacity factors that none, or this share, of the "
-            f"{compared} recorded micro-batches of the run's second half overruns. An overrun of "
+            f"{compared} micro-batches of the planned size, from the run's second half, overruns. An overrun of "
             "scratch_capacity_factor is an error; with vmm_capacity_factor it goes to host memory, "
             "and an overrun of that factor is the error. An overrun of "
             "activation_slot_capacity_factor is recomputed."
