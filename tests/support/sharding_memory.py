@@ -36,10 +36,16 @@ def begin() -> None:
 
 
 def let_go_of_groups() -> None:
-    """Drop the process groups of every mesh that is remembered."""
-    for mesh in {mesh for schema in _known for mesh in _meshes(schema)}:
-        mesh._pg_registry.clear()
-        mesh._get_root_mesh()._pg_registry.clear()
+    """Drop the process groups of every mesh that is remembered; meshes of two jobs are equal."""
+    for schema, known in _known.items():
+        inputs = known.redistribute_schema
+        more = () if inputs is None else (inputs.args_schema, inputs.kwargs_schema)
+        for leaf in tree_leaves(
+            (schema.args_schema, schema.kwargs_schema, known.output_spec, more)
+        ):
+            if isinstance(leaf, DTensorSpec):
+                leaf.mesh._pg_registry.clear()
+                leaf.mesh._get_root_mesh()._pg_registry.clear()
 
 
 def _meshes(schema: OpSchema) -> dict[DeviceMesh, DeviceMesh]:
