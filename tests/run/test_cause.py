@@ -69,25 +69,31 @@ from pathlib import Path
 folder, *kinds = sys.argv[1:]
 rank = int(os.environ["RANK"])
 kind = kinds[rank]
-def tell(line, status=1, is_echo=False):
+def write(line, status=1, is_echo=False):
     ours = dict(status=status, has_traceback=True, is_echo=is_echo, time=time.time())
     message = dict(message=line, extraInfo=dict(py_callstack=line, timestamp=str(int(time.time()))))
     with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
         json.dump(dict(message=message, titan_moe_lb=ours), file)
     Path(folder, str(rank)).touch()
+def tell(line, status=1, is_echo=False):
+    write(line, status, is_echo)
     os._exit(status)
 def after_the_other():
     while not Path(folder, str(1 - rank)).exists():
         time.sleep(0.01)
 if kind == "echo":
     if rank: after_the_other()
-    tell("echo", is_echo=True)
+    write("echo", is_echo=True)
+    if kinds[1] == "bug": after_the_other()
+    os._exit(1)
 if kind == "bug":
     if kinds[0] == "echo": after_the_other()
     tell("a bug")
 if kind == "user": tell("[training] steps", status=2)
 if kind == "kill": os.kill(os.getpid(), signal.SIGKILL)
-if kind == "abort": os.abort()
+if kind == "abort":
+    after_the_other()
+    os.abort()
 if kind == "silent": os._exit(7)
 signal.pause()
 """
