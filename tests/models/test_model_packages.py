@@ -164,7 +164,7 @@ def test_help_shows_keys_losses_and_flags(capsys):
         "one of 'previous_step',",
         'type = "frozen"',
         "moves the bias",
-        "The tokens of training",
+        "Tokens of training",
         "--training.steps",
     ):
         assert text in shown
