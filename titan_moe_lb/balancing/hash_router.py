@@ -24,7 +24,7 @@ def is_hash_router(router: Any) -> bool:
 
 
 @functools.cache
-def counted(own: type) -> type[LoadBalancedRouter]:
+def counted(own: Any) -> type[LoadBalancedRouter]:
     """Derive a class that routes as a user's hash router does, and counts the tokens.
 
     Args:
