@@ -37,7 +37,7 @@ def held_after_a_step(rule: str) -> int:
 
 @pytest.mark.parametrize("rule", ["quantile", "quantile_trend"])
 def test_bytes_that_a_histogram_holds(rule):
-    """What two layers of 8 experts hold with 1,000 bins an expert, beyond a rule without bins."""
+    """Two layers of 8 experts with 1,000 bins an expert, against a rule without bins."""
     assert held_after_a_step(rule) - held_after_a_step("sign") == 4 * 2 * 8 * 1000
 
 

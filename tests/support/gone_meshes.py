@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import spmd_types._mesh_axis
 from torch.distributed.tensor import _redistribute
 from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.distributed import spmd_types as spmd
+
+from titan_moe_lb.upstream.mesh_caches import forget_meshes
 
 
 def forget() -> None:
@@ -17,8 +17,7 @@ def forget() -> None:
     (``gloo/transport/tcp/loop.cc``): after a hundred jobs of four ranks they took two cores.
     """
     vars(spmd._MESH_TLS).clear()
-    spmd_types._mesh_axis._reset()
-    _clear_sharding_prop_cache()
+    forget_meshes()
     _redistribute.clear_redistribute_planner_cache()
     _redistribute._gen_transform_infos.cache_clear()
     MeshTopoInfo.build_from_mesh.cache_clear()

@@ -1,4 +1,4 @@
-"""What the tests of the histogram's bytes run on the ranks of a pool."""
+"""Jobs of the tests of the histogram's bytes, for the ranks of a pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard's event file and the log of W&B's offline run contain: metric to step to value."""
+"""Contents of TensorBoard's event file and of W&B's offline log: metric to step to value."""
 
 from __future__ import annotations
 

@@ -55,21 +55,10 @@ def counted(own: Any) -> type[LoadBalancedRouter]:
 
 def _count(router: LoadBalancedRouter, ids_BLK: torch.Tensor) -> None:
     """Count the tokens of a forward, once."""
-    if not (router.training and (torch.is_grad_enabled() or router._model_learns)):
-        if router.held_out_counts_E is not None:
-            ids = ids_BLK.flatten().long()
-            router.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
+    if not router._learns:
+        router._count_held_out(ids_BLK)
         return
     router._check_loop()
     tokens = saved_decision(router._saved_tokens) if router.needs_tokens else None
-    if router.record is None or is_recomputation():
-        return
-    router.sources.count(
-        ids_BLK,
-        lambda: ids_BLK,
-        tokens,
-        num_experts=router.num_experts,
-        num_documents=router.num_documents,
-        record=router.record,
-    )
-    router.record.note_ids(ids_BLK)
+    if router.record is not None and not is_recomputation():
+        router.sources.count(ids_BLK, lambda: ids_BLK, tokens, router.record)

@@ -21,7 +21,6 @@ from titan_moe_lb.balancing.float32_gate import in_float32
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.losses.base import AuxLoss, LogitsLoss, SumsLoss
 from titan_moe_lb.balancing.recording.recomputation import (
-    is_recomputation,
     save_no_decision,
     saved_decision,
 )
@@ -132,7 +131,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         self.needs_tokens = padded or self.num_documents > 1
         at_once = [loss for loss in self._of_sums if loss.needs_counts]
         sources = [[loss.count_source for loss in some] for some in (self._counted, at_once)]
-        self.sources = CountSources(*sources, padded=padded)
+        self.sources = CountSources(*sources, padded=padded, num_documents=self.num_documents)
         for loss in self.aux_losses.values():
             loss.groups = groups
         for loss in (*self._counted, *at_once):
@@ -159,8 +158,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             scores ``(B, L, E)``.
         """
         logits_BLE = with_losses_BLE = in_float32(self.gate, x_BLD)
-        learns = self.training and (torch.is_grad_enabled() or self._model_learns)
-        tokens = None
+        learns, tokens = self._learns, None
         if learns:
             self._check_loop()
             if self.needs_tokens:
@@ -238,9 +236,10 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             )
 
     @property
-    def _model_learns(self) -> bool:
-        """True in a forward of the model that learns, even if a checkpoint disables gradients."""
-        return self.step_record is not None and self.step_record.learns is True
+    def _learns(self) -> bool:
+        """True in a forward that learns, even if a checkpoint disables gradients."""
+        model_learns = self.step_record is not None and self.step_record.learns is True
+        return self.training and (torch.is_grad_enabled() or model_learns)
 
     def _saved_tokens(self) -> BatchTokens | None:
         """Save the tokens of the running forward, for a recomputation after others have begun."""
@@ -283,17 +282,18 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 ids_BLK,
                 lambda: choice.unbiased(self, scores_BLE, expert_bias_E, ids_BLK),
                 tokens,
-                num_experts=self.num_experts,
-                num_documents=self.num_documents,
-                record=self.record,
+                self.record,
             )
             coefficients_BE = self._coefficients(scores_BLE, counts_by_source, inverse_BL, tokens)
-            if not is_recomputation():
-                self.record.note_ids(ids_BLK)
-        elif not learns and self.held_out_counts_E is not None:
-            ids = ids_BLK.flatten()
-            self.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
+        elif not learns:
+            self._count_held_out(ids_BLK)
         return ids_BLK, coefficients_BE
+
+    def _count_held_out(self, ids_BLK: torch.Tensor) -> None:
+        """Count the tokens of a forward that does not learn, in an evaluation that reads them."""
+        if self.held_out_counts_E is not None:
+            ids = ids_BLK.flatten().long()
+            self.held_out_counts_E.index_add_(0, ids, torch.ones_like(ids))
 
     def _coefficients(
         self,

@@ -200,8 +200,9 @@ class StepHook:
             return
         self._begin_step_if_alike()
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-        self._check_observations(local_shard(given).shape[:2].numel())
-        rows = local_shard(given).shape[0]
+        shape = local_shard(given).shape
+        self._check_observations(shape[:2].numel())
+        rows = shape[0]
         if self._micro_batch_size not in (None, rows):
             raise JobError(
                 f"the aux losses were bound to micro-batches of {self._micro_batch_size} "

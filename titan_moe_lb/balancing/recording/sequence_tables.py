@@ -46,7 +46,12 @@ class CountSources:
     """
 
     def __init__(
-        self, at_step_end: Sequence[CountSource], at_once: Sequence[CountSource], *, padded: bool
+        self,
+        at_step_end: Sequence[CountSource],
+        at_once: Sequence[CountSource],
+        *,
+        padded: bool,
+        num_documents: int,
     ) -> None:
         """Order the sources.
 
@@ -54,8 +59,9 @@ class CountSources:
             at_step_end: sources that losses need at the end of a step.
             at_once: sources that losses need in each forward.
             padded: True if batches have a mask of valid tokens.
+            num_documents: D; 1 if a row is one sequence.
         """
-        self._padded = padded
+        self._padded, self._num_documents = padded, num_documents
         step = dict.fromkeys([DISPATCHED, *map(self._known, (SELECTED, *at_step_end))])
         self._at_once = dict.fromkeys(map(self._known, at_once))
         self._sources = list({**step, **self._at_once})
@@ -74,28 +80,27 @@ class CountSources:
         ids_BLK: torch.Tensor,
         unbiased_ids_BLK: Callable[[], torch.Tensor],
         tokens: BatchTokens | None,
-        *,
-        num_experts: int,
-        num_documents: int,
         record: RouterRecord,
     ) -> list[torch.Tensor | None]:
         """Count the local tokens of each source and expert.
 
-        What a step end needs is added to the record, once; a recomputed forward adds nothing. What a
-        loss needs at once is counted for each sequence.
+        What a step end needs is added to the record, once, and so are the experts themselves in a job
+        that records them; a recomputed forward adds nothing. What a loss needs at once is counted for
+        each sequence.
 
         Args:
             ids_BLK: selected experts, int64.
             unbiased_ids_BLK: computes the top-K of the unbiased scores, if a source needs it.
             tokens: valid tokens; None if all are valid.
-            num_experts: E.
-            num_documents: D; 1 if a row is one sequence.
             record: record of the router.
 
         Returns:
             int64 ``(Q, E)`` for each source; None for one that no loss needs at once.
         """
-        num_rows = ids_BLK.shape[0]
+        num_rows, num_experts = ids_BLK.shape[0], record.counts_MSE.shape[-1]
+        is_first_run = not is_recomputation()
+        if is_first_run:
+            record.note_ids(ids_BLK)
         by_source: list[torch.Tensor | None] = []
         for index, source in enumerate(self._sources):
             counted_BLK = unbiased_ids_BLK() if source.choice == "scores" else ids_BLK
@@ -106,15 +111,15 @@ class CountSources:
                 size = num_experts // source.groups
                 counted_BLK, reached = _experts_of_reached_groups(counted_BLK, source.groups, size)
                 valid_BL1 = valid_BL1 * reached
-            if index < self.num_at_step_end and not is_recomputation():
+            if index < self.num_at_step_end and is_first_run:
                 record.add_counts(index, counted_BLK, valid_BL1)
             if source not in self._at_once:
                 by_source.append(None)
                 continue
-            if num_documents > 1:
+            if self._num_documents > 1:
                 assert tokens is not None and tokens.document_BL is not None
                 counted_BLK = counted_BLK + tokens.document_BL.unsqueeze(-1) * num_experts
-            rows_BE = ids_BLK.new_zeros(num_rows, num_documents * num_experts)
+            rows_BE = ids_BLK.new_zeros(num_rows, self._num_documents * num_experts)
             add_tokens_(rows_BE, counted_BLK, valid_BL1)
             by_source.append(rows_BE.view(-1, num_experts))
         return by_source

@@ -25,6 +25,11 @@ def memory(num_bytes: float, fits: bool) -> Cell:
     return Cell(value=gib, text=number(gib) + ("" if fits else " !"), is_bad=not fits)
 
 
+def share(value: float) -> str:
+    """Format a share in percent; 0 is "none"."""
+    return f"{100 * value:.3g} %" if value else "none"
+
+
 def decimals(places: int) -> Any:
     """Return a format with ``places`` digits after the point."""
     return f"{{:,.{places}f}}".format

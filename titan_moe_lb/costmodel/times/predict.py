@@ -86,7 +86,7 @@ class OverrunRow:
     overrun_share: float
     """Largest share of the micro-batches that overrun; 0 if none does."""
     micro_batches: int
-    """Number of recorded micro-batches that were compared."""
+    """Number of micro-batches of the planned size that were compared."""
     scratch_capacity_factor: float
     """Receive buffer of a rank, over its tokens at balance; ``vmm_capacity_factor`` likewise."""
     activation_slot_capacity_factor: float
@@ -167,7 +167,7 @@ def plan_degree(
         ]
     if recorded and recorded.has_micro_batches:
         capacity = [_capacity(view, recorded, share) for share in (0.0, drop_share)]
-        overruns = [_overruns(view, recorded, share) for share in (0.0, drop_share)]
+        overruns = _overruns(view, recorded, (0.0, drop_share))
     return DegreePlan(
         ep_degree=job.ep_degree,
         tokens_per_rank=job.tokens_per_rank,
@@ -260,7 +260,7 @@ def _capacity(view: View, recorded: RecordedLoads, drop_share: float) -> Capacit
     )
 
 
-def _overruns(view: View, recorded: RecordedLoads, share: float) -> OverrunRow:
+def _overruns(view: View, recorded: RecordedLoads, shares: Sequence[float]) -> list[OverrunRow]:
     layers, degree = view.job.moe_layers, view.job.ep_degree
     counts_NME = recorded.micro_batches(slice(recorded.half, None), _routed(view), most=None)
     received_MNR = np.stack(
@@ -270,20 +270,22 @@ def _overruns(view: View, recorded: RecordedLoads, share: float) -> OverrunRow:
         ]
     )
     stage_of = {number: i for i, one in enumerate(view.job.stages) for number in one.moe_layers}
-    scratch = overrun_factor(received_MNR, share)
-    if share == 0 and degree == recorded.ep_degree:
-        scratch = max(scratch, recorded.max_overload_factor)
-    return OverrunRow(
-        overrun_share=share,
-        micro_batches=len(counts_NME),
-        scratch_capacity_factor=scratch,
-        activation_slot_capacity_factor=overrun_factor(
-            received_MNR, share, [stage_of[number] for number in layers]
-        ),
-        worst_capacity_factor=max(
-            worst_capacity_factor(
-                num_experts=layer.num_experts, top_k=layer.top_k, ep_degree=degree
-            )
-            for layer in layers.values()
-        ),
+    stages = [stage_of[number] for number in layers]
+    worst = max(
+        worst_capacity_factor(num_experts=layer.num_experts, top_k=layer.top_k, ep_degree=degree)
+        for layer in layers.values()
     )
+
+    def row(share: float) -> OverrunRow:
+        scratch = overrun_factor(received_MNR, share)
+        if share == 0 and degree == recorded.ep_degree:
+            scratch = max(scratch, recorded.max_overload_factor)
+        return OverrunRow(
+            overrun_share=share,
+            micro_batches=len(counts_NME),
+            scratch_capacity_factor=scratch,
+            activation_slot_capacity_factor=overrun_factor(received_MNR, share, stages),
+            worst_capacity_factor=worst,
+        )
+
+    return [row(share) for share in shares]

@@ -32,11 +32,6 @@ _GRACE = 6.0
 _FAILED = "failed"
 
 
-def _store(process: dict[str, str]) -> Store:
-    host, port = process["MASTER_ADDR"], int(process["MASTER_PORT"])
-    return PrefixStore("peers", TCPStore(host, port, wait_for_workers=False))
-
-
 class Peers:
     """State of the other nodes, from the rendezvous until this node leaves.
 
@@ -77,7 +72,9 @@ class Peers:
         Raises:
             JobError: a launcher with the number of this node came before.
         """
-        node, store = process["GROUP_RANK"], _store(process)
+        host, port = process["MASTER_ADDR"], int(process["MASTER_PORT"])
+        store = PrefixStore("peers", TCPStore(host, port, wait_for_workers=False))
+        node = process["GROUP_RANK"]
         if store.compare_set(f"launcher {node}", "", run) != run.encode():
             raise JobError(
                 f"NODE_RANK={node} is taken at RDZV_ENDPOINT={os.environ.get('RDZV_ENDPOINT')}: give each "
@@ -85,7 +82,7 @@ class Peers:
             )
         name = store.compare_set("run", "", run).decode()
         # Two threads: on a dead link, an operation of the store never returns.
-        threading.Thread(target=self._exchange, args=(process,), daemon=True).start()
+        threading.Thread(target=self._exchange, args=(process, store), daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
         return name
 
@@ -112,11 +109,10 @@ class Peers:
             time.sleep(_BEAT / 4)
         return None
 
-    def _exchange(self, process: dict[str, str]) -> None:
+    def _exchange(self, process: dict[str, str], store: Store) -> None:
         node, nodes = int(process["GROUP_RANK"]), int(process["GROUP_WORLD_SIZE"])
         watched = range(1, nodes) if node == 0 else range(1)
         with contextlib.suppress(DistError):
-            store = _store(process)
             self._names[node] = f"node {node} (from rank {process['RANK']}, {socket.gethostname()})"
             store.set(f"name {node}", self._names[node])
             for other in watched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titan_moe_lb.commands.answer.answer import Column, Table
-from titan_moe_lb.commands.answer.words import decimals, memory, number
+from titan_moe_lb.commands.answer.words import decimals, memory, number, share
 from titan_moe_lb.commands.plan.result import Plan
 
 
@@ -15,7 +15,7 @@ def table(plan: Plan) -> Table | None:
         title="Capacity",
         columns=(
             Column(title="EP"),
-            Column(title="dropped", show=lambda share: f"{100 * share:.3g} %" if share else "none"),
+            Column(title="dropped", show=share),
             Column(title="capacity factor", show=decimals(3)),
             Column(title="share of the worst case", show=decimals(4)),
             Column(title="memory", unit="GiB", show=number),

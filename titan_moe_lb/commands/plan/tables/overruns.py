@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titan_moe_lb.commands.answer.answer import Column, Table
-from titan_moe_lb.commands.answer.words import decimals
+from titan_moe_lb.commands.answer.words import decimals, share
 from titan_moe_lb.commands.plan.result import Plan
 
 
@@ -16,9 +16,7 @@ def table(plan: Plan) -> Table | None:
         title="Overruns",
         columns=(
             Column(title="EP"),
-            Column(
-                title="overruns", show=lambda share: f"{100 * share:.3g} %" if share else "none"
-            ),
+            Column(title="overruns", show=share),
             Column(title="scratch or vmm", show=decimals(3)),
             Column(title="activation slot", show=decimals(3)),
             Column(title="worst case", show=decimals(3)),
