@@ -218,7 +218,7 @@ def test_metric_is_measured_reduced_and_written(ranks, tmp_path):
     assert all(
         logged[1]["moe/my_busiest_share"] == pytest.approx(share_SM[1].max()) for logged in by_rank
     )
-    assert "my_busiest_share" in render([trace])
+    assert "My busiest share" in render([trace])
 
 
 # ---- A forced strategy
