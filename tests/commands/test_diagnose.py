@@ -409,6 +409,30 @@ def test_a_hot_expert_by_name(tmp_path):
     assert float(without) == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("share", "overload"),
+    [(3.0, 18 / (130 / 8)), (9.0, 24 / (136 / 8))],  # of rank 2, with 15 other experts
+    ids=["ranks are even", "a rank is hot"],
+)
+def test_a_hot_expert_costs_time_where_its_rank_is_hot(tmp_path, share, overload):
+    info = info_of("qwen3")
+    (finding,) = checks.findings(
+        read_trace(write(tmp_path, info, shares((ALL, 17, 42, share))(info)))
+    )
+    assert finding.kind == "hot_expert"
+    assert float(re.findall(r"\d+\.\d+", finding.evidence)[0]) == pytest.approx(overload, abs=0.02)
+    assert ("wait for it" in finding.reason) == (overload > 1.2)
+
+
+@pytest.mark.parametrize("begin", [0, 15])
+def test_only_a_checkpoint_that_can_exist_is_a_remedy(tmp_path, begin):
+    info = info_of("llama4")
+    share_SME = shares((slice(begin, None), 5, slice(0, 3), 1000.0))(info)
+    finding = checks.findings(read_trace(write(tmp_path, info, share_SME)))[0]
+    assert finding.kind == "collapse" and finding.since == begin + 1
+    assert ("checkpoint before step" in finding.remedy) == (begin > 0)
+
+
 def test_the_hotter_of_two_experts_stands_first(tmp_path):
     finding = checks.findings(read_trace(planted(tmp_path, "two experts of which one is hotter")))[
         0

@@ -12,6 +12,9 @@ from titan_moe_lb.commands.diagnose.finding import Severity
 from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
 from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace
 
+EARLY = 60
+"""Step before which no method has balanced a new model (docs/evidence/study.md)."""
+
 
 def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") -> int:
     """Print the findings on a run.
@@ -68,6 +71,11 @@ def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
         well = [f"  {kind.replace('_', ' '):<24} {seen}" for kind, seen in found.well.items()]
         return "\n".join([head, *well])
     blocks = [f"{steps}:"]
+    if trace.steps[-1] < EARLY:
+        blocks.append(
+            f"Before step {EARLY} uneven loads of a new model are expected: in docs/evidence/study.md "
+            "a balance takes 60 to 300 steps."
+        )
     for finding in found.findings:
         lines = [
             f"{finding.severity.name.lower()} ({finding.kind.replace('_', ' ')}): {finding.what}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from titan_moe_lb.commands.diagnose.balancing import Balancing
+from titan_moe_lb.commands.diagnose.checks.ranks import LATE
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
 from titan_moe_lb.commands.diagnose.window import Window, effective_experts
 from titan_moe_lb.traces.balance_statistics import relative_load
@@ -25,14 +26,18 @@ def collapse(window: Window) -> Finding | str | None:
     if not collapsed_M.any():
         return seen
     course_S = effective_experts(window.trace.counts_SME[:, worst])
+    since = window.since((chance_M[worst] + effective_M[worst]) / 2 - course_S)
+    begin = f"go on from a checkpoint before step {since}, or start again: "
+    if since == window.trace.steps[0]:
+        begin = "start again: "
     return Finding(
         severity=Severity.FAULT,
         what=f"routing collapses in {window.layers(collapsed_M)}",
         evidence=seen,
         reason="below half of that, other experts hardly learn and fall further behind",
-        **Balancing(window).harder("go on from a checkpoint before the collapse: "),
+        **Balancing(window).harder(begin),
         layers=window.numbers(collapsed_M),
-        since=window.since((chance_M[worst] + effective_M[worst]) / 2 - course_S),
+        since=since,
     )
 
 
@@ -73,10 +78,11 @@ def hot_expert(window: Window) -> Finding | str | None:
         return f"{name}, bad above {most:.2g}"
     since = window.since(relative_load(window.trace.counts_SME[:, row])[:, expert] - (1 + load) / 2)
     others = f"; {hot_ME.sum() - 1} more in {window.layers(hot_ME.any(axis=1))}"
+    evidence, effect = _cost(window, int(row), int(expert))
     return Finding(
         what=f"{name} since step {since}{others if hot_ME.sum() > 1 else ''}",
-        evidence=_cost(window, int(row), int(expert)),
-        reason=f"above {most:.2g} times, and beyond chance, other ranks wait for it",
+        evidence=evidence,
+        reason=f"above {most:.2g} times, and beyond chance, {effect}",
         **Balancing(window).harder(),
         layers=window.numbers(hot_ME.any(axis=1)),
         experts=window.experts(hot_ME),
@@ -84,19 +90,31 @@ def hot_expert(window: Window) -> Finding | str | None:
     )
 
 
-def _cost(window: Window, row: int, expert: int) -> str:
-    """Describe the overload of the hottest rank with and without the expert's excess."""
+def _cost(window: Window, row: int, expert: int) -> tuple[str, str]:
+    """Describe the overload of the hottest rank with and without the expert's excess.
+
+    Returns:
+        The numbers, and their effect on a step.
+    """
     ep, num_experts = window.trace.info.ep, int(window.trace.info.num_experts_M[row])
+    learns = "it learns from far more tokens than the others"
     if ep == 1 or num_experts % ep:
-        return "without expert parallelism no rank waits for it; its own products take longer"
+        return (
+            "without expert parallelism no rank waits for it; its own products take longer",
+            learns,
+        )
     load_E, placed = window.load_ME[row, :num_experts], contiguous(num_experts, ep)
     without_E = load_E.copy()
     without_E[expert] = np.delete(load_E, expert).mean()
-    return (
+    hottest = overload(load_E, placed)
+    evidence = (
         f"at expert-parallel degree {ep} the hottest rank of the layer gets "
-        f"{overload(load_E, placed):.2f} times its share, {overload(without_E, placed):.2f} if the "
+        f"{hottest:.2f} times its share, {overload(without_E, placed):.2f} if the "
         f"expert were like the others; it lies on rank {expert // placed.shape[1]}"
     )
+    if hottest > LATE:
+        return evidence, "other ranks wait for it"
+    return evidence, f"{learns}; the ranks of the layer are even to {LATE}, so a step hardly waits"
 
 
 def first_layers(window: Window) -> Finding | str | None:
