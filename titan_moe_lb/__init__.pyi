@@ -134,6 +134,15 @@ from .telemetry.metrics import (
 from .telemetry.metrics_processor import (
     LoadBalanceMetricsProcessor as LoadBalanceMetricsProcessor,
 )
+from .traces.load_trace import (
+    LoadTrace as LoadTrace,
+)
+from .traces.trace import (
+    Trace as Trace,
+)
+from .traces.trace import (
+    read_trace as read_trace,
+)
 from .version import __version__ as __version__
 from .wiring.model_spec import (
     balanced as balanced,

@@ -173,6 +173,46 @@ def study(
     command.run_study(study, output=output, processes=processes, retry_failed=retry_failed)
 
 
+def import_loads(
+    files: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="FILE", help_behavior_hint="(one or more)"),
+    ],
+    output: Annotated[Path, tyro.conf.arg(metavar="RUN_DIR", aliases=["-o"])],
+    top_k: Annotated[int | None, optional_flag("INT")] = None,
+    num_experts: Annotated[int | None, optional_flag("INT")] = None,
+    ep: Annotated[int | None, optional_flag("INT")] = None,
+    micro_batches: Annotated[int | None, optional_flag("INT")] = None,
+    model: Annotated[str | None, optional_flag("NAME")] = None,
+    drops_tokens: Switch = False,
+) -> None:
+    """Make a run of the tokens per expert that another framework logged.
+
+    Args:
+        files: CSV, TSV, JSON lines, Parquet or numpy, in the order of their steps.
+        output: Folder of the new run, for report, diagnose and plan --from-run.
+        top_k: Experts that a token chooses. The counts do not tell it.
+        num_experts: Experts of a layer; default: as many as the first step has.
+        ep: Expert-parallel degree of the run; default: 1.
+        micro_batches: Forwards of a step over all ranks; default: 1.
+        model: Name of the model; default: name of the first file.
+        drops_tokens: The counts leave out tokens over a capacity.
+    """
+    from titan_moe_lb.commands.import_loads import command
+
+    for line in command.import_loads(
+        files,
+        output=output,
+        top_k=top_k,
+        num_experts=num_experts,
+        ep=ep,
+        micro_batches=micro_batches,
+        model=model,
+        drops_tokens=drops_tokens,
+    ):
+        print(line)
+
+
 def doctor() -> None:
     """Check this machine: packages, devices, and what a job would lack."""
     from titan_moe_lb.commands import doctor
@@ -183,7 +223,7 @@ def doctor() -> None:
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (train, report, watch, diagnose, plan, place, study, doctor)
-}
+} | {"import": import_loads}
 
 
 def _run(arguments: list[str]) -> None:

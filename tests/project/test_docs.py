@@ -91,7 +91,8 @@ def home(tmp_path_factory) -> Path:
     write_run(folder / "runs/uneven", run_info(2, expert_groups=()), 20)
     saved(folder / "runs/uneven/checkpoint/step-20")
     record_routing(folder / "outputs")
-    write_run(folder / "elsewhere.arrow", run_info(3, 8, 2), 3)
+    loads = ["step,layer,expert,tokens", *(f"{s},1,{e},8" for s in range(20) for e in range(8))]
+    (folder / "loads.csv").write_text("\n".join(loads))
     write_run(folder / "example", run_info(48, 128, 8, model="qwen3", flavor="30B-A3B"), 1)
     return folder
 

@@ -84,6 +84,8 @@ class RunInfo:
     of an older version."""
     placement: str | None = None
     """Title of the placement that numbers the experts; None for the original numbers."""
+    is_foreign: bool = False
+    """True if another framework made the run: its balancing is not known."""
     started: str
     """ISO 8601 time with offset."""
     version: str
@@ -96,13 +98,15 @@ class RunInfo:
     format_version: int = FORMAT_VERSION
 
     @property
+    def title(self) -> str:
+        """Model and flavor."""
+        return f"{self.model} {self.flavor}".strip()
+
+    @property
     def model_name(self) -> str:
         """Model, flavor and shape of the MoE layers, as a phrase for messages."""
         experts, top_k = _range(self.num_experts_M), _range(self.top_k_M)
-        return (
-            f"{self.model} {self.flavor} ({len(self.layers)} MoE layers, {experts} experts, "
-            f"top {top_k})"
-        )
+        return f"{self.title} ({len(self.layers)} MoE layers, {experts} experts, top {top_k})"
 
     @property
     def num_experts_M(self) -> np.ndarray:

@@ -95,7 +95,9 @@ class Balancing:
             first: text before the remedy.
         """
         remedy, toml = "add a bias that moves", QUANTILE
-        if self.bias_moves and self.setting("speed"):
+        if self.window.trace.info.is_foreign:
+            remedy, toml = "a larger weight of its loss, or speed of its bias", ""
+        elif self.bias_moves and self.setting("speed"):
             remedy = "ten times the speed of the bias, or a rule without one"
         elif self.bias_moves and self.setting("ema"):
             remedy = "let the bias follow every step"

@@ -52,12 +52,14 @@ def facts(trace: Trace) -> dict[str, str]:
     losses = ", ".join(
         f"{name.replace('_', ' ')} × {weight}" for name, weight in info.losses.items()
     )
+    balancing = {"Aux losses": losses or "none", "Expert bias": info.expert_bias or "off"}
+    if info.is_foreign:
+        balancing = {"Balancing": "not known, the run is of another framework"}
     return {
         "Layout": info.layout,
         "Steps": f"{steps[0]} to {steps[-1]}, {logged}{resumed}",
         "Batch": f"{info.global_batch_size} sequences of {info.seq_len} tokens",
-        "Aux losses": losses or "none",
-        "Expert bias": info.expert_bias or "off",
+        **balancing,
     }
 
 

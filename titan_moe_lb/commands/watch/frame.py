@@ -79,7 +79,7 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
     worst = int(violation_M.argmax())
     dead = int(num_dead_experts(load.counts_ME).sum())
     numbers = _numbers(follower)
-    title = Text(glyphs.inert(f"{info.model} {info.flavor}"), style="bold")
+    title = Text(glyphs.inert(info.title), style="bold")
     title.append(f"  {glyphs.inert(info.layout)}", style="default not bold")
     if info.forced_routing:
         title.append(f"  forced routing: {glyphs.inert(info.forced_routing)}", style="bold red")

@@ -15,6 +15,8 @@ STRONG = 3
 def nothing_balances(window: Window) -> Finding | str | None:
     """Check if the job has neither a balancing loss nor a moving bias."""
     balancing = Balancing(window)
+    if window.trace.info.is_foreign:
+        return "balancing not known: the run is of another framework"
     if balancing.losses or balancing.bias_moves:
         bias = [balancing.description] * balancing.bias_moves
         return f"balanced by {', '.join([*balancing.losses, *bias])}"

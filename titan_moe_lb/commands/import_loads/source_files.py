@@ -1,0 +1,66 @@
+"""Files of loads as record batches, streamed, so that a file may be larger than the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv, json, parquet
+from rich.progress import Progress
+
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.traces.column_format import array_of, count_lists
+
+KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".npy")
+"""Suffixes of the files that can be read."""
+
+
+def record_batches(path: Path, progress: Progress) -> Iterator[pa.RecordBatch]:
+    """Read the rows of a file in their order.
+
+    Args:
+        path: file, whose suffix names its kind.
+        progress: bar that shows how much of the file was read.
+
+    Raises:
+        JobError: the file is missing, damaged, or of another kind.
+    """
+    kind = path.suffix.lower()
+    if "tfevents" in path.name:
+        raise JobError(
+            f"{path} has scalars, not the tokens of each expert: give a logged overload factor to "
+            "plan, as --imbalance overload:FACTOR@EP"
+        )
+    if kind not in KINDS:
+        raise JobError(f"{path} is of no known kind: give {', '.join(KINDS)}")
+    try:
+        if kind == ".npy":
+            yield from _of_array(np.load(path, mmap_mode="r", allow_pickle=False), path)
+            return
+        with progress.open(path, "rb", description=path.name) as file:
+            if kind in (".csv", ".tsv"):
+                delimiter = "\t" if kind == ".tsv" else ","
+                yield from csv.open_csv(file, parse_options=csv.ParseOptions(delimiter=delimiter))
+            elif kind == ".jsonl":
+                yield from json.open_json(file)
+            else:
+                yield from parquet.ParquetFile(file).iter_batches()
+    except JobError:
+        raise
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise JobError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from None
+
+
+def _of_array(counts_SME: np.ndarray, path: Path) -> Iterator[pa.RecordBatch]:
+    """Make a batch of each step; steps are numbered from 1, layers from 0."""
+    if counts_SME.ndim != 3 or not counts_SME.size:
+        raise JobError(f"{path} has the shape {counts_SME.shape}: save (steps, layers, experts)")
+    for step, counts_ME in enumerate(counts_SME, start=1):
+        layers_M = np.arange(len(counts_ME))
+        columns = [array_of(np.full(len(layers_M), step)), array_of(layers_M)]
+        counts = count_lists(counts_ME, pa.from_numpy_dtype(counts_ME.dtype))
+        yield pa.record_batch([*columns, counts], names=["step", "layer", "tokens"])
