@@ -38,7 +38,9 @@ def test_hash_layers_are_counted_and_not_balanced(again, monkeypatch):
     assert isinstance(hashed, HashRouter) and "layers.1.moe.router.tid2eid" in model.state_dict()
     assert [type(one) for one in others] == [LoadBalancedRouter] * 2
     assert model.layers["1"].moe.expert_bias_E is None
-    monkeypatch.setattr(attaching, "TrainingLoop", functools.partial(TrainingLoop, gradients=True))
+    monkeypatch.setattr(
+        attaching, "TrainingLoop", functools.partial(TrainingLoop, gradients_every=1)
+    )
     balance = attach(model, rows_per_step=4)
     batches = torch.randint(0, 2048, (2, 2, 32), generator=torch.Generator().manual_seed(0))
     for tokens in batches:

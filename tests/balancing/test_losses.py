@@ -226,7 +226,7 @@ def test_gradient_norms_are_those_of_the_output_and_of_the_losses(score_func, ki
     The gate gets the same gradient without the measurement.
     """
     losses = [LOSSES[kind] for kind in kinds]
-    measuring = router(losses, score_func, loop=TrainingLoop(gradients=True))
+    measuring = router(losses, score_func, loop=TrainingLoop(gradients_every=1))
     plain = router(losses, score_func)
     x, bias = inputs()
     for half in (slice(0, 2), slice(2, 3)):
@@ -290,7 +290,7 @@ def test_a_loss_with_its_own_bind_gets_the_rows_of_a_job():
 
 
 def test_an_evaluation_that_is_differentiated_is_not_measured():
-    measuring = router([LOSSES["sequence_wise"]], loop=TrainingLoop(gradients=True)).eval()
+    measuring = router([LOSSES["sequence_wise"]], loop=TrainingLoop(gradients_every=1)).eval()
     x, bias = inputs()
     measuring(x, bias)[0].square().sum().backward()
     measuring.step_record.finish_step(ROWS)

@@ -73,13 +73,18 @@ MODELS = {
 }
 
 
+EXTRA = ("main_gradient_squared", "aux_gradient_squared", "bias_norm", "frozen_gate_squared")
+"""Columns of layers that a healthy run may lack."""
+
+
 def info_of(model: str, **changes) -> RunInfo:
     fields = {"global_batch_size": 64, "seq_len": 1024, "micro_batch_size": 4}
     info = run_info(**{"model": model, **fields, **MODELS[model], **changes})
     of_bias = Column("bias_largest_step", summary="max")
     losses = tuple(Column(name, is_aux_loss=True) for name in info.losses)
     padding = Column("padding_share", per="step")
-    return dataclasses.replace(info, columns=(*losses, *COLUMNS, of_bias, padding))
+    of_layers = map(Column, EXTRA)
+    return dataclasses.replace(info, columns=(*losses, *COLUMNS, of_bias, padding, *of_layers))
 
 
 def write(
@@ -89,21 +94,24 @@ def write(
 
     Args:
         columns: names to values that replace the healthy ones; one value a step makes a column of
-            steps.
+            steps, a function of the step a column of layers.
     """
     choices = info.global_batch_size * info.seq_len * info.top_k
     shares = share_SME / share_SME.sum(axis=-1, keepdims=True)
     counts_SME = np.random.default_rng(seed).multinomial(choices, shares)
     of_layers = {"bias_range": 0.05, "bias_largest_step": 1e-3, "micro_batch_max_violation": 0.4}
     of_step = {"loss": np.linspace(5, 4, STEPS), "padding_share": np.full(STEPS, 0.1)}
-    of_layers |= {name: value for name, value in columns.items() if name in of_layers}
+    of_layers |= {name: v for name, v in columns.items() if name in (*of_layers, *EXTRA)}
     of_step |= {name: np.broadcast_to(v, STEPS) for name, v in columns.items() if name in of_step}
     writer = TraceWriter(folder, info)
     for step in range(len(share_SME)):
         load = StepLoad(
             layers=info.layers,
             counts_ME=counts_SME[step],
-            layer_columns={name: np.full(len(info.layers), v) for name, v in of_layers.items()},
+            layer_columns={
+                name: np.full(len(info.layers), v(step) if callable(v) else v)
+                for name, v in of_layers.items()
+            },
             step_columns={name: float(value_S[step]) for name, value_S in of_step.items()},
         )
         writer.write(first_step + step, load)
@@ -163,6 +171,15 @@ NO_METHOD = {"losses": {}, "expert_bias": None}
 
 def bias(description: str, **losses: float) -> dict:
     return {"expert_bias": description, "losses": losses}
+
+
+def gradients(main: float, aux, every: int = 1) -> dict:
+    """Columns of gradient norms that are measured in every ``every``-th step."""
+
+    def column(norm):
+        return lambda step: np.square(norm) if step % every == 0 else np.nan
+
+    return {"main_gradient_squared": column(main), "aux_gradient_squared": column(aux)}
 
 
 # Model, changes of its run, shares, columns, the kind expected first (None: nothing is wrong),
@@ -358,6 +375,58 @@ ROWS = {
     "a benchmark": (
         ("deepseek_v3", {**NO_METHOD, "forced_routing": "hot_rank (rank 0)"}, FEW, {}),
         ("forced_routing", ("nothing_balances", *SYMPTOMS)),
+    ),
+    "a loss whose gradient is dropped": (
+        ("qwen3", {}, UNEVEN, gradients(main=1.0, aux=0.0)),
+        ("loss_without_gradient", ("aux_loss_too_weak", *SYMPTOMS)),
+    ),
+    "a gate that is detached, measured in every fifth step": (
+        ("gpt_oss", {}, UNEVEN, gradients(main=0.0, aux=0.0, every=5)),
+        ("loss_without_gradient", SYMPTOMS),
+    ),
+    "one layer without a gradient": (
+        ("llama4", {"losses": GLOBAL}, even, gradients(main=1.0, aux=np.arange(48) != 7)),
+        ("loss_without_gradient", ("aux_loss_too_weak", "aux_loss_dominates")),
+    ),
+    "a weight of 1e-12": (
+        ("qwen3", {}, UNEVEN, gradients(main=1.0, aux=1e-10)),
+        ("aux_loss_too_weak", ("loss_without_gradient", *SYMPTOMS)),
+    ),
+    "losses that are off in half of the layers": (
+        (
+            "qwen3",
+            {"frozen": {"losses": list(range(24))}},
+            even,
+            gradients(main=1.0, aux=np.where(np.arange(48) < 24, 0.0, 0.01), every=3),
+        ),
+        (None, ()),
+    ),
+    "a frozen bias that moves": (
+        (
+            "deepseek_v3",
+            {"frozen": {"bias": [5, 6]}},
+            even,
+            {"bias_norm": lambda step: np.where(np.arange(58) == 2, 1 + 1e-4 * step, 1.0)},
+        ),
+        ("frozen_part_drifts", SYMPTOMS),
+    ),
+    "a bias that moves beside frozen ones": (
+        (
+            "deepseek_v3",
+            {"frozen": {"bias": [5, 6]}},
+            even,
+            {"bias_norm": lambda step: np.where(np.arange(58) == 9, 1 + 1e-4 * step, 1.0)},
+        ),
+        (None, ()),
+    ),
+    "a frozen gate that learns": (
+        (
+            "qwen3",
+            {"frozen": {"gate": [3]}},
+            even,
+            {"frozen_gate_squared": lambda s: np.where(np.arange(48) == 3, 40 + 1e-3 * s, np.nan)},
+        ),
+        ("frozen_part_drifts", SYMPTOMS),
     ),
     **{f"a healthy {model}": ((model, {}, even, {}), (None, ())) for model in MODELS},
 }
@@ -616,7 +685,9 @@ def test_a_healthy_run_says_what_was_looked_at(tmp_path, capsys):
     text = capsys.readouterr().out
     assert diagnose(tmp_path, as_json=True) == 0
     well = json.loads(capsys.readouterr().out)["well"]
-    silent = {"forced_routing", "aux_loss_dominates"}  # nothing of it is in this run
+    # Nothing of these is in this run.
+    silent = {"forced_routing", "frozen_part_drifts", "loss_without_gradient"}
+    silent |= {"aux_loss_too_weak", "aux_loss_dominates"}
     assert set(well) == {one.kind for one in checks.CHECKS} - silent
     for kind, seen in well.items():
         assert kind.replace("_", " ") in text and re.search(r"\d", seen)

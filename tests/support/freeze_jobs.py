@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.support.train_jobs import train_config
+from tests.support.train_jobs import build, train_config
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.rank_groups import RankGroups
@@ -63,3 +63,13 @@ def _state(parts: list[Any]) -> tuple[dict[int, torch.Tensor], dict[int, torch.T
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().clone()
+
+
+def train_with_trace(arguments: list[str]) -> dict[int, float]:
+    """Train a job that writes its trace; return the squared norms of the gates of this rank."""
+    config = job_config.load(["--debug.no-enable-structured-logging", *arguments]).config
+    trainer = build(config)
+    trainer.train()
+    trainer.close()
+    gates, _biases = _state(trainer.model_parts)
+    return {layer: float(gate.double().square().sum()) for layer, gate in gates.items()}

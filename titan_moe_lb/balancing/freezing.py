@@ -80,3 +80,16 @@ def freeze_gates(model: nn.Module) -> None:
 def applied_losses(routers: Sequence[LoadBalancedRouter.Config]) -> list[AuxLoss.Config]:
     """Return the losses of the layers in which they are on, which are alike; empty without one."""
     return next((router.aux_losses for router in routers if "losses" not in router.frozen), [])
+
+
+def layers_by_part(routers: Sequence[LoadBalancedRouter.Config]) -> dict[str, list[int]]:
+    """Return the layers of each part that does not learn; parts that learn everywhere are left out.
+
+    A bias is frozen too if its rule does not move it.
+    """
+    found: dict[str, list[int]] = {}
+    for router in routers:
+        still = router.expert_bias is not None and not router.expert_bias._owner.moves
+        for part in sorted(router.frozen | ({"bias"} if still else set())):
+            found.setdefault(part, []).append(router.layer)
+    return found

@@ -3,6 +3,7 @@
 The router computes the scores twice from the same logits. The first scores weight the outputs of
 the experts; the aux losses are attached to the second. Each path measures its gradient in the
 logits and passes it on to the gate, so the gate learns from the same sum as without measurement.
+A step that is left out has only the router's own path, and costs nothing.
 
 The measure of a path is the sum of the squares of its gradient in the logits ``(T, E)`` over all
 tokens of the step. It does not depend on how the batch is cut. It is accumulated as the gradient
@@ -21,27 +22,33 @@ from titan_moe_lb.functional import attached_gradient
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 
 if TYPE_CHECKING:
+    from titan_moe_lb.balancing.recording.step_record import StepRecord
     from titan_moe_lb.balancing.router import LoadBalancedRouter
 
 
 class GradientNorms:
     """Replacement of the two router methods that attach losses."""
 
-    def __init__(self, router: LoadBalancedRouter, squares_2: torch.Tensor) -> None:
+    def __init__(self, router: LoadBalancedRouter, record: StepRecord, index: int) -> None:
         """Replace ``attach_losses`` and ``gather`` of a router.
 
         Args:
             router: router whose gradients are measured.
-            squares_2: part of a float32 leaf, whose gradient accumulates the sums of the squared
-                gradients of the model's loss and of the aux losses.
+            record: record of the rank. The gradient of ``gradient_squares_N2`` accumulates the sums
+                of the squared gradients of the model's loss and of the aux losses.
+            index: row of the router in the record.
         """
-        self._router, self._squares_2 = router, squares_2
+        assert record.gradient_squares_N2 is not None
+        self._router, self._record = router, record
+        self._squares_2 = record.gradient_squares_N2[index]
         self._attach, self._gather = router.attach_losses, router.gather
         router.attach_losses, router.gather = self.attach_losses, self.gather  # type: ignore[method-assign]
 
     def attach_losses(self, logits_BLE: torch.Tensor, tokens: BatchTokens | None) -> torch.Tensor:
         """Attach the losses of logits as the router does, and measure the aux losses' gradient."""
-        return self._attach(_measured(logits_BLE, self._squares_2[1]), tokens)
+        if self._record.measures:
+            logits_BLE = _measured(logits_BLE, self._squares_2[1])
+        return self._attach(logits_BLE, tokens)
 
     def gather(
         self,
@@ -53,10 +60,10 @@ class GradientNorms:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the scores on the path of the model's loss, and measure its gradient.
 
-        The losses of sums are attached on the path of the aux losses. An evaluation is not measured.
-        Arguments and result are as in ``LoadBalancedRouter.gather``.
+        The losses of sums are attached on the path of the aux losses. An evaluation is not
+        measured, nor is a step that is left out. Arguments and result are as in ``LoadBalancedRouter.gather``.
         """
-        if not self._router.training:
+        if not (self._router.training and self._record.measures):
             return self._gather(logits_BLE, scores_BLE, ids_BLK, coefficients_BE, *losses)
         main_BLE = self._router.score(_measured(logits_BLE, self._squares_2[0]))
         chosen_BLK = local_shard(main_BLE).gather(-1, ids_BLK)

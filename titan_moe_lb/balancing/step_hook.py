@@ -87,12 +87,12 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
         finished_steps=loop.finished_steps,
         varying=loop.varying,
         joins_last=loop.varying and groups.stages.size > 1,
-        gradients=loop.gradients,
+        gradients=loop.gradients_every > 0,
     )
     for index, router in enumerate(routers):
         router.note_in(record, index)
         if record.gradient_squares_N2 is not None:
-            GradientNorms(router, record.gradient_squares_N2[index])
+            GradientNorms(router, record, index)
     return record
 
 
@@ -142,6 +142,7 @@ class StepHook:
         self._global_rows: int | None = None
         self._closed_rows = self.announced_rows = 0
         self._weights: list[float] | None = None
+        self._sample_gradients()
         self._begin_step_if_alike()
 
     def _begin_step_if_alike(self) -> None:
@@ -149,6 +150,10 @@ class StepHook:
         self.tokens.read()
         if self._global_rows is None and self._rows_of_every_step is not None:
             self.begin_step(self._rows_of_every_step)
+
+    def _sample_gradients(self) -> None:
+        """Measure the gradients at the routers in the next step, or leave it out."""
+        self._record.measures = self._loop.measures_gradients(self.finished_steps + 1)
 
     def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
         """Set the weights of the losses for a step, before its first forward.
@@ -183,6 +188,7 @@ class StepHook:
         """
         self.finished_steps, self.tokens.total = finished_steps, tokens
         self._record.resume(finished_steps)
+        self._sample_gradients()
         if self._global_rows is not None:
             self.begin_step(self._global_rows)
 
@@ -288,6 +294,7 @@ class StepHook:
             self._forget_torchtitans_counts()
             self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
         self.finished_steps += 1
+        self._sample_gradients()
         self._global_rows = None
         # If the device counts tokens, the first forward of the next step begins it.
         if not self.tokens.counted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import spmd_types as spmd
 import torch
 from spmd_types.runtime import get_local_type, get_partition_spec
@@ -11,6 +13,22 @@ from torch.distributed.tensor import DTensor
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """Return the local tensor of a DTensor, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Compute this rank's part of the squared norm of a tensor, float64 ``()``.
+
+    The mean over the ranks that hold the tensor is the squared norm of the whole tensor.
+    """
+    parts = 1
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        parts = math.prod(
+            mesh.size(axis)
+            for axis, placement in enumerate(tensor.placements)
+            if placement.is_shard()
+        )
+    return parts * local_shard(tensor).detach().double().square().sum()
 
 
 def placed_as(reference: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 from titan_moe_lb.resolved_job import Job
+from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
 def loss_sees_the_whole_batch(job: Job) -> None:
@@ -50,9 +51,15 @@ def refuse_in_parts(router: LoadBalancedRouter.Config, cut_by: str) -> None:
 
 
 def gradients_can_be_measured(job: Job) -> None:
-    """Check that the layout permits ``metrics.router_gradients``."""
-    if not getattr(job.config.metrics, "router_gradients", False):
+    """Check that the layout and the settings permit ``metrics.router_gradients``."""
+    metrics = job.config.metrics
+    if not isinstance(metrics, LoadBalanceMetricsProcessor.Config) or not metrics.router_gradients:
         return
+    if metrics.router_gradients_every < 1:
+        raise JobError(
+            f"metrics.router_gradients_every is {metrics.router_gradients_every}: set it to n to "
+            "measure every n-th logged step, 1 for each, or leave metrics.router_gradients out"
+        )
     parallelism = job.config.parallelism
     if (
         parallelism.tensor_parallel_degree > 1

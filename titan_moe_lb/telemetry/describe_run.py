@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from titan_moe_lb.balancing.freezing import applied_losses
+from titan_moe_lb.balancing.freezing import applied_losses, layers_by_part
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.resolved_job import Job
@@ -52,6 +52,7 @@ def describe_run(job: Job) -> RunInfo:
         seq_len=cut.seq_len,
         forced_routing=forced.describe() if forced is not None else None,
         expert_bias="; ".join(rules) or None,
+        frozen=layers_by_part(routers),
         score_func=router.score_func,
         expert_groups=coarse_to_fine(groups),
         placement=_placement(job),

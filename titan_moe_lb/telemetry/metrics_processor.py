@@ -51,6 +51,9 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
         router_gradients: bool = False
         """Measure the gradients of the model's loss and of the aux losses in each router."""
 
+        router_gradients_every: int = 1
+        """Measure them in every n-th logged step."""
+
         write_moe_trace: bool = True
         """Write moe_load.arrow in dump_folder, which titan-moe-lb report and watch read."""
 

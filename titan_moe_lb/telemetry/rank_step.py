@@ -17,7 +17,7 @@ import torch.distributed as dist
 from titan_moe_lb.balancing.hash_router import is_hash_router
 from titan_moe_lb.balancing.recording.step_record import StepRecord
 from titan_moe_lb.balancing.router import LoadBalancedRouter
-from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.local_shard import local_shard, squared_norm
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action, actions_of
 from titan_moe_lb.traces.balance_statistics import mark_absent, num_existing
@@ -48,6 +48,9 @@ class RankStep:
 
     The gradients are with respect to the logits of this rank's tokens; NaN in a hash layer. None
     unless the job measures router gradients."""
+    frozen_gate_squares_N: np.ndarray | None
+    """Squared norms of the weights of frozen gates, of which this rank's part: the mean over the
+    ranks is the norm of the whole gate. float64; NaN for a gate that learns, None if all learn."""
     stages: tuple[int, ...]
     """Pipeline stage of each router."""
     actions: Sequence[Action]
@@ -109,11 +112,24 @@ def read(
         bias_NE=_rows([None if bias is None else local_shard(bias) for bias in biases]),
         bias_delta_NE=_rows(record.bias_delta_N),
         gradient_squares_N2=squares_N2,
+        frozen_gate_squares_N=_frozen_gates(routers),
         stages=tuple(router.stage for router in routers),
         actions=routers[0].actions or actions_of(None)[0],
         ep_degree=groups.experts.size,
         ep_rank=groups.experts.rank,
     )
+
+
+def _frozen_gates(routers: list[LoadBalancedRouter]) -> np.ndarray | None:
+    """Compute the squared norms of the frozen gates; NaN for others, None if none is frozen."""
+    frozen = ["gate" in router.config.frozen for router in routers]
+    if not any(frozen):
+        return None
+    gates = [router.gate for router, yes in zip(routers, frozen, strict=True) if yes]
+    norms = [sum(map(squared_norm, gate.parameters()), torch.zeros(())) for gate in gates]
+    squares_N = np.full(len(routers), np.nan)
+    squares_N[frozen] = torch.stack(norms).cpu().numpy()
+    return squares_N
 
 
 def _rows(rows: list[torch.Tensor | None]) -> np.ndarray | None:

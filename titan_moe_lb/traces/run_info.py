@@ -77,6 +77,8 @@ class RunInfo:
     """Forced routing strategy of a benchmark; None if the router chooses."""
     expert_bias: str | None = None
     """Rules of the expert bias and their settings, joined by ``"; "``; None without a bias."""
+    frozen: dict[str, list[int]] = field(default_factory=dict)
+    """Layers whose ``gate``, ``bias`` or ``losses`` do not learn, by part; empty in older traces."""
     score_func: str | None = None
     """Function from the gate's logits to scores; None in a trace of an older version."""
     expert_groups: tuple[int, ...] | None = None
@@ -93,8 +95,8 @@ class RunInfo:
     resumed_at: tuple[int, ...] = ()
     """First step of each resumed run that continued this trace; the writer fills it in."""
     balanced_since: int | None = None
-    """First step with these losses, bias rules, scores and forced routing, where a resumed run
-    changed them; None: the first of the trace. The writer fills it in."""
+    """First step with these losses, bias rules, frozen parts, scores and forced routing, where a
+    resumed run changed them; None: the first of the trace. The writer fills it in."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -151,8 +153,8 @@ class RunInfo:
             )
 
     def balances_like(self, other: RunInfo) -> bool:
-        """Return True if both runs have the same losses, bias rules, scores and forced routing."""
-        names = ("losses", "expert_bias", "score_func", "forced_routing")
+        """Return True if both runs balance alike: same losses, bias rules, scores, frozen parts."""
+        names = ("losses", "expert_bias", "frozen", "score_func", "forced_routing")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def metadata(self) -> dict[bytes, bytes]:

@@ -311,13 +311,15 @@ def _loop(job: Job) -> TrainingLoop:
     """Read the properties of the trainer's steps from a job."""
     cut, metrics = job.cut, job.config.metrics
     reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
-    recorded_tokens = None
+    recorded_tokens, gradients_every = None, 0
+    if reports and metrics.track_moe_metrics and metrics.router_gradients:
+        gradients_every = metrics.log_freq * metrics.router_gradients_every
     if reports and metrics.record_routing_steps:
         recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
     loader = getattr(job.config.dataloader, "_owner", None)
     return TrainingLoop(
         track=reports and metrics.track_moe_metrics,
-        gradients=reports and metrics.track_moe_metrics and metrics.router_gradients,
+        gradients_every=gradients_every,
         num_micro_batches=cut.num_micro_batches,
         accumulation_steps=cut.accumulation_steps,
         tokens_per_step=cut.global_batch_size * cut.seq_len,

@@ -8,6 +8,7 @@ A = losses, B = rows and L = tokens of a row in a micro-batch, Q = sequences
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,9 @@ class StepRecord:
         of_copy: True if the record belongs to a copy of a model, whose steps no loop closes.
         gradient_squares_N2: leaf for :mod:`titan_moe_lb.balancing.gradient_norms`, float32; None
             unless gradient norms are measured.
-        step_gradient_squares_N2: sums of squares of the last finished step.
+        step_gradient_squares_N2: sums of squares of the last finished step; NaN if it was not
+            measured.
+        measures: True if the running step measures gradient norms.
         bias_delta_N: last update of the expert bias of each router, float32 ``(E,)``; None without
             an update.
     """
@@ -182,7 +185,8 @@ class StepRecord:
             varying: True if steps differ in their number of micro-batches.
             joins_last: True to add forwards after the M-th to the last micro-batch, where no host
                 counts them.
-            gradients: True to measure the gradients of the model's loss and of the aux losses.
+            gradients: True to measure the gradients of the model's loss and of the aux losses in
+                the steps in which ``measures`` is True.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -203,6 +207,7 @@ class StepRecord:
         self.rows = self.forwards = self.tokens = 0
         self.learns: bool | None = None
         self.of_copy = False
+        self.measures = gradients
         self.sums: StepSums | None = None
         self.bias_delta_N: list[torch.Tensor | None] = [None] * num_routers
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
@@ -271,7 +276,10 @@ class StepRecord:
         self.step_counts_NMSE.copy_(self.counts_NMSE)
         torch.mul(self.losses_NA, 1 / num_rows, out=self.step_losses_NA)
         if self.step_gradient_squares_N2 is not None:
-            self.step_gradient_squares_N2.copy_(self._running_squares_N2)
+            if self.measures:
+                self.step_gradient_squares_N2.copy_(self._running_squares_N2)
+            else:
+                self.step_gradient_squares_N2.fill_(math.nan)
         if self.step_micro_batches is not None:
             self.step_micro_batches.copy_(self._micro_batches_N1[0])
         self._start_anew()

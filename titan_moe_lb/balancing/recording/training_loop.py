@@ -12,8 +12,9 @@ class TrainingLoop:
     track: bool = True
     """Record the counts of each micro-batch, for the metrics."""
 
-    gradients: bool = False
-    """Measure the gradients of the model's loss and of the aux losses at each router."""
+    gradients_every: int = 0
+    """Steps from one measurement of the gradients at each router to the next; 0 for none. The first
+    step is measured too."""
 
     num_micro_batches: int = 1
     """Forwards of a router in an optimizer step; the maximum if ``varying``."""
@@ -48,3 +49,8 @@ class TrainingLoop:
 
     seen_tokens: int = 0
     """Tokens of those steps, over all ranks."""
+
+    def measures_gradients(self, step: int) -> bool:
+        """Return True if the gradients at each router are measured in a step, numbered from 1."""
+        every = self.gradients_every
+        return every > 0 and (step == 1 or step % every == 0)

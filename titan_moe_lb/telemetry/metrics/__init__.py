@@ -3,6 +3,7 @@
 from titan_moe_lb.telemetry.metrics.base import Metric, Reduction
 from titan_moe_lb.telemetry.metrics.capacity import ActivationSlotFactor, CapacityFactor
 from titan_moe_lb.telemetry.metrics.expert_bias import BiasLargestStep, BiasNorm, BiasRange
+from titan_moe_lb.telemetry.metrics.frozen_gate import FrozenGate
 from titan_moe_lb.telemetry.metrics.gradients import AuxGradient, MainGradient
 from titan_moe_lb.telemetry.metrics.micro_batch import MicroBatchMaxViolation
 from titan_moe_lb.telemetry.metrics.overload import (
@@ -21,6 +22,7 @@ __all__ = [
     "BiasRange",
     "CapacityFactor",
     "CumulativeOverload",
+    "FrozenGate",
     "MainGradient",
     "MaximumOverload",
     "Metric",

@@ -21,7 +21,7 @@ class _OfGradient(Metric):
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
         """Return True if the job measures router gradients."""
-        return router.loop.gradients
+        return router.loop.gradients_every > 0
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         """Read the squared norm over the tokens of this rank."""

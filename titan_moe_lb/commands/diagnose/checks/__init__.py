@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from titan_moe_lb.commands.diagnose.checks import bias, loads, losses, ranks, run
+from titan_moe_lb.commands.diagnose.checks import (
+    bias,
+    frozen,
+    gradients,
+    loads,
+    losses,
+    ranks,
+    run,
+)
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
 from titan_moe_lb.commands.diagnose.window import Window
 from titan_moe_lb.traces.trace import Trace
@@ -39,7 +47,10 @@ CHECKS = (
     Check(bias.bias_too_slow, "method", explains=("too_weak", "loads")),
     Check(bias.bias_oscillates, "method", explains=("bias_saturates", "too_weak", "loads")),
     Check(bias.bias_saturates, "method", explains=("too_weak", "loads")),
-    Check(losses.aux_loss_dominates),
+    Check(gradients.loss_without_gradient, explains=("too_weak", "loads")),
+    Check(gradients.aux_loss_too_weak, explains=("too_weak", "loads")),
+    Check(gradients.aux_loss_dominates),
+    Check(frozen.frozen_part_drifts),
     Check(losses.too_weak, "method", explains=("loads",)),
     Check(
         loads.collapse, "loads", explains=("dead_experts", "hot_expert", "hot_rank", "first_layers")

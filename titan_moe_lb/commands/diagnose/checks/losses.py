@@ -1,15 +1,11 @@
-"""Checks of the balancing: missing, too weak, or an aux loss too strong."""
+"""Checks of the balancing: missing, or too weak."""
 
 from __future__ import annotations
-
-import numpy as np
 
 from titan_moe_lb.commands.diagnose.balancing import OTHER_LOSSES, QUANTILE, Balancing
 from titan_moe_lb.commands.diagnose.finding import Finding
 from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
 from titan_moe_lb.traces.balance_statistics import max_violation
-
-STRONG = 3
 
 
 def nothing_balances(window: Window) -> Finding | str | None:
@@ -51,30 +47,4 @@ def too_weak(window: Window) -> Finding | str | None:
         reason=f"above {bad:.2g} other ranks wait for the most loaded expert",
         **balancing.harder(),
         layers=window.numbers(weak_M),
-    )
-
-
-def aux_loss_dominates(window: Window) -> Finding | str | None:
-    """Check if the gradient of the aux losses is far larger than the gradient of the model's loss.
-
-    It needs ``metrics.router_gradients``.
-    """
-    main_SM, aux_SM = map(window.column, ("main_gradient_squared", "aux_gradient_squared"))
-    losses = window.trace.info.losses
-    if main_SM is None or aux_SM is None or not losses:
-        return None
-    ratio_M = np.sqrt(np.nanmean(aux_SM, axis=0) / np.maximum(np.nanmean(main_SM, axis=0), 1e-300))
-    strong_M = ratio_M > STRONG
-    if not strong_M.any():
-        return f"gradient of the losses {ratio_M.max():.2g} of the model's, at most {STRONG}"
-    name, weight = max(losses.items(), key=lambda item: item[1])
-    return Finding(
-        what=f"the aux losses outweigh the model's own loss in the router of "
-        f"{window.layers(strong_M)}",
-        evidence=f"norm of their gradient in the logits over that of the model's loss: "
-        f"{ratio_M[strong_M].max():.2g}",
-        reason=f"above {STRONG} the router learns to be even, and hardly to choose",
-        remedy=f"a tenth of the weight of {name}",
-        toml=f"weight = {weight / 10:g}   # of {name}",
-        layers=window.numbers(strong_M),
     )
