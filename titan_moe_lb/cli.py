@@ -24,6 +24,7 @@ from titan_moe_lb.terminal.optional_flag import Switch, optional_flag
 DESCRIPTION = """\
 Balance the experts of MoE models in torchtitan, and see what imbalance costs.
   titan-moe-lb train --module deepseek_v3      train a small model on this machine
+  titan-moe-lb check --job-config my_job.toml  test that its losses and biases act
   titan-moe-lb report outputs                  write an HTML page about that run
   titan-moe-lb diagnose outputs                find what to change
   titan-moe-lb plan --hardware h100            predict what imbalance costs
@@ -36,6 +37,13 @@ Train a job on the GPUs of this machine, or on its CPU if it has none.
   titan-moe-lb train --module qwen3
   titan-moe-lb train --job-config deepseek_v3/fsdp2_ep2 --training.steps 20
   titan-moe-lb train --job-config my_job.toml --print-config
+"""
+CHECK_EXAMPLES = """\
+Run some forwards and backwards of a job in one process, and test that every aux loss reaches its
+gates, and that every expert bias moves and changes the choice. Status 1 if one does not.
+
+  titan-moe-lb check --module qwen3
+  titan-moe-lb check --job-config my_job.toml --config deepseek_v3_tiny
 """
 RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
 
@@ -61,6 +69,20 @@ def train(flags: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
     finally:
         gc.enable()
     launch.command(list(flags))
+
+
+def check(flags: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
+    """Test that every loss of a job reaches its gates, and that its biases act.
+
+    Args:
+        flags: Flags of the job, as for train.
+    """
+    if flags in (("--help",), ("-h",)):
+        print(f"usage: titan-moe-lb check [FLAGS]\n\n{CHECK_EXAMPLES}\n{OWN_FLAGS}")
+        return
+    from titan_moe_lb.commands.check import command
+
+    command.run(list(flags))
 
 
 def report(
@@ -222,13 +244,14 @@ def doctor() -> None:
 
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (train, report, watch, diagnose, plan, place, study, doctor)
+    for function in (train, check, report, watch, diagnose, plan, place, study, doctor)
 } | {"import": import_loads}
 
 
 def _run(arguments: list[str]) -> None:
-    if arguments[:1] == ["train"]:  # its flags are those of the job, which tyro does not know
-        train(tuple(arguments[1:]))
+    with_flags_of_job = {"train": train, "check": check}  # which tyro does not know
+    if arguments and arguments[0] in with_flags_of_job:
+        with_flags_of_job[arguments[0]](tuple(arguments[1:]))
         return
     _refuse_empty(arguments)
     tyro.extras.subcommand_cli_from_dict(

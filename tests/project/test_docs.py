@@ -41,6 +41,7 @@ from tests.support.synthetic_trace import run_info, write_run
 from titan_moe_lb import cli
 from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.losses import AuxLoss, GlobalBatchAuxLoss
+from titan_moe_lb.commands.check import command as check_command
 from titan_moe_lb.commands.plan import command as plan_command
 from titan_moe_lb.commands.plan.known_hardware import hardware
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
@@ -122,6 +123,7 @@ def at_home(home, monkeypatch):
     monkeypatch.setattr(launch.rank_processes, "run", lambda *job: None)
     # Or one block would hold the folder of the next.
     monkeypatch.setattr(launch.run_folder, "claim", lambda folder, run: None)
+    monkeypatch.setattr(check_command, "run", read_check)
     monkeypatch.setattr(plan_command, "run", read_plan)
     monkeypatch.setattr(study_command, "run_study", check_study)
     with contextlib.ExitStack() as stack:
@@ -135,6 +137,11 @@ def read_plan(question: PlanArguments) -> None:
     draft.resolve(question.ranks or draft.table.ranks or 1)
     hardware(question.hardware)
     assert question.from_run is None or question.from_run.is_dir()
+
+
+def read_check(arguments: list[str]) -> None:
+    draft = job_config.draft(arguments)
+    draft.resolve(draft.table.ranks or 1)
 
 
 def check_study(path: Path, **_options) -> None:

@@ -106,6 +106,11 @@ class StepHook:
         finished_steps: finished optimizer steps, including those of the checkpoint.
         tokens: tokens of the finished steps.
         announced_rows: rows that the loop announced for the last closed step; 0 for none.
+        layers, routers, losses: layers of the rank, their routers, and the losses of the first one.
+        record: record of the routers.
+        groups: process groups of the rank.
+        rows_of_every_step: rows of every step over all ranks; None if they differ.
+        weights: factors of the gradients that the record has; None: a step writes them anew.
     """
 
     def __init__(self, layers: list[Any], record: StepRecord, groups: RankGroups) -> None:
@@ -116,44 +121,44 @@ class StepHook:
             record: record of the routers of these layers, in this order.
             groups: process groups of the rank.
         """
-        self._layers = layers
-        self._routers: list[LoadBalancedRouter] = [layer.router for layer in layers]
-        self._losses: list[AuxLoss] = list(self._routers[0].aux_losses.values())  # type: ignore[arg-type]
-        self._record = record
+        self.layers = layers
+        self.routers: list[LoadBalancedRouter] = [layer.router for layer in layers]
+        self.losses: list[AuxLoss] = list(self.routers[0].aux_losses.values())  # type: ignore[arg-type]
+        self.record = record
         self._stacks = stacks_of(layers, record)
-        self._groups = groups
+        self.groups = groups
         # A pipeline infers shapes by a forward that the loop does not announce.
         self._counts_rows = groups.stages.size == 1
-        self._loop = self._routers[0].config.loop
+        self._loop = self.routers[0].config.loop
         self.finished_steps = self._loop.finished_steps
         per_step = self._loop.tokens_per_step
         self.tokens = SeenTokens(
             self._loop.seen_tokens,
             per_step,
             counted=per_step is None
-            and any(changes_after_tokens(router.config) for router in self._routers),
+            and any(changes_after_tokens(router.config) for router in self.routers),
         )
-        self._rows_of_every_step, self._micro_batch_size = self._loop.announced_rows, None
-        local = next((loss.config.local_batch_size for loss in self._losses), None)
+        self.rows_of_every_step, self._micro_batch_size = self._loop.announced_rows, None
+        local = next((loss.config.local_batch_size for loss in self.losses), None)
         if local is not None:
             passes = self._loop.accumulation_steps
-            self._rows_of_every_step = local * groups.batch.size * passes
+            self.rows_of_every_step = local * groups.batch.size * passes
             self._micro_batch_size = local * passes // self._loop.num_micro_batches
         self._global_rows: int | None = None
         self._closed_rows = self.announced_rows = 0
-        self._weights: list[float] | None = None
+        self.weights: list[float] | None = None
         self._sample_gradients()
         self._begin_step_if_alike()
 
     def _begin_step_if_alike(self) -> None:
         """Begin a step if all steps have the same number of rows and it has not begun."""
         self.tokens.read()
-        if self._global_rows is None and self._rows_of_every_step is not None:
-            self.begin_step(self._rows_of_every_step)
+        if self._global_rows is None and self.rows_of_every_step is not None:
+            self.begin_step(self.rows_of_every_step)
 
     def _sample_gradients(self) -> None:
         """Measure the gradients at the routers in the next step, or leave it out."""
-        self._record.measures = self._loop.measures_gradients(self.finished_steps + 1)
+        self.record.measures = self._loop.measures_gradients(self.finished_steps + 1)
 
     def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
         """Set the weights of the losses for a step, before its first forward.
@@ -171,13 +176,13 @@ class StepHook:
         weights = [
             loss.weight_at(self.finished_steps + 1, self.tokens.total)
             * (loss_scale * self._loop.gradient_divisor)
-            / (num_rows * self._groups.token_replicas)
-            for loss in self._losses
+            / (num_rows * self.groups.token_replicas)
+            for loss in self.losses
         ]
         # Copy to the device only if they changed.
-        if weights != self._weights:
-            self._weights = weights
-            self._record.weights_A.copy_(torch.tensor(weights))
+        if weights != self.weights:
+            self.weights = weights
+            self.record.weights_A.copy_(torch.tensor(weights))
 
     def resume(self, finished_steps: int, tokens: int) -> None:
         """Read the progress of a checkpoint, before the first step.
@@ -187,7 +192,7 @@ class StepHook:
             tokens: tokens of these steps over all ranks.
         """
         self.finished_steps, self.tokens.total = finished_steps, tokens
-        self._record.resume(finished_steps)
+        self.record.resume(finished_steps)
         self._sample_gradients()
         if self._global_rows is not None:
             self.begin_step(self._global_rows)
@@ -198,8 +203,8 @@ class StepHook:
         Raises:
             JobError: the forward or the step does not match what the loop announced.
         """
-        self._record.learns = part.training and torch.is_grad_enabled()
-        if not self._record.learns:
+        self.record.learns = part.training and torch.is_grad_enabled()
+        if not self.record.learns:
             return
         if is_recomputation():  # of a checkpoint around the whole model
             self._check_repetition()
@@ -216,7 +221,7 @@ class StepHook:
                 "training.local_batch_size (or parallelism.pipeline_parallel_microbatch_size) to "
                 "what the loop feeds"
             )
-        if self._losses and self._global_rows is None:
+        if self.losses and self._global_rows is None:
             raise JobError(
                 "the aux losses are a mean over the rows of a step, whose number was not announced: "
                 "call begin_step(rows) before its first forward, or "
@@ -224,12 +229,12 @@ class StepHook:
             )
         if not self._counts_rows:
             return
-        record = self._record
+        record = self.record
         if not record.forwards:
-            check_tensors(self._layers, record.counts_NMSE.device)
+            check_tensors(self.layers, record.counts_NMSE.device)
         record.rows += rows
         record.forwards += 1
-        if self._losses:
+        if self.losses:
             self._check_step()
         if self._loop.track and record.forwards > self._loop.num_micro_batches:
             raise JobError(
@@ -240,21 +245,21 @@ class StepHook:
 
     def _check_observations(self, tokens: int) -> None:
         """Add a forward's tokens to the running step, and check that a histogram can hold them."""
-        self._record.tokens += tokens
-        most = MOST_OBSERVATIONS // self._groups.loss.size
-        if self._record.histogram_NEH is not None and self._record.tokens > most:
+        self.record.tokens += tokens
+        most = MOST_OBSERVATIONS // self.groups.loss.size
+        if self.record.histogram_NEH is not None and self.record.tokens > most:
             raise JobError(
                 f"an expert_bias with a histogram counts at most {MOST_OBSERVATIONS:,} tokens a "
-                f"step, {most:,} on each rank, and this step has {self._record.tokens:,} on a rank: "
+                f"step, {most:,} on each rank, and this step has {self.record.tokens:,} on a rank: "
                 'feed fewer rows a step, or choose another rule, such as "sign"'
             )
 
     def forward_ends(self) -> None:
         """Run after a forward of the rank's first model part; others may learn on a pipeline."""
-        self._record.learns = False if self._counts_rows else None
+        self.record.learns = False if self._counts_rows else None
 
     def _check_repetition(self) -> None:
-        if self._counts_rows and not self._record.forwards:
+        if self._counts_rows and not self.record.forwards:
             raise JobError(
                 "a reentrant checkpoint around the whole model runs its forward without gradients, "
                 "so that no token was counted: checkpoint with use_reentrant=False, or each block"
@@ -263,15 +268,15 @@ class StepHook:
     def _check_step(self) -> None:
         """Check the running step of a loop that counts and announces its rows."""
         assert self._global_rows is not None
-        whole = [loss for loss in self._losses if not loss.additive]
-        if whole and self._record.forwards > 1:
+        whole = [loss for loss in self.losses if not loss.additive]
+        if whole and self.record.forwards > 1:
             raise JobError(
                 f"{whole[0].type_name} is a loss of a rank's whole batch and is no sum over "
                 "micro-batches: feed the rows of a step in one forward, or choose another loss"
             )
-        if self._record.rows > self._global_rows:
+        if self.record.rows > self._global_rows:
             raise JobError(
-                f"the step has {self._record.rows} rows on this rank and announced "
+                f"the step has {self.record.rows} rows on this rank and announced "
                 f"{self._global_rows} on all: the weight of the aux losses would be wrong; call begin_step(rows) with "
                 "what the step has, and skip_step() after one that is skipped"
             )
@@ -279,20 +284,20 @@ class StepHook:
     def close_step(self) -> None:
         """Close the step just before the optimizer steps. Collective over the token groups."""
         self._begin_step_if_alike()
-        self._closed_rows, self.announced_rows = self._record.rows, self._global_rows or 0
-        if self._groups.batch.group is None:
+        self._closed_rows, self.announced_rows = self.record.rows, self._global_rows or 0
+        if self.groups.batch.group is None:
             self.check_announced_rows()
         with torch.no_grad():
-            self._record.finish_step(self._global_rows or 1)
-            if any(router.needs_step_counts for router in self._routers) or self.tokens.counted:
-                self._record.reduce(self._groups.tokens)
-                self._record.reduce_histogram(self._groups.tokens)
+            self.record.finish_step(self._global_rows or 1)
+            if any(router.needs_step_counts for router in self.routers) or self.tokens.counted:
+                self.record.reduce(self.groups.tokens)
+                self.record.reduce_histogram(self.groups.tokens)
             for stack in self._stacks:
                 stack.move_bias(self.finished_steps + 1, self.tokens.total)
                 stack.finish_losses()
-            self._record.forget_histogram()
+            self.record.forget_histogram()
             self._forget_torchtitans_counts()
-            self.tokens.finish_step(self._record.sums, self._routers[0].top_k)
+            self.tokens.finish_step(self.record.sums, self.routers[0].top_k)
         self.finished_steps += 1
         self._sample_gradients()
         self._global_rows = None
@@ -312,11 +317,11 @@ class StepHook:
         if not (self._counts_rows and self._loop.varying and self.announced_rows):
             return
         rows = self._closed_rows
-        if self._groups.batch.group is not None:
-            total = torch.tensor([rows], device=self._record.counts_NMSE.device)
-            dist.all_reduce(total, group=self._groups.batch.group)
+        if self.groups.batch.group is not None:
+            total = torch.tensor([rows], device=self.record.counts_NMSE.device)
+            dist.all_reduce(total, group=self.groups.batch.group)
             rows = int(total)
-        if rows not in (0, self.announced_rows) and self._losses:
+        if rows not in (0, self.announced_rows) and self.losses:
             raise JobError(
                 f"the step had {rows} rows and announced {self.announced_rows}: the weight of the "
                 "aux losses was wrong; call begin_step(rows) with what each step has, and "
@@ -326,16 +331,16 @@ class StepHook:
     @property
     def has_begun(self) -> bool:
         """True if the running step has counted a forward, or may have counted one."""
-        return self._record.forwards > 0 or not self._counts_rows
+        return self.record.forwards > 0 or not self._counts_rows
 
     def skip_step(self) -> None:
         """Drop the counts of a step that the optimizer skips."""
         with torch.no_grad():
-            self._record.discard_step()
+            self.record.discard_step()
             for stack in self._stacks:
                 stack.forget_losses()
             self._forget_torchtitans_counts()
 
     def _forget_torchtitans_counts(self) -> None:
         """Reset torchtitan's own counters; we do not use them."""
-        torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self._layers])
+        torch._foreach_zero_([local_shard(layer.tokens_per_expert_E) for layer in self.layers])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 
 from titan_moe_lb.balancing.layer_checks import not_finite
 from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.balancing.self_test.faults import faults_of
+from titan_moe_lb.balancing.self_test.result import SelfTest
+from titan_moe_lb.balancing.self_test.run import measure
 from titan_moe_lb.balancing.step_hook import StepHook
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.rank_groups import RankGroups
@@ -116,6 +120,34 @@ class Balance:
         if self._hook is not None:
             self._hook.check_announced_rows()
         return reduce_step(moe_layers_of(self.model_parts), self.groups)
+
+    def check(self, forward_backward: Callable[[], Any], optimizer: Any = None) -> SelfTest:
+        """Test that every loss reaches its gate, and that every bias moves and is read.
+
+        The test runs some forwards and backwards and a step without gradients. It leaves parameters,
+        gradients, biases, counts and random numbers as they were. Collective: call it on every rank,
+        between two steps. ``print()`` shows the result.
+
+        Args:
+            forward_backward: function that runs one forward of a batch and its backward, as the loop
+                does. It is called several times and must use the same batch.
+            optimizer: optimizer that the loop steps, or a sequence of them; None: the loop calls
+                :meth:`close_step`.
+
+        Raises:
+            JobError: the model is split over a pipeline, or has no loss and no bias.
+        """
+        if self._hook is None or self.groups.stages.size > 1:
+            raise JobError(
+                "check() needs the whole model with a loss or a bias in one process: build it "
+                "without a pipeline"
+            )
+        closed = self._closed_steps
+        try:
+            measured = measure(self.model_parts, self._hook, forward_backward, optimizer)
+        finally:
+            self._closed_steps = closed
+        return SelfTest(measured, faults_of(measured))
 
     def _compare_ranks(self) -> None:
         """Raise an error of any rank on every rank, so that no rank waits in a later collective.

@@ -22,7 +22,7 @@ def run(config: Trainer.Config) -> int:
     No step runs: torch's pipeline schedules cannot run on a fake process group, and a rank
     without its peers computes meaningless values.
     """
-    _stand_in_for_missing_assets(config)
+    stand_in_for_missing_assets(config)
     _leave_weights_unset(config)
     trainer = config.build()
     parameters = [p for part in trainer.model_parts for p in part.parameters()]
@@ -38,7 +38,7 @@ def run(config: Trainer.Config) -> int:
     return numbers
 
 
-def _stand_in_for_missing_assets(config: Trainer.Config) -> None:
+def stand_in_for_missing_assets(config: Trainer.Config) -> None:
     """Use the embedded tokenizer and text if the tokenizer's folder is not on this machine."""
     if not os.path.isdir(config.hf_assets_path):
         config.hf_assets_path = TOKENIZER_PATH

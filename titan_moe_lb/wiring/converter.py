@@ -191,6 +191,9 @@ class BuildHooks:
     job: Job | None = None
     """Job that was resolved and checked before; None: ``update_from_config`` does both."""
 
+    step_hook: StepHook | None = None
+    """Step hook of the rank, once the model is built; None if no router needs one."""
+
     other_metrics: str = ""
     """Class of metrics that do not log the load of the experts; empty for none. Filled likewise."""
 
@@ -211,7 +214,7 @@ class BuildHooks:
                 "no trace: derive it from titan_moe_lb.LoadBalanceMetricsProcessor"
             )
         groups = RankGroups.of(parallel_dims)
-        hook = wire_parts(model_parts, groups)
+        hook = self.step_hook = wire_parts(model_parts, groups)
         announce([router.forced_routing for router in routers_of(model_parts)])
         if hook is not None:
             optimizers.register_step_pre_hook(lambda *args, **kwargs: hook.close_step())

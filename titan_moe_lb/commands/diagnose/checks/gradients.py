@@ -99,9 +99,10 @@ def _norms(window: Window) -> tuple[np.ndarray, np.ndarray] | None:
     They are root mean squares over the measured steps of the window, NaN in a layer whose losses
     are off. None without losses, and in a run or a window that has not measured them.
     """
-    columns = [window.column(f"{name}_gradient_squared") for name in ("main", "aux")]
+    found = [window.column(f"{name}_gradient_squared") for name in ("main", "aux")]
+    columns = [column for column in found if column is not None]
     info = window.trace.info
-    if not info.losses or any(column is None for column in columns):
+    if not info.losses or len(columns) < 2:
         return None
     off_M = np.isin(info.layers, info.frozen.get("losses", []))
     if off_M.all():

@@ -1,0 +1,1 @@
+"""``titan-moe-lb check``: test that the losses and biases of a job act."""
