@@ -21,11 +21,12 @@ def frozen_part_drifts(window: Window) -> Finding | str | None:
     for part, name in COLUMNS.items():
         column_SM = window.column(name)
         frozen_M = np.isin(window.trace.layers, frozen.get(part, []))
-        if column_SM is None or not frozen_M.any():
+        if column_SM is None or column_SM.ndim < 2 or not frozen_M.any():
             continue
-        norm_SM = column_SM[:, frozen_M]
+        norm_SM = np.ma.masked_invalid(column_SM[:, frozen_M])
+        change = (norm_SM.max(0) - norm_SM.min(0)) / np.maximum(abs(norm_SM).max(0), 1e-30)
         change_M = np.zeros(len(frozen_M))
-        change_M[frozen_M] = np.ptp(norm_SM, axis=0) / np.maximum(np.abs(norm_SM).max(0), 1e-30)
+        change_M[frozen_M] = np.ma.filled(change, 0.0)
         seen.append(f"{name} of the frozen {part} changes by {change_M.max():.2g}")
         if change_M.max() > EQUAL:
             drifting.append(part)
