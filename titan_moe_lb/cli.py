@@ -248,12 +248,25 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
 } | {"import": import_loads}
 
 
+def _refuse_job_flags(arguments: list[str]) -> None:
+    """Refuse flags of the job in front of the ``--`` of a plan, which tyro does not know."""
+    for word in arguments[: (*arguments, "--").index("--")]:
+        name = word.partition("=")[0]
+        if name.startswith("--") and ("." in name or name in ("--module", "--config")):
+            raise JobError(
+                f"{name} is a flag of the job: give it after --, as in titan-moe-lb plan --hardware "
+                f"h100 -- {name} VALUE"
+            )
+
+
 def _run(arguments: list[str]) -> None:
     with_flags_of_job = {"train": train, "check": check}  # which tyro does not know
     if arguments and arguments[0] in with_flags_of_job:
         with_flags_of_job[arguments[0]](tuple(arguments[1:]))
         return
     _refuse_empty(arguments)
+    if arguments[:1] == ["plan"]:
+        _refuse_job_flags(arguments)
     tyro.extras.subcommand_cli_from_dict(
         SUBCOMMANDS,
         prog="titan-moe-lb",

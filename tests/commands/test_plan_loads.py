@@ -194,11 +194,14 @@ def test_the_verdict_comes_first(ranks, tmp_path):
     )[0]
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].startswith("Verdict: EP ") and "GPU-hours for" in lines[0]
+    assert (
+        lines[0].startswith("Verdict: EP 1, the run's own, is the fastest")
+        and "GPU-hours for" in lines[0]
+    )
     assert lines[1].startswith("Balancing: balance would save ")
     assert lines[2].startswith("Placing: greedy would save ") and "what-if" in lines[2]
-    assert lines[3].startswith("How sure: the load is that of 1 recorded micro-batches")
+    assert lines[3].startswith("How sure: the load is that of 1 recorded micro-batch, too few to")
     assert "moe_expert_rank_capacity_factor" in out
     page = (tmp_path / "p.html").read_text()
-    assert page.index("Verdict: EP ") < page.index("Step time against imbalance")
+    assert page.index("<strong>Verdict: </strong>EP 1") < page.index("Step time against imbalance")
     assert "<h2>Capacity</h2>" in page and "<h2>How long a placement lasts</h2>" in page

@@ -522,6 +522,33 @@ def test_hardware_of_the_users_own(tmp_path):
     assert {name: getattr(device, name) for name in SPECS} == figures
 
 
+def test_four_keys_of_a_device_may_be_left_out(tmp_path):
+    """They are those of an H100, and their source says so."""
+    path, h100 = tmp_path / "mine.toml", hardware("h100")
+    left_out = {"scale_up_domain", "scale_up_latency", "scale_out_bandwidth", "scale_out_latency"}
+    given = {name: 2 * getattr(h100, name) for name in SPECS if name not in left_out}
+    path.write_text("\n".join(f"{name} = {value!r}" for name, value in given.items()))
+    device = hardware(str(path))
+    for name in left_out:
+        assert getattr(device, name) == getattr(h100, name)
+        assert device.sources[name].startswith("assumed")
+    assert {name: getattr(device, name) for name in given} == given
+
+
+def test_all_mistakes_of_a_device_at_once(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "X100"\nbf16_flops = 1200\nmemory_bytes = 80\nmemory = 1')
+    with pytest.raises(JobError) as error:
+        hardware(str(path))
+    for part in (
+        "bf16_flops is 1200",
+        "memory_bytes is 80",
+        "'memory'",
+        "'X100' lacks memory_band",
+    ):
+        assert part in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

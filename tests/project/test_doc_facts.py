@@ -6,11 +6,13 @@ import dataclasses
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import tomli
 import torch
 
+from model_registry.entry import defaults_of
 from tests.balancing.test_parity import COMPILED, LAYOUTS
 from tests.support.doc_examples import ROOT
 from tests.support.telemetry_jobs import DeviceOperators, forward_and_backward, moe_layers
@@ -281,3 +283,23 @@ def test_map_of_the_house():
     assert in_order == sorted(in_order) and {name for row in told for name in row} == {*floor_of}
     named = re.findall(r"`(titan_moe_lb/[\w/.]+|docs/[\w/.]+|tests/[\w/.]+)`", page)
     assert named and all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.parametrize(
+    ("title", "model", "flavor"),
+    [
+        ("DeepSeek-V2", "deepseek_v3", "236B"),
+        ("DeepSeek-V2-Lite", "deepseek_v3", "16B"),
+        ("DeepSeek-V3", "deepseek_v3", "671B"),
+        ("Qwen3", "qwen3", "235B-A22B"),
+    ],
+)
+def test_defaults_are_what_a_model_trained_with(title, model, flavor, tmp_path):
+    """A change of speed late in training is no part of a default."""
+    page = (REFERENCE / "trained_with.md").read_text()
+    block = re.search(rf"^{title}\b[^\n-]*:\n\n```toml\n(.*?)```", page, re.M | re.S)[1]
+    spec = load(re.sub(r", changes = \[.*?\]", "", block), tmp_path)
+    defaults = import_module(f"model_registry.{model}").DEFAULTS
+    for key, default in defaults_of(defaults, flavor).items():
+        written, value = spec.arguments[key], default.value
+        assert written == value, key

@@ -29,6 +29,7 @@ Flags of titan_moe_lb:
 """
 
 _VALUES = ("module", "config", "job_config", "max_restarts")
+_CHECKPOINTING = "activation_checkpoint.type"
 _SWITCHES = {"print_config": "print_config", "list": "list_models"}
 
 
@@ -50,11 +51,14 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     """Separate our own flags from torchtitan's; ``--flag value`` and ``--flag=value`` are valid."""
     command = CommandLine()
     remaining = list(arguments)
+    checkpointing = ""
     while remaining:
         argument = remaining.pop(0)
         name, has_value, value = argument.partition("=")
         key = name.removeprefix("--").replace("-", "_")
-        ours = name.startswith("--") and (key in (*_VALUES, *_SWITCHES) or key.startswith("model."))
+        ours = name.startswith("--") and (
+            key in (*_VALUES, *_SWITCHES, _CHECKPOINTING) or key.startswith("model.")
+        )
         if name == "--flavor":
             raise JobError("--flavor is a key of [job] in a job file; here --config chooses it")
         if not ours:
@@ -70,10 +74,14 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
                 value = remaining.pop(0)
             if not value:  # of a shell variable that is not set
                 raise JobError(f"{name} is empty: give it a value, or leave it out")
-            if key.startswith("model."):
+            if key == _CHECKPOINTING:
+                checkpointing = value
+            elif key.startswith("model."):
                 command.model[key.removeprefix("model.")] = _toml_value(name, value)
             else:
                 setattr(command, key, value)
+    if checkpointing:  # torchtitan has a subcommand of each type, which ends the flags
+        command.rest.append(f"activation-checkpoint:{checkpointing}")
     return command
 
 

@@ -6,7 +6,7 @@ Curves differ by dash and by the label at their end, so that no curve depends on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,17 +118,20 @@ def add_bars(figure: go.Figure, name: str, x: Sequence[Any], y: Sequence[float],
     figure.update_xaxes(showgrid=False)
 
 
-def label_curves(figure: go.Figure, labelled: list[str] | None = None) -> None:
+def label_curves(
+    figure: go.Figure, labelled: list[str] | None = None, levels: Iterable[float] = ()
+) -> None:
     """Label curves at their ends without overlap, and set the ranges of the axes.
 
     Args:
         figure: figure with all its curves; the x axis may be logarithmic.
         labelled: names of the curves to label; default: all.
+        levels: further values that the y axis includes.
     """
     curves = [curve for curve in figure.data if np.isfinite(curve.y).any()]
     if not curves:
         return
-    values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves])
+    values = np.concatenate([*(curve.y[np.isfinite(curve.y)] for curve in curves), [*levels]])
     low, high = float(values.min()), float(values.max())
     margin = 0.06 * ((high - low) or abs(high) or 1.0)
     low, high = low - margin, high + margin

@@ -54,7 +54,7 @@ class Layout:
             multiple = "a multiple of " if fills_up else ""
             raise JobError(
                 f"the job runs in {world_size} process(es) but its parallelism ({asked or 'none'}) "
-                f"needs {multiple}{product}: set NGPU={product} or change [parallelism]"
+                f"needs {multiple}{product}: set NGPU={product} (--ranks of a plan), or change [parallelism]"
             )
         if fills_up:
             degrees["dp_shard"] = world_size // product

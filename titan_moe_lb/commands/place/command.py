@@ -31,6 +31,9 @@ from titan_moe_lb.traces.expert_order import contiguous, overload
 from titan_moe_lb.traces.step_windows import tenth
 from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace, trace_file
 
+FEW_STEPS = 10
+"""Number of steps below which loads do not decide about a placement."""
+
 
 def place(
     path: Path,
@@ -83,6 +86,12 @@ def place(
     else:
         trace = _loads(path, folder, from_run, done)
         plan, counts_ME = _from_loads(trace, ep, groups)
+        window = tenth(len(trace.steps))
+        if window < FEW_STEPS:
+            lines.append(
+                f"The loads are those of {window} step(s), too few to decide: record more, and compare "
+                "with titan-moe-lb plan --from-run, whose Placing says what an earlier load saves"
+            )
     num_experts = {layer.layer: layer.num_experts for layer in layers}
     plan.check(num_experts, str(folder))
     if counts_ME is not None:

@@ -6,10 +6,18 @@ from titan_moe_lb.commands.answer.answer import Answer, Table
 from titan_moe_lb.commands.answer.words import GIB, duration, number
 from titan_moe_lb.commands.plan import tables
 from titan_moe_lb.commands.plan.charts import charts
+from titan_moe_lb.commands.plan.clock import Clock
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
+from titan_moe_lb.commands.plan.published_error import SLOW_DOWNS, of_step_times
 from titan_moe_lb.commands.plan.result import MEMORY_RESERVE, Plan
-from titan_moe_lb.commands.plan.verdict import Gain
+from titan_moe_lb.commands.plan.verdict import Gain, Verdict
+from titan_moe_lb.commands.plan.what_fits import Alternative
 from titan_moe_lb.costmodel.hardware.device import Hardware
+
+NOTHING = 5e-4
+"""Share of a step below which a saving is none."""
+FEW_MICRO_BATCHES = 10
+"""Number of recorded micro-batches below which a plan does not decide."""
 
 
 def answer(plan: Plan) -> Answer:
@@ -29,20 +37,30 @@ def answer(plan: Plan) -> Answer:
 
 def verdict(plan: Plan) -> list[str]:
     """Write the advice, its saving, and its certainty as sentences."""
-    found = plan.verdict
-    if found.ep_degree is None or found.outcome is None:
-        return [
+    found, lines = plan.verdict, []
+    if plan.of_run and plan.of_run.ep_degree != found.ep_degree:
+        lines.append(_of_run(plan.of_run))
+    if plan.clock:
+        lines += _measured(plan.clock)
+    need = f"{number(found.outcome.memory_bytes / GIB)} GiB"
+    step = f"{duration(found.outcome.step_seconds)} a step"
+    if found.fits:
+        own = ", the run's own," if plan.of_run and plan.of_run.ep_degree == found.ep_degree else ""
+        lines.append(
+            f"Verdict: EP {found.ep_degree}{own} is the fastest that fits under {found.load}: {step}, "
+            f"{gpu_hours(found.gpu_hours)} for {plan.job.steps:,} steps. It needs {need}, leaves "
+            f"{number(found.head_room_bytes / GIB)} GiB free, and fits {_room(found)}."
+        )
+    else:
+        lines.append(
             f"Verdict: no expert-parallel degree fits in {plan.usable_bytes / GIB:.1f} GiB under "
-            f"{found.load}. Use more ranks, checkpointing or a smaller local batch."
-        ]
-    outcome = found.outcome
-    lines = [
-        f"Verdict: EP {found.ep_degree} is the fastest that fits under {found.load}: "
-        f"{duration(outcome.step_seconds)} a step, {number(found.gpu_hours)} GPU-hours for "
-        f"{plan.job.steps:,} steps. It needs {number(outcome.memory_bytes / GIB)} GiB, leaves "
-        f"{number(found.head_room_bytes / GIB)} GiB free, and fits up to an imbalance of "
-        f"{found.largest_imbalance_that_fits or 1.0:.2f}."
-    ]
+            f"{found.load}. EP {found.ep_degree} would be the fastest: {step}, but it needs {need}."
+        )
+        lines += map(_alternative, plan.alternatives)
+        if not plan.alternatives:
+            lines.append(
+                "Nothing near fits: not even two changes of batch, ranks and checkpointing."
+            )
     if found.balancing:
         lines.append(f"Balancing: {_saving(found.balancing)}.")
     if found.placements:
@@ -53,12 +71,68 @@ def verdict(plan: Plan) -> list[str]:
     return lines
 
 
+def _room(found: Verdict) -> str:
+    if found.fits_any_imbalance:
+        return "at any imbalance"
+    return f"up to an imbalance of {found.largest_imbalance_that_fits or 1.0:.2f}"
+
+
+def _alternative(one: Alternative) -> str:
+    found = one.verdict
+    saving = f", {_saving(found.balancing)}" if found.balancing else ""
+    return (
+        f"Fits: {one.name}: {number(found.outcome.memory_bytes / GIB)} GiB, "
+        f"{duration(found.outcome.step_seconds)} a step of {one.tokens_per_step:,} tokens{saving}. "
+        f"Add {one.flags}"
+    )
+
+
+def _of_run(found: Verdict) -> str:
+    fit = "fits" if found.fits else "does not fit"
+    saving = "balance would save nothing" if found.balancing is None else _saving(found.balancing)
+    return (
+        f"This run: EP {found.ep_degree}, its own, takes {duration(found.outcome.step_seconds)} a step "
+        f"under {found.load}, {found.outcome.step_slowdown:.2f} x balance, and {fit}; {saving}."
+    )
+
+
+def _measured(clock: Clock) -> list[str]:
+    """Describe the parts of a measured step."""
+    measured = clock.measured_seconds
+    least, most = (number(100 * seconds / measured) for seconds in clock.imbalance_seconds_range)
+
+    def part(seconds: float) -> str:
+        return f"{duration(seconds)} ({number(100 * seconds / measured)} %)"
+
+    rest = (
+        f"{part(clock.unexplained_seconds)} is not explained"
+        if clock.unexplained_seconds >= 0
+        else f"the prediction is {part(-clock.unexplained_seconds)} too long"
+    )
+    imbalance = (
+        f"{part(clock.imbalance_seconds)} is imbalance, by published runs {least} to {most} %"
+        if clock.imbalance_seconds
+        else "its load is even, or not known (--from-run, --imbalance overload:FACTOR@EP)"
+    )
+    lines = [
+        f"Measured: {duration(measured)} a step at EP {clock.ep_degree}. The plan explains "
+        f"{part(clock.balance_seconds)} at balance; {imbalance}; {rest}."
+    ]
+    if clock.is_foreign:
+        lines[0] += " Most is not explained: was it measured on this hardware?"
+    return lines
+
+
+def gpu_hours(hours: float) -> str:
+    """Format GPU-hours."""
+    return "less than 0.01 GPU-hours" if hours < 0.01 else f"{number(hours)} GPU-hours"
+
+
 def _saving(gain: Gain) -> str:
-    if gain.share <= 0:
+    if gain.share < NOTHING:
         return f"{gain.by} would save nothing"
     return (
-        f"{gain.by} would save {number(100 * gain.share)} % of a step, "
-        f"{number(gain.gpu_hours)} GPU-hours"
+        f"{gain.by} would save {number(100 * gain.share)} % of a step, {gpu_hours(gain.gpu_hours)}"
     )
 
 
@@ -67,8 +141,10 @@ def _certainty(plan: Plan) -> str:
     if run is None:
         reasons = ["the load is assumed, not measured (--from-run RUN_DIR uses that of a run)"]
     elif run["micro_batches"]:
-        number_of_loads = min(run["micro_batches"], len(run["last_steps"]))
-        reasons = [f"the load is that of {number_of_loads:,} recorded micro-batches"]
+        loads = min(run["micro_batches"], len(run["last_steps"]))
+        reasons = [f"the load is that of {loads:,} recorded micro-batch{'es' if loads > 1 else ''}"]
+        if loads < FEW_MICRO_BATCHES:
+            reasons[0] += ", too few to decide: record more steps, or lower metrics.log_freq"
     else:
         reasons = [
             "the run recorded whole global batches only, and single micro-batches are less even"
@@ -77,8 +153,10 @@ def _certainty(plan: Plan) -> str:
         close = ", too close to call" if found.is_close else ""
         slower = number(100 * found.next_slower)
         reasons.append(f"EP {found.next_degree} is {slower} % slower{close}")
+    reasons.append(f"slow-downs deviate from published runs by {SLOW_DOWNS}")
     reasons.append(
-        "absolute times depend on the assumed efficiencies, ratios depend less (docs/explain/cost_model.md)"
+        f"{of_step_times(plan.device.name)}; ratios depend less on the assumed efficiencies "
+        "(docs/explain/cost_model.md)"
     )
     return "; ".join(reasons)
 
@@ -100,9 +178,12 @@ def _headline(plan: Plan) -> list[str]:
 
 def usable_memory(usable_bytes: float, device: Hardware) -> str:
     """Describe the usable memory of a device."""
+    assumed = [name for name, source in device.sources.items() if source.startswith("assumed")]
+    guesses = ", ".join(f"{name} {getattr(device, name):g}" for name in assumed)
     return (
         f"usable memory {usable_bytes / GIB:.1f} GiB ({MEMORY_RESERVE:.0%} of "
         f"{device.memory_bytes / GIB:.1f} kept free; ! marks what does not fit)"
+        + (f"; assumed, not in the file: {guesses}" if assumed else "")
     )
 
 

@@ -150,6 +150,8 @@ def _check(flags: PlanArguments) -> None:
             )
     if flags.drop_share is not None and not 0 < flags.drop_share < 1:
         raise JobError(f"--drop-share {flags.drop_share} must be above 0 and below 1")
+    if flags.measured_step is not None and not 0 < flags.measured_step < math.inf:
+        raise JobError(f"--measured-step {flags.measured_step:g} must be seconds above 0")
     needs_run = {"redundant-experts": flags.redundant_experts, "drop-share": flags.drop_share}
     for name, given in needs_run.items():
         if given is not None and flags.from_run is None:
@@ -157,6 +159,8 @@ def _check(flags: PlanArguments) -> None:
     if flags.serve:
         if flags.drop_share is not None:
             raise JobError("--drop-share is about the buffers of a training: leave out --serve")
+        if flags.measured_step is not None:
+            raise JobError("--measured-step is about a step of training: leave out --serve")
         if flags.ranks is not None:
             raise JobError("--ranks applies to training; with --serve, --ep sets the devices")
         return
@@ -186,7 +190,8 @@ def _imbalances(text: str) -> tuple[list[float], list[Spread | Overload]]:
         except ValueError:
             raise JobError(
                 f"--imbalance {text}: {word!r} is neither a number nor 'worst' nor lognormal:SIGMA "
-                "nor overload:FACTOR@EP"
+                "nor overload:FACTOR@EP, with the degree at which it was measured, as in "
+                "overload:1.8@8"
             ) from None
     for factor in factors:
         if not (factor == WORST or factor >= 1):
@@ -214,6 +219,15 @@ def whole_numbers(flag: str, text: str, example: str = "") -> list[int]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise JobError(f"{flag} {text} must be whole numbers of at least 1{example}")
     return list(dict.fromkeys(int(word) for word in words))
+
+
+def follows_ranks(flags: PlanArguments) -> list[str]:
+    """List the flags that let a job follow ``--ranks``, unless its own flags fix its degree."""
+    shard = "--parallelism.data_parallel_shard_degree"
+    names = {word.partition("=")[0].replace("-", "_") for word in flags.job_flags}
+    if flags.ranks is None or shard.replace("-", "_") in names:
+        return []
+    return [f"{shard}=-1"]
 
 
 def ranks(flags: PlanArguments, of_job: int | None) -> int:

@@ -41,7 +41,8 @@ def charts(plan: Plan) -> list[Chart]:
             "Step time against imbalance",
             "One optimizer step at each expert-parallel degree, in time and against balance "
             "at the same degree: the time says which degree is fastest. The imbalance is the "
-            "load of the most loaded expert over the mean.",
+            "load of the most loaded expert over the mean. A dashed line is the verdict under its own "
+            "load, if that is not balance.",
             of_step(_over_imbalance),
         ),
         Chart(
@@ -74,6 +75,7 @@ def curves_by_degree(
     y_title: str,
     x_title: str,
     ticks: Sequence[float],
+    levels: Iterable[float] = (),
 ) -> go.Figure:
     """Draw one curve for each expert-parallel degree, over a logarithmic axis.
 
@@ -82,6 +84,7 @@ def curves_by_degree(
         y_title: title of the y axis.
         x_title: title of the x axis.
         ticks: ticks of the x axis.
+        levels: further values that the y axis includes.
     """
     figure = blank_figure(y_title, x_title)
     figure.update_xaxes(type="log", tickvals=ticks)
@@ -89,15 +92,23 @@ def curves_by_degree(
         x, y = np.array(sorted(points)).T
         pen = Pen(ramp(index, len(curves)), PENS[index % len(PENS)].dash)
         add_curve(figure, f"EP {degree}", x, y, pen)
-    label_curves(figure)
+    label_curves(figure, levels=levels)
     return figure
 
 
-def _over_imbalance(plan: Plan, value: Callable[[Outcome], float], title: str) -> go.Figure:
+def _over_imbalance(
+    plan: Plan, value: Callable[[Outcome], float], title: str, limit: float | None = None
+) -> go.Figure:
+    """Draw a value over the imbalance, with lines at a limit and at the verdict's own load."""
     asked = {round(row.imbalance_factor, 2) for row in plan.degrees[0].rows}
     most = plan.degrees[0].curve[-1].imbalance_factor
     between = {2.0**power for power in range(int(np.log2(most)) + 1)}
-    return curves_by_degree(
+    lines = {}
+    if plan.verdict.load != "balance":
+        lines[f"verdict: EP {plan.verdict.ep_degree}"] = value(plan.verdict.outcome)
+    if limit is not None:
+        lines[f"usable: {limit:.1f} {title}"] = limit
+    figure = curves_by_degree(
         {
             degree.ep_degree: [(row.imbalance_factor, value(row.outcome)) for row in degree.curve]
             for degree in plan.degrees
@@ -105,33 +116,43 @@ def _over_imbalance(plan: Plan, value: Callable[[Outcome], float], title: str) -
         y_title=title,
         x_title="imbalance",
         ticks=sorted(asked | between),
+        levels=lines.values(),
     )
-
-
-def _memory(plan: Plan) -> go.Figure:
-    figure = _over_imbalance(plan, lambda outcome: outcome.memory_bytes / GIB, "GiB")
-    usable = plan.usable_bytes / GIB
-    low, high = figure.layout.yaxis.range
-    if usable < 2 * high:  # a much higher limit would flatten the curves
+    for text, level in lines.items():
+        role = "soft" if text.startswith("verdict") else "bad"
         figure.add_hline(
-            y=usable,
-            line={"dash": "dash", "color": color("bad")},
-            annotation={"text": f"usable: {usable:.1f} GiB", "font": {"color": color("bad")}},
+            y=level,
+            line={"dash": "dash", "width": 1.5, "color": color(role)},
+            annotation={"text": text, "font": {"color": color(role)}},
             annotation_position="top left",
         )
-        figure.update_yaxes(range=[low, max(high, 1.08 * usable)])
     return figure
 
 
+def _memory(plan: Plan) -> go.Figure:
+    usable = plan.usable_bytes / GIB
+    highest = max(row.outcome.memory_bytes for degree in plan.degrees for row in degree.curve)
+    # A much higher limit would flatten the curves.
+    limit = usable if usable < 2 * highest / GIB else None
+    return _over_imbalance(plan, lambda outcome: outcome.memory_bytes / GIB, "GiB", limit)
+
+
 def _parts(plan: Plan) -> go.Figure:
-    rows = [(degree.ep_degree, row) for degree in plan.degrees for row in degree.rows]
+    rows = [
+        (degree.ep_degree, name, outcome)
+        for degree in plan.degrees
+        for name, outcome in (
+            *((f"{row.imbalance_factor:.3g}", row.outcome) for row in degree.rows),
+            *((row.name, row.outcome) for row in degree.lognormal),
+        )
+    ]
     labels = [
-        [f"EP {ep_degree}" for ep_degree, _row in rows],
-        [f"{row.imbalance_factor:.3g}" for _ep_degree, row in rows],
+        [f"EP {ep_degree}" for ep_degree, _name, _outcome in rows],
+        [name for _ep_degree, name, _outcome in rows],
     ]
     figure = blank_figure("ms", "imbalance at each EP degree")
     for index, name in enumerate(("compute", "dispatch", "combine")):
-        values = [getattr(row.outcome, f"{name}_seconds") * 1e3 for _ep_degree, row in rows]
+        values = [getattr(outcome, f"{name}_seconds") * 1e3 for *_row, outcome in rows]
         add_bars(figure, name, labels, values, index)
     figure.update_layout(barmode="stack", margin_b=56)
     return figure

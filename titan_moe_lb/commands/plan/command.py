@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from titan_moe_lb.commands.answer import page, plain_data, terminal
 from titan_moe_lb.commands.plan import answer, arguments
-from titan_moe_lb.commands.plan.arguments import Inputs
+from titan_moe_lb.commands.plan.arguments import Inputs, Loads
 from titan_moe_lb.commands.plan.building import heartbeat, silent_build
+from titan_moe_lb.commands.plan.clock import Clock
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.result import MEMORY_RESERVE, Plan
 from titan_moe_lb.commands.plan.serving import answer as serving_answer
 from titan_moe_lb.commands.plan.serving.command import serve
-from titan_moe_lb.commands.plan.verdict import judge
+from titan_moe_lb.commands.plan.verdict import Verdict, judge
+from titan_moe_lb.commands.plan.what_fits import Alternative, changes_of, what_fits
 from titan_moe_lb.costmodel.hardware.device import Host
 from titan_moe_lb.costmodel.times.job import JobModel
-from titan_moe_lb.costmodel.times.predict import heaviest_pipeline_ranks, plan_degree
+from titan_moe_lb.costmodel.times.predict import DegreePlan, heaviest_pipeline_ranks, plan_degree
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
 from titan_moe_lb.traces.trace import trace_file
@@ -40,6 +43,8 @@ def run(flags: PlanArguments) -> None:
         terminal.print_answer(found)
     if flags.output:
         output_file.write(page.render(found), flags.output)
+        if not flags.json:
+            print(f"\nPage: {flags.output}")
 
 
 def make_plan(flags: PlanArguments) -> Plan:
@@ -51,36 +56,57 @@ def make_plan(flags: PlanArguments) -> Plan:
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
 
     inputs = Inputs.of(flags, IMBALANCES)
+    usable = inputs.device.memory_bytes * (1 - MEMORY_RESERVE)
     with silent_build(), heartbeat("building one rank of each kind of pipeline position"):
         by_degree = _jobs(inputs)
         moe_layers = moe_layers_of(next(iter(by_degree.values())).config.model_spec)
         # Check everything before the ranks are built, which takes minutes for a large model.
         loads = inputs.loads(moe_layers, by_degree)
         jobs = _read_jobs(inputs, list(by_degree.values()))
-    usable = inputs.device.memory_bytes * (1 - MEMORY_RESERVE)
-    degrees = tuple(
-        plan_degree(
-            job,
-            inputs.derated,
-            loads.factors,
-            num_hot_experts=flags.hot_experts,
-            usable_bytes=usable,
-            spreads=loads.spreads,
-            recorded=loads.recorded,
-            redundant_experts=loads.redundant_experts,
-            drop_share=flags.drop_share or DROP_SHARE,
-        )
-        for job in sorted(jobs, key=lambda job: job.ep_degree)
-    )
+    planned = _planner(inputs, loads, usable)
+    degrees = tuple(map(planned, sorted(jobs, key=lambda job: job.ep_degree)))
+    verdict = judge(jobs[0], degrees, usable)
+    of_run = [one for one in degrees if loads.run and one.ep_degree == loads.run["ep_degree"]]
+    of_clock = of_run or [one for one in degrees if one.ep_degree == jobs[0].ep_degree]
+    measured = flags.measured_step or _seconds_of_run(loads, jobs[0])
     return Plan(
         job=jobs[0],
         flags=flags,
         device=inputs.device,
         usable_bytes=usable,
         degrees=degrees,
-        verdict=judge(jobs[0], degrees, usable),
+        verdict=verdict,
+        of_run=judge(jobs[0], of_run, usable) if of_run else None,
+        clock=Clock.of(measured, judge(jobs[0], of_clock, usable)) if measured else None,
+        alternatives=() if verdict.fits else _alternatives(inputs, verdict, jobs, planned, usable),
         run=loads.run,
     )
+
+
+def _planner(inputs: Inputs, loads: Loads, usable: float) -> Callable[[JobModel], DegreePlan]:
+    """Return the function that plans a job of known sizes under the loads."""
+    return lambda job: plan_degree(
+        job,
+        inputs.derated,
+        loads.factors,
+        num_hot_experts=inputs.flags.hot_experts,
+        usable_bytes=usable,
+        spreads=loads.spreads,
+        recorded=loads.recorded,
+        redundant_experts=loads.redundant_experts,
+        drop_share=inputs.flags.drop_share or DROP_SHARE,
+    )
+
+
+def _seconds_of_run(loads: Loads, job: JobModel) -> float | None:
+    """Measured step of the run; None if its step is not one of the job."""
+    run = loads.run
+    if run is None or (run["ranks"], run["tokens_per_step"]) != (
+        job.num_ranks,
+        job.tokens_per_step,
+    ):
+        return None
+    return run["step_seconds"]
 
 
 def _jobs(inputs: Inputs) -> dict[int, Job]:
@@ -88,28 +114,38 @@ def _jobs(inputs: Inputs) -> dict[int, Job]:
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.job import job_config
 
-    flags = inputs.flags.job_arguments
-    draft = job_config.draft(flags)
+    draft = job_config.draft(inputs.flags.job_arguments)
     ranks = arguments.ranks(inputs.flags, draft.table.ranks)
     for degree in inputs.degrees:
         if degree > ranks:
             raise JobError(f"--ep {degree} is above the job's {ranks} rank(s)")
     degrees = inputs.degrees
     if not degrees:
-        job = draft.resolve(ranks)
+        job = _resolved(inputs.flags, ranks, [])
         layers = list(moe_layers_of(job.config.model_spec).values())
         degrees = arguments.usual_degrees(job.layout.ep, layers, job.layout.widest_ep)
-    # A plan captures no CUDA graphs, and not every degree supports them.
-    uncaptured = "--training.disable_cuda_graphs"
-    return {
-        degree: job_config.load(
-            arguments.with_flags(
-                flags, [f"--parallelism.expert_parallel_degree={degree}", uncaptured]
-            ),
-            ranks,
-        )
-        for degree in degrees
-    }
+        of_run = inputs.trace.info.ep if inputs.trace else degrees[0]
+        if all(
+            number % of_run == 0
+            for number in (job.layout.widest_ep, *(one.num_experts for one in layers))
+        ):
+            degrees = list(dict.fromkeys([*degrees, of_run]))
+    return {degree: _resolved(inputs.flags, ranks, [_ep(degree)]) for degree in degrees}
+
+
+def _ep(degree: int) -> str:
+    return f"--parallelism.expert_parallel_degree={degree}"
+
+
+def _resolved(flags: PlanArguments, ranks: int, more: list[str]) -> Job:
+    """Resolve the job for its ranks, with further flags.
+
+    A plan captures no CUDA graphs, and not every degree supports them.
+    """
+    from titan_moe_lb.job import job_config
+
+    more = [*arguments.follows_ranks(flags), *more, "--training.disable_cuda_graphs"]
+    return job_config.load(arguments.with_flags(flags.job_arguments, more), ranks)
 
 
 def _read_jobs(inputs: Inputs, jobs: list[Job]) -> list[JobModel]:
@@ -127,3 +163,28 @@ def _read_jobs(inputs: Inputs, jobs: list[Job]) -> list[JobModel]:
         for job in jobs[1:]
     ]
     return [dataclasses.replace(job, dispatcher=flags.dispatcher) for job in (first, *others)]
+
+
+def _alternatives(
+    inputs: Inputs,
+    verdict: Verdict,
+    models: list[JobModel],
+    planned: Callable[[JobModel], DegreePlan],
+    usable: float,
+) -> tuple[Alternative, ...]:
+    """Search for jobs that fit at the fastest degree, if the job fits at none."""
+    from titan_moe_lb.costmodel.jobs.read_job import read_job
+
+    own = models[0].num_ranks
+
+    def changed(ranks: int | None, more: list[str]) -> tuple[Verdict, int]:
+        flags = dataclasses.replace(inputs.flags, ranks=ranks or inputs.flags.ranks)
+        job = _resolved(flags, ranks or own, [_ep(verdict.ep_degree), *more])
+        model = dataclasses.replace(
+            read_job(job, on_host=isinstance(inputs.device, Host)), dispatcher=flags.dispatcher
+        )
+        return judge(model, [planned(model)], usable), model.tokens_per_step
+
+    with silent_build(), heartbeat("looking for a job that fits"):
+        job = _resolved(inputs.flags, own, [_ep(verdict.ep_degree)])
+        return what_fits(changes_of(job, models[0]), changed)

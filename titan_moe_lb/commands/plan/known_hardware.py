@@ -24,6 +24,14 @@ USUAL = {
 }
 """Smallest and largest plausible value, and the unit. A file in TFLOP/s, GB or µs is outside."""
 
+ASSUMED = {
+    "scale_up_domain": 8,
+    "scale_up_latency": 0.6e-6,
+    "scale_out_bandwidth": 50e9,
+    "scale_out_latency": 2.7e-6,
+}
+"""Values that a user's file may leave out: those of an H100 in a node of eight."""
+
 KINDS = {"gpu": Hardware, "host": Host}
 
 
@@ -55,29 +63,39 @@ def known_hardware() -> dict[str, dict[str, Any]]:
 
 
 def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
+    """Build a device from its table.
+
+    Raises:
+        JobError: the table has mistakes; all are reported.
+    """
+    kind, sources = table.get("kind", "gpu"), table.get("sources", {})
+    assumed = {} if kind == "host" else {k: v for k, v in ASSUMED.items() if k not in table}
+    mistakes = []
     valid = ("name", "sources", "kind", *SPECS)
     for figure in table:
         if figure not in valid:
-            raise JobError(f"{place}: unknown key {figure!r}; {nearest(figure, valid)}")
-    missing = [figure for figure in SPECS if figure not in table]
+            mistakes.append(f"unknown key {figure!r}; {nearest(figure, valid)}")
+    missing = [figure for figure in SPECS if figure not in table and figure not in assumed]
     if missing:
-        raise JobError(f"{place}: {key!r} lacks {', '.join(missing)}")
-    values = {"name": key, **table}
-    kind = values.pop("kind", "gpu")
+        mistakes.append(f"{table.get('name', key)!r} lacks {', '.join(missing)}")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise JobError(f"{place}: kind is {kind!r}; {nearest(str(kind), KINDS)}")
-    if not isinstance(values.get("sources", {}), dict):
-        raise JobError(
-            f"{place}: sources is {values['sources']!r}; it is a table, as in "
-            '{bf16_flops = "data sheet"}'
+        mistakes.append(f"kind is {kind!r}; {nearest(str(kind), KINDS)}")
+    if not isinstance(sources, dict):
+        mistakes.append(
+            f'sources is {sources!r}; it is a table, as in {{bf16_flops = "data sheet"}}'
         )
-    device = KINDS[kind](**values)
     # The file of a host is measured in these units, and a host may be slower than any accelerator.
     for figure, (least, most, unit) in (USUAL if kind == "gpu" else {}).items():
-        value = table[figure]
+        value = table.get(figure)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
         if not least <= value <= most:
-            raise JobError(
-                f"{place}: {figure} is {value!r}; it is in {unit}, and usually from {least:g} to "
-                f"{most:g}"
+            mistakes.append(
+                f"{figure} is {value!r}; it is in {unit}, and usually from {least:g} to {most:g}"
             )
-    return device
+    if mistakes:
+        raise JobError(f"{place}: {'. Also: '.join(mistakes)}")
+    sources = {**sources, **dict.fromkeys(assumed, "assumed, as of h100")}
+    values = {"name": key, **assumed, **table, "sources": sources}
+    values.pop("kind", None)
+    return KINDS[kind](**values)

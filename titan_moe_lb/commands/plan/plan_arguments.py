@@ -23,7 +23,8 @@ class PlanArguments:
     job_flags: Annotated[tyro.conf.Positional[tuple[str, ...]], optional_flag("[-- FLAG ...]")] = ()
     """Flags of the job, after --, as for train: -- --training.local_batch_size 4"""
     ranks: Annotated[int | None, optional_flag("N")] = None
-    """Ranks of the job; default: NGPU, else ranks in the job file, else 1."""
+    """Ranks of the job; data_parallel_shard_degree follows.
+    Default: NGPU, else ranks in the job file, else 1."""
     ep: Annotated[str | None, optional_flag("N[,N]")] = None
     """Expert-parallel degrees to compare; default: that of the job and the nearest others."""
     imbalance: Annotated[str | None, optional_flag("LOAD[,LOAD]")] = None
@@ -36,13 +37,16 @@ class PlanArguments:
     """Number of experts with that load, at most top_k; the others share the rest."""
     from_run: Annotated[Path | None, optional_flag("RUN_DIR")] = None
     """Run of the same model; plan with its measured loads too."""
+    measured_step: Annotated[float | None, optional_flag("SECONDS")] = None
+    """Measured time of a step on this hardware, to split into balance, imbalance and the rest;
+    default: that of the run, if its layout is the job's."""
     redundant_experts: Annotated[str | None, optional_flag("N[,N]")] = None
     """Slots for copies of hot experts, to predict the saving of EPLB. Needs --from-run."""
     drop_share: Annotated[float | None, optional_flag("SHARE")] = None
     """Share of the tokens that a capacity factor may drop, and of the micro-batches that may
     overrun one; default: 0.01. Needs --from-run."""
     dispatcher: Dispatcher = "standard"
-    """standard sends every copy of a token; deepep sends one copy to each node and rank.
+    """standard sends every copy of a token; deepep (and HybridEP) one to each node and rank.
     low_latency is standard with all messages started at once, for --serve only."""
     compute_efficiency: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.5
     """Share of the peak FLOP/s that matrix products reach."""

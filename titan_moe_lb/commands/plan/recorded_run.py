@@ -60,11 +60,21 @@ def loads_of_run(
         "first_steps": trace.steps[:window].tolist(),
         "last_steps": trace.steps[-window:].tolist(),
         "ep_degree": info.ep,
+        "ranks": info.world_size,
+        "tokens_per_step": info.global_batch_size * info.seq_len,
         # From single micro-batches; the counts are of whole global batches.
         "max_overload_factor": float(np.nanmax(overload_S)),
         "micro_batches": len(recorded.micro_batch_counts_SME),
         "is_sample": trace.is_sample,
         # From whole global batches: in small micro-batches, sampling noise would add to sigma.
+        "step_seconds": _step_seconds(trace, window),
         "sigma": fitted_sigma(recorded.known(slice(-window, None))),
     }
     return run, recorded
+
+
+def _step_seconds(trace: Trace, window: int) -> float | None:
+    """Median time of the last steps; None if the run recorded none."""
+    seconds_S = trace.over_steps("step_seconds")[-window:]
+    known = seconds_S[np.isfinite(seconds_S)]
+    return float(np.median(known)) if len(known) else None

@@ -6,8 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from titan_moe_lb.commands.plan.clock import Clock
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.verdict import Verdict
+from titan_moe_lb.commands.plan.what_fits import Alternative
 from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.predict import DegreePlan
@@ -27,6 +29,12 @@ class Plan:
     usable_bytes: float
     degrees: tuple[DegreePlan, ...]
     verdict: Verdict
+    of_run: Verdict | None
+    """Verdict on the run's own degree; None without a run, or if that degree is not planned."""
+    clock: Clock | None
+    """Measured step beside the predicted one; None if no step was measured."""
+    alternatives: tuple[Alternative, ...]
+    """Jobs that fit; empty if the job itself fits."""
     run: dict[str, Any] | None
     """Facts of the run that the measured rows use; None without a run."""
 
@@ -35,6 +43,9 @@ class Plan:
         first = next(iter(self.job.moe_layers.values()))
         return {
             "verdict": dataclasses.asdict(self.verdict),
+            "verdict_of_run": self.of_run and dataclasses.asdict(self.of_run),
+            "clock": self.clock and dataclasses.asdict(self.clock),
+            "alternatives": [dataclasses.asdict(one) for one in self.alternatives],
             "job": {
                 "model": self.job.model_name,
                 "flavor": self.job.flavor,

@@ -30,20 +30,25 @@ class Verdict:
 
     load: str
     """Load under which the degrees are compared, as a phrase."""
-    ep_degree: int | None = None
-    """Fastest degree that fits; None if no degree fits."""
-    outcome: Outcome | None = None
+    ep_degree: int
+    """Fastest degree that fits; the fastest of all if no degree fits."""
+    fits: bool
+    outcome: Outcome
     """Outcome at that degree."""
-    head_room_bytes: float = 0.0
-    largest_imbalance_that_fits: float | None = None
-    gpu_hours: float = 0.0
+    balance: Outcome
+    """Outcome at that degree if all loads were even."""
+    head_room_bytes: float
+    """Free memory; negative if the degree does not fit."""
+    largest_imbalance_that_fits: float | None
+    fits_any_imbalance: bool
+    gpu_hours: float
     """GPU-hours of all steps of the job."""
-    balancing: Gain | None = None
-    placements: tuple[Gain, ...] = ()
+    balancing: Gain | None
+    placements: tuple[Gain, ...]
     """Savings in the run's last steps of placements computed for its first half."""
-    next_degree: int | None = None
-    """Second fastest degree that fits."""
-    next_slower: float = 0.0
+    next_degree: int | None
+    """Second fastest degree that fits; if no degree fits, the second fastest of all."""
+    next_slower: float
     """Step time of ``next_degree`` over the fastest one, minus 1."""
 
     @property
@@ -59,13 +64,9 @@ def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> 
     requested imbalance below the worst case.
     """
     load, outcome_of = _load(degrees)
-    fitting = sorted(
-        (degree for degree in degrees if outcome_of(degree).fits),
-        key=lambda degree: outcome_of(degree).step_seconds,
-    )
-    if not fitting:
-        return Verdict(load=load)
-    best, *others = fitting
+    by_time = sorted(degrees, key=lambda degree: outcome_of(degree).step_seconds)
+    fitting = [degree for degree in by_time if outcome_of(degree).fits]
+    best, *others = fitting or by_time
     outcome = outcome_of(best)
 
     def hours(seconds: float) -> float:
@@ -87,9 +88,12 @@ def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> 
     return Verdict(
         load=load,
         ep_degree=best.ep_degree,
+        fits=bool(fitting),
         outcome=outcome,
+        balance=best.balance,
         head_room_bytes=usable_bytes - outcome.memory_bytes,
         largest_imbalance_that_fits=best.largest_imbalance_that_fits,
+        fits_any_imbalance=best.fits_any_imbalance,
         gpu_hours=hours(outcome.step_seconds),
         balancing=balancing,
         placements=tuple(
@@ -98,7 +102,7 @@ def judge(job: JobModel, degrees: Sequence[DegreePlan], usable_bytes: float) -> 
             if row.placement != "contiguous"
         ),
         next_degree=others[0].ep_degree if others else None,
-        next_slower=outcome_of((others or fitting)[0]).step_seconds / outcome.step_seconds - 1,
+        next_slower=outcome_of((others or [best])[0]).step_seconds / outcome.step_seconds - 1,
     )
 
 

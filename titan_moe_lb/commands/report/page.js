@@ -46,9 +46,12 @@ drawPage(async () => {
     const codes = Array.from(loads[index].subarray(frame * size, (frame + 1) * size));
     const empty = codes.flatMap((code, at) => (code === 0 ? [at] : []));
     const { data: [map, crosses], layout } = figures.runs[index].heatmap;
+    const { width } = document.getElementById(`heatmap-${index}`).getBoundingClientRect();
+    // In smaller cells, crosses would hide the black.
+    const crossed = Math.min(width / run.numExperts, layout.height / run.layers.length) < 8 ? [] : empty;
     draw(`heatmap-${index}`, [
       { ...map, z: rows(codes.map((code) => color[code]), run), text: rows(codes.map((code) => label[code]), run) },
-      { ...crosses, x: empty.map((at) => at % run.numExperts), y: empty.map((at) => String(run.layers[Math.floor(at / run.numExperts)])) },
+      { ...crosses, x: crossed.map((at) => at % run.numExperts), y: crossed.map((at) => String(run.layers[Math.floor(at / run.numExperts)])) },
     ], framed(layout));
   };
   const showCourse = (step) => draw("course", runs.map((run, index) => ({

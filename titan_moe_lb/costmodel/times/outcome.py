@@ -43,8 +43,15 @@ class Outcome:
     step_seconds: float
     step_slowdown: float
     hot_expert_tokens: float
-    """Tokens of the most loaded expert in one micro-batch."""
+    """Largest number of tokens of an expert in any layer and micro-batch."""
+    peak_expert_load: float
+    """``hot_expert_tokens`` over the balanced tokens of an expert."""
     busiest_rank_tokens: float
+    """Largest number of tokens of a rank in any layer and micro-batch; a token has top_k copies."""
+    mean_overload: float
+    """Tokens of the busiest rank over the balanced ones; mean over layers and micro-batches."""
+    peak_overload: float
+    """The largest of these numbers, instead of their mean."""
     memory_bytes: float
     memory_rank: int
     """Global rank that needs most memory."""
@@ -168,8 +175,21 @@ class View:
         memory, position = self.memory(_received(loads), copies)
         layer = float(np.mean(layers))
 
+        balanced = {
+            number: self.role.tokens_per_rank * self.job.moe_layers[number].top_k
+            for number in loads
+        }
+        overload = np.stack(
+            [load.received_NR.max(axis=1) / balanced[number] for number, load in loads.items()]
+        )
+
         def mean(part: str) -> float:
             return float(np.mean([np.mean(getattr(time, part)) for time in times.values()]))
+
+        def expert_load(number: int) -> float:
+            tokens = balanced[number] * self.role.ep_degree
+            experts = self.job.moe_layers[number].num_experts
+            return loads[number].hot_expert_tokens * experts / tokens
 
         return Outcome(
             compute_seconds=mean("compute"),
@@ -181,7 +201,10 @@ class View:
             step_seconds=step,
             step_slowdown=step / balance.step_seconds if balance else 1.0,
             hot_expert_tokens=max(load.hot_expert_tokens for load in loads.values()),
+            peak_expert_load=max(map(expert_load, loads)),
             busiest_rank_tokens=max(float(load.received_NR.max()) for load in loads.values()),
+            mean_overload=float(overload.mean()),
+            peak_overload=float(overload.max()),
             memory_bytes=memory,
             memory_rank=self.job.states[position].rank,
             fits=memory <= self.usable_bytes,

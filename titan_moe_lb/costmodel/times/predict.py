@@ -114,6 +114,11 @@ class DegreePlan:
     capacity: tuple[CapacityRow, ...] = ()
     overruns: tuple[OverrunRow, ...] = ()
 
+    @property
+    def fits_any_imbalance(self) -> bool:
+        """True if the worst imbalance fits."""
+        return self.largest_imbalance_that_fits == self.curve[-1].imbalance_factor
+
 
 def plan_degree(
     job: JobModel,

@@ -82,6 +82,7 @@ def serve_degree(
     tokens: Sequence[int],
     context: int,
     usable_bytes: float,
+    up_to_room: bool = False,
     dispatcher: Dispatcher,
 ) -> ServedDegree:
     """Plan a deployment at one expert-parallel degree.
@@ -94,6 +95,7 @@ def serve_degree(
         tokens: numbers of tokens of a rank in one step, one row for each.
         context: tokens of a sequence, the prompt included.
         usable_bytes: usable memory of a device, in bytes.
+        up_to_room: add a row with as many tokens as sequences fit.
         dispatcher: kind of dispatcher.
 
     Raises:
@@ -141,11 +143,14 @@ def serve_degree(
 
     weights = model.weight_bytes(ep_degree)
     layer = next(iter(model.moe_layers.values()))
+    most = max(0, int((usable_bytes - weights) / model.cache_bytes(context)))
+    if up_to_room and most:
+        tokens = sorted({*tokens, most})
     even = turning_rows(layer.dim, layer.hidden_dim, hardware)
     return ServedDegree(
         ep_degree=ep_degree,
         weight_bytes=weights,
-        most_sequences=max(0, int((usable_bytes - weights) / model.cache_bytes(context))),
+        most_sequences=most,
         turning_tokens=even and even * layer.num_experts / layer.top_k / ep_degree,
         rows=tuple(
             row(number, load, chosen)

@@ -39,7 +39,8 @@ def _verdict(serving: Serving) -> list[str]:
         ]
     return [
         f"Verdict: under {load}, EP {most.ep_degree} decodes most: {_speed(most)}, with "
-        f"{most.row.tokens:,} sequences of {serving.context:,} tokens on each device, "
+        f"{most.row.tokens:,} sequences of {serving.context:,} tokens on each device"
+        f"{_of_room(serving, most)}, "
         f"{duration(most.row.decode.step_seconds)} a token, and "
         f"{number(most.row.decode.memory_bytes / GIB)} GiB.",
         f"Shortest step: {duration(least.row.decode.step_seconds)} a token, EP {least.ep_degree} "
@@ -50,6 +51,12 @@ def _verdict(serving: Serving) -> list[str]:
         "weights and caches are in BF16; absolute times depend on the assumed efficiencies "
         "(docs/explain/cost_model.md).",
     ]
+
+
+def _of_room(serving: Serving, choice: Choice) -> str:
+    room = {degree.ep_degree: degree.most_sequences for degree in serving.degrees}
+    most = room[choice.ep_degree]
+    return " (all that fit)" if choice.row.tokens == most else f" ({most:,} fit)"
 
 
 def _speed(choice: Choice) -> str:
@@ -91,10 +98,11 @@ def _table(serving: Serving) -> Table:
             Column(title="prefill tokens/s", show=number),
         ),
         groups=[[_row(degree.ep_degree, row) for row in degree.rows] for degree in serving.degrees],
-        legend=[
-            "Times of a whole step on the busiest device: experts and exchange of all MoE layers, "
-            "cache of all layers in decoding. Tokens per second are those of one device; memory is "
-            "that of decoding."
+        text=[
+            "Times of a whole step on the busiest device: experts and exchange (dispatch and combine) of "
+            "all MoE layers, cache of all layers in decoding; decode and prefill are the sums, with linear "
+            "layers. Active experts: those of a device and layer with work. Tokens/s: of one device. "
+            "Memory: of decoding."
         ],
         notes=[_limits(serving, degree) for degree in serving.degrees],
     )

@@ -76,6 +76,7 @@ def serve(flags: PlanArguments) -> Serving:
                 tokens=tokens,
                 context=context,
                 usable_bytes=usable,
+                up_to_room=flags.tokens is None,
                 dispatcher=flags.dispatcher,
             )
             for degree in sorted(degrees)

@@ -27,11 +27,7 @@ def table(plan: Plan) -> Table:
             ]
             for degree in plan.degrees
         ],
-        legend=[
-            "Times in ms are those of one micro-batch's forward in one MoE layer; the step is a whole "
-            "one. Both are also given relative to balance at the same degree (x balance). Tokens and "
-            "memory are those of the busiest rank."
-        ],
+        text=[outcome.MEANING],
         notes=[_fastest(plan), *map(_fits_up_to, plan.degrees)],
     )
 
@@ -60,6 +56,14 @@ def _fastest(plan: Plan) -> str:
 
 def _fits_up_to(degree: DegreePlan) -> str:
     largest = degree.largest_imbalance_that_fits
+    tokens = f"{degree.balance.busiest_rank_tokens:,.0f}"
     if largest is None:
-        return f"EP {degree.ep_degree}: does not fit even at balance."
-    return f"EP {degree.ep_degree}: fits up to imbalance {largest:.2f}."
+        room = "does not fit even at balance"
+    elif degree.fits_any_imbalance:
+        room = "fits at any imbalance"
+    else:
+        room = f"fits up to imbalance {largest:.2f}"
+    return (
+        f"EP {degree.ep_degree}: {room}. At balance a rank receives {tokens} copies of tokens in a "
+        "micro-batch."
+    )
