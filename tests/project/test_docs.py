@@ -42,6 +42,7 @@ from titan_moe_lb import cli
 from titan_moe_lb.balancing.expert_bias import SignBias
 from titan_moe_lb.balancing.losses import AuxLoss, GlobalBatchAuxLoss
 from titan_moe_lb.commands.check import command as check_command
+from titan_moe_lb.commands.plan import arguments as plan_arguments
 from titan_moe_lb.commands.plan import command as plan_command
 from titan_moe_lb.commands.plan.known_hardware import hardware
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
@@ -133,7 +134,8 @@ def at_home(home, monkeypatch):
 
 
 def read_plan(question: PlanArguments) -> None:
-    draft = job_config.draft(question.job_arguments)
+    follows = plan_arguments.follows_ranks(question)
+    draft = job_config.draft(plan_arguments.with_flags(question.job_arguments, follows))
     draft.resolve(question.ranks or draft.table.ranks or 1)
     hardware(question.hardware)
     assert question.from_run is None or question.from_run.is_dir()
