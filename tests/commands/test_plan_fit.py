@@ -51,7 +51,7 @@ def test_a_job_of_published_size_fits_its_device(ranks, path):
     degree = job["parallelism"]["expert_parallel_degree"]
     words = ["plan", "--json", f"--hardware={device.lower()}", f"--job-config={ROOT / path}"]
     words += [f"--ep={degree}", "--imbalance=1.0,2.0"]
-    status, out, err = ranks.run(1, planning.command, words, timeout=600)[0]
+    status, out, err = ranks.run(1, planning.command, words)[0]
     assert status == 0, err
     rows = json.loads(out)["degrees"][0]["rows"]
     assert [row["outcome"]["fits"] for row in rows] == [True, True]
