@@ -316,7 +316,7 @@ def test_nothing_fits(ranks, tmp_path):
         ("1.0", "balance"),
         ("1.5,1.0", "an imbalance of 1.50"),
         ("1.0,lognormal:0.5", "log-normal loads of sigma 0.5"),
-        ("overload:1.3@2", "log-normal loads of sigma 0."),
+        ("overload:1.3@2", "log-normal loads with an overload of 1.30 at EP 2"),
     ],
 )
 def test_the_load_of_the_verdict(ranks, tmp_path, imbalance, load):

@@ -32,6 +32,9 @@ class Spread:
     @property
     def description(self) -> str:
         """Phrase for sentences."""
+        factor, is_overload, degree = self.name.partition("@")
+        if is_overload:
+            return f"log-normal loads with an overload of {factor} at EP {degree}"
         return f"log-normal loads of sigma {self.sigma:.3g}"
 
     def loads(self, layers: Sequence[MoELayer]) -> np.ndarray:
