@@ -116,8 +116,17 @@ from .own_loop.build import (
 from .own_loop.build import (
     build_model as build_model,
 )
+from .own_loop.observe import (
+    Observation as Observation,
+)
+from .own_loop.observe import (
+    observe as observe,
+)
 from .own_loop.routing_replay import (
     RoutingReplay as RoutingReplay,
+)
+from .own_loop.trainer_callback import (
+    ExpertLoadCallback as ExpertLoadCallback,
 )
 from .own_loop.transformers_backend import (
     balanced_transformers as balanced_transformers,

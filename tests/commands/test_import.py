@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import titan_moe_lb as lb
 from titan_moe_lb import cli
 from titan_moe_lb.commands.diagnose.checks import diagnosis
 from titan_moe_lb.commands.report.page import render
+from titan_moe_lb.traces.step_file import StepFile
 
 S, M, E, K, TOKENS = 30, 3, 16, 4, 1024
 STEPS, LAYERS = 10 * np.arange(1, S + 1), (1, 2, 5)
@@ -178,3 +180,21 @@ def test_wrong_files_are_refused(tmp_path, capsys, name):
     if name != "none.csv":
         (tmp_path / name).write_bytes(b"\x00 no loads")
     assert name in refusal(capsys, tmp_path / name, "-o", tmp_path / "run", "--top-k=2")
+
+
+def test_a_run_is_not_overwritten(native, capsys, tmp_path):
+    np.save(tmp_path / "loads.npy", native.counts_SME)
+    run = native.path.parent
+    assert str(run) in refusal(capsys, tmp_path / "loads.npy", "-o", run, f"--top-k={K}")
+    assert lb.read_trace(run).steps.tolist() == STEPS.tolist()
+
+
+def test_a_full_disk_leaves_nothing(native, capsys, tmp_path, monkeypatch):
+    def full(self, message):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(StepFile, "_put", full)
+    np.save(tmp_path / "loads.npy", native.counts_SME)
+    run = tmp_path / "run"
+    assert "space" in refusal(capsys, tmp_path / "loads.npy", "-o", run, f"--top-k={K}")
+    assert not (run / "moe_load.arrow").exists()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import logging
-
 import duckdb
 import numpy as np
 import polars
@@ -13,7 +10,6 @@ import pytest
 
 import titan_moe_lb as lb
 from titan_moe_lb.traces.balance_statistics import ABSENT
-from titan_moe_lb.traces.step_file import StepFile
 
 EVEN = {1: [4, 4, 4, 4], 3: [16, 0, 0, 0]}
 
@@ -80,22 +76,13 @@ def test_sizes_are_from_one(tmp_path, name):
         lb.LoadTrace(tmp_path, **{"top_k": 2, name: 0})
 
 
-def test_a_trace_is_not_overwritten(tmp_path):
-    with lb.LoadTrace(tmp_path, top_k=2) as trace:
-        trace.write(1, EVEN)
-    with pytest.raises(lb.JobError, match=str(tmp_path)):
-        lb.LoadTrace(tmp_path, top_k=2)
-
-
-def test_a_full_disk_is_an_error(tmp_path, monkeypatch, caplog):
-    def full(self, message):
-        raise OSError(errno.ENOSPC, "no space")
-
-    with pytest.raises(lb.JobError, match="space"), lb.LoadTrace(tmp_path, top_k=2) as trace:
-        trace.write(1, EVEN)
-        monkeypatch.setattr(StepFile, "_put", full)
-        with caplog.at_level(logging.CRITICAL):
-            trace.write(2, EVEN)
+def test_a_program_that_resumes_continues_its_trace(tmp_path):
+    for steps in ((1, 2, 3), (3, 4)):
+        with lb.LoadTrace(tmp_path, top_k=2) as trace:
+            for step in steps:
+                trace.write(step, EVEN, loss=float(len(steps)))
+    found = lb.read_trace(tmp_path)
+    assert found.over_steps("loss").tolist() == [3, 3, 2, 2] and found.info.resumed_at == (3,)
 
 
 def test_other_readers_need_nothing_of_ours(tmp_path):

@@ -13,7 +13,7 @@ from titan_moe_lb.traces.balance_statistics import ABSENT
 from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace import TraceWriter, last_step, trace_file
+from titan_moe_lb.traces.trace import TraceWriter, trace_file
 from titan_moe_lb.version import __version__
 
 
@@ -41,7 +41,8 @@ class LoadTrace:
         """Prepare the trace; the first :meth:`write` makes its file.
 
         Args:
-            run_dir: folder of the run, without a trace.
+            run_dir: folder of the run. A trace that it has is continued, or renamed, as by a job
+                that resumes.
             top_k: experts that a token chooses.
             ep: expert-parallel degree of the run.
             micro_batches: forwards of one rank in a step, times the data-parallel degree.
@@ -49,14 +50,12 @@ class LoadTrace:
             drops_tokens: True if counts leave out tokens over a capacity.
 
         Raises:
-            JobError: an argument is below 1, or the folder has a trace.
+            JobError: an argument is below 1.
         """
         for name, value in {"top_k": top_k, "ep": ep, "micro_batches": micro_batches}.items():
             if value < 1:
                 raise JobError(f"{name} is {value}: give a number from 1")
         self.path = trace_file(run_dir)
-        if self.path.exists():
-            raise JobError(f"{self.path} exists: take another folder, or remove it")
         self._top_k, self._ep, self._micro_batches = top_k, ep, micro_batches
         self._model, self._drops_tokens = model, drops_tokens
         self._writer: TraceWriter | None = None
@@ -69,7 +68,7 @@ class LoadTrace:
         counts: Mapping[int, Sequence[int] | np.ndarray],
         **numbers: float | Sequence[float] | np.ndarray,
     ) -> None:
-        """Append a step.
+        """Append a step. A full disk is logged once, and raises nothing.
 
         Args:
             step: number of the optimizer step, larger than the last one.
@@ -109,24 +108,15 @@ class LoadTrace:
         self._step = step
 
     def close(self) -> None:
-        """Mark the end of the trace.
-
-        Raises:
-            JobError: the steps could not be written.
-        """
+        """Mark the end of the trace."""
         if self._writer is not None:
             self._writer.close()
-            if last_step(self.path) != self._step:
-                raise JobError(f"{self.path} could not be written whole: free space on its disk")
 
     def __enter__(self) -> LoadTrace:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if kind is None:
-            self.close()
-        elif self._writer is not None:
-            self._writer.close()
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _described(
         self, layers: tuple[int, ...], rows: list[np.ndarray], values: dict[str, np.ndarray]

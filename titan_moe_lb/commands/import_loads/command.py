@@ -14,6 +14,7 @@ from titan_moe_lb.commands.import_loads.source_files import record_batches
 from titan_moe_lb.commands.import_loads.steps import Step, StepReader
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.load_trace import LoadTrace
+from titan_moe_lb.traces.trace import last_step, trace_file
 
 
 def import_loads(
@@ -47,6 +48,8 @@ def import_loads(
     """
     if not files:
         raise JobError("FILE is missing: name the files of the run's loads")
+    if trace_file(output).exists():
+        raise JobError(f"{trace_file(output)} exists: name another folder with --output")
     if top_k is None:
         raise JobError("--top-k is missing: the number of experts that a token chooses")
     trace = LoadTrace(
@@ -62,6 +65,8 @@ def import_loads(
         hidden = not console.is_terminal
         with Progress(console=console, transient=True, disable=hidden) as progress, trace:
             first, last, num_steps, dense = _written(files, trace, num_experts, progress)
+        if not trace.path.exists() or last_step(output) != last:
+            raise JobError(f"{output} could not be written whole: free space on its disk")
     except BaseException:
         trace.path.unlink(missing_ok=True)
         raise
