@@ -109,8 +109,9 @@ def check(built, references, **options):
     gate."""
     dtype = built.gate.weight.dtype
     bound = 1e-6 if dtype == torch.float64 else 1e-5  # weights and coefficients are float32
-    if "global_batch" in built.aux_losses:
-        GlobalBatchAuxLoss.finish_step([built.aux_losses["global_batch"]], PREVIOUS_E[None])
+    for loss in built.aux_losses.values():
+        if loss.needs_step_counts:
+            loss.finish_step([loss], PREVIOUS_E[None])
     x, bias = inputs(dtype)
     (OUTPUT * built(x, bias)[0].square().sum()).backward()
 
@@ -170,12 +171,70 @@ def test_documents_are_sequences_that_weigh_as_many_tokens_as_they_have(valid, s
     check(router, [expected])
 
 
-def test_a_row_without_a_valid_token_adds_nothing_to_the_others():
-    """The mean counts the row, whose loss is 0."""
+class OwnLinearLoss(SumsLoss):
+    """``sequence_wise`` without K: f is the share of an expert in all counts."""
+
+    metric_name = "own_linear_loss"
+    linear = True
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SumsLoss.Config):
+        pass
+
+    def coefficients(self, sums_BE, counts_BE, sequences):
+        f_BE = self.num_experts * counts_BE / counts_BE.sum(dim=-1, keepdim=True)
+        return f_BE * (sequences.share / sequences.tokens)
+
+
+class OwnLoss(SumsLoss):
+    """``sequence_wise`` without K and without the number of tokens."""
+
+    metric_name = "own_loss"
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SumsLoss.Config):
+        pass
+
+    def value(self, sums_BE, counts_BE, sequences):
+        f_BE = self.num_experts * counts_BE / counts_BE.sum(dim=-1, keepdim=True)
+        P_BE = sums_BE / sums_BE.sum(dim=-1, keepdim=True)
+        return (f_BE * P_BE * sequences.share).sum()
+
+
+# Set after the class, so that ``kinds`` of the other tests does not have them.
+OwnLinearLoss.type_name, OwnLoss.type_name = "own_linear", "own"
+
+
+def _running_loss(valid, logits, scores, ids):
+    """Compute the loss of the first forward of a step, with f of all its valid tokens."""
+    counts_E = torch.bincount(ids[valid].flatten(), minlength=EXPERTS)
+    tables = [(scores[row, valid[row]], ids[row, valid[row]]) for row in (0, 1)]
+    return sum(sequence_loss("global_batch", None, *table, counts_E) for table in tables) / ROWS
+
+
+WITH_AN_EMPTY_ROW = {
+    "entropy": LOSSES["entropy"],
+    "batch_wise": LOSSES["batch_wise"],
+    "running": GlobalBatchAuxLoss.Config(weight=WEIGHT, counts="running"),
+    "own": OwnLoss.Config(weight=WEIGHT),
+    "own linear": OwnLinearLoss.Config(weight=WEIGHT),
+}
+
+
+@pytest.mark.parametrize("name", WITH_AN_EMPTY_ROW)
+def test_a_row_without_a_valid_token_adds_nothing_to_the_others(name):
+    """The mean counts the row, whose loss is 0. A formula may divide by its sums and counts."""
     valid = PADDED.clone()
     valid[2] = False
-    router = built([LOSSES["entropy"]], valid=valid)
-    check(router, [lambda *tables: reference("entropy", valid, *tables)])
+    router = built([WITH_AN_EMPTY_ROW[name]], valid=valid)
+
+    def expected(*tables):
+        if name == "running":
+            return _running_loss(valid, *tables)
+        kind = "sequence_wise" if name.startswith("own") else name
+        return (2 / 3 if kind == "batch_wise" else 1) * reference(kind, valid, *tables)
+
+    check(router, [expected])
 
 
 @pytest.mark.parametrize("name", LOSSES)

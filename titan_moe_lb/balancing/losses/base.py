@@ -12,7 +12,7 @@
        G = local_batch_size x data-parallel ranks x accumulation steps
 
    :meth:`StepHook.begin_step` writes ``weight / G`` to the device once a step. No other code
-   divides.
+   divides the gradient.
 4. **Forward.** :meth:`LoadBalancedRouter.forward` computes the scores s(t,i), chooses experts and
    calls the formula of each loss. It adds the raw value to the record of the step, for the metrics.
    A :class:`SumsLoss` reads two small tables for each sequence: the sums of the probabilities
@@ -194,9 +194,11 @@ class SumsLoss(AuxLoss):
 
         Args:
             sums_BE: ``sum_t p(t,i)`` over the valid tokens of whole sequences, float32
-                ``(B, E)``. A sequence without valid tokens has the sums of one balanced token.
-            counts_BE: valid tokens of each expert in whole sequences, int64 ``(B, E)``; None
-                unless ``needs_counts``.
+                ``(B, E)``. A sequence without valid tokens has the sums of one balanced token,
+                and a count of 1 for each expert; of a loss that is not ``additive``, only where
+                no sequence of the batch has valid tokens.
+            counts_BE: valid tokens that chose each expert in whole sequences, int64 ``(B, E)``;
+                None unless ``needs_counts``.
             sequences: valid tokens of each sequence, and its share of a row.
 
         Returns:
@@ -235,9 +237,15 @@ class SumsLoss(AuxLoss):
         counts_BE = None
         if self.needs_counts:
             counts_BE = tables.counts(self.source, documents=documents)
-        if not self.linear and isinstance(sequences.share, torch.Tensor):
-            # The formula may divide by a sum, which an empty sequence would leave at 0.
-            sums_BE = sums_BE.masked_fill(sequences.share == 0, 1 / sums_BE.shape[-1])
+        if isinstance(sequences.share, torch.Tensor):
+            # The formula may divide by sums and counts, which an empty sequence would leave at 0.
+            is_empty = sequences.share == 0
+            if not self.additive:
+                is_empty = is_empty.all()
+            if not self.linear:
+                sums_BE = sums_BE.masked_fill(is_empty, 1 / self.num_experts)
+            if counts_BE is not None:
+                counts_BE = counts_BE.masked_fill(is_empty, 1)
         coefficients_BE = save(self.coefficients(sums_BE, counts_BE, sequences).float())
         if is_recomputation():
             return coefficients_BE

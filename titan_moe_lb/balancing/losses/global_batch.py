@@ -10,6 +10,7 @@ import torch
 
 from titan_moe_lb.balancing.losses.base import SumsLoss
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.balancing.valid_tokens.batch_tokens import Sequences
 from titan_moe_lb.parallel.local_shard import local_shard
 from titan_moe_lb.upstream.torch_internals import all_reduce
 
@@ -81,15 +82,15 @@ class GlobalBatchAuxLoss(SumsLoss):
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """Return f_i / L, times the share of the sequence."""
-        return self._load(counts_BE).unsqueeze(0) * (sequences.share / sequences.tokens)
+        return self._load(counts_BE, sequences).unsqueeze(0) * (sequences.share / sequences.tokens)
 
-    def _load(self, counts_BE: torch.Tensor | None) -> torch.Tensor:
+    def _load(self, counts_BE: torch.Tensor | None, sequences: Sequences) -> torch.Tensor:
         """Return f ``(E,)``, and add the micro-batch to the running counts."""
         if not self.running:
             return local_shard(self.load_E)
         if not is_recomputation():
             assert counts_BE is not None
-            batch_E = counts_BE.sum(dim=0)
+            batch_E = (counts_BE * (sequences.share > 0)).sum(dim=0)
             if self.groups.batch.group is not None:
                 batch_E = all_reduce(batch_E, "sum", self.groups.batch.group)
             self.counts_E.add_(batch_E)
