@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.hash_layers import HashRouter, spec_with_hash_layer
+from tests.support.hash_layers import HashRouter, counts_of_two_ranks, spec_with_hash_layer
 from tests.support.own_loop_jobs import forward, initialised
 from titan_moe_lb.balancing.expert_bias import FrozenBias, QuantileBias
 from titan_moe_lb.balancing.forced_routing import RoundRobin
@@ -59,6 +59,21 @@ def test_hash_layers_are_counted_and_not_balanced(again, monkeypatch):
         assert [math.isnan(value) for value in values] == [True, False, False]
     assert math.isfinite(balance.metrics()["moe/z_loss"])
     assert not torch.equal(model.layers["2"].moe.expert_bias_E, torch.zeros(8))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_hash_layers_are_counted_once_on_two_ranks(ranks, experts):
+    """FSDP, with and without expert parallelism: tokens of both ranks, each counted once."""
+    results = ranks.run(2, counts_of_two_ranks, experts)
+    ids = torch.cat([batches.flatten() for _counts, batches, _moved in results])
+    expected = torch.bincount(torch.stack([ids * 7 % 8, (ids * 7 + 3) % 8]).flatten(), minlength=8)
+    for counts, _batches, moved in results:
+        assert counts[0] == expected.tolist()
+        assert [sum(row) for row in counts] == [2 * len(ids)] * 3
+        assert len(moved) == 2  # not that of the hash layer
+        for bias, row in zip(moved, counts[1:], strict=True):
+            sign = torch.sign(torch.tensor([sum(row) - 8 * count for count in row]))
+            torch.testing.assert_close(torch.tensor(bias), 0.1 * (sign - sign.float().mean()))
 
 
 def test_a_hash_layer_is_the_users_own():

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torchtitan.config import ParallelismConfig
 
 from tests.support.inert_models import FAULTS, loop
-from tests.support.own_loop_jobs import forward
+from tests.support.own_loop_jobs import forward, tested_norms
 from tests.support.textbook import mean_loss
 from titan_moe_lb.balancing.expert_bias import MomentumBias, QuantileBias
 from titan_moe_lb.balancing.freezing import Freeze
@@ -76,6 +77,17 @@ def test_norms_are_those_of_autograd_on_the_textbooks_loss():
         assert layer.losses[0].norm == pytest.approx(float(gradient.norm()), rel=1e-4)
 
 
+EP2 = ParallelismConfig(data_parallel_shard_degree=2, expert_parallel_degree=2)
+
+
+def test_norms_on_two_ranks_are_those_on_one(ranks):
+    """FSDP and expert parallelism, with losses of every kind; each rank has half of the rows."""
+    (one,) = ranks.run(1, tested_norms)
+    for norms in ranks.run(2, tested_norms, EP2):
+        torch.testing.assert_close(torch.tensor(norms), torch.tensor(one), rtol=1e-4, atol=0)
+    assert torch.tensor(one).min() > 0
+
+
 def state_of(made) -> dict[str, object]:
     """Everything that a self-test could change."""
     record = routers_of([made.model])[0].step_record
@@ -94,6 +106,14 @@ def state_of(made) -> dict[str, object]:
         "random": torch.random.get_rng_state(),
         "training": [module.training for module in made.model.modules()],
     }
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list):
+        return all(map(same, one, other))
+    return one == other
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -126,13 +146,8 @@ def test_nothing_is_changed_between_two_steps(fails):
                     assert made.check().acts
                 after = state_of(made)
                 assert before.keys() == after.keys()
-                for name in before:
-                    torch.testing.assert_close(
-                        after[name], before[name], rtol=0, atol=0, msg=name
-                    ) if not isinstance(before[name], (str, list)) else None
-                    if isinstance(before[name], str):
-                        assert after[name] == before[name]
-                assert all(map(torch.equal, after["record"], before["record"]))
+                for name, value in before.items():
+                    assert same(after[name], value), name
             made.optimizer.step()
             made.optimizer.zero_grad()
             history.append({**made.balance.metrics(), "random": float(torch.rand(()))})

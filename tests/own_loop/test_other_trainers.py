@@ -4,6 +4,7 @@ model."""
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support.other_trainers import (
     fault_tolerant_trainer,
     forge_engine,
     forge_engine_as_it_is,
+    frozen_transformers_trainer,
     graph_trainer,
     policy_trainer,
     transformers_trainer,
@@ -68,7 +70,7 @@ def check(own: list[Seen], found: list[Seen]) -> None:
     torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_hugging_face_model_balances(ranks, tmp_path):
+def write_qwen3(folder: Path) -> None:
     Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         hidden_size=64,
@@ -82,9 +84,19 @@ def test_hugging_face_model_balances(ranks, tmp_path):
         num_experts_per_tok=2,
         norm_topk_prob=True,
         vocab_size=2048,
-    ).save_pretrained(tmp_path)
+    ).save_pretrained(folder)
+
+
+def test_hugging_face_model_balances(ranks, tmp_path):
+    write_qwen3(tmp_path)
     own = ranks.run(1, transformers_trainer, False, str(tmp_path))
     check(own, ranks.run(1, transformers_trainer, True, str(tmp_path)))
+
+
+def test_hugging_face_model_with_frozen_parts(ranks, tmp_path):
+    write_qwen3(tmp_path)
+    (found,) = ranks.run(1, frozen_transformers_trainer, str(tmp_path))
+    assert found == [("sigmoid", False, False, True), ("sigmoid", True, True, False)]
 
 
 def test_dense_hugging_face_model_is_refused():

@@ -42,6 +42,7 @@ from model_registry import recipes
 from model_registry.deepseek_v3 import tiny
 from tests.support.own_loop_jobs import forward
 from tests.support.textbook import mean_loss, sequence_counts
+from titan_moe_lb.balancing.freezing import Freeze
 from titan_moe_lb.balancing.losses import SequenceWiseAuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
 from titan_moe_lb.own_loop.attach import attach
@@ -266,19 +267,46 @@ def fault_tolerant_trainer(ours: bool) -> Seen:
     return _train(trainer_class.Config(**_fields_of(job) | {"checkpoint": checkpoint}))
 
 
+def frozen_transformers_trainer(folder: str) -> list[tuple[str, bool, bool, bool]]:
+    """Run it with sigmoid scores, the gate of layer 0 and the bias of layer 1 frozen.
+
+    Returns:
+        For each layer: the score function; whether the gate learns, has a gradient, and the bias
+        has moved.
+    """
+    _seen, parts = _transformers_trainer(
+        folder, balanced_transformers, score_func="sigmoid", freeze=Freeze(gate=0, bias=1)
+    )
+    return [
+        (
+            layer.router.score_func,
+            layer.router.gate.weight.requires_grad,
+            layer.router.gate.weight.grad is not None,
+            bool(layer.expert_bias_E.any()),
+        )
+        for layer in moe_layers_of(parts)
+    ]
+
+
 def transformers_trainer(ours: bool, folder: str) -> Seen:
     """Run a Hugging Face model with torchtitan's MoE layers. One rank.
 
     Args:
         folder: folder of the model's ``config.json``.
     """
+    return _transformers_trainer(folder, balanced_transformers if ours else None)[0]
+
+
+def _transformers_trainer(
+    folder: str, balance: Any, **arguments: Any
+) -> tuple[Seen, list[nn.Module]]:
     package = "torchtitan.experiments.transformers_modeling_backend"
     backend = importlib.import_module(package)
     config_class = importlib.import_module(f"{package}.configs").TransformersBackendConfig
     model = backend.HFTransformerModel.Config(model_config=backend.TitanMoeModelConfig())
     model_spec = dataclasses.replace(backend.model_registry("debugmodel_moe"), model=model)
-    if ours:
-        model_spec = balanced_transformers(model_spec, aux_losses=LOSSES)
+    if balance is not None:
+        model_spec = balance(model_spec, aux_losses=LOSSES, **arguments)
     else:
         model_spec.post_optimizer_build_fn = _initialize_and_move_bias
     job = _job(model_spec, CrossEntropyLoss.Config())
@@ -289,7 +317,7 @@ def transformers_trainer(ours: bool, folder: str) -> Seen:
         AttentionInterface.register(model.attn_implementation, _dense_attention)
     trainer = config_class(**_fields_of(job), hf_model=folder).build()
     parts, optimizers, dims = trainer.model_parts, trainer.optimizers, trainer.parallel_dims
-    if ours:
+    if balance is not None:
         attach(parts, optimizers, dims, rows_per_step=ROWS * MICRO_BATCHES)
     # The backend leaves some weights, and the frequencies, to what the memory held.
     torch.manual_seed(0)
@@ -302,7 +330,7 @@ def transformers_trainer(ours: bool, folder: str) -> Seen:
     seen = watch(parts, optimizers, dims)
     trainer.train()
     trainer.close()
-    return seen
+    return seen, parts
 
 
 def _initialize_and_move_bias(optimizers: Any, parts: list[nn.Module], dims: ParallelDims) -> None:

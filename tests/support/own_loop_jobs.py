@@ -268,3 +268,19 @@ def steps_of_unequal_ranks() -> tuple[list[float], list[float]]:
         weights.append(8 * float(model.moe.router.record.weights_A))
         balance.close_step()
     return weights, model.moe.expert_bias_E.tolist()
+
+
+def tested_norms(parallelism: ParallelismConfig | None = None) -> list[list[float]]:
+    """Return what a self-test measures at each gate: the model's gradient and those of the losses."""
+    model, dims, context = built(parallelism)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balance = attach(model, optimizer, dims, rows_per_step=4)
+    tokens = torch.randint(0, 256, (4, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    mine = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+
+    def forward_backward() -> None:
+        with context():
+            (forward(model, mine).float().square().sum() / tokens.numel()).backward()
+
+    layers = balance.check(forward_backward, optimizer).measured.layers
+    return [[layer.main_norm, *(loss.norm for loss in layer.losses)] for layer in layers]

@@ -9,8 +9,10 @@ from torch import nn
 
 from titan_moe_lb.balancing.checkpointing import saving_decisions
 from titan_moe_lb.balancing.expert_bias import ExpertBias
+from titan_moe_lb.balancing.freezing import Freeze, freeze_gates
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.router import moe_layers_of
+from titan_moe_lb.balancing.score_functions import ScoreFunction
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.wiring.converter import LoadBalanceConverter
 
@@ -20,6 +22,8 @@ def balanced_transformers(
     *,
     aux_losses: list[AuxLoss.Config] | None = None,
     expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
+    score_func: ScoreFunction | Literal["keep"] = "keep",
+    freeze: Freeze | None = None,
 ) -> Any:
     """Add balanced routers to the MoE layers of a Hugging Face model.
 
@@ -32,30 +36,39 @@ def balanced_transformers(
             changed.
         aux_losses: losses of every router; None for none.
         expert_bias: as in :func:`titan_moe_lb.balanced`.
+        score_func: as there.
+        freeze: as there; without pipeline parallelism.
 
     Returns:
         A ``ModelSpec`` with balanced routers.
 
     Raises:
-        JobError: no layer of the model is replaced; raised when the trainer is built.
+        JobError: no layer of the model is replaced, or a layer to freeze does not exist; raised when
+            the trainer is built.
     """
     converter = LoadBalanceConverter.Config(
-        aux_losses=aux_losses or [], expert_bias=expert_bias
+        aux_losses=aux_losses or [],
+        expert_bias=expert_bias,
+        score_func=score_func,
+        freeze=freeze,
     ).build()
 
     def parallelize(model: nn.Module, **arguments: Any) -> nn.Module:
-        found = 0
-        for name, layer in model.layers.items():  # type: ignore[operator,union-attr]
-            config = getattr(layer, "_native_moe_config", None)
-            if config is not None:
-                converter.convert_layer(f"layers.{name}.mlp", config, int(name))
-                found += 1
-        if not found and not arguments["parallel_dims"].pp_enabled:
+        in_pipeline = arguments["parallel_dims"].pp_enabled
+        if in_pipeline and freeze is not None:  # a stage does not know the layers of the others
+            raise JobError("freeze of a Hugging Face model needs pipeline_parallel_degree = 1")
+        layers = model.layers.items()  # type: ignore[operator,union-attr]
+        found = {name: getattr(layer, "_native_moe_config", None) for name, layer in layers}
+        configs = {f"layers.{name}.mlp": moe for name, moe in found.items() if moe is not None}
+        if not configs and not in_pipeline:
             raise JobError(
                 f"torchtitan finds no MoE layer in {model.config.architectures[0]}: "  # type: ignore
                 "choose a MoE model, or a flavor with a TitanMoeModelConfig"
             )
-        return spec.parallelize_fn(model, **arguments)
+        converter.convert_layers(configs, {name: int(name.split(".")[1]) for name in configs})
+        model = spec.parallelize_fn(model, **arguments)
+        freeze_gates(model)
+        return model
 
     return dataclasses.replace(
         spec, parallelize_fn=saving_decisions(parallelize), post_optimizer_build_fn=_initialize

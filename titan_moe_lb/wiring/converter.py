@@ -96,30 +96,33 @@ class LoadBalanceConverter(ModelConfigConverter):
         rule = self.config.expert_bias
         if rule not in (None, "keep") and not isinstance(rule, ExpertBias.Config):
             raise JobError(f"expert_bias is {rule!r}; a model has one rule, None or 'keep'")
-        numbers = layer_numbers(model_config)
-        freeze = self.config.freeze or Freeze()
-        frozen = freeze.resolve(numbers)
-        if freeze.losses != [] and not self.config.aux_losses:
-            raise JobError("freeze.losses names layers of a model without aux_losses: leave it out")
-        for fqn, moe, _parent, _attribute in layers:
-            assert isinstance(moe, MoE.Config)
-            self.convert_layer(fqn, moe, numbers[fqn])
-            self._freeze(moe.router, frozen)
+        configs = {fqn: moe for fqn, moe, _parent, _attribute in layers}
+        self.convert_layers(configs, layer_numbers(model_config))
         layers_count_their_experts_alike(model_config)
         bound = _bound_to_job(type(model_config))  # type: ignore[arg-type]
         return derive(model_config, bound)
 
-    def convert_layer(self, fqn: str, moe: MoE.Config, number: int) -> None:
-        """Convert one layer in place.
+    def convert_layers(self, layers: dict[str, Any], numbers: dict[str, int]) -> None:
+        """Convert layers in place, and freeze their parts.
 
         Args:
-            fqn: name of the layer in the model.
-            moe: config of the layer.
-            number: number of the layer in the whole model.
+            layers: ``MoE.Config`` of each layer, by its name in the model.
+            numbers: number of each layer in the whole model, by its name.
 
         Raises:
-            JobError: the router is not torchtitan's, or forced routing cannot replace it.
+            JobError: a router is not torchtitan's, or forced routing cannot replace it; a layer to
+                freeze does not exist, or lacks the part.
         """
+        freeze = self.config.freeze or Freeze()
+        frozen = freeze.resolve(numbers)
+        if freeze.losses != [] and not self.config.aux_losses:
+            raise JobError("freeze.losses names layers of a model without aux_losses: leave it out")
+        for fqn, moe in layers.items():
+            self._convert_layer(fqn, moe, numbers[fqn])
+            self._freeze(moe.router, frozen)
+
+    def _convert_layer(self, fqn: str, moe: MoE.Config, number: int) -> None:
+        """Convert one layer in place."""
         # A converter such as LoRA's makes subclasses of configs that build the same classes.
         by_token_id = is_hash_router(moe.router)
         known = (TokenChoiceTopKRouter, LoadBalancedRouter)
