@@ -124,7 +124,7 @@ def _over_imbalance(
             y=level,
             line={"dash": "dash", "width": 1.5, "color": color(role)},
             annotation={"text": text, "font": {"color": color(role)}},
-            annotation_position="top left",
+            annotation_position="top right" if role == "soft" else "top left",
         )
     return figure
 
