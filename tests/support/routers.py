@@ -106,9 +106,8 @@ def _config(score_func: str, **options: Any) -> TokenChoiceTopKRouter.Config:
         dim=DIM,
         num_experts=EXPERTS,
         gate_param_init={},
-        top_k=TOP_K,
         score_func=score_func,
-        **options,
+        **{"top_k": TOP_K} | options,
     )
 
 

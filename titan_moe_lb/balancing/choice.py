@@ -9,6 +9,7 @@ import torch
 
 from titan_moe_lb.balancing.expert_bias.required import required_bias
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.balancing.recording.score_sums import Choice
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def choose(
     expert_bias_E: torch.Tensor | None,
     tokens: BatchTokens | None,
     learns: bool,
-) -> torch.Tensor:
+) -> Choice:
     """Choose the experts of every token.
 
     A forced strategy chooses, or torchtitan's debug routing, or else the top-k of the biased
@@ -32,20 +33,21 @@ def choose(
         scores_BLE: local scores ``(B, L, E)``.
         expert_bias_E: bias of the choice ``(E,)``.
         tokens: valid tokens; None if all are valid.
-        learns: True if the bias rule observes the forward.
-
-    Returns:
-        int64 ``(B, L, K)``.
+        learns: True if the bias rule and the record observe the forward.
     """
     if router.forced_routing is not None:
         assert router.record is not None, "forced routing needs a wired router"
         number = router.record.forward_number()
         ids_BLK = router.forced_routing(scores_BLE, number, partial(limit_groups, router))
+        chosen = Choice(ids_BLK, ids_BLK)
     elif router._debug_force_load_balance:
         ids_BLK = router._debug_force_load_balance_routing(scores_BLE)[0]
+        chosen = Choice(ids_BLK, ids_BLK)
     else:
-        ids_BLK = _top_k(router, scores_BLE, expert_bias_E, tokens, learns)
-    return ids_BLK if router.replay is None else router.replay(ids_BLK)
+        chosen = _top_k(router, scores_BLE, expert_bias_E, tokens, learns)
+    if router.replay is None:
+        return chosen
+    return chosen._replace(expert_ids_BLK=router.replay(chosen.expert_ids_BLK))
 
 
 def _top_k(
@@ -54,29 +56,44 @@ def _top_k(
     expert_bias_E: torch.Tensor | None,
     tokens: BatchTokens | None,
     learns: bool,
-) -> torch.Tensor:
+) -> Choice:
     """Select the top-k of the biased scores.
 
-    A bias rule with a histogram also observes the (K+1)-th score.
+    A bias rule with a histogram and sums of the scores also observe the (K+1)-th score.
     """
     biased_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
     choice_BLE = limit_groups(router, biased_BLE)
     record, rule = router.record, router.expert_bias
     histogram_EH = None if record is None else record.histogram_EH
-    if histogram_EH is None or not learns or is_recomputation():
-        return choice_BLE.topk(router.top_k, dim=-1, sorted=False).indices
-    assert record is not None and rule is not None and expert_bias_E is not None
-    best_BLK1, ids_BLK1 = choice_BLE.topk(router.top_k + 1, dim=-1)
-    required_BLE = required_bias(
-        scores_BLE,
-        biased_BLE,
-        best_BLK1[..., -1:],
-        num_groups=router.num_expert_groups,
-        num_limited_groups=router.num_limited_groups,
+    has_next = router.top_k < open_experts(router)
+    observed = histogram_EH is not None or (
+        has_next and record is not None and record.scores is not None
     )
-    number = record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
-    rule.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
-    return ids_BLK1[..., : router.top_k].contiguous()
+    if not (observed and learns) or is_recomputation():
+        ids_BLK = choice_BLE.topk(router.top_k, dim=-1, sorted=False).indices
+        return Choice(ids_BLK, ids_BLK)
+    assert record is not None
+    best_BLK1, ids_BLK1 = choice_BLE.topk(router.top_k + 1, dim=-1)
+    if histogram_EH is not None:
+        assert rule is not None and expert_bias_E is not None
+        required_BLE = required_bias(
+            scores_BLE,
+            biased_BLE,
+            best_BLK1[..., -1:],
+            num_groups=router.num_expert_groups,
+            num_limited_groups=router.num_limited_groups,
+        )
+        number = record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
+        rule.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
+    ids_BLK = ids_BLK1[..., : router.top_k].contiguous()
+    return Choice(ids_BLK, ids_BLK1, best_BLK1) if has_next else Choice(ids_BLK, ids_BLK)
+
+
+def open_experts(router: LoadBalancedRouter) -> int:
+    """Return the number of experts from which a token chooses, after the group limit."""
+    if router.num_expert_groups is None or router.num_limited_groups is None:
+        return router.num_experts
+    return router.num_experts // router.num_expert_groups * router.num_limited_groups
 
 
 def limit_groups(router: LoadBalancedRouter, choice_BLE: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from titan_moe_lb.balancing.expert_bias import BiasStep
-from titan_moe_lb.balancing.recording.step_record import StepRecord, histogram_of
+from titan_moe_lb.balancing.recording.histograms import histogram_of
+from titan_moe_lb.balancing.recording.step_record import StepRecord
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
 

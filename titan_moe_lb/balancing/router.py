@@ -29,9 +29,9 @@ from titan_moe_lb.balancing.recording.sequence_tables import CountSources, Seque
 from titan_moe_lb.balancing.recording.step_record import RouterRecord, StepRecord
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
-from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
+from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, token_weights
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.functional import gather_scores, inverse_sums
+from titan_moe_lb.functional import gather_scores
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action
@@ -168,10 +168,14 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         scores_BLE = self.score(with_losses_BLE)
         with spmd.no_typecheck(), torch.no_grad():
             local_BLE = local_shard(scores_BLE)
-            inverse_BL = self._inverse_sums(local_BLE, tokens) if learns else None
+            inverse_BL = None
+            if learns and self._of_sums:
+                inverse_BL = token_weights(self.score_func, local_BLE, tokens)
             bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
             ids_BLK, coefficients_BE = saved_decision(
-                lambda: self._decide(local_BLE, bias_E, inverse_BL, tokens, learns)
+                lambda: self._decide(
+                    (x_BLD, logits_BLE), local_BLE, bias_E, inverse_BL, tokens, learns
+                )
             )
         document_BL = None if tokens is None else tokens.document_BL
         scores_BLE, topk_scores_BLK = self.gather(
@@ -251,19 +255,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             )
         return None if tokens is None else tokens.saved(self.save)
 
-    def _inverse_sums(
-        self, scores_BLE: torch.Tensor, tokens: BatchTokens | None
-    ) -> torch.Tensor | None:
-        """Compute 1 / sum_j s(t,j) ``(B, L)``, 0 for padding; None if not needed or all are 1."""
-        if not self._of_sums:
-            return None
-        if self.score_func == "softmax":  # its sums are 1
-            return None if tokens is None else tokens.valid_BL.float()
-        inverse_BL = inverse_sums(scores_BLE)
-        return inverse_BL if tokens is None else inverse_BL * tokens.valid_BL
-
     def _decide(
         self,
+        of_gate: tuple[torch.Tensor, torch.Tensor],
         scores_BLE: torch.Tensor,
         expert_bias_E: torch.Tensor | None,
         inverse_BL: torch.Tensor | None,
@@ -272,12 +266,18 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run everything that a recomputed forward must not repeat, on local tensors.
 
+        ``of_gate`` contains the gate's input and logits, which may be distributed.
+
         Returns:
             Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
         """
-        ids_BLK = self.save(choice.choose(self, scores_BLE, expert_bias_E, tokens, learns))
+        chosen = choice.choose(self, scores_BLE, expert_bias_E, tokens, learns)
+        ids_BLK = self.save(chosen.expert_ids_BLK)
         coefficients_BE = None
         if learns and self.record is not None:
+            if self.record.scores is not None:
+                gate = self.score_func, self.gate.weight.dtype, *map(local_shard, of_gate)
+                self.record.scores.add(*gate, scores_BLE, inverse_BL, chosen, tokens)
             counts_by_source = self.sources.count(
                 ids_BLK,
                 lambda: choice.unbiased(self, scores_BLE, expert_bias_E, ids_BLK),

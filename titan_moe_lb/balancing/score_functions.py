@@ -39,9 +39,12 @@ class _SqrtSoftplus(torch.autograd.Function):
     def backward(ctx, grad_BLE: torch.Tensor) -> torch.Tensor:
         # sigmoid(x) / (2 s), in which sigmoid(x) = 1 - exp(-softplus(x)) = 1 - exp(-s^2).
         scores_BLE = at_least_float32(*ctx.saved_tensors)
-        usual_BLE = -torch.expm1(-scores_BLE.square()) / scores_BLE
-        slope_BLE = torch.where(scores_BLE < math.exp(-_EXACT / 2), scores_BLE, usual_BLE)
-        return (grad_BLE * slope_BLE / 2).to(grad_BLE.dtype)
+        return (grad_BLE * _slope_of_sqrt_softplus(scores_BLE)).to(grad_BLE.dtype)
+
+
+def _slope_of_sqrt_softplus(scores_BLE: torch.Tensor) -> torch.Tensor:
+    usual_BLE = -torch.expm1(-scores_BLE.square()) / scores_BLE
+    return torch.where(scores_BLE < math.exp(-_EXACT / 2), scores_BLE, usual_BLE) / 2
 
 
 def sqrt_softplus(logits_BLE: torch.Tensor) -> torch.Tensor:
@@ -65,6 +68,14 @@ SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sqrtsoftplus": sqrt_softplus,
 }
 """Score functions of logits ``(..., E)``, by the value of ``score_func``."""
+
+SLOPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda scores: scores,
+    "sigmoid": lambda scores: torch.addcmul(scores, scores, scores, value=-1),
+    "sqrtsoftplus": _slope_of_sqrt_softplus,
+}
+"""Change of a score with its logit, as a function of the score. For a softmax it is the change
+relative to the other experts: that of two scores that are close to each other is s per logit."""
 
 LARGEST_SCORE = {"softmax": 1.0, "sigmoid": 1.0, "sqrtsoftplus": 32.0}
 """Largest score that a histogram of scores distinguishes; that of a logit of 1,024 if there is no

@@ -88,6 +88,7 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
         varying=loop.varying,
         joins_last=loop.varying and groups.stages.size > 1,
         gradients=loop.gradients_every > 0,
+        scores=loop.scores,
     )
     for index, router in enumerate(routers):
         router.note_in(record, index)

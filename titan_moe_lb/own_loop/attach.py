@@ -34,6 +34,7 @@ def attach(
     padded: bool = False,
     gradients: Literal["sum", "mean"] = "sum",
     max_micro_batches: int = 64,
+    router_scores: bool = False,
     context_parallel_load_balancer: str | None = None,
     finished_steps: int = 0,
     seen_tokens: int = 0,
@@ -59,6 +60,7 @@ def attach(
         gradients: how the loop combines the gradients of data-parallel ranks. torchtitan sums;
             torch's DistributedDataParallel and FSDP take the mean by default.
         max_micro_batches: largest number of forwards in a step; the record has a row for each.
+        router_scores: True to record how sure each router is, for the metrics.
         context_parallel_load_balancer: torchtitan's name of how context parallelism splits a row.
         finished_steps: optimizer steps of the checkpoint that the loop continues from.
         seen_tokens: :attr:`Balance.seen_tokens` at that checkpoint. Only needed if a loss or a bias
@@ -88,6 +90,7 @@ def attach(
     loop = TrainingLoop(
         num_micro_batches=max_micro_batches,
         varying=True,
+        scores=router_scores,
         announced_rows=rows_per_step,
         padded=padded,
         context_parallel_load_balancer=context_parallel_load_balancer,

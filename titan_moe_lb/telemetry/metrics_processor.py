@@ -53,6 +53,8 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
         router_gradients_every: int = 1
         """Measure them in every n-th logged step."""
+        router_scores: bool = False
+        """Record how sure each router is: margin, entropy, logits, flips of a bfloat16 gate."""
 
         write_moe_trace: bool = True
         """Write moe_load.arrow in dump_folder, which titan-moe-lb report and watch read."""

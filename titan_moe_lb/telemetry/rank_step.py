@@ -20,6 +20,7 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard, squared_norm
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action, actions_of
+from titan_moe_lb.telemetry import score_step
 from titan_moe_lb.traces.balance_statistics import mark_absent, num_existing
 
 
@@ -51,6 +52,8 @@ class RankStep:
     frozen_gate_squares_N: np.ndarray | None
     """Squared norms of the weights of frozen gates, of which this rank's part: the mean over the
     ranks is the norm of the whole gate. float64; NaN for a gate that learns, None if all learn."""
+    scores: score_step.ScoreStep | None
+    """Sums of the scores; None in a job that does not record them."""
     stages: tuple[int, ...]
     """Pipeline stage of each router."""
     actions: Sequence[Action]
@@ -113,6 +116,7 @@ def read(
         bias_delta_NE=_rows(record.bias_delta_N),
         gradient_squares_N2=squares_N2,
         frozen_gate_squares_N=_frozen_gates(routers),
+        scores=score_step.read(routers, record),
         stages=tuple(router.stage for router in routers),
         actions=routers[0].actions or actions_of(None)[0],
         ep_degree=groups.experts.size,

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from titan_moe_lb.telemetry.metrics.of_counts import OF_COUNTS, WITHOUT_PERCENTILES
+from titan_moe_lb.telemetry.metrics.margin import MARGIN_BELOW
+from titan_moe_lb.telemetry.metrics.of_counts import OF_COUNTS
 from titan_moe_lb.traces.balance_statistics import extreme_experts, max_violation, relative_load
 from titan_moe_lb.traces.column_format import Column
 from titan_moe_lb.traces.domain_trace import DomainLoad
@@ -14,6 +15,13 @@ from titan_moe_lb.traces.step_load import StepLoad
 
 _PERCENTILES = {"p50": 50, "p95": 95, "max": 100}
 """Suffix of a name to a percentile over the layers."""
+
+_WITHOUT_PERCENTILES = {"normalized_entropy", "dead_experts", *(kind.name for kind in MARGIN_BELOW)}
+"""Metrics without percentiles over the layers.
+
+High entropy is good, so its high percentiles are useless. Few layers have dead experts. The shares of
+a margin are a distribution already.
+"""
 
 
 def sink_metrics(
@@ -43,7 +51,7 @@ def sink_metrics(
         if values_M is None or np.isnan(values_M).all():
             continue
         metrics[column.name] = float(column.over_layers(values_M))
-        if column.summary != "sum" and column.name not in WITHOUT_PERCENTILES:
+        if column.summary != "sum" and column.name not in _WITHOUT_PERCENTILES:
             for suffix, percent in _PERCENTILES.items():
                 if suffix != column.summary:
                     metrics[f"{column.name}_{suffix}"] = np.nanpercentile(values_M, percent)

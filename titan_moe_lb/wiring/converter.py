@@ -326,6 +326,7 @@ def _loop(job: Job) -> TrainingLoop:
     return TrainingLoop(
         track=reports and metrics.track_moe_metrics,
         gradients_every=gradients_every,
+        scores=reports and metrics.track_moe_metrics and metrics.router_scores,
         num_micro_batches=cut.num_micro_batches,
         accumulation_steps=cut.accumulation_steps,
         tokens_per_step=cut.global_batch_size * cut.seq_len,

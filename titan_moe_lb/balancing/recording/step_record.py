@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from titan_moe_lb.balancing.recording.histograms import histogram_of
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
+from titan_moe_lb.balancing.recording.score_sums import ScoreSums, ScoreTotals, StepScores
 from titan_moe_lb.errors import JobError
 
 MOST_OBSERVATIONS = torch.iinfo(torch.int32).max
@@ -38,6 +40,7 @@ class RouterRecord(nn.Module):
         steps: finished steps, including those of the checkpoint, int64 ``(1,)``.
         one: 1, int64 ``()``, added to a count for each token.
         last_slot: micro-batch that later forwards join; None where a step has at most M.
+        scores: sums of its scores; None in a job that does not record them.
     """
 
     counts_MSE: torch.Tensor
@@ -50,9 +53,11 @@ class RouterRecord(nn.Module):
     steps: torch.Tensor
     one: torch.Tensor
 
-    def __init__(self, *, last_slot: int | None, **rows: torch.Tensor | None) -> None:
+    def __init__(
+        self, *, last_slot: int | None, scores: ScoreSums | None, **rows: torch.Tensor | None
+    ) -> None:
         super().__init__()
-        self.last_slot = last_slot
+        self.last_slot, self.scores = last_slot, scores
         for name, row in rows.items():
             self.register_buffer(name, row, persistent=False)
 
@@ -117,6 +122,8 @@ class StepSums:
     """Tokens per expert, int64."""
     losses_NA: torch.Tensor
     """Raw values of the losses, float64."""
+    scores: ScoreTotals | None
+    """Sums of the scores; None in a job that does not record them."""
 
 
 class StepRecord:
@@ -140,7 +147,7 @@ class StepRecord:
         step_micro_batches: forwards in the last finished step, int64 ``(1,)``; None if every
             step has the same number, or M is 1.
         sums: sums of the last finished step over all ranks, after :meth:`reduce`.
-        weights_A: see :class:`RouterRecord`.
+        scores, weights_A: see :class:`RouterRecord`.
         rows, forwards, tokens: rows, forwards and tokens of the running step on this rank, which
             the host counts when a forward begins.
         learns: True while the model is in a forward that learns; None if unknown.
@@ -169,6 +176,7 @@ class StepRecord:
         varying: bool = False,
         joins_last: bool = False,
         gradients: bool = False,
+        scores: bool = False,
     ) -> None:
         """Allocate the tables.
 
@@ -187,6 +195,7 @@ class StepRecord:
                 counts them.
             gradients: True to measure the gradients of the model's loss and of the aux losses in
                 the steps in which ``measures`` is True.
+            scores: True to record sums of the scores.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -206,11 +215,11 @@ class StepRecord:
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
         self.rows = self.forwards = self.tokens = 0
         self.learns: bool | None = None
-        self.of_copy = False
-        self.measures = gradients
+        self.of_copy, self.measures = False, gradients
         self.sums: StepSums | None = None
         self.bias_delta_N: list[torch.Tensor | None] = [None] * num_routers
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None
+        self.scores = StepScores(num_routers, num_experts, device) if scores else None
         self.gradient_squares_N2 = self.step_gradient_squares_N2 = None
         if gradients:
             self.gradient_squares_N2 = zeros(2, dtype=torch.float32).requires_grad_()
@@ -234,6 +243,7 @@ class StepRecord:
             histogram = histogram_of(self.histogram_NEH[index], num_experts, num_bins)
         return RouterRecord(
             last_slot=self._last_slot,
+            scores=self.scores and self.scores.router(index, num_experts),
             counts_MSE=self.counts_NMSE[index, ..., :num_experts],
             counts=self.counts_NMSE[index].view(-1),
             losses_A=self.losses_NA[index],
@@ -282,6 +292,8 @@ class StepRecord:
                 self.step_gradient_squares_N2.fill_(math.nan)
         if self.step_micro_batches is not None:
             self.step_micro_batches.copy_(self._micro_batches_N1[0])
+        if self.scores:
+            self.scores.finish_step()
         self._start_anew()
         self._steps.add_(1)
         self.sums = None
@@ -296,7 +308,8 @@ class StepRecord:
         self.forget_histogram()
 
     def _start_anew(self) -> None:
-        torch._foreach_zero_([self.counts_NMSE, self.losses_NA, self._micro_batches_N1])
+        scores = self.scores.running if self.scores else []
+        torch._foreach_zero_([self.counts_NMSE, self.losses_NA, self._micro_batches_N1, *scores])
         if self.gradient_squares_N2 is not None:
             self._running_squares_N2.zero_()
         self.rows = self.forwards = self.tokens = 0
@@ -322,25 +335,15 @@ class StepRecord:
             groups: process groups, one for each mesh axis whose ranks route different tokens.
         """
         if self.sums is None:
-            parts = self.step_counts_NMSE.sum(dim=1), self.step_losses_NA
+            scores = self.scores.parts if self.scores else ()
+            parts = [self.step_counts_NMSE.sum(dim=1), self.step_losses_NA, *scores]
             # float64 is exact for counts up to 2**53, and the losses share the collective.
             fused = torch.cat([part.flatten().double() for part in parts])
             for group in groups:
                 dist.all_reduce(fused, group=group)
-            counts, losses = fused.split([part.numel() for part in parts])
-            self.sums = StepSums(
-                counts_NSE=counts.view(parts[0].shape).long(),
-                losses_NA=losses.view(parts[1].shape),
+            tables = fused.split([part.numel() for part in parts])
+            counts, losses, *others = (
+                table.view(part.shape) for table, part in zip(tables, parts, strict=True)
             )
+            self.sums = StepSums(counts.long(), losses, ScoreTotals(*others) if others else None)
         return self.sums
-
-
-def histogram_of(rows: torch.Tensor, num_experts: int, num_bins: int) -> torch.Tensor:
-    """Select the histograms of routers, a contiguous part of each row.
-
-    Args:
-        rows: rows of routers, ``(..., E, H)``, for the largest E and H.
-        num_experts: E of these routers.
-        num_bins: H of these routers.
-    """
-    return rows.flatten(-2)[..., : num_experts * num_bins].unflatten(-1, (num_experts, num_bins))

@@ -16,6 +16,9 @@ class TrainingLoop:
     """Steps from one measurement of the gradients at each router to the next; 0 for none. The first
     step is measured too."""
 
+    scores: bool = False
+    """Record sums of the scores: how sure each router is."""
+
     num_micro_batches: int = 1
     """Forwards of a router in an optimizer step; the maximum if ``varying``."""
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from titan_moe_lb.functional import inverse_sums
+
 
 class Sequences(NamedTuple):
     """Sizes of the sequences of a forward.
@@ -69,6 +71,16 @@ class BatchTokens(NamedTuple):
     def token_share_BL(self) -> torch.Tensor:
         """Each token's share of its row, float32 ``(B, L)``."""
         return self.valid_BL * (self.rows.share / self.rows.tokens)
+
+
+def token_weights(
+    score_func: str, scores_BLE: torch.Tensor, tokens: BatchTokens | None
+) -> torch.Tensor | None:
+    """Compute 1 / sum_j s(t,j) ``(B, L)``, 0 for padding; None if all are 1."""
+    if score_func == "softmax":  # its sums are 1
+        return None if tokens is None else tokens.valid_BL.float()
+    inverse_BL = inverse_sums(scores_BLE)
+    return inverse_BL if tokens is None else inverse_BL * tokens.valid_BL
 
 
 def batch_tokens(

@@ -110,6 +110,20 @@ _CHARTS = (
             ),
         ),
     ),
+    (
+        "Tokens with a small margin",
+        "Share of the tokens whose last chosen expert and the next one would change places if a "
+        "logit changed by a part of the logits' RMS, mean over the layers.",
+        (
+            _Axes(
+                "share of tokens",
+                tuple(
+                    _Curve(f"margin_below_1_{part}", f"by 1/{part}", pen)
+                    for part, pen in zip((2, 8, 32, 128, 512, 2048), PENS, strict=False)
+                ),
+            ),
+        ),
+    ),
 )
 """Title, text and axes of each of the fixed charts."""
 _SHOWN_ABOVE = {curve.name for *_, axes in _CHARTS for one in axes for curve in one.curves} | {

@@ -16,9 +16,3 @@ OF_COUNTS = {
     "dead_experts": num_dead_experts,
 }
 """Name to a function from counts ``(M, E)`` to the number of each layer."""
-
-WITHOUT_PERCENTILES = ("normalized_entropy", "dead_experts")
-"""Metrics without percentiles over the layers.
-
-High entropy is good, so its high percentiles are useless. Few layers have dead experts.
-"""
