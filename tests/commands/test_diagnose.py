@@ -73,7 +73,15 @@ MODELS = {
 }
 
 
-EXTRA = ("main_gradient_squared", "aux_gradient_squared", "bias_norm", "frozen_gate_squared")
+EXTRA = (
+    "main_gradient_squared",
+    "aux_gradient_squared",
+    "bias_norm",
+    "frozen_gate_squared",
+    "largest_logit",
+    "token_entropy",
+    "bfloat16_flip_share",
+)
 """Columns of layers that a healthy run may lack."""
 
 
@@ -156,6 +164,11 @@ def drawn_by_data(info: RunInfo) -> np.ndarray:
     share_SME, half = even(info), info.num_experts // 2
     share_SME[::2, :, :half] = share_SME[1::2, :, half:] = 2.0
     return share_SME
+
+
+def growing(first: float, last: float):
+    """Make a column that grows evenly over the steps."""
+    return np.linspace(first, last, STEPS).__getitem__
 
 
 ALL = slice(None)
@@ -367,6 +380,32 @@ ROWS = {
         ("deepseek_v3", {}, shares((ALL, 0, slice(0, 256, 4), 1.9)), {}),
         ("first_layers", ("hot_expert", "too_weak")),
     ),
+    "logits that grow": (
+        ("qwen3", {}, even, {"largest_logit": growing(20, 120), "token_entropy": 0.01}),
+        ("logits_grow", ("one_expert_decides",)),
+    ),
+    "logits that saturate a sigmoid": (
+        ("deepseek_v3", {}, even, {"largest_logit": growing(10, 30)}),
+        ("logits_grow", ()),
+    ),
+    "large logits that do not grow": (
+        ("gpt_oss", {}, even, {"largest_logit": 70.0, "token_entropy": 0.5}),
+        (None, ()),
+    ),
+    "growing logits that are small": (
+        ("qwen3", {}, even, {"largest_logit": growing(5, 15)}),
+        (None, ()),
+    ),
+    "one expert of four decides": (
+        ("gpt_oss", {}, even, {"largest_logit": 12.0, "token_entropy": 0.01}),
+        ("one_expert_decides", ("logits_grow",)),
+    ),
+    "one expert of one": (("llama4", {}, even, {"token_entropy": 0.01}), (None, ())),
+    "flips of a bfloat16 gate": (
+        ("qwen3", {}, even, {"bfloat16_flip_share": 0.08}),
+        ("bfloat16_flips", SYMPTOMS),
+    ),
+    "few flips": (("deepseek_v3", {}, even, {"bfloat16_flip_share": 0.03}), (None, ())),
     "padding": (("qwen3", {}, even, {"padding_share": 0.5}), ("padding", SYMPTOMS)),
     "a loss that is lost, and with it the routing": (
         ("llama4", {}, shares((slice(30, None), ALL, slice(0, 3), 1000.0)), {"loss": LOST}),
@@ -688,6 +727,7 @@ def test_a_healthy_run_says_what_was_looked_at(tmp_path, capsys):
     # Nothing of these is in this run.
     silent = {"forced_routing", "frozen_part_drifts", "loss_without_gradient"}
     silent |= {"aux_loss_too_weak", "aux_loss_dominates"}
+    silent |= {"logits_grow", "one_expert_decides", "bfloat16_flips"}
     assert set(well) == {one.kind for one in checks.CHECKS} - silent
     for kind, seen in well.items():
         assert kind.replace("_", " ") in text and re.search(r"\d", seen)

@@ -19,6 +19,7 @@ from titan_moe_lb.commands.diagnose.checks import (
     losses,
     ranks,
     run,
+    scores,
 )
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
 from titan_moe_lb.commands.diagnose.window import Window
@@ -51,6 +52,8 @@ CHECKS = (
     Check(gradients.aux_loss_too_weak, explains=("too_weak", "loads")),
     Check(gradients.aux_loss_dominates),
     Check(frozen.frozen_part_drifts),
+    Check(scores.logits_grow, explains=("one_expert_decides",)),
+    Check(scores.one_expert_decides),
     Check(losses.too_weak, "method", explains=("loads",)),
     Check(
         loads.collapse, "loads", explains=("dead_experts", "hot_expert", "hot_rank", "first_layers")
@@ -60,6 +63,7 @@ CHECKS = (
     Check(ranks.hot_rank, "loads"),
     Check(ranks.hidden_in_micro_batches, "micro-batches"),
     Check(loads.first_layers, "loads"),
+    Check(scores.bfloat16_flips),
     Check(run.padding),
 )
 """All checks. A cause is before its symptoms; findings of one severity are listed in this order."""
