@@ -6,6 +6,7 @@ Each subcommand is a function. It imports its module when it runs, so that ``--h
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.run import parent_process
 from titan_moe_lb.terminal.optional_flag import Switch, optional_flag
+from titan_moe_lb.version import __version__
 
 DESCRIPTION = """\
 Balance the experts of MoE models in torchtitan, and see what imbalance costs.
@@ -29,7 +31,7 @@ Balance the experts of MoE models in torchtitan, and see what imbalance costs.
   titan-moe-lb diagnose outputs                find what to change
   titan-moe-lb plan --hardware h100            predict what imbalance costs
 
-Help of a command: titan-moe-lb COMMAND --help
+Help of a command: titan-moe-lb COMMAND --help; version: titan-moe-lb --version
 """
 TRAIN_EXAMPLES = """\
 Train a job on the GPUs of this machine, or on its CPU if it has none.
@@ -260,6 +262,9 @@ def _refuse_job_flags(arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        print(f"titan-moe-lb {__version__}")
+        return
     with_flags_of_job = {"train": train, "check": check}  # which tyro does not know
     if arguments and arguments[0] in with_flags_of_job:
         with_flags_of_job[arguments[0]](tuple(arguments[1:]))
@@ -295,6 +300,8 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; print a user's mistake in one line and exit with status 2."""
+    if os.getcwd() not in sys.path:  # of a user's modules, as in the ranks, which python -m starts
+        sys.path.append(os.getcwd())
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except JobError as error:

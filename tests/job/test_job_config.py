@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,19 @@ def test_domains_that_cannot_be_validated(change):
     change(config)
     with pytest.raises(JobError, match="validator.domains"):
         files.domains_are_known(Job.of(config, 1))
+
+
+def test_a_job_file_imports_losses_of_ones_own(tmp_path, monkeypatch):
+    """A file beside the job, from any current folder."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_zero_losses.py").write_text(
+        "from titan_moe_lb import LogitsLoss\n"
+        "class Zero(LogitsLoss):\n"
+        "    type_name, metric_name = 'my_zero', 'my_zero_loss'\n"
+        "    def per_token(self, logits_BLE):\n"
+        "        return 0 * logits_BLE.sum(dim=-1)\n"
+    )
+    losses = 'aux_losses = [{type = "my_zero", weight = 1.0}]'
+    text = JOB.replace("[job]", "[job]\nimports = ['my_zero_losses']") + f"[model]\n{losses}\n"
+    (loss,) = last_moe(job_file(tmp_path, text), 1).router.aux_losses
+    assert (loss._owner.type_name, loss.weight) == ("my_zero", 1.0)

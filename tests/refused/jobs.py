@@ -9,6 +9,9 @@ FLAGS = {
     # --- model, config and job file
     "train --module deepseek_v4": "'deepseek_v3'",
     "train --module": "--module",
+    "train deepseek_v3/debug": "--job-config deepseek_v3/debug",
+    "train job.toml": "--job-config job.toml",
+    "train --config qwen3_tiny": "--module qwen3",
     "train --module os": "--module os",
     "train --config deepseek_v3_tinny": "'deepseek_v3_tiny'",
     "train --flavor 16B": "--flavor",
@@ -161,6 +164,11 @@ FILES = {
     "[trainign]\nsteps = 1": "'training'",
     "[training]\nstpes = 1": "'steps'",
     "[job]\nmodul = 'x'": "'module'",
+    "[job]\ndump_folder = 'out'\n[model]\nname = 'deepseek_v3'\n[optimizer]\nlr = 1e-3": (
+        "optimizer.param_groups.0.optimizer_kwargs.lr"
+    ),
+    "[job]\nimports = ['my_losess']": "'my_losess'",
+    "[job]\nimports = 'my_losses'": "imports",
     "[job]\nmodule = 'deepseek_v3'\nflavor = '67B'": "'671B'",
     "[training]\nsteps = 'ten'": "[training] steps",
     "[training]\nsteps = true": "[training] steps",

@@ -20,7 +20,8 @@ class Component(OwnDtypes, Module):
     """Base class of the components of a family.
 
     The base class of a family defines ``kinds``. A subclass that defines ``type_name`` is added to
-    ``kinds``, so a user's own class needs no registration.
+    ``kinds``, so a user's own class needs no registration. Its ``Config`` is that of its base class,
+    unless it defines one.
     """
 
     type_name: ClassVar[str]
@@ -33,8 +34,13 @@ class Component(OwnDtypes, Module):
     """Fields of the Config that the job fills and a job file cannot set."""
 
     def __init_subclass__(cls, **kwargs) -> None:
+        is_kind = "type_name" in cls.__dict__
+        if is_kind and "Config" not in cls.__dict__:
+            names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            config = type("Config", (cls.Config,), names)  # whose owner is this class
+            cls.Config = dataclass(kw_only=True, slots=True)(config)  # type: ignore[misc]
         super().__init_subclass__(**kwargs)
-        if "type_name" in cls.__dict__:
+        if is_kind:
             enter(cls.kinds, "type_name", cls)
 
     @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tomli_w
@@ -45,6 +45,9 @@ class JobTable:
     flavor: str = ""
     """Flavor of the model, instead of ``config``."""
     description: str = ""
+    imports: list[str] = field(default_factory=list)
+    """Modules with a user's own losses, bias rules, metrics or strategies, imported before the
+    model is built: files beside the job file, or any importable path."""
     ranks: int | None = None
     """Number of processes of the job on all nodes; None: any."""
     max_restarts: int = 0
@@ -132,6 +135,7 @@ def draft(arguments: list[str] | CommandLine) -> Draft:
     tables = {}
     if command.job_config:
         tables = toml_tables.read(str(job_files.find(command.job_config)), "--job-config")
+    renamed_keys.refuse_older_file(tables, source)
     if command.job_config and "job" not in tables and not (command.module or command.config):
         raise JobError(
             f"--job-config {source} names no model: begin it with one, as in "
@@ -142,6 +146,8 @@ def draft(arguments: list[str] | CommandLine) -> Draft:
     if not isinstance(job, dict):
         raise JobError(f"{source}: [job] must be a table")
     toml_tables.merge(table, job, f"{source}: [job]")
+    if table.imports:
+        module_lookup.import_all(table.imports, job_files.find(source).parent, f"{source}: [job]")
     if command.module and command.module != table.module:
         # Another model: drop the file's config function, which belongs to the file's module.
         table = dataclasses.replace(table, module=command.module, config="", flavor="")

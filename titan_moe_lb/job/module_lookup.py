@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +60,9 @@ def config_function(registry: ModuleType, name: str) -> Callable:
     """
     names = config_names(registry)
     if name not in names:
-        raise JobError(f"{registry.__name__} has no config {name!r}; {nearest(name, names)}")
+        others = [model for model in registered_models() if name in _defined_in(model)]
+        where = f"it is of --module {others[0]}" if others else nearest(name, names)
+        raise JobError(f"{registry.__name__} has no config {name!r}; {where}")
     return getattr(registry, name)
 
 
@@ -74,6 +77,10 @@ def config_names(registry: ModuleType) -> list[str]:
         and getattr(member, "__module__", None) == registry.__name__
         and getattr(getattr(member, "__code__", None), "co_argcount", 1) == 0
     ]
+
+
+def _defined_in(model: str) -> list[str]:
+    return config_names(config_registry(model))
 
 
 def config_of_flavor(registry: ModuleType, flavor: str) -> str:
@@ -91,6 +98,31 @@ def config_of_flavor(registry: ModuleType, flavor: str) -> str:
     raise JobError(
         f"{registry.__name__} has no config for flavor {flavor!r}; {nearest(flavor, flavors)}"
     )
+
+
+def import_all(modules: list[str], folder: Path, where: str) -> None:
+    """Import a user's modules, which may be files of a folder.
+
+    Args:
+        modules: importable paths.
+        folder: folder that is searched last.
+        where: place of the modules' names, for messages.
+
+    Raises:
+        JobError: a module does not exist, or needs a package that is not installed.
+    """
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+    for module in modules:
+        if not _exists(module):
+            raise JobError(
+                f"{where} imports {module!r}, which is neither a file {module}.py in {folder} nor an "
+                "importable path"
+            )
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise _needs_package(module, error) from None
 
 
 def entry_point(registry: ModuleType) -> Callable | None:

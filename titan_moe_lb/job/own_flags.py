@@ -11,6 +11,7 @@ from typing import Any
 import tomli
 
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.job import job_files
 
 DEFAULT_MODULE = "deepseek_v3"
 
@@ -51,6 +52,8 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     """Separate our own flags from torchtitan's; ``--flag value`` and ``--flag=value`` are valid."""
     command = CommandLine()
     remaining = list(arguments)
+    if remaining and (remaining[0] in job_files.names() or remaining[0].endswith(".toml")):
+        raise JobError(f"{remaining[0]!r} is no flag: did you mean --job-config {remaining[0]}?")
     checkpointing = ""
     while remaining:
         argument = remaining.pop(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from titan_moe_lb.errors import JobError
@@ -37,6 +37,40 @@ RENAMED = {
     "training.seed": "debug.seed",
     "validation.enable": "validator.enable",
 }
+
+
+_OF_0_2 = {
+    "[job] dump_folder": "dump_folder, at the top of the file",
+    "[model] name": "[job] module",
+    "[model] flavor": "[job] flavor",
+    "[model] hf_assets_path": "hf_assets_path, at the top",
+    "[profiling]": "[profiler]",
+    "[training] dataset": "[dataloader] dataset",
+    "[optimizer] lr": _LEARNING_RATE,
+    "[validation]": "[validator]",
+}
+"""Keys of a job file of torchtitan 0.2, and their names now."""
+
+
+def refuse_older_file(tables: Mapping[str, Any], source: str) -> None:
+    """Check that a job file is not of torchtitan 0.2.
+
+    Raises:
+        JobError: it names the model as 0.2 did; lists the new names of the file's keys.
+    """
+    if not _in_file("[model] name", tables):
+        return
+    found = {old: new for old, new in _OF_0_2.items() if _in_file(old, tables)}
+    raise JobError(
+        f"{source} is a job file of torchtitan 0.2; its keys are now: "
+        + "; ".join(f"{old} is {new}" for old, new in found.items())
+    )
+
+
+def _in_file(key: str, tables: Mapping[str, Any]) -> bool:
+    section, _space, name = key.partition(" ")
+    table = tables.get(section.strip("[]"))
+    return isinstance(table, Mapping) and (not name or name in table)
 
 
 def refuse(arguments: Iterable[str], config: Any) -> None:
