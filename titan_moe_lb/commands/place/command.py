@@ -74,7 +74,7 @@ def place(
         raise JobError(f"{folder} cannot be placed: {error}") from None
     done = placement_file.of_checkpoint(folder)
     lines = [_what(folder, files, layers)]
-    counts_ME = None
+    counts_ME, window = None, FEW_STEPS
     if undo:
         if from_run is not None or ep is not None or groups is not None or alone:
             raise JobError("--undo takes a placement back: it goes with --placement and -o alone")
@@ -87,15 +87,15 @@ def place(
         trace = _loads(path, folder, from_run, done)
         plan, counts_ME = _from_loads(trace, ep, groups)
         window = tenth(len(trace.steps))
-        if window < FEW_STEPS:
-            lines.append(
-                f"The loads are those of {window} step(s), too few to decide: record more, and compare "
-                "with titan-moe-lb plan --from-run, whose Placing says what an earlier load saves"
-            )
     num_experts = {layer.layer: layer.num_experts for layer in layers}
     plan.check(num_experts, str(folder))
     if counts_ME is not None:
         lines.append(_gain(plan, counts_ME))
+    if window < FEW_STEPS:
+        lines.append(
+            f"The loads are those of {window} step(s), too few to decide: record more, and compare "
+            "with titan-moe-lb plan --from-run, whose Placing says what an earlier load saves"
+        )
     if alone:
         plan.write(output)
         return [*lines, f"{output}: place {path} --placement {output} -o NEW applies it"]
