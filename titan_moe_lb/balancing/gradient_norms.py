@@ -92,7 +92,10 @@ class _Measure(torch.autograd.Function):
 
 
 class _AttachApart(torch.autograd.Function):
-    """Identity of the chosen scores; ``scores_BLE`` receives the losses' gradient alone."""
+    """Return the chosen scores unchanged.
+
+    Their gradient goes to the main path; ``scores_BLE`` gets only the gradient of the losses.
+    """
 
     @staticmethod
     def forward(ctx, chosen_BLK, scores_BLE, coefficients_BE, inverse_sums_BL, document_BL):

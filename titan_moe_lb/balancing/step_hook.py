@@ -1,4 +1,4 @@
-"""Step hook of a rank: it closes the record, updates the biases, and divides losses by rows."""
+"""Step hook of a rank: it begins a step (divides weights by rows) and closes it (bias, record)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def wire_parts(model_parts: list[nn.Module], groups: RankGroups) -> StepHook | N
         register_token_mask(part, routers_of([part]), groups)
     if record is None:
         return None
-    if groups.stages.size == 1:  # the input of a stage may come from weights that learn
+    # Under a pipeline, weights of an earlier stage may learn, which this rank cannot see.
+    if groups.stages.size == 1:
         warn_without_effect(model_parts)
     hook = StepHook(layers, record, groups)
     first = 0
@@ -256,7 +257,10 @@ class StepHook:
             )
 
     def forward_ends(self) -> None:
-        """Run after a forward of the rank's first model part; others may learn on a pipeline."""
+        """Run after a forward of the first model part.
+
+        Under a pipeline other parts may still be learning, so the state becomes unknown (None).
+        """
         self.record.learns = False if self._counts_rows else None
 
     def _check_repetition(self) -> None:
@@ -302,7 +306,8 @@ class StepHook:
         self.finished_steps += 1
         self._sample_gradients()
         self._global_rows = None
-        # If the device counts tokens, the first forward of the next step begins it.
+        # Where the device counts tokens, the next step begins at its first forward: the host may
+        # read the count only then.
         if not self.tokens.counted:
             self._begin_step_if_alike()
 
@@ -331,7 +336,7 @@ class StepHook:
 
     @property
     def has_begun(self) -> bool:
-        """True if the running step has counted a forward, or may have counted one."""
+        """True if the running step counted a forward; always True under a pipeline, where none is."""
         return self.record.forwards > 0 or not self._counts_rows
 
     def skip_step(self) -> None:

@@ -25,7 +25,7 @@ tokens (torchtitan's ``ntokens_seen``). DCP's metadata contain the size, so noth
 
 _METADATA = ".metadata"
 _FINISHED = (_METADATA, "model.safetensors.index.json")
-"""Files of which torchtitan requires one in a complete step, though it cannot load the second."""
+"""torchtitan takes a step as complete if it has either file; it can load only one with the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

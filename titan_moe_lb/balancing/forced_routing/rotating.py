@@ -13,11 +13,11 @@ from titan_moe_lb.balancing.forced_routing.hot_share import HotShare
 
 
 class Rotating(HotShare):
-    """Route as contiguous ``hot_experts``, and make the next experts hot every ``period`` steps.
+    """Route like ``hot_experts`` with neighboring hot experts; every ``period`` steps the next are hot.
 
     In step s, counted from 0, experts ``(s // period) num_hot + [0, num_hot)`` modulo E are hot,
-    also in a resumed job. A plan from the load of past steps is stale after each change. Source: W6
-    of Megatron-LM PR 7488, whose period is 3.
+    also in a resumed job. An expert placement planned from past loads is out of date after each
+    change: this workload tests that. Source: W6 of Megatron-LM PR 7488, whose period is 3.
     """
 
     type_name: ClassVar[str] = "rotating"

@@ -13,8 +13,8 @@ class RouterReplay:
     Attributes:
         notes: True to save the choices of the running forward in ``seen_BLK``.
         seen_BLK: choices of the last forward that was recorded, int64 ``(B, L, K)``.
-        expert_ids_BLK: experts for the running forward, int64 ``(B, L, K)``, negative for a token
-            that chooses itself; None: all tokens choose.
+        expert_ids_BLK: experts for the running forward, int64 ``(B, L, K)``, negative where
+            the router keeps its own choice; None: it keeps all.
         changed_2: number of the router's choices that are not among the replayed experts, and
             number of the replayed experts, int64 ``(2,)``.
     """

@@ -14,7 +14,7 @@ class SeenTokens:
     the counts of a step, which stay on the device until the next step begins.
 
     Attributes:
-        total: tokens of the steps that were read.
+        total: tokens of the finished steps, except of one whose count is still on the device.
         counted: True if the device counts tokens, because steps differ.
     """
 

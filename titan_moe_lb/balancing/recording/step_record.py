@@ -34,12 +34,14 @@ class RouterRecord(nn.Module):
 
     Attributes:
         counts_MSE, losses_A, histogram_EH, expert_ids_MBLK: see :class:`StepRecord`.
-        counts: row of ``counts_MSE`` without its shape, as long as that of the largest router.
+        counts: flat row of the whole table, sized for the largest router; ``counts_MSE`` is the part
+            that this router uses.
         micro_batch: forwards of the running step so far, int64 ``(1,)``; 0 if M is 1.
         weights_A: factor of the gradient of each loss, weight / G, float32.
         steps: finished steps, including those of the checkpoint, int64 ``(1,)``.
         one: 1, int64 ``()``, added to a count for each token.
-        last_slot: micro-batch that later forwards join; None where a step has at most M.
+        last_slot: index of the last micro-batch, to which forwards beyond M are added; None if
+            there are none beyond M.
         scores: sums of its scores; None in a job that does not record them.
     """
 
@@ -80,7 +82,7 @@ class RouterRecord(nn.Module):
         return self.micro_batch.clamp(max=self.last_slot)
 
     def add_counts(self, source: int, ids_BLK: torch.Tensor, number: torch.Tensor) -> None:
-        """Add the tokens of one forward, without a table of their own.
+        """Add the tokens of one forward straight to the record, with no temporary table of counts.
 
         Args:
             source: index of the count source.
@@ -191,8 +193,8 @@ class StepRecord:
             device: device of the tables.
             finished_steps: optimizer steps of the checkpoint that the job resumes from.
             varying: True if steps differ in their number of micro-batches.
-            joins_last: True to add forwards after the M-th to the last micro-batch, where no host
-                counts them.
+            joins_last: True if forwards after the M-th are added to micro-batch M - 1, because the
+                host does not count forwards (pipelines).
             gradients: True to measure the gradients of the model's loss and of the aux losses in
                 the steps in which ``measures`` is True.
             scores: True to record sums of the scores.
@@ -259,9 +261,8 @@ class StepRecord:
         """Raise ``JobError`` for a learning forward of a layer whose step no loop closes."""
         if self.of_copy:
             raise JobError(
-                f"layer {layer} is of a copy of a model that has a training loop, and no loop "
-                "closes the steps of the copy: copy the model before attach(), and attach() each "
-                "that learns"
+                f"layer {layer} belongs to a copy of an attached model, whose steps nobody closes: copy "
+                "the model before attach(), then attach() every copy that learns"
             )
         if self.learns is False and not is_recomputation():
             raise JobError(

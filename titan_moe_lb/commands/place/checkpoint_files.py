@@ -13,7 +13,7 @@ import numpy as np
 from titan_moe_lb.commands.place.by_expert import Stored
 
 Moves = dict[str, tuple[str, np.ndarray | None]]
-"""Name of a tensor to its source and the order of the source's rows.
+"""Name of each tensor that moves to the tensor it comes from and the order of that tensor's rows.
 
 The source is a tensor of equal shape and type. The order is None if the rows stay in order. A
 tensor without an entry is copied.
@@ -23,7 +23,9 @@ _COPIED_AT_ONCE = 16 << 20
 
 
 class CheckpointFiles(ABC):
-    """Checkpoint in a folder, with mapped files, so that memory holds only the parts that are read.
+    """Checkpoint in a folder.
+
+    Its files are memory-mapped, so only the parts that are read take memory.
 
     Attributes:
         tensors: tensors by name.

@@ -25,7 +25,7 @@ def diverged(window: Window) -> Finding | str | None:
         severity=Severity.FAULT,
         what=f"the language-model loss is not a number from step {first} on",
         evidence=f"the last finite loss is {last}",
-        reason="the steps after it teach nothing",
+        reason="no step after it teaches the model anything: gradients are not finite either",
         remedy="go on from a checkpoint before it with a lower learning rate",
         since=first,
     )
@@ -57,6 +57,6 @@ def padding(window: Window) -> Finding | str | None:
         severity=Severity.NOTE,
         what=what,
         evidence="moe/padding_share, mean over the last steps",
-        reason="padding is dispatched like any token: above a third it decides load and time",
+        reason=f"padding is dispatched like any token: above {MUCH_PADDING:.0%} it weighs on load and time",
         remedy="pack rows, or make them shorter",
     )
