@@ -41,7 +41,7 @@ from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.recording.step_record import StepRecord
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.step_hook import StepHook, wire
-from titan_moe_lb.costmodel.jobs.fake_rank import fake_rank
+from titan_moe_lb.costmodel.jobs.rank_memory import fake_rank
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.traces.trace import FILE_NAME, TraceWriter

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_moe_lb.checkpoints.start import Checkpoint, start_of
+from titan_moe_lb.checkpoints.resume_point import Checkpoint, start_of
 from titan_moe_lb.parallel.batch_cut import Cut
 from titan_moe_lb.parallel.layout import Layout
 

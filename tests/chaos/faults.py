@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.chaos.fault_signals import FaultSignal
 from tests.chaos.job import INTERVAL, RANKS, STEPS, start
-from titan_moe_lb.checkpoints.start import is_finished, steps_in
+from titan_moe_lb.checkpoints.resume_point import is_finished, steps_in
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import FILE_NAME, read_trace
 

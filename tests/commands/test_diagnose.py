@@ -20,7 +20,7 @@ from titan_moe_lb.commands.diagnose.finding import Finding, Severity
 from titan_moe_lb.commands.diagnose.window import Window, effective_experts
 from titan_moe_lb.traces import expert_order
 from titan_moe_lb.traces.balance_statistics import mark_absent, max_violation
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import Trace, TraceWriter, read_trace

@@ -22,7 +22,7 @@ from tests.models import test_hugging_face as hugging_face
 from tests.support.place_jobs import FLOAT32, logits_around_a_placement, train_with_hot_experts
 from tests.support.train_jobs import train
 from titan_moe_lb.checkpoints.placement_file import FILE_NAME, read
-from titan_moe_lb.checkpoints.start import read_metadata
+from titan_moe_lb.checkpoints.resume_point import read_metadata
 from titan_moe_lb.commands.place.command import place
 from titan_moe_lb.commands.plan.command import make_plan
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments

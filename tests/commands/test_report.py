@@ -19,7 +19,7 @@ import pytest
 from tests.support.synthetic_trace import COLUMNS, LOSS, rewritten, run_info, step_loads, write_run
 from titan_moe_lb import cli
 from titan_moe_lb.commands.report.run_names import run_names
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 
 

@@ -26,7 +26,7 @@ from titan_moe_lb.commands.watch import pulse
 from titan_moe_lb.commands.watch.follower import Follower
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.commands.watch.glyphs import ASCII, UNICODE, glyphs_of
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace
 

@@ -21,7 +21,6 @@ from tests.support.memory_jobs import LiveBytes
 from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
 from titan_moe_lb.costmodel import all_to_all_time, expert_load, receiver_skew
 from titan_moe_lb.costmodel.hardware.device import SPECS, Hardware, Host
-from titan_moe_lb.costmodel.hardware.roofline import gemm_time
 from titan_moe_lb.costmodel.times.activation import (
     bytes_of_combine,
     bytes_of_exchanges,
@@ -30,6 +29,7 @@ from titan_moe_lb.costmodel.times.activation import (
     working_bytes_per_received_token,
 )
 from titan_moe_lb.costmodel.times.dispatch import exchange_time
+from titan_moe_lb.costmodel.times.gemm import gemm_time
 from titan_moe_lb.costmodel.times.layer import (
     MoELayer,
     RankRole,

@@ -13,9 +13,9 @@ from tests.support import planning
 from tests.support.planning import TINY, device_file, write_run
 from titan_moe_lb.commands.plan.known_hardware import hardware
 from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.hardware.roofline import gemm_time, turning_rows
 from titan_moe_lb.costmodel.loads.expert_load import active_share
 from titan_moe_lb.costmodel.times.dispatch import exchange_time
+from titan_moe_lb.costmodel.times.gemm import gemm_time, turning_rows
 from titan_moe_lb.costmodel.times.kv_cache import KVCache
 from titan_moe_lb.costmodel.times.layer import (
     MoELayer,

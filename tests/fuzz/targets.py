@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from tests.fuzz.damage import HOSTILE_TEXT, MOMENTS, VALUES, damaged, trees
 from tests.support.synthetic_trace import run_info, write_run
 from titan_moe_lb import cli
-from titan_moe_lb.checkpoints.start import read_metadata, start_of
+from titan_moe_lb.checkpoints.resume_point import read_metadata, start_of
 from titan_moe_lb.commands.diagnose.command import diagnose
 from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
 from titan_moe_lb.commands.study import command as study_command

@@ -22,7 +22,7 @@ from tests.support.resumed_jobs import (
     start_line,
 )
 from tests.support.train_jobs import load_checked, train
-from titan_moe_lb.checkpoints.start import Checkpoint, damage, read_metadata, steps_in
+from titan_moe_lb.checkpoints.resume_point import Checkpoint, damage, read_metadata, steps_in
 from titan_moe_lb.errors import JobError
 
 

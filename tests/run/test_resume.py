@@ -21,8 +21,8 @@ from tests.support.resumed_jobs import (
 )
 from tests.support.saved_tensors import tensors
 from tests.support.train_jobs import next_inputs, train
-from titan_moe_lb.checkpoints.start import read_metadata
-from titan_moe_lb.wiring.resume import MARKER
+from titan_moe_lb.checkpoints.resume_point import read_metadata
+from titan_moe_lb.wiring.bias_on_resume import MARKER
 
 
 def test_resumed_run_continues_bitwise(ranks, tmp_path):

@@ -18,7 +18,7 @@ from titan_moe_lb.commands.plan.building import silent_build
 from titan_moe_lb.commands.plan.serving.command import ALONE
 from titan_moe_lb.costmodel.hardware.device import SPECS
 from titan_moe_lb.job import job_config
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter

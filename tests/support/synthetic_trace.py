@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, read_trace

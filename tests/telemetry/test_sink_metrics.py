@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.synthetic_trace import run_info, step_loads
 from titan_moe_lb.telemetry.sink_metrics import sink_metrics
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.step_load import StepLoad
 
 COLUMNS = (

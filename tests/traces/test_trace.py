@@ -23,7 +23,7 @@ from titan_moe_lb import cli
 from titan_moe_lb.commands.diagnose.checks import findings
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import END
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.run_info import FORMAT_VERSION
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import (

@@ -18,7 +18,7 @@ from torchtitan.components.checkpointer.base import MODEL, TRAIN_STATE
 from torchtitan.config.override import derive
 from torchtitan.trainer import Trainer
 
-from titan_moe_lb.checkpoints.start import TOKEN_RANKS
+from titan_moe_lb.checkpoints.resume_point import TOKEN_RANKS
 from titan_moe_lb.parallel.layout import Layout
 from titan_moe_lb.terminal.run_folder import is_remote
 from titan_moe_lb.upstream.checked_reader import CheckedReader

@@ -13,7 +13,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
-from titan_moe_lb.checkpoints.start import (
+from titan_moe_lb.checkpoints.resume_point import (
     TOKEN_RANKS,
     Checkpoint,
     damage,

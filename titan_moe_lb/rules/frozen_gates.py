@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from titan_moe_lb.checkpoints.start import is_model_only
+from titan_moe_lb.checkpoints.resume_point import is_model_only
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules.layer_names import layer_name

@@ -9,7 +9,7 @@ import numpy as np
 from titan_moe_lb.telemetry.metrics.margin import MARGIN_BELOW
 from titan_moe_lb.telemetry.metrics.of_counts import OF_COUNTS
 from titan_moe_lb.traces.balance_statistics import extreme_experts, max_violation, relative_load
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.domain_trace import DomainLoad
 from titan_moe_lb.traces.step_load import StepLoad
 

@@ -8,7 +8,7 @@ from titan_moe_lb.balancing.freezing import applied_losses
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.metrics import Metric
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.step_load import StepLoad
 
 LEARNING = (

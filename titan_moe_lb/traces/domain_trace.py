@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader
-from titan_moe_lb.traces.column_format import count_lists
+from titan_moe_lb.traces.columns import count_lists
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_file import StepFile
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.balance_statistics import ABSENT
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import TraceWriter, trace_file

@@ -13,7 +13,7 @@ import pyarrow as pa
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 
 FORMAT_VERSION = 2
 _KEY = b"titan_moe_lb"

@@ -1,7 +1,7 @@
 """Trace of a run: the load of every MoE layer in every logged step, in ``moe_load.arrow``.
 
 Each logged step is one record batch with a row for each MoE layer. Readers find the columns of
-``column_format`` by name.
+``columns`` by name.
 
 Shape suffixes: S = logged steps, M = MoE layers, E = experts.
 """
@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.batch_reader import BatchReader, step_of
-from titan_moe_lb.traces.column_format import MICRO_BATCH, batch_of, values_of
+from titan_moe_lb.traces.columns import MICRO_BATCH, batch_of, values_of
 from titan_moe_lb.traces.run_info import RunInfo
+from titan_moe_lb.traces.schema import info_of, schema_of
 from titan_moe_lb.traces.step_file import StepFile
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace_schema import info_of, schema_of
 
 FILE_NAME = "moe_load.arrow"
 MOST_BYTES = 1 << 27

@@ -41,7 +41,7 @@ from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.telemetry import metrics_processor
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
-from titan_moe_lb.wiring.resume import (
+from titan_moe_lb.wiring.bias_on_resume import (
     BiasReset,
     remember_once_loaded,
     start_anew,

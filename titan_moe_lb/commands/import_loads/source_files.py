@@ -11,7 +11,7 @@ from pyarrow import csv, json, parquet
 from rich.progress import Progress
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.column_format import array_of, count_lists
+from titan_moe_lb.traces.columns import array_of, count_lists
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".npy")
 """Suffixes of the files that can be read."""

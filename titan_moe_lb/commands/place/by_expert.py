@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from titan_moe_lb.checkpoints.start import TOKEN_RANKS
+from titan_moe_lb.checkpoints.resume_point import TOKEN_RANKS
 from titan_moe_lb.errors import JobError
 
 

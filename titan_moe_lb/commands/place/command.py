@@ -19,7 +19,7 @@ from rich.progress import (
 
 from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.checkpoints.placement_file import ExpertOrder
-from titan_moe_lb.checkpoints.start import is_finished, steps_in
+from titan_moe_lb.checkpoints.resume_point import is_finished, steps_in
 from titan_moe_lb.commands.place import new_folder
 from titan_moe_lb.commands.place.by_expert import ExpertTensors, expert_tensors
 from titan_moe_lb.commands.place.checkpoint_files import CheckpointFiles, Moves

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from titan_moe_lb.checkpoints.start import Checkpoint, damage
+from titan_moe_lb.checkpoints.resume_point import Checkpoint, damage
 from titan_moe_lb.commands.place.by_expert import Stored
 from titan_moe_lb.commands.place.checkpoint_files import CheckpointFiles, Moves, copy_span, to_disk
 from titan_moe_lb.errors import JobError

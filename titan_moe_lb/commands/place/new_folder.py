@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from titan_moe_lb.checkpoints.start import steps_in
+from titan_moe_lb.checkpoints.resume_point import steps_in
 from titan_moe_lb.errors import JobError
 
 

@@ -26,7 +26,7 @@ from titan_moe_lb.pages.charts import (
 )
 from titan_moe_lb.pages.palette import color, ramp
 from titan_moe_lb.traces.balance_statistics import max_violation
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.trace import Trace
 
 MOST_POINTS = 1000

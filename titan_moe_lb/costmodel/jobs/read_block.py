@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES, FP32_BYTES
+from titan_moe_lb.costmodel.times.gemm import BF16_BYTES, FP32_BYTES
 from titan_moe_lb.costmodel.times.job import Block
 
 INDEX_BYTES = 8

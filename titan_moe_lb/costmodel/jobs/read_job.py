@@ -23,10 +23,10 @@ from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from torchtitan.protocols.module import Module
 from torchtitan.tools.utils import set_default_dtype
 
-from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
-from titan_moe_lb.costmodel.jobs.fake_rank import build_parts, fake_rank, rank_state
 from titan_moe_lb.costmodel.jobs.pipeline_positions import positions_of
+from titan_moe_lb.costmodel.jobs.rank_memory import build_parts, fake_rank, rank_state
 from titan_moe_lb.costmodel.jobs.read_block import BlockReader
+from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
 from titan_moe_lb.costmodel.times.job import Head, JobModel, RankState, Stage
 from titan_moe_lb.costmodel.times.layer import MoELayer
 from titan_moe_lb.errors import JobError

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
 from titan_moe_lb.costmodel.jobs.read_job import bind, meta_model
+from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
 from titan_moe_lb.costmodel.times.kv_cache import KVCache
 from titan_moe_lb.costmodel.times.served_model import ServedLayer, ServedModel
 from titan_moe_lb.errors import JobError

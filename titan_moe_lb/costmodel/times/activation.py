@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES, FP32_BYTES
 from titan_moe_lb.costmodel.loads.expert_load import Array
 from titan_moe_lb.costmodel.times.dispatch import places_of_a_token
+from titan_moe_lb.costmodel.times.gemm import BF16_BYTES, FP32_BYTES
 from titan_moe_lb.costmodel.times.job import JobModel, Stage
 from titan_moe_lb.costmodel.times.layer import MoELayer, RankRole
 from titan_moe_lb.parallel.schedules import peak, stages_of

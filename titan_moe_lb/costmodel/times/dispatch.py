@@ -9,8 +9,8 @@ import numpy as np
 
 from titan_moe_lb.costmodel.hardware.all_to_all import all_to_all_time
 from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
 from titan_moe_lb.costmodel.loads.expert_load import Array
+from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
 
 Dispatcher = Literal["standard", "deepep", "low_latency"]
 

@@ -8,12 +8,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.hardware.roofline import (
-    BF16_BYTES,
-    expert_forward_time,
-    gemm_time,
-    mlp_time,
-)
 from titan_moe_lb.costmodel.loads.expert_load import (
     WORST,
     Array,
@@ -23,6 +17,12 @@ from titan_moe_lb.costmodel.loads.expert_load import (
     whole_rows,
 )
 from titan_moe_lb.costmodel.times.dispatch import Dispatcher, exchange_time
+from titan_moe_lb.costmodel.times.gemm import (
+    BF16_BYTES,
+    expert_forward_time,
+    gemm_time,
+    mlp_time,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.hardware.roofline import BF16_BYTES
 from titan_moe_lb.costmodel.times.activation import activation_peak
+from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
 from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.layer import (
     LayerTime,

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
     ProcessFailure,
 )
 
-from titan_moe_lb.checkpoints.start import own_folder, remedy
+from titan_moe_lb.checkpoints.resume_point import own_folder, remedy
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.resolved_job import Job
 

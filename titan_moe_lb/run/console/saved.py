@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from titan_moe_lb.checkpoints.start import is_finished, is_remote, own_folder, steps_in
+from titan_moe_lb.checkpoints.resume_point import is_finished, is_remote, own_folder, steps_in
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import last_step, trace_file
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchtitan.tools.utils import device_module
 
-from titan_moe_lb.checkpoints.start import left_out, own_folder
+from titan_moe_lb.checkpoints.resume_point import left_out, own_folder
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.run.console import rank_log, saved
 from titan_moe_lb.traces.run_info import RunInfo

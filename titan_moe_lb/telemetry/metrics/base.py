@@ -14,7 +14,7 @@ import numpy as np
 from titan_moe_lb.balancing.component import enter
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.rank_step import RankStep
-from titan_moe_lb.traces.column_format import Column
+from titan_moe_lb.traces.columns import Column
 
 
 class Reduction(Enum):

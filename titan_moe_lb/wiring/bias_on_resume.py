@@ -14,7 +14,7 @@ from torch import nn
 
 from titan_moe_lb.balancing.expert_bias.base import ExpertBias
 from titan_moe_lb.balancing.router import moe_layers_of
-from titan_moe_lb.checkpoints.start import is_remote, own_folder, remedy
+from titan_moe_lb.checkpoints.resume_point import is_remote, own_folder, remedy
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.resolved_job import Job
 

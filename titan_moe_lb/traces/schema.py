@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.traces.column_format import MICRO_BATCH, Column, all_columns, always
+from titan_moe_lb.traces.columns import MICRO_BATCH, Column, all_columns, always
 from titan_moe_lb.traces.run_info import RunInfo
 
 
