@@ -276,7 +276,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         coefficients_BE = None
         if learns and self.record is not None:
             if self.record.scores is not None:
-                gate = self.score_func, self.gate.weight.dtype, *map(local_shard, of_gate)
+                x_BLD, logits_BLE = map(local_shard, of_gate)
+                gate = self.score_func, self.gate.weight.dtype, x_BLD, logits_BLE
                 self.record.scores.add(*gate, scores_BLE, inverse_BL, chosen, tokens)
             counts_by_source = self.sources.count(
                 ids_BLK,

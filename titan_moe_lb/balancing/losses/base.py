@@ -234,14 +234,11 @@ class SumsLoss(AuxLoss):
         documents = self.config.documents is not None
         sequences = tables.sequences(documents=documents)
         sums_BE = tables.sums(documents=documents, whole=not self.linear)
-        counts_BE = None
-        if self.needs_counts:
-            counts_BE = tables.counts(self.source, documents=documents)
+        counts_BE = tables.counts(self.source, documents=documents) if self.needs_counts else None
         if isinstance(sequences.share, torch.Tensor):
             # The formula may divide by sums and counts, which an empty sequence would leave at 0.
-            is_empty = sequences.share == 0
-            if not self.additive:
-                is_empty = is_empty.all()
+            empty_B1 = sequences.share == 0
+            is_empty = empty_B1 if self.additive else empty_B1.all()
             if not self.linear:
                 sums_BE = sums_BE.masked_fill(is_empty, 1 / self.num_experts)
             if counts_BE is not None:

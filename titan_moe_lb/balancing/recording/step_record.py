@@ -245,7 +245,7 @@ class StepRecord:
             histogram = histogram_of(self.histogram_NEH[index], num_experts, num_bins)
         return RouterRecord(
             last_slot=self._last_slot,
-            scores=self.scores and self.scores.router(index, num_experts),
+            scores=None if self.scores is None else self.scores.router(index, num_experts),
             counts_MSE=self.counts_NMSE[index, ..., :num_experts],
             counts=self.counts_NMSE[index].view(-1),
             losses_A=self.losses_NA[index],
