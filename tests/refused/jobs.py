@@ -131,6 +131,7 @@ FLAGS = {
     "NGPU=2 train TINY CP=2 --training.seq_len 256 ROWS=1 BATCH=4 SPMD=full_dtensor": "spmd_backend",
     "NGPU=2 train TINY CP=2 --training.seq_len 256 --compile.enable SPMD=full_dtensor": "spmd_backend",
     "NGPU=2 train TINY TP=2 EP=2 --compile.enable SPMD=full_dtensor": "spmd_backend",
+    "NGPU=4 train TINY TP=2 CP=2 --training.seq_len 256 SPMD=full_dtensor": "spmd_backend",
     # --- the processes of the launcher
     "NGPU=two train TINY": "NGPU=two",
     "NGPU=0 train TINY": "NGPU=0",

@@ -59,6 +59,23 @@ def blocks_can_be_traced(job: Job) -> None:
         )
 
 
+def cut_can_be_planned(job: Job) -> None:
+    """Refuse ``full_dtensor`` with tensor and context parallelism together.
+
+    Upstream fact: both shard the tokens, and torch 2.14 searches minutes for a redistribution of such
+    a tensor (``find_min_cost_path`` in ``distributed/tensor/_redistribute.py``), or raises ``Cannot
+    unflatten tensor with _StridedShard placement`` in a linear layer. The first step does not end,
+    with torchtitan alone either.
+    """
+    parallelism = job.config.parallelism
+    degrees = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    if parallelism.spmd_backend == "full_dtensor" and min(degrees) > 1:
+        raise JobError(
+            'parallelism.spmd_backend = "full_dtensor" does not end its first step with tensor and '
+            'context parallelism together: set parallelism.spmd_backend = "spmd_types"'
+        )
+
+
 def _blocks_are_compiled(job: Job) -> bool:
     return job.config.compile.enable and "model" in job.config.compile.components
 
@@ -66,4 +83,5 @@ def _blocks_are_compiled(job: Job) -> bool:
 RULES = (
     gradients_are_kept,
     blocks_can_be_traced,
+    cut_can_be_planned,
 )
