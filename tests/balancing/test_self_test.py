@@ -99,7 +99,12 @@ def state_of(made) -> dict[str, object]:
             f"gradient {name}": None if p.grad is None else p.grad.clone()
             for name, p in made.model.named_parameters()
         },
-        "record": [t.detach().clone() for t in vars(record).values() if torch.is_tensor(t)],
+        "record": [
+            t.detach().clone()
+            for thing in (record, record.scores)
+            for t in vars(thing or object).values()
+            if torch.is_tensor(t)
+        ],
         "host": (record.rows, record.forwards, record.tokens, record.learns, hook.finished_steps),
         "progress": (hook.weights, hook.announced_rows, made.balance.finished_steps),
         "optimizer": str(made.optimizer.state_dict()),

@@ -137,11 +137,10 @@ class Balance:
         Raises:
             JobError: the model is split over a pipeline, or has no loss and no bias.
         """
-        if self._hook is None or self.groups.stages.size > 1:
-            raise JobError(
-                "check() needs the whole model with a loss or a bias in one process: build it "
-                "without a pipeline"
-            )
+        if self.groups.stages.size > 1:
+            raise JobError("check() needs all layers on every rank: build it without a pipeline")
+        if self._hook is None:
+            raise JobError("check() finds no balanced layer: set aux_losses or expert_bias")
         closed = self._closed_steps
         try:
             measured = measure(self.model_parts, self._hook, forward_backward, optimizer)

@@ -41,6 +41,7 @@ from titan_moe_lb.rules.model import layers_count_their_experts_alike
 from titan_moe_lb.telemetry import metrics_processor
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
+from titan_moe_lb.upstream import cpu
 from titan_moe_lb.wiring.bias_on_resume import (
     BiasReset,
     remember_once_loaded,
@@ -320,6 +321,8 @@ def _loop(job: Job) -> TrainingLoop:
     recorded_tokens, gradients_every = None, 0
     if reports and metrics.track_moe_metrics and metrics.router_gradients:
         gradients_every = metrics.log_freq * metrics.router_gradients_every
+        if not (job.config.training.disable_cuda_graphs or cpu.needed()):
+            gradients_every = 1  # a graph repeats what its second step did
     if reports and metrics.record_routing_steps:
         recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
     loader = getattr(job.config.dataloader, "_owner", None)

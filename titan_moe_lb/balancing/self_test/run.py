@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -140,6 +141,8 @@ class _Test:
         return main
 
     def _note_output(self, row: int, out: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():  # one graph for each layer would exceed dynamo's limit
+            return
         values = local_shard(out.detach())
         in_unit = (values >= 0).all() & (values <= 1).all() & (values.amax() > values.amin())
         self._outputs[row] = GateOutput(attached=out.requires_grad, looks_scored=bool(in_unit))
@@ -163,6 +166,9 @@ class _Test:
             hook.record.counts_NMSE[row, :, 0, : layer.router.num_experts].sum(0)
             for row, layer in enumerate(self._layers)
         ]
+        for group in hook.groups.tokens:  # so that every rank finds the same
+            for counts_E in self._counts:
+                dist.all_reduce(counts_E, group=group)
         gates = [list(layer.router.gate.parameters()) for layer in self._layers]
         return [_flat([p.grad for p in parameters]) for parameters in gates]
 
@@ -176,12 +182,15 @@ class _Test:
             parameter.grad = None
         hook = self._hook
         hook.record.rows = 0  # the rows of the function may be a part of those of a step
-        before = hook.finished_steps
+        before, tokens = hook.finished_steps, hook.tokens.total
         for optimizer in self._optimizers:
             optimizer.step()
         closed = hook.finished_steps - before
         if not closed:
             hook.close_step()
+        # The other forwards are of the same step: its weights, its forced choices.
+        hook.tokens.read()
+        hook.resume(before, tokens)
         return closed if self._optimizers else None
 
     def _biases(self) -> list[torch.Tensor | None]:
@@ -221,7 +230,7 @@ class _Test:
         hook.begin_step(self._rows_of_step())
         now = hook.record.weights_A.clone()
         for index, loss in enumerate(hook.losses):
-            weight = loss.weight_at(hook.finished_steps, hook.tokens.total)
+            weight = loss.weight_at(hook.finished_steps + 1, hook.tokens.total)
             scale = float(now[index]) / weight if weight else 0.0
             unit = torch.zeros(len(hook.losses))
             unit[index] = scale
@@ -237,7 +246,7 @@ class _Test:
                         name=loss.type_name,
                         weight=weight,
                         norm=norm,
-                        share=norm / layer.main_norm if layer.main_norm else math.inf * norm,
+                        share=norm / layer.main_norm if layer.main_norm else norm and math.inf,
                         reaches=reaches,
                     )
                 )

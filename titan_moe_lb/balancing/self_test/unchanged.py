@@ -20,7 +20,8 @@ def unchanged(parts: list[nn.Module], hook: StepHook) -> Iterator[None]:
     """
     gradients = [(p, p.grad) for part in parts for p in part.parameters()]
     buffers = [(b, b.detach().clone()) for part in parts for b in part.buffers()]
-    states = [_State(thing) for thing in (hook, hook.tokens, hook.record)]
+    things = [hook, hook.tokens, hook.record, hook.record.scores]
+    states = [_State(thing) for thing in things if thing is not None]
     try:
         yield
     finally:

@@ -26,6 +26,8 @@ def logits_grow(window: Window) -> Finding | str | None:
         return None
     trace = window.trace
     begin, end = trace.balanced_since, len(trace.steps)
+    if trace.info.score_func == "sqrtsoftplus" or end - begin < 2:  # it does not saturate
+        return None
     before_M = _mean(trace.layer_columns["largest_logit"][begin : (begin + end) // 2])
     now_M = _mean(largest_SM)
     bound = SATURATED_SIGMOID if trace.info.score_func == "sigmoid" else LARGE_LOGIT
@@ -38,7 +40,8 @@ def logits_grow(window: Window) -> Finding | str | None:
     return Finding(
         what=f"the router logits grow without bound in {window.layers(large_M)}",
         evidence=course,
-        reason=f"above {bound:g} scores are equal or 0 in float32, and the gate no longer learns",
+        reason=f"above {bound:g} scores are 0 or 1 in float32 where logits differ so much, and the gate "
+        "no longer learns there",
         **_keep_logits_small(window),
         layers=window.numbers(large_M),
     )
