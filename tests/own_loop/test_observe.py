@@ -188,3 +188,36 @@ def test_logits_instead_of_ids_are_refused():
     lb.observe(model, expert_ids=lambda _router, output: output, **options)
     with pytest.raises(lb.JobError, match="expert_ids"):
         model(torch.eye(4, 6))
+
+
+def test_a_mask_instead_of_ids_is_refused():
+    """Megatron's routers return probabilities and a boolean map."""
+    model = OwnModel()
+    options = {"routers": "*.chooser", "num_experts": 4}
+    lb.observe(model, expert_ids=lambda _router, output: output > 0, **options)
+    with pytest.raises(lb.JobError, match="expert_ids"):
+        model(torch.eye(4, 6))
+
+
+def test_steps_ascend_and_numbers_stay():
+    observed = lb.observe(model_of("qwen3_moe"))
+    observed.step(3, loss=1.0)
+    for step, numbers in ((3, {"loss": 1.0}), (4, {"lr": 0.1})):
+        with pytest.raises(lb.JobError, match=f"step {step}"):
+            observed.step(step, **numbers)
+
+
+def observe_stages() -> str:
+    """Observe another layer on each rank."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    model = model_of("qwen3_moe")
+    if dist.get_rank():
+        del model.model.layers[0]
+    with pytest.raises(lb.JobError) as error:
+        lb.observe(model).step(1)
+    return str(error.value)
+
+
+def test_stages_of_a_pipeline_are_refused_on_every_rank(ranks):
+    assert all("pipeline" in message for message in ranks.run(2, observe_stages))

@@ -42,7 +42,9 @@ def test_layers_may_have_different_numbers_of_experts(tmp_path):
     [
         (1, EVEN, {}, "step 1"),
         (2, {1: EVEN[1]}, {}, "layers"),
-        (2, {}, {}, "layers"),
+        (2, {}, {}, "step 2"),
+        (2, {1: [0] * 4, 3: [0] * 4}, {}, "step 2"),
+        (2, {1: [4, 4, 4, 6], 3: EVEN[3]}, {}, "layer 3"),
         (2, {1: [4, 4, 4], 3: EVEN[3]}, {}, "layer 1"),
         (2, {1: [4, 4, 4, 3], 3: EVEN[3]}, {}, "top_k"),
         (2, {1: [-4, 12, 4, 4], 3: EVEN[3]}, {}, "layer 1"),

@@ -44,7 +44,7 @@ def observe(
         model: model with routers, as those of transformers 5: modules with ``top_k`` that return
             the ids of the chosen experts, or logits of which the largest are chosen. It may be
             wrapped by DDP or FSDP.
-        run_dir: folder of the trace, written by the first rank; None for no trace.
+        run_dir: folder of the trace, written by rank 0; None for no trace.
         routers: pattern of the routers' names, as in ``"*.mlp.gate"``; default: modules called
             ``gate`` or ``router`` with ``top_k``.
         expert_ids: see :data:`ExpertIds`; default: the integer tensor of the output, else the top-K
@@ -98,11 +98,13 @@ class Observation:
         self._routers, self._model, self._run_dir = routers, model, run_dir
         self._ep, self._group = ep, group
         self._trace: LoadTrace | None = None
+        self._last_step: int | None = None
+        self._names: frozenset[str] | None = None
 
     def step(self, step: int, **numbers: float) -> dict[str, float]:
         """Close an optimizer step: sum its counts over the ranks, and write them to the trace.
 
-        Collective over the group. A step without a token is not written.
+        Collective: call it on every rank. A step without a token is not written.
 
         Args:
             step: number of the step, larger than the last one.
@@ -111,7 +113,12 @@ class Observation:
         Returns:
             The metrics of the loads, as :meth:`titan_moe_lb.Balance.metrics` names them; empty for
             a step without a token.
+
+        Raises:
+            JobError: the step is not larger than the last, a number is new since the first step, or
+                ranks have different routers, as stages of a pipeline do.
         """
+        self._check(step, frozenset(numbers))
         experts = max(router.num_experts for router in self._routers)
         table = torch.stack([router.finished(experts) for router in self._routers])
         ranks = 1
@@ -122,7 +129,7 @@ class Observation:
         if not counts_ME.any():
             return {}
         layers = tuple(router.number for router in self._routers)
-        first = not dist.is_initialized() or dist.get_rank(self._group) == 0
+        first = not dist.is_initialized() or dist.get_rank() == 0
         if self._run_dir is not None and first:
             if self._trace is None:
                 forwards = int(table[0, experts])
@@ -135,10 +142,31 @@ class Observation:
                 )
             sizes = [router.num_experts for router in self._routers]
             rows = [row_E[:size] for row_E, size in zip(counts_ME, sizes, strict=True)]
-            self._trace.write(step, dict(zip(layers, rows, strict=True)), **numbers)
+            values = {name: float(value) for name, value in numbers.items()}
+            self._trace.write(step, dict(zip(layers, rows, strict=True)), **values)
         for row_E, router in zip(counts_ME, self._routers, strict=True):
             row_E[router.num_experts :] = -1
         return sink_metrics(StepLoad(layers=layers, counts_ME=counts_ME.astype(np.int64)), ())
+
+    def _check(self, step: int, names: frozenset[str]) -> None:
+        """Raise ``JobError`` on every rank, before one of them waits for the others."""
+        if self._last_step is None and dist.is_initialized():
+            mine = [(router.number, router.name, router.num_experts) for router in self._routers]
+            every: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(every, mine)
+            if any(other != mine for other in every):
+                raise JobError(
+                    "the ranks have different routers: stages of a pipeline cannot be observed"
+                )
+        if self._last_step is not None and step <= self._last_step:
+            raise JobError(f"step {step} comes after step {self._last_step}: number steps upwards")
+        self._names = names if self._names is None else self._names
+        if new := names - self._names:
+            raise JobError(
+                f"step {step} has {min(new)!r}, and the first step did not: pass the same numbers in "
+                "every step, or NaN"
+            )
+        self._last_step = step
 
     def close(self) -> None:
         """Remove the hooks, and end the trace."""
@@ -181,10 +209,10 @@ class _ObservedRouter:
             return
         with torch.no_grad():
             ids = self._ids(module, output)
-            if ids.is_floating_point() or ids.is_complex():
+            if not _are_integers(ids) or self.top_k not in (0, ids.shape[-1]):
                 raise JobError(
-                    f"expert_ids of router {self.name} is {ids.dtype}, not integers: return the ids "
-                    "of the chosen experts, not their logits"
+                    f"expert_ids of router {self.name} is not the ids of its chosen experts: give "
+                    "observe() a function expert_ids(router, output) that returns them, integers (..., K)"
                 )
             if self._counts_1E is None or self._one is None:
                 self._device, self.top_k = ids.device, ids.shape[-1]
@@ -194,13 +222,23 @@ class _ObservedRouter:
             self._forwards += 1
 
 
-def _chosen(router: Any, output: Any) -> torch.Tensor:
-    """Find the ids in the output of a router of transformers 5."""
-    tensors = [output] if isinstance(output, torch.Tensor) else list(output)
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            return tensor
-    return tensors[-1].topk(int(router.top_k), dim=-1).indices  # Llama 4
+def _are_integers(found: Any) -> bool:
+    return (
+        isinstance(found, torch.Tensor)
+        and found.dtype is not torch.bool
+        and not (found.is_floating_point() or found.is_complex())
+    )
+
+
+def _chosen(router: Any, output: Any) -> Any:
+    """Find the ids in the output of a router of transformers 5; None if there are none."""
+    found = [output] if isinstance(output, torch.Tensor) else list(output)
+    if integers := [tensor for tensor in found if _are_integers(tensor)]:
+        return integers[-1]
+    last, top_k = found[-1], getattr(router, "top_k", None)
+    if top_k is None or not isinstance(last, torch.Tensor) or not last.is_floating_point():
+        return None
+    return last.topk(int(top_k), dim=-1).indices  # Llama 4
 
 
 def _numbers(names: list[str]) -> list[int]:

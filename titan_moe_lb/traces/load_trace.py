@@ -80,13 +80,13 @@ class LoadTrace:
 
         Raises:
             JobError: counts are not of the layers, experts or numbers of the first step, are no
-                whole numbers from 0, or do not sum to a multiple of top_k; or the step is not
-                larger than the last.
+                whole numbers from 0, have no tokens, or do not sum to the same multiple of top_k;
+                or the step is not larger than the last.
         """
+        if not any(np.any(counts_E) for counts_E in counts.values()):
+            raise JobError(f"step {step} has no tokens: leave it out")
         layers = tuple(sorted(counts))
         rows = [_whole_numbers(counts[layer], step, layer) for layer in layers]
-        if not rows:
-            raise JobError(f"step {step} has no layers: give counts of each MoE layer")
         values = {name: np.asarray(value, np.float64) for name, value in numbers.items()}
         if self._info is None:
             self._info = self._described(layers, rows, values)
@@ -172,10 +172,14 @@ class LoadTrace:
                     f"layer {layer} has {len(counts_E)} experts in step {step}, and {size} before: "
                     "write a count for each of its experts in every step"
                 )
-            if counts_E.sum() % self._top_k and not self._drops_tokens:
+            if size < self._top_k:
+                raise JobError(f"top_k is {self._top_k}, and layer {layer} has {size} experts")
+            if self._drops_tokens:
+                continue
+            if counts_E.sum() % self._top_k or counts_E.sum() != rows[0].sum():
                 raise JobError(
-                    f"the counts of layer {layer} in step {step} sum to {counts_E.sum()}, which is "
-                    f"no multiple of top_k {self._top_k}: correct top_k, or set drops_tokens"
+                    f"the counts of layer {layer} in step {step} sum to {counts_E.sum()}: without "
+                    f"drops_tokens every layer has the same sum, a multiple of top_k {self._top_k}"
                 )
         declared = {column.name: column.per for column in info.columns}
         if found := values.keys() - declared.keys():

@@ -52,6 +52,14 @@ def import_loads(
         raise JobError(f"{trace_file(output)} exists: name another folder with --output")
     if top_k is None:
         raise JobError("--top-k is missing: the number of experts that a token chooses")
+    for flag, value in {
+        "--top-k": top_k,
+        "--num-experts": num_experts,
+        "--ep": ep,
+        "--micro-batches": micro_batches,
+    }.items():
+        if value is not None and value < 1:
+            raise JobError(f"{flag} is {value}: give a number from 1")
     trace = LoadTrace(
         output,
         top_k=top_k,
@@ -70,6 +78,9 @@ def import_loads(
     except BaseException:
         trace.path.unlink(missing_ok=True)
         raise
+    if any(len(counts_E) % (ep or 1) for counts_E in first.counts.values()):
+        trace.path.unlink()
+        raise JobError(f"--ep is {ep}, which does not divide the experts of a layer")
     sizes = sorted({len(counts_E) for counts_E in first.counts.values()})
     tokens = int(next(iter(first.counts.values())).sum()) // top_k
     guessed = [
@@ -102,6 +113,8 @@ def _written(
     dense: list[int] = []
     last, num_steps = 0, 0
     for step in steps:
+        if not any(np.any(counts_E) for counts_E in step.counts.values()):
+            raise JobError(f"step {step.number} has no tokens: leave its rows out")
         if first is None:
             dense = [layer for layer, counts_E in step.counts.items() if not np.any(counts_E)]
         elif step.number <= last:

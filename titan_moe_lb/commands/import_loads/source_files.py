@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyarrow import csv, json, parquet
 from rich.progress import Progress
 
+from titan_moe_lb.commands.import_loads.table_form import NUMBERS
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.columns import array_of, count_lists
 
@@ -42,7 +43,14 @@ def record_batches(path: Path, progress: Progress) -> Iterator[pa.RecordBatch]:
         with progress.open(path, "rb", description=path.name) as file:
             if kind in (".csv", ".tsv"):
                 delimiter = "\t" if kind == ".tsv" else ","
-                yield from csv.open_csv(file, parse_options=csv.ParseOptions(delimiter=delimiter))
+                yield from csv.open_csv(
+                    file,
+                    parse_options=csv.ParseOptions(delimiter=delimiter),
+                    # A number that is logged rarely may be empty in the rows that tell the types.
+                    convert_options=csv.ConvertOptions(
+                        column_types=dict.fromkeys(NUMBERS, pa.float64())
+                    ),
+                )
             elif kind == ".jsonl":
                 yield from json.open_json(file)
             else:
@@ -57,8 +65,8 @@ def record_batches(path: Path, progress: Progress) -> Iterator[pa.RecordBatch]:
 
 def _of_array(counts_SME: np.ndarray, path: Path) -> Iterator[pa.RecordBatch]:
     """Make a batch of each step; steps are numbered from 1, layers from 0."""
-    if counts_SME.ndim != 3 or not counts_SME.size:
-        raise JobError(f"{path} has the shape {counts_SME.shape}: save (steps, layers, experts)")
+    if not isinstance(counts_SME, np.ndarray) or counts_SME.ndim != 3 or not counts_SME.size:
+        raise JobError(f"{path} is no array (steps, layers, experts): save one by numpy.save")
     for step, counts_ME in enumerate(counts_SME, start=1):
         layers_M = np.arange(len(counts_ME))
         columns = [array_of(np.full(len(layers_M), step)), array_of(layers_M)]

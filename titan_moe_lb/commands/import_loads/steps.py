@@ -62,11 +62,16 @@ class StepReader:
         number = int(rows["step"][0])
         where = f"{file}: step {number}"
         counts = self._of_lists(rows, where) if "counts" in rows else self._of_rows(rows, where)
-        numbers = {name: float(rows[name][0]) for name in NUMBERS if name in rows}
+        numbers = {name: _one(rows[name], name, where) for name in NUMBERS if name in rows}
         return Step(number, counts, numbers)
 
     def _of_lists(self, rows: dict[str, np.ndarray], where: str) -> dict[int, np.ndarray]:
         layers = rows["layer"].tolist()
+        sizes = {len(counts_E) for counts_E in rows["counts"] if counts_E is not None}
+        if self.num_experts is not None and sizes != {self.num_experts}:
+            raise JobError(
+                f"{where} has {sorted(sizes)} experts a layer, not those of --num-experts"
+            )
         if len(set(layers)) < len(layers):
             twice = next(layer for layer in layers if layers.count(layer) > 1)
             raise JobError(f"{where} has layer {twice} twice: sort the rows by step, keep one each")
@@ -79,6 +84,8 @@ class StepReader:
         if self._sizes is None:
             self._sizes = self._sizes_of(layers, place, experts)
         sizes = np.array([self._sizes.get(int(layer), 0) for layer in layers])
+        for layer in set(layers.tolist()) - self._sizes.keys():
+            raise JobError(f"{where} has layer {layer}, and the first step has not")
         if (beyond := np.flatnonzero(experts >= sizes[place])).size:
             layer, expert = layers[place[beyond[0]]], experts[beyond[0]]
             raise JobError(
@@ -105,6 +112,19 @@ class StepReader:
         np.maximum.at(largest, place, experts + 1)
         if self.num_experts is not None:
             largest[:] = self.num_experts
+        elif experts.min() > 0:
+            raise JobError(
+                "no layer has an expert 0: number experts from 0, or set --num-experts if expert 0 "
+                "got no token"
+            )
         elif (largest != np.bincount(place)).any():  # experts without tokens have no rows
             largest[:] = largest.max()
         return dict(zip(layers.tolist(), largest.tolist(), strict=True))
+
+
+def _one(values: np.ndarray, name: str, where: str) -> float:
+    """Return the number of a step, which only some of its rows may have; NaN if none has."""
+    found = np.unique(values[np.isfinite(values)])
+    if len(found) > 1:
+        raise JobError(f"{where} has more than one {name}: keep one")
+    return float(found[0]) if len(found) else np.nan

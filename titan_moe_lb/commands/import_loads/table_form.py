@@ -24,8 +24,14 @@ NAMES = {
     "tokens": ("tokens", "count", "counts", "num_tokens", "tokens_per_expert"),
 }
 """Names that a column may have, in lower case."""
+PREFIXES = ("", "e", "expert", "experts", "tokens", "tokens_per_expert")
+"""Words before the number of an expert, in the name of its column."""
 NUMBERS = ("loss", "grad_norm", "step_seconds", "tokens_per_second")
 """Further columns that are kept, one number for each step."""
+
+
+_LARGEST = 2**31
+"""Bound of the numbers of steps, layers and experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,8 @@ class TableForm:
         Raises:
             JobError: a column is missing, or has no meaning.
         """
+        if len({name.strip().lower() for name in schema.names}) < len(schema.names):
+            raise JobError(f"{file} has a column twice: {', '.join(schema.names)}")
         lower = {name.strip().lower().replace(" ", "_"): name for name in schema.names}
         known = {
             role: next((lower.pop(name) for name in names if name in lower), None)
@@ -64,7 +72,7 @@ class TableForm:
         for role in ("step", "layer"):
             if known[role] is None:
                 raise JobError(f"{file} has no column {role}: name one of its columns {role}")
-        if known["tokens"] is None and not experts:
+        if known["tokens"] is None and (known["expert"] is not None or not experts):
             raise JobError(
                 f"{file} has no tokens: give it a column tokens, with one row for each expert, or "
                 "a column for each expert, expert_0, expert_1 and so on"
@@ -128,11 +136,7 @@ class TableForm:
             ) from None
         if not whole:
             return values
-        if (
-            not np.isfinite(values).all()
-            or (values != np.round(values)).any()
-            or (values < 0).any()
-        ):
+        if not ((values == np.round(values)) & (values >= 0) & (values < _LARGEST)).all():
             raise JobError(
                 f"{self.file}: column {name!r} has values that are no whole numbers from 0: "
                 "correct them"
@@ -145,7 +149,7 @@ def _numbered(names: dict[str, str]) -> tuple[str, ...]:
     found = [(re.fullmatch(r"(.*?)_?(\d+)", name), column) for name, column in names.items()]
     numbered = {int(match[2]): column for match, column in found if match}
     prefixes = {match[1] for match, _column in found if match}
-    if len(prefixes) != 1 or sorted(numbered) != list(range(len(numbered))):
+    if not prefixes or prefixes - set(PREFIXES) or sorted(numbered) != [*range(len(numbered))]:
         return ()
     return tuple(numbered[number] for number in range(len(numbered)))
 

@@ -42,6 +42,7 @@ def loads_of_run(
             "take a run of the job's model"
         )
     overload_S = trace.over_steps("max_overload_factor")
+    known = bool(np.isfinite(overload_S).any())
     recorded = RecordedLoads(
         counts_SME=trace.counts_SME,
         micro_batch_counts_SME=trace.micro_batch_counts_SME,
@@ -49,12 +50,13 @@ def loads_of_run(
             coarse_to_fine([layer.num_groups]) if info.expert_groups is None else info.expert_groups
         ),
         ep_degree=info.ep,
-        max_overload_factor=float(np.nanmax(overload_S[len(overload_S) // 2 :])),
+        max_overload_factor=float(np.nanmax(overload_S[len(overload_S) // 2 :])) if known else 0.0,
     )
     window = recorded.window
     run = {
         "path": str(trace.path.parent),
         "layout": info.layout,
+        "is_foreign": info.is_foreign,
         "losses": info.losses,
         "expert_bias": info.expert_bias,
         "first_steps": trace.steps[:window].tolist(),
@@ -63,7 +65,7 @@ def loads_of_run(
         "ranks": info.world_size,
         "tokens_per_step": info.global_batch_size * info.seq_len,
         # From single micro-batches; the counts are of whole global batches.
-        "max_overload_factor": float(np.nanmax(overload_S)),
+        "max_overload_factor": float(np.nanmax(overload_S)) if known else None,
         "micro_batches": len(recorded.micro_batch_counts_SME),
         "is_sample": trace.is_sample,
         # From whole global batches: in small micro-batches, sampling noise would add to sigma.

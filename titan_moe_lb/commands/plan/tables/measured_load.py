@@ -14,10 +14,18 @@ def table(plan: Plan) -> Table | None:
     if plan.run is None:
         return None
     run = plan.run
-    losses = (
-        ", ".join(f"{name.replace('_', ' ')} {weight:g}" for name, weight in run["losses"].items())
-        or "none"
+    losses = ", ".join(
+        f"{name.replace('_', ' ')} {weight:g}" for name, weight in run["losses"].items()
     )
+    balancing = f"aux losses: {losses or 'none'}; expert bias: {run['expert_bias'] or 'off'}"
+    if run["is_foreign"]:
+        balancing = "its balancing is not known"
+    peak = ""
+    if run["max_overload_factor"] is not None:
+        peak = (
+            f"In single micro-batches, its busiest rank at EP {run['ep_degree']} got up to "
+            f"{run['max_overload_factor']:.2f} x the balanced tokens. "
+        )
     return Table(
         title="Measured load",
         columns=(
@@ -35,11 +43,10 @@ def table(plan: Plan) -> Table | None:
             for degree in plan.degrees
         ],
         text=[
-            f"Run: {run['path']} ({run['layout']}; aux losses: {losses}; expert bias: "
-            f"{run['expert_bias'] or 'off'}). First steps: {_span(run['first_steps'])}; last steps: "
-            f"{_span(run['last_steps'])}{', evenly spread ones' * run['is_sample']}. In single micro-batches, its busiest rank at EP "
-            f"{run['ep_degree']} got up to {run['max_overload_factor']:.2f} x the balanced tokens. The "
-            f"loads of the last steps are about log-normal with sigma {run['sigma']:.2f}."
+            f"Run: {run['path']} ({run['layout']}; {balancing}). First steps: "
+            f"{_span(run['first_steps'])}; last steps: {_span(run['last_steps'])}"
+            f"{', evenly spread ones' * run['is_sample']}. {peak}The loads of the last steps are "
+            f"about log-normal with sigma {run['sigma']:.2f}."
         ],
         notes=[*map(_savings, plan.degrees)],
     )
