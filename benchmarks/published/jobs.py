@@ -29,7 +29,7 @@ def job(
         f"--training.local_batch_size={local}",
         f"--training.global_batch_size={batch}",
         *more,
-        f"activation-checkpoint:{checkpointing}",
+        f"--activation_checkpoint.type={checkpointing}",
     )
 
 

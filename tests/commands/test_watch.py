@@ -174,11 +174,16 @@ class Terminal:
     def resize(self, lines, columns):
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
 
+    def is_readable(self, seconds):
+        waiting = select.poll()
+        waiting.register(self.controller, select.POLLIN)
+        return bool(waiting.poll(1000 * seconds))
+
     def read_until(self, text, seconds=20):
         """Read the output since the last call, up to and including ``text``."""
         deadline = time.monotonic() + seconds
         while text not in self.seen[self.read :] and time.monotonic() < deadline:
-            if select.select([self.controller], [], [], 0.5)[0]:
+            if self.is_readable(0.5):
                 self.seen += os.read(self.controller, 65536)
         assert text in self.seen[self.read :], self.seen[-2000:]
         start, self.read = self.read, self.seen.index(text, self.read) + len(text)
@@ -188,7 +193,7 @@ class Terminal:
         """Return the status, and check that screen, cursor and settings of the terminal are
         restored."""
         status = self.process.wait(timeout=20)
-        while select.select([self.controller], [], [], 0)[0]:
+        while self.is_readable(0):
             self.seen += os.read(self.controller, 65536)
         assert self.seen.rindex(b"\x1b[?1049l") > self.seen.rindex(b"\x1b[?1049h")
         assert self.seen.rindex(b"\x1b[?25h") > self.seen.rindex(b"\x1b[?25l")

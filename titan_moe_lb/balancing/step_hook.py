@@ -99,10 +99,7 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
 
 
 class StepHook:
-    """Begin and end of the steps of a rank's MoE layers.
-
-    The number of operators depends on the number of kinds of layers, not on the number of layers
-    (:mod:`titan_moe_lb.balancing.layer_stack`).
+    """Begin and end of the steps of a rank's MoE layers; layers that are alike share operators.
 
     Attributes:
         finished_steps: finished optimizer steps, including those of the checkpoint.

@@ -42,11 +42,7 @@ from titan_moe_lb.telemetry import metrics_processor
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 from titan_moe_lb.upstream import cpu
-from titan_moe_lb.wiring.bias_on_resume import (
-    BiasReset,
-    remember_once_loaded,
-    start_anew,
-)
+from titan_moe_lb.wiring.bias_on_resume import BiasReset, remember_once_loaded, start_anew
 
 
 class LoadBalanceConverter(ModelConfigConverter):

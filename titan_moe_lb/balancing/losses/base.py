@@ -202,8 +202,7 @@ class SumsLoss(AuxLoss):
             sequences: valid tokens of each sequence, and its share of a row.
 
         Returns:
-            Scalar, unweighted, differentiable in the sums: the sum over the sequences of
-            each one's loss times its share.
+            Scalar, unweighted, differentiable in the sums: each sequence's loss times its share.
         """
         return (self.coefficients(sums_BE, counts_BE, sequences) * sums_BE).sum()
 

@@ -1,8 +1,7 @@
 """Record of a step of a rank's routers, on the device and without host reads.
 
-Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = count sources,
-A = losses, B = rows and L = tokens of a row in a micro-batch, Q = sequences
-(rows, or documents in them), E = experts, K = top_k, H = bins of a histogram.
+Shape suffixes: N = routers of the rank, M = micro-batches of a step, S = count sources, A = losses, B = rows
+and L = tokens of a row in a micro-batch, E = experts, K = top_k, H = bins of a histogram.
 """
 
 from __future__ import annotations

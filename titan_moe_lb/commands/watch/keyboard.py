@@ -27,7 +27,9 @@ class Keyboard:
         if self._file is None:
             time.sleep(seconds)
             return ""
-        if not select.select([self._file], [], [], seconds)[0]:
+        waiting = select.poll()  # select() takes no file beyond the 1,024th
+        waiting.register(self._file, select.POLLIN)
+        if not waiting.poll(1000 * seconds):
             return ""
         keys = os.read(self._file, 64).decode(errors="replace")
         if not keys:  # the input has ended
