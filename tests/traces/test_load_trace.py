@@ -88,7 +88,7 @@ def test_a_program_that_resumes_continues_its_trace(tmp_path):
 
 
 def test_other_readers_need_nothing_of_ours(tmp_path):
-    """The same numbers by pyarrow, polars and duckdb."""
+    """Read the same numbers by pyarrow, polars and duckdb."""
     with lb.LoadTrace(tmp_path, top_k=2) as trace:
         for step in (1, 2):
             trace.write(step, EVEN, loss=3.0 - step)

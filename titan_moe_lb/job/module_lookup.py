@@ -60,7 +60,8 @@ def config_function(registry: ModuleType, name: str) -> Callable:
     """
     names = config_names(registry)
     if name not in names:
-        others = [model for model in registered_models() if name in _defined_in(model)]
+        models = registered_models()
+        others = [model for model in models if name in config_names(config_registry(model))]
         where = f"it is of --module {others[0]}" if others else nearest(name, names)
         raise JobError(f"{registry.__name__} has no config {name!r}; {where}")
     return getattr(registry, name)
@@ -77,10 +78,6 @@ def config_names(registry: ModuleType) -> list[str]:
         and getattr(member, "__module__", None) == registry.__name__
         and getattr(getattr(member, "__code__", None), "co_argcount", 1) == 0
     ]
-
-
-def _defined_in(model: str) -> list[str]:
-    return config_names(config_registry(model))
 
 
 def config_of_flavor(registry: ModuleType, flavor: str) -> str:

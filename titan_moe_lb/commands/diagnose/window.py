@@ -181,3 +181,8 @@ def effective_experts(counts: np.ndarray) -> np.ndarray:
         counts: counts ``(..., E)``.
     """
     return num_existing(counts) ** normalized_entropy(counts)
+
+
+def mean_over_steps(values_SM: np.ndarray) -> np.ndarray:
+    """Compute the mean of the steps that have a number ``(M,)``; NaN for a layer without one."""
+    return np.ma.filled(np.ma.masked_invalid(values_SM).mean(axis=0), np.nan)

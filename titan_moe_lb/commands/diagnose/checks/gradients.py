@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
-from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.commands.diagnose.window import Window, mean_over_steps
 
 STRONG = 3
 WEAK = 1e-5
@@ -107,11 +107,11 @@ def _norms(window: Window) -> tuple[np.ndarray, np.ndarray] | None:
     off_M = np.isin(info.layers, info.frozen.get("losses", []))
     if off_M.all():
         return None
-    norms = []
-    for column_SM in columns:
-        measured_SM = np.ma.masked_invalid(column_SM)  # a step or a hash layer that was left out
-        norms.append(np.where(off_M, np.nan, np.ma.filled(np.sqrt(measured_SM.mean(0)), np.nan)))
-    return norms[0], norms[1]
+    # A step or a hash layer that was left out has no number.
+    main_M, aux_M = (
+        np.where(off_M, np.nan, np.sqrt(mean_over_steps(column_SM))) for column_SM in columns
+    )
+    return main_M, aux_M
 
 
 def _ratio(main_M: np.ndarray, aux_M: np.ndarray) -> np.ndarray:

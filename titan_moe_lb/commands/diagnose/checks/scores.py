@@ -6,7 +6,7 @@ import numpy as np
 
 from titan_moe_lb.commands.diagnose.balancing import Remedy
 from titan_moe_lb.commands.diagnose.finding import Finding, Severity
-from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.commands.diagnose.window import Window, mean_over_steps
 
 SATURATED_SIGMOID = 17.0
 """Logit whose sigmoid is 1 in float32."""
@@ -28,8 +28,8 @@ def logits_grow(window: Window) -> Finding | str | None:
     begin, end = trace.balanced_since, len(trace.steps)
     if trace.info.score_func == "sqrtsoftplus" or end - begin < 2:  # it does not saturate
         return None
-    before_M = _mean(trace.layer_columns["largest_logit"][begin : (begin + end) // 2])
-    now_M = _mean(largest_SM)
+    before_M = mean_over_steps(trace.layer_columns["largest_logit"][begin : (begin + end) // 2])
+    now_M = mean_over_steps(largest_SM)
     bound = SATURATED_SIGMOID if trace.info.score_func == "sigmoid" else LARGE_LOGIT
     large_M = (now_M > bound) & (now_M > GROWTH * before_M)
     course = (
@@ -53,7 +53,7 @@ def one_expert_decides(window: Window) -> Finding | str | None:
     if entropy_SM is None:
         return None
     info = window.trace.info
-    nats_M = _mean(entropy_SM) * np.log(info.num_experts_M)
+    nats_M = mean_over_steps(entropy_SM) * np.log(info.num_experts_M)
     decided_M = (nats_M < DECIDED_NATS) & (info.top_k_M > 1)
     seen = f"entropy of a token's distribution {np.nanmin(nats_M):.2g} nats in the surest layer"
     if not decided_M.any():
@@ -73,7 +73,7 @@ def bfloat16_flips(window: Window) -> Finding | str | None:
     share_SM = window.column("bfloat16_flip_share")
     if share_SM is None:
         return None
-    share_M = _mean(share_SM)
+    share_M = mean_over_steps(share_SM)
     many_M = share_M > MANY_FLIPS
     seen = f"{np.nanmax(share_M):.1%} of the tokens of a layer would have other experts"
     if not many_M.any():
@@ -87,11 +87,6 @@ def bfloat16_flips(window: Window) -> Finding | str | None:
         "routing of the rollout",
         layers=window.numbers(many_M),
     )
-
-
-def _mean(values_SM: np.ndarray) -> np.ndarray:
-    """Compute the mean over the steps; NaN for a layer without a value."""
-    return np.ma.filled(np.ma.masked_invalid(values_SM).mean(axis=0), np.nan)
 
 
 def _keep_logits_small(window: Window) -> Remedy:
