@@ -191,10 +191,10 @@ def hostile_run(sound: bytes, words: list[str]) -> bytes:
     """
     table = _table_of(sound)
     renamed = {}
-    for index, figure in enumerate(table["figures"]):
+    for index, column in enumerate(table["columns"]):
         word = words[index % len(words)]
-        renamed[figure["name"]] = f"{index} {word}"
-        figure |= {"name": renamed[figure["name"]], "description": word}
+        renamed[column["name"]] = f"{index} {word}"
+        column |= {"name": renamed[column["name"]], "description": word}
     table["losses"] = {renamed[name]: weight for name, weight in table["losses"].items()}
     for index, key in enumerate(("model", "flavor", "schedule", "expert_bias", "forced_routing")):
         table[key] = words[index % len(words)]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from titan_moe_lb.traces.balance_statistics import max_violation
 from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
-from titan_moe_lb.traces.trace import TraceWriter, read_trace
+from titan_moe_lb.traces.trace import FILE_NAME, TraceWriter, read_trace
 
 LOSS = "seq_load_balancing_loss"
 COLUMNS = (
@@ -126,3 +128,37 @@ def rewritten(folder: Path, counts_SME: np.ndarray) -> Path:
         writer.write(index + 1, load)
     writer.close()
     return folder / "other"
+
+
+def file_of(folder, info, num_steps):
+    """Write a trace; return it, its bytes, and the end of the schema and of each step."""
+    writer, file, ends = TraceWriter(folder, info), folder / FILE_NAME, []
+    for step, load in enumerate(step_loads(info, num_steps), start=1):
+        writer.write(step, load)
+        ends.append(file.stat().st_size)
+    with pa.OSFile(str(file)) as stream:
+        pa.ipc.read_schema(stream)
+        return file, file.read_bytes(), [stream.tell(), *ends]
+
+
+def without_checksums(file, change=lambda table: None):
+    """Read a trace's batches without their checksums, and change the description of its run."""
+    reader = pa.ipc.open_stream(file.read_bytes())
+    description = json.loads(reader.schema.metadata[b"titan_moe_lb"])
+    change(description)
+    metadata = {b"titan_moe_lb": json.dumps(description).encode()}
+    batches = [batch.replace_schema_metadata(metadata) for batch in reader]
+    return batches, metadata
+
+
+def rewrite(file, batches):
+    """Rewrite the trace with pyarrow, which ends a stream with a marker."""
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(file, batches[0].schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def loads_by_step(info, num_steps):
+    """Return the loads of steps 1 to ``num_steps``, by step."""
+    return dict(enumerate(step_loads(info, num_steps), start=1))

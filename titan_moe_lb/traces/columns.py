@@ -13,7 +13,7 @@ from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.step_load import StepLoad
 
 MICRO_BATCH = "micro_batch_counts"
-"""Column of the counts of one micro-batch. It may be null, and older traces lack it."""
+"""Column of the counts of one micro-batch. It may be null, and a foreign trace may lack it."""
 
 
 @dataclass(frozen=True, slots=True)

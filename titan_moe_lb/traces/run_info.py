@@ -15,7 +15,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.columns import Column
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _KEY = b"titan_moe_lb"
 _DEGREES = ("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 _SIZES = (
@@ -26,15 +26,6 @@ _SIZES = (
     "seq_len",
     *_DEGREES,
 )
-
-COLUMNS_OF_FORMAT_1 = (
-    Column("avg_overload_factor"),
-    Column("max_overload_factor", summary="max"),
-    Column("max_cum_overload_factor", per="step"),
-    Column("micro_batch_max_violation"),
-)
-"""Columns of a trace of format 1, besides its aux losses. Format 1 did not declare columns."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
@@ -55,7 +46,7 @@ class RunInfo:
     losses: dict[str, float] = field(default_factory=dict)
     """Metric name of each aux loss to its weight."""
     columns: tuple[Column, ...] = ()
-    """Declared columns of the trace; its metadata calls them ``figures``."""
+    """Declared columns of the trace."""
     world_size: int
     pp: int
     dp_replicate: int
@@ -78,12 +69,12 @@ class RunInfo:
     expert_bias: str | None = None
     """Rules of the expert bias and their settings, joined by ``"; "``; None without a bias."""
     frozen: dict[str, list[int]] = field(default_factory=dict)
-    """Layers whose ``gate``, ``bias`` or ``losses`` do not learn, by part; empty in older traces."""
+    """Layers whose ``gate``, ``bias`` or ``losses`` do not learn, by part."""
     score_func: str | None = None
-    """Function from the gate's logits to scores; None in a trace of an older version."""
+    """Function from the gate's logits to scores; None if it is not known."""
     expert_groups: tuple[int, ...] | None = None
-    """Numbers of expert groups of group-limited routing and losses, coarse to fine; None in a trace
-    of an older version."""
+    """Numbers of expert groups of group-limited routing and losses, coarse to fine; None if
+    they are not known."""
     placement: str | None = None
     """Title of the placement that numbers the experts; None for the original numbers."""
     is_foreign: bool = False
@@ -159,9 +150,7 @@ class RunInfo:
 
     def metadata(self) -> dict[bytes, bytes]:
         """Return the metadata for the schema of a trace file."""
-        table = dataclasses.asdict(self)
-        table["figures"] = table.pop("columns")
-        return {_KEY: json.dumps(table).encode()}
+        return {_KEY: json.dumps(dataclasses.asdict(self)).encode()}
 
     @classmethod
     def of_schema(cls, schema: pa.Schema, path: Path) -> RunInfo:
@@ -172,7 +161,7 @@ class RunInfo:
             path: the file, for messages.
 
         Raises:
-            JobError: the file is no trace of titan_moe_lb, is damaged, or has a newer format.
+            JobError: the file is no trace of titan_moe_lb, is damaged, or has another format.
         """
         text = (schema.metadata or {}).get(_KEY)
         if text is None:
@@ -191,25 +180,18 @@ class RunInfo:
 
 
 def _fields(table: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Convert the JSON of any format version to the fields of RunInfo.
+    """Convert the JSON of the metadata to the fields of RunInfo.
 
     Raises:
-        JobError: the format is newer than this version reads.
+        JobError: another version of titan_moe_lb wrote it, in another format.
         ValueError: a number is out of range, or numbers contradict each other.
     """
-    version = table["format_version"]
-    if version > FORMAT_VERSION:
+    if (version := table["format_version"]) != FORMAT_VERSION:
         raise JobError(
-            f"{path} has trace format {version}, this titan_moe_lb reads up to {FORMAT_VERSION}: "
-            "update titan_moe_lb"
+            f"{path} has trace format {version}, this titan_moe_lb reads format {FORMAT_VERSION}: "
+            "read it with the version that wrote it"
         )
-    if version == 1:
-        losses = tuple(Column(name, is_aux_loss=True) for name in table["losses"])
-        table["columns"] = COLUMNS_OF_FORMAT_1 + losses
-        speed = table.get("load_balance_coeff")  # format 1 had one rule
-        table["expert_bias"] = None if speed is None else f"sign (speed {speed:g})"
-    else:
-        table["columns"] = tuple(Column(**_known(Column, one)) for one in table["figures"])
+    table["columns"] = tuple(Column(**_known(Column, one)) for one in table["columns"])
     table["layers"] = tuple(table["layers"])
     table["resumed_at"] = tuple(table["resumed_at"])
     for name in ("expert_groups", "num_experts_by_layer", "top_k_by_layer"):

@@ -95,7 +95,7 @@ class Trace:
     micro_batch_counts_SME: np.ndarray
     """Counts of one micro-batch of each step that recorded one, int32 ``(S', M, E)``.
 
-    S' is 0 in a trace of an older version, and unless ``micro_batches`` was set for the reader."""
+    S' is 0 unless ``micro_batches`` was set for the reader."""
     layer_columns: dict[str, np.ndarray]
     """Name to float64 ``(S, M)``, NaN where the number is missing."""
     step_columns: dict[str, np.ndarray]
