@@ -27,6 +27,7 @@ _SIZES = (
     *_DEGREES,
 )
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
     """Description of the run of a trace: JSON in the metadata of the file's Arrow schema."""
