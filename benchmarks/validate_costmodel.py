@@ -40,7 +40,8 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from benchmarks.host_hardware import measure_host
 from titan_moe_lb.balancing.forced_routing.functional import hot_share_ids
-from titan_moe_lb.costmodel.times.layer import MoELayer, RankRole, moe_layer_time
+from titan_moe_lb.costmodel.times.layer import two_level_layer_time, two_level_load
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer, RankRole
 
 IMBALANCES = (1.0, 1.5, 2.0, 4.0, -1.0)
 
@@ -112,13 +113,8 @@ def _predict(arguments: Arguments) -> list[float]:
     placement = RankRole(tokens_per_rank=arguments.tokens_per_rank, ep_degree=arguments.ep_degree)
     seconds = []
     for imbalance in IMBALANCES:
-        layer_time = moe_layer_time(
-            layer,
-            placement,
-            hardware,
-            imbalance_factor=imbalance,
-            num_hot_experts=arguments.hot_experts,
-        )
+        load = two_level_load(layer, placement, imbalance, arguments.hot_experts)
+        layer_time = two_level_layer_time(layer, placement, hardware, load)
         router = 3 * layer_time.router
         seconds.append(float(layer_time.total() - router))
     return seconds

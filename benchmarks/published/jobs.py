@@ -5,7 +5,7 @@ from __future__ import annotations
 from titan_moe_lb.commands.plan.command import make_plan
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
 from titan_moe_lb.commands.plan.result import Plan
-from titan_moe_lb.costmodel.times.dispatch import Dispatcher
+from titan_moe_lb.costmodel.times.moe_layer import Dispatcher
 
 OWN = "benchmarks.published.models"
 """Module of the models that the registry lacks."""

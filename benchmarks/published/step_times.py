@@ -29,7 +29,7 @@ from benchmarks.published.jobs import (
 )
 from titan_moe_lb.commands.plan.known_hardware import hardware
 from titan_moe_lb.costmodel.hardware.device import SPECS
-from titan_moe_lb.costmodel.times.dispatch import Dispatcher
+from titan_moe_lb.costmodel.times.moe_layer import Dispatcher
 
 AUTOMODEL = "NeMo AutoModel performance summary of 2025-10-02"
 MODEL_ZOO = "github.com/yanring/Megatron-MoE-ModelZoo, best_practice/Qwen3"

@@ -31,12 +31,12 @@ from titan_moe_lb.costmodel.times.activation import (
 from titan_moe_lb.costmodel.times.dispatch import exchange_time
 from titan_moe_lb.costmodel.times.gemm import gemm_time
 from titan_moe_lb.costmodel.times.layer import (
-    MoELayer,
-    RankRole,
     measured_layer_time,
-    moe_layer_time,
+    two_level_layer_time,
+    two_level_load,
 )
-from titan_moe_lb.costmodel.times.makespan import makespan
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer, RankRole
+from titan_moe_lb.costmodel.times.step import makespan
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.schedules import one_forward_one_backward
 from titan_moe_lb.traces.expert_order import contiguous, greedy, tokens_of_experts
@@ -272,18 +272,15 @@ def test_deepep_sends_a_token_to_every_place_once(experts, top_k, neighbouring):
         # Of the places that it goes to over these links, it is itself in one of 4, or of 2.
         stays = 1 / min(ranks, 4)
         seconds.append(1000 * different * (1 - stays) * 64 * 2 / bandwidth)
-    found = exchange_time(
-        "deepep",
-        DEVICE,
-        tokens=1000,
+    layer = MoELayer(
         num_experts=experts,
         top_k=top_k,
         dim=64,
-        ep_degree=8,
-        reachable=1.0,
-        neighbouring=neighbouring,
-        skew=1.0,
+        hidden_dim=1,
+        neighbouring_choices=neighbouring,
     )
+    role = RankRole(tokens_per_rank=1000, ep_degree=8, dispatcher="deepep")
+    found = exchange_time(layer, role, DEVICE, skew=1.0)
     assert found == pytest.approx(max(seconds), rel=1e-9 if neighbouring else 0.01)
 
 
@@ -310,7 +307,8 @@ def test_moved_values_of_dispatchers_and_biases():
         (MoELayer(**plain), "deepep", 1, 3 * 32 + 5 * 64),
     ):
         placement = RankRole(tokens_per_rank=64, ep_degree=degree, dispatcher=dispatcher)
-        time = moe_layer_time(layer, placement, DEVICE, imbalance_factor=1.0)
+        load = two_level_load(layer, placement, 1.0)
+        time = two_level_layer_time(layer, placement, DEVICE, load)
         assert time.movement == pytest.approx(64 * 2 * values * 2 / DEVICE.memory_bandwidth)
 
 
@@ -335,9 +333,8 @@ def test_measured_load_of_two_levels_is_the_analytic_one(degree, factor, hot):
     counts_E[:hot] = factor * mean
     tokens_dn = tokens_of_experts(counts_E, contiguous(16, degree), placement.tokens * 2)
     measured = measured_layer_time(LAYER, placement, DEVICE, tokens_dn)
-    analytic = moe_layer_time(
-        LAYER, placement, DEVICE, imbalance_factor=factor, num_hot_experts=hot
-    )
+    load = two_level_load(LAYER, placement, factor, hot)
+    analytic = two_level_layer_time(LAYER, placement, DEVICE, load)
     for part in ("router", "dispatch", "experts", "combine", "shared_experts"):
         assert getattr(measured, part) == pytest.approx(getattr(analytic, part), rel=1e-9)
 
@@ -466,18 +463,10 @@ def test_exchanges_bring_what_the_formula_says():
 def test_deepep_sends_no_token_twice_to_the_busiest_rank():
     """Each of 8 ranks on a node sends 100 tokens to one rank, which gets those of the other 7."""
     ranks = 8
-    found = exchange_time(
-        "deepep",
-        dataclasses.replace(DEVICE, scale_up_domain=ranks),
-        tokens=100,
-        num_experts=64,
-        top_k=8,
-        dim=64,
-        ep_degree=ranks,
-        reachable=1.0,
-        neighbouring=False,
-        skew=float(ranks),
-    )
+    layer = MoELayer(num_experts=64, top_k=8, dim=64, hidden_dim=1)
+    role = RankRole(tokens_per_rank=100, ep_degree=ranks, dispatcher="deepep")
+    node = dataclasses.replace(DEVICE, scale_up_domain=ranks)
+    found = exchange_time(layer, role, node, skew=float(ranks))
     assert found == pytest.approx(100 * (ranks - 1) * 64 * 2 / DEVICE.scale_up_bandwidth)
 
 

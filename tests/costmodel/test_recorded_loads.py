@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from titan_moe_lb.costmodel.loads.lognormal import Overload, fitted_sigma, lognormal_loads
 from titan_moe_lb.costmodel.loads.recorded import MOST_LOADS, RecordedLoads
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer
 from titan_moe_lb.traces.capacity import (
     capacity_factor,
     non_blocking_capacity_factor,

@@ -16,15 +16,10 @@ from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.loads.expert_load import active_share
 from titan_moe_lb.costmodel.times.dispatch import exchange_time
 from titan_moe_lb.costmodel.times.gemm import gemm_time, turning_rows
-from titan_moe_lb.costmodel.times.kv_cache import KVCache
-from titan_moe_lb.costmodel.times.layer import (
-    MoELayer,
-    RankRole,
-    measured_layer_time,
-    served_layer_time,
-)
+from titan_moe_lb.costmodel.times.layer import measured_layer_time, served_layer_time
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer, RankRole
 from titan_moe_lb.costmodel.times.served_load import ServedLoad, two_level_loads
-from titan_moe_lb.costmodel.times.served_model import ServedLayer, ServedModel
+from titan_moe_lb.costmodel.times.served_model import KVCache, ServedLayer, ServedModel
 from titan_moe_lb.costmodel.times.serving import serve_degree
 
 # 1 FLOP and 1 byte take 1 s: with so few rows memory is always the limit of a product.
@@ -207,27 +202,18 @@ def test_combine_beside_the_published_latencies_of_deepep(ep_degree, microsecond
     """DeepEP's docs/legacy.md reports 128 tokens of 7,168 in BF16, top 8, on H800 with
     InfiniBand."""
     device = hardware("h800").derated(compute_efficiency=0.5, network_efficiency=0.8)
-    seconds = exchange_time(
-        "low_latency",
-        device,
-        tokens=128,
-        num_experts=256,
-        top_k=8,
-        dim=7168,
-        ep_degree=ep_degree,
-        reachable=1.0,
-        neighbouring=False,
-        skew=1.0,
-    )
+    layer = MoELayer(num_experts=256, top_k=8, dim=7168, hidden_dim=1)
+    role = RankRole(tokens_per_rank=128, ep_degree=ep_degree, dispatcher="low_latency")
+    seconds = exchange_time(layer, role, device, skew=1.0)
     assert seconds * 1e6 == pytest.approx(microseconds, rel=0.1)
 
 
 def test_low_latency_starts_all_messages_at_once():
-    layer = {"tokens": 1, "num_experts": 16, "top_k": 1, "dim": 1, "reachable": 1.0}
-    layer |= {"neighbouring": False, "skew": 1.0}
+    layer = MoELayer(num_experts=16, top_k=1, dim=1, hidden_dim=1)
     device = Hardware(**{**vars(UNIT), "scale_up_bandwidth": 1e9, "scale_out_bandwidth": 1e9})
     for kernel, starts in (("standard", 15), ("low_latency", 1)):
-        seconds = exchange_time(kernel, device, ep_degree=16, **layer)
+        role = RankRole(tokens_per_rank=1, ep_degree=16, dispatcher=kernel)
+        seconds = exchange_time(layer, role, device, skew=1.0)
         assert seconds == pytest.approx(starts * 1e-3)
 
 

@@ -154,7 +154,7 @@ def built_state(arguments: list[str]) -> dict[str, Any]:
 def unit_makespan(arguments: list[str], world_size: int) -> tuple[float, int]:
     """Compute the makespan of a job's pipeline schedule if a forward takes 1 and a backward 2."""
     from titan_moe_lb.costmodel.jobs.read_job import read_job
-    from titan_moe_lb.costmodel.times.makespan import makespan
+    from titan_moe_lb.costmodel.times.step import makespan
 
     job = read_job(job_config.load(arguments, world_size))
     stages = len(job.stages)

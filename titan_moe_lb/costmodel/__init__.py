@@ -6,7 +6,7 @@ has no imbalance from rounding. The public functions accept numbers or numpy arr
 broadcast. Only ``costmodel.jobs`` imports torch at module level.
 """
 
-from titan_moe_lb.costmodel.hardware.all_to_all import all_to_all_time
+from titan_moe_lb.costmodel.hardware.device import all_to_all_time
 from titan_moe_lb.costmodel.loads.expert_load import expert_load, receiver_skew
 
 __all__ = ["all_to_all_time", "expert_load", "receiver_skew"]

@@ -15,7 +15,7 @@ from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.loads.expert_load import TOLERANCE, WORST
 from titan_moe_lb.costmodel.loads.lognormal import MOST_SIGMA, Overload, Spread
 from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace
 

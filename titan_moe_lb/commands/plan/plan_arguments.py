@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from titan_moe_lb.costmodel.times.dispatch import Dispatcher
+from titan_moe_lb.costmodel.times.moe_layer import Dispatcher
 from titan_moe_lb.terminal.optional_flag import Switch, optional_flag
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from titan_moe_lb.costmodel.loads.lognormal import fitted_sigma
 from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.expert_order import coarse_to_fine
 from titan_moe_lb.traces.trace import Trace

@@ -28,7 +28,7 @@ from titan_moe_lb.costmodel.jobs.rank_memory import build_parts, fake_rank, rank
 from titan_moe_lb.costmodel.jobs.read_block import BlockReader
 from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
 from titan_moe_lb.costmodel.times.job import Head, JobModel, RankState, Stage
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.parallel.schedules import Schedule

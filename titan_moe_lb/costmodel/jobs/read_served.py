@@ -9,8 +9,7 @@ from torch import nn
 
 from titan_moe_lb.costmodel.jobs.read_job import bind, meta_model
 from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
-from titan_moe_lb.costmodel.times.kv_cache import KVCache
-from titan_moe_lb.costmodel.times.served_model import ServedLayer, ServedModel
+from titan_moe_lb.costmodel.times.served_model import KVCache, ServedLayer, ServedModel
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.layer_numbers import layer_numbers
 from titan_moe_lb.resolved_job import Job

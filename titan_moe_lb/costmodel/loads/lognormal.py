@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer
 from titan_moe_lb.errors import JobError
 
 DRAWS = 16

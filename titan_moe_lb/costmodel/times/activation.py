@@ -14,7 +14,7 @@ from titan_moe_lb.costmodel.loads.expert_load import Array
 from titan_moe_lb.costmodel.times.dispatch import places_of_a_token
 from titan_moe_lb.costmodel.times.gemm import BF16_BYTES, FP32_BYTES
 from titan_moe_lb.costmodel.times.job import JobModel, Stage
-from titan_moe_lb.costmodel.times.layer import MoELayer, RankRole
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer, RankRole
 from titan_moe_lb.parallel.schedules import peak, stages_of
 
 
@@ -57,9 +57,7 @@ def bytes_of_exchanges(layer: MoELayer, role: RankRole, received: Array) -> Arra
         return 0.0
     there, back = received, role.tokens_per_rank * layer.top_k
     if role.dispatcher == "deepep":
-        ranks = places_of_a_token(
-            role.ep_degree, layer.num_experts, layer.top_k, layer.neighbouring_choices
-        )
+        ranks = places_of_a_token(layer, role.ep_degree)
         there = np.minimum(received * ranks / layer.top_k, role.tokens)
         back = role.tokens_per_rank
     return (there + back) * layer.dim * BF16_BYTES

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 
-from titan_moe_lb.costmodel.hardware.all_to_all import all_to_all_time
-from titan_moe_lb.costmodel.hardware.device import Hardware
+from titan_moe_lb.costmodel.hardware.device import Hardware, all_to_all_time
 from titan_moe_lb.costmodel.loads.expert_load import Array
 from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer, RankRole
 
-Dispatcher = Literal["standard", "deepep", "low_latency"]
 
-
-def exchange_time(
-    dispatcher: Dispatcher,
-    hardware: Hardware,
-    *,
-    tokens: float,
-    num_experts: int,
-    top_k: int,
-    dim: int,
-    ep_degree: int,
-    reachable: float,
-    neighbouring: bool,
-    skew: Array,
-) -> Array:
+def exchange_time(layer: MoELayer, role: RankRole, hardware: Hardware, skew: Array) -> Array:
     """Time of one dispatch or combine all-to-all on the busiest rank, in seconds.
 
     - ``standard`` sends each of the K copies of a token.
@@ -37,35 +22,28 @@ def exchange_time(
       the messages to all ranks at once.
 
     Args:
-        dispatcher: kind of dispatcher.
+        layer: sizes of the layer.
+        role: share of the rank.
         hardware: the device and its links.
-        tokens: tokens that one rank routes.
-        num_experts: E.
-        top_k: K.
-        dim: model dimension D.
-        ep_degree: ranks of the group.
-        reachable: share of the nodes that group-limited routing allows a token.
-        neighbouring: a token selects consecutive experts, and so reaches few ranks.
         skew: tokens of the busiest receiver over the mean.
     """
-    if dispatcher != "deepep":
+    degree, token_bytes = role.ep_degree, layer.dim * BF16_BYTES
+    if role.dispatcher != "deepep":
         # At balance 1/EP of the K copies of a token stay on their rank.
-        copies = top_k * (ep_degree - 1) / ep_degree
+        copies = layer.top_k * (degree - 1) / degree
         return hardware.all_to_all_time(
-            num_bytes=tokens * copies * dim * BF16_BYTES,
-            ep_degree=ep_degree,
+            num_bytes=role.tokens_per_rank * copies * token_bytes,
+            ep_degree=degree,
             skew=skew,
-            starts_at_once=dispatcher == "low_latency",
+            starts_at_once=role.dispatcher == "low_latency",
         )
-    near = min(ep_degree, hardware.scale_up_domain)
-    nodes = max(1.0, ep_degree / hardware.scale_up_domain)
 
     def link_time(
         places: float, reachable: float, peers: float, bandwidth: float, latency: float
     ) -> Array:
-        sent = places_of_a_token(places, num_experts, top_k, neighbouring, reachable)
+        sent = places_of_a_token(layer, places, reachable)
         return all_to_all_time(
-            num_bytes=tokens * sent * (1 - 1 / peers) * dim * BF16_BYTES,
+            num_bytes=role.tokens_per_rank * sent * (1 - 1 / peers) * token_bytes,
             ep_degree=peers,
             bandwidth=bandwidth,
             latency=latency,
@@ -73,37 +51,29 @@ def exchange_time(
             skew=np.minimum(skew, places / sent),
         )
 
+    near = min(degree, hardware.scale_up_domain)
+    nodes = max(1.0, degree / hardware.scale_up_domain)
+    reachable = layer.num_limited_groups / layer.num_groups
     out = link_time(
         nodes, reachable, nodes, hardware.scale_out_bandwidth, hardware.scale_out_latency
     )
-    up = link_time(ep_degree, 1.0, near, hardware.scale_up_bandwidth, hardware.scale_up_latency)
+    up = link_time(degree, 1.0, near, hardware.scale_up_bandwidth, hardware.scale_up_latency)
     return np.maximum(out, up)
 
 
-def places_of_a_token(
-    places: float, num_experts: int, top_k: int, neighbouring: bool, reachable: float = 1.0
-) -> float:
+def places_of_a_token(layer: MoELayer, places: float, reachable: float = 1.0) -> float:
     """Mean number of different ranks or nodes that hold the K experts of a token.
 
     Args:
+        layer: sizes of the layer.
         places: ranks or nodes over which the experts are split.
-        num_experts: E.
-        top_k: K.
-        neighbouring: a token selects consecutive experts.
-        reachable: share of the places that a token may reach.
+        reachable: share of the places that group-limited routing allows a token.
     """
-    if neighbouring:
-        return _different_of_a_run(places, top_k, int(num_experts // places))
-    return _different(max(1.0, places * reachable), top_k)
-
-
-def _different_of_a_run(places: float, choices: int, experts: int) -> float:
-    """Mean number of places that hold K consecutive experts, with ``experts`` in each place."""
-    # A run starts at multiples of gcd(K, experts), at each offset in a place equally often.
-    # The formula is the mean of 1 + (offset + K - 1) // experts over these offsets.
-    return min(places, 1 + (choices - math.gcd(choices, experts)) / experts)
-
-
-def _different(places: float, choices: int) -> float:
-    """Mean number of different places among independent uniform choices."""
-    return places * (1 - (1 - 1 / places) ** choices)
+    if layer.neighbouring_choices:
+        # A run of K experts starts at multiples of gcd(K, experts of a place), at each offset in
+        # a place equally often. This is the mean of 1 + (offset + K - 1) // experts over them.
+        experts = int(layer.num_experts // places)
+        return min(places, 1 + (layer.top_k - math.gcd(layer.top_k, experts)) / experts)
+    # K independent uniform choices.
+    allowed = max(1.0, places * reachable)
+    return allowed * (1 - (1 - 1 / allowed) ** layer.top_k)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titan_moe_lb.costmodel.times.dispatch import Dispatcher
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import Dispatcher, MoELayer
 from titan_moe_lb.parallel.schedules import Schedule
 
 

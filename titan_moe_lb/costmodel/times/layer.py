@@ -9,71 +9,20 @@ from numpy.typing import ArrayLike
 
 from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.loads.expert_load import (
-    WORST,
     Array,
     ExpertLoad,
     active_share,
     expert_load,
     whole_rows,
 )
-from titan_moe_lb.costmodel.times.dispatch import Dispatcher, exchange_time
+from titan_moe_lb.costmodel.times.dispatch import exchange_time
 from titan_moe_lb.costmodel.times.gemm import (
     BF16_BYTES,
     expert_forward_time,
     gemm_time,
     mlp_time,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoELayer:
-    """Sizes of one MoE layer."""
-
-    num_experts: int
-    top_k: int
-    dim: int
-    hidden_dim: int
-    shared_hidden_dim: int = 0
-    """Total hidden size of the shared experts; 0 without any."""
-    num_groups: int = 1
-    """Expert groups of group-limited routing."""
-    num_limited_groups: int = 1
-    """Number of groups from which a token may select experts."""
-    expert_biases: bool = False
-    """True if the experts add biases to the results of their products."""
-    neighbouring_choices: bool = False
-    """True if a token selects consecutive experts, as under torchtitan's forced balance."""
-
-    @property
-    def parameters_per_expert(self) -> int:
-        """Number of weights in one expert, without biases."""
-        return 3 * self.dim * self.hidden_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankRole:
-    """Share of one rank in an MoE layer."""
-
-    tokens_per_rank: int
-    """Tokens that the rank routes in one micro-batch."""
-    ep_degree: int
-    expert_shards: int = 1
-    """Tensor-parallel ranks that split the hidden size of each expert; 1 with EP."""
-    dispatcher: Dispatcher = "standard"
-
-    @property
-    def exchanges(self) -> bool:
-        """True if tokens go to other ranks.
-
-        Without EP the local dispatcher is planned for every value of ``dispatcher``. In
-        torchtitan only the standard dispatcher falls back to it.
-        """
-        return self.ep_degree > 1
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the EP group routes together."""
-        return self.tokens_per_rank * self.ep_degree
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer, RankRole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,33 +74,10 @@ class LayerTime:
         return self.forward + self.recomputation(policy) + self.backward
 
 
-def moe_layer_time(
-    layer: MoELayer,
-    role: RankRole,
-    hardware: Hardware,
-    *,
-    imbalance_factor: ArrayLike = WORST,
-    num_hot_experts: ArrayLike = 1,
-) -> LayerTime:
-    """Time under the two-level load: W hot experts, the others even.
-
-    Raises:
-        JobError: the imbalance is outside [1, E/K], or W is outside [1, K].
-    """
-    load = layer_load(layer, role, imbalance_factor, num_hot_experts)
-    hidden_dim = layer.hidden_dim / role.expert_shards
-    experts = expert_forward_time(load, layer.dim, hidden_dim, hardware)
-    return _layer_time(layer, role, hardware, experts=experts, skew=load.receiver_skew)
-
-
-def layer_load(
-    layer: MoELayer, role: RankRole, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike
+def two_level_load(
+    layer: MoELayer, role: RankRole, imbalance_factor: ArrayLike, num_hot_experts: ArrayLike = 1
 ) -> ExpertLoad:
-    """Two-level load of one micro-batch.
-
-    Raises:
-        JobError: the imbalance is outside [1, E/K], or W is outside [1, K].
-    """
+    """Load of one micro-batch with W hot experts, the others even; see :func:`expert_load`."""
     return expert_load(
         num_experts=layer.num_experts,
         top_k=layer.top_k,
@@ -160,6 +86,15 @@ def layer_load(
         num_hot_experts=num_hot_experts,
         ep_degree=role.ep_degree,
     )
+
+
+def two_level_layer_time(
+    layer: MoELayer, role: RankRole, hardware: Hardware, load: ExpertLoad
+) -> LayerTime:
+    """Time under the two-level load of the layer."""
+    hidden_dim = layer.hidden_dim / role.expert_shards
+    experts = expert_forward_time(load, layer.dim, hidden_dim, hardware)
+    return _layer_time(layer, role, hardware, experts=experts, skew=load.receiver_skew)
 
 
 def measured_layer_time(
@@ -232,26 +167,16 @@ def _uneven_layer_time(
 def _layer_time(
     layer: MoELayer, role: RankRole, hardware: Hardware, *, experts: Array, skew: Array
 ) -> LayerTime:
-    tokens, degree = role.tokens_per_rank, role.ep_degree
-    exchange = exchange_time(
-        role.dispatcher,
-        hardware,
-        tokens=tokens,
-        num_experts=layer.num_experts,
-        top_k=layer.top_k,
-        dim=layer.dim,
-        ep_degree=degree,
-        reachable=layer.num_limited_groups / layer.num_groups,
-        neighbouring=layer.neighbouring_choices,
-        skew=skew,
-    )
+    exchange = exchange_time(layer, role, hardware, skew)
     shared = (
-        mlp_time(tokens, layer.dim, layer.shared_hidden_dim / role.expert_shards, hardware)
+        mlp_time(
+            role.tokens_per_rank, layer.dim, layer.shared_hidden_dim / role.expert_shards, hardware
+        )
         if layer.shared_hidden_dim
         else 0.0
     )
     return LayerTime(
-        router=gemm_time(tokens, layer.dim, layer.num_experts, hardware),
+        router=gemm_time(role.tokens_per_rank, layer.dim, layer.num_experts, hardware),
         dispatch=exchange,
         experts=experts,
         movement=_moved_bytes(layer, role, skew) / hardware.memory_bandwidth,

@@ -13,12 +13,11 @@ from titan_moe_lb.costmodel.times.gemm import BF16_BYTES
 from titan_moe_lb.costmodel.times.job import JobModel
 from titan_moe_lb.costmodel.times.layer import (
     LayerTime,
-    MoELayer,
-    RankRole,
-    layer_load,
     measured_layer_time,
-    moe_layer_time,
+    two_level_layer_time,
+    two_level_load,
 )
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer, RankRole
 from titan_moe_lb.costmodel.times.step import step_time
 from titan_moe_lb.parallel.schedules import stages_of
 from titan_moe_lb.traces.expert_order import tokens_of_experts
@@ -92,13 +91,10 @@ class View:
 
     def two_level(self, factor: float) -> Loads:
         """Build the load of W hot experts in every layer, all of them on the same rank."""
-        hot = self.num_hot_experts
 
         def loaded(layer: MoELayer) -> LayerLoad:
-            time = moe_layer_time(
-                layer, self.role, self.hardware, imbalance_factor=factor, num_hot_experts=hot
-            )
-            load = layer_load(layer, self.role, factor, hot)
+            load = two_level_load(layer, self.role, factor, self.num_hot_experts)
+            time = two_level_layer_time(layer, self.role, self.hardware, load)
             received_NR = np.full((1, 1), load.tokens_on_device)
             return LayerLoad(time, float(load.hot_tokens), received_NR)
 

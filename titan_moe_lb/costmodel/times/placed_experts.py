@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer
 from titan_moe_lb.traces.eplb import eplb
 from titan_moe_lb.traces.expert_order import contiguous, greedy_in_groups
 

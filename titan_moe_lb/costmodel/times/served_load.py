@@ -9,7 +9,7 @@ import numpy as np
 
 from titan_moe_lb.costmodel.loads.expert_load import expert_load
 from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
-from titan_moe_lb.costmodel.times.layer import MoELayer
+from titan_moe_lb.costmodel.times.moe_layer import MoELayer
 from titan_moe_lb.costmodel.times.placed_experts import label, placements
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.times.dispatch import Dispatcher
 from titan_moe_lb.costmodel.times.gemm import BF16_BYTES, gemm_time, turning_rows
-from titan_moe_lb.costmodel.times.layer import RankRole, served_layer_time
+from titan_moe_lb.costmodel.times.layer import served_layer_time
+from titan_moe_lb.costmodel.times.moe_layer import Dispatcher, RankRole
 from titan_moe_lb.costmodel.times.placed_experts import placed_experts
 from titan_moe_lb.costmodel.times.served_load import ServedLoad
 from titan_moe_lb.costmodel.times.served_model import ServedModel
