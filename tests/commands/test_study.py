@@ -24,7 +24,6 @@ from titan_moe_lb.commands.study.answer import in_words
 from titan_moe_lb.commands.study.cell import Cell, CellFolder, Record
 from titan_moe_lb.commands.study.charts import charts
 from titan_moe_lb.commands.study.design import flag, read_study
-from titan_moe_lb.commands.study.measure import Measured
 from titan_moe_lb.commands.study.verdict import verdict
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.domain_trace import DomainLoad, DomainTraceWriter, read_domain_trace
@@ -373,14 +372,14 @@ def test_flags_of_keys():
 
 
 def test_until_balanced_by_hand(tmp_path):
-    trace = type("T", (), {"steps": np.array([10, 20, 30, 40])})
+    steps = np.array([10, 20, 30, 40])
     for violation, expected in (
         ([0.9, 0.4, 0.6, 0.4], 40),
         ([0.4, 0.4, 0.4, 0.4], 10),
         ([0.9, 0.4, 0.4, 0.4], 20),
         ([0.4, 0.4, 0.4, 0.5], math.inf),
     ):
-        assert measure.until_balanced(trace, np.array(violation), 0.5) == expected
+        assert measure.until_balanced(steps, np.array(violation), 0.5) == expected
 
 
 def test_domains_by_hand(tmp_path):
@@ -404,10 +403,15 @@ def test_domains_by_hand(tmp_path):
     assert found is not None and found.domains == ("a", "b")
     np.testing.assert_array_equal(found.loss_VD, [[1.5, 2.5], [2.5, 3.5]])
     np.testing.assert_array_equal(found.counts_VDME[1], [a, b])
-    numbers = measure._by_domain(found)
-    assert numbers["specialisation"] == pytest.approx(0.5)
-    assert numbers["effective_experts_of"] == pytest.approx({"a": 2.0, "b": 2.0})
-    assert numbers["loss_of"] == {"a": 2.5, "b": 3.5}
+    assert measure.of_domains(found) == pytest.approx(
+        {
+            "specialisation": 0.5,
+            "loss_of_a": 2.5,
+            "loss_of_b": 3.5,
+            "effective_experts_of_a": 2.0,
+            "effective_experts_of_b": 2.0,
+        }
+    )
 
 
 def group_of(**settings: list[tuple[float, float]]) -> results.Group:
@@ -418,23 +422,20 @@ def group_of(**settings: list[tuple[float, float]]) -> results.Group:
         record = Record(
             labels=cell.labels, seed=seed, flags=[], ranks=1, status="done", seconds=1, error=""
         )
-        measured = Measured(
-            validation_loss=loss,
-            training_loss=loss,
-            max_violation=violation,
-            micro_batch_max_violation=violation,
-            steps_until_balanced=10,
-            specialisation=0.1,
-            loss_of={},
-            effective_experts_of={},
-        )
+        numbers = {
+            "validation_loss": loss,
+            "training_loss": loss,
+            "max_violation": violation,
+            "steps_until_balanced": 10.0,
+            f"effective_experts_of_{name}": 2.0,  # each setting has a domain of its own
+        }
         course = measure.Course(
             steps=np.array([1, 2]),
             violation_S=np.array([1.0, violation]),
             loss_S=np.array([7.0, loss]),
         )
         return results.Result(
-            folder=CellFolder(Path("/study"), cell), record=record, measured=measured, course=course
+            folder=CellFolder(Path("/study"), cell), record=record, numbers=numbers, course=course
         )
 
     return results.Group(
@@ -475,6 +476,14 @@ def test_perfect_balance_is_drawn():
         figure = charts([group], 0.5)[0].panels[0].figure
         assert figure.layout.xaxis.type == scale
         assert [curve.x[0] for curve in figure.data if curve.name == "a"] == [violation]
+
+
+def test_settings_may_have_other_domains():
+    """An axis over data sets: a setting has no bar for a domain that it lacks."""
+    made = charts([group_of(a=[(5.0, 0.1)], b=[(5.1, 2.0)])], 0.5)
+    (panel,) = next(chart for chart in made if chart.title == "Load by domain").panels
+    bars = {bar.name: [y if y == y else None for y in bar.y] for bar in panel.figure.data}
+    assert bars == {"a": [2.0, None], "b": [None, 2.0]}
 
 
 def test_table_in_words():

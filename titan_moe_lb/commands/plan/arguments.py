@@ -24,8 +24,6 @@ from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace
 class Loads:
     """Loads to plan with, checked against the layers of the model."""
 
-    factors: list[float]
-    """Imbalances of the two-level load."""
     spreads: list[Spread]
     """Log-normal loads."""
     redundant_experts: list[int]
@@ -39,6 +37,7 @@ class Inputs:
 
     flags: PlanArguments
     factors: list[float]
+    """Imbalances of the two-level load."""
     log_normal: list[Spread | Overload]
     device: Hardware
     """Device with its peaks."""
@@ -103,7 +102,6 @@ class Inputs:
         redundant = self._redundant_experts(degrees)
         run, recorded = loads_of_run(self.trace, moe_layers) if self.trace else (None, None)
         return Loads(
-            factors=self.factors,
             spreads=spreads,
             redundant_experts=redundant,
             run=run,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from titan_moe_lb.commands.answer import page, plain_data, terminal
 from titan_moe_lb.commands.plan import answer, arguments
-from titan_moe_lb.commands.plan.arguments import Inputs, Loads
+from titan_moe_lb.commands.plan.arguments import Inputs
 from titan_moe_lb.commands.plan.building import heartbeat, silent_build
 from titan_moe_lb.commands.plan.clock import Clock
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
@@ -63,12 +64,25 @@ def make_plan(flags: PlanArguments) -> Plan:
         # Check everything before the ranks are built, which takes minutes for a large model.
         loads = inputs.loads(moe_layers, by_degree)
         jobs = _read_jobs(inputs, list(by_degree.values()))
-    planned = _planner(inputs, loads, usable)
+    planned = functools.partial(
+        plan_degree,
+        hardware=inputs.derated,
+        imbalance_factors=inputs.factors,
+        num_hot_experts=flags.hot_experts,
+        usable_bytes=usable,
+        spreads=loads.spreads,
+        recorded=loads.recorded,
+        redundant_experts=loads.redundant_experts,
+        drop_share=flags.drop_share or DROP_SHARE,
+    )
     degrees = tuple(map(planned, sorted(jobs, key=lambda job: job.ep_degree)))
     verdict = judge(jobs[0], degrees, usable)
     of_run = [one for one in degrees if loads.run and one.ep_degree == loads.run["ep_degree"]]
     of_clock = of_run or [one for one in degrees if one.ep_degree == jobs[0].ep_degree]
-    measured = flags.measured_step or _seconds_of_run(loads, jobs[0])
+    measured, run = flags.measured_step, loads.run
+    job_size = jobs[0].num_ranks, jobs[0].tokens_per_step
+    if not measured and run and (run["ranks"], run["tokens_per_step"]) == job_size:
+        measured = run["step_seconds"]
     return Plan(
         job=jobs[0],
         flags=flags,
@@ -81,32 +95,6 @@ def make_plan(flags: PlanArguments) -> Plan:
         alternatives=() if verdict.fits else _alternatives(inputs, verdict, jobs, planned, usable),
         run=loads.run,
     )
-
-
-def _planner(inputs: Inputs, loads: Loads, usable: float) -> Callable[[JobModel], DegreePlan]:
-    """Return the function that plans a job of known sizes under the loads."""
-    return lambda job: plan_degree(
-        job,
-        inputs.derated,
-        loads.factors,
-        num_hot_experts=inputs.flags.hot_experts,
-        usable_bytes=usable,
-        spreads=loads.spreads,
-        recorded=loads.recorded,
-        redundant_experts=loads.redundant_experts,
-        drop_share=inputs.flags.drop_share or DROP_SHARE,
-    )
-
-
-def _seconds_of_run(loads: Loads, job: JobModel) -> float | None:
-    """Measured step of the run; None if its step is not one of the job."""
-    run = loads.run
-    if run is None or (run["ranks"], run["tokens_per_step"]) != (
-        job.num_ranks,
-        job.tokens_per_step,
-    ):
-        return None
-    return run["step_seconds"]
 
 
 def _jobs(inputs: Inputs) -> dict[int, Job]:

@@ -110,7 +110,7 @@ def in_words(spread: Spread) -> Cell:
 
 def _cells(setting: Setting) -> Cell:
     """Count the cells, or those that failed or diverged."""
-    bad = [result.record.status for result in setting.results if result.measured is None]
+    bad = [result.record.status for result in setting.results if not result.numbers]
     ends = ", ".join(f"{bad.count(status)} {status}" for status in dict.fromkeys(bad))
     return Cell(value=len(setting.results), text=ends, is_bad=bool(bad))
 
@@ -121,7 +121,7 @@ def _failures(groups: Sequence[Group]) -> list[Table]:
         for group in groups
         for setting in group.settings
         for result in setting.results
-        if result.measured is None
+        if not result.numbers
     ]
     columns = (Column(title="cell", is_name=True), Column(title="error"))
     return [Table(title="Failed or diverged cells", columns=columns, groups=[rows])] if rows else []
@@ -162,7 +162,7 @@ def _numbers(study: Study, groups: Sequence[Group]) -> dict[str, Any]:
     settings = [(group, setting) for group in groups for setting in group.settings]
 
     def of_setting(group: Group, setting: Setting) -> dict[str, Any]:
-        names = next((list(result.numbers) for result in setting.results if result.measured), [])
+        names = next((list(result.numbers) for result in setting.results if result.numbers), [])
         return {
             "model": group.name,
             "setting": setting.name,

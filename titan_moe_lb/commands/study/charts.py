@@ -28,7 +28,6 @@ MOST_POINTS = 60
 """Most points of a curve; more steps are averaged in segments."""
 
 _TICKS = [one * 10.0**power for power in range(-3, 4) for one in (1, 2, 3, 5)]
-_LOSS_TITLES = {"validation_loss": "validation loss", "training_loss": "training loss"}
 
 
 def charts(groups: Sequence[Group], balanced_below: float) -> list[Chart]:
@@ -102,7 +101,7 @@ def _courses(groups: Sequence[Group], y_title: str, course: str, title: str, tex
 
 
 def _front(group: Group, cost: str, x_title: str) -> go.Figure:
-    figure = blank_figure(_LOSS_TITLES[group.loss], x_title=x_title, height=380)
+    figure = blank_figure(group.loss.replace("_", " "), x_title=x_title, height=380)
     front = group.front(cost)
     if len(front) > 1:
         figure.add_scatter(
@@ -238,9 +237,6 @@ def _names(group: Group) -> list[str]:
 
 
 def _domains(group: Group) -> list[str]:
-    found: dict[str, None] = {}
-    for setting in group.settings:
-        for result in setting.results:
-            if result.measured is not None:
-                found |= dict.fromkeys(result.measured.effective_experts_of)
-    return list(found)
+    names = [name for one in group.settings for cell in one.results for name in cell.numbers]
+    prefix = "effective_experts_of_"
+    return [n.removeprefix(prefix) for n in dict.fromkeys(names) if n.startswith(prefix)]

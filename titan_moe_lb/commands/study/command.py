@@ -81,9 +81,9 @@ def run_study(
 def _conclude(study: Study, folder: Path, folders: list[CellFolder]) -> None:
     cells = results.read_results(study, folders)
     if study.plan is not None:
-        from titan_moe_lb.commands.study.predict import predicted
+        from titan_moe_lb.commands.study.predict import add_prediction
 
-        cells = predicted(study.plan, cells)
+        add_prediction(study.plan, cells)
     found = answer(study, results.by_model(study, cells), folder.name)
     try:
         (folder / NUMBERS).write_text(plain_data.as_json(found, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from titan_moe_lb.costmodel.times.outcome import Outcome
 from titan_moe_lb.errors import JobError
 
 
-def predicted(prediction: Prediction, cells: Sequence[Result]) -> list[Result]:
-    """Add the predicted step time and its ratio to balance to every cell that succeeded.
+def add_prediction(prediction: Prediction, cells: Sequence[Result]) -> None:
+    """Set the predicted step time and its ratio to balance of every cell that succeeded.
 
     If ``[plan]`` names a job, that job is planned with the cell's MaxVio as its imbalance.
     Otherwise the cell's own job is planned under the load of its last steps.
@@ -24,28 +23,19 @@ def predicted(prediction: Prediction, cells: Sequence[Result]) -> list[Result]:
     Raises:
         JobError: the job cannot be planned.
     """
-    good = [cell for cell in cells if cell.measured is not None]
+    good = [cell for cell in cells if cell.numbers]
     try:
         outcomes = _outcomes(prediction, good) if good else []
     except JobError as error:
         raise JobError(f"[plan]: {error}") from None
-    by_cell = {id(cell): outcome for cell, outcome in zip(good, outcomes, strict=True)}
-    return [
-        dataclasses.replace(
-            cell,
-            step_seconds=by_cell[id(cell)].step_seconds,
-            step_slowdown=by_cell[id(cell)].step_slowdown,
-        )
-        if id(cell) in by_cell
-        else cell
-        for cell in cells
-    ]
+    for cell, outcome in zip(good, outcomes, strict=True):
+        for name in ("step_seconds", "step_slowdown"):
+            cell.numbers[name] = getattr(outcome, name)
 
 
 def _outcomes(prediction: Prediction, cells: Sequence[Result]) -> list[Outcome]:
     if prediction.job:
-        violations = [cell.measured.max_violation for cell in cells if cell.measured]
-        factors = ",".join(f"{1 + violation:.6f}" for violation in violations)
+        factors = ",".join(f"{1 + cell.numbers['max_violation']:.6f}" for cell in cells)
         plan = _plan(prediction, prediction.job, imbalance=factors)
         return [row.outcome for row in plan.degrees[0].rows]
     plans = [

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from titan_moe_lb.commands.study.cell import CellFolder, Record
 from titan_moe_lb.commands.study.design import SEED, Study
-from titan_moe_lb.commands.study.measure import Course, Measured, measure
+from titan_moe_lb.commands.study.measure import Course, measure
 from titan_moe_lb.errors import JobError
 
 _MODEL_KEYS = {"module", "config", "job_config"}
@@ -24,26 +22,11 @@ class Result:
 
     folder: CellFolder
     record: Record
-    measured: Measured | None
-    """None if the cell failed or diverged."""
+    numbers: dict[str, float]
+    """Numbers of :func:`~titan_moe_lb.commands.study.measure.measure`, and step time and slowdown
+    of the planned job; empty if the cell failed or diverged."""
     course: Course | None
-    step_seconds: float = math.nan
-    """Step time of the planned job; see :mod:`titan_moe_lb.commands.study.predict`."""
-    step_slowdown: float = math.nan
-
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """Scalar results by name; empty if the cell failed or diverged."""
-        if self.measured is None:
-            return {}
-        plain = {k: v for k, v in asdict(self.measured).items() if not isinstance(v, dict)}
-        by_domain = {
-            f"{name}_{domain}": value
-            for name in ("loss_of", "effective_experts_of")
-            for domain, value in getattr(self.measured, name).items()
-        }
-        predicted = {"step_seconds": self.step_seconds, "step_slowdown": self.step_slowdown}
-        return {**plain, **by_domain, **predicted}
+    """None if the cell failed or diverged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +53,13 @@ class Setting:
     results: tuple[Result, ...]
 
     def spread(self, number: str) -> Spread:
-        """Summarize a number over the cells that succeeded."""
-        found = [result.numbers[number] for result in self.results if result.measured]
-        return Spread.of(found)
+        """Summarize a number over the cells that succeeded; NaN if one of them lacks it."""
+        return Spread.of([one.numbers.get(number, math.nan) for one in self.results if one.numbers])
 
     @property
     def complete(self) -> bool:
         """True if every cell succeeded."""
-        return all(result.measured for result in self.results)
+        return all(result.numbers for result in self.results)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +103,15 @@ def read_results(study: Study, folders: Iterable[CellFolder]) -> list[Result]:
         record = folder.record()
         if record is None:
             continue
-        measured = course = None
+        numbers: dict[str, float] = {}
+        course = None
         if record.status == "done":
             try:
-                measured, course = measure(folder.path, study.settings.balanced_below)
+                numbers, course = measure(folder.path, study.settings.balanced_below)
+                numbers |= {"step_seconds": math.nan, "step_slowdown": math.nan}
             except JobError as error:
                 record = replace(record, status="failed", error=str(error))
-        results.append(Result(folder=folder, record=record, measured=measured, course=course))
+        results.append(Result(folder=folder, record=record, numbers=numbers, course=course))
     return results
 
 
@@ -136,7 +120,10 @@ def by_model(study: Study, results: Sequence[Result]) -> list[Group]:
     of_model = [
         axis.title
         for axis in study.axes
-        if any(_MODEL_KEYS & {key.replace("-", "_") for key in sets} for sets in _sets(axis))
+        if any(
+            _MODEL_KEYS & {key.replace("-", "_") for key in sets}
+            for sets in axis.choices().values()
+        )
     ]
     seeds = [axis.title for axis in study.axes if axis.key == SEED]
 
@@ -160,10 +147,6 @@ def by_model(study: Study, results: Sequence[Result]) -> list[Group]:
         )
         for name, of_group in _grouped(results, model)
     ]
-
-
-def _sets(axis) -> list[dict[str, Any]]:
-    return [] if axis.is_range else list(axis.choices().values())
 
 
 def _grouped(

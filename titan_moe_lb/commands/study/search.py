@@ -92,10 +92,10 @@ class Search:
         trial = self._trials[folder.cell.name]
         values = []
         if record.status == "done":
-            measured, _course = measure(folder.path, self._study.settings.balanced_below)
-            held_out = not math.isnan(measured.validation_loss)
-            loss = measured.validation_loss if held_out else measured.training_loss
-            values = [loss, measured.max_violation]
+            found, _course = measure(folder.path, self._study.settings.balanced_below)
+            held_out = not math.isnan(found["validation_loss"])
+            loss = found["validation_loss" if held_out else "training_loss"]
+            values = [loss, found["max_violation"]]
         if values and not any(map(math.isnan, values)):
             self._search.tell(trial, values)
         else:

@@ -51,7 +51,7 @@ def serve(flags: PlanArguments) -> Serving:
         loads = inputs.loads(moe_layers_of(job.config.model_spec), degrees)
         model = read_served(job)
     layers = list(model.moe_layers.values())
-    two_level = two_level_loads(layers, loads.factors, flags.hot_experts)
+    two_level = two_level_loads(layers, inputs.factors, flags.hot_experts)
     log_normal = [
         ServedLoad(
             name=spread.name, description=spread.description, counts_NME=spread.loads(layers)

@@ -1,16 +1,16 @@
-"""Outcomes under the load of a recorded run, with every placement."""
+"""Tables about the load of a recorded run."""
 
 from __future__ import annotations
 
 from titan_moe_lb.commands.answer.answer import Column, Table
-from titan_moe_lb.commands.answer.words import duration
+from titan_moe_lb.commands.answer.words import decimals, duration
 from titan_moe_lb.commands.plan.result import Plan
 from titan_moe_lb.commands.plan.tables import outcome
 from titan_moe_lb.costmodel.times.predict import DegreePlan
 
 
-def table(plan: Plan) -> Table | None:
-    """Build the table; None without a run."""
+def measured_load(plan: Plan) -> Table | None:
+    """Outcomes under the load of the run, with every placement; None without a run."""
     if plan.run is None:
         return None
     run = plan.run
@@ -49,6 +49,39 @@ def table(plan: Plan) -> Table | None:
             f"about log-normal with sigma {run['sigma']:.2f}."
         ],
         notes=[*map(_savings, plan.degrees)],
+    )
+
+
+def placement_age(plan: Plan) -> Table | None:
+    """Slowdowns with a placement for an earlier load; None without a run."""
+    if plan.run is None:
+        return None
+    return Table(
+        title="How long a placement lasts",
+        columns=(
+            Column(title="EP"),
+            Column(title="experts placed"),
+            Column(title="last steps, placed for them", show=decimals(3)),
+            Column(title="second half, placed for the first", show=decimals(3)),
+            Column(title="last steps, placed for the first half", show=decimals(3)),
+        ),
+        groups=[
+            [
+                (
+                    degree.ep_degree,
+                    row.label,
+                    row.last.step_slowdown,
+                    row.stale_second_half.step_slowdown,
+                    row.stale_last.step_slowdown,
+                )
+                for row in degree.measured
+            ]
+            for degree in plan.degrees
+        ],
+        text=[
+            "Step time x balance, with experts placed for one load and used for the same or a later "
+            "one."
+        ],
     )
 
 
