@@ -11,16 +11,29 @@ OWN = "benchmarks.published.models"
 """Module of the models that the registry lacks."""
 
 
+GLM_AIR = (OWN, "glm45_air")
+DEEPSEEK_9B = (OWN, "deepseek_9b")
+DEEPSEEK_16B = ("deepseek_v3", "deepseek_v3_16b")
+DEEPSEEK_671B = ("deepseek_v3", "deepseek_v3_671b")
+QWEN_30B = ("qwen3", "qwen3_30b_a3b")
+QWEN_235B = ("qwen3", "qwen3_235b_a22b")
+"""Module and config of each model."""
+
+
 def job(
-    module: str,
-    config: str,
-    *more: str,
-    local: int,
-    batch: int,
-    checkpointing: str,
-    seq_len: int = 4096,
+    model: tuple[str, str], *more: str, local: int, batch: int, ac: str, seq_len: int = 4096
 ) -> tuple[str, ...]:
-    """Build the flags of a job, with local and global batch sizes in sequences."""
+    """Build the flags of a job.
+
+    Args:
+        model: module and config.
+        more: further flags.
+        local: local batch size in sequences.
+        batch: global batch size in sequences.
+        ac: activation checkpointing.
+        seq_len: tokens of a sequence.
+    """
+    module, config = model
     return (
         f"--module={module}",
         f"--config={config}",
@@ -29,7 +42,7 @@ def job(
         f"--training.local_batch_size={local}",
         f"--training.global_batch_size={batch}",
         *more,
-        f"--activation_checkpoint.type={checkpointing}",
+        f"--activation_checkpoint.type={ac}",
     )
 
 
@@ -49,12 +62,10 @@ def pipeline(degree: int, layers: int | None = None) -> tuple[str, ...]:
     return (*stages, f"--parallelism.pipeline_parallel_layers_per_stage={layers}")
 
 
-QWEN_30B_FSDP = job(
-    "qwen3", "qwen3_30b_a3b", local=8, batch=64, checkpointing="selective", seq_len=8192
-)
+QWEN_30B_FSDP = job(QWEN_30B, local=8, batch=64, ac="selective", seq_len=8192)
 PITH_TRAIN = "github.com/mlc-ai/pith-train/issues/79"
 
-DEEPSEEK_9B = job(OWN, "deepseek_9b", local=6, batch=48, checkpointing="None")
+NOUS_9B = job(DEEPSEEK_9B, local=6, batch=48, ac="None")
 NOUS = "github.com/NousResearch/torchtitan, docs/llep.md"
 
 

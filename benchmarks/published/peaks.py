@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.published.jobs import (
-    DEEPSEEK_9B,
+    DEEPSEEK_16B,
     NOUS,
+    NOUS_9B,
     PITH_TRAIN,
     QWEN_30B_FSDP,
     job,
@@ -56,23 +57,11 @@ class Peak:
 
 
 def _deepseek_16b(local: int, checkpointing: str, seq_len: int = 4096) -> tuple[str, ...]:
-    return job(
-        "deepseek_v3",
-        "deepseek_v3_16b",
-        local=local,
-        batch=8 * local,
-        checkpointing=checkpointing,
-        seq_len=seq_len,
-    )
+    return job(DEEPSEEK_16B, local=local, batch=8 * local, ac=checkpointing, seq_len=seq_len)
 
 
 DEBUG = job(
-    "deepseek_v3",
-    "deepseek_v3_debugmodel",
-    local=8,
-    batch=32,
-    checkpointing="selective",
-    seq_len=2048,
+    ("deepseek_v3", "deepseek_v3_debugmodel"), local=8, batch=32, ac="selective", seq_len=2048
 )
 PULL_3000 = "github.com/pytorch/torchtitan/pull/3000"
 PULL_1993 = "github.com/pytorch/torchtitan/pull/1993"
@@ -85,7 +74,7 @@ PEAKS = (
         ranks=8,
         ep=8,
         gib=105.26,
-        job=DEEPSEEK_9B,
+        job=NOUS_9B,
         kind="active",
         differs="the mean of its 8 GPUs, 91.15 to 123.88: its experts are not balanced",
     ),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.published.jobs import OWN, job, pipeline, planned
+from benchmarks.published.jobs import DEEPSEEK_671B, GLM_AIR, QWEN_235B, job, pipeline, planned
 from titan_moe_lb.commands.plan.result import Plan
 
 SYSTEMS = ("none", "EPLB", "LPLB", "EPLB of exact loads", "UltraEP")
@@ -65,7 +65,7 @@ MODELS = (
         balanced_tflops=785.4,
         tflops=(545, 646, 618, 695, 757),
         imbalance=(2.23, 1.34, 1.29, 1.10, 1.02),
-        job=job(OWN, "glm45_air", local=1, batch=BATCH, checkpointing="None", seq_len=SEQ_LEN),
+        job=job(GLM_AIR, local=1, batch=BATCH, ac="None", seq_len=SEQ_LEN),
     ),
     Model(
         name="Qwen3 235B-A22B, EP 64, DP 4",
@@ -73,14 +73,7 @@ MODELS = (
         balanced_tflops=574.7,
         tflops=(315, 449, 385, 474, 524),
         imbalance=(2.86, 1.34, 1.58, 1.17, 1.03),
-        job=job(
-            "qwen3",
-            "qwen3_235b_a22b",
-            local=1,
-            batch=BATCH,
-            checkpointing="None",
-            seq_len=SEQ_LEN,
-        ),
+        job=job(QWEN_235B, local=1, batch=BATCH, ac="None", seq_len=SEQ_LEN),
     ),
     Model(
         name="DeepSeek-V3 671B, EP 64, PP 4",
@@ -89,12 +82,11 @@ MODELS = (
         tflops=(509, 505, 516, 553, 613),
         imbalance=(1.30, 1.28, 1.09, 1.18, 1.01),
         job=job(
-            "deepseek_v3",
-            "deepseek_v3_671b",
+            DEEPSEEK_671B,
             *pipeline(4, 4),
             local=BATCH // EP,
             batch=BATCH,
-            checkpointing="None",
+            ac="None",
             seq_len=SEQ_LEN,
         ),
     ),

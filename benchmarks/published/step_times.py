@@ -19,10 +19,14 @@ import tomli_w
 import tyro
 
 from benchmarks.published.jobs import (
-    DEEPSEEK_9B,
+    DEEPSEEK_16B,
+    DEEPSEEK_671B,
     NOUS,
+    NOUS_9B,
     PITH_TRAIN,
+    QWEN_30B,
     QWEN_30B_FSDP,
+    QWEN_235B,
     job,
     pipeline,
     planned,
@@ -72,19 +76,9 @@ HIDDEN = {
 }
 
 
-QWEN_30B_LONG = job(
-    "qwen3", "qwen3_30b_a3b", local=1, batch=1024, checkpointing="None", seq_len=8192
-)
+QWEN_30B_LONG = job(QWEN_30B, local=1, batch=1024, ac="None", seq_len=8192)
 DEEPSEEK_671B_TP2 = job(
-    "deepseek_v3",
-    "deepseek_v3_671b",
-    NEIGHBOURS,
-    TP2,
-    *pipeline(2),
-    local=64,
-    batch=4096,
-    checkpointing="full",
-    seq_len=8192,
+    DEEPSEEK_671B, NEIGHBOURS, TP2, *pipeline(2), local=64, batch=4096, ac="full", seq_len=8192
 )
 
 
@@ -96,7 +90,7 @@ RUNS = (
         ranks=8,
         ep=8,
         tokens_per_second=256 * 4096 / 10.04 / 8,
-        job=job("gpt_oss", "gpt_oss_20b", NEIGHBOURS, local=2, batch=256, checkpointing="None"),
+        job=job(("gpt_oss", "gpt_oss_20b"), NEIGHBOURS, local=2, batch=256, ac="None"),
     ),
     Run(
         name="Qwen3 30B-A3B",
@@ -105,7 +99,7 @@ RUNS = (
         ranks=8,
         ep=8,
         tokens_per_second=512 * 4096 / 21.773 / 8,
-        job=job("qwen3", "qwen3_30b_a3b", NEIGHBOURS, local=4, batch=512, checkpointing="full"),
+        job=job(QWEN_30B, NEIGHBOURS, local=4, batch=512, ac="full"),
     ),
     Run(
         name="GPT-OSS 120B",
@@ -114,7 +108,7 @@ RUNS = (
         ranks=64,
         ep=64,
         tokens_per_second=512 * 4096 / 4.30 / 64,
-        job=job("gpt_oss", "gpt_oss_120b", NEIGHBOURS, local=2, batch=512, checkpointing="None"),
+        job=job(("gpt_oss", "gpt_oss_120b"), NEIGHBOURS, local=2, batch=512, ac="None"),
     ),
     Run(
         name="DeepSeek-V3 671B, 256 GPUs",
@@ -123,15 +117,7 @@ RUNS = (
         ranks=256,
         ep=64,
         tokens_per_second=512 * 4096 / 8.18 / 256,
-        job=job(
-            "deepseek_v3",
-            "deepseek_v3_671b",
-            NEIGHBOURS,
-            *pipeline(4, 2),
-            local=8,
-            batch=512,
-            checkpointing="full",
-        ),
+        job=job(DEEPSEEK_671B, NEIGHBOURS, *pipeline(4, 2), local=8, batch=512, ac="full"),
     ),
     Run(
         name="DeepSeek-V3 671B, 1,024 GPUs",
@@ -140,15 +126,7 @@ RUNS = (
         ranks=1024,
         ep=64,
         tokens_per_second=8192 * 4096 / 37.87 / 1024,
-        job=job(
-            "deepseek_v3",
-            "deepseek_v3_671b",
-            NEIGHBOURS,
-            *pipeline(4, 2),
-            local=8,
-            batch=8192,
-            checkpointing="full",
-        ),
+        job=job(DEEPSEEK_671B, NEIGHBOURS, *pipeline(4, 2), local=8, batch=8192, ac="full"),
         # A rank holds 2.55 billion expert parameters. Four ranks gather them in BF16 and reduce
         # them in float32, four times a step: 4 x 2.55e9 x 3/4 x (2 + 4) bytes at 40 GB/s.
         differs="FSDP's collectives of the experts, which four EP groups share: 1.15 s if nothing hides them",
@@ -160,14 +138,7 @@ RUNS = (
         ranks=2048,
         ep=64,
         tokens_per_second=14.8e12 / 2.664e6 / 3600,
-        job=job(
-            "deepseek_v3",
-            "deepseek_v3_671b",
-            *pipeline(16, 2),
-            local=112,
-            batch=14336,
-            checkpointing="None",
-        ),
+        job=job(DEEPSEEK_671B, *pipeline(16, 2), local=112, batch=14336, ac="None"),
         differs="multi-token prediction, batches of 15,360",
         what_if={
             "all-to-alls hidden by DualPipe, which leaves 112 of 132 SMs (section 3.2)": HIDDEN,
@@ -182,15 +153,7 @@ RUNS = (
         ranks=256,
         ep=32,
         tokens_per_second=2048 * 4096 / 19.7 / 256,
-        job=job(
-            "qwen3",
-            "qwen3_235b_a22b",
-            TP2,
-            *pipeline(8, 3),
-            local=128,
-            batch=2048,
-            checkpointing="None",
-        ),
+        job=job(QWEN_235B, TP2, *pipeline(8, 3), local=128, batch=2048, ac="None"),
         differs="norms and activations are computed again",
     ),
     Run(
@@ -200,7 +163,7 @@ RUNS = (
         ranks=256,
         ep=8,
         tokens_per_second=2048 * 4096 / 17.6 / 256,
-        job=job("qwen3", "qwen3_235b_a22b", TP2, local=4, batch=2048, checkpointing="full"),
+        job=job(QWEN_235B, TP2, local=4, batch=2048, ac="full"),
     ),
     Run(
         name="Qwen3 30B-A3B, torchtitan, FSDP",
@@ -240,7 +203,7 @@ RUNS = (
         ranks=8,
         ep=1,
         tokens_per_second=17_500,
-        job=job("deepseek_v3", "deepseek_v3_16b", local=4, batch=32, checkpointing="selective"),
+        job=job(DEEPSEEK_16B, local=4, batch=32, ac="selective"),
         what_if=AT_0_3,
     ),
     Run(
@@ -250,7 +213,7 @@ RUNS = (
         ranks=8,
         ep=8,
         tokens_per_second=16_270,
-        job=DEEPSEEK_9B,
+        job=NOUS_9B,
         dispatcher="standard",
         differs="balanced by their LLEP, to 1.1; nothing is compiled",
         what_if=AT_0_3,
