@@ -70,9 +70,7 @@ class Part:
     def run(self, gpus: int, seconds_left: float) -> None:
         """Run the part and store its results; skip it if something that it needs is missing.
 
-        Args:
-            gpus: GPUs of this machine.
-            seconds_left: time after which the part is stopped.
+        It is stopped after ``seconds_left``.
         """
         if gpus < self.needs_gpus:
             self.outcome = f"skipped: needs {self.needs_gpus} GPU(s), {gpus} are here"

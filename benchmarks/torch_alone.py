@@ -65,16 +65,7 @@ def main() -> None:
 def rows(
     device: str, tokens: int, experts: int, top_k: int, layers: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Measure one part after the other.
-
-    Args:
-        device: name of the device.
-        tokens: tokens of a micro-batch, in four sequences.
-        experts: E.
-        top_k: K.
-        layers: MoE layers of the rank.
-        repeats: runs of each operation.
-    """
+    """Measure one part after the other, each with that many runs of every operation."""
     on = torch.device(device)
     yield {
         "part": "device",

@@ -23,16 +23,7 @@ QWEN_235B = ("qwen3", "qwen3_235b_a22b")
 def job(
     model: tuple[str, str], *more: str, local: int, batch: int, ac: str, seq_len: int = 4096
 ) -> tuple[str, ...]:
-    """Build the flags of a job.
-
-    Args:
-        model: module and config.
-        more: further flags.
-        local: local batch size in sequences.
-        batch: global batch size in sequences.
-        ac: activation checkpointing.
-        seq_len: tokens of a sequence.
-    """
+    """Build the flags of a job, with batch sizes in sequences; ``ac`` is the checkpointing."""
     module, config = model
     return (
         f"--module={module}",
@@ -49,9 +40,7 @@ def job(
 def pipeline(degree: int, layers: int | None = None) -> tuple[str, ...]:
     """Build the flags of an interleaved pipeline.
 
-    Args:
-        degree: pipeline ranks.
-        layers: layers of each stage; default: two stages on each rank.
+    ``layers`` are those of each stage; default: two stages on each rank.
     """
     stages = (
         f"--parallelism.pipeline_parallel_degree={degree}",

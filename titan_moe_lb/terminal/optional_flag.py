@@ -11,10 +11,5 @@ Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 def optional_flag(metavar: str, *aliases: str) -> Any:
-    """Describe a flag that may be left out; its text names its default, if it has one.
-
-    Args:
-        metavar: placeholder of the value in the help.
-        aliases: further names, as in "-o".
-    """
+    """Describe a flag that may be left out; its text names its default, if it has one."""
     return tyro.conf.arg(metavar=metavar, aliases=aliases, help_behavior_hint="")

@@ -23,14 +23,9 @@ def is_remote(folder: str) -> bool:
 def claim(folder: str, run: str, *, name: str = "dump_folder", kind: str = "run") -> None:
     """Make a folder and lock it for a run until this process ends.
 
-    The launcher and all ranks of a run share the lock. A remote folder is left as it is, and a file
-    system without locks is not locked.
-
-    Args:
-        folder: path of the folder.
-        run: name of the run.
-        name: the user's key of the folder, which is also a flag.
-        kind: kind of the run, for the message.
+    The launcher and all ranks of a run share the lock. A remote folder is left as it is, and a
+    file system without locks is not locked. ``name`` is the user's key of the folder, and the
+    flag.
 
     Raises:
         JobError: the folder has no name, is not writable, or is locked by another run.

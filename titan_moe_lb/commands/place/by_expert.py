@@ -34,14 +34,7 @@ class ExpertTensors:
     """Lists with one tensor for each expert, in order of the experts."""
 
     def moves(self, order_E: np.ndarray) -> Iterator[tuple[str, tuple[str, np.ndarray | None]]]:
-        """Yield the source of each tensor: its own rows in another order, or another tensor.
-
-        Args:
-            order_E: expert at each place ``(E,)``.
-
-        Yields:
-            Name of the tensor, and its entry of :data:`Moves`.
-        """
+        """Yield the entries of :data:`Moves` that put the experts in the order ``(E,)``."""
         for name in self.stacked:
             yield name, (name, order_E)
         for names in self.separate:
@@ -67,11 +60,7 @@ _OPTIMIZER_SETTINGS = "optimizer.param_groups."
 
 
 def expert_tensors(tensors: dict[str, Stored], objects: Iterable[str] = ()) -> list[ExpertTensors]:
-    """Find all per-expert tensors of each MoE layer.
-
-    Args:
-        tensors: tensors of the checkpoint, by name.
-        objects: names of the other objects of the checkpoint.
+    """Find all per-expert tensors of each MoE layer, among these tensors and objects.
 
     Raises:
         JobError: there is no MoE layer, or no rule covers a tensor or object of one.

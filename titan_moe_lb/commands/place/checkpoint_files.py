@@ -55,12 +55,9 @@ class CheckpointFiles(ABC):
 
     @abstractmethod
     def write(self, folder: Path, moves: Moves, advance: Callable[[int], None]) -> None:
-        """Write the checkpoint with moved tensors.
+        """Write the checkpoint with moved tensors to an empty folder.
 
-        Args:
-            folder: an empty folder to write to.
-            moves: source of each tensor that moves.
-            advance: called with the number of bytes after each write.
+        ``advance`` gets the number of bytes after each write.
         """
 
 

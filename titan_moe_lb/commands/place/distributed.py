@@ -147,11 +147,7 @@ class DistributedFiles(CheckpointFiles):
     def _fill(self, box: torch.Tensor, name: str, index: int, begin: Sequence[int]) -> None:
         """Copy a part of one row of a tensor from all chunks that overlap it.
 
-        Args:
-            box: tensor to fill.
-            name: name of the source tensor.
-            index: index of the row.
-            begin: position of the box in the axes after the first.
+        ``begin`` is the position of the box in the axes after the first.
 
         Raises:
             JobError: the chunks do not cover the box.

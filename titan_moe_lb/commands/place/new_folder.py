@@ -13,11 +13,7 @@ from titan_moe_lb.errors import JobError
 
 
 def check(new: Path, num_bytes: int) -> None:
-    """Check that a folder can be made, before the work starts.
-
-    Args:
-        new: folder to make.
-        num_bytes: space that it needs.
+    """Check that a folder of that size can be made, before the work starts.
 
     Raises:
         JobError: the path exists, its parent is not writable or contains steps of a run, or the

@@ -49,11 +49,7 @@ class Inputs:
 
     @classmethod
     def of(cls, flags: PlanArguments, imbalances: str) -> Inputs:
-        """Read and check the flags.
-
-        Args:
-            flags: the flags of the command.
-            imbalances: default of ``--imbalance``.
+        """Read and check the flags, with the default of ``--imbalance``.
 
         Raises:
             JobError: a flag is wrong; the first one is reported.
@@ -84,11 +80,7 @@ class Inputs:
         )
 
     def loads(self, moe_layers: Mapping[int, MoELayer], degrees: Iterable[int]) -> Loads:
-        """Fit the loads to the model.
-
-        Args:
-            moe_layers: MoE layers of the model, by number.
-            degrees: expert-parallel degrees to plan.
+        """Fit the loads to the layers of the model and the degrees to plan.
 
         Raises:
             JobError: a layer cannot be that unevenly loaded, or the run's layers are different.
@@ -253,10 +245,7 @@ def with_flags(job: list[str], flags: list[str]) -> list[str]:
 def usual_degrees(own: int, layers: Sequence[MoELayer], most: int) -> list[int]:
     """List the job's own degree, then the four nearest powers of two that the layout allows.
 
-    Args:
-        own: expert-parallel degree of the job.
-        layers: MoE layers; a degree must divide the experts of each.
-        most: number of ranks that a degree must divide.
+    A degree divides ``most`` ranks, and the experts of every layer.
     """
     common = math.gcd(most, *(layer.num_experts for layer in layers))
     possible = [2**power for power in range(common.bit_length()) if common % 2**power == 0]

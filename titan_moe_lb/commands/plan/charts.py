@@ -77,14 +77,9 @@ def curves_by_degree(
     ticks: Sequence[float],
     levels: Iterable[float] = (),
 ) -> go.Figure:
-    """Draw one curve for each expert-parallel degree, over a logarithmic axis.
+    """Draw one curve of points for each expert-parallel degree, over a logarithmic axis.
 
-    Args:
-        curves: points of each curve, by degree.
-        y_title: title of the y axis.
-        x_title: title of the x axis.
-        ticks: ticks of the x axis.
-        levels: further values that the y axis includes.
+    The y axis includes the ``levels``.
     """
     figure = blank_figure(y_title, x_title)
     figure.update_xaxes(type="log", tickvals=ticks)

@@ -38,9 +38,6 @@ KINDS = {"gpu": Hardware, "host": Host}
 def hardware(name: str) -> Hardware:
     """Look up a device by its name, or read it from a user's TOML file.
 
-    Args:
-        name: name in the package's table, or path of a file that ends in .toml.
-
     Raises:
         JobError: the name is unknown, or the file does not define a device.
     """

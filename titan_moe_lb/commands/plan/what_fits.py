@@ -36,12 +36,7 @@ class Alternative:
 
 
 def changes_of(job: Job, model: JobModel) -> list[Change]:
-    """List the changes that a person would try.
-
-    Args:
-        job: the resolved job.
-        model: its sizes.
-    """
+    """List the changes that a person would try."""
     found = []
     if model.checkpointing != "full":
         found.append(Change("full checkpointing", ("--activation_checkpoint.type=full",)))
@@ -67,13 +62,8 @@ def what_fits(
 ) -> tuple[Alternative, ...]:
     """Plan the job with each change, and if none fits with several at once.
 
-    Args:
-        changes: changes to try.
-        planned: function of the ranks, or None for those of the job, and of further flags of the
-            job. It returns the verdict and the tokens of a step.
-
-    Returns:
-        Jobs that fit, by time per token.
+    ``planned`` takes the ranks, or None for those of the job, and further flags of the job. It
+    returns the verdict and the tokens of a step. The jobs that fit are sorted by time per token.
     """
     for number in range(1, TOGETHER + 1):
         found = []

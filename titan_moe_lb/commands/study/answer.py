@@ -36,13 +36,7 @@ _ON_TERMINAL = {
 
 
 def answer(study: Study, groups: Sequence[Group], name: str) -> Answer:
-    """Convert a study to sentences, tables and charts.
-
-    Args:
-        study: file of the study.
-        groups: its settings, by model.
-        name: name of its folder.
-    """
+    """Convert a study to sentences, tables and charts."""
     settings = study.settings
     return Answer(
         kind="Study",

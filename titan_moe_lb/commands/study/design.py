@@ -120,8 +120,7 @@ class Study:
     def cell(self, chosen: dict[str, tuple[str, dict[str, Any]]]) -> Cell:
         """Build the cell with one value of each axis.
 
-        Args:
-            chosen: name of the value and the keys that it sets, by title of the axis.
+        ``chosen`` has the name of the value and the keys that it sets, by title of the axis.
 
         Raises:
             JobError: the number of ranks, the flags or the name of the cell is invalid.

@@ -44,10 +44,6 @@ def measure(folder: Path, balanced_below: float) -> tuple[dict[str, float], Cour
     - ``effective_experts_of_DOMAIN``: number of evenly loaded experts with the entropy of the
       domain's load, mean over layers.
 
-    Args:
-        folder: folder of the run.
-        balanced_below: MaxVio below which a step counts as balanced.
-
     Returns:
         Numbers by name, NaN where the run did not record one; and the course of the run.
 

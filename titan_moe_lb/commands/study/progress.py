@@ -20,11 +20,7 @@ class Display:
     """Progress display of one start of a study."""
 
     def __init__(self, total: int) -> None:
-        """Start the display.
-
-        Args:
-            total: number of cells of the whole study.
-        """
+        """Start the display of a study with so many cells."""
         self._console = Console()
         self._total = total
         self._ended = 0

@@ -32,12 +32,7 @@ class Runner:
     """Runner of cells, each as a training job in its own processes."""
 
     def __init__(self, processes: int, threads: int) -> None:
-        """Store the limits.
-
-        Args:
-            processes: number of cells that run at once.
-            threads: threads of each process of a cell.
-        """
+        """Store how many cells run at once, and the threads of each of their processes."""
         self._processes = processes
         self._threads = threads
         self._running: dict[Path, subprocess.Popen] = {}
@@ -54,12 +49,8 @@ class Runner:
         """Run each cell to its end.
 
         The next folder is read when a slot is free, so that a sampler knows earlier results. An
-        error stops all running cells.
-
-        Args:
-            folders: folders of the cells to run.
-            began: called before a cell starts.
-            ended: called with the record of a cell that has ended.
+        error stops all running cells. ``began`` is called before a cell starts, ``ended`` with the
+        record of one that has ended.
 
         Raises:
             JobError: the log or record of a cell cannot be written.
@@ -151,9 +142,6 @@ def command(folder: CellFolder) -> list[str]:
 
 def stop_leftovers(cells: Path) -> None:
     """Kill processes of an earlier, killed study, which would still write into its cells.
-
-    Args:
-        cells: folder of all cells.
 
     Raises:
         JobError: such a process belongs to another user.

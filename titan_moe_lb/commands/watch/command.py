@@ -22,10 +22,8 @@ _ROWS_BESIDE_LAYERS = 11 + MOST_FINDINGS
 def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> None:
     """Follow a run until ``q`` is pressed, or until interrupted.
 
-    Args:
-        run_dir: folder of the run, or its trace; it may not exist yet.
-        once: print one frame and return. A console that is no terminal, or a dumb one, implies it.
-        console: console to draw on; default: the standard output.
+    The run may not exist yet. ``once`` prints one frame; a console that is no terminal, or a dumb
+    one, implies it.
 
     Raises:
         JobError: the file is no trace; or, with ``once``, there is no trace or no whole step.

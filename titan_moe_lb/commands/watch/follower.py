@@ -63,9 +63,6 @@ class Follower:
     def look(self, must_exist: bool = False) -> bool:
         """Read the steps since the last call; the first time, those that the view needs.
 
-        Args:
-            must_exist: raise if there is no trace or no whole step yet.
-
         Returns:
             True if there was a new step.
 

@@ -55,11 +55,7 @@ def frame(
 ) -> Group:
     """Draw headline numbers, findings and a strip of loads for each layer.
 
-    Args:
-        follower: follower that has read a step.
-        width: columns of the terminal.
-        most_layers: largest number of layers; those with the highest MaxVio are drawn. None: all.
-        glyphs: characters that the terminal can show.
+    Of more layers than ``most_layers``, those with the highest MaxVio are drawn.
     """
     load = follower.load
     violation_M = max_violation(load.counts_ME)

@@ -77,12 +77,7 @@ class Hardware:
                 )
 
     def derated(self, *, compute_efficiency: float, network_efficiency: float) -> Hardware:
-        """Return a copy whose compute and link peaks are scaled by these efficiencies.
-
-        Args:
-            compute_efficiency: share of the peak FLOP/s that a program reaches.
-            network_efficiency: share of the link bandwidths that a program reaches.
-        """
+        """Return a copy with these shares of the peak FLOP/s and of the link bandwidths."""
         return dataclasses.replace(
             self,
             bf16_flops=self.bf16_flops * compute_efficiency,

@@ -38,12 +38,7 @@ class Position:
         return {layer for layers in self.stages.values() for layer in layers}
 
     def stages_like(self, other: Position, built: dict[int, Stage]) -> dict[int, Stage]:
-        """Derive the stages of this rank from those of a rank of the same kind.
-
-        Args:
-            other: the other rank.
-            built: its stages, and any others.
-        """
+        """Derive the stages of this rank from those that were built for a rank of the same kind."""
         assert self.stages is not None and other.stages is not None
         return {
             stage: _renumbered(built[twin], dict(zip(old, new, strict=True)))

@@ -67,13 +67,7 @@ def build_parts(
 
 
 def rank_state(rank: int, job: Job, parts: list[nn.Module]) -> RankState:
-    """Count the bytes of a rank that do not depend on the routing.
-
-    Args:
-        rank: global rank.
-        job: the resolved job.
-        parts: model parts of this rank, built on the meta device.
-    """
+    """Count the bytes of a rank, built on the meta device, that do not depend on the routing."""
     config, pipelined = job.config, job.layout.pp > 1
     parameters = {
         f"{index}.{name}": parameter

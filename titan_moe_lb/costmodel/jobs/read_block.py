@@ -32,12 +32,7 @@ class BlockReader:
     attention, too, if there are sinks or if queries and values differ in size."""
 
     def read(self, block: nn.Module, moe_layer: int | None) -> Block:
-        """Count the bytes of one block.
-
-        Args:
-            block: transformer block on the meta device.
-            moe_layer: number of its MoE layer in the whole model; None for a dense block.
-        """
+        """Count the bytes of one block; ``moe_layer`` is None for a dense one."""
         parts: Any = block
         heads, queries, values = _heads(parts.attention)
         composed = self.on_host and (hasattr(parts.attention, "sinks") or queries != values)

@@ -110,11 +110,7 @@ def read_job(
 def bind(job: Job) -> dict[int, MoELayer]:
     """Fill in the job's model, as torchtitan does before it builds it, and read its MoE layers.
 
-    Args:
-        job: the resolved job. Its config is modified.
-
-    Returns:
-        MoE layers by number in the whole model.
+    The config is modified.
 
     Raises:
         JobError: the model has no MoE layers.
@@ -128,10 +124,7 @@ def bind(job: Job) -> dict[int, MoELayer]:
 def meta_model(model: Any, dtype: torch.dtype, layers: set[int] | None = None) -> Any:
     """Build a model on the meta device.
 
-    Args:
-        model: the model config.
-        dtype: dtype of the parameters.
-        layers: numbers of the decoder layers to build; None: all. The others are empty modules.
+    Decoder layers that are not among ``layers`` are empty modules; None: all are built.
     """
     whole = model.layers
     # The built model refers to this list: pipelining copies it with every stage.

@@ -18,8 +18,7 @@ from titan_moe_lb.resolved_job import Job
 def read_served(job: Job) -> ServedModel:
     """Build the model on the meta device and read its sizes for serving.
 
-    Args:
-        job: the job, resolved for one process. Its config is modified.
+    The job is resolved for one process, and its config is modified.
 
     Raises:
         JobError: the model has no MoE layers, or its attention is of an unknown kind.

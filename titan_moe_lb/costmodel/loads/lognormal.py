@@ -123,13 +123,10 @@ def lognormal_loads(
 
 
 def fitted_sigma(counts: np.ndarray) -> float:
-    """Estimate the sigma of log-normal loads with the same coefficient of variation CV.
+    """Estimate the sigma of log-normal loads from the variation of counts ``(..., E)``.
 
     ``sqrt(ln(1 + CV^2))``, from the moments of the log-normal distribution. CV^2 is the mean
     over the leading dimensions.
-
-    Args:
-        counts: tokens of each expert ``(..., E)``, with layers and micro-batches in front.
     """
     shares = counts / np.maximum(counts.mean(axis=-1, keepdims=True), np.finfo(float).tiny)
     return float(np.sqrt(np.log1p(shares.var(axis=-1).mean())))

@@ -32,11 +32,6 @@ def bytes_of_combine(layer: MoELayer, role: RankRole, received: Array) -> Array:
 
     The ranks that route the tokens save them in float32. With DeepEP the ranks that compute the
     tokens apply the scores and save the results in BF16.
-
-    Args:
-        layer: sizes of the layer.
-        role: share of the rank.
-        received: tokens that each rank receives.
     """
     if role.exchanges and role.dispatcher == "deepep":
         return received * layer.dim * BF16_BYTES
@@ -47,11 +42,6 @@ def bytes_of_exchanges(layer: MoELayer, role: RankRole, received: Array) -> Arra
     """Bytes of the results of the dispatch and combine all-to-alls.
 
     With DeepEP a rank receives a token once and returns one sum for it.
-
-    Args:
-        layer: sizes of the layer.
-        role: share of the rank.
-        received: tokens that each rank receives.
     """
     if not role.exchanges:
         return 0.0
@@ -78,16 +68,11 @@ def activation_peak(
 ) -> float:
     """Peak bytes of the activations on one pipeline rank.
 
-    Under full checkpointing each layer saves its input, and one layer at a time is recomputed.
-    The selective policy saves the results of every second linear layer and of attention. On a
-    GPU with EP it also saves the results of the all-to-alls.
-
-    Args:
-        job: sizes and schedule of the job.
-        role: share of the rank in an MoE layer.
-        position: pipeline rank.
-        received: tokens that each rank of the EP group receives in one micro-batch ``(N, R)``,
-            by number of the MoE layer. The micro-batches cycle through the N loads.
+    Under full checkpointing each layer saves its input, and one layer at a time is recomputed. The
+    selective policy saves the results of every second linear layer and of attention. On a GPU with
+    EP it also saves the results of the all-to-alls. ``received`` has the tokens that each rank of
+    the EP group receives in one micro-batch ``(N, R)``, by number of the MoE layer. The
+    micro-batches cycle through the N loads.
     """
     shape = next(iter(received.values())).shape
     turns = job.in_turn(shape[0])
@@ -201,12 +186,7 @@ def _stage_bytes(
 def largest_that_fits(fits: Callable[[float], bool], worst: float) -> float | None:
     """Find the largest imbalance in [1, worst] that fits, to within 0.001.
 
-    Args:
-        fits: test of an imbalance; once False, it stays False for every larger imbalance.
-        worst: largest imbalance to try.
-
-    Returns:
-        The imbalance; None if balance does not fit.
+    ``fits`` stays False above the first imbalance for which it is. None if balance does not fit.
     """
     if not fits(1.0):
         return None

@@ -21,11 +21,7 @@ def exchange_time(layer: MoELayer, role: RankRole, hardware: Hardware, skew: Arr
     - ``low_latency`` (DeepEP's kernels for serving) sends the copies of ``standard``, and starts
       the messages to all ranks at once.
 
-    Args:
-        layer: sizes of the layer.
-        role: share of the rank.
-        hardware: the device and its links.
-        skew: tokens of the busiest receiver over the mean.
+    ``skew`` is the tokens of the busiest receiver over the mean.
     """
     degree, token_bytes = role.ep_degree, layer.dim * BF16_BYTES
     if role.dispatcher != "deepep":
@@ -64,10 +60,7 @@ def exchange_time(layer: MoELayer, role: RankRole, hardware: Hardware, skew: Arr
 def places_of_a_token(layer: MoELayer, places: float, reachable: float = 1.0) -> float:
     """Mean number of different ranks or nodes that hold the K experts of a token.
 
-    Args:
-        layer: sizes of the layer.
-        places: ranks or nodes over which the experts are split.
-        reachable: share of the places that group-limited routing allows a token.
+    Group-limited routing allows a token the share ``reachable`` of the places.
     """
     if layer.neighbouring_choices:
         # A run of K experts starts at multiples of gcd(K, experts of a place), at each offset in

@@ -80,10 +80,8 @@ class RankState:
     def peak_bytes(self, activations: float, accumulates: bool) -> float:
         """Compute the total with the activations at their peak.
 
-        Args:
-            activations: bytes of the activations at their peak.
-            accumulates: gradients of earlier passes exist already. In a single pass, gradients
-                are allocated as activations are released.
+        If gradients of earlier passes exist already (``accumulates``), they add up. In a single
+        pass, gradients are allocated as activations are released.
         """
         gradients = self.gradient_bytes
         together = activations + gradients if accumulates else max(activations, gradients)

@@ -59,9 +59,6 @@ class LayerTime:
         Full checkpointing repeats the whole forward. torchtitan's selective policy saves the
         results of the all-to-alls. It repeats the grouped products and every second other
         product.
-
-        Args:
-            policy: "full", "selective" or "none".
         """
         if policy == "full":
             return self.forward
@@ -102,13 +99,9 @@ def measured_layer_time(
 ) -> LayerTime:
     """Time under measured loads.
 
-    Args:
-        layer: sizes of the layer.
-        role: share of the rank.
-        hardware: the derated device.
-        device_experts_dn: tokens of each of the n experts of each of the EP devices,
-            ``(..., EP, n)``. They add up to ``role.tokens`` x top_k. Leading dimensions, such
-            as micro-batches, become the shape of the times.
+    ``device_experts_dn`` has the tokens of each of the n experts of each of the EP devices,
+    ``(..., EP, n)``. They add up to ``role.tokens`` x top_k. Leading dimensions, such as
+    micro-batches, become the shape of the times.
     """
     rows_dn = whole_rows(device_experts_dn)
     return _uneven_layer_time(layer, role, hardware, device_experts_dn, rows_dn, 1.0)
@@ -119,14 +112,9 @@ def served_layer_time(
 ) -> tuple[LayerTime, Array]:
     """Time of a layer with so few tokens that some experts have no work.
 
-    The weights of an expert without work are not read.
-
-    Args:
-        layer: sizes of the layer.
-        role: share of the rank.
-        hardware: the derated device.
-        chosen_dn: probability that a token chooses the expert in each of the n slots of each
-            of the EP devices, ``(..., EP, n)``. They add up to top_k.
+    The weights of an expert without work are not read. ``chosen_dn`` is the probability that a
+    token chooses the expert in each of the n slots of each of the EP devices, ``(..., EP, n)``.
+    They add up to top_k.
 
     Returns:
         Time of the layer, and the mean number of experts with work on the device that has most
@@ -148,13 +136,8 @@ def _uneven_layer_time(
 ) -> LayerTime:
     """Time of a layer in which every expert has its own load.
 
-    Args:
-        layer: sizes of the layer.
-        role: share of the rank.
-        hardware: the derated device.
-        load_dn: tokens of each expert, in any unit, ``(..., EP, n)``.
-        rows_dn: tokens of each expert if it has work.
-        active_dn: probability that each expert has work.
+    ``load_dn`` are tokens in any unit ``(..., EP, n)``; ``rows_dn`` those of an expert that has
+    work, which ``active_dn`` is the probability of.
     """
     hidden_dim = layer.hidden_dim / role.expert_shards
     seconds_dn = active_dn * mlp_time(rows_dn, layer.dim, hidden_dim, hardware)

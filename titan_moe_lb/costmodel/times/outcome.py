@@ -105,9 +105,7 @@ class View:
     def measured(self, counts_NME: np.ndarray, placed: Sequence[np.ndarray]) -> Loads:
         """Build the loads of N micro-batches, scaled to the job's tokens.
 
-        Args:
-            counts_NME: tokens of each expert of each MoE layer in N micro-batches.
-            placed: expert ids in the slots of each device ``(R, n)``, for each layer.
+        ``placed`` has the expert ids in the slots of each device ``(R, n)``, for each layer.
         """
         loads: Loads = {}
         for row, (number, layer) in enumerate(self.job.moe_layers.items()):
@@ -121,10 +119,8 @@ class View:
     def memory(self, received: Mapping[int, np.ndarray], copies: int = 0) -> tuple[float, int]:
         """Find the rank that needs most memory.
 
-        Args:
-            received: tokens that each rank of the EP group receives ``(N, R)``, by number of the
-                MoE layer.
-            copies: further copies of experts on each rank, in each layer.
+        ``received`` has the tokens of each rank of the EP group ``(N, R)``, by number of the MoE
+        layer; ``copies`` are further copies of experts on each rank, in each layer.
 
         Returns:
             Bytes of that rank, and its pipeline rank.
@@ -159,10 +155,7 @@ class View:
     def outcome(self, loads: Loads, balance: Outcome | None = None, copies: int = 0) -> Outcome:
         """Compute means over MoE layers and micro-batches, step time and memory.
 
-        Args:
-            loads: loads by number of the MoE layer.
-            balance: outcome at balance, which slowdowns compare with; None for balance itself.
-            copies: further copies of experts on each rank, in each layer.
+        Slowdowns compare with ``balance``, which is None for balance itself.
         """
         times = {number: load.time for number, load in loads.items()}
         layers = [float(np.mean(time.total(self.job.checkpointing))) for time in times.values()]

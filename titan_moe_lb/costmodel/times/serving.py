@@ -183,13 +183,8 @@ def _chosen(
 def _linear_seconds(model: ServedModel, tokens: float, logits: float, hardware: Hardware) -> float:
     """Roofline time of the linear layers and the head, in seconds.
 
-    The operations between the layers write and read inputs and outputs once more.
-
-    Args:
-        model: sizes of the model.
-        tokens: tokens of the step.
-        logits: tokens whose logits are computed, one for each sequence.
-        hardware: the derated device.
+    The operations between the layers write and read inputs and outputs once more. ``logits`` is
+    the number of tokens whose logits are computed, one for each sequence.
     """
     products = 0.0
     values = 0

@@ -19,15 +19,9 @@ def step_time(
     """Time of one optimizer step, in seconds.
 
     Dense matrix products run at the device's derated peak, elementwise operations at its memory
-    bandwidth. FSDP's collectives and the sends between stages are assumed to overlap with
-    compute.
-
-    Args:
-        job: sizes and schedule of the job.
-        hardware: the derated device.
-        layer_times: time of each MoE layer, by its number in the whole model: numbers, or arrays
-            ``(N,)`` for N loads that the micro-batches cycle through.
-        num_loads: N.
+    bandwidth. FSDP's collectives and the sends between stages are assumed to overlap with compute.
+    The times of a layer are numbers, or arrays ``(N,)`` for N loads that the micro-batches cycle
+    through.
     """
     forward, backward = [], []
     for stage in job.stages:
@@ -75,15 +69,10 @@ def _optimizer_time(job: JobModel, hardware: Hardware) -> float:
 def makespan(schedule: Schedule, forward: ArrayLike, backward: ArrayLike) -> float:
     """Time from the first forward to the last backward, in seconds.
 
-    A forward waits for the previous stage's forward, a backward for the next stage's backward.
-    A rank runs one action at a time, and sends take no time. A split backward spends half its
-    time on the inputs and half on the weights.
-
-    Args:
-        schedule: actions of each pipeline rank, in order.
-        forward: seconds of each stage ``(stages,)``, or of each stage and micro-batch
-            ``(stages, micro-batches)``.
-        backward: seconds of each stage's backward, with the shape of ``forward``.
+    A forward waits for the previous stage's forward, a backward for the next stage's backward. A
+    rank runs one action at a time, and sends take no time. A split backward spends half its time
+    on the inputs and half on the weights. Times are of each stage ``(stages,)``, or of each stage
+    and micro-batch ``(stages, micro-batches)``.
     """
     number = 1 + max(action[2] for actions in schedule.values() for action in actions)
     ahead, back = (_table(seconds, number) for seconds in (forward, backward))
