@@ -12,25 +12,24 @@ import torch
 def interleaved(
     runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Time some operations in turn, after one warm-up of each.
+    """Time operations in turn, so that other work disturbs all of them alike.
 
-    Args:
-        runs: operations by name.
-        repeats: runs of each.
-        device: device that the operations run on.
+    The first one of a turn rotates. Two turns warm up.
 
     Returns:
-        Seconds of each run.
+        Seconds of each run, by name of the operation.
     """
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-2, repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             synchronize(device)
             started = time.perf_counter()
-            run()
+            runs[name]()
             synchronize(device)
+            if turn < 0:
+                continue
             seconds[name].append(time.perf_counter() - started)
     return seconds
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import socket
 import statistics
 import threading
-import time
 from collections.abc import Callable
 
 import psutil
 import tomli_w
 import torch
 
+from benchmarks.device_time import interleaved
 from titan_moe_lb.costmodel.hardware.device import SPECS, Host
 
 _BYTES = 32 * 2**20
@@ -51,14 +51,8 @@ def as_toml(host: Host) -> str:
     return tomli_w.dumps({"name": host.name, "kind": "host", **figures, "sources": host.sources})
 
 
-def _seconds(run: Callable[[], object], repetitions: int = 7) -> list[float]:
-    run()
-    seconds = []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+def _seconds(run: Callable[[], object], repeats: int = 7) -> list[float]:
+    return interleaved({"": run}, repeats, torch.device("cpu"))[""]
 
 
 def _matmul_flops(size: int) -> float:
@@ -104,7 +98,7 @@ def _loopback() -> tuple[float, float]:
                 near.sendall(block)
             near.recv(1)
 
-        latency = statistics.median(_seconds(ping, repetitions=100)) / 2
+        latency = statistics.median(_seconds(ping, repeats=100)) / 2
         seconds = min(_seconds(transfer))
         near.shutdown(socket.SHUT_WR)
         answering.join()

@@ -13,7 +13,6 @@ same repeat. Prints a table.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.config_utils import make_router_config
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
+from benchmarks.device_time import interleaved
 from tests.support.telemetry_jobs import DeviceOperators
 from titan_moe_lb.balancing.losses import (
     AuxLoss,
@@ -66,16 +66,9 @@ def main() -> None:
         with DeviceOperators() as counted:
             step()
         operators[name] = counted.count
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for repeat in range(arguments.repeats):
-        first = repeat % len(names)
-        for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - started)
+    seconds = interleaved(steps, arguments.repeats, torch.device("cpu"))
     print("| | operators | host time | of torchtitan's | quartiles |\n|---|---|---|---|---|")
-    for name in names:
+    for name in steps:
         ratios = [own / base for own, base in zip(seconds[name], seconds[BASELINE], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(

@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import tyro
 
 from titan_moe_lb.upstream import cpu
@@ -29,6 +28,7 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.trainer import Trainer
 
+from benchmarks.device_time import interleaved
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel import single_process
@@ -53,19 +53,8 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     single_process.announce()
     sides = {"without": _trainer(arguments, on=False), "with": _trainer(arguments, on=True)}
-    iterators = {name: side.batch_generator(side.dataloader) for name, side in sides.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for step in range(arguments.steps + 2):
-        # The order alternates, so that no side always runs second.
-        for name in list(sides)[:: 1 if step % 2 else -1]:
-            # Step 3 is not logged (log_freq is 1000); losses act in such steps, too.
-            sides[name].step = 3 + step
-            _synchronize()
-            started = time.perf_counter()
-            sides[name].train_step(iterators[name])
-            _synchronize()
-            if step >= 2:
-                seconds[name].append(time.perf_counter() - started)
+    runs = {name: _stepping(side) for name, side in sides.items()}
+    seconds = interleaved(runs, arguments.steps, sides["with"].device)
     pairs = [(w - o) / o * 100 for w, o in zip(seconds["with"], seconds["without"], strict=True)]
     low, middle, high = statistics.quantiles(pairs, n=4)
     print(
@@ -83,9 +72,16 @@ def main() -> None:
     )
 
 
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _stepping(trainer: Trainer) -> Callable[[], None]:
+    batches = trainer.batch_generator(trainer.dataloader)
+    trainer.step = 2
+
+    def step() -> None:
+        # Step 3 is not logged (log_freq is 1000); losses act in such steps, too.
+        trainer.step += 1
+        trainer.train_step(batches)
+
+    return step
 
 
 def _trainer(arguments: Arguments, *, on: bool) -> Trainer:

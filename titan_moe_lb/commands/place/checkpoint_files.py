@@ -1,16 +1,20 @@
-"""Base class of both kinds of checkpoint: read tensors by row, write them in another order."""
+"""Base class of both kinds of checkpoint: write a copy with moved tensors, and read it back."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.commands.place.by_expert import Stored
+from titan_moe_lb.errors import JobError
 
 Moves = dict[str, tuple[str, np.ndarray | None]]
 """Name of each tensor that moves to the tensor it comes from and the order of that tensor's rows.
@@ -59,6 +63,48 @@ class CheckpointFiles(ABC):
 
         ``advance`` gets the number of bytes after each write.
         """
+
+    def copy(self, folder: Path, moves: Moves, advance: Callable[[int], None]) -> None:
+        """Write a copy with moved tensors and all other files, and compare it with this one.
+
+        ``advance`` gets numbers of bytes; their sum is three times the size of the checkpoint.
+
+        Raises:
+            JobError: the copy differs.
+        """
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            elif path.name not in {*self.data_files, placement_file.FILE_NAME}:
+                shutil.copy2(path, folder)
+        self.write(folder, moves, advance)
+        copied = type(self)(folder)
+        same = copied.tensors == self.tensors and copied.objects == self.objects
+        for name in (*self.tensors, *self.objects):
+            source, order = moves.get(name, (name, None))
+            pairs: Iterable[tuple[Iterable, Iterable]] = (
+                [(copied.whole(name), self.whole(source))]
+                if order is None
+                else (
+                    ([copied.row(name, place)], [self.row(source, expert)])
+                    for place, expert in enumerate(map(int, order))
+                )
+            )
+            digests = ([_digest(pieces, advance) for pieces in pair] for pair in pairs)
+            same = same and all(mine == theirs for mine, theirs in digests)
+            if not same:
+                raise JobError(
+                    f"{name} reads back otherwise than it was written: the disk or the memory of "
+                    "this machine is faulty; nothing of it is left"
+                )
+
+
+def _digest(pieces: Iterable, advance: Callable[[int], None]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+        advance(len(piece))
+    return digest.digest()
 
 
 def copy_span(

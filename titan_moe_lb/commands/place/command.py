@@ -24,7 +24,6 @@ from titan_moe_lb.commands.place import new_folder
 from titan_moe_lb.commands.place.by_expert import ExpertTensors, expert_tensors
 from titan_moe_lb.commands.place.checkpoint_files import CheckpointFiles, Moves
 from titan_moe_lb.commands.place.distributed import DistributedFiles
-from titan_moe_lb.commands.place.rewrite import rewrite
 from titan_moe_lb.commands.place.safetensors_files import SafetensorsFiles
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.expert_order import contiguous, overload
@@ -66,7 +65,8 @@ def place(
     """
     folder = _checkpoint_of(path)
     alone = output.suffix == ".json"
-    files = _open(folder)
+    is_distributed = (folder / ".metadata").is_file()
+    files = DistributedFiles(folder) if is_distributed else SafetensorsFiles(folder)
     new_folder.check(output, 0 if alone else files.num_bytes)
     try:
         layers = expert_tensors(files.tensors, files.objects)
@@ -103,7 +103,7 @@ def place(
     moves: Moves = {}
     for layer in layers:
         moves.update(layer.moves(orders[layer.layer]))
-    record = _record(plan, done, undo)
+    record = (done and done.earlier) if undo else dataclasses.replace(plan, earlier=done)
     _write(files, output, folder.relative_to(path), moves, record)
     moved = f"{len(moves):,} tensors by expert of {len(files.tensors):,} moved"
     lines.append(f"{output}: {moved}, read back and compared")
@@ -128,11 +128,6 @@ def _checkpoint_of(path: Path) -> Path:
     raise JobError(
         f"{path} has no checkpoint: neither .metadata nor *.safetensors nor checkpoint/step-N"
     )
-
-
-def _open(folder: Path) -> CheckpointFiles:
-    is_distributed = (folder / ".metadata").is_file()
-    return DistributedFiles(folder) if is_distributed else SafetensorsFiles(folder)
 
 
 def _what(folder: Path, files: CheckpointFiles, layers: list[ExpertTensors]) -> str:
@@ -249,13 +244,6 @@ def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
     )
 
 
-def _record(plan: ExpertOrder, done: ExpertOrder | None, undo: bool) -> ExpertOrder | None:
-    """Return the expert order that the new checkpoint records; None for the original order."""
-    if undo:
-        return done.earlier if done is not None else None
-    return dataclasses.replace(plan, earlier=done)
-
-
 def _write(
     files: CheckpointFiles, output: Path, inside: Path, moves: Moves, record: ExpertOrder | None
 ) -> None:
@@ -273,6 +261,6 @@ def _write(
         task = bar.add_task("", total=3 * files.num_bytes)
         target = partial / inside
         target.mkdir(parents=True, exist_ok=True)
-        rewrite(files, target, moves, lambda count: bar.advance(task, count))
+        files.copy(target, moves, lambda count: bar.advance(task, count))
         if record is not None:
             record.write(partial / placement_file.FILE_NAME)
