@@ -14,21 +14,12 @@ from titan_moe_lb.commands.plan.recorded_run import loads_of_run
 from titan_moe_lb.costmodel.hardware.device import Hardware
 from titan_moe_lb.costmodel.loads.expert_load import TOLERANCE, WORST
 from titan_moe_lb.costmodel.loads.lognormal import MOST_SIGMA, Overload, Spread
-from titan_moe_lb.costmodel.loads.recorded import RecordedLoads
 from titan_moe_lb.costmodel.times.moe_layer import MoELayer
+from titan_moe_lb.costmodel.times.predict import PlannedLoads
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace
 
-
-@dataclass(frozen=True, kw_only=True)
-class Loads:
-    """Loads to plan with, checked against the layers of the model."""
-
-    spreads: list[Spread]
-    """Log-normal loads."""
-    redundant_experts: list[int]
-    run: dict[str, Any] | None
-    recorded: RecordedLoads | None
+DROP_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +70,13 @@ class Inputs:
             trace=trace,
         )
 
-    def loads(self, moe_layers: Mapping[int, MoELayer], degrees: Iterable[int]) -> Loads:
+    def loads(
+        self, moe_layers: Mapping[int, MoELayer], degrees: Iterable[int]
+    ) -> tuple[PlannedLoads, dict[str, Any] | None]:
         """Fit the loads to the layers of the model and the degrees to plan.
+
+        Returns:
+            Loads, and the facts of the run; None without one.
 
         Raises:
             JobError: a layer cannot be that unevenly loaded, or the run's layers are different.
@@ -93,12 +89,15 @@ class Inputs:
         ]
         redundant = self._redundant_experts(degrees)
         run, recorded = loads_of_run(self.trace, moe_layers) if self.trace else (None, None)
-        return Loads(
+        loads = PlannedLoads(
+            factors=self.factors,
+            num_hot_experts=self.flags.hot_experts,
             spreads=spreads,
-            redundant_experts=redundant,
-            run=run,
             recorded=recorded,
+            redundant_experts=redundant,
+            drop_share=self.flags.drop_share or DROP_SHARE,
         )
+        return loads, run
 
     def _check_layers(self, moe_layers: Mapping[int, MoELayer]) -> None:
         hot, most = self.flags.hot_experts, max(self.factors)

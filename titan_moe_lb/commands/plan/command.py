@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from titan_moe_lb.resolved_job import Job
 
 IMBALANCES = "1.0,1.5,2.0,worst"
-DROP_SHARE = 0.01
 
 
 def run(flags: PlanArguments) -> None:
@@ -62,24 +61,16 @@ def make_plan(flags: PlanArguments) -> Plan:
         by_degree = _jobs(inputs)
         moe_layers = moe_layers_of(next(iter(by_degree.values())).config.model_spec)
         # Check everything before the ranks are built, which takes minutes for a large model.
-        loads = inputs.loads(moe_layers, by_degree)
+        loads, run = inputs.loads(moe_layers, by_degree)
         jobs = _read_jobs(inputs, list(by_degree.values()))
     planned = functools.partial(
-        plan_degree,
-        hardware=inputs.derated,
-        imbalance_factors=inputs.factors,
-        num_hot_experts=flags.hot_experts,
-        usable_bytes=usable,
-        spreads=loads.spreads,
-        recorded=loads.recorded,
-        redundant_experts=loads.redundant_experts,
-        drop_share=flags.drop_share or DROP_SHARE,
+        plan_degree, hardware=inputs.derated, loads=loads, usable_bytes=usable
     )
     degrees = tuple(map(planned, sorted(jobs, key=lambda job: job.ep_degree)))
     verdict = judge(jobs[0], degrees, usable)
-    of_run = [one for one in degrees if loads.run and one.ep_degree == loads.run["ep_degree"]]
+    of_run = [one for one in degrees if run and one.ep_degree == run["ep_degree"]]
     of_clock = of_run or [one for one in degrees if one.ep_degree == jobs[0].ep_degree]
-    measured, run = flags.measured_step, loads.run
+    measured = flags.measured_step
     job_size = jobs[0].num_ranks, jobs[0].tokens_per_step
     if not measured and run and (run["ranks"], run["tokens_per_step"]) == job_size:
         measured = run["step_seconds"]
@@ -93,7 +84,7 @@ def make_plan(flags: PlanArguments) -> Plan:
         of_run=judge(jobs[0], of_run, usable) if of_run else None,
         clock=Clock.of(measured, judge(jobs[0], of_clock, usable)) if measured else None,
         alternatives=() if verdict.fits else _alternatives(inputs, verdict, jobs, planned, usable),
-        run=loads.run,
+        run=run,
     )
 
 

@@ -27,6 +27,24 @@ CURVE_POINTS = 17
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedLoads:
+    """Loads to plan with, which the MoE layers of the job can have."""
+
+    factors: Sequence[float]
+    """Imbalances of the two-level load, each in [1, E/K], or -1 for E/K."""
+    num_hot_experts: int
+    spreads: Sequence[Spread]
+    """Log-normal loads."""
+    recorded: RecordedLoads | None
+    """Loads of a run of the same model."""
+    redundant_experts: Sequence[int]
+    """Numbers of slots for copies to place the recorded loads with."""
+    drop_share: float
+    """Share of the tokens that the second capacity may drop, and of the micro-batches that may
+    overrun it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnalyticRow:
     """Outcome at one imbalance of the two-level load."""
 
@@ -110,9 +128,11 @@ class DegreePlan:
     largest_imbalance_that_fits: float | None
     curve: tuple[AnalyticRow, ...]
     """Imbalances from balance to the worst case, evenly spaced on a logarithmic scale."""
-    measured: tuple[MeasuredRow, ...] = ()
-    capacity: tuple[CapacityRow, ...] = ()
-    overruns: tuple[OverrunRow, ...] = ()
+    measured: tuple[MeasuredRow, ...]
+    """Empty without a recorded run."""
+    capacity: tuple[CapacityRow, ...]
+    """Empty without recorded micro-batches, as ``overruns``."""
+    overruns: tuple[OverrunRow, ...]
 
     @property
     def fits_any_imbalance(self) -> bool:
@@ -121,35 +141,14 @@ class DegreePlan:
 
 
 def plan_degree(
-    job: JobModel,
-    hardware: Hardware,
-    imbalance_factors: Sequence[float],
-    *,
-    num_hot_experts: int,
-    usable_bytes: float,
-    spreads: Sequence[Spread] = (),
-    recorded: RecordedLoads | None = None,
-    redundant_experts: Sequence[int] = (),
-    drop_share: float = 0.01,
+    job: JobModel, hardware: Hardware, loads: PlannedLoads, usable_bytes: float
 ) -> DegreePlan:
-    """Plan a job at one expert-parallel degree.
-
-    Args:
-        job: sizes and schedule of the job.
-        hardware: the derated device.
-        imbalance_factors: imbalances of the two-level load, each in [1, E/K], or -1 for E/K.
-        num_hot_experts: W.
-        usable_bytes: usable memory of a device, in bytes.
-        spreads: log-normal loads.
-        recorded: loads of a run of the same model.
-        redundant_experts: numbers of slots for copies to place the recorded loads with.
-        drop_share: share of the tokens that the second capacity may drop, and of the micro-batches
-            that may overrun it.
+    """Plan a job at one expert-parallel degree, on a derated device.
 
     Raises:
         JobError: an imbalance or W is outside its range, or the devices do not divide the slots.
     """
-    view = View(job, hardware, usable_bytes, num_hot_experts)
+    view = View(job, hardware, usable_bytes, loads.num_hot_experts)
     balance = view.outcome(view.two_level(1.0))
 
     def row(given: float) -> AnalyticRow:
@@ -159,34 +158,30 @@ def plan_degree(
         )
 
     def lognormal(spread: Spread) -> LogNormalRow:
-        shares = spread.loads(list(job.moe_layers.values()))
-        loads = view.measured(shares, _blocks(view))
-        return LogNormalRow(**vars(spread), outcome=view.outcome(loads, balance))
+        shares_NME = spread.loads(list(job.moe_layers.values()))
+        drawn = view.measured(shares_NME, _blocks(view))
+        return LogNormalRow(**vars(spread), outcome=view.outcome(drawn, balance))
 
-    measured: list[MeasuredRow] = []
-    capacity: list[CapacityRow] = []
-    overruns: list[OverrunRow] = []
-    if recorded:
-        measured = [
-            _measured(view, balance, recorded, *one) for one in placements(redundant_experts)
-        ]
-    if recorded and recorded.has_micro_batches:
-        capacity = [_capacity(view, recorded, share) for share in (0.0, drop_share)]
-        overruns = _overruns(view, recorded, (0.0, drop_share))
+    recorded, shares = loads.recorded, (0.0, loads.drop_share)
+    single = recorded if recorded and recorded.has_micro_batches else None
     return DegreePlan(
         ep_degree=job.ep_degree,
         tokens_per_rank=job.tokens_per_rank,
         state_bytes=job.states[view.memory_at(1.0)[1]].total_bytes,
         balance=balance,
-        rows=tuple(map(row, imbalance_factors)),
-        lognormal=tuple(map(lognormal, spreads)),
+        rows=tuple(map(row, loads.factors)),
+        lognormal=tuple(map(lognormal, loads.spreads)),
         largest_imbalance_that_fits=largest_that_fits(
             lambda factor: view.memory_at(factor)[0] <= usable_bytes, view.worst
         ),
         curve=tuple(row(float(x)) for x in np.geomspace(1.0, view.worst, CURVE_POINTS)),
-        measured=tuple(measured),
-        capacity=tuple(capacity),
-        overruns=tuple(overruns),
+        measured=tuple(
+            _measured(view, balance, recorded, *one) for one in placements(loads.redundant_experts)
+        )
+        if recorded
+        else (),
+        capacity=tuple(_capacity(view, single, share) for share in shares) if single else (),
+        overruns=tuple(_overruns(view, single, shares)) if single else (),
     )
 
 

@@ -30,8 +30,7 @@ def answer(serving: Serving) -> Answer:
 
 def _verdict(serving: Serving) -> list[str]:
     load = serving.judged.description
-    most, least = serving.most_decoded, serving.shortest_step
-    ahead = serving.most_prefilled
+    most, least, ahead = serving.best().values()
     if not (most and least and ahead):
         return [
             f"Verdict: under {load} nothing fits in {serving.usable_bytes / GIB:.1f} GiB. More "

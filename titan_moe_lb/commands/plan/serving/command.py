@@ -48,10 +48,10 @@ def serve(flags: PlanArguments) -> Serving:
         raise JobError(f"--context {context} must be at least 1")
     with silent_build(), heartbeat("building the model"):
         job, degrees = _job(inputs)
-        loads = inputs.loads(moe_layers_of(job.config.model_spec), degrees)
+        loads, run = inputs.loads(moe_layers_of(job.config.model_spec), degrees)
         model = read_served(job)
     layers = list(model.moe_layers.values())
-    two_level = two_level_loads(layers, inputs.factors, flags.hot_experts)
+    two_level = two_level_loads(layers, loads.factors, loads.num_hot_experts)
     log_normal = [
         ServedLoad(
             name=spread.name, description=spread.description, counts_NME=spread.loads(layers)
@@ -81,7 +81,7 @@ def serve(flags: PlanArguments) -> Serving:
             )
             for degree in sorted(degrees)
         ),
-        run=loads.run,
+        run=run,
     )
 
 

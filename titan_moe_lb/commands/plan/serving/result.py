@@ -38,41 +38,35 @@ class Serving:
     run: dict[str, Any] | None
     """Facts of the run that the rows of placements use; None without a run."""
 
-    def _judged(self, phase: str) -> list[Choice]:
-        """List the rows under the judged load whose ``decode`` or ``prefill`` step fits."""
-        return [
+    def best(self) -> dict[str, Choice | None]:
+        """Find the best rows under the judged load among those whose step fits; None if none does.
+
+        They decode most tokens per second on each device, have the shortest time between two tokens
+        of a sequence, and prefill most tokens per second on each device.
+        """
+        judged = [
             Choice(ep_degree=degree.ep_degree, row=row)
             for degree in self.degrees
             for row in degree.rows
-            if row.load == self.judged.name and getattr(row, phase).fits
+            if row.load == self.judged.name
         ]
-
-    @property
-    def most_decoded(self) -> Choice | None:
-        """Row with most decoded tokens per second on each device; None if nothing fits."""
-        fitting = self._judged("decode")
-        return max(fitting, key=lambda one: one.row.decode.tokens_per_second, default=None)
-
-    @property
-    def shortest_step(self) -> Choice | None:
-        """Row with the shortest time between two tokens of a sequence; None if nothing fits."""
-        return min(
-            self._judged("decode"), key=lambda one: one.row.decode.step_seconds, default=None
-        )
-
-    @property
-    def most_prefilled(self) -> Choice | None:
-        """Row with most prefilled tokens per second on each device; None if nothing fits."""
-        fitting = self._judged("prefill")
-        return max(fitting, key=lambda one: one.row.prefill.tokens_per_second, default=None)
+        decoding = [one for one in judged if one.row.decode.fits]
+        ahead = [one for one in judged if one.row.prefill.fits]
+        return {
+            "most_decoded": max(
+                decoding, key=lambda one: one.row.decode.tokens_per_second, default=None
+            ),
+            "shortest_step": min(
+                decoding, key=lambda one: one.row.decode.step_seconds, default=None
+            ),
+            "most_prefilled": max(
+                ahead, key=lambda one: one.row.prefill.tokens_per_second, default=None
+            ),
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Convert to plain data in seconds, bytes and tokens of one rank."""
-        best = {
-            name: choice and dataclasses.asdict(choice)
-            for name in ("most_decoded", "shortest_step", "most_prefilled")
-            for choice in [getattr(self, name)]
-        }
+        best = {name: choice and dataclasses.asdict(choice) for name, choice in self.best().items()}
         first = next(iter(self.model.moe_layers.values()))
         return {
             "verdict": {"load": self.judged.name, **best},
