@@ -22,8 +22,7 @@ from rich.console import Console
 
 from tests.support.synthetic_trace import run_info, step_loads, write_run
 from titan_moe_lb import cli
-from titan_moe_lb.commands.watch import pulse
-from titan_moe_lb.commands.watch.follower import Follower
+from titan_moe_lb.commands.watch.follower import Follower, in_words
 from titan_moe_lb.commands.watch.frame import frame
 from titan_moe_lb.commands.watch.glyphs import ASCII, UNICODE, glyphs_of
 from titan_moe_lb.traces.columns import Column
@@ -257,10 +256,10 @@ def test_run_whose_next_step_is_far_too_late_looks_dead(tmp_path):
     follower.look()
     seconds_S = read_trace(folder).step_columns["step_seconds"]
     assert follower.seconds_between_steps == pytest.approx(5 * np.median(seconds_S[1:]))
-    assert pulse.age(follower, follower.written + 12) == "12 s ago"
-    assert pulse.age(follower, follower.written - 5) == "0 s ago", "of another clock"
-    assert pulse.verdict(follower, follower.written + 59) is None
-    assert "no step for 3 min, it was one every" in pulse.verdict(follower, follower.written + 180)
+    assert in_words(follower.age(follower.written + 12)) == "12 s"
+    assert follower.age(follower.written - 5) == 0, "of another clock"
+    assert follower.end(follower.written + 59) is None
+    assert "no step for 3 min, it was one every" in follower.end(follower.written + 180)
     os.utime(folder / "moe_load.arrow", (0, time.time() - 7200))
     follower = Follower(folder)
     follower.look()
@@ -274,8 +273,8 @@ def test_run_whose_next_step_is_far_too_late_looks_dead(tmp_path):
         writer.write(step, dataclasses.replace(load, step_columns=own))
         follower.look()  # one at a time, as it is followed
     assert follower.seconds_between_steps == 10
-    assert pulse.verdict(follower, follower.written + 99) is None
-    assert pulse.verdict(follower, follower.written + 101)
+    assert follower.end(follower.written + 99) is None
+    assert follower.end(follower.written + 101)
 
 
 def test_rest_of_the_package_agrees_on_the_last_step(tmp_path):
@@ -320,4 +319,4 @@ def test_a_clock_that_is_set_makes_no_run_late(tmp_path, monkeypatch):
     now = time.time()
     for jump in (-7200, 7200):
         monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
-        assert pulse.age(follower).endswith(" s ago") and pulse.verdict(follower) is None
+        assert follower.age() < 60 and follower.end() is None

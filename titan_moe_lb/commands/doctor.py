@@ -45,7 +45,10 @@ def main() -> None:
 
 def findings() -> Iterator[Finding]:
     """Run all checks. A check that raises becomes a finding that is not ``ok``."""
-    yield _python()
+    is_new = sys.version_info >= MINIMUM_PYTHON
+    wanted = ".".join(map(str, MINIMUM_PYTHON))
+    needs = f"in {sys.prefix}" if is_new else f"is too old: {wanted} or newer is needed"
+    yield Finding("python", f"{platform.python_version()} {needs}", ok=is_new)
     yield from packages(DISTRIBUTION)
     for what, look in _LOOKS.items():
         try:
@@ -53,14 +56,6 @@ def findings() -> Iterator[Finding]:
         except Exception as error:  # a broken installation can raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             yield Finding(what, f"{reason}: install {DISTRIBUTION} again", ok=False)
-
-
-def _python() -> Finding:
-    version = platform.python_version()
-    if sys.version_info < MINIMUM_PYTHON:
-        wanted = ".".join(map(str, MINIMUM_PYTHON))
-        return Finding("python", f"{version}, and {wanted} or newer is needed", ok=False)
-    return Finding("python", f"{version} in {sys.prefix}")
 
 
 def packages(distribution: str) -> Iterator[Finding]:
@@ -72,46 +67,34 @@ def packages(distribution: str) -> Iterator[Finding]:
         return
     waiting = [Requirement(distribution)]
     seen: dict[str, str] = {}
-    missing = False
+    problems = []
     while waiting:
         wanted = waiting.pop()
         name = re.sub(r"[-_.]+", "-", wanted.name).lower()
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            missing = True
-            yield Finding("packages", f"{name} is not installed: pip install '{wanted}'", ok=False)
+            problems.append(f"{name} is not installed: pip install '{wanted}'")
             continue
         if not wanted.specifier.contains(found.version, prereleases=True):
-            missing = True
-            yield Finding(
-                "packages", f"{name} is {found.version}: pip install '{wanted}'", ok=False
-            )
+            problems.append(f"{name} is {found.version}: pip install '{wanted}'")
         if name in seen:
             continue
         seen[name] = found.version
-        if lost := _lost_files(found):
-            missing = True
+        modules = [file for file in found.files or () if file.suffix in (".py", ".so")]
+        if lost := sum(not os.path.exists(str(found.locate_file(file))) for file in modules):
             remedy = f"pip install --force-reinstall --no-deps '{name}=={found.version}'"
-            yield Finding("packages", f"{lost} files of {name} are missing: {remedy}", ok=False)
-        needs = map(Requirement, found.requires or ())
+            problems.append(f"{lost} files of {name} are missing: {remedy}")
         extras = {"", *wanted.extras}
         waiting += [
             need
-            for need in needs
+            for need in map(Requirement, found.requires or ())
             if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras)
         ]
-    if not missing:
-        versions = ", ".join(
-            f"{name} {seen[name]}" for name in ("torch", "torchtitan") if name in seen
-        )
-        yield Finding("packages", f"all {len(seen)} are whole: {versions}")
-
-
-def _lost_files(found: importlib.metadata.Distribution) -> int:
-    """Count the installed modules and libraries whose file is missing."""
-    names = [file for file in found.files or () if file.suffix in (".py", ".so")]
-    return sum(not os.path.exists(str(found.locate_file(file))) for file in names)
+    yield from (Finding("packages", problem, ok=False) for problem in problems)
+    if not problems:
+        main_ones = [f"{name} {seen[name]}" for name in ("torch", "torchtitan") if name in seen]
+        yield Finding("packages", f"all {len(seen)} are whole: {', '.join(main_ones)}")
 
 
 def _devices() -> str:

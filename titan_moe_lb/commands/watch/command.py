@@ -8,8 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from titan_moe_lb.commands.watch import pulse
-from titan_moe_lb.commands.watch.follower import Follower
+from titan_moe_lb.commands.watch.follower import Follower, in_words
 from titan_moe_lb.commands.watch.frame import MOST_FINDINGS, frame
 from titan_moe_lb.commands.watch.glyphs import glyphs_of
 from titan_moe_lb.commands.watch.keyboard import keyboard
@@ -44,7 +43,7 @@ def watch(run_dir: Path, once: bool = False, console: Console | None = None) -> 
             # Draw again for a new step, another size of the terminal, or another age of the step.
             now = (
                 console.size,
-                started and (follower.written, follower.ended, pulse.age(follower)),
+                started and (follower.written, follower.ended, in_words(follower.age())),
             )
             if now != shown:
                 shown = now

@@ -15,6 +15,9 @@ from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.step_load import StepLoad
 from titan_moe_lb.traces.trace import Trace, TraceReader, trace_file
 
+TIMES_LATE = 10
+SECONDS_LATE = 60.0
+"""A step is late beyond both bounds; checkpoints and compilation delay steps too."""
 MOST_RECENT = 200
 """Logged steps in memory, enough to diagnose the end of a run."""
 SPREAD = 40
@@ -60,6 +63,22 @@ class Follower:
         known = intervals[np.isfinite(intervals)]
         return float(np.median(known)) if len(known) else None
 
+    def age(self, now: float | None = None) -> float:
+        """Seconds since the last step."""
+        return max(0.0, (time.monotonic() if now is None else now) - self.written)
+
+    def end(self, now: float | None = None) -> str | None:
+        """Return a sentence about the end of the run: marked, or guessed from a step that is late."""
+        if self.ended:
+            return "the run has ended"
+        usual, age = self.seconds_between_steps, self.age(now)
+        if usual is None or age <= max(TIMES_LATE * usual, SECONDS_LATE):
+            return None
+        return (
+            f"no step for {in_words(age)}, it was one every {in_words(usual)}: "
+            "the run has ended or is dead"
+        )
+
     def look(self, must_exist: bool = False) -> bool:
         """Read the steps since the last call; the first time, those that the view needs.
 
@@ -92,6 +111,14 @@ class Follower:
         elif must_exist:
             raise JobError(f"{file} holds no whole step yet: look again later")
         return bool(len(news.steps))
+
+
+def in_words(seconds: float) -> str:
+    """Format a duration in its largest unit."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _max_violations(trace: Trace) -> dict[int, float]:

@@ -7,8 +7,7 @@ from rich.console import Group
 from rich.text import Text
 
 from titan_moe_lb.commands.diagnose.finding import Severity
-from titan_moe_lb.commands.watch import pulse
-from titan_moe_lb.commands.watch.follower import Follower
+from titan_moe_lb.commands.watch.follower import Follower, in_words
 from titan_moe_lb.commands.watch.glyphs import UNICODE, Glyphs
 from titan_moe_lb.traces.balance_statistics import (
     max_violation,
@@ -80,7 +79,7 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
     if info.forced_routing:
         title.append(f"  forced routing: {glyphs.inert(info.forced_routing)}", style="bold red")
     step = Text(f"step {follower.step}", style="bold")
-    step.append(f"  {pulse.age(follower)}", style="not bold")
+    step.append(f"  {in_words(follower.age())} ago", style="not bold")
     step.append(f"  dead experts {dead}", style="bold red" if dead else "not bold")
     for column in info.columns:
         if column.is_aux_loss and column.name in numbers:
@@ -88,7 +87,7 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
                 f"  {glyphs.inert(column.heading)} {numbers[column.name]:.4f}", style="not bold"
             )
     lines = [title, step]
-    if late := pulse.verdict(follower):
+    if late := follower.end():
         lines.append(Text(late, style="bold yellow"))
     for label, shown in _LINES:
         words = [form.format(numbers[name]) for name, form in shown.items() if name in numbers]
