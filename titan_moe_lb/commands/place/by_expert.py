@@ -119,11 +119,7 @@ def _layers(model: dict[str, Stored]) -> dict[str, ExpertTensors]:
 
 
 def _enter(layer: ExpertTensors, prefix: str, names: list[str], model: dict[str, Stored]) -> None:
-    """Add the per-expert tensors of one layer.
-
-    Raises:
-        JobError: no rule covers a tensor, or it does not fit the number of experts.
-    """
+    """Add the per-expert tensors of one layer; refuse a tensor that no rule covers."""
     separate: dict[str, dict[int, str]] = defaultdict(dict)
     for name in names:
         tail = name.removeprefix(prefix)
@@ -158,9 +154,6 @@ def _enter_optimizer(layers: dict[str, ExpertTensors], tensors: dict[str, Stored
     State in the shape of its parameter is per expert. A single number, such as a step count,
     belongs to the whole parameter. Outside of MoE layers, state may have no parameter of its name,
     since a checkpoint may split a fused projection into q, k and v.
-
-    Raises:
-        JobError: state in an MoE layer has no parameter, or has another shape.
     """
     owners = {name: layer for layer in layers.values() for name in layer.stacked}
     for name in sorted(tensors):

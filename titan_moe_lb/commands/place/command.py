@@ -220,11 +220,7 @@ def _from_loads(trace: Trace, ep: int | None, groups: str | None) -> tuple[Exper
 
 
 def _gain(plan: ExpertOrder, counts_ME: np.ndarray) -> str:
-    """Describe the overload before and after, in a line.
-
-    Raises:
-        JobError: the placement does not reduce the overload.
-    """
+    """Describe the overload before and after; refuse a placement that does not reduce it."""
     ep, together = plan.ep_degree, plan.groups
     counts = [counts_E[counts_E >= 0] for counts_E in counts_ME]
     as_it_was = [contiguous(len(counts_E), ep) for counts_E in counts]

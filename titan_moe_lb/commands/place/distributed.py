@@ -148,9 +148,6 @@ class DistributedFiles(CheckpointFiles):
         """Copy a part of one row of a tensor from all chunks that overlap it.
 
         ``begin`` is the position of the box in the axes after the first.
-
-        Raises:
-            JobError: the chunks do not cover the box.
         """
         found = 0
         for part in self._parts[name]:

@@ -60,11 +60,7 @@ def known_hardware() -> dict[str, dict[str, Any]]:
 
 
 def _device(key: str, table: dict[str, Any], place: str) -> Hardware:
-    """Build a device from its table.
-
-    Raises:
-        JobError: the table has mistakes; all are reported.
-    """
+    """Build a device from its table; report all mistakes at once."""
     kind, sources = table.get("kind", "gpu"), table.get("sources", {})
     assumed = {} if kind == "host" else {k: v for k, v in ASSUMED.items() if k not in table}
     mistakes = []

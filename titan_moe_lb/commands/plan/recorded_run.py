@@ -53,6 +53,8 @@ def loads_of_run(
         max_overload_factor=float(np.nanmax(overload_S[len(overload_S) // 2 :])) if known else 0.0,
     )
     window = recorded.window
+    seconds_S = trace.over_steps("step_seconds")[-window:]
+    known_seconds = seconds_S[np.isfinite(seconds_S)]
     run = {
         "path": str(trace.path.parent),
         "layout": info.layout,
@@ -68,15 +70,8 @@ def loads_of_run(
         "max_overload_factor": float(np.nanmax(overload_S)) if known else None,
         "micro_batches": len(recorded.micro_batch_counts_SME),
         "is_sample": trace.is_sample,
+        "step_seconds": float(np.median(known_seconds)) if len(known_seconds) else None,
         # From whole global batches: in small micro-batches, sampling noise would add to sigma.
-        "step_seconds": _step_seconds(trace, window),
         "sigma": fitted_sigma(recorded.known(slice(-window, None))),
     }
     return run, recorded
-
-
-def _step_seconds(trace: Trace, window: int) -> float | None:
-    """Median time of the last steps; None if the run recorded none."""
-    seconds_S = trace.over_steps("step_seconds")[-window:]
-    known = seconds_S[np.isfinite(seconds_S)]
-    return float(np.median(known)) if len(known) else None

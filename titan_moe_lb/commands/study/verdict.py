@@ -30,7 +30,8 @@ def verdict(group: Group) -> str:
             'One seed each, so chance cannot be estimated: add an axis key = "debug.seed".'
         )
     else:
-        level = _within(best, settings, loss)
+        highest = best.spread(loss).high
+        level = [s for s in settings if s is not best and s.spread(loss).low <= highest]
         if level:
             sentences.append(
                 f"In the loss, {_listed(level)} and it do not differ clearly: the ranges of their "
@@ -60,12 +61,6 @@ def verdict(group: Group) -> str:
         "balance may catch up, and a loss that a small model does not feel may cost a large one."
     )
     return " ".join(sentences)
-
-
-def _within(best: Setting, settings: list[Setting], loss: str) -> list[Setting]:
-    """List the settings whose range over seeds overlaps the range of the best one."""
-    highest = best.spread(loss).high
-    return [s for s in settings if s is not best and s.spread(loss).low <= highest]
 
 
 def _with_range(setting: Setting, number: str, unit: str = "") -> str:

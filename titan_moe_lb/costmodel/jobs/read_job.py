@@ -247,11 +247,7 @@ def _stage(
 
 
 def _blocks(part: nn.Module) -> dict[str, nn.Module]:
-    """Collect the transformer blocks of a part by name, multi-token prediction included.
-
-    Raises:
-        JobError: a block has no ``attention_norm``, so its memory is unknown.
-    """
+    """Collect the transformer blocks of a part by name, multi-token prediction included."""
     blocks = {
         f"{group}.{name}": block
         for group in ("layers", "mtp_layers")
