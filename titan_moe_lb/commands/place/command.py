@@ -46,16 +46,7 @@ def place(
 ) -> list[str]:
     """Write a checkpoint with the experts of its MoE layers in another order.
 
-    Args:
-        path: a checkpoint, or a run, whose newest finished step is used.
-        output: folder to make, of the same kind as ``path``; or a .json file, for the placement
-            alone.
-        from_run: run whose loads to balance; default: the run of the checkpoint.
-        ep: expert-parallel degree to balance for.
-        groups: numbers of expert groups that stay together, as in "4,8"; default: as the run
-            records.
-        file: saved placement to apply instead of one from loads.
-        undo: restore the order before the last placement.
+    The arguments are those of ``titan-moe-lb place``; ``file`` is its ``--placement``.
 
     Returns:
         Lines that describe the result.

@@ -32,11 +32,7 @@ def run_study(
 ) -> None:
     """Run the cells of a study that have no result yet, and write its page and numbers.
 
-    Args:
-        path: file of the study.
-        output: folder of the study; default: ``outputs/`` and the name of the file.
-        processes: number of cells that run at once; default: the number in the file.
-        retry_failed: run cells again that failed or diverged.
+    The arguments are those of ``titan-moe-lb study``.
 
     Raises:
         JobError: the file, a job or the folder is wrong. Ended cells are kept.
