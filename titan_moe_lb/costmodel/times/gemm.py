@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from titan_moe_lb.costmodel.hardware.device import Hardware
-from titan_moe_lb.costmodel.loads.expert_load import Array, ExpertLoad
+from titan_moe_lb.costmodel.loads.expert_load import Array
 
 BF16_BYTES = 2
 FP32_BYTES = 4
@@ -33,20 +33,6 @@ def turning_rows(inner: float, columns: float, hardware: Hardware) -> float | No
     # Solve 2 r I C / F = 2 (r I + I C + r C) / M for r, after division by 2 I C.
     rest = hardware.memory_bandwidth / hardware.bf16_flops - 1 / inner - 1 / columns
     return 1 / rest if rest > 0 else None
-
-
-def expert_forward_time(
-    load: ExpertLoad, dim: float, hidden_dim: float, hardware: Hardware
-) -> Array:
-    """Forward time of the grouped products on the busiest device, in seconds.
-
-    The products are w1 and w3 (D to F), and w2 (F to D). The backward pass takes twice as long:
-    each product has one for the gradient of its input and one for the gradient of its weight.
-    """
-    hot, hot_rows, others, other_rows = load.gemms()
-    return hot * mlp_time(hot_rows, dim, hidden_dim, hardware) + others * mlp_time(
-        other_rows, dim, hidden_dim, hardware
-    )
 
 
 def mlp_time(rows: ArrayLike, dim: float, hidden_dim: float, hardware: Hardware) -> Array:

@@ -18,7 +18,6 @@ from titan_moe_lb.costmodel.loads.expert_load import (
 from titan_moe_lb.costmodel.times.dispatch import exchange_time
 from titan_moe_lb.costmodel.times.gemm import (
     BF16_BYTES,
-    expert_forward_time,
     gemm_time,
     mlp_time,
 )
@@ -50,7 +49,10 @@ class LayerTime:
 
     @property
     def backward(self) -> Array:
-        """Backward pass: compute takes twice as long, each all-to-all runs once in reverse."""
+        """Backward pass: each all-to-all runs once in reverse, and compute takes twice as long.
+
+        A product has one for the gradient of its input and one for the gradient of its weight.
+        """
         return 2 * self.compute + self.dispatch + self.combine
 
     def recomputation(self, policy: str) -> Array:
@@ -90,8 +92,12 @@ def two_level_layer_time(
 ) -> LayerTime:
     """Time under the two-level load of the layer."""
     hidden_dim = layer.hidden_dim / role.expert_shards
-    experts = expert_forward_time(load, layer.dim, hidden_dim, hardware)
-    return _layer_time(layer, role, hardware, experts=experts, skew=load.receiver_skew)
+    hot, hot_rows, others, other_rows = load.gemms()
+    hot_seconds = hot * mlp_time(hot_rows, layer.dim, hidden_dim, hardware)
+    other_seconds = others * mlp_time(other_rows, layer.dim, hidden_dim, hardware)
+    return _layer_time(
+        layer, role, hardware, experts=hot_seconds + other_seconds, skew=load.receiver_skew
+    )
 
 
 def measured_layer_time(
