@@ -298,11 +298,19 @@ def _refuse_empty(arguments: list[str]) -> None:
         before = word
 
 
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise JobError("the working directory was removed: cd to one that exists") from None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; print a user's mistake in one line and exit with status 2."""
-    if os.getcwd() not in sys.path:  # of a user's modules, as in the ranks, which python -m starts
-        sys.path.append(os.getcwd())
     try:
+        # Of a user's modules, as in the ranks, which python -m starts.
+        if (folder := _working_folder()) not in sys.path:
+            sys.path.append(folder)
         _run(sys.argv[1:] if arguments is None else arguments)
     except JobError as error:
         print(f"titan_moe_lb: error: {error}", file=sys.stderr)

@@ -9,7 +9,11 @@ import torch
 from torchtitan.config import ParallelismConfig
 
 from tests.support.inert_models import FAULTS, loop
-from tests.support.own_loop_jobs import forward, tested_norms
+from tests.support.own_loop_jobs import (
+    faults_beside_a_wrong_dtype_on_rank_1,
+    forward,
+    norms_at_the_gates,
+)
 from tests.support.textbook import mean_loss
 from titan_moe_lb.balancing.expert_bias import MomentumBias, QuantileBias
 from titan_moe_lb.balancing.freezing import Freeze
@@ -82,10 +86,15 @@ EP2 = ParallelismConfig(data_parallel_shard_degree=2, expert_parallel_degree=2)
 
 def test_norms_on_two_ranks_are_those_on_one(ranks):
     """FSDP and expert parallelism, with losses of every kind; each rank has half of the rows."""
-    (one,) = ranks.run(1, tested_norms)
-    for norms in ranks.run(2, tested_norms, EP2):
+    (one,) = ranks.run(1, norms_at_the_gates)
+    for norms in ranks.run(2, norms_at_the_gates, EP2):
         torch.testing.assert_close(torch.tensor(norms), torch.tensor(one), rtol=1e-4, atol=0)
     assert torch.tensor(one).min() > 0
+
+
+def test_a_fault_of_one_rank_lets_no_other_wait(ranks):
+    alone, broken = ranks.run(2, faults_beside_a_wrong_dtype_on_rank_1, EP2)
+    assert broken == alone == ["wrong_dtype"]
 
 
 def state_of(made) -> dict[str, object]:

@@ -209,3 +209,15 @@ def test_a_full_disk_leaves_nothing(native, capsys, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert "space" in refusal(capsys, tmp_path / "loads.npy", "-o", run, f"--top-k={K}")
     assert not (run / "moe_load.arrow").exists()
+
+
+def test_json_lines_may_have_a_loss_in_late_lines_only(tmp_path):
+    """The first line with a loss is beyond the block of 1 MiB from which pyarrow takes the columns."""
+    file, steps = tmp_path / "loads.jsonl", 30_000
+    rows = ({"step": step, "layer": 0, "tokens": [2, 4, 6, 4]} for step in range(1, steps))
+    last = {"step": steps, "layer": 0, "tokens": [4, 4, 4, 4], "loss": 2}
+    file.write_text("\n".join(map(json.dumps, [*rows, last])))
+    assert file.stat().st_size > 2**20
+    cli.main(["import", str(file), "-o", str(tmp_path / "run"), "--top-k", "2"])
+    loss_S = lb.read_trace(tmp_path / "run").over_steps("loss")
+    assert np.isnan(loss_S[:-1]).all() and loss_S[-1] == 2 and len(loss_S) == steps

@@ -199,8 +199,32 @@ def test_a_mask_instead_of_ids_is_refused():
         model(torch.eye(4, 6))
 
 
+def test_a_model_that_was_compiled_before_is_refused_at_its_first_step():
+    """Its graphs do not run hooks that come after them."""
+    model = OwnModel()
+    model.compile(backend="eager")
+    model(torch.eye(4, 6))
+    options = {"routers": "*.chooser", "num_experts": 4}
+    observed = lb.observe(model, expert_ids=lambda _, x: x.argmax(dim=-1, keepdim=True), **options)
+    model(torch.eye(4, 6))
+    with pytest.raises(lb.JobError, match="compiled"):
+        observed.step(1)
+
+
+def test_a_model_that_is_compiled_after_it_is_counted():
+    model = OwnModel()
+    options = {"routers": "*.chooser", "num_experts": 4}
+    observed = lb.observe(model, expert_ids=lambda _, x: x.argmax(dim=-1, keepdim=True), **options)
+    model.compile(backend="eager")
+    for _ in range(3):
+        model(torch.eye(4, 6)[[0, 0, 3]])
+    assert observed.step(1)["moe/max_violation"] == pytest.approx(6 / (9 / 4) - 1)
+
+
 def test_steps_ascend_and_numbers_stay():
-    observed = lb.observe(model_of("qwen3_moe"))
+    model = model_of("qwen3_moe")
+    observed = lb.observe(model)
+    learn(model, batch(1))
     observed.step(3, loss=1.0)
     for step, numbers in ((3, {"loss": 1.0}), (4, {"lr": 0.1})):
         with pytest.raises(lb.JobError, match=f"step {step}"):

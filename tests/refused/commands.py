@@ -100,6 +100,12 @@ PLACE = {
     "place saved -o ''": "-o",
     "place saved -o nowhere/new": "nowhere/new",
 }
+CHECK = {
+    "check --module llama3 --config llama3_debugmodel": "balanced",
+    "check --job-config none.toml": "--job-config none.toml",
+    "check --module nomodel": "'nomodel'",
+    "check --module deepseek_v3 --config nope": "'nope'",
+}
 BY_TYRO = {
     "": "diagnose",
     "reprot run": "reprot",
@@ -122,6 +128,7 @@ BY_TYRO = {
     "plan H100 --ep 1 2 -- TINY": " 2 ",
     "place saved -o new --grops 4": "--groups",
     "plan H100 -- --training.stpes 3": "--training.stpes",
+    "check TINY --training.stpes 3": "--training.stpes",
     "place": "CHECKPOINT",
     "place saved": "-o",
     "place saved -o new --ep two": "--ep",

@@ -10,7 +10,7 @@ from tests.refused import commands, jobs, scene
 from titan_moe_lb.costmodel.jobs import read_job, read_served
 from titan_moe_lb.run import launch, rank_processes
 
-LINES = commands.REPORT | commands.PLAN | commands.PLACE | jobs.FLAGS
+LINES = commands.REPORT | commands.PLAN | commands.PLACE | commands.CHECK | jobs.FLAGS
 BY_TYRO = commands.BY_TYRO | jobs.BY_TYRO
 
 

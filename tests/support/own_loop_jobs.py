@@ -270,7 +270,7 @@ def steps_of_unequal_ranks() -> tuple[list[float], list[float]]:
     return weights, model.moe.expert_bias_E.tolist()
 
 
-def tested_norms(parallelism: ParallelismConfig | None = None) -> list[list[float]]:
+def norms_at_the_gates(parallelism: ParallelismConfig | None = None) -> list[list[float]]:
     """Return what a self-test measures at each gate: the model's gradient and those of the losses."""
     model, dims, context = built(parallelism)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -284,3 +284,19 @@ def tested_norms(parallelism: ParallelismConfig | None = None) -> list[list[floa
 
     layers = balance.check(forward_backward, optimizer).measured.layers
     return [[layer.main_norm, *(loss.norm for loss in layer.losses)] for layer in layers]
+
+
+def faults_beside_a_wrong_dtype_on_rank_1(parallelism: ParallelismConfig) -> list[str]:
+    """Return the kinds of the faults that a self-test names where one rank has a bfloat16 bias."""
+    model, dims, context = built(parallelism)
+    balance = attach(model, None, dims, rows_per_step=4)
+    tokens = torch.randint(0, 256, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    if dist.get_rank() == 1:
+        layer = moe_layers_of([model])[0]
+        layer.expert_bias_E = layer.expert_bias_E.bfloat16()
+
+    def forward_backward() -> None:
+        with context():
+            forward(model, tokens).float().square().sum().backward()
+
+    return [fault.kind for fault in balance.check(forward_backward).faults]

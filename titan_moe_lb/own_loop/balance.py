@@ -125,8 +125,9 @@ class Balance:
         """Test that every loss reaches its gate, and that every bias moves and is read.
 
         The test runs some forwards and backwards and a step without gradients. It leaves parameters,
-        gradients, biases, counts and random numbers as they were. Collective: call it on every rank,
-        between two steps. ``print()`` shows the result.
+        gradients, biases, counts and random numbers as they were; what an optimizer advances without
+        gradients, it advances. Collective: call it on every rank, between two steps. ``print()``
+        shows the result.
 
         Args:
             forward_backward: function that runs one forward of a batch and its backward, as the loop

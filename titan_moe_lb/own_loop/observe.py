@@ -99,6 +99,7 @@ class Observation:
         self._ep, self._group = ep, group
         self._trace: LoadTrace | None = None
         self._last_step: int | None = None
+        self._has_run = False
         self._names: frozenset[str] | None = None
 
     def step(self, step: int, **numbers: float) -> dict[str, float]:
@@ -115,8 +116,9 @@ class Observation:
             a step without a token.
 
         Raises:
-            JobError: the step is not larger than the last, a number is new since the first step, or
-                ranks have different routers, as stages of a pipeline do.
+            JobError: the step is not larger than the last, a number is new since the first step,
+                ranks have different routers, as stages of a pipeline do, or no router has run since
+                :func:`observe`.
         """
         self._check(step, frozenset(numbers))
         experts = max(router.num_experts for router in self._routers)
@@ -125,19 +127,24 @@ class Observation:
         if dist.is_initialized():
             dist.all_reduce(table, group=self._group)
             ranks = dist.get_world_size(self._group)
-        counts_ME = table[:, :experts].cpu().numpy()
+        counts_ME, forwards = table[:, :experts].cpu().numpy(), table[:, experts]
+        if not self._has_run and not forwards.any():
+            raise JobError(
+                "no router has run since observe(): observe() the model before its first compiled "
+                "forward, and train the same model, in train()"
+            )
+        self._has_run = True
         if not counts_ME.any():
             return {}
         layers = tuple(router.number for router in self._routers)
         first = not dist.is_initialized() or dist.get_rank() == 0
         if self._run_dir is not None and first:
             if self._trace is None:
-                forwards = int(table[0, experts])
                 self._trace = LoadTrace(
                     self._run_dir,
                     top_k=self._routers[0].top_k,
                     ep=self._ep,
-                    micro_batches=max(forwards, ranks),
+                    micro_batches=max(int(forwards[0]), ranks),
                     model=self._model,
                 )
             sizes = [router.num_experts for router in self._routers]

@@ -61,7 +61,7 @@ def step_not_closed(model: ModelMeasured) -> Found:
 
 def no_forward_counted(model: ModelMeasured) -> Found:
     """Find a forward that does not learn."""
-    if not model.counted_forwards and not any(layer.wrong_dtypes for layer in model.layers):
+    if model.counted_forwards == 0:
         yield (
             None,
             "step",
@@ -80,6 +80,13 @@ def wrong_dtype(model: ModelMeasured) -> Found:
                 f"{', '.join(layer.wrong_dtypes)} loses small updates",
                 "load and assign it as float32",
             )
+    if model.counted_forwards is None and not any(layer.wrong_dtypes for layer in model.layers):
+        yield (
+            None,
+            "step",
+            "a state of the balance on another rank is not float32, so that no forward ran",
+            "look at the result of the other ranks",
+        )
 
 
 def gate_outside_optimizer(model: ModelMeasured) -> Found:
@@ -141,8 +148,6 @@ def no_gradient_of_model(model: ModelMeasured) -> Found:
     """Find a gate that the model's own loss does not reach."""
     for layer in model.layers:
         if layer.main_norm or not layer.gate_learns or not model.counted_forwards:
-            continue
-        if layer.wrong_dtypes:
             continue
         if layer.gate_output is not None and not layer.gate_output.attached:
             what, remedy = "the output of the gate is detached", "compute it with gradients"

@@ -105,8 +105,8 @@ class ModelMeasured:
     """All layers of a rank, and the step as a whole."""
 
     layers: list[LayerMeasured]
-    counted_forwards: int = 0
-    """Forwards of the given function that learned."""
+    counted_forwards: int | None = None
+    """Forwards of the given function that learned; None if it did not run, as with a wrong dtype."""
 
     closed_steps: int | None = None
     """Steps of the balance that ``optimizer.step()`` closed; None without an optimizer."""

@@ -82,7 +82,13 @@ class _Test:
     def run(self) -> ModelMeasured:
         """Run all forwards; only the static part if a dtype is wrong, which a forward refuses."""
         found = ModelMeasured(layers=[self._static(layer) for layer in self._layers])
-        if any(layer.wrong_dtypes for layer in found.layers):
+        is_wrong = torch.tensor(
+            int(any(layer.wrong_dtypes for layer in found.layers)),
+            device=self._parameters[0].device,
+        )
+        for group in self._hook.groups.loop:  # so that no rank waits for another
+            dist.all_reduce(is_wrong, op=dist.ReduceOp.MAX, group=group)
+        if is_wrong:
             return found
         main = self._observed_main(found)
         biases = [None if b is None else local_shard(b).clone() for b in self._biases()]

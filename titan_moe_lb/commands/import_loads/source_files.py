@@ -52,7 +52,8 @@ def record_batches(path: Path, progress: Progress) -> Iterator[pa.RecordBatch]:
                     ),
                 )
             elif kind == ".jsonl":
-                yield from json.open_json(file)
+                options = json.ParseOptions(explicit_schema=_named_numbers(path))
+                yield from json.open_json(file, parse_options=options)
             else:
                 yield from parquet.ParquetFile(file).iter_batches()
     except JobError:
@@ -61,6 +62,19 @@ def record_batches(path: Path, progress: Progress) -> Iterator[pa.RecordBatch]:
         raise JobError(f"{path}: there is no such file") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise JobError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from None
+
+
+def _named_numbers(path: Path) -> pa.Schema:
+    """Return a schema of the numbers of a step that any line names.
+
+    pyarrow takes the other columns from the first block, which may lack a number that is logged
+    rarely.
+    """
+    found: set[str] = set()
+    with path.open("rb") as lines:
+        for line in lines:
+            found |= {name for name in NUMBERS if b'"%s"' % name.encode() in line}
+    return pa.schema([(name, pa.float64()) for name in NUMBERS if name in found])
 
 
 def _of_array(counts_SME: np.ndarray, path: Path) -> Iterator[pa.RecordBatch]:
