@@ -1,19 +1,12 @@
 """Parts that every model package of the registry uses.
 
-A model package is a folder ``model_registry/<model>/`` with two files.
+A model package is a folder ``model_registry/<model>/``:
 
-``__init__.py`` contains:
-
-- ``FLAVORS``;
-- ``DEFAULTS``: a :class:`Default` for each balancing choice, with its source;
-- ``model_registry(flavor, ...)``: builds a torchtitan ``ModelSpec``; decorated with
-  :func:`registry_entry`.
-
-``config_registry.py`` contains:
-
-- one config function per job;
-- ``debug_config``: name of the default config function;
-- ``loss_config(spec)``, if the language-model loss depends on the model.
+- ``__init__.py`` has ``FLAVORS`` and ``model_registry(flavor, ...)``, which builds a torchtitan
+  ``ModelSpec`` and is decorated with :func:`registry_entry`. It imports ``DEFAULTS``.
+- ``defaults.py`` has ``DEFAULTS``: a :class:`Default` for each balancing choice, with its source.
+- ``config_registry.py`` has one config function per job, ``debug_config`` (name of the default one),
+  and ``loss_config(spec)`` if the language-model loss depends on the model.
 """
 
 from __future__ import annotations
@@ -59,11 +52,6 @@ def registry_entry(
 
     The entry also accepts the arguments of :func:`titan_moe_lb.wiring.model_spec.balanced`, with
     the defaults of the flavor, and saves all arguments on the spec.
-
-    Args:
-        model: name of the model, for messages.
-        flavors: valid flavors.
-        defaults: defaults of the arguments of ``balanced``.
 
     Raises:
         JobError: a default names an unknown flavor or key; or the entry is called with an unknown

@@ -11,25 +11,12 @@ import dataclasses
 from torchtitan.models import gpt_oss as upstream
 from torchtitan.protocols.model_spec import ModelSpec
 
-from model_registry.entry import Default, registry_entry, resized
+from model_registry.entry import registry_entry, resized
+from model_registry.gpt_oss.defaults import DEFAULTS
 from model_registry.gpt_oss.state_dict_adapter import GptOssStateDictAdapter
-from titan_moe_lb.balancing.losses import BatchWiseAuxLoss
 from titan_moe_lb.upstream.layer_builders import gpt_oss_attention, gpt_oss_experts
 
 FLAVORS = (*upstream.gptoss_configs, "tiny")
-
-EXPERT_BIAS = Default(
-    "expert_bias",
-    None,
-    "no published value: arXiv 2508.10925 says nothing of balancing (torchtitan's own entry: 1e-3)",
-)
-AUX_LOSSES = Default(
-    "aux_losses",
-    [BatchWiseAuxLoss.Config(weight=1e-3)],
-    "no published value; 0.001 is the library default of transformers' "
-    "GptOssConfig.router_aux_loss_coef (config.json of openai/gpt-oss-20b: 0.9)",
-)
-DEFAULTS = (EXPERT_BIAS, AUX_LOSSES)
 
 
 @registry_entry("gpt_oss", FLAVORS, DEFAULTS)

@@ -49,11 +49,7 @@ class GptOssStateDictAdapter(upstream.GptOssStateDictAdapter):
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False
     ) -> HuggingFaceStorageReader:
-        """Return a reader of an unquantized checkpoint.
-
-        Raises:
-            JobError: ``from_quantized`` is True.
-        """
+        """Return a reader of an unquantized checkpoint."""
         if from_quantized:
             raise JobError(
                 "checkpoint.initial_load_in_hf_quantized: an MXFP4 checkpoint of gpt_oss cannot be "

@@ -11,26 +11,13 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 from torchtitan.protocols.model_spec import ModelSpec
 
-from model_registry.entry import Default, registry_entry
+from model_registry.entry import registry_entry
+from model_registry.llama4.defaults import DEFAULTS
 from model_registry.llama4.flavors import ARCHITECTURES
 from model_registry.llama4.state_dict_adapter import Llama4StateDictAdapter
-from titan_moe_lb.balancing.expert_bias import SignBias
-from titan_moe_lb.balancing.losses import BatchWiseAuxLoss
 from titan_moe_lb.errors import JobError
 
 FLAVORS = tuple(ARCHITECTURES)
-
-EXPERT_BIAS = Default(
-    "expert_bias",
-    SignBias.Config(speed=1e-3),
-    "no published value; speed 0.001 is torchtitan's own default, and DeepSeek-V3's",
-)
-AUX_LOSSES = Default(
-    "aux_losses",
-    [BatchWiseAuxLoss.Config(weight=1e-3)],
-    "no published value; HF Llama4TextConfig.router_aux_loss_coef default 0.001: a library default",
-)
-DEFAULTS = (EXPERT_BIAS, AUX_LOSSES)
 
 
 @registry_entry("llama4", FLAVORS, DEFAULTS)

@@ -13,7 +13,25 @@ Hugging Face counts the vision tower and its projector too:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from model_registry.llama4.architecture import Architecture
+
+_SCOUT = Architecture(
+    dim=5120,
+    n_layers=48,
+    n_heads=40,
+    n_kv_heads=8,
+    head_dim=128,
+    vocab_size=202_048,
+    num_experts=16,
+    moe_hidden_dim=8192,
+    dense_hidden_dim=16_384,
+    interleave_moe_layer_step=1,
+    use_qk_norm=True,
+    max_seq_len=10_485_760,
+    rope_scaling_factor=16.0,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Four layers, for tests: a NoPE layer, and chunks shorter than the sequence.
@@ -49,33 +67,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         chunk_size=128,
         floor_scale=64,
     ),
-    "17Bx16E": Architecture(
-        dim=5120,
-        n_layers=48,
-        n_heads=40,
-        n_kv_heads=8,
-        head_dim=128,
-        vocab_size=202_048,
-        num_experts=16,
-        moe_hidden_dim=8192,
-        dense_hidden_dim=16_384,
-        interleave_moe_layer_step=1,
-        use_qk_norm=True,
-        max_seq_len=10_485_760,
-        rope_scaling_factor=16.0,
-    ),
-    "17Bx128E": Architecture(
-        dim=5120,
-        n_layers=48,
-        n_heads=40,
-        n_kv_heads=8,
-        head_dim=128,
-        vocab_size=202_048,
+    "17Bx16E": _SCOUT,
+    "17Bx128E": replace(
+        _SCOUT,
         num_experts=128,
-        moe_hidden_dim=8192,
-        dense_hidden_dim=16_384,
         interleave_moe_layer_step=2,
         use_qk_norm=False,
         max_seq_len=1_048_576,
+        rope_scaling_factor=None,
     ),
 }

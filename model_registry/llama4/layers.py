@@ -23,8 +23,6 @@ class AttentionTemperature(CosSinRoPE):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CosSinRoPE.Config):
-        """Config of the temperature."""
-
         floor_scale: int = 8192
         """Positions per step of the temperature."""
         attn_scale: float = 0.1

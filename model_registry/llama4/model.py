@@ -25,8 +25,6 @@ class Llama4TransformerBlock(Qwen3TransformerBlock):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Qwen3TransformerBlock.Config):
-        """Config of a block."""
-
         mask: Literal["full", "chunked"]
         """Key of ``Llama4Model.get_attention_masks``."""
 
@@ -50,17 +48,11 @@ class Llama4Model(Decoder):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
-        """Config of the decoder."""
-
         chunk_size: int
         """Tokens of a document that attend to each other in a layer with chunked attention."""
 
         def update_from_config(self, *, config, **kwargs) -> None:
-            """Bind the model to a job.
-
-            Raises:
-                JobError: the job has varlen attention and context parallelism.
-            """
+            """Bind the model to a job."""
             Decoder.Config.update_from_config(self, config=config, **kwargs)
             parallelism = config.parallelism
             if parallelism.context_parallel_degree > 1 and isinstance(

@@ -12,24 +12,11 @@ from torchtitan.models import qwen3 as upstream
 from torchtitan.models.common import CosSinRoPE
 from torchtitan.protocols.model_spec import ModelSpec
 
-from model_registry.entry import Default, registry_entry, resized
-from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss
+from model_registry.entry import registry_entry, resized
+from model_registry.qwen3.defaults import DEFAULTS
 from titan_moe_lb.upstream.layer_builders import qwen3_moe_layers
 
 FLAVORS = ("debugmodel_moe", "30B-A3B", "235B-A22B", "tiny")
-
-EXPERT_BIAS = Default(
-    "expert_bias",
-    None,
-    "arXiv 2505.09388 section 2 names no expert bias (torchtitan's own entry: 1e-3)",
-)
-AUX_LOSSES = Default(
-    "aux_losses",
-    [GlobalBatchAuxLoss.Config(weight=1e-3)],
-    "global-batch loss: arXiv 2505.09388 section 2; its weight is not in the report, "
-    "router_aux_loss_coef of the published config.json is 0.001",
-)
-DEFAULTS = (EXPERT_BIAS, AUX_LOSSES)
 
 
 @registry_entry("qwen3", FLAVORS, DEFAULTS)

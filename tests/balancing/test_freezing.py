@@ -18,7 +18,7 @@ from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.own_loop.attach import attach
-from titan_moe_lb.rules.files import validate_files
+from titan_moe_lb.rules import validate_here
 
 TINY = [
     "--config=deepseek_v3_tiny",
@@ -157,4 +157,4 @@ def test_resume_with_other_frozen_parts(ranks, tmp_path):
     for pairs in (second.gates, second.biases):
         assert [torch.equal(*pairs[layer]) for layer in (1, 2, 3)] == [True, False, False]
     with pytest.raises(JobError, match="freeze.gate"):
-        validate_files(job_config.load([*flags, "--training.steps=6"]))
+        validate_here(job_config.load([*flags, "--training.steps=6"]))

@@ -16,7 +16,7 @@ from titan_moe_lb.balancing.value_schedule import Change, check_changes, value_a
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.own_loop.attach import attach
-from titan_moe_lb.rules.files import validate_files
+from titan_moe_lb.rules import validate_here
 
 TINY = ["--config", "deepseek_v3_tiny", "--training.seq_len=64", "--training.local_batch_size=2"]
 SAVED = ["--checkpoint.enable", "--checkpoint.no-last-save-model-only"]
@@ -182,9 +182,9 @@ def test_tokens_of_other_ranks_are_refused(ranks, tmp_path):
     again = [*flags, "--checkpoint.exclude_from_loading=dataloader"]
     for job, processes in ((split, 4), (again, 1)):
         with pytest.raises(JobError, match="tokens"):
-            validate_files(job_config.load([*job, after_tokens], processes))
-        validate_files(job_config.load([*job, LOSSES], processes))
-    validate_files(job_config.load([*flags, after_tokens], 2))
+            validate_here(job_config.load([*job, after_tokens], processes))
+        validate_here(job_config.load([*job, LOSSES], processes))
+    validate_here(job_config.load([*flags, after_tokens], 2))
 
 
 def loop_with_a_change(optimizer=None, **options):

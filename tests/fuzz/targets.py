@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.fuzz.damage import HOSTILE_TEXT, MOMENTS, VALUES, damaged, trees
 from tests.support.synthetic_trace import run_info, write_run
-from titan_moe_lb import cli
+from titan_moe_lb import cli, rules
 from titan_moe_lb.checkpoints.resume_point import read_metadata, start_of
 from titan_moe_lb.commands.diagnose.command import diagnose
 from titan_moe_lb.commands.plan.known_hardware import hardware, known_hardware
@@ -39,7 +39,7 @@ from titan_moe_lb.commands.study.search import Search
 from titan_moe_lb.commands.watch.command import watch
 from titan_moe_lb.job import job_config, job_files
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules import files as file_rules
+from titan_moe_lb.rules import checkpoint as checkpoint_rules
 from titan_moe_lb.traces.routing_trace import FOLDER, RoutingTrace, RoutingTraceWriter
 from titan_moe_lb.traces.trace import FILE_NAME
 
@@ -90,7 +90,7 @@ def _read_job(content: bytes, folder: Path) -> None:
     draft = job_config.draft(["--job-config", str(file), f"--dump_folder={folder}/outputs"])
     ranks = draft.table.ranks
     job = draft.resolve(1 if ranks is None else ranks)
-    file_rules.validate_files(job)
+    rules.validate_here(job)
     assert tomli.loads(job_config.render(draft.table, job.config))
 
 
@@ -291,11 +291,11 @@ def _read_checkpoint(content: bytes, folder: Path) -> None:
     job.config.dump_folder = str(folder)
     job = replace(job, start=start_of(job.config))
     for rule in (
-        file_rules.checkpoint_is_there,
-        file_rules.checkpoint_is_whole,
-        file_rules.checkpoint_has_steps_to_go,
-        file_rules.checkpoint_is_of_this_model,
-        file_rules.checkpoint_has_router_state,
+        checkpoint_rules.checkpoint_is_there,
+        checkpoint_rules.checkpoint_is_whole,
+        checkpoint_rules.checkpoint_has_steps_to_go,
+        checkpoint_rules.checkpoint_is_of_this_model,
+        checkpoint_rules.checkpoint_has_router_state,
     ):
         rule(job)
     assert isinstance(read_metadata(step), Metadata)

@@ -19,7 +19,7 @@ from titan_moe_lb.balancing.value_schedule import Change
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config, renamed_keys
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules import files
+from titan_moe_lb.rules import machine
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*/*.toml"))
 JOB = '[job]\nmodule = "deepseek_v3"\nconfig = "deepseek_v3_tiny"\n'
@@ -188,10 +188,10 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
 def test_domains_that_cannot_be_validated(change):
     config = deepseek_v3_tiny()
     config.validator.enable = True
-    files.domains_are_known(Job.of(config, 1))
+    machine.domains_are_known(Job.of(config, 1))
     change(config)
     with pytest.raises(JobError, match="validator.domains"):
-        files.domains_are_known(Job.of(config, 1))
+        machine.domains_are_known(Job.of(config, 1))
 
 
 def test_a_job_file_imports_losses_of_ones_own(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from model_registry import gpt_oss
 from tests.support.hugging_face import logits_and_export
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
-from titan_moe_lb.rules.hugging_face import check_initial_weights
+from titan_moe_lb.rules.hugging_face import initial_weights_fit
 
 TOLERANCE = 1e-4
 # Longer than the sliding window of GPT-OSS.
@@ -136,9 +136,9 @@ def test_folder_with_a_bias_that_the_job_would_drop_is_one_line(tmp_path):
         f"--checkpoint.initial_load_path={tmp_path}",
     ]
     for rule in ("sign", "frozen"):
-        check_initial_weights(job_config.load([*job, f"--model.expert_bias={rule}"]))
+        initial_weights_fit(job_config.load([*job, f"--model.expert_bias={rule}"]))
     with pytest.raises(JobError) as error:
-        check_initial_weights(job_config.load([*job, "--model.expert_bias=none"]))
+        initial_weights_fit(job_config.load([*job, "--model.expert_bias=none"]))
     assert "an expert bias ('model.layers.1.mlp.gate.e_score_correction_bias')" in str(error.value)
     assert 'keep it with expert_bias = {type = "frozen"}' in str(error.value)
 
@@ -166,13 +166,13 @@ def test_folder_of_another_model_is_one_line(tmp_path, change, expected):
     flags = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"]
     job = job_config.load([*arguments, *flags, f"--checkpoint.initial_load_path={tmp_path}"])
     qwen3().save_pretrained(tmp_path)
-    check_initial_weights(job)  # as it was written
+    initial_weights_fit(job)  # as it was written
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
     (tmp_path / "model.safetensors").unlink()
     if tensors:
         save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(JobError) as error:
-        check_initial_weights(job)
+        initial_weights_fit(job)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)

@@ -28,7 +28,7 @@ from tests.support.hugging_face import weights_and_export
 from titan_moe_lb.data import TOKENIZER_PATH
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
-from titan_moe_lb.rules.hugging_face import check_initial_weights
+from titan_moe_lb.rules.hugging_face import initial_weights_fit
 
 SEQUENCE_LENGTH = 256
 INDEX = "model.safetensors.index.json"
@@ -197,7 +197,7 @@ def test_job_starts_from_a_checkpoint_and_writes_one(ranks, tmp_path, monkeypatc
         *(f"--parallelism.{name}={degree}" for name, degree in layout.items()),
     ]
     loading = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"]
-    check_initial_weights(job_config.load([*arguments, *loading], 4))
+    initial_weights_fit(job_config.load([*arguments, *loading], 4))
     by_rank = ranks.run(4, weights_and_export, arguments, str(folder), str(out))
     expected = Llama4StateDictAdapter(ours(TINY).config, None).from_hf(theirs)
     weights = {

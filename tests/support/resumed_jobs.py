@@ -9,7 +9,7 @@ import pytest
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.files import validate_files
+from titan_moe_lb.rules import validate_here
 from titan_moe_lb.run.console import summary
 
 JOB = [
@@ -43,7 +43,7 @@ def resolved(folder: Path, rule: str, *flags: str, ranks: int = 2) -> Job:
 
 def files_of(folder: Path, rule: str, *flags: str, ranks: int = 2) -> None:
     """Check the files of the job as the launcher does before it starts a process."""
-    validate_files(resolved(folder, rule, *flags, ranks=ranks))
+    validate_here(resolved(folder, rule, *flags, ranks=ranks))
 
 
 def refusal(folder: Path, rule: str, *flags: str, ranks: int = 2) -> str:

@@ -40,8 +40,6 @@ class FullACSavingDecisions(FullAC):
 
     @dataclass(kw_only=True, slots=True)
     class Config(FullAC.Config):
-        """Settings of full checkpointing."""
-
         compiled: bool = False
         """True if the block is compiled; the policy then selects operators."""
 

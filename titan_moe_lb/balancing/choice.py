@@ -27,13 +27,6 @@ def choose(
 
     A forced strategy chooses, or torchtitan's debug routing, or else the top-k of the biased
     scores. A replay then replaces the choice by the experts of an earlier forward.
-
-    Args:
-        router: router of the tokens.
-        scores_BLE: local scores ``(B, L, E)``.
-        expert_bias_E: bias of the choice ``(E,)``.
-        tokens: valid tokens; None if all are valid.
-        learns: True if the bias rule and the record observe the forward.
     """
     if router.forced_routing is not None:
         assert router.record is not None, "forced routing needs a wired router"
@@ -89,6 +82,11 @@ def _top_k(
     return Choice(ids_BLK, ids_BLK1, best_BLK1) if has_next else Choice(ids_BLK, ids_BLK)
 
 
+def is_forced(router: LoadBalancedRouter) -> bool:
+    """Return True if another than the scores chooses the experts."""
+    return router.forced_routing is not None or router._debug_force_load_balance
+
+
 def open_experts(router: LoadBalancedRouter) -> int:
     """Return the number of experts from which a token chooses, after the group limit."""
     if router.num_expert_groups is None or router.num_limited_groups is None:
@@ -113,7 +111,6 @@ def unbiased(
 
     If the router uses neither of them and no forced routing, the chosen experts are returned.
     """
-    forced = router.forced_routing is not None or router._debug_force_load_balance
-    if forced or expert_bias_E is not None or router.num_expert_groups is not None:
+    if is_forced(router) or expert_bias_E is not None or router.num_expert_groups is not None:
         return scores_BLE.topk(router.top_k, dim=-1, sorted=False).indices
     return ids_BLK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,11 +13,11 @@ from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
-from titan_moe_lb.balancing.own_dtypes import OwnDtypes
+from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.errors import JobError
 
 
-class Component(OwnDtypes, Module):
+class Component(Module):
     """Base class of the components of a family.
 
     The base class of a family defines ``kinds``. A subclass that defines ``type_name`` is added to
@@ -43,10 +44,12 @@ class Component(OwnDtypes, Module):
         if is_kind:
             enter(cls.kinds, "type_name", cls)
 
+    def __init__(self) -> None:
+        super().__init__()
+        keep_dtypes(self)
+
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """Settings of a component."""
-
         def replicate(self, names: Iterable[str]) -> None:
             """Replicate buffers on every rank; torchtitan requires a placement of all state."""
             placement = dense_param_placement(tp=spmd.R)
@@ -84,6 +87,11 @@ def enter(kinds: dict[str, type], key: str, component: type) -> None:
     kinds[name] = component
 
 
+def first_paragraph(documented: object) -> str:
+    """Return the first paragraph of a docstring as one line."""
+    return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
+
+
 def _path(component: type) -> str:
     return f"{component.__module__}.{component.__qualname__}"
 
@@ -91,11 +99,7 @@ def _path(component: type) -> str:
 def require_formula(
     what: str, component: type[Component], base: type[Component], method: str
 ) -> None:
-    """Require that a class overrides the method that contains its formula.
-
-    Raises:
-        JobError: it does not.
-    """
+    """Require that a class overrides the method that contains its formula."""
     if getattr(component, method) is getattr(base, method):
         raise JobError(
             f"the {what} {component.__name__} has no formula: define {method}() in its class"

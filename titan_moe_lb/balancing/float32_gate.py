@@ -21,9 +21,7 @@ def in_float32(gate: nn.Module, x_BLD: torch.Tensor) -> torch.Tensor:
     the dtype of the weights. float32 and float64 tensors are not copied. If a subclass multiplies
     the input more than once, the input's gradient is summed in float32 before it is rounded.
 
-    Args:
-        gate: a linear layer or a subclass, such as one with LoRA adapters.
-        x_BLD: ``(B, L, D)``.
+    The gate is a linear layer or a subclass, such as one with LoRA adapters.
 
     Returns:
         ``(B, L, E)``, float32 or wider.

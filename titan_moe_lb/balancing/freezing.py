@@ -32,14 +32,7 @@ class Freeze:
     """Layers whose losses are off."""
 
     def resolve(self, numbers: Mapping[str, int]) -> dict[str, set[int]]:
-        """Return the numbers of the frozen layers of each part.
-
-        Args:
-            numbers: numbers of the MoE layers of a model by their names in it.
-
-        Raises:
-            JobError: a layer is not one of them.
-        """
+        """Return the numbers of the frozen layers of each part."""
         parts = {"gate": self.gate, "bias": self.bias, "losses": self.losses}
         found = {part: _select(f"freeze.{part}", layers, numbers) for part, layers in parts.items()}
         return found | {"losses": found["losses"] | found["gate"]}

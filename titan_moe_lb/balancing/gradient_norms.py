@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import spmd_types as spmd
 import torch
 
+from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 from titan_moe_lb.functional import attached_gradient
 from titan_moe_lb.parallel.local_shard import local_shard, placed_as
@@ -32,11 +33,8 @@ class GradientNorms:
     def __init__(self, router: LoadBalancedRouter, record: StepRecord, index: int) -> None:
         """Replace ``attach_losses`` and ``gather`` of a router.
 
-        Args:
-            router: router whose gradients are measured.
-            record: record of the rank. The gradient of ``gradient_squares_N2`` accumulates the sums
-                of the squared gradients of the model's loss and of the aux losses.
-            index: row of the router in the record.
+        The gradient of ``record.gradient_squares_N2`` accumulates the sums of the squared gradients
+        of the model's loss and of the aux losses.
         """
         assert record.gradient_squares_N2 is not None
         self._router, self._record = router, record
@@ -65,7 +63,8 @@ class GradientNorms:
         """
         if not (self._router.training and self._record.measures):
             return self._gather(logits_BLE, scores_BLE, ids_BLK, coefficients_BE, *losses)
-        main_BLE = self._router.score(_measured(logits_BLE, self._squares_2[0]))
+        score = SCORE_FUNCTIONS[self._router.score_func]
+        main_BLE = score(_measured(logits_BLE, self._squares_2[0]))
         chosen_BLK = local_shard(main_BLE).gather(-1, ids_BLK)
         with spmd.no_typecheck():
             chosen_BLK = _AttachApart.apply(

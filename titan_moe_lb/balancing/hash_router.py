@@ -25,11 +25,7 @@ def is_hash_router(router: Any) -> bool:
 
 @functools.cache
 def counted(own: Any) -> type[LoadBalancedRouter]:
-    """Derive a class that routes as a user's hash router does, and counts the tokens.
-
-    Args:
-        own: the user's subclass of ``TokenChoiceTopKRouter``, whose state and forward it keeps.
-    """
+    """Derive a class that routes as a user's hash router does, and counts the tokens."""
     base = LoadBalancedRouter.Config
     known = {field.name for field in dataclasses.fields(base)}
     extra = [

@@ -14,11 +14,7 @@ from titan_moe_lb.parallel.local_shard import local_shard
 
 
 def unbalanced_layers_of(model_parts: list[nn.Module]) -> list[tuple[str, MoE]]:
-    """Find the MoE layers of this rank whose router is not a :class:`LoadBalancedRouter`.
-
-    Returns:
-        (name, layer) of each.
-    """
+    """Find the MoE layers of this rank whose router is not a :class:`LoadBalancedRouter`."""
     return [
         (name, module)
         for part in model_parts
@@ -28,15 +24,7 @@ def unbalanced_layers_of(model_parts: list[nn.Module]) -> list[tuple[str, MoE]]:
 
 
 def check_tensors(layers: list[MoE], device: torch.device) -> None:
-    """Check the devices and dtypes of layers, without reading from the device.
-
-    Args:
-        layers: balanced MoE layers.
-        device: device of the loop's record.
-
-    Raises:
-        JobError: a layer was moved, or its state was cast.
-    """
+    """Check the devices and dtypes of layers, without reading from the device."""
     for layer in layers:
         router = layer.router
         if layer.tokens_per_expert_E.device != device:

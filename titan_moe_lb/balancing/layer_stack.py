@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from titan_moe_lb.balancing.expert_bias import BiasStep
-from titan_moe_lb.balancing.recording.histograms import histogram_of
-from titan_moe_lb.balancing.recording.step_record import StepRecord
+from titan_moe_lb.balancing.recording.step_record import StepRecord, histogram_of
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.parallel.local_shard import local_shard
 
@@ -22,10 +21,8 @@ class LayerStack:
     def __init__(self, layers: list[Any], members: list[int], record: StepRecord) -> None:
         """Stack some layers of a rank.
 
-        Args:
-            layers: all balanced MoE layers of the rank, in the order of the record.
-            members: indices in ``layers`` of the layers of this stack.
-            record: record of the rank's routers.
+        ``members`` are indices in ``layers``, which has all balanced MoE layers of the rank in the
+        order of the record.
         """
         self._layers = [layers[index] for index in members]
         self._routers: list[LoadBalancedRouter] = [layer.router for layer in self._layers]
@@ -39,9 +36,7 @@ class LayerStack:
     def move_bias(self, step: int, tokens: int) -> None:
         """Update the biases from the sums of the finished step.
 
-        Args:
-            step: number of the optimizer step that ends, from 1.
-            tokens: tokens of the global batches before this step.
+        Arguments as in :meth:`ExpertBias.set_progress`.
         """
         rule = self._first.expert_bias
         if rule is None or not rule.moves:
@@ -52,10 +47,14 @@ class LayerStack:
             name: [local_shard(getattr(router.expert_bias, name)) for router in self._routers]
             for name in rule.state_names
         }
+        histogram_NEH, num_bins = None, self._first.num_bins
+        if num_bins and self._record.histogram_NEH is not None:
+            table_NEH = self._record.histogram_NEH[self._rows]
+            histogram_NEH = histogram_of(table_NEH, self._first.num_experts, num_bins)
         step_of_rule = BiasStep(
             bias_NE=torch.stack(biases),
             counts_NE=self._counts(self._first.sources.valid),
-            histogram_NEH=self._histogram(),
+            histogram_NEH=histogram_NEH,
             state={name: torch.stack(rows) for name, rows in state.items()},
         )
         delta_NE = rule.move(step_of_rule)
@@ -65,39 +64,22 @@ class LayerStack:
         for index, delta_E in zip(self._members, delta_NE.unbind(), strict=True):
             self._record.bias_delta_N[index] = delta_E
 
-    def finish_losses(self) -> None:
-        """Update the losses with the counts of the finished step."""
-        losses = self._first.aux_losses
-        for name, loss in losses.items():
-            counts_NE = None
-            if loss.needs_step_counts:
-                counts_NE = self._counts(loss.source)
-            loss.finish_step([router.aux_losses[name] for router in self._routers], counts_NE)
-
-    def forget_losses(self) -> None:
-        """Drop the counts of a skipped step from the losses."""
+    def finish_losses(self, *, skipped: bool = False) -> None:
+        """Update the losses with the counts of the step, or drop those of a skipped step."""
         for name, loss in self._first.aux_losses.items():
+            losses = [router.aux_losses[name] for router in self._routers]
             if not loss.needs_step_counts:
-                loss.finish_step([router.aux_losses[name] for router in self._routers], None)
+                loss.finish_step(losses, None)
+            elif not skipped:
+                loss.finish_step(losses, self._counts(loss.source))
 
     def _counts(self, source: int) -> torch.Tensor:
         assert self._record.sums is not None
         return self._record.sums.counts_NSE[self._rows, source, : self._first.num_experts]
 
-    def _histogram(self) -> torch.Tensor | None:
-        num_experts, num_bins = self._first.num_experts, self._first.num_bins
-        if self._record.histogram_NEH is None or not num_bins:
-            return None
-        return histogram_of(self._record.histogram_NEH[self._rows], num_experts, num_bins)
-
 
 def stacks_of(layers: list[Any], record: StepRecord) -> list[LayerStack]:
-    """Group the layers of a rank into stacks of similar layers.
-
-    Args:
-        layers: balanced MoE layers of the rank.
-        record: record of the routers of these layers, in this order.
-    """
+    """Group the layers of a rank into stacks of similar layers."""
     kinds: list[tuple] = []
     members: list[list[int]] = []
     for index, layer in enumerate(layers):

@@ -15,30 +15,16 @@ from torch import nn
 from titan_moe_lb.upstream.torch_internals import buffers_of
 
 
-class OwnDtypes(nn.Module):
-    """Base class of modules that keep the dtypes of their buffers."""
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        return _apply_keeping_dtypes(self, fn, recurse, super()._apply)
-
-
 def keep_dtypes(module: nn.Module) -> None:
-    """Make an instance of a torchtitan class keep the dtypes of its buffers."""
+    """Make a module keep the dtypes of its buffers; those of its children may be cast."""
     if "_apply" not in module.__dict__:
-        object.__setattr__(module, "_apply", functools.partial(_apply_of_instance, module))
+        object.__setattr__(module, "_apply", functools.partial(_apply_keeping_dtypes, module))
 
 
-def _apply_of_instance(module: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
-    upstream = functools.partial(type(module)._apply, module)
-    return _apply_keeping_dtypes(module, fn, recurse, upstream)
-
-
-def _apply_keeping_dtypes(
-    module: nn.Module, fn: Callable, recurse: bool, upstream: Callable[..., nn.Module]
-) -> nn.Module:
+def _apply_keeping_dtypes(module: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
     buffers = buffers_of(module)
     before = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-    upstream(fn, recurse)
+    type(module)._apply(module, fn, recurse)
     for name, buffer in before.items():
         after = buffers[name]
         assert after is not None

@@ -23,12 +23,8 @@ class PartHooks:
     ) -> None:
         """Register the hooks.
 
-        Args:
-            part: model part.
-            record: record of the rank's routers.
-            routers: rows of the part's routers in the record.
-            step_hook: object with ``forward_begins`` and ``forward_ends``, for the first part of a
-                rank; else None.
+        ``routers`` are the rows of the part's routers in the record. ``step_hook`` is for the first
+        part of a rank; it has ``forward_begins`` and ``forward_ends``.
         """
         self._part, self._record, self._routers = part, record, routers
         self._step_hook = step_hook

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import spmd_types as spmd
 import torch
@@ -47,8 +48,6 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
-        """Settings of torchtitan's router, with losses, bias rule and forced strategy."""
-
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
         """Losses of the router, in the order of its record."""
 
@@ -70,8 +69,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         def bind(self, job: Job | None = None) -> None:
             """Fill in the numbers of the router and of the job.
 
-            Args:
-                job: job of torchtitan's trainer; None for a training loop that announces its rows.
+            ``job`` is None for a training loop that announces its rows.
             """
             sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
             rows = None if job is None else job.config.training.local_batch_size
@@ -165,7 +163,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 with spmd.no_typecheck(), torch.no_grad():
                     tokens = saved_decision(self._saved_tokens)
             with_losses_BLE = self.attach_losses(logits_BLE, tokens)
-        scores_BLE = self.score(with_losses_BLE)
+        scores_BLE = SCORE_FUNCTIONS[self.score_func](with_losses_BLE)
         with spmd.no_typecheck(), torch.no_grad():
             local_BLE = local_shard(scores_BLE)
             inverse_BL = None
@@ -196,10 +194,6 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 local_BLE = loss.attach(local_BLE, tokens, self.record)
         return placed_as(logits_BLE, local_BLE)
 
-    def score(self, logits_BLE: torch.Tensor) -> torch.Tensor:
-        """Compute the scores of logits ``(B, L, E)``."""
-        return SCORE_FUNCTIONS[self.score_func](logits_BLE)
-
     def gather(
         self,
         logits_BLE: torch.Tensor,
@@ -210,12 +204,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the scores of the chosen experts, and attach the losses of sums.
 
-        Args:
-            logits_BLE: logits without losses, which only ``GradientNorms`` needs.
-            scores_BLE: scores of all experts.
-            ids_BLK: local expert ids, int64.
-            coefficients_BE: as in ``functional.gather_scores``; None without a loss of sums.
-            *losses: the other arguments of ``gather_scores``.
+        ``logits_BLE`` are without losses; ``GradientNorms`` alone needs them. ``losses`` are the
+        last arguments of ``functional.gather_scores``; coefficients are None without a loss of sums.
 
         Returns:
             The scores of all experts ``(B, L, E)``, and of the chosen ones ``(B, L, K)``.
@@ -267,9 +257,6 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """Run everything that a recomputed forward must not repeat, on local tensors.
 
         ``of_gate`` contains the gate's input and logits, which may be distributed.
-
-        Returns:
-            Expert ids ``(B, L, K)``, and the coefficients of the losses of sums.
         """
         chosen = choice.choose(self, scores_BLE, expert_bias_E, tokens, learns)
         ids_BLK = self.save(chosen.expert_ids_BLK)
@@ -334,6 +321,11 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
                 total = torch.addcmul(total, coefficients_BE, weight)
         assert total is not None
         return total.expand(len(scores_BLE), self.num_documents, -1) if documents else total
+
+
+def router_configs(config: Any) -> dict[str, LoadBalancedRouter.Config]:
+    """Find the routers of a model config or a ``Trainer.Config``, by their names in it."""
+    return {fqn: router for fqn, router, *_ in config.traverse(LoadBalancedRouter.Config)}
 
 
 def moe_layers_of(model_parts: list[nn.Module]) -> list[MoE]:

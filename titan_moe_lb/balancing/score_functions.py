@@ -53,9 +53,6 @@ def sqrt_softplus(logits_BLE: torch.Tensor) -> torch.Tensor:
     Scores and gradients are finite for all finite logits. In float32 they are exact down to logits
     of -170; softplus alone is 0 below -104, where its square root has no gradient.
 
-    Args:
-        logits_BLE: gate outputs, of any floating dtype and shape.
-
     Returns:
         Scores above 0, in the shape and dtype of the logits.
     """

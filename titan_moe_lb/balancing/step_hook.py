@@ -113,13 +113,7 @@ class StepHook:
     """
 
     def __init__(self, layers: list[Any], record: StepRecord, groups: RankGroups) -> None:
-        """Create the hook, and begin the first step if all steps have the same number of rows.
-
-        Args:
-            layers: balanced MoE layers.
-            record: record of the routers of these layers, in this order.
-            groups: process groups of the rank.
-        """
+        """Create the hook, and begin the first step if all steps have the same number of rows."""
         self.layers = layers
         self.routers: list[LoadBalancedRouter] = [layer.router for layer in layers]
         self.losses: list[AuxLoss] = list(self.routers[0].aux_losses.values())  # type: ignore[arg-type]
@@ -165,10 +159,8 @@ class StepHook:
         The gradient of a loss is that of ``weight * sum over the rows / num_rows``. A loop whose
         steps have equally many rows needs no call: the end of a step begins the next.
 
-        Args:
-            num_rows: rows of the global batch over all ranks, G.
-            loss_scale: divisor that the loop applies to the gradients of this step, besides the
-                ``gradient_divisor`` of every step.
+        ``loss_scale`` is the divisor that the loop applies to the gradients of this step, besides
+        the ``gradient_divisor`` of every step.
         """
         self._global_rows = num_rows
         self.tokens.read()
@@ -184,12 +176,7 @@ class StepHook:
             self.record.weights_A.copy_(torch.tensor(weights))
 
     def resume(self, finished_steps: int, tokens: int) -> None:
-        """Read the progress of a checkpoint, before the first step.
-
-        Args:
-            finished_steps: optimizer steps of the checkpoint.
-            tokens: tokens of these steps over all ranks.
-        """
+        """Read the progress of a checkpoint, before the first step."""
         self.finished_steps, self.tokens.total = finished_steps, tokens
         self.record.resume(finished_steps)
         self._sample_gradients()
@@ -197,16 +184,17 @@ class StepHook:
             self.begin_step(self._global_rows)
 
     def forward_begins(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Run before a forward of the rank's first model part.
-
-        Raises:
-            JobError: the forward or the step does not match what the loop announced.
-        """
+        """Run before a forward of the rank's first model part."""
         self.record.learns = part.training and torch.is_grad_enabled()
         if not self.record.learns:
             return
         if is_recomputation():  # of a checkpoint around the whole model
-            self._check_repetition()
+            if self._counts_rows and not self.record.forwards:
+                raise JobError(
+                    "a reentrant checkpoint around the whole model runs its forward without "
+                    "gradients, so that no token was counted: checkpoint with use_reentrant=False, "
+                    "or each block"
+                )
             return
         self._begin_step_if_alike()
         given = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
@@ -259,13 +247,6 @@ class StepHook:
         Under a pipeline other parts may still be learning, so the state becomes unknown (None).
         """
         self.record.learns = False if self._counts_rows else None
-
-    def _check_repetition(self) -> None:
-        if self._counts_rows and not self.record.forwards:
-            raise JobError(
-                "a reentrant checkpoint around the whole model runs its forward without gradients, "
-                "so that no token was counted: checkpoint with use_reentrant=False, or each block"
-            )
 
     def _check_step(self) -> None:
         """Check the running step of a loop that counts and announces its rows."""
@@ -341,7 +322,7 @@ class StepHook:
         with torch.no_grad():
             self.record.discard_step()
             for stack in self._stacks:
-                stack.forget_losses()
+                stack.finish_losses(skipped=True)
             self._forget_torchtitans_counts()
 
     def _forget_torchtitans_counts(self) -> None:

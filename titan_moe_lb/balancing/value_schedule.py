@@ -42,12 +42,7 @@ class Change:
         return self.begin if self.until is None else self.until
 
     def apply(self, value: float, now: float) -> float:
-        """Return the value at ``now``.
-
-        Args:
-            value: value before the change.
-            now: step, or tokens before it, as the change counts.
-        """
+        """Return the value at ``now``."""
         if now < self.begin:
             return value
         if now >= self.end:
@@ -61,11 +56,7 @@ class Change:
 def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) -> float:
     """Return the value in a step.
 
-    Args:
-        start: value before the first change.
-        changes: changes in order; see :func:`check_changes`.
-        step: number of the optimizer step, from 1.
-        tokens: tokens of the global batches of all steps before it.
+    ``step`` counts from 1. ``tokens`` are those of the global batches of all steps before it.
     """
     value = start
     for change in changes:
@@ -74,24 +65,14 @@ def value_at(start: float, changes: Sequence[Change], step: int, tokens: int) ->
 
 
 def changes_after_tokens(router) -> bool:
-    """Return True if a loss or the bias rule changes after a number of tokens.
-
-    Args:
-        router: a ``LoadBalancedRouter.Config``.
-    """
+    """Return True if a loss or the bias rule changes after a number of tokens."""
     components = (*router.aux_losses, router.expert_bias)
     changes = [change for component in components if component for change in component.changes]
     return any(change.tokens is not None for change in changes)
 
 
 def check_changes(what: str, changes: Sequence[Change]) -> None:
-    """Check that changes are valid and in order.
-
-    Raises:
-        JobError: a change has no time or two, a shape without an end or an end before its
-            beginning, or a value that is negative or not finite. Changes overlap, are not in order,
-            begin before training, or mix steps and tokens.
-    """
+    """Check that changes are valid and in order."""
     for change in changes:
         if (change.step is None) == (change.tokens is None):
             raise JobError(f"{what} changes: each needs either step or tokens, to say when")

@@ -46,12 +46,7 @@ class ExpertOrder:
     def check(self, num_experts: dict[int, int], what: str) -> None:
         """Check that the order fits a model.
 
-        Args:
-            num_experts: number of experts of each MoE layer, by layer number.
-            what: the model, for the message.
-
-        Raises:
-            JobError: layers or experts differ, an order is no permutation, or it splits a group.
+        ``num_experts`` is by layer number.
         """
         if self.orders.keys() != num_experts.keys():
             raise JobError(
@@ -108,13 +103,8 @@ def from_loads(
 ) -> ExpertOrder:
     """Compute a greedy order that balances loads.
 
-    Args:
-        counts_ME: tokens of each expert of each layer ``(M, E)``; -1 for an expert that the layer
-            does not have.
-        layers: number of each layer.
-        ep_degree: expert-parallel degree to balance for.
-        groups: numbers of equal groups of experts that stay together.
-        loads: description of the loads.
+    ``counts_ME`` are the tokens of each expert of each layer; -1 for an expert that the layer does
+    not have.
     """
     orders = {
         number: greedy_in_groups(counts_E[counts_E >= 0], ep_degree, groups, roll=row).reshape(-1)
@@ -124,11 +114,7 @@ def from_loads(
 
 
 def read(file: Path) -> ExpertOrder:
-    """Read a saved order.
-
-    Raises:
-        JobError: the file cannot be read or contains no placement.
-    """
+    """Read a saved order."""
     try:
         return _of_json(json.loads(file.read_text()))
     except JobError:
@@ -151,11 +137,7 @@ def of_checkpoint(path: Path) -> ExpertOrder | None:
 
 
 def parse_groups(text: str) -> tuple[int, ...]:
-    """Parse ``--groups``, as in ``"4,8"``.
-
-    Raises:
-        JobError: an entry is not a whole number of at least 1.
-    """
+    """Parse ``--groups``, as in ``"4,8"``."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise JobError(f"--groups {text} must be whole numbers of at least 1, as in 4 or 4,8")

@@ -121,12 +121,7 @@ def left_out(config, start: Checkpoint | None) -> list[int]:
 
 
 def remedy(folder: Path, broken: Path) -> str:
-    """Name the key to set if a checkpoint cannot be loaded.
-
-    Args:
-        folder: folder of the run's checkpoints.
-        broken: the checkpoint that cannot be loaded.
-    """
+    """Name the key to set if a checkpoint cannot be loaded."""
     for step, path in reversed(steps_in(folder).items()):
         if path != broken and damage(Checkpoint(path=path)) is None:
             return f"the last good step in {folder} is {step}: set checkpoint.load_step = {step}"
@@ -137,11 +132,7 @@ def remedy(folder: Path, broken: Path) -> str:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read names, shapes and files of the tensors in a checkpoint.
-
-    Raises:
-        JobError: the metadata are missing, cut or damaged.
-    """
+    """Read names, shapes and files of the tensors in a checkpoint."""
     file = path / _METADATA
     if not file.is_file():
         raise JobError(

@@ -143,10 +143,12 @@ def _trainer() -> str:
 
 
 def _compiler() -> str:
-    from titan_moe_lb.rules import compiler
+    from titan_moe_lb.rules import machine
 
-    found = compiler.cpp_compiler()
-    return found or f"no C++ compiler, which --compile.enable alone needs: {compiler.REMEDY}"
+    found = machine.cpp_compiler()
+    return (
+        found or f"no C++ compiler, which --compile.enable alone needs: {machine.COMPILER_REMEDY}"
+    )
 
 
 def _data() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from types import ModuleType
 
 import tomli
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from model_registry.entry import Default, defaults_of
 from titan_moe_lb import toml_tables
+from titan_moe_lb.balancing.component import first_paragraph
 from titan_moe_lb.job import job_files, module_lookup
 
 
@@ -78,8 +78,3 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(Text(column), overflow="fold")
     return table
-
-
-def first_paragraph(documented: object) -> str:
-    """Return the first paragraph of the docstring as one line."""
-    return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())

@@ -25,8 +25,8 @@ from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job import job_files, module_lookup, renamed_keys
 from titan_moe_lb.job.own_flags import DEFAULT_MODULE, CommandLine, parse_command_line
 from titan_moe_lb.parallel import single_process
+from titan_moe_lb.parallel.layer_numbers import layer_name
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.telemetry.metrics_processor import adapt
 from titan_moe_lb.wiring.model_spec import BalancedModelSpec, balanced
 
@@ -71,11 +71,7 @@ class Draft:
     source: str
 
     def build(self) -> Trainer.Config:
-        """Build the config of registry, TOML and ``--model.*``, without torchtitan's own flags.
-
-        Raises:
-            JobError: the first mistake in the job.
-        """
+        """Build the config of registry, TOML and ``--model.*``, without torchtitan's own flags."""
         registry = module_lookup.config_registry(self.table.module)
         config = module_lookup.config_function(registry, self.table.config)()
         if not isinstance(config, Trainer.Config):
@@ -97,15 +93,7 @@ class Draft:
         return config
 
     def resolve(self, world_size: int) -> Job:
-        """Build the config, apply torchtitan's own flags and validate the job.
-
-        Args:
-            world_size: number of processes of the job.
-
-        Raises:
-            JobError: the first mistake in the job.
-            SystemExit: from tyro, for ``--help`` and for a flag that it refuses.
-        """
+        """Build the config, apply torchtitan's own flags and validate the job."""
         try:
             # replace() runs the checks that torchtitan makes when a config is constructed.
             built = dataclasses.replace(self.build())
@@ -122,14 +110,7 @@ class Draft:
 
 
 def draft(arguments: list[str] | CommandLine) -> Draft:
-    """Read the command line and the job file.
-
-    Args:
-        arguments: the command line of the job, or what was parsed of it.
-
-    Raises:
-        JobError: the first mistake in the flags or in [job].
-    """
+    """Read the command line and the job file."""
     command = arguments if isinstance(arguments, CommandLine) else parse_command_line(arguments)
     source = command.job_config or "command line"
     tables = {}
@@ -163,9 +144,7 @@ def draft(arguments: list[str] | CommandLine) -> Draft:
 def load(arguments: list[str], world_size: int | None = None) -> Job:
     """Read and resolve a job; see :meth:`Draft.resolve`.
 
-    Args:
-        arguments: the command line of the job.
-        world_size: number of processes; None: as in the environment of this process.
+    Without ``world_size`` it is that in the environment of this process.
     """
     return draft(arguments).resolve(world_size or single_process.world_size())
 

@@ -16,11 +16,7 @@ def names(model: str = "*") -> list[str]:
 
 
 def find(job: str) -> Path:
-    """Find the file that ``--job-config`` names: an existing path, else a job of the package.
-
-    Raises:
-        JobError: it is neither.
-    """
+    """Find the file that ``--job-config`` names: an existing path, else a job of the package."""
     if Path(job).exists():
         return Path(job)
     known = names()

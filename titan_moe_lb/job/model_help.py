@@ -15,12 +15,12 @@ from rich.text import Text
 
 from model_registry.entry import Default
 from titan_moe_lb import toml_tables
+from titan_moe_lb.balancing.component import first_paragraph
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.losses import AuxLoss
 from titan_moe_lb.balancing.value_schedule import Change
 from titan_moe_lb.job import catalog, job_config, module_lookup
-from titan_moe_lb.job.catalog import first_paragraph
 from titan_moe_lb.job.own_flags import OWN_FLAGS
 from titan_moe_lb.wiring.model_spec import balanced
 

@@ -30,10 +30,6 @@ def config_registry(module: str) -> ModuleType:
     Args:
         module: a model of ``model_registry``, else one of torchtitan's models, else any
             importable path.
-
-    Raises:
-        JobError: nothing of that name can be imported, or it needs a package that is
-            not installed.
     """
     for candidate in (
         f"model_registry.{module}.config_registry",
@@ -53,11 +49,7 @@ def config_registry(module: str) -> ModuleType:
 
 
 def config_function(registry: ModuleType, name: str) -> Callable:
-    """Return the config function ``name``.
-
-    Raises:
-        JobError: there is none; the message contains the nearest name.
-    """
+    """Return the config function ``name``."""
     names = config_names(registry)
     if name not in names:
         models = registered_models()
@@ -81,11 +73,7 @@ def config_names(registry: ModuleType) -> list[str]:
 
 
 def config_of_flavor(registry: ModuleType, flavor: str) -> str:
-    """Return the name of the config function that ends in the flavor; ``-`` counts as ``_``.
-
-    Raises:
-        JobError: there is none; the message contains the nearest flavor.
-    """
+    """Return the name of the config function that ends in the flavor; ``-`` counts as ``_``."""
     names = config_names(registry)
     ending = "_" + flavor.lower().replace("-", "_")
     for name in names:
@@ -98,16 +86,7 @@ def config_of_flavor(registry: ModuleType, flavor: str) -> str:
 
 
 def import_all(modules: list[str], folder: Path, where: str) -> None:
-    """Import a user's modules, which may be files of a folder.
-
-    Args:
-        modules: importable paths.
-        folder: folder that is searched last.
-        where: place of the modules' names, for messages.
-
-    Raises:
-        JobError: a module does not exist, or needs a package that is not installed.
-    """
+    """Import a user's modules, which may be files of a folder."""
     if str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))
     for module in modules:

@@ -53,11 +53,7 @@ _OF_0_2 = {
 
 
 def refuse_older_file(tables: Mapping[str, Any], source: str) -> None:
-    """Check that a job file is not of torchtitan 0.2.
-
-    Raises:
-        JobError: it names the model as 0.2 did; lists the new names of the file's keys.
-    """
+    """Check that a job file is not of torchtitan 0.2."""
     if not _in_file("[model] name", tables):
         return
     found = {old: new for old, new in _OF_0_2.items() if _in_file(old, tables)}
@@ -74,11 +70,7 @@ def _in_file(key: str, tables: Mapping[str, Any]) -> bool:
 
 
 def refuse(arguments: Iterable[str], config: Any) -> None:
-    """Check that no flag has another name in this version.
-
-    Raises:
-        JobError: the config lacks a flag that is in ``RENAMED``; names the key to use.
-    """
+    """Check that no flag has another name in this version."""
     for argument in arguments:
         flag = argument.partition("=")[0]
         key = flag.removeprefix("--").replace("-", "_")

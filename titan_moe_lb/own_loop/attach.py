@@ -15,14 +15,12 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, rou
 from titan_moe_lb.balancing.step_hook import wire_parts
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.own_loop.balance import Balance, require_at_least
+from titan_moe_lb.parallel.layer_numbers import layer_name
 from titan_moe_lb.parallel.rank_groups import RankGroups
-from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.rules.losses import refuse_in_parts
 from titan_moe_lb.rules.routers import check_alike, check_router
-from titan_moe_lb.upstream import cpu, data_parallel
-
-_BEFORE_STEP = "register_step_pre_hook"
-"""Method of torch's optimizers and of torchtitan's container: it registers a hook before a step."""
+from titan_moe_lb.upstream import cpu
+from titan_moe_lb.upstream.torch_internals import ignore_buffers
 
 
 def attach(
@@ -66,9 +64,6 @@ def attach(
         seen_tokens: :attr:`Balance.seen_tokens` at that checkpoint. Only needed if a loss or a bias
             rule changes after a number of tokens.
 
-    Returns:
-        The balance of the model in the loop.
-
     Raises:
         JobError: an argument is invalid; a layer of the model has no balanced router, or one that a
             job would be refused for; the model has a loop already.
@@ -104,7 +99,7 @@ def attach(
             loss.config.local_batch_size = None  # Of a job that the config was bound to.
     balance = Balance(parts, wire_parts(parts, groups), groups, finished_steps)
     for part in parts:
-        data_parallel.ignore_buffers(part, _record_buffers(part))
+        ignore_buffers(part, _record_buffers(part))
     if before_step is not None:
         before_step(lambda *args, **kwargs: balance.close_step())
     return balance
@@ -113,7 +108,7 @@ def attach(
 def _before_step_of(optimizer: Any) -> Any:
     """Find the method of the (first) optimizer that registers a hook before ``step()``."""
     first = next(iter(optimizer), None) if isinstance(optimizer, Sequence) else optimizer
-    register = getattr(first, _BEFORE_STEP, None)
+    register = getattr(first, "register_step_pre_hook", None)  # torchtitan's container has it too
     if register is None:
         raise JobError(
             f"attach(optimizer) is a {type(optimizer).__name__}: pass a torch.optim.Optimizer "

@@ -40,11 +40,7 @@ class Balance:
     ) -> None:
         """Create the balance of a rank.
 
-        Args:
-            model_parts: model parts of the rank.
-            hook: step hook of the MoE layers; None on a pipeline stage without any.
-            groups: process groups of the rank.
-            finished_steps: optimizer steps of the checkpoint.
+        ``hook`` is None on a pipeline stage without MoE layers.
         """
         self.model_parts = model_parts
         self.groups = groups

@@ -23,11 +23,7 @@ a sample begins at its first token in the row."""
 
 
 def expert_ids(given: Any, top_k: int, num_experts: int) -> np.ndarray:
-    """Check the experts of the tokens of a sample, and return them as an array ``(T, K)``.
-
-    Raises:
-        JobError: a token has neither K different experts nor a row of -1.
-    """
+    """Check the experts of the tokens of a sample, and return them as an array ``(T, K)``."""
     try:
         ids_TK = np.asarray(given.cpu() if torch.is_tensor(given) else given)
     except ValueError:  # rows of different length
@@ -56,15 +52,8 @@ def samples_and_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Check the samples and positions of tokens, and return them as arrays ``(B, S)``.
 
-    Args:
-        samples: sample of each token, ``(B, S)``.
-        positions: position of each token in its sample, ``(B, S)``; None: samples begin where they
-            begin in their rows.
-        rows: B of the forward.
-        length: S of the forward; None if only the model's first stage knows it.
-
-    Raises:
-        JobError: they have another shape, no integers, or a negative position.
+    ``length`` is None if only the model's first stage knows it. Without positions, samples begin
+    where they begin in their rows.
     """
     samples_BS = _whole_rows(SAMPLE_IDS, samples, rows, length)
     if positions is None:

@@ -68,11 +68,7 @@ class RoutingMemory:
 
         Once every layer was added, the next addition begins the sample anew.
 
-        Args:
-            recording: recording of the addition.
-            sample: number of the sample.
-            layer: index of the layer.
-            ids_TK: experts; a token with a row of :data:`UNKNOWN` chooses itself.
+        A token with a row of :data:`UNKNOWN` chooses itself.
         """
         additions_N = self._additions_N.get(sample)
         if additions_N is None or (additions_N == additions_N[0]).all():
@@ -93,8 +89,7 @@ class RoutingMemory:
     def merge(self, memories: Sequence[tuple[dict[int, Recording], dict[int, np.ndarray]]]) -> None:
         """Keep the newest recording of each sample, joined from all ranks that have a part of it.
 
-        Args:
-            memories: ``recordings`` and ``experts`` of each rank, in the same order on all.
+        ``memories`` are ``recordings`` and ``experts`` of each rank, in the same order on all.
         """
         newest: dict[int, Recording] = {}
         for recordings, _experts in memories:
@@ -114,16 +109,9 @@ class RoutingMemory:
     def recall(self, samples_BL: np.ndarray, positions_BL: np.ndarray) -> np.ndarray:
         """Return the experts of tokens.
 
-        Args:
-            samples_BL: sample of each token, -1 for none.
-            positions_BL: position of each token in its sample.
-
         Returns:
             int16 ``(N, B, L, K)``; :data:`UNKNOWN` for a token of no sample, :data:`OWN_CHOICE`
             for one that was added without experts.
-
-        Raises:
-            JobError: a token of a sample was not recorded, or not for all layers.
         """
         shape = (self._num_layers, samples_BL.size, self._top_k)
         ids_NTK = np.full(shape, UNKNOWN, dtype=np.int16)

@@ -60,14 +60,7 @@ class RoutingReplay:
     """
 
     def __init__(self, balance: Balance) -> None:
-        """Register the replay with the model parts of a balance. Collective over pipeline stages.
-
-        Args:
-            balance: balance of the model, from :func:`titan_moe_lb.attach`.
-
-        Raises:
-            JobError: the balance has a replay already.
-        """
+        """Register the replay with the model parts of a balance. Collective over pipeline stages."""
         if any(router.replay is not None for router in routers_of(balance.model_parts)):
             raise JobError(
                 "the balance has a RoutingReplay already: make it once, before the loop, and "

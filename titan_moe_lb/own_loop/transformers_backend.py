@@ -39,9 +39,6 @@ def balanced_transformers(
         score_func: as there.
         freeze: as there; without pipeline parallelism.
 
-    Returns:
-        A ``ModelSpec`` with balanced routers.
-
     Raises:
         JobError: no layer of the model is replaced, or a layer to freeze does not exist; raised when
             the trainer is built.

@@ -1,4 +1,4 @@
-"""MoE layers of a config by name, and their numbers in the whole model."""
+"""MoE layers of a config by name, their numbers in the whole model, and their names in messages."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def layer_numbers(model_config: Decoder.Config) -> dict[str, int]:
     return numbers | {
         name: number for number, name in enumerate(others, start=len(model_config.layers))
     }
+
+
+def layer_name(fqn: str) -> str:
+    """Convert ``model_spec.model.layers.1.moe``, as in a ``Trainer.Config``, to ``layer 1``."""
+    layer = re.search(r"(?:^|\.)(mtp_)?layers\.(\d+)(?:\.|$)", fqn)
+    if layer is None:
+        return fqn.removeprefix("model_spec.model.")
+    return f"{'multi-token-prediction ' if layer[1] else ''}layer {layer[2]}"

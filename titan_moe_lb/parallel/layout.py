@@ -25,15 +25,7 @@ class Layout:
 
     @classmethod
     def of(cls, parallelism: Any, world_size: int) -> Layout:
-        """Resolve ``[parallelism]``, with ``data_parallel_shard_degree = -1`` filled in.
-
-        Args:
-            parallelism: a ``ParallelismConfig``.
-            world_size: processes of the job.
-
-        Raises:
-            JobError: the product of the degrees is not the number of processes.
-        """
+        """Resolve ``[parallelism]``, with ``data_parallel_shard_degree = -1`` filled in."""
         names = {
             "dp_replicate": "data_parallel_replicate_degree",
             "cp": "context_parallel_degree",

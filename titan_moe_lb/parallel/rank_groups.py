@@ -125,10 +125,6 @@ class RankGroups:
         Context parallelism's "headtail" balancer assigns the r-th slice of 2 n and the r-th last to
         rank r of n. Tensor parallelism then splits the part of a rank.
 
-        Args:
-            length: tokens of the whole row.
-            load_balancer: context parallelism's load balancer; without one, parts are contiguous.
-
         Returns:
             (start, length) of each part.
         """

@@ -32,9 +32,8 @@ def actions_of(pp_schedule: Any) -> Schedule:
     With gradient accumulation an optimizer step consists of several runs, and no tensors are kept
     between them. The micro-batches of a run are numbered from 0.
 
-    Args:
-        pp_schedule: a schedule of torch.distributed.pipelining, also one read from a CSV
-            file; None without pipeline parallelism, which is one stage and one micro-batch.
+    Without pipeline parallelism (None) there is one stage and one micro-batch. Schedules from a CSV
+    file are valid.
     """
     if pp_schedule is None:
         return one_forward_one_backward(1, 1)

@@ -24,9 +24,7 @@ def world_size() -> int:
 def announce(*, rank: int = 0, world_size: int | None = None) -> None:
     """Set the variables of a process without a launcher.
 
-    Args:
-        rank: rank of the process.
-        world_size: processes of a dry run, in which the others do not exist; None: 1, which trains.
+    ``world_size`` is that of a dry run, in which the other processes do not exist.
     """
     os.environ.update(_variables(rank, world_size))
 

@@ -15,10 +15,10 @@ from titan_moe_lb.balancing.forced_routing import (
     TokenIndexRouting,
     ZeroLoad,
 )
-from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.router import LoadBalancedRouter, router_configs
 from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.layer_numbers import layer_name
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.layer_names import layer_name
 from titan_moe_lb.telemetry.describe_run import describe_run
 from titan_moe_lb.traces.routing_trace import open_routing_trace
 
@@ -175,7 +175,7 @@ def _forced(
     """Find name, router and forced strategy of every layer that has one of a kind."""
     return [
         (fqn, router, router.forced_routing)
-        for fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config)
+        for fqn, router in router_configs(job.config).items()
         if isinstance(router.forced_routing, kind.Config)
     ]
 

@@ -12,13 +12,10 @@ from titan_moe_lb.parallel.layer_numbers import moe_layers
 from titan_moe_lb.resolved_job import Job
 
 
-def check_initial_weights(job: Job) -> None:
+def initial_weights_fit(job: Job) -> None:
     """Compare the names and shapes of the weights that a job starts from with its model.
 
     This reads only the headers of the files and builds the model on the meta device.
-
-    Raises:
-        JobError: the folder has no weights, or the first tensor that does not fit the model.
     """
     checkpoint, spec = job.config.checkpoint, job.config.model_spec
     if not checkpoint.enable or not checkpoint.initial_load_in_hf:

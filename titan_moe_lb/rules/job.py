@@ -6,7 +6,6 @@ import inspect
 import math
 import re
 
-import torch
 from torchtitan.components.checkpointer.base import (
     DATALOADER,
     LR_SCHEDULER,
@@ -23,6 +22,7 @@ _AT_LEAST_ZERO = (
     "lr_scheduler.warmup_steps",
     "dataloader.num_workers",
     "profiler.profiler_warmup",
+    "metrics.moe_extreme_experts",
 )
 _AT_LEAST_ONE = (
     "training.local_batch_size",
@@ -53,9 +53,6 @@ def sizes_are_positive(job: Job) -> None:
             f"training.global_batch_size is {total}; it must be at least 1, or -1 for "
             "local_batch_size x the data-parallel degree"
         )
-    extreme = getattr(job.config.metrics, "moe_extreme_experts", 0)
-    if extreme < 0:
-        raise JobError(f"metrics.moe_extreme_experts is {extreme}; it must be at least 0")
     if not job.config.training.max_norm > 0:
         raise JobError(f"training.max_norm is {job.config.training.max_norm}; it must be above 0")
 
@@ -101,56 +98,35 @@ def seed_is_one(job: Job) -> None:
 
 
 def optimizers_can_be_built(job: Job) -> None:
-    """Check that torchtitan has the optimizers, and that a job file can set their arguments."""
-    for index, group in enumerate(job.config.optimizer.param_groups):
-        name = group.optimizer_name
-        key = f"optimizer.param_groups[{index}].optimizer_name is {name!r}"
-        try:
-            factory = job.config.optimizer._owner._resolve_optimizer_factory(name)
-        except NotImplementedError:
-            raise JobError(
-                f'{key}, which torchtitan does not have: take "Adam" or "AdamW"'
-            ) from None
-        given = job.config.optimizer.optimizer_factory_kwargs_by_name.get(name, {})
-        missing = [
-            argument.name
-            for argument in inspect.signature(factory).parameters.values()
-            if argument.kind is argument.KEYWORD_ONLY
-            and argument.default is argument.empty
-            and argument.name not in given
-        ]
-        if missing:
-            raise JobError(
-                f"{key}, which needs {' and '.join(missing)}, objects that only a config function "
-                'can give (optimizer_factory_kwargs_by_name): take "AdamW", or write one'
-            )
-
-
-def optimizer_arguments_fit(job: Job) -> None:
-    """Check the patterns of parameters, the names of optimizer arguments, and the learning rates."""
-    for index, group in enumerate(job.config.optimizer.param_groups):
+    """Check the optimizers and their arguments, the patterns of parameters and the learning rates."""
+    optimizer = job.config.optimizer
+    for index, group in enumerate(optimizer.param_groups):
+        key, name = f"optimizer.param_groups[{index}]", group.optimizer_name
         try:
             re.compile(group.pattern)
         except re.error as error:
             raise JobError(
-                f"optimizer.param_groups[{index}].pattern is {group.pattern!r}, which is no regular "
-                f"expression: {error}"
+                f"{key}.pattern is {group.pattern!r}, which is no regular expression: {error}"
             ) from None
-        optimizer = getattr(torch.optim, group.optimizer_name, None)
-        if optimizer is not None:  # torchtitan also has optimizers that torch lacks
-            valid = inspect.signature(optimizer).parameters
-            for name in group.optimizer_kwargs:
-                if name not in valid:
-                    raise JobError(
-                        f"optimizer.param_groups[{index}].optimizer_kwargs: "
-                        f"{group.optimizer_name} has no argument {name!r}; {nearest(name, valid)}"
-                    )
-        rate = group.optimizer_kwargs.get("lr")
-        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-        if rate is not None and not (number and math.isfinite(rate) and rate >= 0):
+        given = group.optimizer_kwargs | optimizer.optimizer_factory_kwargs_by_name.get(name, {})
+        try:
+            arguments = inspect.signature(optimizer._owner._resolve_optimizer_factory(name))
+            arguments.bind(None, **given)
+        except NotImplementedError:
             raise JobError(
-                f"optimizer.param_groups[{index}].optimizer_kwargs.lr is {rate!r}; "
-                "it must be a finite number of at least 0"
+                f'{key}.optimizer_name is {name!r}, which torchtitan does not have: take "AdamW"'
+            ) from None
+        except TypeError as error:
+            raise JobError(
+                f"{key}.optimizer_name is {name!r}, and optimizer_kwargs: {error}; its arguments are "
+                f"{', '.join(arguments.parameters)} (objects: optimizer_factory_kwargs_by_name of a "
+                'config function), or take "AdamW"'
+            ) from None
+        rate = given.get("lr", 0.0)
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if not (number and math.isfinite(rate) and rate >= 0):
+            raise JobError(
+                f"{key}.optimizer_kwargs.lr is {rate!r}; it must be a finite number of at least 0"
             )
 
 
@@ -202,37 +178,22 @@ def flex_attention_takes_the_slices(job: Job) -> None:
         )
 
 
-def compile_backend_is_known(job: Job) -> None:
-    """Check that ``compile.backend`` exists."""
-    backends = compiler_backends()
-    if job.config.compile.enable and job.config.compile.backend not in backends:
-        raise JobError(
-            f"compile.backend {job.config.compile.backend!r} does not exist; "
-            f"{nearest(job.config.compile.backend, backends)}"
-        )
+def names_are_known(job: Job) -> None:
+    """Check names that torchtitan silently ignores, or refuses only once the model is built."""
+    named = []
+    if job.config.compile.enable:
+        backend, components = job.config.compile.backend, job.config.compile.components
+        named.append(("compile.backend", [backend], compiler_backends()))
+        named.append(("compile.components", components, ["model", "loss"]))
+    if job.config.checkpoint.enable:
+        states = [DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE]
+        left_out = job.config.checkpoint.exclude_from_loading
+        named.append(("checkpoint.exclude_from_loading", left_out, states))
+    for key, names, valid in named:
+        for name in names:
+            if name not in valid:
+                raise JobError(f"{key} {name!r} does not exist; {nearest(name, valid)}")
 
-
-def compile_components_are_known(job: Job) -> None:
-    """Check ``compile.components``, of which torchtitan silently ignores unknown names."""
-    for component in job.config.compile.components if job.config.compile.enable else ():
-        if component not in ("model", "loss"):
-            raise JobError(
-                f"compile.components {component!r} does not exist; "
-                f"{nearest(component, ('model', 'loss'))}"
-            )
-
-
-def states_that_are_not_loaded_are_known(job: Job) -> None:
-    """Check that ``checkpoint.exclude_from_loading`` names parts of a checkpoint."""
-    for name in job.config.checkpoint.exclude_from_loading if job.config.checkpoint.enable else ():
-        if name not in _LEFT_OUT_OF_LOADING:
-            raise JobError(
-                f"checkpoint.exclude_from_loading {name!r} is no part of a checkpoint; "
-                f"{nearest(name, _LEFT_OUT_OF_LOADING)}"
-            )
-
-
-_LEFT_OUT_OF_LOADING = (DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE)
 
 RULES = (
     sizes_are_positive,
@@ -241,11 +202,8 @@ RULES = (
     seed_checkpoint_is_of_one_process,
     seed_is_one,
     optimizers_can_be_built,
-    optimizer_arguments_fit,
     global_batch_divides_over_ranks,
     sequence_divides_over_ranks,
     flex_attention_takes_the_slices,
-    compile_backend_is_known,
-    compile_components_are_known,
-    states_that_are_not_loaded_are_known,
+    names_are_known,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from titan_moe_lb import toml_tables
 from titan_moe_lb.balancing.losses import AuxLoss, BatchWiseAuxLoss, GlobalBatchAuxLoss, SumsLoss
-from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.router import LoadBalancedRouter, router_configs
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 from titan_moe_lb.resolved_job import Job
@@ -13,7 +13,7 @@ from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 def loss_sees_the_whole_batch(job: Job) -> None:
     """Refuse non-additive losses under pipeline parallelism and gradient accumulation."""
-    for _fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config):
+    for router in router_configs(job.config).values():
         if job.config.parallelism.pipeline_parallel_degree > 1:
             refuse_in_parts(router, "pipeline parallelism")
         if job.cut.accumulation_steps > 1:
@@ -25,15 +25,7 @@ def loss_sees_the_whole_batch(job: Job) -> None:
 
 
 def refuse_in_parts(router: LoadBalancedRouter.Config, cut_by: str) -> None:
-    """Refuse a loss that is not a sum over sequences, because the batch is cut into parts.
-
-    Args:
-        router: the router with its losses.
-        cut_by: cause of the cut, for the message.
-
-    Raises:
-        JobError: the router has such a loss.
-    """
+    """Refuse a loss that is not a sum over sequences, because the batch is cut into parts."""
     of_sums = [loss for loss in router.aux_losses if issubclass(loss._owner, SumsLoss)]
     whole = [loss for loss in of_sums if not loss._owner.additive]
     if not whole:

@@ -7,12 +7,11 @@ from typing import Any
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC, SelectiveAC
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
-from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.router import router_configs
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.parallel.layer_numbers import moe_layers
+from titan_moe_lb.parallel.layer_numbers import layer_name, moe_layers
 from titan_moe_lb.parallel.schedules import ZERO_BUBBLE_SCHEDULES
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.layer_names import layer_name
 
 
 def expert_biases_are_added_once(job: Job) -> None:
@@ -42,11 +41,6 @@ def experts_divide_over_ranks(job: Job) -> None:
                 f"parallelism.expert_parallel_degree {degree} does not divide the "
                 f"{moe.num_experts} experts of {layer_name(fqn)}"
             )
-
-
-def experts_are_counted_alike(job: Job) -> None:
-    """Check the job with :func:`layers_count_their_experts_alike`."""
-    layers_count_their_experts_alike(job.config)
 
 
 def layers_count_their_experts_alike(config: Any) -> None:
@@ -81,9 +75,8 @@ def checkpointing_keeps_decisions(job: Job) -> None:
 
     :mod:`titan_moe_lb.balancing.checkpointing` saves routing decisions for the other kinds only.
     """
-    if isinstance(job.config.activation_checkpoint, MemoryBudgetAC.Config) and any(
-        job.config.traverse(LoadBalancedRouter.Config)
-    ):
+    kind = job.config.activation_checkpoint
+    if isinstance(kind, MemoryBudgetAC.Config) and router_configs(job.config):
         raise JobError(
             '[activation_checkpoint] type = "memory-budget" lets the compiler choose the experts '
             "of a token again in the backward, and it may choose others than those that the loss "
@@ -108,7 +101,7 @@ def zero_bubble_needs_whole_recompute(job: Job) -> None:
 
 RULES = (
     expert_biases_are_added_once,
-    experts_are_counted_alike,
+    lambda job: layers_count_their_experts_alike(job.config),
     experts_divide_over_ranks,
     checkpointing_keeps_decisions,
     zero_bubble_needs_whole_recompute,

@@ -1,6 +1,7 @@
 """Rules of pipeline schedules.
 
 torch and torchtitan raise these errors too, but only after every process has built its model.
+:mod:`titan_moe_lb.rules.losses` refuses losses of a whole batch, which a pipeline cuts.
 """
 
 from __future__ import annotations
@@ -95,11 +96,7 @@ def stages_have_attention(job: Job) -> None:
 
 
 def _stages(job: Job) -> list[list[str]]:
-    """Return the names of the modules of each stage; empty without a pipeline.
-
-    Raises:
-        JobError: the model cannot be cut into these stages.
-    """
+    """Return the names of the modules of each stage; empty without a pipeline."""
     parallelism, spec, ranks = job.config.parallelism, job.config.model_spec, job.layout.pp
     if ranks == 1 or spec is None:
         return []

@@ -8,64 +8,44 @@ from typing import Any
 from titan_moe_lb.balancing.component import Component
 from titan_moe_lb.balancing.expert_bias import QuantileBias
 from titan_moe_lb.balancing.recording.step_record import MOST_OBSERVATIONS
-from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.router import LoadBalancedRouter, router_configs
 from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
 from titan_moe_lb.errors import JobError, nearest
+from titan_moe_lb.parallel.layer_numbers import layer_name
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.layer_names import layer_name
 
 
 def check_router(where: str, router: LoadBalancedRouter.Config) -> None:
-    """Check one router.
-
-    Args:
-        where: name of the layer, for the message.
-        router: the router's config.
-
-    Raises:
-        JobError: the first rule that does not hold.
-    """
-    _expert_groups_fit(where, router)
-    _score_function_is_known(where, router)
-    _one_loss_of_each_kind(where, router)
-
-
-def _expert_groups_fit(where: str, router: LoadBalancedRouter.Config) -> None:
-    if not 1 <= router.top_k <= router.num_experts:
-        raise JobError(f"top_k {router.top_k} of {where} is outside [1, {router.num_experts}]")
+    """Check top_k, expert groups, score function and losses of one router."""
+    num_experts, top_k = router.num_experts, router.top_k
+    if not 1 <= top_k <= num_experts:
+        raise JobError(f"top_k {top_k} of {where} is outside [1, {num_experts}]")
     groups, limited = router.num_expert_groups, router.num_limited_groups
-    if groups is None:
-        return
-    if router.num_experts % groups or router.num_experts // groups < 2:
-        raise JobError(
-            f"num_expert_groups {groups} of {where} must divide the {router.num_experts} experts "
-            "into groups of at least 2"
-        )
-    if limited is None or not 1 <= limited <= groups:
-        raise JobError(f"num_limited_groups {limited} of {where} is outside [1, {groups}]")
-    reachable = limited * (router.num_experts // groups)
-    if router.top_k > reachable:
-        raise JobError(
-            f"top_k {router.top_k} of {where} exceeds the {reachable} experts of "
-            f"{limited} of {groups} groups"
-        )
-
-
-def _score_function_is_known(where: str, router: LoadBalancedRouter.Config) -> None:
+    if groups is not None:
+        if num_experts % groups or num_experts // groups < 2:
+            raise JobError(
+                f"num_expert_groups {groups} of {where} must divide the {num_experts} experts into "
+                "groups of at least 2"
+            )
+        if limited is None or not 1 <= limited <= groups:
+            raise JobError(f"num_limited_groups {limited} of {where} is outside [1, {groups}]")
+        reachable = limited * (num_experts // groups)
+        if top_k > reachable:
+            raise JobError(
+                f"top_k {top_k} of {where} exceeds the {reachable} experts of {limited} of {groups} "
+                "groups"
+            )
     if router.score_func not in SCORE_FUNCTIONS:
         raise JobError(
             f"score_func of {where} is {router.score_func!r}; the router knows no such function; "
             f"{nearest(router.score_func, SCORE_FUNCTIONS)}"
         )
-
-
-def _one_loss_of_each_kind(where: str, router: LoadBalancedRouter.Config) -> None:
-    kinds = [type(loss) for loss in router.aux_losses]
-    for kind in kinds:
-        if kinds.count(kind) > 1:
+    names = [loss._owner.type_name for loss in router.aux_losses]
+    for name in names:
+        if names.count(name) > 1:
             raise JobError(
-                f'[model] aux_losses has two of type "{kind._owner.type_name}" for '  # type: ignore[attr-defined]
-                f"{where}: their weights would add up; keep one"
+                f'[model] aux_losses has two of type "{name}" for {where}: their weights would add '
+                "up; keep one"
             )
 
 
@@ -74,12 +54,6 @@ def check_alike(routers: list[tuple[str, LoadBalancedRouter.Config]]) -> None:
 
     A step has one weight per loss and one column per metric, for all layers. Only the rule of the
     expert bias may differ by layer.
-
-    Args:
-        routers: names of the layers, for the message, and their routers.
-
-    Raises:
-        JobError: a layer has other losses or another forced routing than the first.
     """
     if not routers:
         return
@@ -111,10 +85,7 @@ def _described(components: list[Any]) -> str:
 
 def routers_are_right(job: Job) -> None:
     """Check all routers of a job with :func:`check_router` and :func:`check_alike`."""
-    routers = [
-        (layer_name(fqn), router)
-        for fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config)
-    ]
+    routers = [(layer_name(fqn), router) for fqn, router in router_configs(job.config).items()]
     for where, router in routers:
         check_router(where, router)
     check_alike(routers)
@@ -123,7 +94,7 @@ def routers_are_right(job: Job) -> None:
 def histograms_hold_a_step(job: Job) -> None:
     """Refuse a global batch with more tokens than a bias rule with a histogram can count."""
     tokens = job.cut.global_batch_size * job.cut.seq_len
-    for _fqn, router, _parent, _attribute in job.config.traverse(LoadBalancedRouter.Config):
+    for router in router_configs(job.config).values():
         if isinstance(router.expert_bias, QuantileBias.Config) and tokens > MOST_OBSERVATIONS:
             raise JobError(
                 f"training.global_batch_size {job.cut.global_batch_size} has {tokens:,} tokens a "
@@ -132,4 +103,7 @@ def histograms_hold_a_step(job: Job) -> None:
             )
 
 
-RULES = (routers_are_right,)
+RULES = (
+    routers_are_right,
+    histograms_hold_a_step,
+)

@@ -21,11 +21,7 @@ _RUN = "TITAN_MOE_LB_RUN"
 
 
 def positive(variable: str, default: int) -> int:
-    """Read a variable that counts something.
-
-    Raises:
-        JobError: its value is not a whole number of at least 1.
-    """
+    """Read a variable that counts something."""
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal() or int(text) < 1:
         raise JobError(f"{variable}={text} must be a whole number of at least 1")
@@ -103,9 +99,6 @@ def meeting_id(folder: str) -> str:
     """Return the id by which the nodes of a run find each other: of RDZV_ID, else of its folder.
 
     The nodes agree on it before they can talk. Two runs at one RDZV_ENDPOINT do not meet.
-
-    Args:
-        folder: the job's ``dump_folder``.
     """
     agreed = os.environ.get("RDZV_ID") or os.path.abspath(folder)
     return uuid.uuid5(uuid.NAMESPACE_OID, agreed).hex
@@ -124,11 +117,7 @@ def joined_run() -> str:
 
 
 def check_shown_ranks(processes: int) -> None:
-    """Check that LOG_RANK lists ranks of the job.
-
-    Args:
-        processes: number of ranks on all nodes.
-    """
+    """Check that LOG_RANK lists ranks of the job."""
     text = os.environ.get("LOG_RANK", "")
     for rank in text.split(",") if text else ():
         if not rank.isdecimal():

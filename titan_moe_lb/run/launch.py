@@ -17,22 +17,18 @@ import sys
 
 import torch
 
+from titan_moe_lb import rules
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import catalog, job_config, model_help, own_flags
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.run import environment, rank_processes, train
 from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.upstream import cpu
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check the job and run it, or print what ``--list``, ``--help`` or ``--print-config`` shows.
-
-    Args:
-        arguments: flags of ``train``; None: ``sys.argv[1:]``.
-    """
+    """Run the job, or print what ``--list``, ``--help`` or ``--print-config`` shows."""
     arguments = _with_environment(sys.argv[1:] if arguments is None else arguments)
     try:
         flags = own_flags.parse_command_line(arguments)
@@ -54,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         environment.check_shown_ranks(here * nodes)
         job = draft.resolve(here * nodes)
         if not flags.print_config and job.config.comm.mode == "default":
-            validate_files(job)
+            rules.validate_here(job)
             if nodes == 1:
                 run_folder.claim(job.config.dump_folder, run)
             else:  # claimed once the nodes have met
@@ -101,10 +97,7 @@ def _check_restarts(table: job_config.JobTable, nodes: int) -> None:
 def _processes_on_this_node(table: job_config.JobTable, nodes: int, *, starts: bool) -> int:
     """Return NGPU; else the job's ``ranks`` per node; else the number of GPUs; else 1.
 
-    Args:
-        table: table [job].
-        nodes: number of nodes.
-        starts: True if the processes start; then this machine must be able to hold them.
+    If the processes start, this machine must be able to hold them.
     """
     devices = 0 if cpu.needed() else torch.accelerator.device_count()
     if os.environ.get("NGPU"):

@@ -25,9 +25,6 @@ def end_with_launcher(*, or_agent: bool = False) -> None:
 
     To the kernel, the parent is the thread that started this process. In a launcher, that
     thread lives as long as its processes.
-
-    Args:
-        or_agent: also request it if the parent is an agent of torchrun.
     """
     launcher = os.environ.pop(_LAUNCHER, None)
     of_agent = or_agent and "TORCHELASTIC_RUN_ID" in os.environ

@@ -25,12 +25,13 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from titan_moe_lb import rules
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.files import validate_files
 from titan_moe_lb.run import environment, train
-from titan_moe_lb.run.console import cause, rank_log, saved, summary
+from titan_moe_lb.run.console import cause, rank_log, summary
 from titan_moe_lb.run.console.peers import Peers
+from titan_moe_lb.run.console.saved import Saved
 from titan_moe_lb.run.console.signals import ENDING, ended_by, heeded
 from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.terminal.heartbeat import Heartbeat
@@ -41,19 +42,11 @@ def run(
 ) -> None:
     """Train in the processes of this node.
 
-    Args:
-        job: the resolved job.
-        arguments: the command line of the job.
-        name: name of the run, which no other launcher has; on one node it has claimed the folder.
-        here: number of processes to start on this node.
-        nodes: number of nodes of the job.
-        max_restarts: how often to restart all processes from the last checkpoint, after one
-            was killed or failed for another reason than a mistake in the job.
-
-    Raises:
-        SystemExit: the job failed; with its status.
+    ``name`` is of the run, and no other launcher has it. ``max_restarts`` is how often all
+    processes restart from the last checkpoint, after one was killed or failed for another reason
+    than a mistake in the job.
     """
-    trace_before = saved.trace_status(job.config)
+    saved = Saved(job.config)
     logs = rank_log.folder_of(job.config.dump_folder)
     console = rank_log.divert_errors(logs / "launcher.log")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -62,14 +55,14 @@ def run(
     where = f" of {here * nodes} on {nodes} nodes" if nodes > 1 else ""
     print(f"starting {here} process{'es' if here > 1 else ''}{where}", flush=True)
     handlers = {number: signal.getsignal(number) for number in ENDING}
-    attempt = _Attempt(job, arguments, name, here, nodes, trace_before, console)
+    attempt = _Attempt(job, arguments, name, here, nodes, saved, console)
     for restart in range(1, max_restarts + 1):
         if attempt.succeeds(f"; starting again ({restart} of {max_restarts})"):
             return
         for number, handler in handlers.items():  # torch does not restore them
             signal.signal(number, handler)
         try:
-            validate_files(Job.of(job.config, job.layout.world_size))
+            rules.validate_here(Job.of(job.config, job.layout.world_size))
         except JobError as error:
             rank_log.report(f"error: {error}", console)
             raise SystemExit(2) from None
@@ -85,16 +78,14 @@ class _Attempt:
     name: str
     here: int
     nodes: int
-    trace_before: os.stat_result | None
-    """Status of the trace before the first start of the job."""
+    saved: Saved
     console: TextIO
 
     def succeeds(self, again: str = "") -> bool:
         """Run the processes until they end.
 
-        Args:
-            again: end of the message about a failure after which the job may restart; empty if
-                no restart is left.
+        ``again`` ends the message about a failure after which the job may restart; it is empty if
+        no restart is left.
 
         Returns:
             True after success; False after a failure after which the job may restart.
@@ -151,7 +142,7 @@ class _Attempt:
                     _ignore_signals()
                 found, log = cause.of_processes(error, logs)
                 told = (peers.blame() if found.is_echo else None) or found
-                line = f"error: {told.sentence(saved.in_words(config, self.trace_before), log)}"
+                line = f"error: {told.sentence(self.saved, log)}"
                 status = told.status
                 if again and status == 1:
                     rank_log.report(f"{line}{again}", self.console)
@@ -160,23 +151,19 @@ class _Attempt:
                 _ignore_signals()
                 number = signal.Signals(error.sigval)
                 if peers.loss is None:
-                    line = train.stopped(number, saved.in_words(config, self.trace_before))
+                    line = train.stopped(number, self.saved)
                     status = 128 + number
-                    told = cause.Cause(
-                        line=f"stopped by {number.name}", status=1, has_traceback=False
-                    )
+                    told = cause.Cause(line=f"stopped by {number.name}", has_traceback=False)
                 else:
                     told = peers.loss
-                    line = (
-                        f"error: {told.sentence(saved.in_words(config, self.trace_before), logs)}"
-                    )
+                    line = f"error: {told.sentence(self.saved, logs)}"
                     status = told.status
             except (RendezvousError, DistError):
                 traceback.print_exc()
                 line = f"error: {meeting.failed()}"
                 status = 1
             except KeyboardInterrupt:  # after the rendezvous, before torch sets its handlers
-                line = train.stopped(signal.SIGINT, saved.in_words(config, self.trace_before))
+                line = train.stopped(signal.SIGINT, self.saved)
                 status = 128 + signal.SIGINT
             except Exception as error:
                 traceback.print_exc()

@@ -33,7 +33,8 @@ from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel import single_process
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.run import dry_run, environment
-from titan_moe_lb.run.console import cause, rank_log, saved, summary
+from titan_moe_lb.run.console import cause, rank_log, summary
+from titan_moe_lb.run.console.saved import Saved
 from titan_moe_lb.run.console.signals import die_of, ended_by
 from titan_moe_lb.terminal import run_folder
 from titan_moe_lb.terminal.heartbeat import Heartbeat
@@ -61,9 +62,6 @@ def trainer_config(*arguments: str) -> Trainer.Config:
 
     Args:
         arguments: the command line of a job, as for ``run_train.sh``.
-
-    Raises:
-        JobError: the job cannot run as written.
     """
     job = job_config.load(list(arguments))
     _adapt(job)
@@ -98,10 +96,8 @@ def _preparing(config: Trainer.Config) -> Trainer.Config:
 def run(job: Job, *, alone: bool = False) -> None:
     """Train a resolved job in this process, or only build it if it is a dry run.
 
-    Args:
-        job: the job; it is adapted to this machine, in place.
-        alone: there is no launcher. This process has already claimed the run's folder, and
-            reports signals on the console.
+    ``alone``: there is no launcher. This process has already claimed the run's folder, and reports
+    signals on the console.
     """
     config = job.config
     cpu.prepare()
@@ -125,7 +121,7 @@ class _Rank:
         self._job, self._config = job, job.config
         self._alone = alone
         self._rank = int(os.environ["RANK"])
-        self._trace_before = saved.trace_status(job.config)
+        self._saved = Saved(job.config)
         self._log = rank_log.folder_of(job.config.dump_folder) / f"rank{self._rank}.log"
         self._errors = rank_log.divert_errors(self._log)
         self._trainer: Trainer | None = None
@@ -154,7 +150,7 @@ class _Rank:
             except (Exception, CheckpointException) as error:  # the latter is no Exception
                 self._fail(error)
         if is_shown:
-            _say(summary.after(self._config, self._trace_before))
+            _say(summary.after(self._config, self._saved))
 
     def _train(self) -> None:
         """Train as torchtitan's ``main`` does, without reading the job a second time."""
@@ -188,14 +184,14 @@ class _Rank:
         if self._is_stopped.is_set():  # the ranks that have stopped already are missed here
             threading.Event().wait()
         if not cause.tell_launcher(found):
-            self._last_word(f"error: {found.sentence(self._saved(), self._log)}")
+            rank_log.report(f"error: {found.sentence(self._saved, self._log)}", self._errors)
         _leave(found.status)
 
     def _stop(self, number: signal.Signals) -> NoReturn:
         self._is_stopped.set()
         self._close_sinks()
         if self._alone:
-            self._last_word(stopped(number, self._saved()))
+            rank_log.report(stopped(number, self._saved), self._errors)
             _leave(128 + number)
         die_of(number)
 
@@ -210,12 +206,6 @@ class _Rank:
             closing = threading.Thread(target=stop, daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
-
-    def _saved(self) -> str:
-        return saved.in_words(self._config, self._trace_before)
-
-    def _last_word(self, line: str) -> None:
-        rank_log.report(line, self._errors)
 
 
 def _build(job: Job) -> None:
@@ -237,7 +227,7 @@ def _build(job: Job) -> None:
     log.unlink()
 
 
-def stopped(number: signal.Signals, saved: str) -> str:
+def stopped(number: signal.Signals, saved: object) -> str:
     """Describe the end of a run by a signal, in one line."""
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     return f"stopped by {name}; saved: {saved}; status {128 + number}"

@@ -68,11 +68,8 @@ def _flip_probability(
 ) -> np.ndarray:
     """Compute the probability that two experts change places, ``(J, Z)``.
 
-    Args:
-        margins_Z: difference of their logits.
-        spacing_J: distance of neighboring bfloat16 numbers at these logits.
-        noise: standard deviation of the error of the difference before the logits are rounded.
-        biased: see :func:`flip_share`.
+    ``spacing_J`` is the distance of neighboring bfloat16 numbers at the logits. ``noise`` is the
+    standard deviation of the error of their difference before they are rounded.
     """
     difference_ZX = margins_Z[:, None] + noise * _NODES_X
     ratio_JZX = difference_ZX / spacing_J[:, None, None]

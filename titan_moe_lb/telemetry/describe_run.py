@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from titan_moe_lb.balancing.freezing import applied_losses, layers_by_part
-from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.router import router_configs
 from titan_moe_lb.checkpoints import placement_file
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.telemetry.trace_columns import LEARNING, columns_of
@@ -17,10 +17,7 @@ from titan_moe_lb.version import __version__
 def describe_run(job: Job) -> RunInfo:
     """Describe a job whose MoE layers have load-balanced routers."""
     config, layout, cut = job.config, job.layout, job.cut
-    routers = sorted(
-        (router for _fqn, router, *_ in config.model_spec.traverse(LoadBalancedRouter.Config)),
-        key=lambda router: router.layer,
-    )
+    routers = sorted(router_configs(config.model_spec).values(), key=lambda router: router.layer)
     router = routers[0]
     forced = router.forced_routing
     rules = dict.fromkeys(one.expert_bias.describe() for one in routers if one.expert_bias)
@@ -28,6 +25,7 @@ def describe_run(job: Job) -> RunInfo:
     groups = {loss.expert_groups for loss in router.aux_losses}
     groups |= {one.num_expert_groups or 1 for one in routers}
     experts, top_k = ([getattr(one, name) for one in routers] for name in ("num_experts", "top_k"))
+    placement = placement_file.of_checkpoint(job.start.path) if job.start is not None else None
     return RunInfo(
         model=config.model_spec.name,
         flavor=config.model_spec.flavor,
@@ -55,13 +53,7 @@ def describe_run(job: Job) -> RunInfo:
         frozen=layers_by_part(routers),
         score_func=router.score_func,
         expert_groups=coarse_to_fine(groups),
-        placement=_placement(job),
+        placement=None if placement is None else placement.title,
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=__version__,
     )
-
-
-def _placement(job: Job) -> str | None:
-    """Return the title of the expert order of the checkpoint that the job starts from."""
-    found = placement_file.of_checkpoint(job.start.path) if job.start is not None else None
-    return found.title if found is not None else None

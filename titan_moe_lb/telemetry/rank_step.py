@@ -82,14 +82,7 @@ def read(
     groups: RankGroups,
     biases: list[torch.Tensor | None],
 ) -> RankStep:
-    """Read the last finished step. Collective over the EP group; synchronises with the device.
-
-    Args:
-        routers: the routers of this rank, at least one.
-        record: record of these routers.
-        groups: process groups of this rank.
-        biases: expert biases of each layer ``(E,)``, None for a layer without.
-    """
+    """Read the last finished step. Collective over the EP group; synchronises with the device."""
     ran = record.step_micro_batches
     # A step without a forward counts as one micro-batch without tokens.
     num_ran = None if ran is None else max(1, int(ran))

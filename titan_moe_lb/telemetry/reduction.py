@@ -33,10 +33,6 @@ def reduce_step(layers: Sequence[nn.Module], groups: RankGroups) -> StepLoad:
     - one SUM and one MAX over the pipeline stages.
 
     A stage without MoE layers contributes nothing.
-
-    Args:
-        layers: the balanced MoE layers of this rank.
-        groups: process groups of this rank.
     """
     return _over_stages(_of_stage(layers, groups) if layers else None, groups)
 
@@ -46,14 +42,7 @@ def reduce_counts(
 ) -> np.ndarray:
     """Gather the counts of the layers of all stages. Collective over the stages.
 
-    Args:
-        layers: numbers of this rank's layers; empty for a stage without MoE layers.
-        counts_NE: tokens per expert, summed over the ranks of the stage; None for a stage without
-            MoE layers.
-        groups: process groups of this rank.
-
-    Returns:
-        Counts of the layers of all stages, int64 ``(M, E)``.
+    A stage without MoE layers passes no layers, and None.
     """
     stage = None
     if counts_NE is not None:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from titan_moe_lb.balancing.choice import open_experts
+from titan_moe_lb.balancing import choice
 from titan_moe_lb.balancing.recording.score_sums import Column
 from titan_moe_lb.balancing.recording.step_record import StepRecord
 from titan_moe_lb.balancing.router import LoadBalancedRouter
@@ -67,10 +67,7 @@ def read(routers: list[LoadBalancedRouter], record: StepRecord) -> ScoreStep | N
         largest_logit_N=record.scores.largest_logit_N1[:, 0].cpu().numpy().astype(np.float64),
         num_experts_N=np.array([router.num_experts for router in routers]),
         input_size_N=np.array([router.gate.weight.shape[-1] for router in routers]),
-        has_margin_N=np.array([_has_margin(router) for router in routers]),
+        has_margin_N=np.array(
+            [not choice.is_forced(r) and r.top_k < choice.open_experts(r) for r in routers]
+        ),
     )
-
-
-def _has_margin(router: LoadBalancedRouter) -> bool:
-    forced = router.forced_routing is not None or router._debug_force_load_balance
-    return not forced and router.top_k < open_experts(router)

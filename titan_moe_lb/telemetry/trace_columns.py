@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from titan_moe_lb.balancing.component import first_paragraph
 from titan_moe_lb.balancing.freezing import applied_losses
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.router import LoadBalancedRouter
@@ -38,5 +39,4 @@ def columns_in(load: StepLoad) -> tuple[Column, ...]:
 
 
 def _of_loss(loss: type[AuxLoss]) -> Column:
-    description = (loss.__doc__ or "").partition("\n")[0]
-    return Column(loss.metric_name, is_aux_loss=True, description=description)
+    return Column(loss.metric_name, is_aux_loss=True, description=first_paragraph(loss))

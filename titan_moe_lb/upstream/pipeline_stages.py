@@ -21,11 +21,6 @@ def all_modules(num_layers: int) -> list[str]:
 def modules_of_stages(layout: Layout, parallelism: Any, model: Any) -> list[list[str]]:
     """List the names of the modules of each stage.
 
-    Args:
-        layout: layout of the job.
-        parallelism: its ``ParallelismConfig``.
-        model: its model config.
-
     Raises:
         JobError: the model has fewer layers than stages.
         ValueError: from torchtitan, if the numbers of stages and ranks do not fit.

@@ -9,8 +9,6 @@ sequences.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
@@ -18,12 +16,12 @@ from torch.utils._pytree import tree_map_only
 
 def make_contiguous(stage: nn.Module) -> None:
     """Make the output of a stage and the gradient of its input contiguous."""
-    stage.register_forward_pre_hook(_with_contiguous_gradient)
-    stage.register_forward_hook(_contiguous_output)
-
-
-def _with_contiguous_gradient(_stage: nn.Module, inputs: tuple) -> tuple:
-    return tree_map_only(torch.Tensor, _hooked, inputs)
+    stage.register_forward_pre_hook(
+        lambda _stage, inputs: tree_map_only(torch.Tensor, _hooked, inputs)
+    )
+    stage.register_forward_hook(
+        lambda _stage, _inputs, output: tree_map_only(torch.Tensor, torch.Tensor.contiguous, output)
+    )
 
 
 def _hooked(received: torch.Tensor) -> torch.Tensor:
@@ -36,7 +34,3 @@ def _hooked(received: torch.Tensor) -> torch.Tensor:
     view = received.view_as(received)
     view.register_hook(torch.Tensor.contiguous)
     return view
-
-
-def _contiguous_output(_stage: nn.Module, _inputs: tuple, output: Any) -> Any:
-    return tree_map_only(torch.Tensor, torch.Tensor.contiguous, output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -41,3 +43,12 @@ def compiler_backends() -> list[str]:
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     """Return the dict in which the module keeps its buffers."""
     return module._buffers
+
+
+def ignore_buffers(model: nn.Module, names: Iterable[str]) -> None:
+    """Keep DistributedDataParallel from copying buffers of rank 0 to all ranks at every forward.
+
+    The model is not wrapped yet.
+    """
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    model._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]

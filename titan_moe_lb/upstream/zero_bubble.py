@@ -35,26 +35,21 @@ def adapt(config: Trainer.Config) -> None:
 
 
 def _keeping_buffers(pipeline: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Wrap a ``ModelSpec.pipelining_fn`` so that the backward of compiled blocks can run twice."""
+    """Wrap a ``ModelSpec.pipelining_fn`` so that the backward of compiled blocks can run twice.
+
+    Saved activations are then kept for the rest of the process. Upstream fact: a compiled block is
+    one autograd node, which both passes run. With functorch's donated buffers, the first pass may
+    overwrite the activations. The compile caches ignore this setting. Without a separate tag, the job
+    would load a backward that was compiled for another schedule, and train on NaN.
+    """
 
     @functools.wraps(pipeline)
     def pipeline_keeping_buffers(model: nn.Module, **arguments: Any) -> tuple:
-        _keep_buffers()
+        torch._functorch.config.donated_buffer = False
+        torch.compiler.config.cache_key_tag += "+kept_buffers"
         return pipeline(model, **arguments)
 
     return pipeline_keeping_buffers
-
-
-def _keep_buffers() -> None:
-    """Keep the saved activations of compiled blocks, for the rest of the process.
-
-    Upstream fact: a compiled block is one autograd node, which both passes run. With functorch's
-    donated buffers, the first pass may overwrite the activations. The compile caches ignore this
-    setting. Without a separate tag, the job would load a backward that was compiled for another
-    schedule, and train on NaN.
-    """
-    torch._functorch.config.donated_buffer = False
-    torch.compiler.config.cache_key_tag += "+kept_buffers"
 
 
 def _compute_loss_whole(config: Trainer.Config) -> None:

@@ -36,13 +36,6 @@ class BiasReset:
         """Return the reset of a job, or None if no reset is due.
 
         None is due after a restart from a later checkpoint of the job itself.
-
-        Args:
-            job: the job.
-            rules: bias rules of the layers.
-
-        Raises:
-            JobError: the checkpoints are on a remote file system.
         """
         if not any(rule.reset for rule in rules) or not job.config.checkpoint.enable:
             return None
@@ -89,13 +82,6 @@ def start_anew(job: Job, rules: dict[str, ExpertBias.Config]) -> None:
 
     torchtitan loads all state of a model and fails if the checkpoint lacks a part. The rules'
     buffers are therefore not part of the state until the model is loaded.
-
-    Args:
-        job: the job.
-        rules: bias rules of the model's routers, by the routers' names.
-
-    Raises:
-        JobError: the metadata of the checkpoint cannot be read.
     """
     start = job.start
     if start is None or not any(rule._owner.state_names for rule in rules.values()):

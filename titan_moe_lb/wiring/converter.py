@@ -27,7 +27,12 @@ from titan_moe_lb.balancing.hash_router import counted, is_hash_router
 from titan_moe_lb.balancing.losses.base import AuxLoss
 from titan_moe_lb.balancing.own_dtypes import keep_dtypes
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
-from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, routers_of
+from titan_moe_lb.balancing.router import (
+    LoadBalancedRouter,
+    moe_layers_of,
+    router_configs,
+    routers_of,
+)
 from titan_moe_lb.balancing.score_functions import ScoreFunction
 from titan_moe_lb.balancing.step_hook import StepHook, wire_parts
 from titan_moe_lb.balancing.valid_tokens.loader import with_token_mask
@@ -56,8 +61,6 @@ class LoadBalanceConverter(ModelConfigConverter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ModelConfigConverter.Config):
-        """Settings of the converter."""
-
         aux_losses: list[AuxLoss.Config] = field(default_factory=list)
         """Losses of every router; each router has its own copy."""
 
@@ -78,11 +81,7 @@ class LoadBalanceConverter(ModelConfigConverter):
         self.config = config
 
     def convert(self, model_config: BaseModel.Config) -> BaseModel.Config:
-        """Convert in place if possible, and return the new root.
-
-        Raises:
-            JobError: the model has no MoE layer, or a router that is not torchtitan's.
-        """
+        """Convert in place if possible, and return the new root."""
         layers = list(model_config.traverse(MoE.Config))
         if not layers:
             raise JobError(
@@ -102,13 +101,7 @@ class LoadBalanceConverter(ModelConfigConverter):
     def convert_layers(self, layers: dict[str, Any], numbers: dict[str, int]) -> None:
         """Convert layers in place, and freeze their parts.
 
-        Args:
-            layers: ``MoE.Config`` of each layer, by its name in the model.
-            numbers: number of each layer in the whole model, by its name.
-
-        Raises:
-            JobError: a router is not torchtitan's, or forced routing cannot replace it; a layer to
-                freeze does not exist, or lacks the part.
+        Both arguments are by the names of the layers in the model.
         """
         freeze = self.config.freeze or Freeze()
         frozen = freeze.resolve(numbers)
@@ -225,13 +218,7 @@ class BuildHooks:
 
 
 def _resume_when_loaded(part: nn.Module, hook: StepHook, groups: RankGroups) -> None:
-    """Pass the progress of the checkpoint that torchtitan loads to a step hook.
-
-    Args:
-        part: first model part of the rank.
-        hook: step hook of the rank.
-        groups: process groups of the rank.
-    """
+    """Pass the progress of the checkpoint that torchtitan loads to a step hook."""
 
     def resume(_part: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         # torchtitan's CheckpointManager passes everything that it has loaded.
@@ -264,7 +251,7 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             return model
 
         def update_from_config(self, *, config, **kwargs) -> None:
-            named = {fqn: router for fqn, router, *_ in self.traverse(LoadBalancedRouter.Config)}
+            named = router_configs(self)
             routers = list(named.values())
             for router in routers:  # a converted layer may have been changed since
                 router.bind()
@@ -276,8 +263,11 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
             hooks.of_trainer = True
             metrics_processor.adapt(config)
             loading.adapt(config)
-            # A trainer has a copy of the resolved config. The copy gets the token mask below.
-            job = replace(hooks.job, config=config) if hooks.job else _checked_job(config)
+            if hooks.job is None:
+                job = Job.of(config, single_process.world_size())
+                rules.validate(job)
+            else:  # A trainer has a copy of the resolved config. It gets the token mask below.
+                job = replace(hooks.job, config=config)
             config.dataloader = with_token_mask(
                 config.dataloader,
                 documents=any(
@@ -301,13 +291,6 @@ def _bound_to_job(model_config_cls: type[BaseModel.Config]) -> type[BaseModel.Co
 
     Config.__qualname__ = f"LoadBalanced{model_config_cls.__qualname__}"
     return Config
-
-
-def _checked_job(config: Trainer.Config) -> Job:
-    """Resolve and check the job of a config that torchtitan's trainer has built."""
-    job = Job.of(config, single_process.world_size())
-    rules.validate(job)
-    return job
 
 
 def _loop(job: Job) -> TrainingLoop:

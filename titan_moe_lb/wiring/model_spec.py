@@ -72,9 +72,7 @@ def balanced(
     validate_converter_order(converters or [])
     for config in [*(converters or []), converter]:
         model = config.build().convert(model)
-    fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSpec)}
-    fields["model"] = model
-    fields["arguments"] = {
+    arguments = {
         "aux_losses": aux_losses,
         "expert_bias": expert_bias,
         "forced_routing": forced_routing,
@@ -82,19 +80,18 @@ def balanced(
         "freeze": freeze,
     }
     if isinstance(spec, BalancedModelSpec):
-        return BalancedModelSpec(**fields)
+        return dataclasses.replace(spec, model=model, arguments=arguments)  # type: ignore[call-arg]
     # torchtitan's own update would move the same bias a second time.
     replaced = spec.post_optimizer_build_fn is register_moe_load_balancing_hook
     return BalancedModelSpec(
-        **{
-            **fields,
-            "parallelize_fn": saving_decisions(spec.parallelize_fn),
-            "pipelining_fn": spec.pipelining_fn and announcing_schedule(spec.pipelining_fn),
-            "post_optimizer_build_fn": BuildHooks(
-                own=None if replaced else spec.post_optimizer_build_fn
-            ),
-            "state_dict_adapter": _without_balance_state(spec.state_dict_adapter),
-        }
+        name=spec.name,
+        flavor=spec.flavor,
+        model=model,
+        parallelize_fn=saving_decisions(spec.parallelize_fn),
+        pipelining_fn=spec.pipelining_fn and announcing_schedule(spec.pipelining_fn),
+        post_optimizer_build_fn=BuildHooks(own=None if replaced else spec.post_optimizer_build_fn),
+        state_dict_adapter=_without_balance_state(spec.state_dict_adapter),
+        arguments=arguments,
     )
 
 

@@ -1,4 +1,4 @@
-"""Base class of the bias rules.
+"""Base classes of the bias rules, and of those with an update speed.
 
 Shape suffixes: N = layers of a rank, E = experts, H = bins of a histogram; B = rows and
 L = tokens of a row on a rank.
@@ -6,13 +6,15 @@ L = tokens of a row on a rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
 from titan_moe_lb.balancing.component import Component, require_formula
-from titan_moe_lb.balancing.value_schedule import Change
+from titan_moe_lb.balancing.value_schedule import Change, check_changes, value_at
+from titan_moe_lb.errors import JobError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,6 @@ class ExpertBias(Component):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
-        """Settings of a bias rule."""
-
         reset: bool = False
         """Start from a zero bias if the job begins from a checkpoint with a learned bias. A restart
         of the same job keeps the bias learned since."""
@@ -148,9 +148,6 @@ class ExpertBias(Component):
         A layer that routed no token keeps its bias and its state, whatever the formula returns for
         zero counts.
 
-        Args:
-            step: sums of the finished step; its state is updated.
-
         Returns:
             float32 ``(N, E)``.
         """
@@ -170,3 +167,32 @@ class ExpertBias(Component):
             float32 ``(N, E)``.
         """
         raise NotImplementedError
+
+
+class SpeedBias(ExpertBias):
+    """Base class of rules whose updates are proportional to a speed, which can follow a schedule.
+
+    Attributes:
+        speed: speed in the step that is about to end.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ExpertBias.Config):
+        speed: float
+        """Factor of every update of the bias; ``changes`` can change it."""
+
+        def __post_init__(self) -> None:
+            if not (math.isfinite(self.speed) and self.speed > 0):
+                raise JobError(
+                    f"expert_bias speed is {self.speed}; it must be a finite number above 0 "
+                    '(to keep the bias unchanged set type = "frozen"; for no bias, expert_bias = "none")'
+                )
+            check_changes("expert_bias", self.changes)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.speed = config.speed
+
+    def set_progress(self, step: int, tokens: int) -> None:
+        """Set the speed of the step."""
+        self.speed = value_at(self.config.speed, self.config.changes, step, tokens)

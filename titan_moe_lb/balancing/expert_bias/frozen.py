@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from titan_moe_lb.balancing.expert_bias.base import ExpertBias
@@ -19,7 +18,3 @@ class FrozenBias(ExpertBias):
     moves: ClassVar[bool] = False
     filled_by_job: ClassVar[frozenset[str]] = ExpertBias.filled_by_job | {"changes"}
     """Fields that a job file cannot set; the rule has no value that could change."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(ExpertBias.Config):
-        """Settings of the frozen rule."""

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from titan_moe_lb.balancing.expert_bias.base import BiasStep
-from titan_moe_lb.balancing.expert_bias.speed import SpeedBias
+from titan_moe_lb.balancing.expert_bias.base import BiasStep, SpeedBias
 from titan_moe_lb.errors import JobError
 
 
@@ -30,8 +29,6 @@ class MomentumBias(SpeedBias):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SpeedBias.Config):
-        """Settings of the momentum rule."""
-
         speed: float = 5e-4
         """Largest update, before its mean is subtracted; ``changes`` can change it."""
 

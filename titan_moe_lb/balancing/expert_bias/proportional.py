@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from titan_moe_lb.balancing.expert_bias.base import BiasStep
-from titan_moe_lb.balancing.expert_bias.speed import SpeedBias
+from titan_moe_lb.balancing.expert_bias.base import BiasStep, SpeedBias
 
 
 class ProportionalBias(SpeedBias):
@@ -21,10 +19,6 @@ class ProportionalBias(SpeedBias):
     """
 
     type_name: ClassVar[str] = "proportional"
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(SpeedBias.Config):
-        """Settings of the proportional rule."""
 
     def delta(self, step: BiasStep) -> torch.Tensor:
         """Compute the update from the experts' shares of all choices."""

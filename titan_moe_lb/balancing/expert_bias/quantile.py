@@ -40,8 +40,6 @@ class QuantileBias(ExpertBias):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ExpertBias.Config):
-        """Settings of the quantile rule."""
-
         num_bins: int = 1000
         """Bins of each expert's histogram. Memory: 4 E num_bins bytes a layer."""
 

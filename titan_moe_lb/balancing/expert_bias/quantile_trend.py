@@ -31,8 +31,6 @@ class QuantileTrendBias(QuantileBias):
 
     @dataclass(kw_only=True, slots=True)
     class Config(QuantileBias.Config):
-        """Settings of the rule with a trend."""
-
         trend_ema: float = 0.7
         """Weight of the last trend in the new one, in [0, 1)."""
 

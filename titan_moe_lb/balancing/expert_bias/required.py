@@ -27,13 +27,8 @@ def required_bias(
     larger of both requirements. If the selected groups have exactly K experts, only the requirement
     of the group remains.
 
-    Args:
-        scores_BLE: scores, float32.
-        biased_BLE: scores plus bias, before a group limit.
-        runner_up_BL1: alpha, the (K+1)-th largest biased score after the group limit; -inf if a
-            token selects every expert that it can reach.
-        num_groups: expert groups of group-limited routing; None without.
-        num_limited_groups: groups that a token can reach; None without.
+    ``biased_BLE`` is before a group limit. ``runner_up_BL1`` is alpha, after the group limit; -inf
+    if a token selects every expert that it can reach. Without groups both numbers are None.
 
     Returns:
         float32 ``(B, L, E)``.

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from titan_moe_lb.balancing.expert_bias.base import BiasStep
-from titan_moe_lb.balancing.expert_bias.speed import SpeedBias
+from titan_moe_lb.balancing.expert_bias.base import BiasStep, SpeedBias
 
 
 class SignBias(SpeedBias):
@@ -23,8 +22,6 @@ class SignBias(SpeedBias):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SpeedBias.Config):
-        """Settings of the sign rule."""
-
         speed: float = 1e-3
         """Size of every update: u in arXiv 2408.15664, gamma in DeepSeek-V3; ``changes`` can change
         it."""

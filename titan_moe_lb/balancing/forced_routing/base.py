@@ -32,8 +32,6 @@ class ForcedRouting(Component):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
-        """Settings of a forced strategy."""
-
         num_experts: int | None = None
         """E of the router. Filled by ``update_from_config``."""
 
@@ -73,12 +71,7 @@ class ForcedRouting(Component):
             self.register_buffer(name, tensor.to(device), persistent=False)
 
     def wire(self, groups: RankGroups, layer: int) -> None:
-        """Read this rank's position in the job, once before training.
-
-        Args:
-            groups: process groups of the rank.
-            layer: number of the router's layer in the whole model.
-        """
+        """Read this rank's position in the job, once before training."""
 
     def forward(
         self,
@@ -101,11 +94,7 @@ class ForcedRouting(Component):
 
 
 def announce(strategies: Sequence[ForcedRouting | None]) -> None:
-    """Warn that a run is a benchmark.
-
-    Args:
-        strategies: strategy of each MoE layer of the rank; None if the router chooses.
-    """
+    """Warn that a run is a benchmark."""
     forced = [strategy.config.describe() for strategy in strategies if strategy is not None]
     for strategy in set(forced):
         logging.getLogger().warning(

@@ -16,11 +16,6 @@ import torch
 def round_robin_ids(tokens_T: torch.Tensor, top_k: int, num_experts: int) -> torch.Tensor:
     """Assign the experts in turn: token t selects experts t K, ..., t K + K - 1 modulo E.
 
-    Args:
-        tokens_T: numbers of the tokens, int64 ``(T,)``.
-        top_k: K.
-        num_experts: E.
-
     Returns:
         ``(T, K)`` int64, distinct in a token. Over successive tokens no two experts differ
         by more than one token.
@@ -43,13 +38,8 @@ def hot_share_ids(
     Token t makes ``floor((t+1) H / total) - floor(t H / total)`` of its K choices among the
     hot experts. Within the hot and within the cold experts, choices are assigned in turn.
 
-    Args:
-        tokens_T: numbers of the tokens in ``[0, total_tokens)``, int64 ``(T,)``.
-        top_k: K.
-        hot_experts: int64.
-        cold_experts: int64, disjoint from the hot ones.
-        num_hot_choices: H, choices of hot experts over ``total_tokens`` tokens.
-        total_tokens: tokens of the global batch.
+    H is ``num_hot_choices``, the choices of hot experts over all ``total_tokens`` tokens of the
+    global batch. Hot and cold experts are disjoint, int64.
 
     Returns:
         ``(T, K)`` int64, distinct in a token.
@@ -82,13 +72,7 @@ def ragged_rows(
     order. A round is the number of rows after which round robin repeats. Rows of R beyond its
     last whole round come last and unsorted.
 
-    Args:
-        tokens_T: numbers of the tokens, int64 ``(T,)``.
-        top_k: K.
-        num_experts: E.
-        fraction: share of ragged tokens, in (0, 1].
-        distance: first expert of the order, as a share of E, in [0, 1).
-        dispatched_tokens: n.
+    ``fraction`` is in (0, 1], ``distance`` in [0, 1), and n is ``dispatched_tokens``.
 
     Returns:
         Row of each token, int64 ``(T,)``: a permutation of the tokens of a dispatch. Each expert
@@ -121,13 +105,9 @@ def even_order(
     degree, then those of E / EP, so all EP degrees that are powers of two have the same order.
     torchtitan assigns the experts ``[r E/EP, (r+1) E/EP)`` to rank r.
 
-    Args:
-        num_experts: E.
-        top_k: K.
-        expert_parallel: EP degree.
-        open_groups: expert groups that a token may reach; None for all. Its K experts then form
-            at most so many runs of successive experts. If no length of such runs divides both K
-            and E, the order is 0, 1, ..., E - 1.
+    With ``open_groups``, the expert groups that a token may reach, its K experts form at most so
+    many runs of successive experts. If no length of such runs divides both K and E, the order is 0,
+    1, ..., E - 1.
 
     Returns:
         A permutation of the experts, to be read as a ring. Without ``open_groups``, the numbers of
@@ -186,10 +166,7 @@ def uniform(seed: torch.Tensor, number: torch.Tensor, shape: tuple[int, ...]) ->
 
     The streams of two pairs of seed and number are not shifted parts of one long sequence.
 
-    Args:
-        seed: int64 ``()``, of :func:`hash_seed`.
-        number: int64 ``()``; another number yields other values.
-        shape: shape of the result.
+    ``seed`` is of :func:`hash_seed`; both are int64 ``()``.
     """
     place = torch.arange(math.prod(shape), device=seed.device).view(shape)
     bits = _mix(_mix(place + seed) ^ _mix(_mix(number) ^ seed))

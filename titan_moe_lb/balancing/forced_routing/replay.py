@@ -24,8 +24,6 @@ class Replay(ForcedRouting):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ForcedRouting.Config):
-        """Settings of ``replay``."""
-
         trace: str
         """Folder of the run that recorded its routing."""
 

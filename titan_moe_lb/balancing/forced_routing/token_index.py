@@ -28,8 +28,6 @@ class TokenIndexRouting(ForcedRouting):
 
     @dataclass(kw_only=True, slots=True)
     class Config(ForcedRouting.Config):
-        """Settings of a strategy by token numbers."""
-
         expert_parallel: int = 1
         """EP degree. Filled by ``update_from_config``."""
 

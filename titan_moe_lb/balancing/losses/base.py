@@ -80,8 +80,6 @@ class AuxLoss(Component):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Component.Config):
-        """Settings of a loss."""
-
         weight: float
         """Factor of the loss, alpha in the papers; above 0. For no loss, leave it out."""
 
@@ -147,10 +145,8 @@ class AuxLoss(Component):
     def finish_step(cls, losses: Sequence[AuxLoss], counts_NE: torch.Tensor | None) -> None:
         """Update the losses of a rank's N layers at once, before the optimizer steps.
 
-        Args:
-            losses: one loss of this class for each layer.
-            counts_NE: tokens per expert in the step over all ranks and micro-batches, int64, from
-                the losses' count source; None unless ``needs_step_counts``.
+        ``counts_NE`` are the tokens per expert in the step over all ranks and micro-batches, int64,
+        from the losses' count source; None unless ``needs_step_counts``.
         """
 
 
@@ -168,8 +164,6 @@ class SumsLoss(AuxLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(AuxLoss.Config):
-        """Settings of a loss of sums."""
-
         count_from: Literal["selected", "scores"] = "selected"
         """Experts that are counted: those selected (after expert bias and group limit), or the
         top-K of the unbiased scores (DeepSeek-V3, Eq. 18)."""
@@ -223,12 +217,9 @@ class SumsLoss(AuxLoss):
     ) -> torch.Tensor:
         """Compute the coefficients of a forward, float32, and add the raw value to the record.
 
-        Args:
-            tables: tables of the forward.
-            record: record of the router; a recomputed forward adds nothing.
-            save: function that makes a checkpointing policy save a tensor. Results that a
-                recomputed forward reuses pass through it before their first use. A compiler would
-                otherwise move their whole computation to the backward.
+        Results that a recomputed forward reuses pass through ``save`` before their first use; a
+        checkpointing policy saves them. A compiler would otherwise move their whole computation to
+        the backward. A recomputed forward adds nothing.
         """
         documents = self.config.documents is not None
         sequences = tables.sequences(documents=documents)
@@ -285,13 +276,7 @@ class LogitsLoss(AuxLoss):
     def attach(
         self, logits_BLE: torch.Tensor, tokens: BatchTokens | None, record: RouterRecord
     ) -> torch.Tensor:
-        """Return the logits; the backward adds the weighted gradient of the loss.
-
-        Args:
-            logits_BLE: local gate outputs ``(B, L, E)``.
-            tokens: valid tokens; None if all are valid.
-            record: record to which the raw value is added, once.
-        """
+        """Return the logits; the backward adds the weighted gradient of the loss."""
         with torch.no_grad():
             per_token_BL, saved = self.per_token_and_saved(at_least_float32(logits_BLE))
             weight, share = record.weights_A.select(0, self.index), 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,10 +21,6 @@ class BatchWiseAuxLoss(SumsLoss):
     metric_name: ClassVar[str] = "load_balancing_loss"
     linear: ClassVar[bool] = True
     additive: ClassVar[bool] = False
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(SumsLoss.Config):
-        """Settings of ``batch_wise``."""
 
     def coefficients(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """Return f_i / T, times the share of the batch."""

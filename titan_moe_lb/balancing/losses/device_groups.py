@@ -22,8 +22,6 @@ class _OverDeviceGroups(SumsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
-        """Settings of a loss over device groups."""
-
         num_device_groups: int
         """Number of expert groups, D."""
 
@@ -66,10 +64,6 @@ class DeviceLevelLoss(_OverDeviceGroups):
     type_name: ClassVar[str] = "device_level"
     metric_name: ClassVar[str] = "device_level_loss"
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(_OverDeviceGroups.Config):
-        """Settings of ``device_level``."""
-
     def load(self, counts_BE, tokens) -> torch.Tensor:
         """Compute f' of each expert's group."""
         f_BE = counts_BE * (self.num_experts / (self.top_k * tokens))
@@ -91,8 +85,6 @@ class CommunicationLoss(_OverDeviceGroups):
 
     @dataclass(kw_only=True, slots=True)
     class Config(_OverDeviceGroups.Config):
-        """Settings of ``communication``."""
-
         devices_per_token: int
         """Largest number of devices that a token is sent to, M. It is a factor of the loss alone:
         the model's group-limited routing sets the limit."""

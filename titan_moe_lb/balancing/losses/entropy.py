@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,10 +22,6 @@ class EntropyLoss(SumsLoss):
     type_name: ClassVar[str] = "entropy"
     metric_name: ClassVar[str] = "entropy_loss"
     needs_counts: ClassVar[bool] = False
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(SumsLoss.Config):
-        """Settings of ``entropy``."""
 
     def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """Compute log E - H(P) of each sequence, times its share."""

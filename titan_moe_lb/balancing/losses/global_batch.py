@@ -41,8 +41,6 @@ class GlobalBatchAuxLoss(SumsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
-        """Settings of ``global_batch``."""
-
         counts: Literal["previous_step", "running"] = "previous_step"
         """Source of f; see the class."""
 

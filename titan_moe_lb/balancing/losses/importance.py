@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,10 +21,6 @@ class ImportanceLoss(SumsLoss):
     type_name: ClassVar[str] = "importance"
     metric_name: ClassVar[str] = "importance_loss"
     needs_counts: ClassVar[bool] = False
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(SumsLoss.Config):
-        """Settings of ``importance``."""
 
     def value(self, sums_BE, counts_BE, sequences) -> torch.Tensor:
         """Compute CV^2 of each sequence, times its share."""

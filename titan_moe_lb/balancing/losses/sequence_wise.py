@@ -25,8 +25,6 @@ class SequenceWiseAuxLoss(SumsLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SumsLoss.Config):
-        """Settings of ``sequence_wise``."""
-
         over: Literal["row", "document"] = "row"
         """Sequence of the loss: a row of the batch, or each document packed into it. A document is
         weighted by its number of tokens."""

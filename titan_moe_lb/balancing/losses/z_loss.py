@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,10 +17,6 @@ class RouterZLoss(LogitsLoss):
 
     type_name: ClassVar[str] = "z_loss"
     metric_name: ClassVar[str] = "z_loss"
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(LogitsLoss.Config):
-        """Settings of ``z_loss``."""
 
     def per_token(self, logits_BLE: torch.Tensor) -> torch.Tensor:
         """Return the squared logsumexp of the logits."""

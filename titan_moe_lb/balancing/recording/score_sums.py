@@ -86,12 +86,6 @@ class ScoreSums(nn.Module):
     numbers: torch.Tensor
 
     def __init__(self, sums_WC: torch.Tensor, largest_logit: torch.Tensor) -> None:
-        """Create the constants.
-
-        Args:
-            sums_WC: this router's part of the table of all routers.
-            largest_logit: likewise.
-        """
         super().__init__()
         edges = torch.tensor(MARGIN_EDGES) / math.sqrt(sums_WC.shape[1] - NUM_COLUMNS)
         for name, tensor in {
@@ -115,15 +109,7 @@ class ScoreSums(nn.Module):
     ) -> None:
         """Add the tokens of one forward, once; a recomputed forward adds nothing.
 
-        Args:
-            score_func: name of the score function.
-            weight_dtype: dtype of the gate's weight.
-            x_BLD: input of the gate.
-            logits_BLE: logits.
-            scores_BLE: scores.
-            inverse_BL: 1 / sum_j s(t,j), 0 for padding; None if nobody needed it.
-            chosen: choice of the experts.
-            tokens: valid tokens; None if all are valid.
+        ``inverse_BL`` is 1 / sum_j s(t,j), 0 for padding; None if nobody needed it.
         """
         if is_recomputation() or not scores_BLE.numel():
             return
@@ -194,13 +180,6 @@ class StepScores:
     """
 
     def __init__(self, num_routers: int, num_experts: int, device: torch.device) -> None:
-        """Allocate the tables.
-
-        Args:
-            num_routers: N.
-            num_experts: E, the maximum of the routers.
-            device: device of the tables.
-        """
         # Rows are multiples of 16 bytes, as in StepRecord.
         shape = (num_routers, NUM_WEIGHTS, NUM_COLUMNS + -(-num_experts // 4) * 4)
         self._num_columns = NUM_COLUMNS + num_experts

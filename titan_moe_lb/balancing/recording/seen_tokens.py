@@ -21,10 +21,7 @@ class SeenTokens:
     def __init__(self, before: int, per_step: int | None, *, counted: bool) -> None:
         """Start from the tokens of a checkpoint.
 
-        Args:
-            before: tokens of the checkpoint that the loop resumes from.
-            per_step: tokens of every step; None if they differ.
-            counted: True if the device counts tokens.
+        ``per_step`` is None if steps differ.
         """
         self.total = before
         self.counted = counted
@@ -32,12 +29,7 @@ class SeenTokens:
         self._unread: torch.Tensor | None = None
 
     def finish_step(self, sums: StepSums | None, top_k: int) -> None:
-        """Add a finished step.
-
-        Args:
-            sums: sums of the step, if tokens are counted.
-            top_k: K of the first router.
-        """
+        """Add a finished step."""
         self.total += self._per_step
         if self.counted:
             assert sums is not None

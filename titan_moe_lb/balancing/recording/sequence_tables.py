@@ -53,14 +53,6 @@ class CountSources:
         padded: bool,
         num_documents: int,
     ) -> None:
-        """Order the sources.
-
-        Args:
-            at_step_end: sources that losses need at the end of a step.
-            at_once: sources that losses need in each forward.
-            padded: True if batches have a mask of valid tokens.
-            num_documents: D; 1 if a row is one sequence.
-        """
         self._padded, self._num_documents = padded, num_documents
         step = dict.fromkeys([DISPATCHED, *map(self._known, (SELECTED, *at_step_end))])
         self._at_once = dict.fromkeys(map(self._known, at_once))
@@ -88,11 +80,7 @@ class CountSources:
         that records them; a recomputed forward adds nothing. What a loss needs at once is counted for
         each sequence.
 
-        Args:
-            ids_BLK: selected experts, int64.
-            unbiased_ids_BLK: computes the top-K of the unbiased scores, if a source needs it.
-            tokens: valid tokens; None if all are valid.
-            record: record of the router.
+        ``unbiased_ids_BLK`` computes the top-K of the unbiased scores, if a source needs it.
 
         Returns:
             int64 ``(Q, E)`` for each source; None for one that no loss needs at once.
@@ -152,16 +140,9 @@ class SequenceTables:
     ) -> None:
         """Compute the tables.
 
-        Args:
-            scores_BLE: local scores.
-            inverse_sums_BL: see :func:`titan_moe_lb.functional.gather_scores`.
-            counts_by_source: local tokens of each expert, int64 ``(Q, E)`` each; None for a
-                source that no loss of this forward needs.
-            tokens: valid tokens and their sequences; None for whole rows.
-            num_documents: D; 1 if every row is one sequence.
-            groups: process groups of the rank.
-            whole_sums: True if a loss needs the sums of whole sequences.
-            whole_counts: True if a loss needs the counts of whole sequences.
+        Local counts ``(Q, E)`` are None for a source that no loss of this forward needs.
+        ``whole_sums`` and ``whole_counts``: a loss needs those of whole sequences, not of this
+        rank's parts.
         """
         self._tokens, self._groups = tokens, groups
         self._length, self._num_documents = scores_BLE.shape[1], num_documents

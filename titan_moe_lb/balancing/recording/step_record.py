@@ -16,13 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from titan_moe_lb.balancing.recording.histograms import histogram_of
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.balancing.recording.score_sums import ScoreSums, ScoreTotals, StepScores
 from titan_moe_lb.errors import JobError
 
 MOST_OBSERVATIONS = torch.iinfo(torch.int32).max
 """Largest number of tokens in a step of a bias rule with a histogram, over all ranks: 2**31 - 1."""
+
+
+def histogram_of(rows: torch.Tensor, num_experts: int, num_bins: int) -> torch.Tensor:
+    """Select the histograms of routers with E experts and H bins from rows ``(..., E, H)``.
+
+    Rows have the largest E and H of all routers; a router uses a contiguous part of its row.
+    """
+    return rows.flatten(-2)[..., : num_experts * num_bins].unflatten(-1, (num_experts, num_bins))
 
 
 class RouterRecord(nn.Module):
@@ -81,13 +88,7 @@ class RouterRecord(nn.Module):
         return self.micro_batch.clamp(max=self.last_slot)
 
     def add_counts(self, source: int, ids_BLK: torch.Tensor, number: torch.Tensor) -> None:
-        """Add the tokens of one forward straight to the record, with no temporary table of counts.
-
-        Args:
-            source: index of the count source.
-            ids_BLK: counted experts, int64.
-            number: tokens to add for each, int64, expandable to the ids.
-        """
+        """Add the tokens of one forward to the record, without a temporary table of counts."""
         per_slot = len(self.counts) // len(self.counts_MSE)
         first = source * (per_slot // self.counts_MSE.shape[1])
         places = torch.add(ids_BLK, self._slot, alpha=per_slot).reshape(-1)
@@ -100,19 +101,10 @@ class RouterRecord(nn.Module):
             ids_1BLK = expert_ids_BLK.to(self.expert_ids_MBLK.dtype).unsqueeze(0)
             self.expert_ids_MBLK.index_copy_(0, self._slot, ids_1BLK)
 
-    def add_dot(
-        self, loss: int, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0
-    ) -> None:
-        """Add the sum of the products of two tables to the value of a loss, in one operator.
-
-        Args:
-            loss: index of the loss.
-            left: float32, expandable to ``right``.
-            right: float32.
-            scale: factor of the sum.
-        """
+    def add_dot(self, loss: int, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add the sum of the products of two tables to the value of a loss, in one operator."""
         row_1N = left.expand_as(right).reshape(1, -1)
-        self.losses_A.narrow(0, loss, 1).addmv_(row_1N, right.reshape(-1), alpha=scale)
+        self.losses_A.narrow(0, loss, 1).addmv_(row_1N, right.reshape(-1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,22 +173,11 @@ class StepRecord:
     ) -> None:
         """Allocate the tables.
 
-        Args:
-            num_routers: N.
-            num_micro_batches: M; the maximum if ``varying``.
-            num_sources: S.
-            num_experts: E, the maximum of the routers.
-            num_losses: A.
-            num_bins: H, the maximum of the routers.
-            token_shape: (B, L, K) of a micro-batch, to record the experts of each token.
-            device: device of the tables.
-            finished_steps: optimizer steps of the checkpoint that the job resumes from.
-            varying: True if steps differ in their number of micro-batches.
-            joins_last: True if forwards after the M-th are added to micro-batch M - 1, because the
-                host does not count forwards (pipelines).
-            gradients: True to measure the gradients of the model's loss and of the aux losses in
-                the steps in which ``measures`` is True.
-            scores: True to record sums of the scores.
+        ``num_experts`` and ``num_bins`` are the maxima of the routers, and ``num_micro_batches``
+        that of the steps if ``varying``. ``token_shape`` is (B, L, K) of a micro-batch, to record
+        the experts of each token. ``joins_last``: forwards after the M-th are added to micro-batch
+        M - 1, because the host does not count forwards (pipelines). ``gradients``: measure gradient
+        norms in the steps in which ``measures`` is True.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -278,11 +259,7 @@ class StepRecord:
             self._micro_batches_N1[routers].add_(1)
 
     def finish_step(self, num_rows: int) -> None:
-        """Save the running step as the finished one, and reset all but the histogram.
-
-        Args:
-            num_rows: rows of the global batch.
-        """
+        """Save the running step as the finished one, and reset all but the histogram."""
         self.step_counts_NMSE.copy_(self.counts_NMSE)
         torch.mul(self.losses_NA, 1 / num_rows, out=self.step_losses_NA)
         if self.step_gradient_squares_N2 is not None:
@@ -329,11 +306,7 @@ class StepRecord:
             self.histogram_NEH.zero_()
 
     def reduce(self, groups: Sequence[dist.ProcessGroup]) -> StepSums:
-        """Sum the finished step over all micro-batches and ranks, once. Collective.
-
-        Args:
-            groups: process groups, one for each mesh axis whose ranks route different tokens.
-        """
+        """Sum the finished step over all micro-batches and ranks, once. Collective."""
         if self.sums is None:
             scores = self.scores.parts if self.scores else ()
             parts = [self.step_counts_NMSE.sum(dim=1), self.step_losses_NA, *scores]

@@ -92,11 +92,8 @@ def batch_tokens(
 ) -> BatchTokens:
     """Compute the tokens of a rank's routers from whole rows.
 
-    Args:
-        valid_BS: valid tokens, bool ``(B, S)``.
-        document_BS: number of each token's document in its row, from 0, int64 ``(B, S)``.
-        max_documents: D; later documents are merged into the last.
-        slices: (start, length) of the parts of a row that this rank holds, in order.
+    Documents are numbered from 0; later ones than D, ``max_documents``, are merged into the last.
+    ``slices`` are the (start, length) of the parts of a row that this rank holds, in order.
     """
     valid_BS = valid_BS.long()
     rows = _sequences(valid_BS.sum(dim=1, keepdim=True), 1.0)

@@ -20,10 +20,6 @@ def with_token_mask(config: Any, *, documents: bool) -> Any:
     """Derive a loader's Config whose batches contain a token mask and document numbers.
 
     The mask is only for loaders that pad rows. The same Config is returned if neither is needed.
-
-    Args:
-        config: Config of a data loader.
-        documents: True to number the documents of each row.
     """
     loader = config._owner
     if getattr(loader, "adds_token_mask", False) or not (pads_rows(loader) or documents):

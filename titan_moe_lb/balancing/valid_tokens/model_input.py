@@ -28,12 +28,6 @@ def register_token_mask(part: nn.Module, routers: Sequence[Any], groups: RankGro
     the model, with whole rows on every rank. The hook removes our arguments. In a user's loop, call
     ``model(tokens, valid_tokens=mask)``. Without a mask all tokens are valid. In a copy of the part,
     which has the same hook, it sets nothing.
-
-    Args:
-        part: model part.
-        routers: routers of the part, each a
-            :class:`titan_moe_lb.balancing.router.LoadBalancedRouter`.
-        groups: process groups of the rank.
     """
     needed = any(router.needs_tokens for router in routers)
     # A loss that is off, as in a frozen layer, still makes the loader number the documents.

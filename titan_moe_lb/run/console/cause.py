@@ -41,13 +41,13 @@ class Cause:
     """Cause of a failure in one line, and the exit status."""
 
     line: str
-    status: int
+    status: int = 1
     """Exit status: 2 if the job cannot run as written, 1 if it ran and failed."""
-    has_traceback: bool
+    has_traceback: bool = True
     is_echo: bool = False
     """This process failed because another one did; the cause is there."""
 
-    def sentence(self, saved: str, log: Path) -> str:
+    def sentence(self, saved: object, log: Path) -> str:
         """Return the cause, what was saved, and the log with the traceback."""
         parts = [self.line]
         if self.status != 2:
@@ -60,10 +60,7 @@ class Cause:
 def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
     """Return the cause of an exception.
 
-    Args:
-        error: the exception.
-        job: the job that failed.
-        at_start: no step was trained yet, so that a checkpoint that fails was being loaded.
+    ``at_start``: no step was trained yet, so that a checkpoint that fails was being loaded.
     """
     if isinstance(error, JobError):
         return Cause(line=str(error), status=2, has_traceback=False)
@@ -77,9 +74,7 @@ def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
     ):
         return Cause(
             line=f"out of memory ({_short(error)}): reduce training.local_batch_size or "
-            "training.seq_len, or use more ranks or activation checkpointing",
-            status=1,
-            has_traceback=True,
+            "training.seq_len, or use more ranks or activation checkpointing"
         )
     if isinstance(error, CheckpointException) or "PytorchStreamWriter" in text:
         if not at_start and _free(config.dump_folder) < _NO_ROOM:
@@ -89,25 +84,21 @@ def of_error(error: BaseException, job: Job, *, at_start: bool) -> Cause:
             reason = str(chain[-1]) if isinstance(chain[-1], JobError) else _short(chain[-1])
             line = f"{start.path} cannot be loaded ({reason}); "
             line += remedy(own_folder(config), start.path)
-            return Cause(line=line, status=2, has_traceback=True)
-        line = f"a checkpoint failed ({_short(chain[-1])})"
-        return Cause(line=line, status=1, has_traceback=True)
+            return Cause(line=line, status=2)
+        return Cause(line=f"a checkpoint failed ({_short(chain[-1])})")
     if isinstance(error, OSError) and error.filename is not None:
-        line = f"{os.fspath(error.filename)}: {error.strerror}"
-        return Cause(line=line, status=1, has_traceback=True)
+        return Cause(line=f"{os.fspath(error.filename)}: {error.strerror}")
     lost = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _PEER_IS_GONE)
     )
     line = f"lost the connection to another process ({_short(error)})" if lost else _short(error)
-    return Cause(line=line, status=1, has_traceback=True, is_echo=lost)
+    return Cause(line=line, is_echo=lost)
 
 
 def _full(folder: str, file: str | None) -> Cause:
     return Cause(
         line=f"the disk of {file or folder} is full: free some space, or name another "
-        "folder with --dump_folder",
-        status=1,
-        has_traceback=True,
+        "folder with --dump_folder"
     )
 
 
@@ -152,15 +143,7 @@ def tell_launcher(cause: Cause) -> bool:
 
 
 def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
-    """Find the process that failed first and so made the others fail.
-
-    Args:
-        error: the failures that the launcher has seen.
-        logs: folder of the log files.
-
-    Returns:
-        The cause, and the log of that rank.
-    """
+    """Find the process that failed first and so made the others fail."""
     rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
     log = logs / f"rank{rank}.log"
     ours = failure.error_file_data.get("titan_moe_lb")
@@ -169,11 +152,11 @@ def of_processes(error: ChildFailedError, logs: Path) -> tuple[Cause, Path]:
         hint = ", probably out of memory" if name == "SIGKILL" else ""
         line = f"rank {rank} was killed by {name}{hint}; its log: {log}"
         is_echo = failure.exitcode == -signal.SIGABRT
-        cause = Cause(line=line, status=1, has_traceback=False, is_echo=is_echo)
+        cause = Cause(line=line, has_traceback=False, is_echo=is_echo)
     elif ours is None:
         line = f"rank {rank} ended with status {failure.exitcode} without an error message: see {log} and "
         line += str(logs / "launcher.log")
-        cause = Cause(line=line, status=1, has_traceback=False)
+        cause = Cause(line=line, has_traceback=False)
     else:
         words = failure.error_file_data["message"]["message"]
         cause = Cause(

@@ -62,15 +62,10 @@ class Peers:
     def meet(self, process: dict[str, str], run: str) -> str:
         """Agree on the name of the run, and start to watch the other nodes.
 
-        Args:
-            process: the environment of the first process of this node, as torchrun sets it.
-            run: name that no other launcher has.
+        ``process`` is the environment of the first process of this node, as torchrun sets it.
 
         Returns:
             The name of the launcher that came first.
-
-        Raises:
-            JobError: a launcher with the number of this node came before.
         """
         host, port = process["MASTER_ADDR"], int(process["MASTER_PORT"])
         store = PrefixStore("peers", TCPStore(host, port, wait_for_workers=False))
@@ -159,4 +154,4 @@ class Peers:
             return None
         names = " and ".join(self._names[node] for node in lost)
         line = f"no sign of life of {names} for {silence:.0f} s: it or its network is down"
-        return Cause(line=line, status=1, has_traceback=False)
+        return Cause(line=line, has_traceback=False)

@@ -76,11 +76,8 @@ def begin(
 ) -> None:
     """Configure Python's logging in this process.
 
-    Args:
-        shown: the user sees this rank; if False, standard output is the log file too.
-        prefix: text before each line on the console.
-        known: values to keep in torchtitan's line of a step.
-        first_step: called at the first line of a step.
+    If the rank is not ``shown``, standard output is the log file too. ``first_step`` is called at
+    the first line of a step.
     """
     logging.raiseExceptions = False  # else each line prints a traceback once the disk is full
     root = logging.getLogger()

@@ -9,9 +9,9 @@ from torchtitan.tools.utils import device_module
 
 from titan_moe_lb.checkpoints.resume_point import left_out, own_folder
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.run.console import rank_log, saved
+from titan_moe_lb.run.console import rank_log
+from titan_moe_lb.run.console.saved import Saved
 from titan_moe_lb.traces.run_info import RunInfo
-from titan_moe_lb.traces.trace import trace_file
 
 
 def before(job: Job, rank: int) -> str:
@@ -34,20 +34,13 @@ def before(job: Job, rank: int) -> str:
     return "\n".join(f"{name:9}  {line}" for name, line in lines.items())
 
 
-def after(config: Any, earlier: os.stat_result | None) -> str:
-    """Name the results and the command that shows them, in one line.
-
-    Args:
-        config: a ``Trainer.Config``.
-        earlier: :func:`saved.trace_status` at the start of the run.
-    """
-    step = saved.latest_checkpoint(config)
-    folder = own_folder(config)
-    parts = [f"checkpoint {folder / f'step-{step}'}"] if step is not None else []
-    if saved.trace_is_written(config, earlier):
-        parts.append(
-            f"trace {trace_file(config.dump_folder)}: titan-moe-lb report {config.dump_folder}"
-        )
+def after(config: Any, saved: Saved) -> str:
+    """Name the results and the command that shows them, in one line."""
+    step, parts = saved.checkpoint, []
+    if step is not None:
+        parts.append(f"checkpoint {own_folder(config) / f'step-{step}'}")
+    if saved.has_trace:
+        parts.append(f"trace {saved.trace}: titan-moe-lb report {config.dump_folder}")
     return f"done      {'; '.join(parts) or config.dump_folder}"
 
 

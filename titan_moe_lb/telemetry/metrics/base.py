@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from titan_moe_lb.balancing.component import enter
+from titan_moe_lb.balancing.component import enter, first_paragraph
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.rank_step import RankStep
 from titan_moe_lb.traces.columns import Column
@@ -37,8 +37,8 @@ class Metric:
     title: ClassVar[str] = ""
     """Heading of the chart in the report; by default the name with spaces."""
 
-    description: ClassVar[str]
-    """One sentence for the chart in the report."""
+    description: ClassVar[str] = ""
+    """One sentence for the chart in the report; by default the first paragraph of the docstring."""
 
     over_ranks: ClassVar[Reduction]
     """Reduction over the ranks that route tokens of a stage."""
@@ -64,7 +64,7 @@ class Metric:
             cls.name,
             per="step" if cls.of_step else "layer",
             summary=cls.over_layers.value,
-            description=cls.description,
+            description=cls.description or first_paragraph(cls),
             title=cls.title,
         )
 

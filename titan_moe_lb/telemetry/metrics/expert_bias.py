@@ -24,10 +24,9 @@ class _OfBias(Metric):
 
 
 class BiasRange(_OfBias):
-    """Range of the expert biases of a layer."""
+    """Largest less smallest expert bias."""
 
     name = "bias_range"
-    description = "Largest less smallest expert bias"
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         """Compute the largest less the smallest bias."""
@@ -35,10 +34,9 @@ class BiasRange(_OfBias):
 
 
 class BiasNorm(_OfBias):
-    """Euclidean norm of the expert biases of a layer."""
+    """Euclidean norm of the expert biases."""
 
     name = "bias_norm"
-    description = "Euclidean norm of the expert biases"
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         """Compute the norm."""
@@ -46,10 +44,9 @@ class BiasNorm(_OfBias):
 
 
 class BiasLargestStep(_OfBias):
-    """Largest absolute change of an expert bias in the step."""
+    """Largest change of an expert's bias in the step."""
 
     name = "bias_largest_step"
-    description = "Largest change of an expert's bias in the step"
     over_layers = Reduction.MAX
 
     def measure(self, step: RankStep) -> np.ndarray | None:

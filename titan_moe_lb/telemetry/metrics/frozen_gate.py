@@ -10,10 +10,9 @@ from titan_moe_lb.telemetry.rank_step import RankStep
 
 
 class FrozenGate(Metric):
-    """Squared norm of the weights of a frozen gate, which stays as it is."""
+    """Squared norm of the weights of a frozen gate; it changes only if the gate does."""
 
     name = "frozen_gate_squared"
-    description = "Squared norm of the weights of a frozen gate; it changes only if the gate does"
     over_ranks = Reduction.MEAN
 
     @classmethod

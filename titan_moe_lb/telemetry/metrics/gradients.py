@@ -30,16 +30,14 @@ class _OfGradient(Metric):
 
 
 class MainGradient(_OfGradient):
-    """Squared norm of the gradient of the model's loss."""
+    """Squared norm of the gradient of the model's loss in the logits of the router."""
 
     name = "main_gradient_squared"
-    description = "Squared norm of the gradient of the model's loss in the logits of the router"
     index = 0
 
 
 class AuxGradient(_OfGradient):
-    """Squared norm of the gradient of the aux losses."""
+    """Squared norm of the gradient of the aux losses in the logits of the router."""
 
     name = "aux_gradient_squared"
-    description = "Squared norm of the gradient of the aux losses in the logits of the router"
     index = 1

@@ -65,11 +65,10 @@ The relative margin is the margin over the slope of the score function and over 
 
 
 class Bfloat16Flips(OfScores):
-    """Share of tokens that a bfloat16 gate would route otherwise."""
+    """Share of tokens that a gate in bfloat16 would route to other experts, estimated."""
 
     name = "bfloat16_flip_share"
     title = "flips of a bfloat16 gate"
-    description = "Share of tokens that a gate in bfloat16 would route to other experts, estimated"
 
     def of_scores(self, scores: ScoreStep, step: RankStep) -> np.ndarray:
         """Estimate the share from the histogram of the margin."""

@@ -10,10 +10,9 @@ from titan_moe_lb.traces.balance_statistics import max_violation
 
 
 class MicroBatchMaxViolation(Metric):
-    """Mean MaxVio of the micro-batches of a step."""
+    """MaxVio of a micro-batch by itself, mean over micro-batches."""
 
     name = "micro_batch_max_violation"
-    description = "MaxVio of a micro-batch by itself, mean over micro-batches"
     over_ranks = Reduction.MEAN
 
     def measure(self, step: RankStep) -> np.ndarray:

@@ -31,10 +31,9 @@ class AverageOverload(Metric):
 
 
 class MaximumOverload(Metric):
-    """Overload factor of the worst micro-batch of a step."""
+    """Overload factor of the worst micro-batch."""
 
     name = "max_overload_factor"
-    description = "Overload factor of the worst micro-batch"
     over_ranks = Reduction.MAX
     over_layers = Reduction.MAX
 
@@ -69,9 +68,6 @@ class CumulativeOverload(Metric):
 def overload_factors(received: np.ndarray) -> np.ndarray:
     """Compute the tokens of the most loaded rank over the mean of the ranks.
 
-    Args:
-        received: tokens of each rank ``(..., R)``.
-
     Returns:
         float64 ``(...)`` in [1, R]; 1 if nothing was routed.
     """
@@ -82,10 +78,7 @@ def overload_factors(received: np.ndarray) -> np.ndarray:
 def peak_tokens(actions: Sequence[Action], stages: Sequence[int], tokens_NM: np.ndarray) -> float:
     """Compute the peak number of tokens that one rank keeps for backward, over all passes.
 
-    Args:
-        actions: actions of the pipeline rank in one pass; see :func:`peak`.
-        stages: pipeline stage of each router.
-        tokens_NM: tokens received by each router in each micro-batch of the step, pass after pass.
+    ``tokens_NM`` are those of each micro-batch of the step, pass after pass.
     """
     per_pass = 1 + max(micro_batch for _stage, _kind, micro_batch in actions)
     tokens_NAP = tokens_NM.reshape(len(stages), -1, per_pass)
@@ -105,12 +98,6 @@ def cumulative_overload_factor(
 
     Activation memory grows with this factor. It is below 1 on a rank that receives less than its
     share, and 1 if nothing was routed.
-
-    Args:
-        actions: as for :func:`peak_tokens`.
-        stages: as for :func:`peak_tokens`.
-        tokens_NM: tokens that the rank received.
-        balanced_NM: tokens that a balanced rank would have received.
     """
     balanced = peak_tokens(actions, stages, balanced_NM)
     if balanced == 0:

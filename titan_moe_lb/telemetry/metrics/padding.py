@@ -10,10 +10,9 @@ from titan_moe_lb.telemetry.rank_step import RankStep
 
 
 class PaddingShare(Metric):
-    """Share of the routed tokens that the token mask excludes."""
+    """Share of the routed tokens that are padding: dispatched, and not learned from."""
 
     name = "padding_share"
-    description = "Share of the routed tokens that are padding: dispatched, and not learned from"
     over_ranks = Reduction.MAX
     of_step = True
 

@@ -35,11 +35,10 @@ class OfScores(Metric):
 
 
 class ChosenMass(OfScores):
-    """Probability mass of the chosen experts: routing confidence."""
+    """Share of the scores of a token that its chosen experts have, mean over tokens."""
 
     name = "chosen_mass"
     title = "probability mass of the chosen"
-    description = "Share of the scores of a token that its chosen experts have, mean over tokens"
 
     def of_scores(self, scores: ScoreStep, step: RankStep) -> np.ndarray:
         """Compute the mean mass."""
@@ -47,10 +46,9 @@ class ChosenMass(OfScores):
 
 
 class TokenEntropy(OfScores):
-    """Entropy of a token's distribution over the experts."""
+    """Entropy of a token's normalized scores over its maximum ln E, mean over tokens."""
 
     name = "token_entropy"
-    description = "Entropy of a token's normalized scores over its maximum ln E, mean over tokens"
 
     def of_scores(self, scores: ScoreStep, step: RankStep) -> np.ndarray:
         """Compute the mean entropy."""
@@ -60,11 +58,10 @@ class TokenEntropy(OfScores):
 
 
 class GateLoadCorrelation(OfScores):
-    """Correlation of the experts' probability mass with their load."""
+    """Correlation over the experts between probability mass and tokens of the step."""
 
     name = "gate_load_correlation"
     title = "gate mass against load"
-    description = "Correlation over the experts between probability mass and tokens of the step"
 
     def of_scores(self, scores: ScoreStep, step: RankStep) -> np.ndarray:
         """Compute Pearson's correlation; NaN where either is equal for all experts."""
@@ -74,11 +71,10 @@ class GateLoadCorrelation(OfScores):
 
 
 class LogitRms(OfScores):
-    """Root mean square of the logits."""
+    """Root mean square of the gate's logits."""
 
     name = "logit_rms"
     title = "RMS of the logits"
-    description = "Root mean square of the gate's logits"
 
     def of_scores(self, scores: ScoreStep, step: RankStep) -> np.ndarray:
         """Compute the root of the mean square over tokens and experts."""
@@ -86,10 +82,9 @@ class LogitRms(OfScores):
 
 
 class LargestLogit(OfScores):
-    """Largest absolute logit of a step."""
+    """Largest absolute value of a logit in the step."""
 
     name = "largest_logit"
-    description = "Largest absolute value of a logit in the step"
     over_layers = Reduction.MAX
 
     def of_scores(self, scores: ScoreStep, step: RankStep) -> np.ndarray:
@@ -98,11 +93,10 @@ class LargestLogit(OfScores):
 
 
 class GateInputRms(OfScores):
-    """Root mean square of the gate's input."""
+    """Root mean square of the hidden states that the gate reads."""
 
     name = "gate_input_rms"
     title = "RMS of the gate's input"
-    description = "Root mean square of the hidden states that the gate reads"
 
     def of_scores(self, scores: ScoreStep, step: RankStep) -> np.ndarray:
         """Compute the root of the mean square."""

@@ -40,8 +40,8 @@ def use_host() -> None:
 
     use_host_device()
 
-    from titan_moe_lb.upstream.cpu.all_to_all import use_gloo_all_to_all
     from titan_moe_lb.upstream.cpu.attention import use_uncompiled_block_mask
+    from titan_moe_lb.upstream.cpu.gloo import use_gloo_all_to_all
     from titan_moe_lb.upstream.cpu.random_numbers import draw_whole_tensors
 
     use_gloo_all_to_all()
@@ -60,7 +60,7 @@ def adapt(config: Trainer.Config) -> None:
 
 def adapt_spec(spec: ModelSpec) -> None:
     """Adapt a model, in place: sum reduction, and the initial weights of a single process."""
-    from titan_moe_lb.upstream.cpu.fsdp import with_sum_reduction
+    from titan_moe_lb.upstream.cpu.gloo import with_sum_reduction
     from titan_moe_lb.upstream.cpu.random_numbers import with_draws_of_one_process
 
     spec.parallelize_fn = with_sum_reduction(spec.parallelize_fn)

@@ -1,17 +1,12 @@
-"""Checks of files, programs and devices on the machine of the job, before any process starts."""
+"""Rules of the distributed checkpoint that a job starts from."""
 
 from __future__ import annotations
 
-import importlib
-import os
-
-import psutil
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import TRAIN_STATE
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.balancing.router import router_configs
 from titan_moe_lb.balancing.value_schedule import changes_after_tokens
 from titan_moe_lb.checkpoints.resume_point import (
     TOKEN_RANKS,
@@ -22,143 +17,15 @@ from titan_moe_lb.checkpoints.resume_point import (
     remedy,
     steps_in,
 )
-from titan_moe_lb.data.loaders import data_sets, is_text, saves_place_by_rank
-from titan_moe_lb.errors import JobError, nearest
-from titan_moe_lb.parallel.layer_numbers import moe_layers
+from titan_moe_lb.data.loaders import saves_place_by_rank
+from titan_moe_lb.errors import JobError
+from titan_moe_lb.parallel.layer_numbers import layer_name, moe_layers
 from titan_moe_lb.resolved_job import Job
-from titan_moe_lb.rules.compiler import compiler_is_here
-from titan_moe_lb.rules.frozen_gates import checkpoint_has_state_of_gates
-from titan_moe_lb.rules.hugging_face import check_initial_weights
-from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
 
 
-def validate_files(job: Job) -> None:
-    """Check the files, programs and devices that a job needs.
-
-    Raises:
-        JobError: the first one that is missing or does not fit the job.
-    """
-    compiler_is_here(job)
-    device_is_here(job)
-    assets_are_here(job)
-    datasets_are_known(job)
-    domains_are_known(job)
-    batch_fits_in_memory(job)
-    overrides_are_there(job)
-    checkpoint_is_there(job)
-    checkpoint_is_whole(job)
-    checkpoint_has_steps_to_go(job)
-    checkpoint_is_of_this_model(job)
-    checkpoint_has_training_state(job)
-    checkpoint_is_of_as_many_data_ranks(job)
-    checkpoint_counts_tokens_of_as_many_ranks(job)
-    checkpoint_has_router_state(job)
-    checkpoint_has_state_of_gates(job)
-    check_initial_weights(job)
-
-
-def device_is_here(job: Job) -> None:
-    """Refuse settings that need a GPU on a machine without one.
-
-    torch raises these errors too, but only at the start or in the first save.
-    """
-    if torch.accelerator.is_available():
-        return
-    if job.config.training.enable_cpu_offload:
-        raise JobError(
-            "training.enable_cpu_offload needs a GPU, and none is here: leave it out, the "
-            "parameters are on the host already"
-        )
-    checkpoint = job.config.checkpoint
-    if checkpoint.enable and getattr(checkpoint, "async_mode", "") == "async_with_pinned_mem":
-        raise JobError(
-            "checkpoint.async_mode 'async_with_pinned_mem' needs a GPU, and none is here: take "
-            "'async' or 'disabled'"
-        )
-
-
-def assets_are_here(job: Job) -> None:
-    """Check that ``hf_assets_path`` is a folder with a tokenizer."""
-    if not os.path.isdir(job.config.hf_assets_path):
-        raise JobError(
-            f"hf_assets_path {job.config.hf_assets_path!r} is not a folder: download the model's "
-            "tokenizer files there, or name a folder that holds a tokenizer.json"
-        )
-    files = ("tokenizer.json", "vocab.json", "vocab.txt")
-    found = [
-        name for name in files if os.path.isfile(os.path.join(job.config.hf_assets_path, name))
-    ]
-    if isinstance(job.config.tokenizer, HuggingFaceTokenizer.Config) and not found:
-        raise JobError(
-            f"hf_assets_path {job.config.hf_assets_path!r} contains no tokenizer: none of "
-            f"{', '.join(files)}"
-        )
-
-
-def datasets_are_known(job: Job) -> None:
-    """Check that the data sets of training and validation exist."""
-    loaders = {"dataloader": job.config.dataloader}
-    if job.config.validator.enable:
-        loaders["validator.dataloader"] = job.config.validator.dataloader
-    for place, loader in loaders.items():
-        if is_text(loader) and loader.dataset not in data_sets():
-            raise JobError(
-                f"{place}.dataset {loader.dataset!r} does not exist; "
-                f"{nearest(loader.dataset, data_sets())}"
-            )
-        path = getattr(loader, "dataset_path", None)
-        if path and path.startswith(("/", ".", "~")) and not os.path.exists(path):
-            raise JobError(f"{place}.dataset_path {path}: there is no such file or folder")
-
-
-def domains_are_known(job: Job) -> None:
-    """Check that the data sets of ``validator.domains`` exist and that their load is recorded."""
-    domains = getattr(job.config.validator, "domains", [])
-    if not job.config.validator.enable or not domains:
-        return
-    if not is_text(job.config.validator.dataloader):
-        raise JobError(
-            "validator.domains takes the place of validator.dataloader.dataset, and this loader "
-            "has none: leave domains empty"
-        )
-    for domain in domains:
-        if domain not in data_sets():
-            raise JobError(
-                f"validator.domains {domain!r} does not exist; {nearest(domain, data_sets())}"
-            )
-    if not isinstance(job.config.metrics, LoadBalanceMetricsProcessor.Config):
-        raise JobError(
-            "validator.domains needs LoadBalanceMetricsProcessor.Config as the job's metrics: "
-            "its sinks are where the load of the domains goes"
-        )
-    if len(set(domains)) < len(domains):
-        raise JobError(f"validator.domains names one dataset twice: {', '.join(domains)}")
-
-
-def batch_fits_in_memory(job: Job) -> None:
-    """Check that the token ids of a local batch fit in memory; the model's need is not known."""
-    training = job.config.training
-    size = training.local_batch_size * training.seq_len * torch.int64.itemsize
-    memory = psutil.virtual_memory().total
-    if size > memory:
-        raise JobError(
-            f"training.local_batch_size {training.local_batch_size:,} x training.seq_len "
-            f"{training.seq_len:,} tokens need {size / 2**30:,.0f} GiB for their ids alone, and "
-            f"this machine has {memory / 2**30:,.0f} GiB: reduce one of them"
-        )
-
-
-def overrides_are_there(job: Job) -> None:
-    """Check that the functions of ``override.imports`` can be imported."""
-    for entry in job.config.override.imports:
-        target = entry if isinstance(entry, str) else entry[0]
-        module, _dot, function = target.rpartition(".")
-        try:
-            found = hasattr(importlib.import_module(module or function), function)
-        except ImportError as error:
-            raise JobError(f"override.imports {target}: {error}") from None
-        if not found:
-            raise JobError(f"override.imports {target}: {module} has no {function!r}")
+def _resumed(job: Job) -> Checkpoint | None:
+    """Return the checkpoint whose training state a job loads; None if it loads weights alone."""
+    return None if job.start is None or is_model_only(job.config, job.start) else job.start
 
 
 def checkpoint_is_there(job: Job) -> None:
@@ -221,8 +88,8 @@ def checkpoint_has_training_state(job: Job) -> None:
 
     A last step may contain the weights alone, from which torchtitan cannot resume.
     """
-    start = job.start
-    if start is None or is_model_only(job.config, start) or _holds_training_state(start):
+    start = _resumed(job)
+    if start is None or _holds_training_state(start):
         return
     steps = [
         Checkpoint(path=path, step=step)
@@ -249,12 +116,11 @@ def checkpoint_is_of_as_many_data_ranks(job: Job) -> None:
     torchtitan 0.3.0 cannot redistribute the position in the data over other ranks
     (https://github.com/pytorch/torchtitan/issues/811).
     """
-    start, loader = job.start, job.config.dataloader._owner
+    start, left_out = _resumed(job), job.config.checkpoint.exclude_from_loading
     if (
         start is None
-        or is_model_only(job.config, start)
-        or "dataloader" in job.config.checkpoint.exclude_from_loading
-        or not saves_place_by_rank(loader)
+        or "dataloader" in left_out
+        or not saves_place_by_rank(job.config.dataloader._owner)
     ):
         return
     before, now = _data_ranks_of(start), job.layout.data_ranks
@@ -275,15 +141,12 @@ def checkpoint_counts_tokens_of_as_many_ranks(job: Job) -> None:
     torchtitan 0.3.0 saves ``ntokens_seen`` of one rank, without the number of ranks. Only changes
     of losses and bias rules after a number of tokens depend on it.
     """
-    start, checkpoint = job.start, job.config.checkpoint
+    start, routers = _resumed(job), router_configs(job.config).values()
     if (
         start is None
-        or is_model_only(job.config, start)
-        or TRAIN_STATE in checkpoint.exclude_from_loading
+        or TRAIN_STATE in job.config.checkpoint.exclude_from_loading
+        or not any(map(changes_after_tokens, routers))
     ):
-        return
-    routers = job.config.model_spec.model.traverse(LoadBalancedRouter.Config)
-    if not any(changes_after_tokens(router) for _fqn, router, *_ in routers):
         return
     stored = start.metadata.state_dict_metadata.get(TOKEN_RANKS)
     before, now = _data_ranks_of(start), job.layout.data_ranks
@@ -331,12 +194,46 @@ def checkpoint_has_router_state(job: Job) -> None:
         for loss in getattr(moe.router, "aux_losses", []):
             kind = loss._owner.type_name
             with torch.device("meta"):
-                state = [
-                    f"{fqn}.router.aux_losses.{kind}.{name}" for name in loss.build().state_dict()
-                ]
-            for name in state:
+                state = loss.build().state_dict()
+            for name in (f"{fqn}.router.aux_losses.{kind}.{key}" for key in state):
                 if name not in saved:
                     raise JobError(
                         f"{start.path} was saved without the {kind.replace('_', '-')} loss (it has "
                         f"no {name}): go on without the loss, or start from Hugging Face weights"
                     )
+
+
+def checkpoint_has_state_of_gates(job: Job) -> None:
+    """Check that a checkpoint to resume from has optimizer state of each gate that learns.
+
+    torchtitan raises in every process where it is missing. State of a gate that the job freezes is
+    left out.
+    """
+    start = _resumed(job)
+    if start is None or "optimizer" in job.config.checkpoint.exclude_from_loading:
+        return
+    saved = [name for name in start.metadata.state_dict_metadata if name.startswith("optimizer.")]
+    if not saved:
+        return
+    for name, parameter in job.meta_model.named_parameters():
+        learns = parameter.requires_grad and ".router.gate." in name
+        if learns and not any(f".{name}." in one for one in saved):
+            raise JobError(
+                f"{start.path} was saved with the gate of {layer_name(name)} frozen, so it has no "
+                "optimizer state to train it: keep it in [model] freeze.gate, or name the checkpoint "
+                "in checkpoint.initial_load_path of a run in another dump_folder, which loads the "
+                "weights alone"
+            )
+
+
+RULES = (
+    checkpoint_is_there,
+    checkpoint_is_whole,
+    checkpoint_has_steps_to_go,
+    checkpoint_is_of_this_model,
+    checkpoint_has_training_state,
+    checkpoint_is_of_as_many_data_ranks,
+    checkpoint_counts_tokens_of_as_many_ranks,
+    checkpoint_has_router_state,
+    checkpoint_has_state_of_gates,
+)

@@ -1,17 +1,25 @@
-"""Uneven all-to-all on gloo.
+"""Collectives of torchtitan on gloo.
 
-Upstream fact: spmd_types exchanges tokens by ``torch.distributed.all_to_all`` with lists of
-tensors of unequal sizes, which gloo rejects. gloo accepts ``all_to_all_single`` with split sizes.
-``set_dist`` of spmd_types replaces the collectives that it calls.
+Upstream facts:
+
+- spmd_types exchanges tokens by ``torch.distributed.all_to_all`` with lists of tensors of unequal
+  sizes, which gloo rejects. gloo accepts ``all_to_all_single`` with split sizes. ``set_dist`` of
+  spmd_types replaces the collectives that it calls.
+- torchtitan sets FSDP's gradient divide factor to 1, which torch implements with a pre-multiplied
+  sum (``PREMUL_SUM``). gloo has no such reduction. A setting of FSDP makes it use a plain sum.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import spmd_types._dist
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class GlooCollectives(ModuleType):
@@ -46,3 +54,17 @@ class GlooCollectives(ModuleType):
 def use_gloo_all_to_all() -> None:
     """Make spmd_types call :class:`GlooCollectives`."""
     spmd_types._dist.set_dist(GlooCollectives())
+
+
+def with_sum_reduction(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Wrap a ``ModelSpec.parallelize_fn`` so that FSDP reduces gradients by a plain sum."""
+
+    @functools.wraps(parallelize)
+    def parallelize_on_host(model: nn.Module, **kwargs: object) -> nn.Module:
+        model = parallelize(model, **kwargs)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+        return model
+
+    return parallelize_on_host
