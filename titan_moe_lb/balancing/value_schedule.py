@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,22 +91,13 @@ def check_changes(what: str, changes: Sequence[Change]) -> None:
                 f"{what} changes: until {change.until:g} does not come after the beginning of the "
                 f"change, {change.begin:g}"
             )
-    for unit in ("step", "tokens"):
-        times = [getattr(change, unit) for change in changes]
-        if any(time is None for time in times) and any(time is not None for time in times):
-            raise JobError(f"{what} changes: use either step or tokens for all of them, not both")
-        if None in times:
-            continue
-        for earlier, later in zip(changes, changes[1:], strict=False):
-            if later.begin <= earlier.begin:
-                raise JobError(
-                    f"{what} changes: {unit} {later.begin:g} does not come after {earlier.begin:g};"
-                    " put the changes in order"
-                )
-            if later.begin < earlier.end:
-                raise JobError(
-                    f"{what} changes: {unit} {later.begin:g} comes before the end of the change "
-                    f"before it, until {earlier.end:g}: begin it there or later"
-                )
-        if times and times[0] < 1:
-            raise JobError(f"{what} changes: {unit} {times[0]:g} is before training begins")
+    if len({change.step is None for change in changes}) > 1:
+        raise JobError(f"{what} changes: use either step or tokens for all of them, not both")
+    for earlier, later in itertools.pairwise(changes):
+        if later.begin <= earlier.begin or later.begin < earlier.end:
+            raise JobError(
+                f"{what} changes: the change at {later.begin:g} does not come after the one from "
+                f"{earlier.begin:g} to {earlier.end:g}: put them in order, without overlap"
+            )
+    if changes and changes[0].begin < 1:
+        raise JobError(f"{what} changes: {changes[0].begin:g} is before training begins")

@@ -11,8 +11,7 @@ from titan_moe_lb.balancing.recording.score_sums import MARGIN_EDGES, Column
 from titan_moe_lb.telemetry.bfloat16_gate import flip_share
 from titan_moe_lb.telemetry.metrics.base import Metric
 from titan_moe_lb.telemetry.metrics.scores import OfScores
-from titan_moe_lb.telemetry.rank_step import RankStep
-from titan_moe_lb.telemetry.score_step import ScoreStep
+from titan_moe_lb.telemetry.rank_step import RankStep, ScoreStep
 
 
 class SelectionMargin(OfScores):

@@ -11,8 +11,7 @@ from titan_moe_lb.balancing.hash_router import is_hash_router
 from titan_moe_lb.balancing.recording.score_sums import Column
 from titan_moe_lb.balancing.router import LoadBalancedRouter
 from titan_moe_lb.telemetry.metrics.base import Metric, Reduction
-from titan_moe_lb.telemetry.rank_step import RankStep
-from titan_moe_lb.telemetry.score_step import ScoreStep
+from titan_moe_lb.telemetry.rank_step import RankStep, ScoreStep
 
 
 class OfScores(Metric):
