@@ -1,4 +1,4 @@
-"""Data sets and data loaders of torchtitan, and their properties that the package uses.
+"""Data sets, data loaders and tokenizers of torchtitan, and their properties that the package uses.
 
 Besides this module, only :mod:`titan_moe_lb.upstream.finite_data` names a loader of torchtitan.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 from torchtitan.components.dataloader import BaseDataLoader, ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import (
     DATASETS,
@@ -51,3 +52,8 @@ def saves_place_by_rank(loader: type) -> bool:
 def pads_rows(loader: type) -> bool:
     """Return True if a loader pads rows and marks the padding only in the labels."""
     return issubclass(loader, (ChatDataLoader, InterleavedChatDataLoader))
+
+
+def reads_tokenizer_files(tokenizer: BaseTokenizer.Config) -> bool:
+    """Return True if a tokenizer reads the files of ``hf_assets_path``."""
+    return isinstance(tokenizer, HuggingFaceTokenizer.Config)

@@ -9,9 +9,8 @@ import shutil
 
 import psutil
 import torch
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from titan_moe_lb.data.loaders import data_sets, is_text
+from titan_moe_lb.data.loaders import data_sets, is_text, reads_tokenizer_files
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.telemetry.metrics_processor import LoadBalanceMetricsProcessor
@@ -66,7 +65,7 @@ def assets_are_here(job: Job) -> None:
     found = [
         name for name in files if os.path.isfile(os.path.join(job.config.hf_assets_path, name))
     ]
-    if isinstance(job.config.tokenizer, HuggingFaceTokenizer.Config) and not found:
+    if reads_tokenizer_files(job.config.tokenizer) and not found:
         raise JobError(
             f"hf_assets_path {job.config.hf_assets_path!r} contains no tokenizer: none of "
             f"{', '.join(files)}"
