@@ -48,6 +48,10 @@ gates, and that every expert bias moves and changes the choice. Status 1 if one 
   titan-moe-lb check --job-config my_job.toml --config deepseek_v3_tiny
 """
 RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
+RunDirs = Annotated[
+    tyro.conf.Positional[tuple[Path, ...]],
+    tyro.conf.arg(metavar="RUN_DIR", help_behavior_hint="(one or more)"),
+]
 
 
 def train(flags: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
@@ -88,20 +92,18 @@ def check(flags: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
 
 
 def report(
-    run_dir: RunDir,
-    compare: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], optional_flag("RUN_DIR")] = (),
+    run_dirs: RunDirs,
     output: Annotated[Path | None, optional_flag("FILE", "-o")] = None,
 ) -> None:
-    """Write an HTML page about a run: load of every expert, overload, losses.
+    """Write an HTML page about a run, or about several runs that it compares.
 
     Args:
-        run_dir: Folder of the run, or its moe_load.arrow.
-        compare: Another run of the same model, beside the first; repeat the flag for more runs.
-        output: Page to write; default: report.html, or compare.html, in the folder of the run.
+        run_dirs: Runs, folders of runs, or quoted patterns as 'runs/*'.
+        output: Page to write; default: report.html in the run's folder, compare.html for several.
     """
     from titan_moe_lb.commands.report.command import write_report
 
-    print(write_report(run_dir, compare=compare, output=output))
+    _exit(write_report(run_dirs, output=output))
 
 
 def watch(run_dir: RunDir, once: Switch = False) -> None:
@@ -117,22 +119,20 @@ def watch(run_dir: RunDir, once: Switch = False) -> None:
 
 
 def diagnose(
-    run_dir: RunDir,
+    run_dirs: RunDirs,
     json: Switch = False,
     fail_on: Literal["never", "note", "warning", "fault"] = "never",
 ) -> None:
     """Find what is wrong with the balance of a run, and the line of the job to change.
 
     Args:
-        run_dir: Folder of the run, or its moe_load.arrow.
+        run_dirs: Runs, folders of runs, or quoted patterns as 'runs/*'. Several make a table.
         json: Print a JSON object instead of sentences.
         fail_on: Exit with status 1 if a finding is at least this severe, or the run is too short.
     """
     from titan_moe_lb.commands.diagnose import command
 
-    status = command.diagnose(run_dir, as_json=json, fail_on=fail_on)
-    if status:
-        raise SystemExit(status)
+    _exit(command.diagnose(run_dirs, as_json=json, fail_on=fail_on))
 
 
 def plan(
@@ -242,6 +242,11 @@ def doctor() -> None:
     from titan_moe_lb.commands import doctor
 
     doctor.main()
+
+
+def _exit(status: int) -> None:
+    if status:
+        raise SystemExit(status)
 
 
 SUBCOMMANDS: dict[str, Callable[..., None]] = {

@@ -617,7 +617,7 @@ def test_a_check_is_one_file_and_one_entry(tmp_path, monkeypatch, capsys):
     exec((tmp_path / "gate.py").read_text(), module)
     mine = checks.Check(module["gate_is_cold"], explains=("loads",))
     monkeypatch.setattr(checks, "CHECKS", (mine, *checks.CHECKS))
-    diagnose(planted(tmp_path, "one layer that collapses"), as_json=True)
+    diagnose([planted(tmp_path, "one layer that collapses")], as_json=True)
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert finding["kind"] == "gate_is_cold"
     assert set(finding["explains"]) == {"collapse", "hot_expert", "hot_rank"}
@@ -720,9 +720,9 @@ def test_bounds_of_a_layer_among_others_are_those_of_the_layer_alone(score_func)
 
 
 def test_a_healthy_run_says_what_was_looked_at(tmp_path, capsys):
-    assert diagnose(planted(tmp_path, "a healthy deepseek_v3"), fail_on="note") == 0
+    assert diagnose([planted(tmp_path, "a healthy deepseek_v3")], fail_on="note") == 0
     text = capsys.readouterr().out
-    assert diagnose(tmp_path, as_json=True) == 0
+    assert diagnose([tmp_path], as_json=True) == 0
     well = json.loads(capsys.readouterr().out)["well"]
     # Nothing of these is in this run.
     silent = {"forced_routing", "frozen_part_drifts", "loss_without_gradient"}
@@ -775,7 +775,7 @@ def test_too_few_steps_of_the_present_balancing(tmp_path, capsys):
     before, after = info_of("llama4"), info_of("llama4", **bias("quantile (ema 0.5)"))
     write(tmp_path, before, even(before))
     write(tmp_path, after, even(after)[:4], first_step=STEPS + 1)
-    assert diagnose(tmp_path, fail_on="warning") == 1
+    assert diagnose([tmp_path], fail_on="warning") == 1
     assert f"step {STEPS + 1}" in capsys.readouterr().out
 
 
@@ -791,7 +791,7 @@ def test_an_excess_begins_under_the_present_balancing(tmp_path):
 def test_a_run_that_is_too_short_says_so(tmp_path, capsys):
     info = info_of("llama4")
     write(tmp_path, info, even(info)[:3])
-    assert diagnose(tmp_path, fail_on="fault") == 1
+    assert diagnose([tmp_path], fail_on="fault") == 1
     assert "3 logged steps" in capsys.readouterr().out
 
 

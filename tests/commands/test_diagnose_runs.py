@@ -43,7 +43,7 @@ RUNS = {
         "--metrics.router_gradients",
         '--model.aux_losses=[{type = "sequence_wise", weight = 10.0}]',
     ),
-    "gates of zeros": job("gpt_oss", f"{LEARNING_RATE}0.0"),
+    "gates of zeros": job("gpt_oss", f"{LEARNING_RATE}0.0", "--debug.seed=7"),
     "forced": job(
         "deepseek_v3",
         *EP2,
@@ -129,6 +129,11 @@ def test_the_trace_says_what_a_speed_is_judged_by(trained):
     assert trace.info.expert_bias == "sign (speed 1e-06)"
     momentum = trained("momentum at 0.3").info.expert_bias
     assert momentum == "momentum (speed 0.3, scale 2.0, momentum 0.5)"
+
+
+def test_the_trace_says_what_names_a_run(trained):
+    info = trained("gates of zeros").info
+    assert (info.learning_rate, info.seed) == (0.0, 7)
 
 
 def test_the_remedy_is_of_what_the_job_has(trained):

@@ -70,7 +70,7 @@ def test_slider_buttons_and_a_click(tmp_path):
         const clicked = follow();
         const [layer, expert] = ["layer", "expert"].map((id) => document.getElementById(id));
         const fields = [layer.selectedOptions[0].textContent, expert.value];
-        layer.value = 0; layer.dispatchEvent(new Event("input"));
+        layer.value = 1; layer.dispatchEvent(new Event("input"));
         expert.stepUp(); expert.dispatchEvent(new Event("input"));
         const typed = follow();
         expert.value = 8; expert.dispatchEvent(new Event("input"));
@@ -109,7 +109,7 @@ def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
     """One run logs each step, the other every third."""
     first = write_run(tmp_path / "a", run_info(), 10)
     second = write_run(tmp_path / "b", run_info(), 4, seed=3, every=3)
-    cli.main(["report", str(first), "--compare", str(second)])
+    cli.main(["report", str(first), str(second)])
     shown = browser.act(
         first / "compare.html",
         READ + 'slider.value = 4; slider.dispatchEvent(new Event("input")); return read();',
@@ -161,7 +161,7 @@ def test_colours_are_those_of_the_theme_and_a_narrow_page_does_not_scroll_sidewa
     loads_SME = read_trace(first).counts_SME.copy()
     loads_SME[-1, 1, 3] = 0
     second = rewritten(first, loads_SME)
-    cli.main(["report", str(first), "--compare", str(second)])
+    cli.main(["report", str(first), str(second)])
     shown = browser.act(
         first / "compare.html",
         READ

@@ -224,8 +224,8 @@ def _read_trace(case: TraceCase, folder: Path) -> None:
     (folder / FILE_NAME).write_bytes(case.content)
     watch(folder, once=True, console=Console(file=io.StringIO(), width=100))
     with contextlib.redirect_stdout(io.StringIO()):
-        diagnose(folder)
-        diagnose(folder, as_json=True)
+        diagnose([folder])
+        diagnose([folder], as_json=True)
         if case.page:
             cli.report(folder)
 

@@ -10,7 +10,7 @@ import pytest
 
 import titan_moe_lb
 from titan_moe_lb.pages import palette
-from titan_moe_lb.pages.charts import PENS, add_curve, blank_figure, label_curves
+from titan_moe_lb.pages.charts import MARKS, PENS, add_curve, blank_figure, label_curves
 
 PACKAGE = Path(titan_moe_lb.__file__).parent
 THEMES = {"light": palette.LIGHT, "dark": palette.DARK}
@@ -93,11 +93,11 @@ def test_names_of_many_curves_stay_in_the_figure_and_apart():
         add_curve(figure, str(number), np.array([1, 2]), np.array([0.0, number % 3]), pen)
     label_curves(figure)
     heights = np.sort([note.y for note in figure.layout.annotations])
-    assert len(heights) == 26 and heights[0] >= 0 and heights[-1] <= 1
+    assert len(heights) == 30 and heights[0] >= 0 and heights[-1] <= 1
     assert np.diff(heights).min() > 0.03
 
 
 def test_pens_are_told_apart_without_their_hue():
-    assert len({(pen.color, pen.dash) for pen in PENS}) == len(PENS) == 26
+    assert len({(pen.color, pen.dash) for pen in PENS}) == len(PENS) == len({*MARKS}) == 30
     for one, other in zip(PENS, PENS[1:], strict=False):
         assert one.dash != other.dash and one.color != other.color

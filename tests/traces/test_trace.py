@@ -242,7 +242,7 @@ for step in (1, 2):
     writer.write(step, next(step_loads(run_info(), 1)))
     writer.close()
 cli.main(["report", sys.argv[1]])
-cli.main(["report", sys.argv[1], "--compare", sys.argv[1]])
+cli.main(["report", sys.argv[1], sys.argv[1]])
 cli.main(["watch", "--once", sys.argv[1]])
 cli.main(["diagnose", sys.argv[1]])
 """
@@ -260,7 +260,6 @@ def test_a_folder_whose_name_the_locale_lacks(tmp_path):
     assert result.returncode == 0, result.stderr.decode()
     assert read_trace(folder).steps.tolist() == [1, 2]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "compare.html",
         FILE_NAME,
         "report.html",
     ]

@@ -6,6 +6,7 @@ Curves differ by dash and by the label at their end, so that no curve depends on
 from __future__ import annotations
 
 import itertools
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from titan_moe_lb.pages.palette import color
 
 MOST_LABELS = 10
 """Largest number of labels that fit beside a figure."""
-_LABEL_HEIGHT = 0.055
-_LETTER_WIDTH = 7
+_LABEL_HEIGHT, _LETTER_WIDTH = 16, 7
+_PLOT_WIDTH = 400
+"""Width of a figure in pixels, for labels that must not overlap; it depends on the reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,18 @@ _PATTERNS = ("", "/", ".", "x")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 PENS = [
     Pen(color(hue), dash)
-    for hue, dash in itertools.islice(zip(itertools.cycle(_HUES), itertools.cycle(_DASHES)), 26)
+    for hue, dash in itertools.islice(zip(itertools.cycle(_HUES), itertools.cycle(_DASHES)), 30)
 ]
 """Distinct pens for things without an order, such as runs; neighbours differ in hue and dash."""
+MARKS = (*string.ascii_uppercase, "AA", "AB", "AC", "AD")
+"""A short label for each of :data:`PENS`."""
 
 
-def blank_figure(y_title: str, x_title: str = "step", height: int = 300) -> go.Figure:
-    """Make a figure with axes and without data."""
+def blank_figure(
+    y_title: str, x_title: str = "step", height: int = 300, labels: int = 0
+) -> go.Figure:
+    """Make a figure with axes and without data, and with room for a number of labels."""
+    height = max(height, _LABEL_HEIGHT * labels + 48)
     figure = go.Figure(
         layout={
             "template": "none",
@@ -144,16 +151,20 @@ def label_curves(
     named = [curve for curve in curves if labelled is None or curve.name in labelled]
     ends = [int(np.flatnonzero(np.isfinite(curve.y))[-1]) for curve in named]
     xs = np.array([float(curve.x[end]) for curve, end in zip(named, ends, strict=True)])
+    xs = np.log10(xs) if logarithmic else xs
     ys = np.array([float(curve.y[end]) for curve, end in zip(named, ends, strict=True)])
     heights = (ys - low) / (high - low)
-    for x in set(xs):  # labels at other ends cannot overlap
-        here = np.flatnonzero(xs == x)
+    longest = max((len(curve.name) for curve in named), default=0)
+    gap = _LABEL_HEIGHT / (figure.layout.height - figure.layout.margin.t - figure.layout.margin.b)
+    beside = (right - left) * _LETTER_WIDTH * longest / _PLOT_WIDTH
+    order = xs.argsort(kind="stable")
+    for here in np.split(order, np.flatnonzero(np.diff(xs[order]) > beside) + 1):
         here = here[heights[here].argsort(kind="stable")]
-        heights[here] = _apart(heights[here], min(_LABEL_HEIGHT, 1 / len(here)))
+        heights[here] = _apart(heights[here], min(gap, 1 / max(1, len(here))))
     for curve, x, height in zip(named, xs, heights, strict=True):
         figure.add_annotation(
             text=curve.name,
-            x=float(np.log10(x)) if logarithmic else float(x),
+            x=float(x),
             y=float(height),
             yref="paper",
             xanchor="left",
@@ -162,7 +173,6 @@ def label_curves(
             showarrow=False,
             font={"color": curve.line.color},
         )
-    longest = max((len(curve.name) for curve in named), default=0)
     figure.update_layout(margin_r=16 + _LETTER_WIDTH * longest)
 
 

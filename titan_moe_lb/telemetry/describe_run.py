@@ -56,4 +56,6 @@ def describe_run(job: Job) -> RunInfo:
         placement=None if placement is None else placement.title,
         started=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         version=__version__,
+        learning_rate=config.optimizer.param_groups[0].optimizer_kwargs.get("lr"),
+        seed=config.debug.seed,
     )

@@ -84,6 +84,10 @@ class RunInfo:
     """ISO 8601 time with offset."""
     version: str
     """Version of titan_moe_lb."""
+    learning_rate: float | None = None
+    """Learning rate of the first group of parameters, before its schedule; None if unknown."""
+    seed: int | None = None
+    """Seed of the job; None if it has none, or is unknown."""
     resumed_at: tuple[int, ...] = ()
     """First step of each resumed run that continued this trace; the writer fills it in."""
     balanced_since: int | None = None

@@ -22,6 +22,8 @@ class Column:
     """Shorter heading in the terminal; None leaves the column out there."""
     is_name: bool = False
     """True for the name of a row, which is left-aligned and may wrap."""
+    is_text: bool = False
+    """True for sentences, which are left-aligned and may wrap."""
 
     @property
     def heading(self) -> str:
@@ -38,6 +40,8 @@ class Cell:
     """Text that replaces the column's format."""
     note: str = ""
     """Second line, in small print."""
+    link: str = ""
+    """Place on the page that the text leads to."""
     is_bad: bool = False
     is_best: bool = False
 

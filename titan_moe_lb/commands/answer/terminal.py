@@ -39,11 +39,12 @@ def _drawn(table: Table) -> rich.table.Table:
     drawn = rich.table.Table(box=box.SIMPLE)
     shown = [column.on_terminal is not None for column in table.columns]
     for column in itertools.compress(table.columns, shown):
+        wraps = column.is_name or column.is_text
         drawn.add_column(
             column.on_terminal or column.heading,
-            justify="left" if column.is_name else "right",
+            justify="left" if wraps else "right",
             overflow="fold",
-            no_wrap=column.show is str and not column.is_name,
+            no_wrap=column.show is str and not wraps,
             min_width=NAME_WIDTH if column.is_name else None,
         )
     for rows in table.groups:

@@ -2,76 +2,100 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from titan_moe_lb.commands.diagnose.checks import Diagnosis, diagnosis
+from titan_moe_lb.commands.answer.answer import Answer
+from titan_moe_lb.commands.answer.plain_data import as_json as answer_as_json
+from titan_moe_lb.commands.answer.terminal import print_answer
+from titan_moe_lb.commands.diagnose.examined_run import ExaminedRun
 from titan_moe_lb.commands.diagnose.finding import Severity
-from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
-from titan_moe_lb.traces.trace import MOST_BYTES, Trace, read_trace
+from titan_moe_lb.commands.diagnose.runs_table import runs_table
+from titan_moe_lb.traces.named_runs import NamedRuns
+from titan_moe_lb.traces.run_names import run_names
 
 EARLY = 60
 """Step before which no method has balanced a new model (docs/evidence/study.md)."""
 
 
-def diagnose(run_dir: Path, *, as_json: bool = False, fail_on: str = "never") -> int:
-    """Print the findings on a run.
+def diagnose(run_dirs: Sequence[Path], *, as_json: bool = False, fail_on: str = "never") -> int:
+    """Print the findings on a run, or a table of several runs.
 
     Args:
-        run_dir: folder of the run, or its trace.
-        as_json: print an object with ``steps``, ``is_sample``, ``findings`` and ``well`` instead of sentences.
+        run_dirs: runs, folders of runs, and patterns; see :meth:`NamedRuns.of`.
+        as_json: print an object instead: ``steps``, ``is_sample``, ``findings`` and ``well`` of
+            one run, or of each of ``runs``, with the messages of those ``left_out``.
         fail_on: lowest severity that returns 1, or "never".
 
     Returns:
-        Exit status. 1 if a finding is at least as severe as ``fail_on``, or if the run is too
-        short; else 0. With "never", always 0.
+        Exit status. 1 if one of several runs cannot be read. Unless ``fail_on`` is "never", also 1
+        if a finding is at least as severe, or a run is too short; else 0.
 
     Raises:
-        JobError: the trace cannot be read.
+        JobError: no run is found, or none can be read.
     """
-    trace = read_trace(run_dir, most_bytes=MOST_BYTES)
-    enough, found = Window(trace).is_long_enough, diagnosis(trace)
-    print(_json(trace, found) if as_json else _sentences(trace, found, enough))
+    found = NamedRuns.of(run_dirs)
+    runs = [ExaminedRun.of(trace) for trace in found.traces()]
+    if not found.is_single:
+        answer = _of_several(runs, found)
+        print(answer_as_json(answer)) if as_json else print_answer(answer)
+    elif as_json:
+        print(json.dumps(runs[0].plain_data(), indent=2))
+    else:
+        print(_sentences(runs[0]))
     if fail_on == "never":
-        return 0
-    bad = [finding for finding in found.findings if finding.severity >= Severity[fail_on.upper()]]
-    return int(bool(bad) or not enough)
-
-
-def _json(trace: Trace, found: Diagnosis) -> str:
-    rows = [
-        {**dataclasses.asdict(finding), "severity": finding.severity.name.lower()}
-        for finding in found.findings
+        return int(bool(found.left_out))
+    bad = [
+        run
+        for run in runs
+        if run.too_short
+        or any(one.severity >= Severity[fail_on.upper()] for one in run.diagnosis.findings)
     ]
-    answer = {
-        "steps": len(trace.steps),
-        "is_sample": trace.is_sample,
-        "findings": rows,
-        "well": found.well,
-    }
-    return json.dumps(answer, indent=2)
+    return int(bool(bad or found.left_out))
 
 
-def _sentences(trace: Trace, found: Diagnosis, enough: bool) -> str:
-    if not enough:
-        changed = trace.info.balanced_since
-        since = f" since the balancing changed at step {changed}" if changed else ""
-        number = len(trace.steps) - trace.balanced_since
-        return (
-            f"{trace.path}: {number} logged steps{since} are too few for a diagnosis: at least "
-            f"{FEWEST_STEPS} are needed."
-        )
-    steps = f"{trace.path}, steps {trace.steps[0]} to {trace.steps[-1]}"
-    if trace.is_sample:
-        steps += f", {len(trace.steps)} of them, evenly spread"
+def _of_several(runs: Sequence[ExaminedRun], found: NamedRuns) -> Answer:
+    names = run_names([run.info for run in runs], [run.path for run in runs])
+    notes = found.notes + [
+        f"{name}: {sentence}"
+        for name, run in zip(names.names, runs, strict=True)
+        for sentence in run.damage
+    ]
+    return Answer(
+        kind="Diagnosis",
+        title="Runs",
+        headline=notes,
+        sections=[runs_table(runs, names)],
+        numbers={
+            "runs": [
+                {
+                    "name": name,
+                    "path": str(run.path),
+                    "ended": run.ended,
+                    "last_step": run.last_step,
+                    "loss": run.loss,
+                    "max_violation": run.max_violation,
+                    **run.plain_data(),
+                }
+                for name, run in zip(names.names, runs, strict=True)
+            ],
+            "left_out": {str(path): error for path, error in found.left_out.items()},
+        },
+    )
+
+
+def _sentences(run: ExaminedRun) -> str:
+    if run.too_short:
+        return f"{run.path}: {run.too_short}"
+    steps, found = f"{run.path}, {run.steps}", run.diagnosis
     if not found.findings:
         head = f"{steps}: nothing is wrong with the balance. Checked in the last quarter:"
         well = [f"  {kind.replace('_', ' '):<24} {seen}" for kind, seen in found.well.items()]
         return "\n".join([head, *well])
     blocks = [f"{steps}:"]
-    if trace.steps[-1] < EARLY:
+    if run.last_step < EARLY:
         blocks.append(
             f"Before step {EARLY} uneven loads of a new model are expected: in docs/evidence/study.md "
             "a balance takes 60 to 300 steps."

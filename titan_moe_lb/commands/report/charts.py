@@ -12,9 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from titan_moe_lb.commands.report.load_codes import shown_steps
-from titan_moe_lb.commands.report.run_names import MARKS
 from titan_moe_lb.commands.report.summary import number
 from titan_moe_lb.pages.charts import (
+    MARKS,
     MOST_LABELS,
     PENS,
     Chart,
@@ -25,7 +25,7 @@ from titan_moe_lb.pages.charts import (
     label_curves,
 )
 from titan_moe_lb.pages.palette import color, ramp
-from titan_moe_lb.traces.balance_statistics import max_violation
+from titan_moe_lb.traces.balance_statistics import max_violation, num_dead_experts
 from titan_moe_lb.traces.columns import Column
 from titan_moe_lb.traces.trace import Trace
 
@@ -33,6 +33,8 @@ MOST_POINTS = 1000
 """Largest number of points of a curve."""
 MOST_POINTS_PER_LAYER = 200
 """Largest number of points of a curve in a panel with a curve for every layer."""
+MOST_POINTS_OF_RUNS = 6000
+"""Largest number of points of all curves of a panel with a curve for every run."""
 
 _MAIN = Pen(color("ink"), width=2.4)
 _HIGHEST = Pen(color("red"), "dot")
@@ -48,6 +50,8 @@ class _Curve:
     name: str
     label: str
     pen: Pen = PENS[0]
+    only_alone: bool = False
+    """True if the page of several runs leaves it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +84,15 @@ _CHARTS = (
     (
         "MaxVio over steps",
         "How far the fullest expert is above the mean load of its layer, over the global "
-        "batch: 0 is balance. Mean, median, 95th percentile and maximum over the layers, and "
-        "the mean of every micro-batch by itself.",
+        "batch: 0 is balance. Over the layers, and the mean of every micro-batch by itself.",
         (
             _Axes(
                 "MaxVio",
                 (
-                    _Curve("MaxVio mean", "mean", _MAIN),
+                    _Curve("MaxVio mean", "mean", _MAIN, only_alone=True),
                     _Curve("MaxVio maximum", "maximum", _HIGHEST),
-                    _Curve("MaxVio p95", "p95", _HIGH),
-                    _Curve("MaxVio p50", "p50", _MIDDLE),
+                    _Curve("MaxVio p95", "p95", _HIGH, only_alone=True),
+                    _Curve("MaxVio p50", "p50", _MIDDLE, only_alone=True),
                     _Curve("micro_batch_max_violation", "micro-batch", _OTHER),
                 ),
             ),
@@ -111,6 +114,11 @@ _CHARTS = (
         ),
     ),
     (
+        "Experts without a token",
+        "Experts of all layers that got no token in a step.",
+        (_Axes("experts", (_Curve("dead experts", "dead"),)),),
+    ),
+    (
         "Tokens with a small margin",
         "Share of the tokens whose last chosen expert and the next one would change places if a "
         "logit changed by a part of the logits' RMS, mean over the layers.",
@@ -130,6 +138,14 @@ _SHOWN_ABOVE = {curve.name for *_, axes in _CHARTS for one in axes for curve in 
     "step_seconds"
 }
 """Columns without a chart of their own. ``step_seconds`` repeats the throughput."""
+_NOTHING = {
+    "dead experts": 0.0,
+    "avg_overload_factor": 1.0,
+    "max_overload_factor": 1.0,
+    "max_cum_overload_factor": 1.0,
+    "activation_slot_factor": 1.0,
+}
+"""Values of curves that have nothing to show, as the overload of a single rank."""
 _SUMMARIES = {"mean": "mean", "max": "maximum", "sum": "sum"}
 
 
@@ -141,14 +157,19 @@ def charts(traces: list[Trace]) -> list[Chart]:
     series = [_series(trace) for trace in traces]
 
     def known(curve: _Curve) -> bool:
-        return any(np.isfinite(one[curve.name]).any() for one in series if curve.name in one)
+        values = [one[curve.name] for one in series if curve.name in one]
+        nothing = _NOTHING.get(curve.name)
+        return any((np.isfinite(one_S) & (one_S != nothing)).any() for one_S in values)
 
     def panels(axes: tuple[_Axes, ...]) -> list[Panel]:
         shown = [_Axes(one.title, tuple(filter(known, one.curves))) for one in axes]
         if len(traces) == 1:
             return [_of_run(traces[0], series[0], one) for one in shown if one.curves]
         return [
-            _of_curve(traces, series, one.title, curve) for one in shown for curve in one.curves
+            _of_curve(traces, series, one.title, curve)
+            for one in shown
+            for curve in one.curves
+            if not curve.only_alone
         ]
 
     made = [Chart(title, text, panels(axes)) for title, text, axes in _CHARTS]
@@ -184,6 +205,7 @@ def _series(trace: Trace) -> dict[str, np.ndarray]:
         "MaxVio p95": np.percentile(violation_SM, 95, axis=1),
         "MaxVio p50": np.percentile(violation_SM, 50, axis=1),
         "MaxVio mean": violation_SM.mean(axis=1),
+        "dead experts": num_dead_experts(trace.counts_SME).sum(axis=1),
     }
 
 
@@ -201,11 +223,12 @@ def _of_curve(
     traces: list[Trace], series: list[dict[str, np.ndarray]], title: str, curve: _Curve
 ) -> Panel:
     """Draw one quantity, with a curve for each run."""
-    drawn = blank_figure(title)
+    drawn = blank_figure(title, labels=len(traces))
     lacking = []
+    most_points = min(MOST_POINTS, MOST_POINTS_OF_RUNS // len(traces))
     for mark, pen, trace, one in zip(MARKS, PENS, traces, series, strict=False):
         if curve.name in one and np.isfinite(one[curve.name]).any():
-            _add(drawn, trace, mark, one[curve.name], MOST_POINTS, pen)
+            _add(drawn, trace, mark, one[curve.name], most_points, pen)
         else:
             lacking.append(mark)
     label_curves(drawn)

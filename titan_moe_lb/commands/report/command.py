@@ -6,40 +6,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_moe_lb.commands.report.page import render
-from titan_moe_lb.commands.report.run_names import MARKS
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.pages import output_file
-from titan_moe_lb.traces.trace import MOST_BYTES, read_trace, trace_file
+from titan_moe_lb.pages.charts import MARKS
+from titan_moe_lb.traces.named_runs import NamedRuns
+from titan_moe_lb.traces.trace import FILE_NAME, MOST_BYTES
 
 
-def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | None = None) -> str:
-    """Write the page of one run, or of several runs of one model.
+def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> int:
+    """Write the page of one run, or of several runs, and print its path.
+
+    Print a line for each run that is left out, and for each damaged stretch of a trace.
 
     Args:
-        run_dir: folder of the run, or its trace.
-        compare: folders or traces of further runs.
-        output: file of the page; default: ``report.html`` beside the trace of ``run_dir``, or
-            ``compare.html`` with further runs.
+        run_dirs: runs, folders of runs, and patterns; see :meth:`NamedRuns.of`.
+        output: file of the page. Default: ``report.html`` beside the trace; for several runs
+            ``compare.html`` in the first folder of ``run_dirs``, or beside the first trace.
 
     Returns:
-        A line with the file, and a line for each damaged stretch of a trace.
+        Exit status: 1 if one of several runs cannot be read, else 0.
 
     Raises:
-        JobError: a trace cannot be read, the models differ, there are too many runs, or the page
-            cannot be written.
+        JobError: no run is found, none can be read, there are too many, or the page cannot be
+            written.
     """
-    folders = (run_dir, *compare)
-    if len(folders) > len(MARKS):
-        raise JobError(f"--compare: a page shows at most {len(MARKS)} runs, not {len(folders)}")
-    files = [trace_file(folder) for folder in folders]
+    found = NamedRuns.of(run_dirs)
+    if len(found.files) > len(MARKS):
+        raise JobError(
+            f"a page shows at most {len(MARKS)} runs, not {len(found.files)}: name fewer, or print "
+            "their table with titan-moe-lb diagnose"
+        )
     if output is None:
-        output = files[0].with_name("compare.html" if compare else "report.html")
-    if files[0].exists():  # otherwise read_trace reports that the run is missing
-        output_file.check(output, inputs=files)
-    traces = [read_trace(folder, most_bytes=MOST_BYTES) for folder in folders]
-    for other in traces[1:]:
-        traces[0].info.require_same_model(other.info, str(traces[0].path), str(other.path))
-    output_file.write(render(traces), output)
-    notes = [sentence for trace in traces for sentence in trace.damage]
-    steps = ", ".join(f"{len(trace.steps)} steps" for trace in traces)
-    return "\n".join([f"{output}: {steps}, {output.stat().st_size / 1e6:.1f} MB", *notes])
+        output = _page(run_dirs[0], found)
+    output_file.check(output, inputs=found.files)
+    traces = list(found.traces(most_bytes=MOST_BYTES // len(found.files)))
+    output_file.write(render(traces, found.notes), output)
+    content = f"{len(traces)} runs" if len(traces) > 1 else f"{len(traces[0].steps)} steps"
+    print(f"{output}: {content}, {output.stat().st_size / 1e6:.1f} MB")
+    damage = [f"{trace.path}: {sentence}" for trace in traces for sentence in trace.damage]
+    for line in (*found.notes, *damage):
+        print(line)
+    return int(bool(found.left_out))
+
+
+def _page(first: Path, found: NamedRuns) -> Path:
+    if len(found.files) == 1:
+        return found.files[0].with_name("report.html")
+    is_folder_of_runs = first.is_dir() and not (first / FILE_NAME).is_file()
+    return (first if is_folder_of_runs else found.files[0].parent) / "compare.html"

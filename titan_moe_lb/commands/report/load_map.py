@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from titan_moe_lb.commands.report.run_names import MARKS
-from titan_moe_lb.pages.charts import PENS, blank_figure
+from titan_moe_lb.pages.charts import MARKS, PENS, blank_figure
 from titan_moe_lb.pages.palette import color
 from titan_moe_lb.traces.trace import Trace
 

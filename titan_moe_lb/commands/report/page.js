@@ -18,27 +18,29 @@ drawPage(async () => {
   const [slider, layer, expert] = ["slider", "layer", "expert"].map((id) => document.getElementById(id));
   const text = await textOf("data");
   const data = JSON.parse(text);
-  const { runs, lowestOctave, levelsPerOctave, dead, colorRange } = data;
+  const { runs, frames: allFrames, lowestOctave, levelsPerOctave, dead, colorRange } = data;
   const octaves = (code) => (code - 1) / levelsPerOctave + lowestOctave;
   const absent = 255;
   const load = (code) => (code === absent ? null : code === 0 ? 0 : 2 ** octaves(code));
   const color = Array.from({ length: 256 }, (_, code) =>
     code === absent ? null : code === 0 ? dead : Math.max(-colorRange, Math.min(colorRange, octaves(code))));
-  const label = Array.from({ length: 256 }, (_, code) => (code === absent ? "" : load(code).toPrecision(2)));
+  const label = Array.from({ length: 256 }, (_, code) => (code === absent ? "–" : load(code).toPrecision(2)));
   const loads = await Promise.all(runs.map((run, index) => loadsOf(index, run)));
   let figures;
 
   const of = (index) => (runs.length > 1 ? `${data.course.data[index].name}: ` : "");
-  const framesNow = () => runs.map((run) => nearest(run.frames, runs[0].frames[slider.value]));
+  const framesNow = () => runs.map((run) => nearest(run.frames, allFrames[slider.value]));
+  // Row of the picked layer; -1 if the run lacks the layer or the expert.
+  const rowOf = (run) => (Number(expert.value) < run.numExperts ? run.layers.indexOf(Number(layer.value)) : -1);
   const codeOf = (index, frame) => {
-    const run = runs[index];
-    return loads[index][(frame * run.layers.length + Number(layer.value)) * run.numExperts + Number(expert.value)];
+    const run = runs[index], row = rowOf(run);
+    return row < 0 ? absent : loads[index][(frame * run.layers.length + row) * run.numExperts + Number(expert.value)];
   };
   // Frame around the picked expert. It has two colours, so it is visible on every load colour.
-  const framed = (layout) => ({ ...layout, shapes: layout.shapes.map((shape) => ({
-    ...shape,
+  const framed = (run, layout) => ({ ...layout, shapes: layout.shapes.map((shape) => ({
+    ...shape, visible: rowOf(run) >= 0,
     x0: Number(expert.value) - 0.5, x1: Number(expert.value) + 0.5,
-    y0: Number(layer.value) - 0.5, y1: Number(layer.value) + 0.5,
+    y0: rowOf(run) - 0.5, y1: rowOf(run) + 0.5,
   })) });
 
   const showMap = (run, index, frame) => {
@@ -52,7 +54,7 @@ drawPage(async () => {
     draw(`heatmap-${index}`, [
       { ...map, z: rows(codes.map((code) => color[code]), run), text: rows(codes.map((code) => label[code]), run) },
       { ...crosses, x: crossed.map((at) => at % run.numExperts), y: crossed.map((at) => String(run.layers[Math.floor(at / run.numExperts)])) },
-    ], framed(layout));
+    ], framed(run, layout));
   };
   const showCourse = (step) => draw("course", runs.map((run, index) => ({
     ...figures.course.data[index], x: run.frames, y: run.frames.map((_, frame) => load(codeOf(index, frame))),
@@ -62,19 +64,20 @@ drawPage(async () => {
 
   const show = () => {
     const frames = framesNow();
-    const steps = runs.map((run, index) => `${of(index)}step ${run.frames[frames[index]]}`).join(", ");
+    const shown = runs.map((run, index) => run.frames[frames[index]]);
+    const steps = new Set(shown).size === 1 ? `step ${shown[0]}` : shown.map((step, index) => `${of(index)}step ${step}`).join(", ");
     const picked = runs.map((_, index) => `${of(index)}${label[codeOf(index, frames[index])]} × balanced`).join(", ");
     document.getElementById("step").textContent = steps;
     document.getElementById("picked").textContent = picked;
     slider.setAttribute("aria-valuetext", steps);
     runs.forEach((run, index) => showMap(run, index, frames[index]));
-    showCourse(runs[0].frames[slider.value]);
+    showCourse(allFrames[slider.value]);
   };
   const move = (by) => { slider.value = Number(slider.value) + by; show(); };
 
   inEveryTheme(() => { figures = themed(text); show(); });
-  runs.forEach((_, index) => document.getElementById(`heatmap-${index}`).on("plotly_click", ({ points: [point] }) => {
-    [layer.value, expert.value] = point.pointIndex;
+  runs.forEach((run, index) => document.getElementById(`heatmap-${index}`).on("plotly_click", ({ points: [point] }) => {
+    [layer.value, expert.value] = [run.layers[point.pointIndex[0]], point.pointIndex[1]];
     show();
   }));
   slider.addEventListener("input", show);

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from titan_moe_lb.commands.diagnose.examined_run import ExaminedRun
+from titan_moe_lb.commands.diagnose.runs_table import runs_table
 from titan_moe_lb.commands.report import load_codes, load_map, summary
 from titan_moe_lb.commands.report.charts import charts
-from titan_moe_lb.commands.report.run_names import MARKS, run_names
 from titan_moe_lb.pages import html_page
+from titan_moe_lb.pages.charts import MARKS
+from titan_moe_lb.traces.run_names import run_names
 from titan_moe_lb.traces.trace import Trace
 
 MOST_FRAMES = 400
@@ -19,23 +23,30 @@ MOST_PAGE_BYTES = 4_950_000
 _MARKUP_BYTES = 60_000
 
 
-def render(traces: list[Trace]) -> str:
-    """Render the page of one run, or of several runs of one model."""
+def render(traces: list[Trace], notes: Sequence[str] = ()) -> str:
+    """Render the page of one run, or of several runs.
+
+    Args:
+        traces: the runs.
+        notes: sentences about runs that the page leaves out.
+    """
     shown = charts(traces)
     drawings = html_page.drawings(shown)
     rest = MOST_PAGE_BYTES - _MARKUP_BYTES - len(drawings) - len(html_page.packed_plotly())
     most_load_bytes = rest * 3 // 4 // len(traces)  # base64 encodes 3 bytes as 4
-    names = run_names([trace.path for trace in traces])
+    names = run_names([trace.info for trace in traces], [trace.path for trace in traces])
     runs = [
         _run(mark, name, trace, most_load_bytes)
-        for mark, name, trace in zip(MARKS, names, traces, strict=False)
+        for mark, name, trace in zip(MARKS, names.names, traces, strict=False)
     ]
+    frames = max((run["frames"] for run in runs), key=lambda frames: frames[-1])
     data = {
         "lowestOctave": load_codes.LOWEST_OCTAVE,
         "levelsPerOctave": load_codes.LEVELS_PER_OCTAVE,
         "dead": load_map.DEAD,
         "colorRange": load_map.COLOR_RANGE,
         "course": html_page.plain(load_map.course(traces)),
+        "frames": frames,
         "runs": [
             {
                 "frames": run["frames"],
@@ -49,6 +60,11 @@ def render(traces: list[Trace]) -> str:
     return html_page.render(
         "commands/report/page.html.jinja",
         runs=runs,
+        table=runs_table([run["examined"] for run in runs], names, MARKS),
+        notes=notes,
+        layers=sorted({layer for trace in traces for layer in trace.layers}),
+        most_experts=max(trace.info.num_experts for trace in traces),
+        num_frames=len(frames),
         charts=shown,
         data=html_page.packed(json.dumps(data)),
         drawings=drawings,
@@ -63,6 +79,7 @@ def _run(mark: str, name: str, trace: Trace, most_load_bytes: int) -> dict[str, 
         "mark": mark,
         "trace": trace,
         "name": name,
+        "examined": ExaminedRun.of(trace),
         "facts": summary.facts(trace),
         "cards": summary.cards(trace, hottest[0]),
         "hottest": summary.hottest_now(trace),
