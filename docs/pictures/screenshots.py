@@ -64,7 +64,7 @@ def main() -> None:
         write_run(run, RUN, 120, skew=1.6, every=10)
         command("report", str(run))
         command(*PLAN, "-o", str(plan))
-        photograph(run / "report.html", "report", 880)
+        photograph(run / "report.html", "report", 1080)
         photograph(plan, "plan", 855)
 
 

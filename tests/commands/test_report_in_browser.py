@@ -105,6 +105,32 @@ def test_slider_buttons_and_a_click(tmp_path):
     assert shown["plots"] > 2 and shown["warnings"] == 0
 
 
+def test_a_finding_leads_to_its_expert_and_crosses_fill_their_cells(tmp_path):
+    counts_SME = np.full((12, 4, 8), 1000)
+    counts_SME[:, 2, 5] = 0
+    folder = rewritten(write_run(tmp_path, run_info(), 12), counts_SME)
+    cli.main(["report", str(folder)])
+    shown = browser.act(
+        folder / "report.html",
+        READ
+        + """
+        const [layer, expert] = ["layer", "expert"].map((id) => document.getElementById(id));
+        layer.value = 1; expert.value = 0; layer.dispatchEvent(new Event("input"));
+        const before = document.getElementById("picked").textContent;
+        const link = document.querySelector(".finding a");
+        link.click();
+        const heatmap = document.getElementById("heatmap-0");
+        return [before, link.textContent, layer.value, expert.value,
+          document.getElementById("picked").textContent, location.hash, heatmap.data[1].marker.size,
+          document.querySelector(link.getAttribute("href")) !== null];
+        """,
+    )
+    before, text, layer, expert, picked, place, size, exists = shown
+    assert before == "1.0 × balanced" and text == "layer 3, expert 5"
+    assert (layer, expert, picked, place, exists) == ("3", "5", "0.0 × balanced", "#map", True)
+    assert size > 10, "8 experts are wider than the largest cross"
+
+
 def test_two_runs_move_together_to_the_nearest_logged_step(tmp_path):
     """One run logs each step, the other every third."""
     first = write_run(tmp_path / "a", run_info(), 10)

@@ -16,9 +16,6 @@ from titan_moe_lb.commands.diagnose.runs_table import runs_table
 from titan_moe_lb.traces.named_runs import NamedRuns
 from titan_moe_lb.traces.run_names import run_names
 
-EARLY = 60
-"""Step before which no method has balanced a new model (docs/evidence/study.md)."""
-
 
 def diagnose(run_dirs: Sequence[Path], *, as_json: bool = False, fail_on: str = "never") -> int:
     """Print the findings on a run, or a table of several runs.
@@ -95,11 +92,8 @@ def _sentences(run: ExaminedRun) -> str:
         well = [f"  {kind.replace('_', ' '):<24} {seen}" for kind, seen in found.well.items()]
         return "\n".join([head, *well])
     blocks = [f"{steps}:"]
-    if run.last_step < EARLY:
-        blocks.append(
-            f"Before step {EARLY} uneven loads of a new model are expected: in docs/evidence/study.md "
-            "a balance takes 60 to 300 steps."
-        )
+    if run.too_early:
+        blocks.append(run.too_early)
     for finding in found.findings:
         lines = [
             f"{finding.severity.name.lower()} ({finding.kind.replace('_', ' ')}): {finding.what}",

@@ -13,6 +13,9 @@ from titan_moe_lb.traces.balance_statistics import max_violation, num_dead_exper
 from titan_moe_lb.traces.run_info import RunInfo
 from titan_moe_lb.traces.trace import Trace
 
+EARLY = 60
+"""Step before which no method has balanced a new model (docs/evidence/study.md)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExaminedRun:
@@ -69,6 +72,16 @@ class ExaminedRun:
         """First and last step, and their number, as a phrase."""
         steps = f"steps {self.first_step} to {self.last_step}"
         return f"{steps}, {self.num_steps} of them, evenly spread" if self.is_sample else steps
+
+    @property
+    def too_early(self) -> str:
+        """Sentence about a run that no method can have balanced yet; else empty."""
+        if self.last_step >= EARLY:
+            return ""
+        return (
+            f"Before step {EARLY} uneven loads of a new model are expected: in "
+            "docs/evidence/study.md a balance takes 60 to 300 steps."
+        )
 
     @property
     def tokens_per_step(self) -> int:

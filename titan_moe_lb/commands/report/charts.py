@@ -61,15 +61,30 @@ class _Axes:
     title: str
     curves: tuple[_Curve, ...]
 
+    def caption(self, curve: _Curve) -> str:
+        """Name one of the curves; the title tells it apart from curves of other axes."""
+        return curve.label if len(self.curves) == 1 else f"{self.title}, {curve.label}"
+
 
 _CHARTS = (
     (
         "Balance and learning",
         "Does balancing cost the model anything? The language-model loss of the global batch, "
-        "and MaxVio, mean over the layers, over the same steps.",
+        "and MaxVio over the same steps: how far the fullest expert is above the mean load of its "
+        "layer, over the global batch, where 0 is balance. Over the layers, and the mean of every "
+        "micro-batch by itself.",
         (
             _Axes("loss", (_Curve("loss", "loss"),)),
-            _Axes("MaxVio", (_Curve("MaxVio mean", "MaxVio"),)),
+            _Axes(
+                "MaxVio",
+                (
+                    _Curve("MaxVio mean", "mean", _MAIN),
+                    _Curve("MaxVio maximum", "maximum", _HIGHEST),
+                    _Curve("MaxVio p95", "p95", _HIGH, only_alone=True),
+                    _Curve("MaxVio p50", "p50", _MIDDLE, only_alone=True),
+                    _Curve("micro_batch_max_violation", "micro-batch", _OTHER),
+                ),
+            ),
         ),
     ),
     (
@@ -79,23 +94,6 @@ _CHARTS = (
         (
             _Axes("grad norm", (_Curve("grad_norm", "grad norm"),)),
             _Axes("tokens per second", (_Curve("tokens_per_second", "tokens per second"),)),
-        ),
-    ),
-    (
-        "MaxVio over steps",
-        "How far the fullest expert is above the mean load of its layer, over the global "
-        "batch: 0 is balance. Over the layers, and the mean of every micro-batch by itself.",
-        (
-            _Axes(
-                "MaxVio",
-                (
-                    _Curve("MaxVio mean", "mean", _MAIN, only_alone=True),
-                    _Curve("MaxVio maximum", "maximum", _HIGHEST),
-                    _Curve("MaxVio p95", "p95", _HIGH, only_alone=True),
-                    _Curve("MaxVio p50", "p50", _MIDDLE, only_alone=True),
-                    _Curve("micro_batch_max_violation", "micro-batch", _OTHER),
-                ),
-            ),
         ),
     ),
     (
@@ -166,7 +164,7 @@ def charts(traces: list[Trace]) -> list[Chart]:
         if len(traces) == 1:
             return [_of_run(traces[0], series[0], one) for one in shown if one.curves]
         return [
-            _of_curve(traces, series, one.title, curve)
+            _of_curve(traces, series, one, curve)
             for one in shown
             for curve in one.curves
             if not curve.only_alone
@@ -215,15 +213,16 @@ def _of_run(trace: Trace, series: dict[str, np.ndarray], axes: _Axes) -> Panel:
     for curve in axes.curves:
         _add(drawn, trace, curve.label, series[curve.name], MOST_POINTS, curve.pen)
     label_curves(drawn, labelled=None if len(axes.curves) > 1 else [])
+    _mark_resumptions(drawn, trace)
     first = axes.curves[0]
-    return Panel(_course_of(first.label, series[first.name]), drawn)
+    return Panel(_course_of(axes.caption(first), series[first.name]), drawn)
 
 
 def _of_curve(
-    traces: list[Trace], series: list[dict[str, np.ndarray]], title: str, curve: _Curve
+    traces: list[Trace], series: list[dict[str, np.ndarray]], axes: _Axes, curve: _Curve
 ) -> Panel:
     """Draw one quantity, with a curve for each run."""
-    drawn = blank_figure(title, labels=len(traces))
+    drawn = blank_figure(axes.title, labels=len(traces))
     lacking = []
     most_points = min(MOST_POINTS, MOST_POINTS_OF_RUNS // len(traces))
     for mark, pen, trace, one in zip(MARKS, PENS, traces, series, strict=False):
@@ -233,7 +232,7 @@ def _of_curve(
             lacking.append(mark)
     label_curves(drawn)
     note = f" (not recorded by {', '.join(lacking)})" if lacking else ""
-    return Panel(f"{curve.label}{note}", drawn)
+    return Panel(f"{axes.caption(curve)}{note}", drawn)
 
 
 def _per_layer(trace: Trace, column: Column, label: str) -> Panel:
@@ -248,7 +247,18 @@ def _per_layer(trace: Trace, column: Column, label: str) -> Panel:
     _add(drawn, trace, label, total_S, MOST_POINTS_PER_LAYER, Pen(color("ink"), width=2.8))
     label_curves(drawn, labelled=None if len(drawn.data) <= MOST_LABELS else [label])
     drawn.update_layout(hovermode="closest")
+    _mark_resumptions(drawn, trace)
     return Panel(_course_of(label, total_S), drawn)
+
+
+def _mark_resumptions(figure: go.Figure, trace: Trace) -> None:
+    """Draw a line at each step where a run was resumed, since a curve may jump there."""
+    for index, step in enumerate(trace.info.resumed_at):
+        figure.add_vline(
+            step,
+            line={"dash": "dot", "width": 1, "color": color("edge")},
+            annotation={"text": "" if index else "resumed", "font": {"color": color("soft")}},
+        )
 
 
 def _course_of(label: str, values_S: np.ndarray) -> str:

@@ -40,7 +40,7 @@ def heatmap(trace: Trace) -> go.Figure:
         ygap=1 if num_layers <= 32 else 0,
         showscale=False,
     )
-    marker = {"symbol": "x-thin", "size": 6, "line": {"color": color("cross"), "width": 1.5}}
+    marker = {"symbol": "x-thin", "line": {"color": color("cross"), "width": 1.5}}
     figure.add_scatter(mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
     for role, width in (("surface", 5), ("ink", 2)):  # frame of the picked expert
         figure.add_shape(type="rect", line={"color": color(role), "width": width})

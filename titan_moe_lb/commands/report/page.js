@@ -50,10 +50,12 @@ drawPage(async () => {
     const { data: [map, crosses], layout } = figures.runs[index].heatmap;
     const { width } = document.getElementById(`heatmap-${index}`).getBoundingClientRect();
     // In smaller cells, crosses would hide the black.
-    const crossed = Math.min(width / run.numExperts, layout.height / run.layers.length) < 8 ? [] : empty;
+    const cell = Math.min(width / run.numExperts, layout.height / run.layers.length);
+    const crossed = cell < 8 ? [] : empty;
+    const marker = { ...crosses.marker, size: Math.min(20, cell * 0.6) };
     draw(`heatmap-${index}`, [
       { ...map, z: rows(codes.map((code) => color[code]), run), text: rows(codes.map((code) => label[code]), run) },
-      { ...crosses, x: crossed.map((at) => at % run.numExperts), y: crossed.map((at) => String(run.layers[Math.floor(at / run.numExperts)])) },
+      { ...crosses, marker, x: crossed.map((at) => at % run.numExperts), y: crossed.map((at) => String(run.layers[Math.floor(at / run.numExperts)])) },
     ], framed(run, layout));
   };
   const showCourse = (step) => draw("course", runs.map((run, index) => ({
@@ -78,6 +80,10 @@ drawPage(async () => {
   inEveryTheme(() => { figures = themed(text); show(); });
   runs.forEach((run, index) => document.getElementById(`heatmap-${index}`).on("plotly_click", ({ points: [point] }) => {
     [layer.value, expert.value] = [run.layers[point.pointIndex[0]], point.pointIndex[1]];
+    show();
+  }));
+  document.querySelectorAll("[data-layer]").forEach((link) => link.addEventListener("click", () => {
+    [layer.value, expert.value] = [link.dataset.layer, link.dataset.expert];
     show();
   }));
   slider.addEventListener("input", show);

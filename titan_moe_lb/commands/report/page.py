@@ -75,11 +75,15 @@ def _run(mark: str, name: str, trace: Trace, most_load_bytes: int) -> dict[str, 
     """Compute the template variables of one run."""
     loads, frames = load_codes.pack_within(trace.counts_SME, MOST_FRAMES, most_load_bytes)
     hottest, coldest = summary.hottest_and_coldest(trace)
+    examined = ExaminedRun.of(trace)
     return {
         "mark": mark,
         "trace": trace,
         "name": name,
-        "examined": ExaminedRun.of(trace),
+        "examined": examined,
+        "findings": [
+            (finding, summary.places(trace, finding)) for finding in examined.diagnosis.findings
+        ],
         "facts": summary.facts(trace),
         "cards": summary.cards(trace, hottest[0]),
         "hottest": summary.hottest_now(trace),

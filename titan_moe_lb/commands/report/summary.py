@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from titan_moe_lb.commands.answer import words
+from titan_moe_lb.commands.diagnose.finding import Finding
 from titan_moe_lb.traces.balance_statistics import (
     ABSENT,
     extreme_experts,
@@ -19,6 +20,8 @@ from titan_moe_lb.traces.trace import Trace
 
 NUM_LISTED = 8
 """Experts in each table."""
+NUM_PLACES = 3
+"""Layers or experts that a card or a finding names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,9 @@ def facts(trace: Trace) -> dict[str, str]:
 
 
 def cards(trace: Trace, hottest: Expert) -> list[Card]:
-    """Make the cards at the top of the page.
+    """Make the cards at the top of the page: values of the last step, and their places.
+
+    A value that the run has not recorded, or that cannot differ, has no card.
 
     Args:
         trace: trace of the run.
@@ -72,59 +77,88 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
     """
     steps, step = trace.steps, "step that was read" if trace.is_sample else "logged step"
     now = hottest_now(trace)
-    violation_SM = max_violation(trace.counts_SME)
-    violation_S = violation_SM.mean(axis=1)
-    worst = int(violation_SM[-1].argmax())
-    dead_S = num_dead_experts(trace.counts_SME).sum(axis=1)
+    violation_M = max_violation(trace.counts_SME[-1])
+    worst = int(violation_M.argmax())
+    dead_SM = num_dead_experts(trace.counts_SME)
+    dead_S = dead_SM.sum(axis=1)
     average_S = trace.over_steps("avg_overload_factor")
     peak_S = trace.over_steps("max_overload_factor")
     cumulative_S = trace.over_steps("max_cum_overload_factor")
     slot_S = trace.over_steps("activation_slot_factor")
-    loss_S = trace.over_steps("loss")
-    return [
+    loss, pace, seconds = (
+        trace.over_steps(name)[-1] for name in ("loss", "tokens_per_second", "step_seconds")
+    )
+    made = []
+    if np.isfinite(loss):
+        pace_note = f"; {number(pace)} tokens/s per device, {number(seconds)} s per step"
+        note = f"step {steps[-1]}{pace_note if np.isfinite(pace) else ''}"
+        made.append(Card("Loss", number(loss), note))
+    made += [
         Card(
-            "Loss, first → last",
-            f"{number(loss_S[0])} → {number(loss_S[-1])}",
-            f"{number(trace.over_steps('tokens_per_second')[-1])} tokens/s per device, "
-            f"{number(trace.over_steps('step_seconds')[-1])} s per step"
-            if np.isfinite(loss_S).any()
-            else "not recorded",
+            "MaxVio",
+            number(violation_M.mean()),
+            f"mean over the layers; worst: layer {trace.layers[worst]} with "
+            f"{number(violation_M[worst])}",
         ),
         Card(
-            "MaxVio, first → last",
-            f"{number(violation_S[0])} → {number(violation_S[-1])}",
-            f"worst layer now: {trace.layers[worst]} with {number(violation_SM[-1, worst])}",
-        ),
-        Card(
-            "Overload, mean / max",
-            f"{number(average_S[-1])} / {number(peak_S[-1])}",
-            f"last step; {_peak(peak_S, steps)}",
-        ),
-        Card(
-            "Overload, cumulative",
-            number(cumulative_S[-1]),
-            f"last step; {_peak(cumulative_S, steps)}",
+            "Hottest expert",
+            f"{now.last} ×",
+            f"layer {now.layer}, expert {now.expert}; mean of the run: layer {hottest.layer}, "
+            f"expert {hottest.expert} with {hottest.mean} ×",
         ),
         Card(
             "Dead experts",
             f"{dead_S[-1]} of {trace.info.num_experts_M.sum()}",
-            f"last step; most: {dead_S.max()} at step {steps[dead_S.argmax()]}"
+            f"{_of_layers(trace, dead_SM[-1])}most: {dead_S.max()} at step {steps[dead_S.argmax()]}"
             if dead_S.any()
             else f"none in any {step}",
         ),
-        Card(
-            "Hottest expert",
-            f"layer {now.layer}, expert {now.expert}",
-            f"{now.last} × the balanced load, last step; mean of the run: layer {hottest.layer}, "
-            f"expert {hottest.expert} with {hottest.mean} ×",
-        ),
-        Card(
-            "DistMoE scratch / slot",
-            f"{number(exceeded_by(peak_S, 0))} / {number(exceeded_by(slot_S, 0))}",
-            f"factors that no {step} overran; at most 1 % of them overran "
-            f"{number(exceeded_by(peak_S, 0.01))} / {number(exceeded_by(slot_S, 0.01))}",
-        ),
     ]
+    if trace.info.ep == 1 or not np.isfinite(peak_S).any():
+        return made
+    made.append(
+        Card(
+            "Most loaded rank",
+            f"{number(peak_S[-1])} ×",
+            f"overload, the largest of all layers; their mean {number(average_S[-1])}; "
+            f"{_peak(peak_S, steps)}",
+        )
+    )
+    if np.isfinite(cumulative_S).any() and not np.array_equal(cumulative_S, average_S):
+        made.append(
+            Card("Cumulative overload", f"{number(cumulative_S[-1])} ×", _peak(cumulative_S, steps))
+        )
+    capacities = {"scratch": peak_S, "slot": slot_S}
+    known = {name: one_S for name, one_S in capacities.items() if np.isfinite(one_S).any()}
+    none, few = (
+        " / ".join(number(exceeded_by(one_S, share)) for one_S in known.values())
+        for share in (0, 0.01)
+    )
+    made.append(
+        Card(
+            f"DistMoE {' / '.join(known)}",
+            none,
+            f"factors that no {step} overran; at most 1 % of them overran {few}",
+        )
+    )
+    return made
+
+
+def _of_layers(trace: Trace, dead_M: np.ndarray) -> str:
+    """Describe the layers with dead experts, the one with the most first; empty without any."""
+    order = np.argsort(-dead_M, kind="stable")[:NUM_PLACES]
+    named = [f"{dead_M[row]} in layer {trace.layers[row]}" for row in order if dead_M[row]]
+    more = ", ..." if (dead_M > 0).sum() > NUM_PLACES else ""
+    return f"{', '.join(named)}{more}; " if named else ""
+
+
+def places(trace: Trace, finding: Finding) -> list[tuple[int, int]]:
+    """Return layers and experts to look at for a finding: its own, or the hottest of its layers."""
+    if finding.experts:
+        return list(finding.experts[:NUM_PLACES])
+    rows = [trace.layers.index(layer) for layer in (finding.layers or ())[:NUM_PLACES]]
+    load_ME = relative_load(trace.counts_SME[-1])
+    return [(trace.layers[row], int(np.nanargmax(load_ME[row]))) for row in rows]
 
 
 def hottest_and_coldest(trace: Trace) -> tuple[list[Expert], list[Expert]]:
@@ -177,7 +211,5 @@ def number(value: float) -> str:
 
 
 def _peak(values_S: np.ndarray, steps: np.ndarray) -> str:
-    if np.isnan(values_S).all():
-        return "not recorded"
     peak = int(np.nanargmax(values_S))
     return f"peak {number(values_S[peak])} at step {steps[peak]}"
