@@ -172,7 +172,7 @@ def test_metadata_of_a_trace():
     table = page.split("### Metadata")[1].split("### Damage")[0]
     named = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
     fields = {field.name for field in dataclasses.fields(RunInfo)}
-    assert named == fields - {"columns"} | {"figures"}  # as the file names it
+    assert named == fields
     assert f"of the format ({FORMAT_VERSION})" in table
 
 
