@@ -7,6 +7,8 @@ many experts would tie.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -28,5 +30,6 @@ def in_float32(gate: nn.Module, x_BLD: torch.Tensor) -> torch.Tensor:
     """
     copies = {name: p.float() for name, p in gate.named_parameters() if p.dtype in HALF}
     x_BLD = x_BLD.float() if x_BLD.dtype in HALF else x_BLD
-    with torch.autocast(device_type=x_BLD.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(x_BLD.device.type)
+    with torch.autocast(x_BLD.device.type, enabled=False) if autocast else nullcontext():
         return functional_call(gate, copies, x_BLD) if copies else gate(x_BLD)

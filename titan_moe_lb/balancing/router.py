@@ -130,6 +130,8 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         at_once = [loss for loss in self._of_sums if loss.needs_counts]
         sources = [[loss.count_source for loss in some] for some in (self._counted, at_once)]
         self.sources = CountSources(*sources, padded=padded, num_documents=self.num_documents)
+        self._whole_sums = not all(loss.linear for loss in self._of_sums)
+        self._whole_counts = bool(at_once)
         for loss in self.aux_losses.values():
             loss.groups = groups
         for loss in (*self._counted, *at_once):
@@ -260,19 +262,21 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         """
         chosen = choice.choose(self, scores_BLE, expert_bias_E, tokens, learns)
         ids_BLK = self.save(chosen.expert_ids_BLK)
-        coefficients_BE = None
-        if learns and self.record is not None:
-            if self.record.scores is not None:
+        coefficients_BE, record = None, self.record
+        if learns and record is not None:
+            if record.scores is not None:
                 x_BLD, logits_BLE = map(local_shard, of_gate)
                 gate = self.score_func, self.gate.weight.dtype, x_BLD, logits_BLE
-                self.record.scores.add(*gate, scores_BLE, inverse_BL, chosen, tokens)
+                record.scores.add(*gate, scores_BLE, inverse_BL, chosen, tokens)
             counts_by_source = self.sources.count(
                 ids_BLK,
                 lambda: choice.unbiased(self, scores_BLE, expert_bias_E, ids_BLK),
                 tokens,
-                self.record,
+                record,
             )
-            coefficients_BE = self._coefficients(scores_BLE, counts_by_source, inverse_BL, tokens)
+            coefficients_BE = self._coefficients(
+                scores_BLE, counts_by_source, inverse_BL, tokens, record
+            )
         elif not learns:
             self._count_held_out(ids_BLK)
         return ids_BLK, coefficients_BE
@@ -289,13 +293,14 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         counts_by_source: list[torch.Tensor | None],
         inverse_BL: torch.Tensor | None,
         tokens: BatchTokens | None,
+        record: RouterRecord,
     ) -> torch.Tensor | None:
         """Compute the weighted gradient of the losses of sums in the probability sums, float32.
 
         Returns:
             ``(B, E)`` or ``(1, E)``, with documents ``(B, D, E)``; None without a loss or a token.
         """
-        if self.record is None or not self._of_sums or not scores_BLE.numel():
+        if not self._of_sums or not scores_BLE.numel():
             return None
         documents = self.num_documents > 1
         tables = SequenceTables(
@@ -305,16 +310,16 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
             tokens,
             num_documents=self.num_documents,
             groups=self._groups,
-            whole_sums=not all(loss.linear for loss in self._of_sums),
-            whole_counts=any(loss.needs_counts for loss in self._of_sums),
+            whole_sums=self._whole_sums,
+            whole_counts=self._whole_counts,
         )
         total = None
         for loss in self._of_sums:
-            coefficients_BE = loss.contribute(tables, self.record, self.save)
+            coefficients_BE = loss.contribute(tables, record, self.save)
             if documents:  # (B, D, E), or broadcasting to it
                 shape = (-1, 1) if loss.config.documents is None else (len(scores_BLE), -1)
                 coefficients_BE = coefficients_BE.unflatten(0, shape)
-            weight = self.record.weights_A.select(0, loss.index)
+            weight = record.weights_A.select(0, loss.index)
             if total is None:
                 total = coefficients_BE * weight
             else:

@@ -85,7 +85,7 @@ class CountSources:
         Returns:
             int64 ``(Q, E)`` for each source; None for one that no loss needs at once.
         """
-        num_rows, num_experts = ids_BLK.shape[0], record.counts_MSE.shape[-1]
+        num_rows, num_experts = ids_BLK.shape[0], record.num_experts
         is_first_run = not is_recomputation()
         if is_first_run:
             record.note_ids(ids_BLK)

@@ -68,6 +68,9 @@ class RouterRecord(nn.Module):
         self.last_slot, self.scores = last_slot, scores
         for name, row in rows.items():
             self.register_buffer(name, row, persistent=False)
+        slots, sources, self.num_experts = self.counts_MSE.shape
+        self._per_slot = self.counts.shape[0] // slots
+        self._per_source = self._per_slot // sources
 
     def _apply(self, fn, recurse: bool = True) -> RouterRecord:
         """Ignore moves and casts of the model: the rows are views of one table of all routers."""
@@ -89,11 +92,10 @@ class RouterRecord(nn.Module):
 
     def add_counts(self, source: int, ids_BLK: torch.Tensor, number: torch.Tensor) -> None:
         """Add the tokens of one forward to the record, without a temporary table of counts."""
-        per_slot = len(self.counts) // len(self.counts_MSE)
-        first = source * (per_slot // self.counts_MSE.shape[1])
-        places = torch.add(ids_BLK, self._slot, alpha=per_slot).reshape(-1)
+        counts, first = self.counts, source * self._per_source
+        places = torch.add(ids_BLK, self._slot, alpha=self._per_slot).reshape(-1)
         tokens = number.expand_as(ids_BLK).reshape(-1)
-        self.counts.narrow(0, first, len(self.counts) - first).index_add_(0, places, tokens)
+        counts.narrow(0, first, counts.shape[0] - first).index_add_(0, places, tokens)
 
     def note_ids(self, expert_ids_BLK: torch.Tensor) -> None:
         """Record the selected experts of one forward, in a job that records them."""
