@@ -70,8 +70,8 @@ def overruns(plan: Plan) -> Table | None:
             for degree in plan.degrees
         ],
         text=[
-            "DistMoE's capacity factors that none, or this share, of the "
-            f"{compared} micro-batches of the planned size, from the run's second half, overruns. An overrun of "
+            "DistMoE's capacity factors that none of the run's micro-batches overruns, or at most "
+            f"this share: {compared} of the planned size, from its second half. An overrun of "
             "scratch_capacity_factor is an error; with vmm_capacity_factor it goes to host memory, "
             "and an overrun of that factor is the error. An overrun of "
             "activation_slot_capacity_factor is recomputed."
