@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import spmd_types as spmd
 import torch
 
 from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens
 from titan_moe_lb.functional import attached_gradient
-from titan_moe_lb.parallel.local_shard import local_shard, placed_as
+from titan_moe_lb.parallel.local_shard import local_shard, placed_as, untyped
 
 if TYPE_CHECKING:
     from titan_moe_lb.balancing.recording.step_record import StepRecord
@@ -45,7 +44,9 @@ class GradientNorms:
     def attach_losses(self, logits_BLE: torch.Tensor, tokens: BatchTokens | None) -> torch.Tensor:
         """Attach the losses of logits as the router does, and measure the aux losses' gradient."""
         if self._record.measures:
-            logits_BLE = _measured(logits_BLE, self._squares_2[1])
+            with untyped():
+                local_BLE = _Measure.apply(local_shard(logits_BLE), self._squares_2[1])
+            logits_BLE = placed_as(logits_BLE, local_BLE)
         return self._attach(logits_BLE, tokens)
 
     def gather(
@@ -56,7 +57,7 @@ class GradientNorms:
         coefficients_BE: torch.Tensor | None,
         *losses: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the scores on the path of the model's loss, and measure its gradient.
+        """Gather the local scores on the path of the model's loss, and measure its gradient.
 
         The losses of sums are attached on the path of the aux losses. An evaluation is not
         measured, nor is a step that is left out. Arguments and result are as in ``LoadBalancedRouter.gather``.
@@ -64,23 +65,15 @@ class GradientNorms:
         if not (self._router.training and self._record.measures):
             return self._gather(logits_BLE, scores_BLE, ids_BLK, coefficients_BE, *losses)
         score = SCORE_FUNCTIONS[self._router.score_func]
-        main_BLE = score(_measured(logits_BLE, self._squares_2[0]))
-        chosen_BLK = local_shard(main_BLE).gather(-1, ids_BLK)
-        with spmd.no_typecheck():
-            chosen_BLK = _AttachApart.apply(
-                chosen_BLK, local_shard(scores_BLE), coefficients_BE, *losses
-            )
-        return main_BLE, placed_as(main_BLE, chosen_BLK)
-
-
-def _measured(logits_BLE: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Return the logits; the backward adds their gradient's sum of squares to ``squares.grad``."""
-    with spmd.no_typecheck():
-        local_BLE = _Measure.apply(local_shard(logits_BLE), squares)
-    return placed_as(logits_BLE, local_BLE)
+        main_BLE = score(_Measure.apply(local_shard(logits_BLE), self._squares_2[0]))
+        chosen_BLK = main_BLE.gather(-1, ids_BLK)
+        chosen_BLK = _AttachApart.apply(chosen_BLK, scores_BLE, coefficients_BE, *losses)
+        return main_BLE, chosen_BLK
 
 
 class _Measure(torch.autograd.Function):
+    """Return the logits; the backward adds their gradient's sum of squares to ``squares.grad``."""
+
     @staticmethod
     def forward(ctx, logits_BLE, squares):
         return logits_BLE.view_as(logits_BLE)

@@ -10,12 +10,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import spmd_types as spmd
 import torch
 
 from titan_moe_lb.balancing.recording.recomputation import is_recomputation, saved_decision
 from titan_moe_lb.balancing.router import LoadBalancedRouter
-from titan_moe_lb.parallel.local_shard import local_shard
+from titan_moe_lb.parallel.local_shard import local_shard, untyped
 
 
 def is_hash_router(router: Any) -> bool:
@@ -41,7 +40,7 @@ def counted(own: Any) -> type[LoadBalancedRouter]:
 
         def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
             result = own.forward(self, *args, **kwargs)
-            with spmd.no_typecheck(), torch.no_grad():
+            with untyped(), torch.no_grad():
                 _count(self, local_shard(result[1]))
             return result
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import spmd_types as spmd
 import torch
 from torch import nn
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
@@ -33,7 +32,7 @@ from titan_moe_lb.balancing.score_functions import SCORE_FUNCTIONS
 from titan_moe_lb.balancing.valid_tokens.batch_tokens import BatchTokens, token_weights
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.functional import gather_scores
-from titan_moe_lb.parallel.local_shard import local_shard, placed_as
+from titan_moe_lb.parallel.local_shard import local_shard, placed_as, untyped
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.parallel.schedules import Action
 from titan_moe_lb.resolved_job import Job
@@ -162,25 +161,28 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         if learns:
             self._check_loop()
             if self.needs_tokens:
-                with spmd.no_typecheck(), torch.no_grad():
+                with untyped(), torch.no_grad():
                     tokens = saved_decision(self._saved_tokens)
             with_losses_BLE = self.attach_losses(logits_BLE, tokens)
         scores_BLE = SCORE_FUNCTIONS[self.score_func](with_losses_BLE)
-        with spmd.no_typecheck(), torch.no_grad():
-            local_BLE = local_shard(scores_BLE)
-            inverse_BL = None
-            if learns and self._of_sums:
-                inverse_BL = token_weights(self.score_func, local_BLE, tokens)
-            bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
-            ids_BLK, coefficients_BE = saved_decision(
-                lambda: self._decide(
-                    (x_BLD, logits_BLE), local_BLE, bias_E, inverse_BL, tokens, learns
+        with untyped():
+            local_BLE, inverse_BL = local_shard(scores_BLE), None
+            with torch.no_grad():
+                if learns and self._of_sums:
+                    inverse_BL = token_weights(self.score_func, local_BLE, tokens)
+                bias_E = None if expert_bias_E is None else local_shard(expert_bias_E)
+                ids_BLK, coefficients_BE = saved_decision(
+                    lambda: self._decide(
+                        (x_BLD, logits_BLE), local_BLE, bias_E, inverse_BL, tokens, learns
+                    )
                 )
+            document_BL = None if tokens is None else tokens.document_BL
+            own_BLE, chosen_BLK = self.gather(
+                logits_BLE, local_BLE, ids_BLK, coefficients_BE, inverse_BL, document_BL
             )
-        document_BL = None if tokens is None else tokens.document_BL
-        scores_BLE, topk_scores_BLK = self.gather(
-            logits_BLE, scores_BLE, ids_BLK, coefficients_BE, inverse_BL, document_BL
-        )
+        topk_scores_BLK = placed_as(scores_BLE, chosen_BLK)
+        if own_BLE is not local_BLE:
+            scores_BLE = placed_as(scores_BLE, own_BLE)
         if self.route_norm:
             topk_scores_BLK = topk_scores_BLK / (topk_scores_BLK.sum(dim=-1, keepdim=True) + 1e-20)
         return topk_scores_BLK * self.route_scale, placed_as(scores_BLE, ids_BLK), scores_BLE
@@ -191,7 +193,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         if not self._of_logits or not local_BLE.numel():
             return logits_BLE
         assert self.record is not None
-        with spmd.no_typecheck():
+        with untyped():
             for loss in self._of_logits:
                 local_BLE = loss.attach(local_BLE, tokens, self.record)
         return placed_as(logits_BLE, local_BLE)
@@ -204,7 +206,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         coefficients_BE: torch.Tensor | None,
         *losses: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the scores of the chosen experts, and attach the losses of sums.
+        """Gather the local scores of the chosen experts, and attach the losses of sums.
 
         ``logits_BLE`` are without losses; ``GradientNorms`` alone needs them. ``losses`` are the
         last arguments of ``functional.gather_scores``; coefficients are None without a loss of sums.
@@ -212,13 +214,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         Returns:
             The scores of all experts ``(B, L, E)``, and of the chosen ones ``(B, L, K)``.
         """
-        local_BLE = local_shard(scores_BLE)
         if coefficients_BE is None:
-            chosen_BLK = local_BLE.gather(-1, ids_BLK)
-        else:
-            with spmd.no_typecheck():
-                chosen_BLK = gather_scores(local_BLE, ids_BLK, coefficients_BE, *losses)
-        return scores_BLE, placed_as(scores_BLE, chosen_BLK)
+            return scores_BLE, scores_BLE.gather(-1, ids_BLK)
+        return scores_BLE, gather_scores(scores_BLE, ids_BLK, coefficients_BE, *losses)
 
     def _check_loop(self) -> None:
         """Raise ``JobError`` without a training loop that closes the steps and knows their rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import spmd_types as spmd
 import torch
@@ -13,6 +14,11 @@ from torch.distributed.tensor import DTensor
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """Return the local tensor of a DTensor, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def untyped() -> AbstractContextManager:
+    """Pause the checks of SPMD types, where they are on: local tensors have none."""
+    return spmd.no_typecheck() if spmd.is_type_checking() else nullcontext()
 
 
 def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
