@@ -66,6 +66,7 @@ def planned(
     ep: int,
     dispatcher: Dispatcher = "standard",
     imbalance: str = "1.0",
+    measured_step: float | None = None,
 ) -> Plan:
     """Plan the job of these flags at one expert-parallel degree, as ``titan-moe-lb plan`` does."""
     return make_plan(
@@ -75,6 +76,7 @@ def planned(
             ep=str(ep),
             imbalance=imbalance,
             dispatcher=dispatcher,
+            measured_step=measured_step,
             job_flags=flags,
         )
     )
