@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
+import titan_moe_lb as lb
 from tests.support import planning
 from tests.support.planning import TINY, device_file, plan, write_run
 
@@ -48,6 +51,36 @@ def test_a_run_of_another_name_and_the_same_shape_is_taken(ranks, planned, tmp_p
     arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
     other = plan(ranks, [*arguments, "--from-run", str(tmp_path / "other")], JOB)
     assert measured(other) == measured(mine)
+
+
+def test_a_run_of_fewer_layers_stands_for_the_depth(ranks, planned, tmp_path):
+    """Two recorded layers, the first hot, stand for three: layer 0 * 2 // 3 = 0, 0, then 1."""
+    hot_and_even = np.stack([HOT_01, EVEN])
+    mine = planned(np.broadcast_to(np.stack([HOT_01, HOT_01, EVEN]), (20, 3, 8)))
+    folder = tmp_path / "other"
+    write_run(folder, np.broadcast_to(hot_and_even, (20, 2, 8)), layers=(0, 7))
+    arguments = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2"]
+    other = plan(ranks, [*arguments, "--from-run", str(folder)], JOB)
+    assert measured(other) == measured(mine)
+    assert (other["run"]["num_layers"], other["run"]["num_planned_layers"]) == (2, 3)
+
+
+def test_a_plan_of_bare_counts_has_a_value_everywhere(ranks, tmp_path):
+    """Counts alone have no times, no micro-batches and no overload: nothing shows them as nan."""
+    with lb.LoadTrace(tmp_path, top_k=2) as trace:
+        for step in range(1, 21):
+            trace.write(step, dict.fromkeys((0, 1, 2), HOT_01))
+    command = ["plan", "--hardware", device_file(tmp_path), "--ranks=2", "--ep=1,2"]
+    command += ["--from-run", str(tmp_path)]
+    page = tmp_path / "plan.html"
+    texts = []
+    for output in (["-o", str(page)], ["--json"]):
+        status, out, err = ranks.run(1, planning.command, [*command, *output, "--", *TINY, *JOB])[0]
+        assert status == 0, err
+        texts.append(out)
+    body = re.sub("<(script|style).*?</\\1>", "", page.read_text(), flags=re.DOTALL)
+    for text in (*texts, body):
+        assert not re.search(r"\b(nan|inf|None|NaN|Infinity|undefined)\b", text)
 
 
 def test_verdict_by_hand(planned):

@@ -178,8 +178,9 @@ class LoadTrace:
                 continue
             if counts_E.sum() % self._top_k or counts_E.sum() != rows[0].sum():
                 raise JobError(
-                    f"the counts of layer {layer} in step {step} sum to {counts_E.sum()}: without "
-                    f"drops_tokens every layer has the same sum, a multiple of top_k {self._top_k}"
+                    f"the counts of layer {layer} in step {step} sum to {counts_E.sum()}: every "
+                    f"layer must have the same sum, a multiple of top_k {self._top_k}, unless a "
+                    "capacity dropped tokens (drops_tokens, --drops-tokens)"
                 )
         declared = {column.name: column.per for column in info.columns}
         if found := values.keys() - declared.keys():

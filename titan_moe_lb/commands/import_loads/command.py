@@ -92,7 +92,8 @@ def import_loads(
         f"{output}: {num_steps:,} steps ({first.number} to {last}), {len(first.counts)} MoE layers "
         f"of {' and '.join(map(str, sizes))} experts, {tokens:,} tokens in the first step",
         *([f"guessed: {', '.join(guessed)}"] if guessed else []),
-        f"next: titan-moe-lb report {output}, diagnose {output}, or plan --from-run {output}",
+        f"next: titan-moe-lb report {output}; diagnose {output}; or plan --from-run {output} "
+        f"--hardware DEVICE --job-config JOB, a job with these experts and top {top_k}",
     ]
 
 

@@ -36,7 +36,7 @@ class PlanArguments:
     hot_experts: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """Number of experts with that load, at most top_k; the others share the rest."""
     from_run: Annotated[Path | None, optional_flag("RUN_DIR")] = None
-    """Run of the same model; plan with its measured loads too."""
+    """Run of the same experts and top_k; plan with its measured loads too."""
     measured_step: Annotated[float | None, optional_flag("SECONDS")] = None
     """Measured time of a step on this hardware, to split into balance, imbalance and the rest;
     default: that of the run, if its layout is the job's."""

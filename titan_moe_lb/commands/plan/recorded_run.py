@@ -20,12 +20,15 @@ def loads_of_run(
 ) -> tuple[dict[str, Any], RecordedLoads]:
     """Read the facts and loads of a run.
 
+    A run may have another number of MoE layers than the job. Its layers, in order, then stand for
+    equal parts of the job's depth.
+
     Returns:
         Facts of the run as plain data, and its loads.
 
     Raises:
-        JobError: the MoE layers of run and job differ in number, experts or top_k, or the run's
-            layers differ among themselves. The names of the models may differ.
+        JobError: run and job differ in experts or top_k, or the run's layers differ among
+            themselves. The names of the models may differ.
     """
     info = trace.info
     if info.num_experts_by_layer or info.top_k_by_layer:
@@ -33,19 +36,20 @@ def loads_of_run(
             f"--from-run {trace.path.parent} is of {info.model_name}: a plan takes the loads of a "
             "run whose layers have one number of experts and one top_k"
         )
-    shapes = {number: (layer.num_experts, layer.top_k) for number, layer in moe_layers.items()}
     layer = next(iter(moe_layers.values()))
-    if shapes != dict.fromkeys(info.layers, (info.num_experts, info.top_k)):
+    shapes = {(one.num_experts, one.top_k) for one in moe_layers.values()}
+    if shapes != {(info.num_experts, info.top_k)}:
         raise JobError(
-            f"--from-run {trace.path.parent} is of {info.model_name}, the job has {len(shapes)} MoE "
-            f"layers (the first is {min(shapes)}), {layer.num_experts} experts, top {layer.top_k}: "
-            "take a run of the job's model"
+            f"--from-run {trace.path.parent} is of {info.model_name}, the job's layers have "
+            f"{layer.num_experts} experts, top {layer.top_k}: take a run of the job's model, or the "
+            "run's model as the job"
         )
+    rows = np.arange(len(moe_layers)) * len(info.layers) // len(moe_layers)
     overload_S = trace.over_steps("max_overload_factor")
     known = bool(np.isfinite(overload_S).any())
     recorded = RecordedLoads(
-        counts_SME=trace.counts_SME,
-        micro_batch_counts_SME=trace.micro_batch_counts_SME,
+        counts_SME=trace.counts_SME[:, rows],
+        micro_batch_counts_SME=trace.micro_batch_counts_SME[:, rows],
         expert_groups=(
             coarse_to_fine([layer.num_groups]) if info.expert_groups is None else info.expert_groups
         ),
@@ -57,6 +61,8 @@ def loads_of_run(
     known_seconds = seconds_S[np.isfinite(seconds_S)]
     run = {
         "path": str(trace.path.parent),
+        "num_layers": len(info.layers),
+        "num_planned_layers": len(moe_layers),
         "layout": info.layout,
         "is_foreign": info.is_foreign,
         "losses": info.losses,

@@ -36,7 +36,7 @@ class PlannedLoads:
     spreads: Sequence[Spread]
     """Log-normal loads."""
     recorded: RecordedLoads | None
-    """Loads of a run of the same model."""
+    """Loads of a run, for each MoE layer of the job."""
     redundant_experts: Sequence[int]
     """Numbers of slots for copies to place the recorded loads with."""
     drop_share: float

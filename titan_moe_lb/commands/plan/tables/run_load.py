@@ -26,6 +26,12 @@ def measured_load(plan: Plan) -> Table | None:
             f"In single micro-batches, its busiest rank at EP {run['ep_degree']} got up to "
             f"{run['max_overload_factor']:.2f} x the balanced tokens. "
         )
+    layers = ""
+    if run["num_layers"] != run["num_planned_layers"]:
+        layers = (
+            f"Its {run['num_layers']} MoE layers stand for the job's {run['num_planned_layers']}, "
+            "in equal parts of the depth. "
+        )
     return Table(
         title="Measured load",
         columns=(
@@ -43,7 +49,7 @@ def measured_load(plan: Plan) -> Table | None:
             for degree in plan.degrees
         ],
         text=[
-            f"Run: {run['path']} ({run['layout']}; {balancing}). First steps: "
+            f"Run: {run['path']} ({run['layout']}; {balancing}). {layers}First steps: "
             f"{_span(run['first_steps'])}; last steps: {_span(run['last_steps'])}"
             f"{', evenly spread ones' * run['is_sample']}. {peak}The loads of the last steps are "
             f"about log-normal with sigma {run['sigma']:.2f}."
