@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from titan_moe_lb.pages.cards import Card
 from titan_moe_lb.pages.charts import Chart
 
 
@@ -83,6 +84,8 @@ class Answer:
     kind: str
     """Kind of page, as in "Plan of a job"."""
     title: str
+    cards: Sequence[Card] = ()
+    """Numbers of the verdict, on the page only."""
     verdict: Sequence[str] = ()
     headline: Sequence[str] = ()
     """Model, devices and assumptions."""

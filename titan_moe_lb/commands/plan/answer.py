@@ -13,6 +13,7 @@ from titan_moe_lb.commands.plan.result import MEMORY_RESERVE, Plan
 from titan_moe_lb.commands.plan.verdict import Gain, Verdict
 from titan_moe_lb.commands.plan.what_fits import Alternative
 from titan_moe_lb.costmodel.hardware.device import Hardware
+from titan_moe_lb.pages.cards import Card
 
 NOTHING = 5e-4
 """Share of a step below which a saving is none."""
@@ -27,12 +28,50 @@ def answer(plan: Plan) -> Answer:
     return Answer(
         kind="Plan of a job",
         title=f"{job.model_name} {job.flavor}, {job.num_ranks} × {plan.device.name}",
+        cards=_cards(plan),
         verdict=verdict(plan),
         headline=_headline(plan),
         sections=[lambda: charts(plan), *(table for table in made if isinstance(table, Table))],
         footer=device_sources(plan.device),
         numbers=plan.as_json(),
     )
+
+
+def _cards(plan: Plan) -> list[Card]:
+    """Make the cards of the verdict."""
+    found, steps = plan.verdict, plan.job.steps
+    outcome = found.outcome
+    cards = [
+        Card(
+            "Fastest that fits" if found.fits else "Fastest, but does not fit",
+            f"EP {found.ep_degree}",
+            f"under {found.load}",
+        ),
+        Card(
+            "Step",
+            duration(outcome.step_seconds),
+            f"{outcome.step_slowdown:.2f} x balance; {gpu_hours(found.gpu_hours)} for {steps:,} steps",
+        ),
+        Card(
+            "Memory",
+            f"{number(outcome.memory_bytes / GIB)} GiB",
+            f"of {plan.usable_bytes / GIB:.1f} GiB usable; fits {_room(found)}",
+        ),
+    ]
+    if found.balancing:
+        saved = found.balancing
+        cards.append(
+            Card(
+                "Saved by balance",
+                f"{number(100 * max(saved.share, 0))} %",
+                f"{gpu_hours(saved.gpu_hours)}{saved.by.removeprefix('balance').rstrip(',')}",
+            )
+        )
+    if found.next_degree is not None:
+        slower = f"{number(100 * found.next_slower)} % slower"
+        close = "; too close to call" if found.is_close else ""
+        cards.append(Card("Next degree", f"EP {found.next_degree}", slower + close))
+    return cards
 
 
 def verdict(plan: Plan) -> list[str]:
@@ -168,11 +207,11 @@ def _headline(plan: Plan) -> list[str]:
     return [
         f"{job.model_name} {job.flavor} on {job.num_ranks} x {device.name}: "
         f"{len(job.moe_layers)} MoE layers, {layer.num_experts} experts, top {layer.top_k}, "
-        f"{job.tokens_per_microbatch} tokens a micro-batch, checkpointing {job.checkpointing}.",
+        f"{job.tokens_per_microbatch:,} tokens a micro-batch, checkpointing {job.checkpointing}.",
         f"Largest rank at EP {job.ep_degree}: rank {state.rank}, {state.num_parameters:,} "
         f"parameters, {state.parameter_bytes / GIB:.2f} GiB; "
         f"{usable_memory(plan.usable_bytes, device)}; {plan.flags.hot_experts} hot "
-        f"expert(s); {efficiencies(plan.flags)}.",
+        f"expert{'s' * (plan.flags.hot_experts > 1)}; {efficiencies(plan.flags)}.",
     ]
 
 

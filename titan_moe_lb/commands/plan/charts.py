@@ -118,8 +118,12 @@ def _over_imbalance(
         figure.add_hline(
             y=level,
             line={"dash": "dash", "width": 1.5, "color": color(role)},
-            annotation={"text": text, "font": {"color": color(role)}},
-            annotation_position="top right" if role == "soft" else "top left",
+            annotation={
+                "text": text,
+                "font": {"color": color(role)},
+                "bgcolor": color("surface"),
+            },
+            annotation_position="top left",
         )
     return figure
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from titan_moe_lb.commands.answer import words
 from titan_moe_lb.commands.diagnose.finding import Finding
+from titan_moe_lb.pages.cards import Card
 from titan_moe_lb.traces.balance_statistics import (
     ABSENT,
     extreme_experts,
@@ -22,15 +23,6 @@ NUM_LISTED = 8
 """Experts in each table."""
 NUM_PLACES = 3
 """Layers or experts that a card or a finding names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """Number with its label and a note."""
-
-    label: str
-    value: str
-    note: str
 
 
 @dataclass(frozen=True, slots=True)
