@@ -231,7 +231,7 @@ def test_the_verdict_comes_first(ranks, tmp_path):
         lines[0].startswith("Verdict: EP 1, the run's own, is the fastest")
         and "GPU-hours for" in lines[0]
     )
-    assert lines[1].startswith("Balancing: balance would save ")
+    assert lines[1].startswith("Balancing: at EP ")
     assert lines[2].startswith("Placing: greedy would save ") and "what-if" in lines[2]
     assert lines[3].startswith("How sure: the load is that of 1 recorded micro-batch, too few to")
     assert "moe_expert_rank_capacity_factor" in out

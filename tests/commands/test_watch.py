@@ -100,7 +100,7 @@ def test_bars_and_numbers_are_those_of_the_step(tmp_path):
     text = drawn(follower, 80)
     strip = "".join(8 * bar for bar in "·▂▄▆█▂··")
     assert re.search(rf"^   1  {strip} +3\.00$", text, re.MULTILINE)
-    assert "step 17" in text and "dead experts 3" in text
+    assert "step 17" in text and "dead experts 3 of " in text
     assert "seq load balancing loss 1.2500" in text
     assert "mean 1.500  max 2.500  cumulative 1.750" in text
     assert (

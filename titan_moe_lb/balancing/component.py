@@ -65,7 +65,7 @@ class Component(Module):
                 if field.name not in own | self._owner.filled_by_job
             }
             settings = [
-                f"{name} {value}"
+                f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
                 for name, value in given.items()
                 if value is not None and value is not False and value != []
             ]

@@ -30,6 +30,12 @@ class Change:
     until: float | None = None
     """First step, or tokens, with the new value at the end of a line or cosine."""
 
+    def __str__(self) -> str:
+        unit = "step" if self.tokens is None else "token"
+        if self.until is None:
+            return f"{self.value:g} from {unit} {self.begin:g}"
+        return f"{self.shape} to {self.value:g} from {unit} {self.begin:g} to {self.until:g}"
+
     @property
     def begin(self) -> float:
         """Step or tokens at which the change begins."""
@@ -75,6 +81,10 @@ def changes_after_tokens(router) -> bool:
 def check_changes(what: str, changes: Sequence[Change]) -> None:
     """Check that changes are valid and in order."""
     for change in changes:
+        if not isinstance(change, Change):
+            raise JobError(
+                f"{what} changes: {change!r} is no Change: write Change(step=..., value=...)"
+            )
         if (change.step is None) == (change.tokens is None):
             raise JobError(f"{what} changes: each needs either step or tokens, to say when")
         if not (math.isfinite(change.value) and change.value >= 0):

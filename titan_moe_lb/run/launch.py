@@ -82,7 +82,8 @@ def _with_environment(arguments: list[str]) -> list[str]:
                 added += [flag, os.environ[variable]]
     mode = os.environ.get("COMM_MODE")
     dry_run = [f"--comm.mode={mode}", "--training.steps=1"] if mode else []
-    return [*added, *arguments, *dry_run]
+    # torchtitan's subcommands, such as activation-checkpoint:full, take no flags behind them.
+    return [*added, *dry_run, *arguments]
 
 
 def _check_restarts(table: job_config.JobTable, nodes: int) -> None:

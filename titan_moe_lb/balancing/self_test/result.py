@@ -44,7 +44,9 @@ class SelfTest:
             line = f"{where}{part}: {what}; {remedy}"
             console.print(line, style="red", soft_wrap=True, highlight=False, markup=False)
         if self.acts:
-            console.print("every loss reaches its gate, and every bias acts", highlight=False)
+            frozen = any(layer.frozen for layer in self.measured.layers)
+            line = "every loss reaches its gate, and every bias acts"
+            console.print(line + ", except what is frozen" * frozen, highlight=False)
 
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE)

@@ -87,9 +87,9 @@ def _sentences(run: ExaminedRun) -> str:
     if run.too_short:
         return f"{run.path}: {run.too_short}"
     steps, found = f"{run.path}, {run.steps}", run.diagnosis
+    well = [f"  {kind.replace('_', ' '):<24} {seen}" for kind, seen in found.well.items()]
     if not found.findings:
         head = f"{steps}: nothing is wrong with the balance. Checked in the last quarter:"
-        well = [f"  {kind.replace('_', ' '):<24} {seen}" for kind, seen in found.well.items()]
         return "\n".join([head, *well])
     blocks = [f"{steps}:"]
     if run.too_early:
@@ -106,4 +106,6 @@ def _sentences(run: ExaminedRun) -> str:
         blocks.append(
             "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
         )
+    if well:
+        blocks.append("\n".join(["Nothing is wrong with the rest, in the last quarter:", *well]))
     return "\n\n".join(blocks)

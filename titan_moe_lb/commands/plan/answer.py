@@ -101,7 +101,7 @@ def verdict(plan: Plan) -> list[str]:
                 "Nothing near fits: not even two changes of batch, ranks and checkpointing."
             )
     if found.balancing:
-        lines.append(f"Balancing: {_saving(found.balancing)}.")
+        lines.append(f"Balancing: at EP {found.ep_degree}, {_saving(found.balancing)}.")
     if found.placements:
         copies = " (copies are a what-if: torchtitan's dispatchers have none)"
         what_if = copies if plan.flags.redundant_experts else ""

@@ -66,6 +66,7 @@ def loads_of_run(
         "layout": info.layout,
         "is_foreign": info.is_foreign,
         "losses": info.losses,
+        "forced_routing": info.forced_routing,
         "expert_bias": info.expert_bias,
         "first_steps": trace.steps[:window].tolist(),
         "last_steps": trace.steps[-window:].tolist(),

@@ -80,7 +80,8 @@ def _head(follower: Follower, violation_M: np.ndarray, width: int, glyphs: Glyph
         title.append(f"  forced routing: {glyphs.inert(info.forced_routing)}", style="bold red")
     step = Text(f"step {follower.step}", style="bold")
     step.append(f"  {in_words(follower.age())} ago", style="not bold")
-    step.append(f"  dead experts {dead}", style="bold red" if dead else "not bold")
+    of = f" of {info.num_experts_M.sum()}" if dead else ""
+    step.append(f"  dead experts {dead}{of}", style="bold red" if dead else "not bold")
     for column in info.columns:
         if column.is_aux_loss and column.name in numbers:
             step.append(

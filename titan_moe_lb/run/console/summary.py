@@ -7,6 +7,8 @@ from typing import Any
 
 from torchtitan.tools.utils import device_module
 
+from titan_moe_lb.balancing.freezing import applied_losses
+from titan_moe_lb.balancing.router import router_configs
 from titan_moe_lb.checkpoints.resume_point import left_out, own_folder
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.run.console import rank_log
@@ -25,7 +27,7 @@ def before(job: Job, rank: int) -> str:
         "layout": f"{_layout(job, info)}; on {device_module.get_device_name(0)}",
     }
     if info is not None:
-        lines["balancing"] = _balancing(info)
+        lines["balancing"] = _balancing(job, info)
     lines |= {
         "data": _data(job),
         "output": _output(job.config, rank),
@@ -56,11 +58,22 @@ def _layout(job: Job, info: RunInfo | None) -> str:
     return ", ".join([words, *compiled, *recomputed])
 
 
-def _balancing(info: RunInfo) -> str:
-    losses = [f"{name.replace('_', ' ')} x {weight:g}" for name, weight in info.losses.items()]
+def _balancing(job: Job, info: RunInfo) -> str:
+    applied = applied_losses([*router_configs(job.config.model_spec).values()])
+    losses = [
+        ", ".join(
+            [f"{loss._owner.metric_name.replace('_', ' ')} x {loss.weight:g}"]
+            + [str(change) for change in loss.changes]
+        )
+        for loss in applied
+    ]
     bias = f"expert bias {info.expert_bias}" if info.expert_bias else "no expert bias"
+    frozen = [
+        f"{part} of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} frozen"
+        for part, layers in info.frozen.items()
+    ]
     forced = [f"FORCED ROUTING {info.forced_routing}"] if info.forced_routing else []
-    return "; ".join([", ".join(losses) or "no aux loss", bias, *forced])
+    return "; ".join([*(losses or ["no aux loss"]), bias, *frozen, *forced])
 
 
 def _data(job: Job) -> str:

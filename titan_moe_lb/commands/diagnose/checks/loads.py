@@ -53,8 +53,8 @@ def dead_experts(window: Window) -> Finding | str | None:
     load_S = relative_load(window.trace.counts_SME[:, row])[:, experts[0][1]]
     return Finding(
         severity=Severity.FAULT if share > 0.05 else Severity.WARNING,
-        what=f"{len(experts)} expert{'s' if len(experts) > 1 else ''} got no token at all in "
-        f"{window.layers(dead_M)}",
+        what=f"{len(experts)} of {window.trace.info.num_experts_M.sum()} experts got no token at "
+        f"all, in {window.layers(dead_M)}",
         evidence=f"layer {experts[0][0]}: experts {np.flatnonzero(dead_ME[row])[:6].tolist()}; {seen}",
         reason="an expert without tokens has no gradient, and does not come back by itself",
         **Balancing(window).harder(),

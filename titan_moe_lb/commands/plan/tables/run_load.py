@@ -20,6 +20,8 @@ def measured_load(plan: Plan) -> Table | None:
     balancing = f"aux losses: {losses or 'none'}; expert bias: {run['expert_bias'] or 'off'}"
     if run["is_foreign"]:
         balancing = "its balancing is not known"
+    if run["forced_routing"]:
+        balancing = f"FORCED ROUTING {run['forced_routing']}"
     peak = ""
     if run["max_overload_factor"] is not None:
         peak = (
@@ -104,4 +106,4 @@ def _savings(degree: DegreePlan) -> str:
 
 
 def _span(steps: list[int]) -> str:
-    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    return f"{steps[0]} alone" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
