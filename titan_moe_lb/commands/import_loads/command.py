@@ -89,7 +89,8 @@ def import_loads(
         *([f"layers without tokens are dense: {_listed(dense)}"] if dense else []),
     ]
     return [
-        f"{output}: {num_steps:,} steps ({first.number} to {last}), {len(first.counts)} MoE layers "
+        f"{output}: {num_steps:,} steps ({first.number} to {last}), {len(first.counts)} MoE "
+        f"layer{'s' * (len(first.counts) > 1)} "
         f"of {' and '.join(map(str, sizes))} experts, {tokens:,} tokens in the first step",
         *([f"guessed: {', '.join(guessed)}"] if guessed else []),
         f"next: titan-moe-lb report {output}; diagnose {output}; or plan --from-run {output} "

@@ -12,7 +12,8 @@ from titan_moe_lb.commands.answer.words import number
 from titan_moe_lb.commands.study.charts import charts
 from titan_moe_lb.commands.study.design import Study
 from titan_moe_lb.commands.study.results import Group, Result, Setting, Spread
-from titan_moe_lb.commands.study.verdict import verdict
+from titan_moe_lb.commands.study.verdict import lowest, verdict
+from titan_moe_lb.pages.cards import Card
 
 TITLES = {
     "validation_loss": "validation loss",
@@ -41,6 +42,7 @@ def answer(study: Study, groups: Sequence[Group], name: str) -> Answer:
     return Answer(
         kind="Study",
         title=name,
+        cards=[card for group in groups for card in _cards(group)],
         headline=[settings.description] if settings.description else [],
         sections=[
             *map(_settings, groups),
@@ -50,6 +52,18 @@ def answer(study: Study, groups: Sequence[Group], name: str) -> Answer:
         footer="Every number is in study.json beside this page; each cell is a run of its own in cells/.",
         numbers=_numbers(study, groups),
     )
+
+
+def _cards(group: Group) -> list[Card]:
+    """Make the cards of a model: its setting with the lowest loss, and the most even one."""
+    model = f"; {group.name}" if group.name else ""
+    cards = []
+    for label, number_name in (("Lowest loss", group.loss), ("Most even load", "max_violation")):
+        setting = lowest(group, number_name)
+        if setting is not None:
+            found = number(setting.spread(number_name).mean)
+            cards.append(Card(label, setting.name, f"{TITLES[number_name]} {found}{model}"))
+    return cards
 
 
 def _settings(group: Group) -> Table:

@@ -135,9 +135,10 @@ def _front(group: Group, cost: str, x_title: str) -> go.Figure:
             hovertemplate=f"{setting.name}<br>{x_title} %{{x:.4g}}<br>loss %{{y:.4g}}<extra></extra>",
         )
     figure.update_layout(hovermode="closest", margin_t=20)
-    # Use a log scale, because a setting without balancing is far from all others. A cost of 0
-    # rules it out.
-    if all(point > 0 for curve in figure.data for point in curve.x):
+    # A setting without balancing is far from all others: a log scale, unless a cost is 0. Within a
+    # factor of 4 it might have no two ticks.
+    costs = [point for curve in figure.data for point in curve.x]
+    if costs and min(costs) > 0 and max(costs) > 4 * min(costs):
         figure.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS])
     return figure
 

@@ -12,15 +12,20 @@ _TITLES = {
 }
 
 
+def lowest(group: Group, number: str) -> Setting | None:
+    """Return the setting with the lowest mean, of those without a failed cell."""
+    settings = [setting for setting in group.settings if setting.complete]
+    return min(settings, key=lambda setting: setting.spread(number).mean, default=None)
+
+
 def verdict(group: Group) -> str:
     """Compare the settings of one model, without settings that have a failed cell."""
     settings = [setting for setting in group.settings if setting.complete]
-    if not settings:
-        return "No setting succeeded."
     loss = group.loss
+    best, even = lowest(group, loss), lowest(group, "max_violation")
+    if best is None or even is None:
+        return "No setting succeeded."
     seeds = min(len(setting.results) for setting in settings)
-    best = min(settings, key=lambda setting: setting.spread(loss).mean)
-    even = min(settings, key=lambda setting: setting.spread("max_violation").mean)
     sentences = [
         f"Lowest {_TITLES[loss]}: {_with_range(best, loss)}.",
         f"Most even load: {_with_range(even, 'max_violation', 'MaxVio ')}.",
