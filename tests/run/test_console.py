@@ -96,6 +96,25 @@ def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(failure, tmp_path
     assert "Traceback (most recent call last)" in log.read_text()
 
 
+def test_a_dry_run_shows_the_balancing_it_would_train_with(tmp_path):
+    """A subcommand of torchtitan at the end of the flags does not hide those of the dry run."""
+    job = run(
+        [sys.executable, "-m", "titan_moe_lb.cli", "train", *TINY, f"--dump_folder={tmp_path}"]
+        + [
+            "--model.aux_losses",
+            '[{type = "z_loss", weight = 0.5, changes = [{step = 7, value = 0.25}]}]',
+            "activation-checkpoint:full",
+        ],
+        COMM_MODE="fake_backend",
+        NGPU="4",
+    )
+    out, _err = job.communicate(timeout=120)
+    assert job.returncode == 0
+    (balancing,) = [line for line in out.splitlines() if line.startswith("balancing")]
+    assert "0.25" in balancing and "step 7" in balancing
+    assert not (tmp_path / "moe_load.arrow").exists()
+
+
 def meeting_port() -> int:
     """Choose a port below the range from which the system gives free ports (32768 and above)."""
     return 20000 + os.getpid() % 10000

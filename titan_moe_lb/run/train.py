@@ -104,6 +104,7 @@ def run(job: Job, *, alone: bool = False) -> None:
     _adapt(job)
     job.bind()
     if config.comm.mode != "default":
+        _say(summary.model(job))
         _build(job)
         return
     if not alone:

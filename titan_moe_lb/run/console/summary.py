@@ -18,6 +18,12 @@ from titan_moe_lb.traces.run_info import RunInfo
 
 def before(job: Job, rank: int) -> str:
     """Describe model, layout, balancing, data, output and start, one line each."""
+    lines = {"data": _data(job), "output": _output(job.config, rank), "start": _start(job)}
+    return "\n".join([model(job), _aligned(lines)])
+
+
+def model(job: Job) -> str:
+    """Describe model, layout and balancing, one line each."""
     info: RunInfo | None = getattr(job.bound.metrics, "run_info", None)
     spec = job.config.model_spec
     numbers = sum(parameter.numel() for parameter in job.meta_model.parameters())
@@ -28,12 +34,7 @@ def before(job: Job, rank: int) -> str:
     }
     if info is not None:
         lines["balancing"] = _balancing(job, info)
-    lines |= {
-        "data": _data(job),
-        "output": _output(job.config, rank),
-        "start": _start(job),
-    }
-    return "\n".join(f"{name:9}  {line}" for name, line in lines.items())
+    return _aligned(lines)
 
 
 def after(config: Any, saved: Saved) -> str:
@@ -44,6 +45,10 @@ def after(config: Any, saved: Saved) -> str:
     if saved.has_trace:
         parts.append(f"trace {saved.trace}: titan-moe-lb report {config.dump_folder}")
     return f"done      {'; '.join(parts) or config.dump_folder}"
+
+
+def _aligned(lines: dict[str, str]) -> str:
+    return "\n".join(f"{name:9}  {line}" for name, line in lines.items())
 
 
 def _layout(job: Job, info: RunInfo | None) -> str:
