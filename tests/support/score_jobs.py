@@ -73,7 +73,7 @@ def scores_of_layout(
     """
 
     def adapt(trainer_config: Any) -> None:
-        trainer_config.metrics.router_scores = True
+        trainer_config.metrics.router_scores, trainer_config.metrics.log_freq = True, 1
         if padding == "masked":
             loader = trainer_config.dataloader
             trainer_config.dataloader = derive(loader, LoaderWithMask.Config)
@@ -97,7 +97,11 @@ def scores_of_layout(
 
 
 def wide_router(
-    score_func: str, num_experts: int, top_k: int, weight: torch.Tensor
+    score_func: str,
+    num_experts: int,
+    top_k: int,
+    weight: torch.Tensor,
+    groups: tuple[int, int] | None = None,
 ) -> LoadBalancedRouter:
     """Build a wired router with a given weight that records its scores, alone in its process."""
     gate = make_router_config(
@@ -106,8 +110,10 @@ def wide_router(
         gate_param_init={},
         top_k=top_k,
         score_func=score_func,
+        num_expert_groups=groups and groups[0],
+        num_limited_groups=groups and groups[1],
     )
-    loop = TrainingLoop(scores=True)
+    loop = TrainingLoop(scores_every=1)
     built = derive(gate, LoadBalancedRouter.Config, loop=loop).build().to(weight.dtype)
     with torch.no_grad():
         built.gate.weight.copy_(weight)

@@ -61,6 +61,24 @@ def selection_scores(
     return np.where(is_open_TG[..., None], grouped_TGN, -np.inf).reshape(selection_TE.shape)
 
 
+def group_margins(
+    selection_TE: np.ndarray, last_T: np.ndarray, groups: tuple[int, int] | None
+) -> np.ndarray | float:
+    """Compute the margin of the last open group over the next; infinity without a limit.
+
+    The last chosen expert has the score ``last_T``.
+    """
+    if groups is None:
+        return np.inf
+    number, limited = groups
+    best_TGN = np.sort(selection_TE.reshape(len(selection_TE), number, -1), axis=-1)
+    group_TG = best_TGN[..., -2:].sum(axis=-1)
+    order_TG = np.argsort(-group_TG, axis=-1)[:, limited - 1 : limited + 1]
+    two_T2 = np.take_along_axis(group_TG, order_TG, axis=-1)
+    best_T2 = np.take_along_axis(best_TGN[..., -1], order_TG, axis=-1)
+    return np.maximum((two_T2[:, 0] - two_T2[:, 1]) / np.sqrt(2), last_T - best_T2.max(axis=-1))
+
+
 def expected(
     seen: Recorded,
     score_func: str,
@@ -90,9 +108,13 @@ def expected(
     last_T, next_T = order_TE[:, top_k - 1], order_TE[:, top_k]
     tokens_T = np.arange(len(logits_TE))
     margin_T = selection_TE[tokens_T, last_T] - selection_TE[tokens_T, next_T]
+    biased_TE = scores_TE if seen.bias_E is None else scores_TE + seen.bias_E
+    closest_T = np.minimum(
+        margin_T, group_margins(biased_TE, selection_TE[tokens_T, last_T], groups)
+    )
     unit_T = slopes_TE[tokens_T, next_T] * np.sqrt((logits_TE**2).mean(axis=1))
     metrics["selection_margin"] = margin_T.mean()
-    return metrics | {name: (margin_T <= edge * unit_T).mean() for name, edge in EDGES.items()}
+    return metrics | {name: (closest_T <= edge * unit_T).mean() for name, edge in EDGES.items()}
 
 
 def _correlation(mass_E: np.ndarray, load_E: np.ndarray) -> float:

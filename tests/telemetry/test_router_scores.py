@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.parity.gradients import save_seed
 from tests.parity.layout import parse
 from tests.support import score_jobs, score_metrics
+from tests.support.freeze_jobs import train_with_trace
 from tests.support.hash_layers import spec_with_hash_layer
 from tests.support.own_loop_jobs import forward, initialised
 from tests.support.routers import (
@@ -40,8 +41,9 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry import rank_step
 from titan_moe_lb.telemetry.metrics import Metric
 from titan_moe_lb.telemetry.metrics.scores import OfScores
+from titan_moe_lb.traces.trace import read_trace
 
-SCORES = TrainingLoop(scores=True)
+SCORES = TrainingLoop(scores_every=1)
 OF_SCORES = [name for name, kind in Metric.kinds.items() if issubclass(kind, OfScores)]
 
 
@@ -84,7 +86,7 @@ def test_metrics_are_those_of_plain_numpy(case, score_func):
         setting.get("losses", [sequence_wise()]),
         score_func,
         expert_bias=setting.get("rule"),
-        loop=TrainingLoop(scores=True, padded=padded),
+        loop=TrainingLoop(scores_every=1, padded=padded),
         dtype=dtype,
         **options,
     )
@@ -129,7 +131,7 @@ def test_recording_changes_no_gradient(compiled):
 def test_a_compiled_router_records_what_an_eager_one_does(backend):
     tables = []
     for compiled in (False, True):
-        built = router([sequence_wise()], loop=TrainingLoop(scores=True, padded=True), **GROUPS)
+        built = router([sequence_wise()], loop=TrainingLoop(scores_every=1, padded=True), **GROUPS)
         with_mask(built, PADDED)
         run = torch.compile(built, fullgraph=True, backend=backend) if compiled else built
         x, bias = inputs()
@@ -141,13 +143,14 @@ def test_a_compiled_router_records_what_an_eager_one_does(backend):
 
 
 @pytest.mark.parametrize(
-    ("score_func", "more"), [("softmax", 16), ("sigmoid", 18), ("sqrtsoftplus", 25)]
+    ("score_func", "options", "more"),
+    [("softmax", {}, 16), ("sigmoid", {}, 18), ("sqrtsoftplus", {}, 20), ("sigmoid", GROUPS, 28)],
 )
-def test_operators_of_a_forward(score_func, more):
+def test_operators_of_a_forward(score_func, options, more):
     """The router has a loss and no bias; nothing is added to the backward."""
     counts = []
     for loop in (TrainingLoop(), SCORES):
-        built = router([sequence_wise()], score_func, loop=loop)
+        built = router([sequence_wise()], score_func, loop=loop, **options)
         x, _ = inputs()
         built(x)[0].sum().backward()
         with DeviceOperators() as in_forward:
@@ -159,13 +162,52 @@ def test_operators_of_a_forward(score_func, more):
     assert recorded == (forward + more, backward)
 
 
+def test_a_step_that_is_left_out_has_the_operators_of_a_router_without():
+    counts = []
+    for every in (0, 2):
+        built = router([sequence_wise()], loop=TrainingLoop(scores_every=every))
+        built.step_record.records_scores = False
+        with DeviceOperators() as operators:
+            built(inputs()[0])[0].sum().backward()
+        counts.append(operators.count)
+    assert counts[0] == counts[1]
+    assert all(np.isnan(value) for value in measured(built).values())
+
+
+def test_both_kinds_of_steps_compile_once():
+    built = router([sequence_wise()], loop=TrainingLoop(scores_every=2))
+    graphs = []
+    compiled = torch.compile(
+        built, backend=lambda graph, _inputs: graphs.append(graph) or graph.forward, fullgraph=True
+    )
+    for records in (True, False, True, False):
+        built.step_record.records_scores = records
+        compiled(*inputs())
+    assert len(graphs) == 2
+
+
+def test_logged_steps_are_those_of_a_run_that_logs_every_step(ranks, tmp_path):
+    """Logged are the steps 1, 2, 4 and 6."""
+    traces = []
+    for every in (1, 2):
+        flags = [f"--metrics.log_freq={every}", f"--dump_folder={tmp_path}/{every}"]
+        ranks.run(1, train_with_trace, [*JOB, *flags])
+        traces.append(read_trace(tmp_path / str(every)))
+    whole, logged = traces
+    assert logged.steps.tolist() == [1, 2, 4, 6]
+    for name in OF_SCORES:
+        expected = whole.layer_columns[name][np.isin(whole.steps, logged.steps)]
+        assert not np.isnan(expected).any(), name
+        np.testing.assert_array_equal(logged.layer_columns[name], expected, name)
+
+
 @pytest.mark.parametrize("num_layers", [2, 9])
 def test_operators_of_a_step_end(num_layers):
     counts = []
     for scores in (False, True):
         layers = moe_layers(list(range(num_layers)))
         for layer in layers:
-            layer.router.config.loop = TrainingLoop(scores=scores)
+            layer.router.config.loop = TrainingLoop(scores_every=int(scores))
         hook = StepHook(layers, wire([one.router for one in layers], RankGroups()), RankGroups())
         forward_and_backward(layers)
         with DeviceOperators() as operators:
@@ -199,7 +241,7 @@ def test_a_replay_measures_the_routers_own_choice():
 
 
 def test_a_step_of_padding_alone_has_no_value():
-    built = router([sequence_wise()], loop=TrainingLoop(scores=True, padded=True))
+    built = router([sequence_wise()], loop=TrainingLoop(scores_every=1, padded=True))
     with_mask(built, torch.zeros_like(PADDED))
     built(inputs()[0])[0].sum().backward()
     assert all(np.isnan(value) for value in measured(built).values())
@@ -229,6 +271,14 @@ def test_without_the_switch_there_is_nothing():
     assert all(one.record.scores is None for one in routers_of([model]))
 
 
+JOB = [
+    "--config=deepseek_v3_tiny",
+    "--training.seq_len=64",
+    "--training.local_batch_size=2",
+    "--training.steps=6",
+    "--debug.seed=0",
+    "--metrics.router_scores",
+]
 FLIPS = {
     "8 experts": ("softmax", 8, 2, {}),
     "64 experts": ("softmax", 64, 8, {}),
@@ -239,6 +289,31 @@ FLIPS = {
     "biased sigmoid": ("sigmoid", 256, 8, {"spread": 0.3, "bias": 0.05}),
     "many chosen": ("sigmoid", 64, 16, {"scale": 0.3, "bias": 0.02}),
     "sqrtsoftplus": ("sqrtsoftplus", 256, 6, {"bias": 0.05}),
+    "4 of 8 groups": ("sigmoid", 256, 8, {"groups": (8, 4), "spread": 0.3}),
+    "4 of 8 groups, biased": ("sigmoid", 256, 8, {"groups": (8, 4), "bias": 0.05}),
+    "4 of 8 groups, small logits": (
+        "sigmoid",
+        256,
+        8,
+        {"groups": (8, 4), "scale": 0.3, "bias": 0.02, "spread": 0.3},
+    ),
+    "4 of 8 groups, large logits": (
+        "sigmoid",
+        256,
+        8,
+        {"groups": (8, 4), "scale": 3.0, "spread": 0.5},
+    ),
+    "3 of 8 groups": ("softmax", 160, 6, {"groups": (8, 3), "spread": 0.3}),
+    "3 of 8 groups, large logits": (
+        "softmax",
+        160,
+        6,
+        {"groups": (8, 3), "scale": 3.0, "spread": 0.5},
+    ),
+    "4 of 16 groups": ("sqrtsoftplus", 256, 8, {"groups": (16, 4), "bias": 0.05}),
+    "2 of 8 groups": ("sigmoid", 128, 8, {"groups": (8, 2), "spread": 0.3}),
+    "2 of 4 groups": ("softmax", 64, 8, {"groups": (4, 2), "spread": 0.3}),
+    "8 of 16 groups": ("softmax", 256, 8, {"groups": (16, 8), "spread": 0.3, "bias": 0.001}),
 }
 
 
@@ -256,12 +331,15 @@ def test_the_flip_share_is_that_of_a_real_bfloat16_gate(case, dtype):
     bias = None
     if "bias" in setting:
         bias = setting["bias"] * torch.randn(num_experts, generator=generator)
-    built = score_jobs.wide_router(score_func, num_experts, top_k, weight.to(dtype))
+    groups = setting.get("groups")
+    built = score_jobs.wide_router(score_func, num_experts, top_k, weight.to(dtype), groups)
     x = x.to(dtype)
     ids = built(x, bias)[1][0]
     logits = torch.nn.functional.linear(x[0].bfloat16(), weight.to(dtype).bfloat16()).float()
-    selection = score_metrics.scores_and_slopes(logits.double().numpy(), score_func)[0]
-    selection = torch.from_numpy(selection).float() + (0 if bias is None else bias)
+    scores = score_metrics.scores_and_slopes(logits.double().numpy(), score_func)[0]
+    biases = None if bias is None else bias.numpy()
+    selection = score_metrics.selection_scores(scores.astype(np.float32), biases, groups)
+    selection = torch.from_numpy(selection)
     rounded = selection.topk(top_k, dim=-1).indices
     real = float((ids.sort().values != rounded.sort().values).any(dim=-1).double().mean())
     found = measured(built, bias)["bfloat16_flip_share"]

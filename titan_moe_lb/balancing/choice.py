@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -59,9 +60,7 @@ def _top_k(
     record, rule = router.record, router.expert_bias
     histogram_EH = None if record is None else record.histogram_EH
     has_next = router.top_k < open_experts(router)
-    observed = histogram_EH is not None or (
-        has_next and record is not None and record.scores is not None
-    )
+    observed = histogram_EH is not None or (has_next and records_scores(router))
     if not (observed and learns) or is_recomputation():
         ids_BLK = choice_BLE.topk(router.top_k, dim=-1, sorted=False).indices
         return Choice(ids_BLK, ids_BLK)
@@ -79,7 +78,17 @@ def _top_k(
         number = record.one if tokens is None else tokens.valid_BL.unsqueeze(-1)
         rule.observe(histogram_EH, required_BLE, expert_bias_E, number.int())
     ids_BLK = ids_BLK1[..., : router.top_k].contiguous()
-    return Choice(ids_BLK, ids_BLK1, best_BLK1) if has_next else Choice(ids_BLK, ids_BLK)
+    if not has_next:
+        return Choice(ids_BLK, ids_BLK)
+    groups_BL1 = None
+    if records_scores(router):
+        groups_BL1 = _group_margin(router, biased_BLE, best_BLK1[..., -2:-1])
+    return Choice(ids_BLK, ids_BLK1, best_BLK1, groups_BL1)
+
+
+def records_scores(router: LoadBalancedRouter) -> bool:
+    """Return True if the running step records the sums of the scores."""
+    return router.step_record is not None and router.step_record.records_scores
 
 
 def is_forced(router: LoadBalancedRouter) -> bool:
@@ -99,6 +108,33 @@ def limit_groups(router: LoadBalancedRouter, choice_BLE: torch.Tensor) -> torch.
     if router.num_expert_groups is None:
         return choice_BLE
     return router._get_node_limited_routing_scores(choice_BLE)
+
+
+def _group_margin(
+    router: LoadBalancedRouter, biased_BLE: torch.Tensor, last_BL1: torch.Tensor
+) -> torch.Tensor | None:
+    """Compute the margin of the last open group over the next one ``(B, L, 1)``.
+
+    A group's score sums its two best experts, as torchtitan's. The difference of two groups has
+    the noise of four scores, that of two experts the noise of two: hence the root of 1/2. An
+    exchange of the groups changes nothing while both are worse than the last chosen expert.
+
+    Args:
+        router: router of the choice.
+        biased_BLE: selection scores before the group limit.
+        last_BL1: selection score of the last chosen expert.
+
+    Returns:
+        None if a token reaches every group.
+    """
+    number, limited = router.num_expert_groups, router.num_limited_groups
+    if number is None or limited is None or limited == number:
+        return None
+    two_BLG2 = biased_BLE.unflatten(-1, (number, -1)).topk(2, dim=-1).values
+    scores_BLM1, groups_BLM1 = two_BLG2.sum(dim=-1).topk(limited + 1, dim=-1)
+    margin_BL1 = (scores_BLM1[..., -2:-1] - scores_BLM1[..., -1:]) * math.sqrt(0.5)
+    best_BL1 = two_BLG2[..., 0].gather(-1, groups_BLM1[..., -2:]).amax(dim=-1, keepdim=True)
+    return torch.maximum(margin_BL1, last_BL1 - best_BL1)
 
 
 def unbiased(

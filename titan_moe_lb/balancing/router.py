@@ -262,7 +262,7 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         ids_BLK = self.save(chosen.expert_ids_BLK)
         coefficients_BE, record = None, self.record
         if learns and record is not None:
-            if record.scores is not None:
+            if record.scores is not None and choice.records_scores(self):
                 x_BLD, logits_BLE = map(local_shard, of_gate)
                 gate = self.score_func, self.gate.weight.dtype, x_BLD, logits_BLE
                 record.scores.add(*gate, scores_BLE, inverse_BL, chosen, tokens)

@@ -66,12 +66,12 @@ SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """Score functions of logits ``(..., E)``, by the value of ``score_func``."""
 
-SLOPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "softmax": lambda scores: scores,
-    "sigmoid": lambda scores: torch.addcmul(scores, scores, scores, value=-1),
-    "sqrtsoftplus": _slope_of_sqrt_softplus,
+SLOPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda scores, logits: scores,
+    "sigmoid": lambda scores, logits: torch.addcmul(scores, scores, scores, value=-1),
+    "sqrtsoftplus": lambda scores, logits: logits.sigmoid() / scores / 2,
 }
-"""Change of a score with its logit, as a function of the score. For a softmax it is the change
+"""Change of a score with its logit, as a function of both. For a softmax it is the change
 relative to the other experts: that of two scores that are close to each other is s per logit."""
 
 LARGEST_SCORE = {"softmax": 1.0, "sigmoid": 1.0, "sqrtsoftplus": 32.0}

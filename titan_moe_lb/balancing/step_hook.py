@@ -89,7 +89,7 @@ def wire(routers: list[LoadBalancedRouter], groups: RankGroups) -> StepRecord | 
         varying=loop.varying,
         joins_last=loop.varying and groups.stages.size > 1,
         gradients=loop.gradients_every > 0,
-        scores=loop.scores,
+        scores=loop.scores_every > 0,
     )
     for index, router in enumerate(routers):
         router.note_in(record, index)
@@ -140,7 +140,7 @@ class StepHook:
         self._global_rows: int | None = None
         self._closed_rows = self.announced_rows = 0
         self.weights: list[float] | None = None
-        self._sample_gradients()
+        self._sample_step()
         self._begin_step_if_alike()
 
     def _begin_step_if_alike(self) -> None:
@@ -149,9 +149,11 @@ class StepHook:
         if self._global_rows is None and self.rows_of_every_step is not None:
             self.begin_step(self.rows_of_every_step)
 
-    def _sample_gradients(self) -> None:
-        """Measure the gradients at the routers in the next step, or leave it out."""
-        self.record.measures = self._loop.measures_gradients(self.finished_steps + 1)
+    def _sample_step(self) -> None:
+        """Decide if the next step measures the gradients at the routers, and records scores."""
+        step = self.finished_steps + 1
+        self.record.measures = self._loop.measures_gradients(step)
+        self.record.records_scores = self._loop.records_scores(step)
 
     def begin_step(self, num_rows: int, loss_scale: float = 1.0) -> None:
         """Set the weights of the losses for a step, before its first forward.
@@ -179,7 +181,7 @@ class StepHook:
         """Read the progress of a checkpoint, before the first step."""
         self.finished_steps, self.tokens.total = finished_steps, tokens
         self.record.resume(finished_steps)
-        self._sample_gradients()
+        self._sample_step()
         if self._global_rows is not None:
             self.begin_step(self._global_rows)
 
@@ -282,7 +284,7 @@ class StepHook:
             self._forget_torchtitans_counts()
             self.tokens.finish_step(self.record.sums, self.routers[0].top_k)
         self.finished_steps += 1
-        self._sample_gradients()
+        self._sample_step()
         self._global_rows = None
         # Where the device counts tokens, the next step begins at its first forward: the host may
         # read the count only then.

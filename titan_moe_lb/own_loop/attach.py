@@ -85,7 +85,7 @@ def attach(
     loop = TrainingLoop(
         num_micro_batches=max_micro_batches,
         varying=True,
-        scores=router_scores,
+        scores_every=int(router_scores),
         announced_rows=rows_per_step,
         padded=padded,
         context_parallel_load_balancer=context_parallel_load_balancer,

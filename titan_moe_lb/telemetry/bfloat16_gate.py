@@ -3,8 +3,7 @@
 Such a gate multiplies its input and its weight in bfloat16, sums in float32 and rounds the logits to
 bfloat16; scores, bias and choice are in float32 (sglang pull request 33764 measures 5.3 % on a layer
 of Kimi-K3). Operands that are in bfloat16 already are not rounded again. The estimate assumes that
-only the last chosen and the next expert can change places. It leaves out a group limit, whose choice
-of groups may change as well.
+only the last chosen and the next expert can change places, or the last open and the next group.
 
 Shape suffixes: J = quantiles of the next expert's logit, Z = relative margins, X = nodes of the
 quadrature.

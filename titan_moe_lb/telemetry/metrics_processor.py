@@ -52,6 +52,7 @@ class LoadBalanceMetricsProcessor(MetricsProcessor):
 
         router_gradients_every: int = 1
         """Measure them in every n-th logged step."""
+
         router_scores: bool = False
         """Record how sure each router is: margin, entropy, logits, flips of a bfloat16 gate."""
 

@@ -297,18 +297,22 @@ def _loop(job: Job) -> TrainingLoop:
     """Read the properties of the trainer's steps from a job."""
     cut, metrics = job.cut, job.config.metrics
     reports = isinstance(metrics, LoadBalanceMetricsProcessor.Config)
-    recorded_tokens, gradients_every = None, 0
+    recorded_tokens, gradients_every, scores_every = None, 0, 0
+    # A graph repeats what its second step did.
+    replayed = not (job.config.training.disable_cuda_graphs or cpu.needed())
     if reports and metrics.track_moe_metrics and metrics.router_gradients:
-        gradients_every = metrics.log_freq * metrics.router_gradients_every
-        if not (job.config.training.disable_cuda_graphs or cpu.needed()):
-            gradients_every = 1  # a graph repeats what its second step did
+        gradients_every = 1 if replayed else metrics.log_freq * metrics.router_gradients_every
+    if reports and metrics.track_moe_metrics and metrics.router_scores:
+        # Steps whose routing is recorded are logged too.
+        every_step = replayed or metrics.record_routing_steps
+        scores_every = 1 if every_step else metrics.log_freq
     if reports and metrics.record_routing_steps:
         recorded_tokens = (cut.micro_batch_size, cut.local_sequence_length)
     loader = getattr(job.config.dataloader, "_owner", None)
     return TrainingLoop(
         track=reports and metrics.track_moe_metrics,
         gradients_every=gradients_every,
-        scores=reports and metrics.track_moe_metrics and metrics.router_scores,
+        scores_every=scores_every,
         num_micro_batches=cut.num_micro_batches,
         accumulation_steps=cut.accumulation_steps,
         tokens_per_step=cut.global_batch_size * cut.seq_len,

@@ -48,7 +48,7 @@ class Column(IntEnum):
     MARGIN = auto()
     """Selection score of the last chosen expert less that of the next one."""
     EXCEEDS = auto()
-    """1 if the relative margin exceeds the first of :data:`MARGIN_EDGES`; one column for each."""
+    """1 if the relative margin, of the experts and of the groups, exceeds the first of :data:`MARGIN_EDGES`; one column for each."""
 
 
 NUM_WEIGHTS = Column.NEXT_LOGIT + 1
@@ -68,6 +68,9 @@ class Choice(NamedTuple):
     best_BLK1: torch.Tensor | None = None
     """K + 1 best selection scores, in descending order; None if the scores did not decide, if no
     expert was left, or if nobody observes the decision."""
+
+    group_margin_BL1: torch.Tensor | None = None
+    """Margin of the last open expert group over the next; None without a group limit."""
 
 
 class ScoreSums(nn.Module):
@@ -132,8 +135,11 @@ class ScoreSums(nn.Module):
             chosen_TK, next_T1 = scores_TK1[:, :-1], scores_TK1[:, -1:]
             next_logit_T1 = logits_TE.gather(-1, ids_TK1[:, -1:])
             margin_T1 = best_TK1[:, -2:-1] - best_TK1[:, -1:]
-            unit_T1 = SLOPES[score_func](next_T1) * norm_T1
-            of_margin = [margin_T1, margin_T1 > unit_T1 * self.edges_H]
+            unit_T1 = SLOPES[score_func](next_T1, next_logit_T1) * norm_T1
+            closest_T1 = margin_T1
+            if chosen.group_margin_BL1 is not None:
+                closest_T1 = torch.minimum(margin_T1, chosen.group_margin_BL1.flatten(0, 1))
+            of_margin = [margin_T1, closest_T1 > unit_T1 * self.edges_H]
         is_wide = [dtype != torch.bfloat16 for dtype in (x_BLD.dtype, weight_dtype)]
         columns = [
             valid_T1,

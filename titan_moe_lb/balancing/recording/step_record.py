@@ -152,6 +152,7 @@ class StepRecord:
         step_gradient_squares_N2: sums of squares of the last finished step; NaN if it was not
             measured.
         measures: True if the running step measures gradient norms.
+        records_scores: True if the running step records the sums of the scores.
         bias_delta_N: last update of the expert bias of each router, float32 ``(E,)``; None without
             an update.
     """
@@ -179,7 +180,8 @@ class StepRecord:
         that of the steps if ``varying``. ``token_shape`` is (B, L, K) of a micro-batch, to record
         the experts of each token. ``joins_last``: forwards after the M-th are added to micro-batch
         M - 1, because the host does not count forwards (pipelines). ``gradients``: measure gradient
-        norms in the steps in which ``measures`` is True.
+        norms in the steps in which ``measures`` is True. ``scores``: record the sums of the scores
+        in those in which ``records_scores`` is True.
         """
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -199,7 +201,7 @@ class StepRecord:
         self.weights_A = torch.zeros(num_losses, dtype=torch.float32, device=device)
         self.rows = self.forwards = self.tokens = 0
         self.learns: bool | None = None
-        self.of_copy, self.measures = False, gradients
+        self.of_copy, self.measures, self.records_scores = False, gradients, scores
         self.sums: StepSums | None = None
         self.bias_delta_N: list[torch.Tensor | None] = [None] * num_routers
         self.histogram_NEH = zeros(num_experts, num_bins, dtype=torch.int32) if num_bins else None

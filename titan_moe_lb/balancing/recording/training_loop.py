@@ -16,8 +16,9 @@ class TrainingLoop:
     """Steps from one measurement of the gradients at each router to the next; 0 for none. The first
     step is measured too."""
 
-    scores: bool = False
-    """Record sums of the scores: how sure each router is."""
+    scores_every: int = 0
+    """Steps from one record of the sums of the scores to the next; 0 for none. The first step is
+    recorded too."""
 
     num_micro_batches: int = 1
     """Forwards of a router in an optimizer step; the maximum if ``varying``."""
@@ -55,5 +56,12 @@ class TrainingLoop:
 
     def measures_gradients(self, step: int) -> bool:
         """Return True if the gradients at each router are measured in a step, numbered from 1."""
-        every = self.gradients_every
-        return every > 0 and (step == 1 or step % every == 0)
+        return _is_sampled(step, self.gradients_every)
+
+    def records_scores(self, step: int) -> bool:
+        """Return True if a step, numbered from 1, records the sums of the scores."""
+        return _is_sampled(step, self.scores_every)
+
+
+def _is_sampled(step: int, every: int) -> bool:
+    return every > 0 and (step == 1 or step % every == 0)

@@ -22,7 +22,7 @@ class OfScores(Metric):
     @classmethod
     def applies_to(cls, router: LoadBalancedRouter.Config) -> bool:
         """Return True for a router with scores, in a job that records them."""
-        return router.loop.scores and not is_hash_router(router)
+        return router.loop.scores_every > 0 and not is_hash_router(router)
 
     def measure(self, step: RankStep) -> np.ndarray | None:
         """Compute the numbers from the sums of the step."""
