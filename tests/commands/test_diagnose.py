@@ -81,6 +81,7 @@ EXTRA = (
     "largest_logit",
     "token_entropy",
     "bfloat16_flip_share",
+    "selection_margin",
 )
 """Columns of layers that a healthy run may lack."""
 
@@ -269,6 +270,24 @@ ROWS = {
             {"bias_range": 4e-5, "bias_largest_step": 1e-6},
         ),
         ("bias_too_slow", SYMPTOMS),
+    ),
+    "a bias of a typical size against a wide margin": (
+        (
+            "deepseek_v3",
+            bias("sign (speed 1e-05)"),
+            UNEVEN,
+            {"bias_range": 4e-3, "bias_largest_step": 1e-5, "selection_margin": 0.1},
+        ),
+        ("bias_too_slow", SYMPTOMS),
+    ),
+    "a small bias against a narrow margin": (
+        (
+            "deepseek_v3",
+            bias("sign (speed 1e-06)"),
+            UNEVEN,
+            {"bias_range": 4e-5, "bias_largest_step": 1e-6, "selection_margin": 1e-5},
+        ),
+        ("too_weak", SYMPTOMS[1:]),
     ),
     "sign at 1e-8 beside a z-loss": (
         (
@@ -708,7 +727,7 @@ def test_bounds_of_a_layer_among_others_are_those_of_the_layer_alone(score_func)
                 window.uneven_M,
                 window.by_chance(max_violation, 6400),
                 window.by_chance(effective_experts, 6400),
-                balancing.typical_score_M,
+                balancing.margin_M,
                 balancing.moved(np.full(len(window.trace.layers), 0.1)),
             ]
         )
@@ -748,7 +767,7 @@ def test_what_a_person_and_a_script_get(tmp_path, capsys):
         "hot_expert",
         "too_weak",
     }
-    assert "4e-05" in text and "0.5" in text
+    assert "4e-05" in text and "0.0039" in text
     for what in finding["explains"].values():
         assert what[:40] in text
     cli.main(["diagnose", str(tmp_path), "--fail-on", "fault"])

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from tests.support.freeze_jobs import train_with_trace
+from tests.support.own_loop_jobs import Layer, forward, plain_model
 from tests.support.routers import inputs, router, sequence_wise
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
+from titan_moe_lb.balancing.router import routers_of
 from titan_moe_lb.errors import JobError
 from titan_moe_lb.job import job_config
+from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.traces.trace import read_trace
 
 JOB = [
@@ -87,6 +90,44 @@ def test_both_kinds_of_steps_compile_once():
         built.step_record.measures = measures
         compiled(x, bias)
     assert len(graphs) == 2
+
+
+def test_an_own_loop_measures_every_second_step():
+    """Squared norms in the last layer: autograd without a loss, and what the losses add to it."""
+    model, plain = plain_model(), plain_model()
+    for router_without_loss in routers_of([plain]):
+        router_without_loss.eval()
+    balance = attach(model, rows_per_step=2, router_gradients_every=2)
+    generator = torch.Generator().manual_seed(0)
+    measured, expected = [], []
+    for _step in range(3):
+        plain.load_state_dict(model.state_dict())  # the biases
+        tokens = torch.randint(0, 256, (2, 32), generator=generator)
+        main, both = (_gradient_of_last_logits(one, tokens) for one in (plain, model))
+        balance.close_step()
+        columns = balance.load().layer_columns
+        measured.append([columns[name][-1] for name in NAMES])
+        expected.append([float(grad.double().square().sum()) for grad in (main, both - main)])
+    assert np.min(expected) > 0
+    np.testing.assert_allclose(measured[:2], expected[:2], rtol=1e-4)
+    assert np.isnan(measured[2]).all()
+
+
+def _gradient_of_last_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    gradients: list[torch.Tensor] = []
+
+    def watch(_gate: torch.nn.Module, _args: tuple, logits: torch.Tensor) -> None:
+        logits.register_hook(gradients.append)
+
+    handle = routers_of([model])[-1].gate.register_forward_hook(watch)
+    forward(model, tokens).float().logsumexp(-1).mean().backward()
+    handle.remove()
+    return gradients[0]
+
+
+def test_an_own_loop_refuses_a_negative_number():
+    with pytest.raises(JobError, match="router_gradients_every"):
+        attach(Layer(), rows_per_step=2, router_gradients_every=-1)
 
 
 @pytest.mark.parametrize("every", [0, -1])

@@ -33,6 +33,7 @@ def attach(
     gradients: Literal["sum", "mean"] = "sum",
     max_micro_batches: int = 64,
     router_scores: bool = False,
+    router_gradients_every: int = 0,
     context_parallel_load_balancer: str | None = None,
     finished_steps: int = 0,
     seen_tokens: int = 0,
@@ -59,6 +60,8 @@ def attach(
             torch's DistributedDataParallel and FSDP take the mean by default.
         max_micro_batches: largest number of forwards in a step; the record has a row for each.
         router_scores: True to record how sure each router is, for the metrics.
+        router_gradients_every: steps from one measurement of the gradients of the model's loss and
+            of the aux losses at each router to the next, for the metrics; 0 for none.
         context_parallel_load_balancer: torchtitan's name of how context parallelism splits a row.
         finished_steps: optimizer steps of the checkpoint that the loop continues from.
         seen_tokens: :attr:`Balance.seen_tokens` at that checkpoint. Only needed if a loss or a bias
@@ -73,6 +76,7 @@ def attach(
     if rows_per_step is not None:
         require_at_least(1, "attach(rows_per_step)", rows_per_step)
     require_at_least(1, "attach(max_micro_batches)", max_micro_batches)
+    require_at_least(0, "attach(router_gradients_every)", router_gradients_every)
     require_at_least(0, "attach(finished_steps)", finished_steps)
     require_at_least(0, "attach(seen_tokens)", seen_tokens)
     before_step = None if optimizer is None else _before_step_of(optimizer)
@@ -86,6 +90,7 @@ def attach(
         num_micro_batches=max_micro_batches,
         varying=True,
         scores_every=int(router_scores),
+        gradients_every=router_gradients_every,
         announced_rows=rows_per_step,
         padded=padded,
         context_parallel_load_balancer=context_parallel_load_balancer,

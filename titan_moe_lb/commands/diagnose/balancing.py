@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from titan_moe_lb.commands.diagnose.window import Window
+from titan_moe_lb.commands.diagnose.window import Window, mean_over_steps
 
 QUANTILE = 'expert_bias = {type = "quantile"}'
 
@@ -68,25 +68,36 @@ class Balancing:
         return float(found[1]) if found else None
 
     @property
-    def typical_score_M(self) -> np.ndarray:
-        """Score of a logit of 0 in each layer; that of a sigmoid also without ``score_func``."""
+    def margin_M(self) -> np.ndarray:
+        """Mean selection score of the last chosen expert less that of the next one ``(M,)``.
+
+        Measured with ``metrics.router_scores``. Without it, scores are taken as uniform from 0 to
+        twice that of a logit of 0, whose mean distance is the margin.
+        """
         info = self.window.trace.info
+        typical_M = np.full(len(info.layers), 0.5)
         if info.score_func == "softmax":
-            return 1 / info.num_experts_M
-        score = math.sqrt(math.log(2)) if info.score_func == "sqrtsoftplus" else 0.5
-        return np.full(len(info.layers), score)
+            typical_M = 1 / info.num_experts_M
+        elif info.score_func == "sqrtsoftplus":
+            typical_M[:] = math.sqrt(math.log(2))
+        margin_M = 2 * typical_M / info.num_experts_M
+        measured_SM = self.window.column("selection_margin")
+        if measured_SM is None:
+            return margin_M
+        measured_M = mean_over_steps(measured_SM)
+        return np.where(measured_M > 0, measured_M, margin_M)
 
     def moved(self, bias_M: np.ndarray) -> np.ndarray:
         """Estimate the share of its balanced load by which a change of bias moves an expert.
 
-        The estimate assumes that scores are uniform from 0 to twice the typical score. Then a share
-        ``bias / (2 typical)`` of all tokens changes its choice. The balanced load is K/E of them.
+        Small margins are taken as uniform, with the density 1 / margin. Then a share ``bias / margin``
+        of all tokens changes a choice, ``bias / (margin E)`` to each expert. The balanced load is
+        K/E of them.
 
         Args:
             bias_M: change of the bias in each layer ``(M,)``.
         """
-        info = self.window.trace.info
-        return bias_M / (2 * self.typical_score_M) * info.num_experts_M / info.top_k_M
+        return bias_M / (self.margin_M * self.window.trace.info.top_k_M)
 
     def harder(self, first: str = "") -> Remedy:
         """Propose a remedy for uneven loads, given the losses and the bias rule of the run.

@@ -31,8 +31,8 @@ def bias_too_slow(window: Window) -> Finding | str | None:
         moved_M = balancing.moved(range_M)
         slow_M = uneven_M & (moved_M < SHORT * window.lasting_M)
         seen += (
-            f"; the bias spans {range_M[worst]:.2g} at most up to step {steps[-1]}, against scores "
-            f"of {balancing.typical_score_M[worst]:.2g}, which moves {moved_M[worst]:.2g} of a load"
+            f"; the bias spans {range_M[worst]:.2g} at most up to step {steps[-1]}, against a "
+            f"margin of {balancing.margin_M[worst]:.2g}, which moves {moved_M[worst]:.2g} of a load"
         )
         reason = (
             f"a bias that has moved less than {SHORT} of the excess needs a hundred times the steps"
@@ -74,7 +74,7 @@ def bias_oscillates(window: Window) -> Finding | str | None:
     swings_M = jumps_M & (moved_M > LARGE)
     worst = int(np.argmax(np.where(swings_M, window.violation_M, 0)))
     seen = (
-        f"a step of {step_M.max():.2g} against scores of {balancing.typical_score_M[worst]:.2g} moves "
+        f"a step of {step_M.max():.2g} against a margin of {balancing.margin_M[worst]:.2g} moves "
         f"{moved_M.max():.2g} of an expert's load; MaxVio of layer {window.trace.layers[worst]} is "
         f"{window.violation_M[worst]:.2f} in a step, {window.lasting_M[worst]:.2f} in the last "
         f"{len(window.counts_SME)} together; sampling noise alone gives {chance_M[worst]:.2f} in a step"
