@@ -213,9 +213,9 @@ def test_a_full_disk_leaves_nothing(native, capsys, tmp_path, monkeypatch):
 
 def test_json_lines_may_have_a_loss_in_late_lines_only(tmp_path):
     """The first line with a loss is beyond the block of 1 MiB from which pyarrow takes the columns."""
-    file, steps = tmp_path / "loads.jsonl", 30_000
-    rows = ({"step": step, "layer": 0, "tokens": [2, 4, 6, 4]} for step in range(1, steps))
-    last = {"step": steps, "layer": 0, "tokens": [4, 4, 4, 4], "loss": 2}
+    file, steps = tmp_path / "loads.jsonl", 2_000
+    rows = ({"step": step, "layer": 0, "tokens": [2, 4] * 100} for step in range(1, steps))
+    last = {"step": steps, "layer": 0, "tokens": [4, 2] * 100, "loss": 2}
     file.write_text("\n".join(map(json.dumps, [*rows, last])))
     assert file.stat().st_size > 2**20
     cli.main(["import", str(file), "-o", str(tmp_path / "run"), "--top-k", "2"])
