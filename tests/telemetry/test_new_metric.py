@@ -12,6 +12,7 @@ from tests.support.synthetic_trace import run_info
 from tests.support.telemetry_jobs import forward_and_backward, moe_layers
 from titan_moe_lb import cli
 from titan_moe_lb.balancing.step_hook import StepHook, wire
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.telemetry.metrics import Metric
 from titan_moe_lb.telemetry.reduction import reduce_step
@@ -66,3 +67,9 @@ def test_a_metric_is_one_file_and_one_import(new_metric, tmp_path):
     cli.main(["report", str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
     assert "Hottest count" in page and "Tokens of the fullest expert in the step." in page
+
+
+def test_a_metric_without_its_reduction_over_ranks_is_refused():
+    with pytest.raises(JobError, match="over_ranks"):
+        type("NoReduction", (Metric,), {"name": "no_reduction"})
+    assert "no_reduction" not in Metric.kinds

@@ -19,8 +19,9 @@ from titan_moe_lb.balancing.router import LoadBalancedRouter, moe_layers_of, rou
 from titan_moe_lb.parallel import batch_cut
 from titan_moe_lb.parallel.layout import Layout
 from titan_moe_lb.parallel.rank_groups import RankGroups
+from titan_moe_lb.telemetry.console_line import console_line
 from titan_moe_lb.telemetry.reduction import reduce_step
-from titan_moe_lb.telemetry.sink_metrics import console_line, domain_metrics, sink_metrics
+from titan_moe_lb.telemetry.sink_metrics import domain_metrics, sink_metrics
 from titan_moe_lb.telemetry.trace_columns import columns_in
 from titan_moe_lb.traces.domain_trace import DomainLoad, DomainTraceWriter
 from titan_moe_lb.traces.routing_trace import RoutingTraceWriter

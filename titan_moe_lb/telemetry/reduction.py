@@ -1,4 +1,4 @@
-"""Reduction of the records of all ranks to the load of the step, equal on every rank.
+"""Reduction of all metrics over ranks and stages to the load of the step, equal on every rank.
 
 Shape suffixes: N = layers of this rank, M = layers of the model, E = experts.
 """

@@ -13,6 +13,7 @@ import numpy as np
 
 from titan_moe_lb.balancing.component import enter, first_paragraph
 from titan_moe_lb.balancing.router import LoadBalancedRouter
+from titan_moe_lb.errors import JobError
 from titan_moe_lb.telemetry.rank_step import RankStep
 from titan_moe_lb.traces.columns import Column
 
@@ -55,6 +56,11 @@ class Metric:
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
+            if not isinstance(getattr(cls, "over_ranks", None), Reduction):
+                raise JobError(
+                    f"the metric {cls.__name__} has no over_ranks: set it to Reduction.SUM, MEAN or "
+                    "MAX"
+                )
             enter(Metric.kinds, "name", cls)
 
     @classmethod
