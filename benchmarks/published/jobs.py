@@ -77,6 +77,6 @@ def planned(
             imbalance=imbalance,
             dispatcher=dispatcher,
             measured_step=measured_step,
-            job_flags=flags,
+            job_flags=(*flags, f"--parallelism.expert_parallel_degree={ep}"),
         )
     )

@@ -530,7 +530,7 @@ def test_a_hot_expert_by_name(tmp_path):
     assert abs(finding.since - 21) <= 1
     load = float(re.search(r"gets ([\d.]+) times", finding.what)[1])
     assert load == pytest.approx(5.774, rel=0.01)
-    degree, overload, without, rank = re.findall(r"\d+(?:\.\d+)?", finding.evidence)
+    degree, rank, overload, without = re.findall(r"\d+(?:\.\d+)?", finding.evidence)
     assert (degree, rank) == ("8", "2")
     assert float(overload) == pytest.approx(1.263, abs=0.02)
     assert float(without) == pytest.approx(1.0, abs=0.02)
@@ -819,3 +819,17 @@ def test_overload_of_the_best_order_by_hand():
     for load_E, expected in (([4.0, 3.0, 2.0, 1.0], 1), ([9.0, 1.0, 1.0, 1.0], 10 / 6)):
         best = expert_order.greedy(np.array(load_E), 2)
         assert expert_order.overload(np.array(load_E), best) == expected
+
+
+def test_a_hot_expert_on_a_cold_rank_is_not_what_others_wait_for(tmp_path):
+    """Rank 2 of 8 has 6 + 15 x 0.2 = 9 shares, rank 0 has 16 x 1.5 = 24, the others 16 each."""
+    info = info_of("qwen3")
+    cold = [(ALL, 17, expert, 0.2) for expert in range(32, 48) if expert != 42]
+    hot = [(ALL, 17, expert, 1.5) for expert in range(16)]
+    trace = read_trace(write(tmp_path, info, shares((ALL, 17, 42, 6.0), *cold, *hot)(info)))
+    (finding,) = [one for one in checks.findings(trace) if one.kind == "hot_expert"]
+    total = 9 + 24 + 6 * 16
+    degree, own, load, hottest, most = re.findall(r"\d+(?:\.\d+)?", finding.evidence)
+    assert (degree, own, hottest) == ("8", "2", "0")
+    assert float(load) == pytest.approx(9 * 8 / total, abs=0.02)
+    assert float(most) == pytest.approx(24 * 8 / total, abs=0.02)

@@ -106,8 +106,8 @@ def check_changes(what: str, changes: Sequence[Change]) -> None:
     for earlier, later in itertools.pairwise(changes):
         if later.begin <= earlier.begin or later.begin < earlier.end:
             raise JobError(
-                f"{what} changes: the change at {later.begin:g} does not come after the one from "
-                f"{earlier.begin:g} to {earlier.end:g}: put them in order, without overlap"
+                f'{what} changes: "{later}" does not come after "{earlier}": put them in order, '
+                "without overlap"
             )
     if changes and changes[0].begin < 1:
-        raise JobError(f"{what} changes: {changes[0].begin:g} is before training begins")
+        raise JobError(f'{what} changes: "{changes[0]}" is before training begins')

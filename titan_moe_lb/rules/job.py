@@ -111,15 +111,23 @@ def optimizers_can_be_built(job: Job) -> None:
         given = group.optimizer_kwargs | optimizer.optimizer_factory_kwargs_by_name.get(name, {})
         try:
             arguments = inspect.signature(optimizer._owner._resolve_optimizer_factory(name))
+            known = list(arguments.parameters)[1:]  # the first are the parameters of the model
+            kinds = {one.kind for one in arguments.parameters.values()}
+            wrong = [argument for argument in given if argument not in known]
+            if wrong and inspect.Parameter.VAR_KEYWORD not in kinds:
+                raise JobError(
+                    f"{key}.optimizer_kwargs: {name} has no argument {wrong[0]!r}; "
+                    f"{nearest(wrong[0], known)}"
+                )
             arguments.bind(None, **given)
         except NotImplementedError:
             raise JobError(
-                f'{key}.optimizer_name is {name!r}, which torchtitan does not have: take "AdamW"'
+                f'{key}.optimizer_name is {name!r}, which torchtitan does not have: take "AdamW" or "Adam"'
             ) from None
         except TypeError as error:
             raise JobError(
                 f"{key}.optimizer_name is {name!r}, and optimizer_kwargs: {error}; its arguments are "
-                f"{', '.join(arguments.parameters)} (objects: optimizer_factory_kwargs_by_name of a "
+                f"{', '.join(known)} (objects: optimizer_factory_kwargs_by_name of a "
                 'config function), or take "AdamW"'
             ) from None
         rate = given.get("lr", 0.0)

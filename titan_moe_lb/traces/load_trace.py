@@ -178,9 +178,10 @@ class LoadTrace:
                 continue
             if counts_E.sum() % self._top_k or counts_E.sum() != rows[0].sum():
                 raise JobError(
-                    f"the counts of layer {layer} in step {step} sum to {counts_E.sum()}: every "
-                    f"layer must have the same sum, a multiple of top_k {self._top_k}, unless a "
-                    "capacity dropped tokens (drops_tokens, --drops-tokens)"
+                    f"in step {step} the counts of layer {layers[0]} sum to {rows[0].sum()}, those of "
+                    f"layer {layer} to {counts_E.sum()}: every layer must have the same sum, a multiple "
+                    f"of top_k {self._top_k}; if a capacity dropped tokens, say so (drops_tokens, "
+                    "--drops-tokens)"
                 )
         declared = {column.name: column.per for column in info.columns}
         if found := values.keys() - declared.keys():

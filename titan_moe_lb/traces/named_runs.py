@@ -105,8 +105,12 @@ def _below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> NoReturn:
         raise JobError(f"{error.filename} cannot be read ({error.strerror}): {_NEXT}")
 
-    found = []
-    for path, folders, names in os.walk(folder, onerror=refuse):
+    found, visited = [], set()
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(path) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(path))
         if FILE_NAME in names:
             found.append(os.path.join(path, FILE_NAME))
             folders.clear()

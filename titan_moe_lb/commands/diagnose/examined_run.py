@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from titan_moe_lb.commands.diagnose.checks import Diagnosis, diagnosis
 from titan_moe_lb.commands.diagnose.window import FEWEST_STEPS, Window
@@ -31,7 +34,7 @@ class ExaminedRun:
     ended: bool
     damage: tuple[str, ...]
     loss: float
-    """Language-model loss of the global batch; NaN if it was not logged."""
+    """Last finite loss of the language model, over the global batch; NaN without one."""
     max_violation: float
     """Mean over the layers."""
     worst_layer: int
@@ -46,6 +49,8 @@ class ExaminedRun:
     @classmethod
     def of(cls, trace: Trace) -> ExaminedRun:
         """Examine the run of a trace."""
+        loss_S = trace.over_steps("loss")
+        finite_S = loss_S[np.isfinite(loss_S)]
         violation_M = max_violation(trace.counts_SME[-1])
         worst = int(violation_M.argmax())
         return cls(
@@ -57,7 +62,7 @@ class ExaminedRun:
             is_sample=trace.is_sample,
             ended=trace.ended,
             damage=trace.damage,
-            loss=float(trace.over_steps("loss")[-1]),
+            loss=float(finite_S[-1]) if len(finite_S) else math.nan,
             max_violation=float(violation_M.mean()),
             worst_layer=trace.layers[worst],
             worst_violation=float(violation_M[worst]),

@@ -46,7 +46,7 @@ def runs_table(runs: Sequence[ExaminedRun], names: RunNames, marks: Sequence[str
             for mark, cell in zip(marks, cells, strict=False)
         ]
     return Table(
-        title=f"{len(runs)} runs",
+        title=f"{len(runs)} run{'s' * (len(runs) > 1)}",
         columns=COLUMNS,
         groups=[[_row(*one) for one in zip(cells, runs, strict=True)]],
         text=["Values of each run's last logged step; MaxVio is the mean over its layers."],

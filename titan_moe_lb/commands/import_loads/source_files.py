@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,15 +66,16 @@ def record_batches(path: Path, progress: Progress) -> Iterator[pa.RecordBatch]:
 
 
 def _named_numbers(path: Path) -> pa.Schema:
-    """Return a schema of the numbers of a step that any line names.
+    """Return a schema of the numbers of a step that any line has.
 
     pyarrow takes the other columns from the first block, which may lack a number that is logged
-    rarely.
+    rarely. A number in quotes is left to it.
     """
     found: set[str] = set()
+    patterns = {name: re.compile(rb'"%s"\s*:\s*[-\d]' % name.encode()) for name in NUMBERS}
     with path.open("rb") as lines:
         for line in lines:
-            found |= {name for name in NUMBERS if b'"%s"' % name.encode() in line}
+            found |= {name for name, pattern in patterns.items() if pattern.search(line)}
     return pa.schema([(name, pa.float64()) for name in NUMBERS if name in found])
 
 

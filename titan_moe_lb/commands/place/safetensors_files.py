@@ -27,9 +27,15 @@ class SafetensorsFiles(CheckpointFiles):
         """Read the headers.
 
         Raises:
-            JobError: a file is missing, cut off, or no safetensors file.
+            JobError: a file is missing, cut off, or no safetensors file, or an optimizer's state
+                lies beside them.
         """
         super().__init__(folder)
+        if states := sorted(path.name for path in folder.glob("optimizer*")):
+            raise JobError(
+                f"{folder} has the state of an optimizer, {states[0]}, whose experts would keep their "
+                "order: place a copy of the folder without it"
+            )
         self.tensors = {}
         self._where: dict[str, tuple[Path, int, int]] = {}
         self._begins: dict[Path, int] = {}

@@ -128,7 +128,8 @@ def _alternative(one: Alternative) -> str:
 
 def _of_run(found: Verdict) -> str:
     fit = "fits" if found.fits else "does not fit"
-    saving = "balance would save nothing" if found.balancing is None else _saving(found.balancing)
+    gains = [*([found.balancing] if found.balancing else []), *found.placements]
+    saving = "; ".join(map(_saving, gains)) or "balance would save nothing"
     return (
         f"This run: EP {found.ep_degree}, its own, takes {duration(found.outcome.step_seconds)} a step "
         f"under {found.load}, {found.outcome.step_slowdown:.2f} x balance, and {fit}; {saving}."
@@ -138,6 +139,12 @@ def _of_run(found: Verdict) -> str:
 def _measured(clock: Clock) -> list[str]:
     """Describe the parts of a measured step."""
     measured = clock.measured_seconds
+    if clock.is_too_short:
+        return [
+            f"Measured: {duration(measured)} a step at EP {clock.ep_degree}, which the plan does not "
+            f"explain: it takes {duration(measured - clock.unexplained_seconds)}. Compare ranks, tokens "
+            "a step and hardware of the job with those of the step that was timed."
+        ]
     least, most = (number(100 * seconds / measured) for seconds in clock.imbalance_seconds_range)
 
     def part(seconds: float) -> str:

@@ -11,6 +11,10 @@ FOREIGN = 0.75
 """Unexplained share above which the time is probably that of another device."""
 
 
+TOO_SHORT = -0.5
+"""Unexplained share below which the planned job is not the one that was timed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Clock:
     """Measured step beside the predicted one. The three parts add up to the measured time."""
@@ -52,3 +56,8 @@ class Clock:
     def is_foreign(self) -> bool:
         """True if the time is probably not that of the planned device."""
         return self.unexplained_share > FOREIGN
+
+    @property
+    def is_too_short(self) -> bool:
+        """True if the planned step is far longer than the measured one."""
+        return self.unexplained_share < TOO_SHORT

@@ -58,10 +58,16 @@ def make_plan(flags: PlanArguments) -> Plan:
     inputs = Inputs.of(flags, IMBALANCES)
     usable = inputs.device.memory_bytes * (1 - MEMORY_RESERVE)
     with silent_build(), heartbeat("building one rank of each kind of pipeline position"):
-        by_degree = _jobs(inputs)
+        by_degree, own_degree = _jobs(inputs)
         moe_layers = moe_layers_of(next(iter(by_degree.values())).config.model_spec)
         # Check everything before the ranks are built, which takes minutes for a large model.
         loads, run = inputs.loads(moe_layers, by_degree)
+        clock_degree = run["ep_degree"] if run else own_degree
+        if flags.measured_step and clock_degree not in by_degree:
+            raise JobError(
+                f"--measured-step is the time at EP {clock_degree}, the degree of the "
+                f"{'run' if run else 'job'}: add it to --ep"
+            )
         jobs = _read_jobs(inputs, list(by_degree.values()))
     planned = functools.partial(
         plan_degree, hardware=inputs.derated, loads=loads, usable_bytes=usable
@@ -69,7 +75,7 @@ def make_plan(flags: PlanArguments) -> Plan:
     degrees = tuple(map(planned, sorted(jobs, key=lambda job: job.ep_degree)))
     verdict = judge(jobs[0], degrees, usable)
     of_run = [one for one in degrees if run and one.ep_degree == run["ep_degree"]]
-    of_clock = of_run or [one for one in degrees if one.ep_degree == jobs[0].ep_degree]
+    of_clock = [one for one in degrees if one.ep_degree == clock_degree]
     measured = flags.measured_step
     job_size = jobs[0].num_ranks, jobs[0].tokens_per_step
     if not measured and run and (run["ranks"], run["tokens_per_step"]) == job_size:
@@ -82,14 +88,20 @@ def make_plan(flags: PlanArguments) -> Plan:
         degrees=degrees,
         verdict=verdict,
         of_run=judge(jobs[0], of_run, usable) if of_run else None,
-        clock=Clock.of(measured, judge(jobs[0], of_clock, usable)) if measured else None,
+        clock=Clock.of(measured, judge(jobs[0], of_clock, usable))
+        if measured and of_clock
+        else None,
         alternatives=() if verdict.fits else _alternatives(inputs, verdict, jobs, planned, usable),
         run=run,
     )
 
 
-def _jobs(inputs: Inputs) -> dict[int, Job]:
-    """Resolve the job at every expert-parallel degree."""
+def _jobs(inputs: Inputs) -> tuple[dict[int, Job], int | None]:
+    """Resolve the job at every expert-parallel degree.
+
+    Returns:
+        Jobs by degree, and the job's own degree if it was looked for.
+    """
     from titan_moe_lb.costmodel.jobs.read_job import moe_layers_of
     from titan_moe_lb.job import job_config
 
@@ -98,9 +110,11 @@ def _jobs(inputs: Inputs) -> dict[int, Job]:
     for degree in inputs.degrees:
         if degree > ranks:
             raise JobError(f"--ep {degree} is above the job's {ranks} rank(s)")
-    degrees = inputs.degrees
-    if not degrees:
+    degrees, own_degree = inputs.degrees, None
+    if not degrees or (inputs.flags.measured_step and inputs.trace is None):
         job = _resolved(inputs.flags, ranks, [])
+        own_degree = job.layout.ep
+    if not degrees:
         layers = list(moe_layers_of(job.config.model_spec).values())
         degrees = arguments.usual_degrees(job.layout.ep, layers, job.layout.widest_ep)
         of_run = inputs.trace.info.ep if inputs.trace else degrees[0]
@@ -109,7 +123,7 @@ def _jobs(inputs: Inputs) -> dict[int, Job]:
             for number in (job.layout.widest_ep, *(one.num_experts for one in layers))
         ):
             degrees = list(dict.fromkeys([*degrees, of_run]))
-    return {degree: _resolved(inputs.flags, ranks, [_ep(degree)]) for degree in degrees}
+    return {degree: _resolved(inputs.flags, ranks, [_ep(degree)]) for degree in degrees}, own_degree
 
 
 def _ep(degree: int) -> str:

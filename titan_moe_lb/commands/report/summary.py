@@ -77,14 +77,20 @@ def cards(trace: Trace, hottest: Expert) -> list[Card]:
     peak_S = trace.over_steps("max_overload_factor")
     cumulative_S = trace.over_steps("max_cum_overload_factor")
     slot_S = trace.over_steps("activation_slot_factor")
-    loss, pace, seconds = (
-        trace.over_steps(name)[-1] for name in ("loss", "tokens_per_second", "step_seconds")
+    loss_S, pace, seconds = (
+        trace.over_steps("loss"),
+        trace.over_steps("tokens_per_second")[-1],
+        trace.over_steps("step_seconds")[-1],
     )
     made = []
-    if np.isfinite(loss):
-        pace_note = f"; {number(pace)} tokens/s per device, {number(seconds)} s per step"
-        note = f"step {steps[-1]}{pace_note if np.isfinite(pace) else ''}"
-        made.append(Card("Loss", number(loss), note))
+    if np.isfinite(loss_S).any():
+        last = int(np.flatnonzero(np.isfinite(loss_S))[-1])
+        note = f"step {steps[last]}"
+        if last < len(loss_S) - 1:
+            note += f", none or not a number since, up to step {steps[-1]}"
+        if np.isfinite(pace):
+            note += f"; {number(pace)} tokens/s per device, {number(seconds)} s per step"
+        made.append(Card("Loss", number(loss_S[last]), note))
     made += [
         Card(
             "MaxVio",

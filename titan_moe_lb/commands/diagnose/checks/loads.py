@@ -104,15 +104,18 @@ def _cost(window: Window, row: int, expert: int) -> tuple[str, str]:
             learns,
         )
     load_E, placed = window.load_ME[row, :num_experts], contiguous(num_experts, ep)
+    load_R = load_E[placed].mean(axis=-1)
+    own, hottest = expert // placed.shape[1], int(load_R.argmax())
+    evidence = (
+        f"at expert-parallel degree {ep} its rank {own} gets {load_R[own]:.2f} times its share"
+    )
+    if own != hottest:
+        evidence += f"; the hottest rank of the layer is {hottest}, with {load_R[hottest]:.2f}"
+        return evidence, f"{learns}; another rank decides the time of the layer"
     without_E = load_E.copy()
     without_E[expert] = np.delete(load_E, expert).mean()
-    hottest = overload(load_E, placed)
-    evidence = (
-        f"at expert-parallel degree {ep} the hottest rank of the layer gets "
-        f"{hottest:.2f} times its share, {overload(without_E, placed):.2f} if the "
-        f"expert were like the others; it lies on rank {expert // placed.shape[1]}"
-    )
-    if hottest > LATE:
+    evidence += f", {overload(without_E, placed):.2f} if the expert were like the others"
+    if load_R[own] > LATE:
         return evidence, "other ranks wait for it"
     return evidence, f"{learns}; the ranks of the layer are even to {LATE}, so a step hardly waits"
 
