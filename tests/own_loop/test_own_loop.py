@@ -14,6 +14,7 @@ from tests.support.own_loop_jobs import (
     Layer,
     as_the_trainer,
     padded_batch,
+    plain_model,
     train_on_rows_of_another_number,
     unequal_micro_batches,
 )
@@ -221,3 +222,12 @@ def test_refused_in_one_line(named):
     with pytest.raises(JobError) as error:
         REFUSED[named]()
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_quantized_gate_is_refused(dtype):
+    model = plain_model()
+    gate = routers_of([model])[-1].gate
+    gate.weight = torch.nn.Parameter(gate.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(JobError, match="quantized"):
+        attach(model, rows_per_step=2)

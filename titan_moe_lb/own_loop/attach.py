@@ -135,6 +135,13 @@ def _check_model(parts: list[nn.Module], groups: RankGroups) -> None:
             f"the router of {layer_name(name)} is a {type(layer.router).__name__}, whose loads "
             "are not balanced: build the model from the spec that titan_moe_lb.balanced(spec) returns"
         )
+    for router in routers:
+        for name, weight in router.gate.named_parameters():
+            if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+                raise JobError(
+                    f"the gate of layer {router.layer} is quantized: its {name} is {weight.dtype}; leave "
+                    "gates out of the quantization, in bfloat16 or float32"
+                )
     layers = Counter(layer.router for layer in moe_layers_of(parts))
     for router, sharing in layers.items():
         if sharing > 1:
