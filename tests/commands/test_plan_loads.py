@@ -10,6 +10,7 @@ import pytest
 import titan_moe_lb as lb
 from tests.support import planning
 from tests.support.planning import TINY, device_file, plan, write_run
+from titan_moe_lb import cli
 
 MEAN = 256  # tokens of an expert: 2 ranks x 512 tokens x top 2 over 8 experts
 EVEN = np.full(8, MEAN)
@@ -238,3 +239,20 @@ def test_the_verdict_comes_first(ranks, tmp_path):
     page = (tmp_path / "p.html").read_text()
     assert page.index("<strong>Verdict: </strong>EP 1") < page.index("Step time against imbalance")
     assert "<h2>Capacity</h2>" in page and "<h2>How long a placement lasts</h2>" in page
+
+
+def test_the_plan_of_an_imported_run_is_that_of_a_trained_one(ranks, tmp_path):
+    """The imported run has the loads of the trained one, and no groups of experts."""
+    counts_SME = steps(*[EVEN] * 10, *[HOT_01] * 10)
+    write_run(tmp_path, counts_SME, expert_groups=None, world_size=2, dp_shard=2, ep=2)
+    rows = [
+        ",".join(map(str, (step, layer, *counts_E)))
+        for step, counts_ME in enumerate(counts_SME, start=1)
+        for layer, counts_E in enumerate(counts_ME, start=1)
+    ]
+    file, run = tmp_path / "loads.csv", tmp_path / "imported"
+    file.write_text("\n".join(["step,layer,0,1,2,3,4,5,6,7", *rows, ""]))
+    cli.main(["import", str(file), "-o", str(run), "--top-k=2", "--ep=2"])
+    words = ["--hardware", device_file(tmp_path), "--ranks=2", "--ep=2", "--from-run"]
+    trained, found = (plan(ranks, [*words, str(one)], JOB) for one in (tmp_path, run))
+    assert found["degrees"] == trained["degrees"] and found["verdict"] == trained["verdict"]

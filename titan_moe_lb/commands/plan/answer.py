@@ -8,7 +8,7 @@ from titan_moe_lb.commands.plan import tables
 from titan_moe_lb.commands.plan.charts import charts
 from titan_moe_lb.commands.plan.clock import Clock
 from titan_moe_lb.commands.plan.plan_arguments import PlanArguments
-from titan_moe_lb.commands.plan.published_error import SLOW_DOWNS, of_step_times
+from titan_moe_lb.commands.plan.published_error import ADDED_TIME, SLOW_DOWNS, of_step_times
 from titan_moe_lb.commands.plan.result import MEMORY_RESERVE, Plan
 from titan_moe_lb.commands.plan.verdict import Gain, Verdict
 from titan_moe_lb.commands.plan.what_fits import Alternative
@@ -50,7 +50,7 @@ def _cards(plan: Plan) -> list[Card]:
         Card(
             "Step",
             duration(outcome.step_seconds),
-            f"{outcome.step_slowdown:.2f} x balance; {gpu_hours(found.gpu_hours)} for {steps:,} steps",
+            f"{_slow_down(outcome.step_slowdown)}; {gpu_hours(found.gpu_hours)} for {steps:,} steps",
         ),
         Card(
             "Memory",
@@ -72,6 +72,13 @@ def _cards(plan: Plan) -> list[Card]:
         close = "; too close to call" if found.is_close else ""
         cards.append(Card("Next degree", f"EP {found.next_degree}", slower + close))
     return cards
+
+
+def _slow_down(slow_down: float) -> str:
+    """Format a slow-down with the band of the published runs."""
+    least, most = (1 + (slow_down - 1) / ratio for ratio in reversed(ADDED_TIME))
+    band = f" ({least:.2f} to {most:.2f} by published runs)" if slow_down - 1 > NOTHING else ""
+    return f"{slow_down:.2f} x balance{band}"
 
 
 def verdict(plan: Plan) -> list[str]:

@@ -42,7 +42,8 @@ def charts(plan: Plan) -> list[Chart]:
             "One optimizer step at each expert-parallel degree, in time and against balance "
             "at the same degree: the time says which degree is fastest. The imbalance is the "
             "load of the most loaded expert over the mean. A dashed line is the verdict under its own "
-            "load, if that is not balance.",
+            "load, if that is not balance. The diamond is the run: the point on the curve of its "
+            "degree where an imbalance costs as much as its load.",
             of_step(_over_imbalance),
         ),
         Chart(
@@ -125,7 +126,34 @@ def _over_imbalance(
             },
             annotation_position="top left",
         )
+    for degree in plan.degrees:
+        if plan.of_run and degree.ep_degree == plan.of_run.ep_degree:
+            points = [(value(row.outcome), row.imbalance_factor) for row in degree.curve]
+            y, x = np.array(sorted(points)).T
+            level = value(plan.of_run.outcome)
+            _mark_run(figure, float(np.interp(level, y, x)), level)
     return figure
+
+
+def _mark_run(figure: go.Figure, x: float, y: float) -> None:
+    """Mark the load of the run; the x axis is logarithmic."""
+    figure.add_scatter(
+        x=[x],
+        y=[y],
+        mode="markers",
+        marker={"color": color("ink"), "size": 10, "symbol": "diamond"},
+        hovertemplate="this run: %{y:.4g}<extra></extra>",
+    )
+    figure.add_annotation(
+        text="this run",
+        x=float(np.log10(x)),
+        y=y,
+        xanchor="right",
+        yanchor="bottom",
+        xshift=-6,
+        showarrow=False,
+        font={"color": color("ink")},
+    )
 
 
 def _memory(plan: Plan) -> go.Figure:

@@ -37,14 +37,14 @@ def run(flags: PlanArguments) -> None:
         named = (flags.job_config, flags.hardware, flags.from_run)
         output_file.check(flags.output, [trace_file(path) for path in named if path])
     found = serving_answer.answer(serve(flags)) if flags.serve else answer.answer(make_plan(flags))
+    if flags.output:  # before the answer, whose reader may close the pipe
+        output_file.write(page.render(found), flags.output)
     if flags.json:
         print(plain_data.as_json(found))
     else:
         terminal.print_answer(found)
-    if flags.output:
-        output_file.write(page.render(found), flags.output)
-        if not flags.json:
-            print(f"\nPage: {flags.output}")
+    if flags.output and not flags.json:
+        print(f"\nPage: {flags.output}")
 
 
 def make_plan(flags: PlanArguments) -> Plan:
