@@ -5,6 +5,8 @@ See ``scene.py`` for the words in capitals and for the files.
 
 from __future__ import annotations
 
+AHEAD = """--model.routing '{{type = "anticipatory", delay = {}}}'"""
+
 FLAGS = {
     # --- model, config and job file
     "train --module deepseek_v4": "'deepseek_v3'",
@@ -71,6 +73,17 @@ FLAGS = {
     "train TINY --lr_scheduler.total_steps 0": "lr_scheduler.total_steps",
     "train TINY --model.expert_bias ''": "--model.expert_bias",
     "train TINY --model.score_func relu": "score_func",
+    "train TINY --model.routing anticipatory": "'delay'",
+    "train TINY --model.routing late": "'late'",
+    f"train TINY {AHEAD.format(-1)}": "routing delay",
+    f"train TINY {AHEAD.format(9)} --training.steps 9": "training.steps",
+    f"plan H100 -- TINY {AHEAD.format(1)}": "routing",
+    f"train TINY {AHEAD.format(1)} CHECKPOINT": "checkpoint.enable",
+    f"train TINY {AHEAD.format(1)} SPMD=full_dtensor": "parallelism.spmd_backend",
+    f"NGPU=2 train TINY {AHEAD.format(1)} PP=2": "parallelism.pipeline_parallel_degree",
+    f"train TINY {AHEAD.format(1)} --compile.enable": "compile.enable",
+    f"train TINY {AHEAD.format(1)} --model.forced_routing round_robin": "forced_routing",
+    f"train TINY {AHEAD.format(1)} --debug.moe_force_load_balance": "moe_force_load_balance",
     "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps",
     "train TINY --lr_scheduler.decay_ratio 3": "lr_scheduler.decay_ratio",
     "train TINY --lr_scheduler.min_lr_factor -1": "lr_scheduler.min_lr_factor",

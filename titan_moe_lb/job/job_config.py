@@ -21,6 +21,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer
 
 from titan_moe_lb import rules, toml_tables
+from titan_moe_lb.balancing.anticipatory_routing.trainer import with_forward_ahead
 from titan_moe_lb.errors import JobError, nearest
 from titan_moe_lb.job import job_files, module_lookup, renamed_keys
 from titan_moe_lb.job.own_flags import DEFAULT_MODULE, CommandLine, parse_command_line
@@ -90,7 +91,7 @@ class Draft:
         if isinstance(config.model_spec, BalancedModelSpec):
             adapt(config)
         _merge_sections(config, tables, self.source)
-        return config
+        return with_forward_ahead(config)
 
     def resolve(self, world_size: int) -> Job:
         """Build the config, apply torchtitan's own flags and validate the job."""

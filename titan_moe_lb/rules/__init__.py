@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from titan_moe_lb.resolved_job import Job
 from titan_moe_lb.rules import (
+    anticipatory,
     benchmark,
     checkpoint,
     hugging_face,
@@ -32,6 +33,7 @@ RULES: tuple[Callable[[Job], None], ...] = (
     *routers.RULES,
     *losses.RULES,
     *benchmark.RULES,
+    *anticipatory.RULES,
 )
 
 OF_A_MODEL: tuple[Callable[[Job], None], ...] = (

@@ -12,6 +12,7 @@ from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
+from titan_moe_lb.balancing.anticipatory_routing import Anticipatory
 from titan_moe_lb.balancing.checkpointing import announcing_schedule, saving_decisions
 from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
@@ -29,6 +30,9 @@ class BalancedModelSpec(ModelSpec):
     """Arguments of the registry entry, including defaults; without an entry, the arguments of
     :func:`balanced`."""
 
+    routing: Anticipatory.Config | None = None
+    """Experts of older parameters; None: each forward chooses its own."""
+
 
 def balanced(
     spec: ModelSpec,
@@ -36,6 +40,7 @@ def balanced(
     aux_losses: list[AuxLoss.Config] | None = None,
     expert_bias: ExpertBias.Config | None | Literal["keep"] = "keep",
     forced_routing: ForcedRouting.Config | None = None,
+    routing: Anticipatory.Config | None = None,
     score_func: ScoreFunction | Literal["keep"] = "keep",
     freeze: Freeze | None = None,
     converters: list[ModelConfigConverter.Config] | None = None,
@@ -53,6 +58,7 @@ def balanced(
         expert_bias: rule that moves the bias of the choice; None for no bias, "keep" for the
             rule that the model has: torchtitan's is the sign rule.
         forced_routing: strategy that chooses the experts, in a benchmark.
+        routing: anticipatory routing of a job file; None for none.
         score_func: function from logits to scores; "keep" for the model's own.
         freeze: gates, biases and losses that do not learn, by layer; None for none.
         converters: the user's own converters (quantization, LoRA), applied first.
@@ -76,11 +82,14 @@ def balanced(
         "aux_losses": aux_losses,
         "expert_bias": expert_bias,
         "forced_routing": forced_routing,
+        "routing": routing,
         "score_func": score_func,
         "freeze": freeze,
     }
     if isinstance(spec, BalancedModelSpec):
-        return dataclasses.replace(spec, model=model, arguments=arguments)  # type: ignore[call-arg]
+        return dataclasses.replace(  # type: ignore[call-arg]
+            spec, model=model, arguments=arguments, routing=routing
+        )
     # torchtitan's own update would move the same bias a second time.
     replaced = spec.post_optimizer_build_fn is register_moe_load_balancing_hook
     return BalancedModelSpec(
@@ -92,6 +101,7 @@ def balanced(
         post_optimizer_build_fn=BuildHooks(own=None if replaced else spec.post_optimizer_build_fn),
         state_dict_adapter=_without_balance_state(spec.state_dict_adapter),
         arguments=arguments,
+        routing=routing,
     )
 
 

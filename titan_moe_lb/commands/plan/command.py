@@ -138,7 +138,13 @@ def _resolved(flags: PlanArguments, ranks: int, more: list[str]) -> Job:
     from titan_moe_lb.job import job_config
 
     more = [*arguments.follows_ranks(flags), *more, "--training.disable_cuda_graphs"]
-    return job_config.load(arguments.with_flags(flags.job_arguments, more), ranks)
+    job = job_config.load(arguments.with_flags(flags.job_arguments, more), ranks)
+    if getattr(job.config.model_spec, "routing", None) is not None:
+        raise JobError(
+            "[model] routing runs a forward more a step, which plan does not count: plan the job "
+            "with --model.routing none"
+        )
+    return job
 
 
 def _read_jobs(inputs: Inputs, jobs: list[Job]) -> list[JobModel]:
