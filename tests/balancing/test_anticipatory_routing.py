@@ -55,8 +55,6 @@ LAYOUTS = {
         2,
         dp(1, 8, "--parallelism.context_parallel_degree=2", "--training.seq_len=256"),
     ),
-    "full_ac": (1, dp(1, 4, "activation-checkpoint:full")),
-    "selective_ac": (2, dp(2, 4, "activation-checkpoint:selective")),
 }
 
 

@@ -41,6 +41,9 @@ def forward_ahead_is_exact(job: Job) -> None:
         "compile.enable must be false for the model: a compiled block was not tried": (
             config.compile.enable and "model" in config.compile.components
         ),
+        "activation_checkpoint must be off, as by activation-checkpoint:none: it was not tried": (
+            config.activation_checkpoint is not None
+        ),
         "training.disable_cuda_graphs must be true: a graph would repeat its first experts": not (
             config.training.disable_cuda_graphs or cpu.needed()
         ),
