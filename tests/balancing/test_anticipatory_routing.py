@@ -38,6 +38,8 @@ def dp(degree: int, local: int, *others: str) -> list[str]:
 LAYOUTS = {
     "one": (1, dp(1, 8)),
     "accumulation": (1, dp(1, 2)),
+    "full_ac": (1, dp(1, 4, "activation-checkpoint:full")),
+    "selective_ac": (2, dp(2, 4, "activation-checkpoint:selective")),
     "fsdp": (2, dp(2, 4)),
     "hsdp": (4, dp(2, 2, "--parallelism.data_parallel_replicate_degree=2")),
     "ep": (2, dp(2, 2, "--parallelism.expert_parallel_degree=2")),

@@ -82,7 +82,6 @@ FLAGS = {
     f"train TINY {AHEAD.format(1)} SPMD=full_dtensor": "parallelism.spmd_backend",
     f"NGPU=2 train TINY {AHEAD.format(1)} PP=2": "parallelism.pipeline_parallel_degree",
     f"train TINY {AHEAD.format(1)} --compile.enable": "compile.enable",
-    f"train TINY {AHEAD.format(1)} activation-checkpoint:full": "activation_checkpoint",
     f"train TINY {AHEAD.format(1)} --model.forced_routing round_robin": "forced_routing",
     f"train TINY {AHEAD.format(1)} --debug.moe_force_load_balance": "moe_force_load_balance",
     "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps",

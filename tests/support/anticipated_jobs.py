@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan.trainer import Trainer
 
 from tests.support.train_jobs import _Capture, build
+from titan_moe_lb.balancing.recording.recomputation import is_recomputation
 from titan_moe_lb.balancing.router import moe_layers_of, routers_of
 from titan_moe_lb.job import job_config
 from titan_moe_lb.parallel.local_shard import local_shard
@@ -119,7 +120,7 @@ def reference(
 
 def _watch(router: Any, experts: list[torch.Tensor]) -> None:
     def hook(_router: Any, _args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and router.training:
+        if torch.is_grad_enabled() and router.training and not is_recomputation():
             experts.append(local_shard(output[1]).cpu().clone())
 
     router.register_forward_hook(hook)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
 from titan_moe_lb.balancing.anticipatory_routing.trainer import runs_ahead
 from titan_moe_lb.balancing.hash_router import is_hash_router
 from titan_moe_lb.balancing.router import router_configs
@@ -41,8 +43,8 @@ def forward_ahead_is_exact(job: Job) -> None:
         "compile.enable must be false for the model: a compiled block was not tried": (
             config.compile.enable and "model" in config.compile.components
         ),
-        "activation_checkpoint must be off, as by activation-checkpoint:none: it was not tried": (
-            config.activation_checkpoint is not None
+        "activation_checkpoint must be full, selective or none: others were not tried": (
+            not isinstance(config.activation_checkpoint, FullAC.Config | SelectiveAC.Config | None)
         ),
         "training.disable_cuda_graphs must be true: a graph would repeat its first experts": not (
             config.training.disable_cuda_graphs or cpu.needed()
