@@ -45,6 +45,7 @@ def runs_ahead(config: Trainer.Config) -> bool:
 def _ahead(trainer: type[Any]) -> type[Any]:
     class AheadTrainer(trainer):
         runs_forward_ahead: ClassVar[bool] = True
+        ntokens_seen: int
 
         @dataclass(kw_only=True, slots=True)
         class Config(trainer.Config):  # type: ignore[name-defined]
