@@ -18,6 +18,7 @@ from tests.support.own_loop_jobs import (
     train_on_rows_of_another_number,
     unequal_micro_batches,
 )
+from titan_moe_lb.balancing.anticipatory_routing import Anticipatory
 from titan_moe_lb.balancing.forced_routing import RoundRobin
 from titan_moe_lb.balancing.losses import BatchWiseAuxLoss, RouterZLoss
 from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
@@ -213,6 +214,7 @@ REFUSED = {
     "is a TokenChoiceTopKRouter": lambda: attach(
         nn.Sequential(torchtitans_registry("debugmodel").model.layers[-1].moe.build())
     ),
+    "balanced(routing=...)": lambda: attach(plain_model(routing=Anticipatory.Config(delay=1))),
     "needs torchtitan's Trainer": lambda: Layer(forced_routing=RoundRobin.Config()),
 }
 

@@ -83,6 +83,8 @@ FLAGS = {
     f"NGPU=2 train TINY {AHEAD.format(1)} PP=2": "parallelism.pipeline_parallel_degree",
     f"train TINY {AHEAD.format(1)} --compile.enable": "compile.enable",
     f"train TINY {AHEAD.format(1)} --model.forced_routing round_robin": "forced_routing",
+    f"train TINY {AHEAD.format(1)} --model.aux_losses "
+    """'[{type = "sequence_wise", weight = 1.0, over = "document"}]'""": "[model] routing",
     f"train TINY {AHEAD.format(1)} --debug.moe_force_load_balance": "moe_force_load_balance",
     "train TINY --lr_scheduler.warmup_steps -3": "lr_scheduler.warmup_steps",
     "train TINY --lr_scheduler.decay_ratio 3": "lr_scheduler.decay_ratio",

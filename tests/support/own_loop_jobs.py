@@ -42,6 +42,7 @@ from titan_moe_lb.parallel.rank_groups import RankGroups
 from titan_moe_lb.run.train import trainer_config
 from titan_moe_lb.telemetry.reduction import reduce_step
 from titan_moe_lb.upstream import cpu
+from titan_moe_lb.wiring.model_spec import balanced
 
 SEQ_LEN = 64
 FLOAT32 = "tests.parity.float32_experts.float32_experts"
@@ -83,9 +84,9 @@ def built(parallelism: ParallelismConfig | None = None) -> BuiltModel:
     return built
 
 
-def plain_model() -> nn.Module:
-    """Build the same model without torchtitan's parallelism."""
-    return initialised(_spec())
+def plain_model(**settings: Any) -> nn.Module:
+    """Build the same model without torchtitan's parallelism, with other settings of balanced()."""
+    return initialised(balanced(_spec(), **settings) if settings else _spec())
 
 
 def initialised(spec: ModelSpec) -> nn.Module:

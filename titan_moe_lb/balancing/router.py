@@ -56,6 +56,9 @@ class LoadBalancedRouter(TokenChoiceTopKRouter):
         forced_routing: ForcedRouting.Config | None = None
         """Strategy that replaces the choice by scores, in a benchmark."""
 
+        is_anticipatory: bool = False
+        """True if a Trainer gives the experts that older parameters chose."""
+
         frozen: frozenset[str] = frozenset()
         """Parts that do not learn: ``"gate"``, ``"bias"``, ``"losses"`` (``balancing/freezing.py``)."""
 

@@ -99,6 +99,11 @@ def attach(
         seen_tokens=seen_tokens,
     )
     for router in routers_of(parts):
+        if router.config.is_anticipatory:
+            raise JobError(
+                "balanced(routing=...) needs the Trainer of titan-moe-lb train, which reads batches "
+                "ahead: leave routing out"
+            )
         router.config.loop = loop
         for loss in router.aux_losses.values():
             loss.config.local_batch_size = None  # Of a job that the config was bound to.

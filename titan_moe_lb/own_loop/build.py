@@ -81,11 +81,6 @@ def build_model(
             "build_model makes no pipeline: leave pipeline_parallel_degree at 1, or train with "
             "torchtitan's Trainer"
         )
-    if getattr(spec, "routing", None) is not None:
-        raise JobError(
-            "balanced(routing=...) needs torchtitan's Trainer, which reads batches ahead: leave "
-            "routing out"
-        )
     compile = compile or CompileConfig()
     layout = (
         Layout.of_dims(parallel_dims)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-
 from titan_moe_lb.balancing.anticipatory_routing.trainer import runs_ahead
 from titan_moe_lb.balancing.hash_router import is_hash_router
 from titan_moe_lb.balancing.router import router_configs
@@ -19,7 +17,8 @@ def forward_ahead_is_exact(job: Job) -> None:
     if routing is None:
         return
     parallelism, checkpoint = config.parallelism, config.checkpoint
-    routers = router_configs(config).values()
+    policy = config.activation_checkpoint
+    routers = [*router_configs(config).values()]
     saves = checkpoint.enable and not (checkpoint.load_only or checkpoint.create_seed_checkpoint)
     refused = {
         "it runs in the Trainer of a job file: start it by titan-moe-lb train or "
@@ -30,6 +29,10 @@ def forward_ahead_is_exact(job: Job) -> None:
         "[model] forced_routing chooses the experts: leave one of them out": any(
             router.forced_routing for router in routers
         ),
+        "padded batches and losses over documents were not tried with it": any(
+            loss.documents is not None for router in routers for loss in router.aux_losses
+        )
+        or getattr(config.dataloader._owner, "gives_valid_tokens", False),
         "a layer routes by token id: its experts do not depend on parameters": any(
             map(is_hash_router, routers)
         ),
@@ -44,7 +47,7 @@ def forward_ahead_is_exact(job: Job) -> None:
             config.compile.enable and "model" in config.compile.components
         ),
         "activation_checkpoint must be full, selective or none: others were not tried": (
-            not isinstance(config.activation_checkpoint, FullAC.Config | SelectiveAC.Config | None)
+            type(policy)._owner.__name__ not in ("FullAC", "SelectiveAC") if policy else False
         ),
         "training.disable_cuda_graphs must be true: a graph would repeat its first experts": not (
             config.training.disable_cuda_graphs or cpu.needed()

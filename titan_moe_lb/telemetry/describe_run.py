@@ -19,7 +19,7 @@ def describe_run(job: Job) -> RunInfo:
     config, layout, cut = job.config, job.layout, job.cut
     routers = sorted(router_configs(config.model_spec).values(), key=lambda router: router.layer)
     router = routers[0]
-    forced = router.forced_routing
+    forced, routing = router.forced_routing, getattr(config.model_spec, "routing", None)
     rules = dict.fromkeys(one.expert_bias.describe() for one in routers if one.expert_bias)
     losses = {loss._owner.metric_name: loss for loss in applied_losses(routers)}
     groups = {loss.expert_groups for loss in router.aux_losses}
@@ -49,6 +49,7 @@ def describe_run(job: Job) -> RunInfo:
         micro_batch_size=cut.micro_batch_size,
         seq_len=cut.seq_len,
         forced_routing=forced.describe() if forced is not None else None,
+        routing=None if routing is None else routing.describe(),
         expert_bias="; ".join(rules) or None,
         frozen=layers_by_part(routers),
         score_func=router.score_func,

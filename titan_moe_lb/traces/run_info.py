@@ -67,6 +67,8 @@ class RunInfo:
     """Tokens of one sequence."""
     forced_routing: str | None = None
     """Forced routing strategy of a benchmark; None if the router chooses."""
+    routing: str | None = None
+    """Anticipatory routing and its delay; None if each forward chooses its experts."""
     expert_bias: str | None = None
     """Rules of the expert bias and their settings, joined by ``"; "``; None without a bias."""
     frozen: dict[str, list[int]] = field(default_factory=dict)
@@ -91,8 +93,8 @@ class RunInfo:
     resumed_at: tuple[int, ...] = ()
     """First step of each resumed run that continued this trace; the writer fills it in."""
     balanced_since: int | None = None
-    """First step with these losses, bias rules, frozen parts, scores and forced routing, where a
-    resumed run changed them; None: the first of the trace. The writer fills it in."""
+    """First step with these losses, bias rules, frozen parts, scores and routing, where a resumed
+    run changed them; None: the first of the trace. The writer fills it in."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -150,7 +152,7 @@ class RunInfo:
 
     def balances_like(self, other: RunInfo) -> bool:
         """Return True if both runs balance alike: same losses, bias rules, scores, frozen parts."""
-        names = ("losses", "expert_bias", "frozen", "score_func", "forced_routing")
+        names = ("losses", "expert_bias", "frozen", "score_func", "forced_routing", "routing")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def metadata(self) -> dict[bytes, bytes]:

@@ -84,6 +84,7 @@ def _settings(infos: Sequence[RunInfo]) -> list[tuple[str, list[str]]]:
         settings.append(("seed", [f"seed {seed}" for seed in seeds]))
     settings += [
         ("forced routing", [info.forced_routing or "not forced" for info in infos]),
+        ("routing", [info.routing or "own routing" for info in infos]),
         ("frozen parts", [_frozen(info) for info in infos]),
         ("score function", [info.score_func or "scores unknown" for info in infos]),
     ]

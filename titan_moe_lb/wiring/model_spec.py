@@ -18,6 +18,7 @@ from titan_moe_lb.balancing.expert_bias import ExpertBias
 from titan_moe_lb.balancing.forced_routing import ForcedRouting
 from titan_moe_lb.balancing.freezing import Freeze
 from titan_moe_lb.balancing.losses import AuxLoss
+from titan_moe_lb.balancing.router import router_configs
 from titan_moe_lb.balancing.score_functions import ScoreFunction
 from titan_moe_lb.wiring.converter import BuildHooks, LoadBalanceConverter
 
@@ -78,6 +79,8 @@ def balanced(
     validate_converter_order(converters or [])
     for config in [*(converters or []), converter]:
         model = config.build().convert(model)
+    for router in router_configs(model).values():
+        router.is_anticipatory = routing is not None
     arguments = {
         "aux_losses": aux_losses,
         "expert_bias": expert_bias,

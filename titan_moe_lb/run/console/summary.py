@@ -78,6 +78,7 @@ def _balancing(job: Job, info: RunInfo) -> str:
         for part, layers in info.frozen.items()
     ]
     forced = [f"FORCED ROUTING {info.forced_routing}"] if info.forced_routing else []
+    forced += [f"routing {info.routing}"] if info.routing else []
     return "; ".join([*(losses or ["no aux loss"]), bias, *frozen, *forced])
 
 
