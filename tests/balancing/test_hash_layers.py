@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -15,10 +14,8 @@ from titan_moe_lb.balancing.expert_bias import FrozenBias, QuantileBias
 from titan_moe_lb.balancing.forced_routing import RoundRobin
 from titan_moe_lb.balancing.freezing import Freeze
 from titan_moe_lb.balancing.losses import GlobalBatchAuxLoss, RouterZLoss
-from titan_moe_lb.balancing.recording.training_loop import TrainingLoop
 from titan_moe_lb.balancing.router import LoadBalancedRouter, routers_of
 from titan_moe_lb.errors import JobError
-from titan_moe_lb.own_loop import attach as attaching
 from titan_moe_lb.own_loop.attach import attach
 from titan_moe_lb.wiring.model_spec import balanced
 
@@ -32,16 +29,13 @@ def built(again: bool = False):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_hash_layers_are_counted_and_not_balanced(again, monkeypatch):
+def test_hash_layers_are_counted_and_not_balanced(again):
     model = built(again)
     hashed, *others = routers_of([model])
     assert isinstance(hashed, HashRouter) and "layers.1.moe.router.tid2eid" in model.state_dict()
     assert [type(one) for one in others] == [LoadBalancedRouter] * 2
     assert model.layers["1"].moe.expert_bias_E is None
-    monkeypatch.setattr(
-        attaching, "TrainingLoop", functools.partial(TrainingLoop, gradients_every=1)
-    )
-    balance = attach(model, rows_per_step=4)
+    balance = attach(model, rows_per_step=4, router_gradients_every=1)
     batches = torch.randint(0, 2048, (2, 2, 32), generator=torch.Generator().manual_seed(0))
     for tokens in batches:
         hashed.input_ids = tokens

@@ -175,6 +175,7 @@ def test_help_shows_keys_losses_and_flags(capsys):
         "aux_losses",
         "expert_bias",
         "forced_routing",
+        "routing",
         "score_func",
         "freeze",
     ]
