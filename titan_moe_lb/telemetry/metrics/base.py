@@ -56,12 +56,13 @@ class Metric:
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
+            enter(Metric.kinds, "name", cls)
             if not isinstance(getattr(cls, "over_ranks", None), Reduction):
+                del Metric.kinds[cls.name]
                 raise JobError(
                     f"the metric {cls.__name__} has no over_ranks: set it to Reduction.SUM, MEAN or "
                     "MAX"
                 )
-            enter(Metric.kinds, "name", cls)
 
     @classmethod
     def column(cls) -> Column:
